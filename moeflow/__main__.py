@@ -1,0 +1,7 @@
+"""`python -m moeflow`: the same command line as `moeflow`."""
+
+import sys
+
+from moeflow.cli import main
+
+sys.exit(main())

@@ -1,0 +1,84 @@
+"""Shared types: what an expert is called and how its bytes lie in memory. No torch here."""
+
+from enum import Enum
+from typing import NamedTuple
+
+# safetensors' own dtype names, with the bytes of one element.
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
+}  # fmt: skip
+
+# Slots and records begin at multiples of this: what O_DIRECT asks of the memory and of the file offset.
+PAGE_BYTES = 4096
+# Tensors inside a record begin at multiples of this: a cache line, and the same for every slot, so that a
+# matrix kernel takes the same path wherever an expert happens to sit.
+TENSOR_ALIGNMENT_BYTES = 64
+
+
+def align_up(num_bytes: int, alignment: int) -> int:
+    """Return `num_bytes` rounded up to a multiple of `alignment`."""
+    return -(-num_bytes // alignment) * alignment
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one MoE layer. Layers count MoE layers only, in the order the model holds them."""
+
+    layer: int
+    expert: int
+
+
+class Tier(str, Enum):
+    """Where an expert's bytes can be, nearest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class TensorSpec(NamedTuple):
+    """One tensor of an expert inside its record.
+
+    Args:
+        name: parameter name on the experts module, such as "gate_up_proj".
+        dtype: safetensors dtype name.
+        shape: one expert's shape, without the expert dimension.
+        offset: bytes from the start of the record.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        size = DTYPE_BYTES[self.dtype]
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+class RecordLayout(NamedTuple):
+    """How one expert lies in a slot: its tensors, each aligned, and the bytes in all."""
+
+    tensors: tuple[TensorSpec, ...]
+    num_bytes: int
+
+    @classmethod
+    def pack(cls, tensors: list[tuple[str, str, tuple[int, ...]]]) -> "RecordLayout":
+        """Lay `(name, dtype, shape)` tensors one after another, each at a multiple of 64 bytes."""
+        specs, offset = [], 0
+        for name, dtype, shape in tensors:
+            spec = TensorSpec(name, dtype, tuple(shape), offset)
+            specs.append(spec)
+            offset = align_up(offset + spec.num_bytes, TENSOR_ALIGNMENT_BYTES)
+        return cls(tuple(specs), offset)
+
+
+class LayerLayout(NamedTuple):
+    """The routed experts of one MoE layer: module path, how many, and the record of each."""
+
+    name: str
+    num_experts: int
+    record: RecordLayout

@@ -1,0 +1,33 @@
+"""Errors a user can meet. Each message says what was found, what is allowed and what to do."""
+
+
+class MoeflowError(Exception):
+    """Every error moeflow raises on purpose."""
+
+
+class ConfigError(MoeflowError, ValueError):
+    """An option is malformed or does not fit this machine."""
+
+
+class BudgetError(ConfigError):
+    """A memory budget is below what the model needs, or above what the machine has."""
+
+
+class CheckpointError(MoeflowError):
+    """A checkpoint is missing, truncated, corrupt, or names what it may not."""
+
+
+class UnsupportedModelError(MoeflowError):
+    """The model is dense, or stored in a format this version does not read."""
+
+
+class ExpertReadError(MoeflowError):
+    """One expert could not be read; the model stays usable and the next call tries again."""
+
+
+class ClosedModelError(MoeflowError):
+    """The model's experts were released by close()."""
+
+
+class ModelSourceError(MoeflowError):
+    """A model id or folder could not be found or fetched."""
