@@ -1,0 +1,229 @@
+"""load_moe(): a transformers model whose experts live in the tiers instead of in the module."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeflow import hardware, hf
+from moeflow.cache import POLICIES, ExpertCache
+from moeflow.checkpoint import open_checkpoint
+from moeflow.config import ExpertsSize, MemorySize, parse_memory
+from moeflow.errors import BudgetError, CheckpointError, ConfigError
+from moeflow.experts import OffloadedExperts
+from moeflow.layers import LayerSource
+from moeflow.packed import PACKED_FILE, read_packed
+from moeflow.pool import SlotPool
+from moeflow.runtime import ExpertRuntime
+from moeflow.store import ExpertStore
+from moeflow.streams import CudaStreams, HostStreams
+from moeflow.transfer import HostTier
+
+# What "auto" leaves to everything that is not an expert: activations, allocator slack, read buffers.
+_RESERVE_BYTES = 64 << 20
+_RESERVE_POSITIONS = 2048  # of key-value cache
+_READ_THREADS = 4
+_REFUSED = {
+    "device_map": "give device= instead: the dense weights go to one device",
+    "quantization_config": "quantised experts are not supported yet",
+    "experts_implementation": "load_moe is an experts implementation itself",
+    "state_dict": "weights are read from the checkpoint only",
+    "gguf_file": "GGUF checkpoints are not supported: use safetensors",
+}
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def load_moe(
+    model: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    expert_memory: MemorySize = "auto",
+    host_memory: MemorySize = "auto",
+    policy: str = "lfru",
+    **hf_kwargs: Any,
+):
+    """Load a mixture-of-experts model with its routed experts left on disk until a token needs them.
+
+    Args:
+        model: a hub id, a checkpoint folder, or a folder written by `moeflow pack`.
+        device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (the checkpoint's), or a torch dtype or its name.
+        expert_memory: bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or
+            "auto" (all that is free after the rest of the model, inside the process's own memory limit).
+        host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
+        policy: which expert goes when a slot is needed: "lru", "lfu", "lfru" or "static".
+        **hf_kwargs: passed to transformers' from_pretrained.
+
+    Returns:
+        The transformers model in eval mode, with `model.moeflow` (an `ExpertRuntime`): stats(), reset_stats(), close().
+
+    Raises:
+        ConfigError: an option is malformed, unknown or does not fit the machine.
+        BudgetError: a budget is below the minimum, which the message names.
+        UnsupportedModelError: a dense model, or a format this version does not read.
+        CheckpointError: missing, truncated, corrupt or foreign weights.
+        ModelSourceError: no such folder or hub id.
+    """
+    device = _resolve_device(device)
+    if policy not in POLICIES:
+        raise ConfigError(f"policy={policy!r} is unknown. Allowed: {', '.join(POLICIES)}.")
+    for name, remedy in _REFUSED.items():
+        if hf_kwargs.get(name) is not None:
+            raise ConfigError(f"load_moe does not take {name}: {remedy}.")
+    if device.type == "cpu" and host_memory != "auto":
+        raise ConfigError(
+            f"host_memory={host_memory!r} is the tier between the disk and a GPU, and this model runs on the CPU. "
+            "Put the memory into expert_memory."
+        )
+    for name, value in (("expert_memory", expert_memory), ("host_memory", host_memory)):
+        if value != "auto":
+            parse_memory(value, name=name, whole_bytes=0)
+
+    want_info = hf_kwargs.pop("output_loading_info", False)
+    folder = hf.resolve_folder(model, **{name: hf_kwargs[name] for name in _HUB_OPTIONS if name in hf_kwargs})
+    config = hf_kwargs.pop("config", None) or hf.load_config(
+        folder, **{name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
+    )
+    checkpoint = open_checkpoint(folder)
+    plan = _Plan()
+
+    def on_skeleton(empty):
+        plan.layers = read_packed(folder, hf.map_layouts(empty)) if _is_packed(folder) else hf.map_experts(
+            empty, checkpoint.tensors
+        )  # fmt: skip
+        plan.size = ExpertsSize.of(
+            [(source.layout.num_experts, source.layout.record) for source in plan.layers], hf.num_experts_per_tok(empty)
+        )
+        if expert_memory != "auto":  # refuse before anything large is read
+            plan.size.slots_for(parse_memory(expert_memory, name="expert_memory", whole_bytes=plan.size.all_bytes))
+        hf.take_experts_off(empty)
+
+    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
+    loaded, info = hf.load_without_experts(folder, config, on_skeleton, dtype=dtype, **placement, **hf_kwargs)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. The checkpoint is incomplete: "
+            "download it again."
+        )
+    files = [folder / PACKED_FILE] if _is_packed(folder) else checkpoint.files
+    runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded)
+    _attach(loaded, runtime)
+    return (loaded, info) if want_info else loaded
+
+
+class _Plan:
+    """What the empty model told, carried out of transformers' loader."""
+
+    layers: list[LayerSource]
+    size: ExpertsSize
+
+
+def _is_packed(folder: Path) -> bool:
+    return (folder / PACKED_FILE).is_file()
+
+
+def _resolve_device(device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f'device={device!r} is unknown. Allowed: "auto", "cpu", "cuda", "cuda:N".') from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError('device="cuda" was asked for, and torch sees no CUDA GPU. Use device="cpu" or "auto".')
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.type != "cpu":
+        raise ConfigError(f'device={str(device)!r} is not supported. Allowed: "auto", "cpu", "cuda", "cuda:N".')
+    return device
+
+
+def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model) -> ExpertRuntime:
+    size = plan.size
+    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _key_value_bytes(model)
+    if expert_memory == "auto":
+        free = hardware.available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        budget = min(max(free - reserve, 0), size.all_bytes)
+        if budget < size.min_bytes:
+            raise BudgetError(
+                f"{free:,} bytes of memory are free here, {reserve:,} of them are kept for activations and the key-value cache. "
+                f"The experts need at least {size.min_bytes:,} bytes ({size.min_slots} slots). Free memory, or set "
+                "expert_memory yourself."
+            )
+    else:
+        budget = parse_memory(expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
+    num_slots, streams, host = size.slots_for(budget), HostStreams(), None
+    transient = size.num_experts_per_tok + 1
+    pools = []
+    try:
+        pools.append(SlotPool(num_slots, size.slot_bytes, device))
+        if device.type == "cuda":
+            streams = CudaStreams(device)
+            host = _host_tier(size, host_memory, policy, transient)
+            pools.append(host.pool)
+        cache = ExpertCache(num_slots, policy, num_transient=transient)
+        store = ExpertStore(files, plan.layers)
+        return ExpertRuntime(
+            store, pools[0], cache, streams, host=host, num_threads=_READ_THREADS, expert_budget_bytes=budget
+        )
+    except BaseException:
+        for pool in pools:
+            pool.close()
+        raise
+
+
+def _host_tier(size: ExpertsSize, host_memory, policy, transient) -> HostTier:
+    """Build the pinned tier: at least one slot for every read in flight."""
+    floor = min(2 * _READ_THREADS, size.num_experts) * size.slot_bytes
+    if host_memory == "auto":
+        budget = max(min(size.all_bytes, int(0.6 * hardware.available_memory_bytes())), floor)
+    else:
+        budget = parse_memory(host_memory, name="host_memory", whole_bytes=size.all_bytes)
+        if budget < floor:
+            raise BudgetError(
+                f"host_memory of {budget:,} bytes is below the minimum of {floor:,}: every read in flight passes through a "
+                "pinned slot. Give at least that."
+            )
+    num_slots = min(budget // size.slot_bytes, size.num_experts)
+    pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
+    return HostTier(pool, ExpertCache(num_slots, policy, num_transient=transient))
+
+
+def _key_value_bytes(model) -> int:
+    """Estimate the key-value cache of one sequence of 2048 positions, an upper bound for most attention kinds."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = getattr(config, "num_hidden_layers", 0)
+    return 2 * layers * kv_heads * head_dim * _RESERVE_POSITIONS * model.dtype.itemsize
+
+
+def _attach(model, runtime: ExpertRuntime) -> None:
+    """Put the runtime behind the model's experts modules and count its passes."""
+    for layer, (_, module) in enumerate(hf.experts_modules(model)):
+        module._moeflow = OffloadedExperts(runtime, layer, module)
+    model.moeflow = runtime
+    counted = weakref.ref(runtime)
+
+    def count_pass(module, args, kwargs):
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            ids = kwargs.get("inputs_embeds")
+        if ids is None and args:
+            ids = args[0]
+        if ids is not None:
+            counted().begin_forward(ids.shape[0], ids.shape[1])
+
+    model.base_model.register_forward_pre_hook(count_pass, with_kwargs=True)
+
+    def refuse_to_save(*args, **kwargs):
+        raise ConfigError(
+            "this model's experts are not in its modules, so save_pretrained would write a model without them. Copy the "
+            "checkpoint folder instead, or use moeflow pack."
+        )
+
+    model.save_pretrained = refuse_to_save

@@ -1,0 +1,91 @@
+"""Slots: one arena of memory for experts of all layers, on the device or pinned on the host.
+
+Knows where a slot's bytes are and how to look at them as tensors. Knows nothing of who sits in it.
+"""
+
+import ctypes
+import mmap
+
+import numpy as np
+import torch
+
+from moeflow.core import PAGE_BYTES, RecordLayout, align_up
+from moeflow.errors import BudgetError
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+def slot_bytes(record_bytes: int) -> int:
+    """Return the bytes a slot takes for records of this size: whole pages, as direct reads need."""
+    return align_up(record_bytes, PAGE_BYTES)
+
+
+class SlotPool:
+    """`num_slots` equal slots in one allocation.
+
+    Args:
+        num_slots: how many.
+        record_bytes: the largest record.
+        device: where the memory lies.
+        pinned: register the host memory with CUDA, exactly as many bytes as are used (torch's pin_memory rounds
+            every allocation up to a power of two).
+
+    Raises:
+        BudgetError: the memory could not be allocated or pinned.
+    """
+
+    def __init__(self, num_slots: int, record_bytes: int, device: torch.device, *, pinned: bool = False):
+        self.num_slots = num_slots
+        self.stride = slot_bytes(record_bytes)
+        self.num_bytes = num_slots * self.stride
+        self.device = torch.device(device)
+        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._registered = False
+        try:
+            if self.device.type == "cpu":
+                # mmap: page-aligned, and the system hands out pages only as experts arrive.
+                arena = mmap.mmap(-1, self.num_bytes)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    arena.madvise(mmap.MADV_HUGEPAGE)
+                self.bytes = np.frombuffer(arena, np.uint8).reshape(num_slots, self.stride)
+                self.tensor = torch.from_numpy(self.bytes)
+            else:
+                self.bytes = None
+                self.tensor = torch.empty(num_slots, self.stride, dtype=torch.uint8, device=self.device)
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+            raise BudgetError(
+                f"{self.num_bytes:,} bytes for {num_slots} expert slots could not be allocated on {self.device} ({error}). "
+                "Give a smaller expert_memory or host_memory."
+            ) from error
+        if pinned:
+            self._register()
+
+    def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
+        """Return the tensors of the record in `slot`, by parameter name, without a copy."""
+        key = (slot, id(layout))
+        found = self._views.get(key)
+        if found is None:
+            row = self.tensor[slot]
+            found = self._views[key] = {
+                spec.name: row[spec.offset : spec.offset + spec.num_bytes].view(_DTYPES[spec.dtype]).view(spec.shape)
+                for spec in layout.tensors
+            }
+        return found
+
+    def close(self) -> None:
+        """Unregister and release the memory; views held elsewhere keep it alive until they go."""
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self._registered = False
+        self._views.clear()
+        self.bytes = self.tensor = None
+
+    def _register(self) -> None:
+        address = ctypes.c_void_p(self.tensor.data_ptr()).value
+        code = torch.cuda.cudart().cudaHostRegister(address, self.num_bytes, 0)
+        if int(code) != 0:
+            raise BudgetError(
+                f"{self.num_bytes:,} bytes of host memory could not be pinned (CUDA error {int(code)}). Some systems pin at "
+                "most half of the RAM: give a smaller host_memory."
+            )
+        self._registered = True

@@ -1,0 +1,249 @@
+"""The runtime behind one model: serves a layer's experts from the tiers, and owns everything that must be released.
+
+The one place that moves an expert between states: it asks the cache for a slot, the transfers for a copy, and hands
+out weights only when they are there. Knows nothing of routers or arithmetic.
+"""
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from moeflow.cache import ExpertCache
+from moeflow.core import ExpertKey, Tier
+from moeflow.errors import ClosedModelError, ExpertReadError
+from moeflow.hardware import process_memory_bytes
+from moeflow.pool import SlotPool
+from moeflow.stats import Stats
+from moeflow.store import ExpertStore
+from moeflow.streams import Streams
+from moeflow.transfer import HostTier, Transfers
+
+
+class _Parts(NamedTuple):
+    """What close() and garbage collection release, in this order."""
+
+    transfers: Transfers
+    store: ExpertStore
+    pools: list[SlotPool]
+
+    def release(self) -> None:
+        self.transfers.close()
+        self.store.close()
+        for pool in self.pools:
+            pool.close()
+
+
+class ExpertRuntime:
+    """`model.moeflow`: the experts of one model inside their budget.
+
+    Args:
+        store: the far tier.
+        pool: device slots.
+        cache: who sits in them.
+        streams: the order between copies and compute on the device.
+        host: the pinned tier, on machines where the device has its own memory.
+        num_threads: disk reads in flight.
+        expert_budget_bytes: what the user (or "auto") allowed, for the statistics.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        pool: SlotPool,
+        cache: ExpertCache,
+        streams: Streams,
+        *,
+        host: HostTier | None = None,
+        num_threads: int = 4,
+        expert_budget_bytes: int | None = None,
+    ):
+        self.store = store
+        self.cache = cache
+        self.device = pool.device
+        self.expert_budget_bytes = pool.num_bytes if expert_budget_bytes is None else expert_budget_bytes
+        self._pool = pool
+        self._slot_bytes = pool.stride
+        self._host = host
+        self._streams = streams
+        self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
+        self._last_use: list[object] = [None] * pool.num_slots
+        self._stats = Stats()
+        self._lock = threading.RLock()
+        # Equal layouts become one object, so that layers share the tensor views of a slot.
+        layouts: dict = {}
+        self._records = [layouts.setdefault(source.layout.record, source.layout.record) for source in store.layers]
+        parts = _Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
+        self._release = weakref.finalize(self, _Parts.release, parts)
+
+    def __enter__(self) -> "ExpertRuntime":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return not self._release.alive
+
+    def close(self) -> None:
+        """Stop the threads, close the files, release every slot. The model cannot run afterwards."""
+        with self._lock:
+            self._release()
+            self._pool = None
+
+    def begin_forward(self, num_sequences: int, num_positions: int) -> None:
+        """Say that a pass over [num_sequences, num_positions] new tokens begins."""
+        with self._lock:
+            self._stats.begin_forward(num_sequences, num_positions)
+            self.cache.advance_step()
+            if self._host is not None:
+                self._host.cache.advance_step()
+
+    def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Yield every demanded expert once with its weights: resident ones first, then as they arrive.
+
+        The weights are valid until the next expert is asked for. Closing the iterator early is safe at any point:
+        copies still in flight end by themselves and become resident.
+
+        Args:
+            layer: which MoE layer.
+            experts: distinct expert numbers; may be more than there are slots.
+
+        Raises:
+            ExpertReadError: an expert could not be read. The runtime stays usable.
+            ClosedModelError: close() was called.
+        """
+        with self._lock:
+            if self.closed:
+                raise ClosedModelError("the model was closed: load it again to use it.")
+            yield from self._serve(layer, [ExpertKey(layer, expert) for expert in experts])
+
+    def stats(self) -> dict:
+        """Return what has happened since loading or the last reset_stats(), with units in the names."""
+        with self._lock:
+            now, peak = process_memory_bytes()
+            host, slot_bytes = self._host, self._slot_bytes
+            return {
+                "device": str(self.device),
+                "policy": self.cache.policy,
+                "slots": self.cache.num_slots,
+                "num_experts": sum(source.layout.num_experts for source in self.store.layers),
+                "prefill": self._stats.prefill.as_dict(),
+                "decode": self._stats.decode.as_dict(),
+                "memory": {
+                    "expert_budget_bytes": self.expert_budget_bytes,
+                    "all_experts_bytes": sum(s.layout.num_experts for s in self.store.layers) * slot_bytes,
+                    "device_bytes": len(self.cache) * slot_bytes,
+                    "device_peak_bytes": self.cache.peak_used * slot_bytes,
+                    "host_bytes": len(host.cache) * slot_bytes if host else 0,
+                    "host_peak_bytes": host.cache.peak_used * slot_bytes if host else 0,
+                    "staging_bytes": self.store.staging_bytes,
+                    "process_bytes": now,
+                    "process_peak_bytes": peak,
+                },
+                "io": {**self.store.stats(), "threads": self._transfers.num_threads},
+            }
+
+    def reset_stats(self) -> None:
+        """Begin to count anew; what is resident stays."""
+        with self._lock:
+            self._stats.reset()
+            self.cache.peak_used = len(self.cache)
+            if self._host is not None:
+                self._host.cache.peak_used = len(self._host.cache)
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of the residency maps and of the copies in flight."""
+        with self._lock:
+            while (transfer := self._transfers.poll_completed()) is not None:
+                self._settle(transfer, wanted=())
+            self.cache.check_integrity()
+            if self._host is not None:
+                self._host.cache.check_integrity()
+            if not len(self._transfers):
+                assert not self.cache.num_pinned, "a slot is pinned while nothing runs"
+
+    def _serve(self, layer, keys):
+        stats, cache, record = self._stats.now, self.cache, self._records[layer]
+        cache.touch(keys)
+        held = [key for key in keys if cache.lookup(key) is not None]
+        for key in held:
+            cache.pin(key)
+        waiting = {key for key in keys if cache.lookup(key) is None}
+        to_start = deque(key for key in keys if key in waiting and key not in self._transfers)
+        stats.hits += len(held)
+        stats.misses += len(waiting)
+        resident = list(held)
+        try:
+            self._start(to_start)
+            while resident or waiting:
+                if not resident:
+                    self._start(to_start)
+                    resident = self._await_one(waiting, stats)
+                    held.extend(resident)
+                    continue
+                key = resident.pop()
+                slot = cache.slot(key)
+                begin = time.perf_counter()
+                yield key.expert, self._pool.views(slot, record)
+                stats.compute_s += time.perf_counter() - begin
+                self._last_use[slot] = self._streams.compute_event()
+                cache.unpin(key)
+                held.remove(key)
+                if to_start:
+                    self._start(to_start)
+        except ExpertReadError:
+            # Let the other copies end too: one that fails later must not be blamed on the next call.
+            while len(self._transfers):
+                self._settle(self._transfers.wait_completed(), wanted=())
+            raise
+        finally:
+            for key in held:
+                self._last_use[cache.slot(key)] = self._streams.compute_event()
+                cache.unpin(key)
+
+    def _start(self, to_start: deque) -> None:
+        """Start copies, in order, while there is a slot and a place in flight for them."""
+        cache = self.cache
+        while to_start and self._transfers.has_room:
+            evictions = cache.evictions
+            slot = cache.reserve(to_start[0])
+            if slot is None:
+                return
+            self._stats.now.evictions += cache.evictions - evictions
+            self._transfers.start(to_start.popleft(), slot, self._last_use[slot])
+
+    def _await_one(self, waiting: set, stats) -> list[ExpertKey]:
+        """Wait for the next copy to end; return it if this layer wants it."""
+        assert len(self._transfers), "waiting for a copy that nobody started"
+        begin = time.perf_counter()
+        transfer = self._transfers.wait_completed()
+        stats.stall_s += time.perf_counter() - begin
+        return self._settle(transfer, waiting)
+
+    def _settle(self, transfer, wanted) -> list[ExpertKey]:
+        """Enter an ended copy into the residency map, pinned if wanted; raise if a wanted one failed."""
+        cache, key = self.cache, transfer.key
+        if transfer.error is not None:
+            cache.abort(key)
+            if key in wanted:
+                raise transfer.error
+            return []
+        cache.commit(key)
+        now = self._stats.now
+        if transfer.source is Tier.DISK:
+            now.bytes_from_disk += transfer.num_bytes
+        else:
+            now.bytes_from_host += transfer.num_bytes
+        self._streams.wait(transfer.event)
+        if key in wanted:
+            wanted.discard(key)
+            return [key]
+        cache.unpin(key)
+        return []

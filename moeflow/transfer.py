@@ -1,0 +1,174 @@
+"""Copies of experts towards the device: from disk, or from the host tier, one completion each.
+
+Owns the reading threads and the table of copies in flight, which is what keeps anybody from starting a second copy of
+an expert. All methods are called by one thread at a time (the runtime's lock); only reads run elsewhere.
+"""
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+
+from moeflow.cache import ExpertCache
+from moeflow.core import ExpertKey, Tier
+from moeflow.pool import SlotPool
+from moeflow.store import ExpertStore
+from moeflow.streams import Streams
+
+
+class HostTier:
+    """Pinned slots between disk and device, with a residency map of their own.
+
+    Args:
+        pool: pinned host memory.
+        cache: who sits in which of its slots.
+    """
+
+    def __init__(self, pool: SlotPool, cache: ExpertCache):
+        self.pool = pool
+        self.cache = cache
+        # The end of the last copy out of each slot: the slot may not be overwritten before it.
+        self.last_copy: list[object] = [None] * pool.num_slots
+
+
+class Transfer:
+    """One expert on its way into one device slot.
+
+    Args:
+        key: the expert.
+        slot: the device slot.
+        source: the tier its bytes come from.
+    """
+
+    __slots__ = ("error", "event", "host_slot", "key", "num_bytes", "slot", "source")
+
+    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None):
+        self.key = key
+        self.slot = slot
+        self.source = source
+        self.host_slot = host_slot
+        self.event: object = None
+        self.error: Exception | None = None
+        self.num_bytes = 0
+
+
+class Transfers:
+    """Starts copies and hands out their completions.
+
+    Args:
+        store: the far tier.
+        pool: the device slots.
+        streams: the order between copies and compute.
+        host: the pinned tier, or None where device and host memory are one.
+        num_threads: disk reads in flight.
+    """
+
+    def __init__(
+        self, store: ExpertStore, pool: SlotPool, streams: Streams, *, host: HostTier | None = None, num_threads: int = 4
+    ):
+        self.max_in_flight = 2 * num_threads if host is None else min(2 * num_threads, host.pool.num_slots)
+        self.num_threads = num_threads
+        self._store = store
+        self._pool = pool
+        self._streams = streams
+        self._host = host
+        self._in_flight: dict[ExpertKey, Transfer] = {}
+        self._completed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="moeflow-read")
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._in_flight
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more copy may be started."""
+        return len(self._in_flight) < self.max_in_flight
+
+    def start(self, key: ExpertKey, slot: int, after: object) -> Transfer:
+        """Begin to copy an expert into a device slot.
+
+        Args:
+            key: an expert that is not in flight.
+            slot: reserved for it.
+            after: the event of the last compute that read the slot.
+        """
+        assert key not in self._in_flight, f"a copy of {key} is in flight already"
+        num_bytes = self._store.layers[key.layer].layout.record.num_bytes
+        if self._host is None:
+            transfer = Transfer(key, slot, Tier.DISK, None)
+            work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
+        else:
+            host = self._host
+            host.cache.touch([key])
+            host_slot = host.cache.lookup(key)
+            if host_slot is not None:
+                host.cache.pin(key)
+                transfer = Transfer(key, slot, Tier.HOST, host_slot)
+                transfer.num_bytes = num_bytes
+                _copy_to_device(self._pool, host.pool, self._streams, transfer, num_bytes, after)
+                self._in_flight[key] = transfer
+                self._completed.put(transfer)
+                return transfer
+            host_slot = host.cache.reserve(key)
+            assert host_slot is not None, "more copies in flight than host slots"
+            transfer = Transfer(key, slot, Tier.DISK, host_slot)
+            work = (_read_through_host, self._store, self._pool, host.pool, self._streams, transfer, num_bytes, after,
+                    host.last_copy[host_slot])  # fmt: skip
+        self._in_flight[key] = transfer
+        self._threads.submit(_run, self._completed, *work)
+        return transfer
+
+    def wait_completed(self) -> Transfer:
+        """Block until a copy has ended, and return it; its `error` says whether it failed."""
+        return self._settle(self._completed.get())
+
+    def poll_completed(self) -> Transfer | None:
+        """Return a copy that has ended, or None."""
+        try:
+            return self._settle(self._completed.get_nowait())
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        """Let running reads end, drop waiting ones, stop the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._in_flight.clear()
+
+    def _settle(self, transfer: Transfer) -> Transfer:
+        del self._in_flight[transfer.key]
+        if self._host is not None:
+            cache = self._host.cache
+            if transfer.source is Tier.DISK:
+                if transfer.error is not None:
+                    cache.abort(transfer.key)
+                    return transfer
+                cache.commit(transfer.key)
+            self._host.last_copy[transfer.host_slot] = transfer.event
+            cache.unpin(transfer.key)
+        return transfer
+
+
+def _run(completed, work, *args) -> None:
+    """Run one read and always report its end: whoever waits would otherwise wait for ever."""
+    transfer = next(arg for arg in args if isinstance(arg, Transfer))
+    try:
+        work(*args)
+    except BaseException as error:
+        transfer.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+    completed.put(transfer)
+
+
+def _read_to_device(store, pool, transfer, num_bytes) -> None:
+    transfer.num_bytes = store.read(transfer.key, pool.bytes[transfer.slot])
+
+
+def _read_through_host(store, pool, host_pool, streams, transfer, num_bytes, after, last_copy) -> None:
+    streams.synchronize(last_copy)
+    transfer.num_bytes = store.read(transfer.key, host_pool.bytes[transfer.host_slot])
+    _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after)
+
+
+def _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after) -> None:
+    source = host_pool.tensor[transfer.host_slot, :num_bytes]
+    transfer.event = streams.copy(pool.tensor[transfer.slot, :num_bytes], source, after)
