@@ -117,7 +117,7 @@ class Conversation:
         Raises:
             MoeflowError: the last message alone does not fit.
         """
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         input_ids, num_forgotten = self.encode(tokenizer), 0
         if context is None:
             return input_ids, max_new_tokens, num_forgotten
@@ -394,6 +394,7 @@ def _prompt_session(stdin, stdout, commands):
     from prompt_toolkit.input import create_input
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.output import create_output
+    from prompt_toolkit.utils import is_dumb_terminal
 
     keys = KeyBindings()
 
@@ -412,7 +413,8 @@ def _prompt_session(stdin, stdout, commands):
 
     return PromptSession(
         input=create_input(stdin),
-        output=create_output(stdout if stdout.isatty() else sys.stderr),
+        # On a dumb terminal prompt_toolkit reads plain lines, but only where the output is left to it.
+        output=None if is_dumb_terminal() else create_output(stdout if stdout.isatty() else sys.stderr),
         history=_open_history(),
         key_bindings=keys,
         multiline=True,

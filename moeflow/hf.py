@@ -218,11 +218,40 @@ def take_experts_off(model) -> None:
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     for path, module in experts_modules(model):
         for name in list(module._parameters):
-            del module._parameters[name]
+            # What stays is an attribute of the right shape without memory: some families' init code looks at it.
+            stub = module._parameters.pop(name)
+            if stub is not None:
+                stub._is_hf_initialized = True
+            module.__dict__[name] = stub
             tail = path.removeprefix(f"{model.base_model_prefix}.")
             ignored.add(r"(^|\.)" + re.escape(f"{tail}.{name}") + "$")
+            for submodule in model.modules():
+                getattr(submodule, "all_tied_weights_keys", {}).pop(f"{path}.{name}", None)
         module._is_hf_initialized = True
     model._keys_to_ignore_on_load_unexpected = ignored
+
+
+def own_dense_weights(model) -> None:
+    """Move the parameters on the CPU out of the checkpoint's memory mapping, one at a time.
+
+    Mapped weights would be paged out under memory pressure, and lie at whatever offset the file has, on which the
+    last bit of a matrix product depends.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def key_value_bytes_per_position(model) -> int:
+    """Estimate the key-value cache of one position, from the attention modules' projections."""
+    features = 0
+    for module in model.modules():
+        for names in (("k_proj", "v_proj"), ("kv_b_proj",), ("qkv_proj",), ("query_key_value",)):
+            projections = [getattr(module, name, None) for name in names]
+            if all(isinstance(projection, torch.nn.Linear) for projection in projections):
+                features += sum(projection.out_features for projection in projections)
+                break
+    return features * model.dtype.itemsize
 
 
 def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
@@ -237,6 +266,9 @@ def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
         UnsupportedModelError: the checkpoint needs a conversion that mixes experts.
     """
     collected = _collect(model, tensors)
+    for name, stored in model.all_tied_weights_keys.items():  # experts used from two places are stored once
+        if name not in collected and stored in collected:
+            collected[name] = collected[stored]
     return [_layer_source(path, module, collected) for path, module in experts_modules(model)]
 
 
@@ -332,15 +364,16 @@ def _piece_tables(name, groups, num_experts, place, converter) -> list[PieceTabl
     splits_list = converter is not None and len(converter.target_patterns) > 1
     tables = []
     for pattern in order:
-        entries = [entry for _, entry in groups[pattern]]
+        members = groups[pattern]
         per_expert = "*" in pattern
         if splits_list and per_expert:  # one list of experts feeds several modules, in equal parts
-            size = -(-len(entries) // len(converter.target_patterns))
-            entries = entries[place * size : (place + 1) * size]
+            size = -(-len(members) // len(converter.target_patterns))
+            members = members[place * size : (place + 1) * size]
+        entries = [entry for _, entry in members]
         first = entries[0]
         if first.dtype not in TORCH_DTYPES:
             raise UnsupportedModelError(
-                f"{groups[pattern][0][0]} is stored as {first.dtype}, which this version does not read yet. "
+                f"{members[0][0]} is stored as {first.dtype}, which this version does not read yet. "
                 "Use the model's float32, bfloat16 or float16 checkpoint."
             )
         if per_expert:
@@ -349,7 +382,7 @@ def _piece_tables(name, groups, num_experts, place, converter) -> list[PieceTabl
                     f"{name} has {num_experts} experts, the checkpoint holds {len(entries)} tensors {pattern!r} for it. "
                     "Download the checkpoint again."
                 )
-            odd = [key for key, entry in groups[pattern] if entry.shape != first.shape or entry.dtype != first.dtype]
+            odd = [key for key, entry in members if entry.shape != first.shape or entry.dtype != first.dtype]
             if odd:
                 raise CheckpointError(f"{odd[0]} differs in shape or dtype from the other experts of {name}.")
             files, begins = array("H", [e.file for e in entries]), array("Q", [e.begin for e in entries])
@@ -357,7 +390,7 @@ def _piece_tables(name, groups, num_experts, place, converter) -> list[PieceTabl
         else:
             if len(entries) != 1 or not first.shape or first.shape[0] != num_experts:
                 raise CheckpointError(
-                    f"{name} has {num_experts} experts, the checkpoint's {groups[pattern][0][0]} has shape "
+                    f"{name} has {num_experts} experts, the checkpoint's {members[0][0]} has shape "
                     f"{list(first.shape)}. Its config.json is of another model."
                 )
             stride = first.num_bytes // num_experts

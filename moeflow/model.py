@@ -108,6 +108,7 @@ def load_moe(
             f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. The checkpoint is incomplete: "
             "download it again."
         )
+    hf.own_dense_weights(loaded)
     files = [folder / PACKED_FILE] if _is_packed(folder) else checkpoint.files
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded)
     _attach(loaded, runtime)
@@ -143,7 +144,7 @@ def _resolve_device(device) -> torch.device:
 
 def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model) -> ExpertRuntime:
     size = plan.size
-    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _key_value_bytes(model)
+    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * hf.key_value_bytes_per_position(model)
     if expert_memory == "auto":
         free = hardware.available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
         budget = min(max(free - reserve, 0), size.all_bytes)
@@ -190,16 +191,6 @@ def _host_tier(size: ExpertsSize, host_memory, policy, transient) -> HostTier:
     num_slots = min(budget // size.slot_bytes, size.num_experts)
     pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
     return HostTier(pool, ExpertCache(num_slots, policy, num_transient=transient))
-
-
-def _key_value_bytes(model) -> int:
-    """Estimate the key-value cache of one sequence of 2048 positions, an upper bound for most attention kinds."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = getattr(config, "num_hidden_layers", 0)
-    return 2 * layers * kv_heads * head_dim * _RESERVE_POSITIONS * model.dtype.itemsize
 
 
 def _attach(model, runtime: ExpertRuntime) -> None:

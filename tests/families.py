@@ -144,7 +144,7 @@ FAMILIES: dict[str, Family] = {
         _family(
             "diffusion_gemma",
             "DiffusionGemmaForBlockDiffusion",
-            "encoder and decoder share their experts",
+            "stacked, encoder and decoder share their experts",
             canvas_length=SEQUENCE_LENGTH,
             text_config={"layer_types": GLOBAL_LAST, "global_head_dim": 16},
         ),
@@ -226,7 +226,7 @@ FAMILIES: dict[str, Family] = {
         _family("granitemoeshared", "GraniteMoeSharedForCausalLM", "stacked, shared experts"),
         _family("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
         _family("hy_v3", "HYV3ForCausalLM"),
-        _family("hy_v4", "HYV4ForCausalLM"),
+        _family("hy_v4", "HYV4ForCausalLM", "stacked, clamped gate"),
         _family(
             "inkling",
             "InklingForConditionalGeneration",
@@ -273,7 +273,7 @@ FAMILIES: dict[str, Family] = {
         _family(
             "muse_spark",
             "MuseSparkForConditionalGeneration",
-            "norm after each expert, experts narrower than the model",
+            "stacked, norm after each expert, experts narrower than the model",
             text_config={"moe_hidden_size": 16},
             vision_config={"pos_emb_height": 4, "pos_emb_width": 4},
             audio_config={"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [8], "depths": [1]},
@@ -302,7 +302,7 @@ FAMILIES: dict[str, Family] = {
         _family(
             "qwen3_5_moe",
             "Qwen3_5MoeForConditionalGeneration",
-            "stacked, linear attention",
+            "linear attention",
             text_config={"layer_types": HYBRID},
         ),
         _family("qwen3_moe", "Qwen3MoeForCausalLM"),
@@ -320,11 +320,11 @@ FAMILIES: dict[str, Family] = {
                 "downsample_hidden_size": 8,
             },
         ),
-        _family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "stacked, transposed on disk"),
+        _family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "stacked, transposed on the hub"),
         _family(
             "qwen4_exp",
             "Qwen4ExpForConditionalGeneration",
-            "stacked, linear and sparse attention",
+            "linear and sparse attention",
             text_config={
                 "layer_types": INDEXED_HYBRID,
                 "hc_lowrank": 8,
@@ -344,7 +344,7 @@ FAMILIES: dict[str, Family] = {
         _family(
             "zaya",
             "ZayaForCausalLM",
-            "one expert per token, with a choice to skip it",
+            "stacked, one expert per token or none",
             num_experts_per_tok=1,
             router_hidden_size=16,
         ),
@@ -390,8 +390,8 @@ def build_model(family: Family, seed: int = 0, dtype: torch.dtype = torch.float3
             values = 1 + 0.1 * values
         else:
             values *= 0.1
-        if name.endswith("balancing_biases"):  # Zaya resets the bias of the skip expert to -1 on load
-            values = values / 10 - 1
+        if name.endswith("balancing_biases"):  # Zaya sets the skip expert's bias to -1 on load, here the highest
+            values = values / 10 - 1.05
             values[-1] = -1
         tensor.copy_(values)
     for name, tensor in model.named_buffers():

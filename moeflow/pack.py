@@ -1,0 +1,215 @@
+"""Write a packed model folder: the dense weights as they are, and one aligned, checksummed record an expert.
+
+Everything is written into `OUT.partial` and gets its final name when it is whole. A run that was killed is continued
+by the next one at the first expert that is not in the journal.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from moeflow import hf
+from moeflow.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
+from moeflow.core import PAGE_BYTES, ExpertKey, align_up
+from moeflow.errors import ConfigError, MoeflowError
+from moeflow.packed import PACKED_FILE, header_bytes, record_offsets
+from moeflow.store import ExpertStore
+
+logger = logging.getLogger(__name__)
+
+_JOURNAL = "experts.journal"
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+_READS_IN_FLIGHT = 4
+_COPY_BYTES = 16 << 20
+
+Progress = Callable[[int, int], None]
+
+
+def pack_model(model: str | Path, out: str | Path, *, progress: Progress | None = None) -> Path:
+    """Write `model` as a folder that load_moe reads faster: one aligned read an expert, no conversion.
+
+    Args:
+        model: a hub id or a checkpoint folder.
+        out: the folder to write; must not exist.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: `out` exists, or its disk is too small.
+        MoeflowError: the disk became full or failed; `out` is not there, `OUT.partial` continues on the next run.
+    """
+    folder, out = hf.resolve_folder(model), Path(out)
+    if out.exists():
+        raise ConfigError(f"{out} exists. Give a folder that does not, or remove it.")
+    if (folder / PACKED_FILE).exists():
+        raise ConfigError(f"{folder} is packed already.")
+    checkpoint = open_checkpoint(folder)
+    empty = hf.empty_model(hf.load_config(folder))
+    layers = hf.map_experts(empty, checkpoint.tensors)
+    dense = [name for name in checkpoint.tensors if name not in hf.expert_tensor_names(empty, checkpoint.tensors)]
+    layouts = [source.layout for source in layers]
+    partial = out.with_name(out.name + ".partial")
+    identity = _identity(checkpoint, layouts)
+    done = _resume(partial, identity)
+
+    offsets = record_offsets(layouts, len(header_bytes(layouts)))
+    dense_bytes = sum(checkpoint.tensors[name].num_bytes for name in dense)
+    total = dense_bytes + offsets[-1]
+    _check_space(partial, total)
+    report = _Report(progress, total)
+    try:
+        for pattern in _COPIED:
+            for file in folder.glob(pattern):
+                if not file.name.endswith(".safetensors.index.json"):
+                    shutil.copyfile(file, partial / file.name)
+        _write_dense(checkpoint, dense, partial / SINGLE_FILE, report)
+        _write_experts(checkpoint, layers, partial, done, report)
+        (partial / _JOURNAL).unlink()
+        os.rename(partial, out)
+    except OSError as error:
+        raise MoeflowError(
+            f"{out} could not be written: {error.strerror or error}. What is done is kept in {partial}: make room and run the "
+            "same command again, or remove that folder."
+        ) from error
+    return out
+
+
+class _Report:
+    """Adds up bytes for a progress callback."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def _identity(checkpoint: Checkpoint, layouts) -> str:
+    """Name the inputs: a partial folder of other inputs must not be continued."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+    return hashlib.sha256(json.dumps([files, layouts]).encode()).hexdigest()
+
+
+def _resume(partial: Path, identity: str) -> list[int]:
+    """Return the checksums of the records that are written already, in file order."""
+    journal = partial / _JOURNAL
+    if journal.is_file():
+        lines = journal.read_text().split("\n")
+        if lines[0] == identity:
+            done = [int(line, 16) for line in lines[1:-1]]  # the last line is empty, or was cut off by a kill
+            journal.write_text("\n".join([identity, *(f"{value:08x}" for value in done), ""]))
+            logger.info("continuing %s after %d experts", partial, len(done))
+            return done
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    journal.write_text(identity + "\n")
+    return []
+
+
+def _check_space(partial: Path, total: int) -> None:
+    written = sum(file.stat().st_size for file in partial.iterdir())
+    free = shutil.disk_usage(partial).free
+    if total - written > free:
+        if not written:
+            shutil.rmtree(partial)
+        raise ConfigError(f"packing needs {total - written:,} more bytes in {partial.parent}, {free:,} are free. Make room.")
+
+
+def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _Report) -> None:
+    """Copy tensors, bytes as they are, into one safetensors file."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        entry = checkpoint.tensors[name]
+        offsets = [position, position + entry.num_bytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(align_up(len(text), 8))
+    handles = [open(source, "rb") for source in checkpoint.files]
+    try:
+        with open(file, "wb") as target:
+            target.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                entry = checkpoint.tensors[name]
+                source, left = handles[entry.file], entry.num_bytes
+                source.seek(entry.begin)
+                while left:
+                    chunk = source.read(min(left, _COPY_BYTES))
+                    if not chunk:
+                        raise OSError(5, f"{checkpoint.files[entry.file]} ends early")
+                    target.write(chunk)
+                    left -= len(chunk)
+                    report.add(len(chunk))
+            target.flush()
+            os.fsync(target.fileno())
+    finally:
+        for handle in handles:
+            handle.close()
+
+
+def _write_experts(checkpoint, layers, partial, done, report) -> None:
+    layouts = [source.layout for source in layers]
+    offsets = record_offsets(layouts, len(header_bytes(layouts)))
+    keys = [ExpertKey(number, expert) for number, layout in enumerate(layouts) for expert in range(layout.num_experts)]
+    strides = [align_up(layout.record.num_bytes, PAGE_BYTES) for layout in layouts]
+    sums = list(done)
+    report.add(sum(strides[key.layer] for key in keys[: len(done)]))
+    file, store = partial / PACKED_FILE, ExpertStore(checkpoint.files, layers)
+    threads = ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="moeflow-pack")
+    try:
+        with open(file, "r+b" if file.exists() else "w+b") as target, open(partial / _JOURNAL, "a") as journal:
+            target.truncate(offsets[-1])
+
+            def read(key):
+                record = np.zeros(strides[key.layer], np.uint8)
+                store.read(key, record)
+                return record
+
+            waiting = deque()
+            todo = iter(keys[len(done) :])
+            for key in todo:
+                waiting.append((key, threads.submit(read, key)))
+                if len(waiting) < _READS_IN_FLIGHT:
+                    continue
+                sums.append(_write_record(target, journal, layouts, offsets, strides, *waiting.popleft()))
+                report.add(strides[key.layer])
+            while waiting:
+                key, future = waiting.popleft()
+                sums.append(_write_record(target, journal, layouts, offsets, strides, key, future))
+                report.add(strides[key.layer])
+            os.fsync(target.fileno())
+            sums_by_layer, sums = [], iter(sums)
+            for layout in layouts:
+                sums_by_layer.append([next(sums) for _ in range(layout.num_experts)])
+            target.seek(0)
+            target.write(header_bytes(layouts, sums_by_layer))
+            target.flush()
+            os.fsync(target.fileno())
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+        store.close()
+
+
+def _write_record(target, journal, layouts, offsets, strides, key, future) -> int:
+    record = future.result()
+    target.seek(offsets[key.layer] + key.expert * strides[key.layer])
+    target.write(record)
+    target.flush()
+    value = zlib.crc32(record[: layouts[key.layer].record.num_bytes])
+    journal.write(f"{value:08x}\n")  # after the record: what the journal names is in the file
+    journal.flush()
+    return value

@@ -1,0 +1,442 @@
+"""The chat on a real pseudo-terminal and in real pipes, with a tiny random Mixtral run by moeflow."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from contextlib import contextmanager
+from string import ascii_lowercase
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+from moeflow.chat import Conversation, run_chat, run_prompt
+from moeflow.errors import ConfigError, MoeflowError
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+DEADLINE_S = 20
+PROMPT = r"(?m)^>"
+ENDLESS = 30_000  # tokens: more than the model says before a test is over
+ANSWERING = re.compile(r"[a-z ]{60}")  # the model says nothing but these, and nobody else that many in a row
+
+DRIVER = """
+import json, os, sys
+if sys.stdin.isatty():
+    os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes it the controlling terminal, where Ctrl-C comes from
+from transformers import AutoTokenizer
+from moeflow import load_moe
+from moeflow.chat import run_chat
+folder, options = sys.argv[1], json.loads(sys.argv[2])
+model = load_moe(folder, expert_memory="75%")
+sys.exit(run_chat(model, AutoTokenizer.from_pretrained(folder), temperature=0, name="tiny", **options))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint that says small letters and spaces without end."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<|im_end|>", pad_token="<|pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=2 * ENDLESS,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    sayable = {tokenizer(char)["input_ids"][0] for char in ascii_lowercase + " "}
+    model.generation_config.suppress_tokens = [token for token in range(len(tokenizer)) if token not in sayable]
+    model.save_pretrained(folder)
+    (folder / "driver.py").write_text(DRIVER)
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def driver_command(folder, **options):
+    return [sys.executable, str(folder / "driver.py"), str(folder), json.dumps(options)]
+
+
+class Terminal:
+    """The other end of a pseudo-terminal: types, and reads until something has appeared."""
+
+    def __init__(self, master, process):
+        self.master = master
+        self.process = process
+        self.unread = ""
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def expect(self, pattern):
+        """Read up to and including a match of `pattern`; returns everything up to its end."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not (found := re.search(pattern, self.unread)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.unread!r}"
+            chunk = self._read(deadline)
+            assert chunk is not None, f"the program ended without {pattern!r}: {self.unread!r}"
+            # Colours and cursor movements go; what they move around stays in the order it was written.
+            self.unread = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r", "", self.unread + chunk)
+        text, self.unread = self.unread[: found.end()], self.unread[found.end() :]
+        return text
+
+    def ask(self, line, answer):
+        """Type a line, and read up to `answer` and the next prompt."""
+        self.type(line + "\r")
+        text = self.expect(answer)
+        self.expect(PROMPT)
+        return text
+
+    def expect_end(self):
+        deadline = time.monotonic() + DEADLINE_S
+        while self._read(deadline) is not None:
+            assert time.monotonic() < deadline, "the program did not end"
+        return self.process.wait(timeout=DEADLINE_S)
+
+    def _read(self, deadline):
+        """Return what has arrived by `deadline`, None once the program has closed its end."""
+        ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+        if not ready:
+            return ""
+        try:
+            return os.read(self.master, 65536).decode(errors="replace") or None
+        except OSError:  # Linux says EIO where others say end of file
+            return None
+
+
+@contextmanager
+def open_terminal(folder, cache, term, **options):
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    env = {**os.environ, "TERM": term, "MOEFLOW_CACHE": str(cache), "PROMPT_TOOLKIT_NO_CPR": "1", "LANG": "C.UTF-8"}
+    env.pop("NO_COLOR", None)
+    process = subprocess.Popen(
+        driver_command(folder, **options), stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
+    )
+    os.close(slave)
+    terminal = Terminal(master, process)
+    try:
+        terminal.expect("tiny · ")
+        terminal.expect(PROMPT)
+        yield terminal
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+@pytest.fixture(scope="module")
+def shared_terminal(folder, tmp_path_factory):
+    with open_terminal(folder, tmp_path_factory.mktemp("cache"), "dumb", max_new_tokens=8) as terminal:
+        yield terminal
+
+
+@pytest.fixture
+def terminal(shared_terminal):
+    shared_terminal.ask("/reset", "conversation forgotten")
+    shared_terminal.ask("/system", "system prompt removed")
+    return shared_terminal
+
+
+def test_answer_is_followed_by_its_figures(terminal):
+    text = terminal.ask("hello", r"length limit reached\n")
+    pattern = (
+        r"\n[a-z ]{8}\n8 tok · [\d.]+ tok/s · TTFT [\d.]+ m?s · hit rate \d+ % \(decode\) · [\d.]+ [KM]?i?B read · "
+        r"experts [\d.]+ KiB of [\d.]+ KiB · process [\d.]+ [MG]iB · length limit reached\n$"
+    )
+    assert re.search(pattern, text)
+
+
+def test_saved_conversation_comes_back_after_reset(terminal, tmp_path):
+    first, second = tmp_path / "first file.json", tmp_path / "second.json"
+    terminal.ask("/system Be brief.", "system prompt set")
+    terminal.ask("hello", "length limit")
+    terminal.ask(f"/save {first}", "3 messages saved to")
+    messages = json.loads(first.read_text())
+    assert [(m["role"], m["content"]) for m in messages[:2]] == [("system", "Be brief."), ("user", "hello")]
+    assert messages[2]["role"] == "assistant"
+    assert len(messages[2]["content"]) == 8
+
+    terminal.ask("/reset", "forgotten")
+    terminal.ask(f"/save {second}", "1 messages saved to")
+    assert json.loads(second.read_text()) == messages[:1]
+    terminal.ask(f"/load {first}", "3 messages loaded from")
+    terminal.ask(f"/save {second}", "3 messages saved to")
+    assert json.loads(second.read_text()) == messages
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first file.json", "second.json"]
+
+
+def test_conversation_is_part_of_the_next_prompt(terminal):
+    once = terminal.ask("hello", r"8 tok")
+    again = terminal.ask("hello", r"8 tok")
+    terminal.ask("/reset", "forgotten")
+    assert terminal.ask("hello", r"8 tok") == once != again
+
+
+def test_failing_file_commands_say_why_and_the_chat_goes_on(terminal, tmp_path):
+    terminal.ask(f"/load {tmp_path}/none.json", "error: cannot read .*none.json: No such file or directory")
+    terminal.ask(f"/save {tmp_path}/none/x.json", "error: cannot write .*x.json: No such file or directory")
+    terminal.ask("/load", "error: /load needs a file: /load FILE")
+
+
+def test_unknown_command_names_help_and_help_names_every_command(terminal):
+    terminal.ask("/halp", "error: there is no command /halp; /help lists them")
+    text = terminal.ask("/help", "Ctrl-D or /exit leaves")
+    for command in ("/reset", "/system TEXT", "/save FILE", "/load FILE", "/stats", "/help", "/exit"):
+        assert command in text
+
+
+def test_stats_show_the_counters_of_the_runtime(terminal):
+    terminal.ask("hello", "length limit")
+    text = terminal.ask("/stats", "expert budget .* threads")
+    for label in ("slots on cpu", "prefill", "decode", "hit rate", "evictions", "process"):
+        assert label in text
+
+
+def test_control_c_at_the_prompt_clears_the_line_and_says_how_to_leave(terminal):
+    terminal.type("half a line")
+    terminal.expect("half a line")
+    terminal.type("\x03")
+    terminal.expect("line cleared; Ctrl-D or /exit leaves\n")
+    terminal.expect(PROMPT)
+    terminal.ask("/halp", "no command /halp;")
+
+
+def test_backslash_and_alt_enter_begin_a_new_line(terminal, tmp_path):
+    terminal.ask("one\\\rtwo\x1b\rthree", "length limit")
+    terminal.ask(f"/save {tmp_path}/m.json", "saved")
+    assert json.loads((tmp_path / "m.json").read_text())[0]["content"] == "one\ntwo\nthree"
+
+
+def test_slash_after_a_space_is_text(terminal, tmp_path):
+    terminal.ask(" /etc is what?", "length limit")
+    terminal.ask(f"/save {tmp_path}/m.json", "saved")
+    assert json.loads((tmp_path / "m.json").read_text())[0]["content"] == "/etc is what?"
+
+
+@pytest.mark.parametrize(("term", "leave"), [("dumb", "/exit\r"), ("xterm-256color", "\x04")])
+def test_control_c_stops_the_answer_and_not_the_program(folder, tmp_path, term, leave):
+    with open_terminal(folder, tmp_path, term, max_new_tokens=ENDLESS) as terminal:
+        terminal.type("hello\r")
+        terminal.expect(ANSWERING)
+        terminal.type("\x03\x03")
+        terminal.expect(r"\d+ tok · .* · stopped")
+        terminal.expect(PROMPT)
+        terminal.ask(f"/save {tmp_path}/m.json", "2 messages saved")
+        partial = json.loads((tmp_path / "m.json").read_text())[1]["content"]
+        assert 60 <= len(partial) < ENDLESS
+        terminal.type("again\r")
+        terminal.expect(ANSWERING)
+        terminal.type("\x03")
+        terminal.expect(r"· stopped")
+        terminal.expect(PROMPT)
+        terminal.type(leave)
+        assert terminal.expect_end() == 0
+    assert "+hello" in (tmp_path / "chat_history").read_text()
+    assert (tmp_path / "chat_history").stat().st_mode & 0o777 == 0o600
+
+
+def test_piped_prompt_prints_only_the_answer_on_stdout(folder):
+    done = subprocess.run(
+        driver_command(folder, max_new_tokens=8),
+        input="two\nlines\n",
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[a-z ]{8}\n", done.stdout)
+    assert re.search(r"^8 tok · .* · hit rate \d+ % \(decode\) · .* · length limit reached$", done.stderr, re.MULTILINE)
+
+
+def test_piped_prompt_with_json_prints_one_object(folder):
+    done = subprocess.run(
+        driver_command(folder, max_new_tokens=8, as_json=True),
+        input="hello", capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert len(figures["text"]) == figures["num_new_tokens"] == 8
+    assert figures["stopped"] == "length"
+    assert figures["moeflow"]["decode"]["tokens"] == 7
+    assert 0 <= figures["moeflow"]["decode"]["hit_rate"] <= 1
+
+
+def test_prompt_of_a_pipe_is_one_message_without_its_last_newline(model, tokenizer):
+    out, direct = io.StringIO(), io.StringIO()
+    options = {"max_new_tokens": 8, "temperature": 0}
+    assert run_chat(model, tokenizer, stdin=io.StringIO("a\nb\n"), stdout=out, **options) == 0
+    assert run_prompt(model, tokenizer, "a\nb", stdout=direct, **options) == 0
+    assert out.getvalue() == direct.getvalue()
+
+
+def test_model_without_moeflow_reports_only_timing(model, tokenizer):
+    out, err = io.StringIO(), io.StringIO()
+    run_prompt(model, tokenizer, "hello", max_new_tokens=4, temperature=0, stdout=out, stderr=err)
+    assert re.fullmatch(r"4 tok · [\d.]+ tok/s · TTFT [\d.]+ m?s · length limit reached\n", err.getvalue())
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", b"\xff\xfe"])
+def test_empty_or_binary_prompt_is_refused(model, tokenizer, text):
+    stdin = io.StringIO(text) if isinstance(text, str) else io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
+    with pytest.raises(ConfigError, match="prompt"):
+        run_chat(model, tokenizer, stdin=stdin, stdout=io.StringIO())
+
+
+def conversation_of(*texts, system=None):
+    conversation = Conversation(system)
+    conversation.turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return conversation
+
+
+def test_template_sees_system_prompt_and_turns(tokenizer):
+    ids = conversation_of("a", "b", "c", system="S").encode(tokenizer)
+    assert tokenizer.decode(ids[0]) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_template_without_a_system_role_gets_it_in_the_first_message(tokenizer):
+    tokenizer.chat_template = NO_SYSTEM
+    ids = conversation_of("a", "b", "c", system="S").encode(tokenizer)
+    assert tokenizer.decode(ids[0]).startswith("<|im_start|>user\nS\n\na<|im_end|>\n<|im_start|>assistant\nb")
+
+
+def test_template_that_refuses_is_an_error_with_its_words(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(MoeflowError, match="never"):
+        conversation_of("a", system="S").encode(tokenizer)
+
+
+def test_tokenizer_without_template_continues_the_text(tokenizer):
+    tokenizer.chat_template = None
+    ids = conversation_of("The sky", " is blue.", "The sea", system="Facts").encode(tokenizer)
+    assert tokenizer.decode(ids[0]) == "Facts\nThe sky is blue.\nThe sea"
+
+
+def context_of(max_position_embeddings):
+    """All that `fit` asks of a model: the length of its context."""
+    config = MixtralConfig(max_position_embeddings=max_position_embeddings)
+    return SimpleNamespace(config=config)
+
+
+def test_oldest_exchanges_are_forgotten_until_the_answer_fits(tokenizer):
+    length = conversation_of("user 1", "said 1", "user 2", system="S").encode(tokenizer).shape[1]
+    conversation = conversation_of("user 0", "said 0", "user 1", "said 1", "user 2", system="S")
+    ids, room, num_forgotten = conversation.fit(context_of(length + 50), tokenizer, 50)
+    assert (ids.shape[1], room, num_forgotten) == (length, 50, 1)
+    assert [turn["content"] for turn in conversation.messages] == ["S", "user 1", "said 1", "user 2"]
+    assert conversation.fit(context_of(length + 49), tokenizer, 50)[2] == 1
+    assert [turn["content"] for turn in conversation.messages] == ["S", "user 2"]
+
+
+def test_conversation_that_fits_loses_nothing(tokenizer):
+    conversation = conversation_of("a", "b", "c")
+    length = conversation.encode(tokenizer).shape[1]
+    assert conversation.fit(context_of(length + 50), tokenizer, 50)[1:] == (50, 0)
+
+
+def test_answer_gets_less_room_where_the_message_leaves_less(tokenizer):
+    conversation = conversation_of("x" * 100)
+    length = conversation.encode(tokenizer).shape[1]
+    assert conversation.fit(context_of(length + 7), tokenizer, 50)[1:] == (7, 0)
+
+
+def test_message_longer_than_the_context_is_refused(tokenizer):
+    with pytest.raises(MoeflowError, match=r"context is 64: shorten it"):
+        conversation_of("x" * 100).fit(context_of(64), tokenizer, 50)
+
+
+def test_long_conversation_never_fails(folder, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, max_position_embeddings=128)
+    err = io.StringIO()
+    saved = tmp_path / "long.json"
+    conversation_of(*["word " * 4, "reply"] * 20).save(saved)
+    conversation = Conversation.load(saved)
+    conversation.turns.append({"role": "user", "content": "and now"})
+    ids, room, num_forgotten = conversation.fit(model, tokenizer, 40)
+    assert ids.shape[1] + room <= 128
+    assert num_forgotten > 10
+    with pytest.raises(MoeflowError, match="shorten it"):
+        run_prompt(model, tokenizer, "x" * 500, stderr=err)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("\xff\xfe", "not a conversation|not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("{}", "found dict"),
+        ('[{"role": "user"}]', "message 1 is something else"),
+        ('[{"role": "user", "content": ["a"]}]', "message 1 is something else"),
+        ('["a"]', "message 1 is something else"),
+        ('[{"role": "user", "content": "a"}]', "take turns"),
+        ('[{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]', "take turns"),
+        ('[{"role": "system", "content": "a"}, {"role": "system", "content": "a"}]', "take turns"),
+    ],
+)
+def test_corrupt_conversation_file_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "broken.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(MoeflowError, match=message) as caught:
+        Conversation.load(path)
+    assert "broken.json" in str(caught.value)
+
+
+def test_file_of_other_encoding_is_refused(tmp_path):
+    (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
+    with pytest.raises(MoeflowError, match=r"latin\.json is not JSON"):
+        Conversation.load(tmp_path / "latin.json")
+
+
+def test_failed_save_leaves_the_old_file_and_no_other(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    with pytest.raises(MoeflowError, match="cannot write"):
+        conversation_of("a", "b").save(target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_save_replaces_a_file_whole(tmp_path):
+    path = tmp_path / "c.json"
+    conversation_of("long " * 1000, "b").save(path)
+    conversation_of("é", "b", system="S").save(path)
+    assert Conversation.load(path).messages == conversation_of("é", "b", system="S").messages
+
+
+def test_no_thread_outlives_an_answer(model, tokenizer):
+    run_prompt(model, tokenizer, "hello", max_new_tokens=4, stdout=io.StringIO(), stderr=io.StringIO())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moeflow-answer")]
