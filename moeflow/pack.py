@@ -66,7 +66,7 @@ def pack_model(model: str | Path, out: str | Path, *, progress: Progress | None 
     offsets = record_offsets(layouts, len(header_bytes(layouts)))
     dense_bytes = sum(checkpoint.tensors[name].num_bytes for name in dense)
     total = dense_bytes + offsets[-1]
-    _check_space(partial, total)
+    _check_space(partial, total, fresh=not done)
     report = _Report(progress, total)
     try:
         for pattern in _COPIED:
@@ -120,11 +120,11 @@ def _resume(partial: Path, identity: str) -> list[int]:
     return []
 
 
-def _check_space(partial: Path, total: int) -> None:
+def _check_space(partial: Path, total: int, *, fresh: bool) -> None:
     written = sum(file.stat().st_size for file in partial.iterdir())
     free = shutil.disk_usage(partial).free
     if total - written > free:
-        if not written:
+        if fresh:
             shutil.rmtree(partial)
         raise ConfigError(f"packing needs {total - written:,} more bytes in {partial.parent}, {free:,} are free. Make room.")
 

@@ -153,12 +153,10 @@ def stats_table(stats: dict) -> Table:
     for label, name in (("device experts", "device"), ("host experts", "host"), ("process", "process")):
         table.add_row(label, format_bytes(memory[f"{name}_bytes"]), format_bytes(memory[f"{name}_peak_bytes"]))
     table.add_row("staging", format_bytes(memory["staging_bytes"]), "")
+    table.add_section()
     budget, everything = format_bytes(memory["expert_budget_bytes"]), format_bytes(memory["all_experts_bytes"])
-    table.caption = (
-        f"expert budget {budget} of {everything} · {io['mode']} reads: {io['reads']:,} · "
-        f"{format_bytes(io['bytes'])} · {io['threads']} threads"
-    )
-    table.caption_justify = "left"
+    table.add_row("expert budget", budget, f"of {everything}")
+    table.add_row(f"{io['mode']} reads, {io['threads']} threads", f"{io['reads']:,}", format_bytes(io["bytes"]))
     return table
 
 
@@ -173,7 +171,7 @@ def render_markdown(text: str) -> RenderableType:
                 child.type = "hardbreak"
     rendered = Markdown("")
     rendered.parsed = tokens
-    return rendered
+    return _SingleSpaced(rendered)
 
 
 def split_markdown(text: str) -> tuple[str, str]:
@@ -196,6 +194,28 @@ def _parse_markdown(text):
     from markdown_it import MarkdownIt
 
     return MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).parse(text)
+
+
+class _SingleSpaced:
+    """Renderable without the blank lines of another that follow a blank line or stand at an end."""
+
+    def __init__(self, renderable):
+        self.renderable = renderable
+
+    def __rich_console__(self, console, options):
+        from rich.segment import Segment
+
+        num_blank = None  # None until the first line that is not blank
+        for line in console.render_lines(self.renderable, options.update(height=None), pad=False):
+            # A coloured space is not blank: it is the margin of a code block.
+            if all(not part.text.strip() and not (part.style and part.style.bgcolor) for part in line):
+                num_blank = None if num_blank is None else num_blank + 1
+                continue
+            if num_blank:
+                yield Segment.line()
+            num_blank = 0
+            yield from line
+            yield Segment.line()
 
 
 class Tail:
@@ -267,12 +287,13 @@ class Screen:
                 self.console.print()
             self.console.print(render_markdown(text))
 
-        with Live(console=self.console, get_renderable=window, refresh_per_second=8, transient=True):
+        with Live(console=self.console, get_renderable=window, refresh_per_second=8, transient=True) as live:
             for piece in pieces:
                 rest += piece
                 if "\n" in piece:
                     finished, rest = split_markdown(rest)
                     if finished:
+                        live.refresh()  # or the window still shows what is printed above it now
                         print_blocks(finished)
                         printed = True
         if rest.strip():

@@ -187,11 +187,12 @@ class ExpertStore:
                     raise
                 fd = self._reopen_buffered(extent.file)
                 continue
-            if count == 0:
-                raise OSError(errno.EIO, f"the file ends {needed - done} bytes early, it was truncated")
-            done += count
-            if done < needed and done % PAGE_BYTES:  # a short direct read would leave the next one unaligned
-                done -= done % PAGE_BYTES
+            end = done + count
+            if end < needed:
+                end -= end % PAGE_BYTES  # a direct read goes on at a page
+                if end <= done:
+                    raise OSError(errno.EIO, f"the file ends {needed - done - count} bytes early, it was truncated")
+            done = end
         return needed
 
     def _open(self, file: int) -> int:

@@ -1,0 +1,218 @@
+"""The command line: parses, calls the library, and turns its errors into one line.
+
+torch and transformers are imported by the commands that need them, so that --help answers at once.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+
+from moeflow import __version__
+from moeflow.errors import ConfigError, MoeflowError
+
+_MEMORY_HELP = 'bytes, "6GiB", "600MB", "25%%" of all experts, or "auto"'
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; sys.argv's when None.
+
+    Returns:
+        The exit code: 0, 1 for an error that was told in one line, 130 for Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except MoeflowError as error:
+        print(f"moeflow: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("moeflow: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; the interpreter would complain once more
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moeflow", description="Run any transformers mixture-of-experts model inside the memory you name."
+    )
+    parser.add_argument("--version", action="version", version=f"moeflow {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    chat = commands.add_parser("chat", help="chat in the terminal, or answer one piped prompt")
+    chat.add_argument("model", nargs="?", help="hub id or folder; without it the demo model, built on first use")
+    chat.add_argument("--system", help="system prompt")
+    _add_sampling(chat)
+    _add_loading(chat)
+    chat.add_argument("--plain", action="store_true", help="no colours, no markdown")
+    chat.add_argument("--yes", action="store_true", help="build the demo model without asking")
+    chat.set_defaults(run=_chat)
+
+    generate = commands.add_parser("generate", help="continue a text as it is, without a chat template")
+    generate.add_argument("model", help="hub id or folder")
+    generate.add_argument("prompt", nargs="?", help="the text; without it, standard input")
+    _add_sampling(generate)
+    _add_loading(generate)
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="what a model is and what each budget buys, from headers; or this machine")
+    info.add_argument("model", nargs="?", help="hub id or folder; without it, this installation and machine")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+
+    pack = commands.add_parser("pack", help="write a folder whose experts are one aligned, checksummed read each")
+    pack.add_argument("model", help="hub id or folder")
+    pack.add_argument("out", help="folder to write; a killed run is continued by the next")
+    pack.add_argument("--json", action="store_true", help="print one JSON object")
+    pack.set_defaults(run=_pack)
+
+    demo = commands.add_parser("demo-model", help="build the demo model: 480 experts, 1.4 GB, no hub needed")
+    demo.add_argument("out", nargs="?", help="folder to write; without it the user's cache directory")
+    demo.add_argument("--json", action="store_true", help="print one JSON object")
+    demo.set_defaults(run=_demo_model)
+    return parser
+
+
+def _add_sampling(parser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer (512)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; the checkpoint's setting if absent")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from this share of the probability")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of the sampling")
+
+
+def _add_loading(parser) -> None:
+    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
+    parser.add_argument("--dtype", default="auto", help='"auto", "float32", "bfloat16" or "float16"')
+    parser.add_argument("--expert-memory", default="auto", metavar="SIZE", help=_MEMORY_HELP)
+    parser.add_argument("--host-memory", default="auto", metavar="SIZE", help=f"pinned memory (CUDA only): {_MEMORY_HELP}")
+    parser.add_argument("--policy", default="lfru", help="eviction: lru, lfu, lfru or static")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
+
+
+def _chat(arguments) -> int:
+    from moeflow.chat import run_chat
+
+    if arguments.json and sys.stdin.isatty():
+        raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
+    source = arguments.model or _ensure_demo_model(arguments.yes)
+    model, tokenizer = _load(source, arguments)
+    with model.moeflow:
+        return run_chat(
+            model,
+            tokenizer,
+            system=arguments.system,
+            plain=arguments.plain or None,
+            as_json=arguments.json,
+            name=str(source),
+            **_sampling(arguments),
+        )
+
+
+def _generate(arguments) -> int:
+    from moeflow.answer import stream_answer
+    from moeflow.report import answer_figures, stats_line, write_pieces
+
+    prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
+    model, tokenizer = _load(arguments.model, arguments)
+    with model.moeflow:
+        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        before = model.moeflow.stats()
+        with stream_answer(model, tokenizer, input_ids, **_sampling(arguments)) as stream:
+            if arguments.json:
+                list(stream)
+            else:
+                write_pieces(stream, sys.stdout)
+        after = model.moeflow.stats()
+    if arguments.json:
+        print(json.dumps(answer_figures(before, after, stream.answer), ensure_ascii=False))
+    else:
+        print(stats_line(before, after, stream.answer), file=sys.stderr)
+    return 0
+
+
+def _sampling(arguments) -> dict:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _load(source, arguments):
+    """Load model and tokenizer, with the loader's progress only where somebody looks at it."""
+    from rich.console import Console
+    from rich.status import Status
+
+    console = Console(stderr=True)
+    with Status(f"loading {source}", console=console) if console.is_terminal else nullcontext():
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        from moeflow.model import load_moe
+
+        logging.disable_progress_bar()
+        names = ("device", "dtype", "expert_memory", "host_memory", "policy")
+        model = load_moe(source, **{name: getattr(arguments, name) for name in names})
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise MoeflowError(f"{source} has no tokenizer that transformers can load: {error}") from error
+    return model, tokenizer
+
+
+def _info(arguments) -> int:
+    from moeflow.about import describe_installation, installation_text, model_text
+
+    if arguments.model is None:
+        about, text = describe_installation(), installation_text
+    else:
+        from moeflow.info import describe_model
+
+        about, text = describe_model(arguments.model), model_text
+    if arguments.json:
+        print(json.dumps(about))
+    else:
+        from rich.console import Console
+
+        Console().print(text(about))
+    return 0
+
+
+def _pack(arguments) -> int:
+    from moeflow.pack import pack_model
+    from moeflow.progress import bytes_progress
+
+    with bytes_progress(f"packing {arguments.model}") as progress:
+        folder = pack_model(arguments.model, arguments.out, progress=progress)
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "bytes": num_bytes}))
+    else:
+        print(f"wrote {folder}, {num_bytes:,} bytes: load_moe({str(folder)!r})")
+    return 0
+
+
+def _demo_model(arguments) -> int:
+    from moeflow.demo_model import build_demo_model
+
+    folder = build_demo_model(arguments.out)
+    print(json.dumps({"folder": str(folder)}) if arguments.json else folder)
+    return 0
+
+
+def _ensure_demo_model(yes: bool) -> str:
+    """Return the demo model's folder, building it once the user knows what that takes."""
+    from moeflow.demo_model import build_demo_model, default_demo_path, describe_demo_model
+
+    folder = default_demo_path()
+    if not folder.is_dir():
+        print(describe_demo_model(), file=sys.stderr)
+        if sys.stdin.isatty() and not yes and input("Build it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+            raise MoeflowError("no model: give one, as in moeflow chat org/name, or build the demo model later.")
+        build_demo_model()
+    return str(folder)
