@@ -17,8 +17,8 @@ _FREE, _LOADING, _RESIDENT = 0, 1, 2
 class ExpertCache:
     """Slots shared by all layers, under one eviction policy.
 
-    Frequencies outlive an eviction (an expert that comes back is not a stranger); ages count steps, that is passes
-    of the whole model, since inside one pass every layer is used exactly once.
+    Frequencies outlive an eviction: an expert that comes back is not a stranger. Ages count the passes of the expert's
+    own layer, because tokens walk the layers in order: by any common clock the layers that come next look oldest.
 
     Args:
         num_slots: how many experts fit.
@@ -35,7 +35,6 @@ class ExpertCache:
         self.policy = policy
         self.evictions = 0
         self.peak_used = 0
-        self.step = 0
         self.num_fixed = max(num_slots - num_transient, 0)
         self._victim_scores: Callable = POLICIES[policy]
         self._slot_of: dict[ExpertKey, int] = {}
@@ -46,10 +45,12 @@ class ExpertCache:
         self._count: dict[ExpertKey, int] = {}
         self._last_event: dict[ExpertKey, int] = {}
         self._event = 0
+        self._passes: dict[int, int] = {}  # of each layer
         # Mirrors of the dicts above for the expert in each slot, so that a victim is found without a Python loop.
         self.frequency = np.zeros(num_slots)
-        self.last_step = np.zeros(num_slots)
+        self.last_pass = np.zeros(num_slots)
         self.last_event = np.zeros(num_slots)
+        self.layer = np.zeros(num_slots, np.int64)
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -67,19 +68,25 @@ class ExpertCache:
         slot = self._slot_of.get(key)
         return slot if slot is not None and self._state[slot] == _LOADING else None
 
-    def advance_step(self) -> None:
-        """Say that a new pass of the model begins: all ages grow by one."""
-        self.step += 1
-
     def touch(self, keys: list[ExpertKey]) -> None:
-        """Record that these experts are demanded by one event (one layer of one pass), whether resident or not."""
+        """Record that these experts are demanded by one pass of their layer, whether resident or not."""
+        if not keys:
+            return
+        layer = keys[0].layer
+        now = self._passes[layer] = self._passes.get(layer, 0) + 1
         for key in keys:
             self._event += 1
             count = self._count[key] = self._count.get(key, 0) + 1
             self._last_event[key] = self._event
             slot = self._slot_of.get(key)
             if slot is not None:
-                self.frequency[slot], self.last_step[slot], self.last_event[slot] = count, self.step, self._event
+                self.frequency[slot], self.last_pass[slot], self.last_event[slot] = count, now, self._event
+
+    def ages(self) -> np.ndarray:
+        """Return, for each slot, how many passes of its expert's layer went by since its last use: [num_slots]."""
+        passes = np.zeros(max(self._passes, default=0) + 1)
+        passes[list(self._passes)] = list(self._passes.values())
+        return passes[self.layer] - self.last_pass
 
     def reserve(self, key: ExpertKey) -> int | None:
         """Give an absent expert a slot, evicting by policy, and mark it loading with one pin.
@@ -99,7 +106,8 @@ class ExpertCache:
         self._slot_of[key], self._key_of[slot] = slot, key
         self._state[slot], self._pins[slot] = _LOADING, 1
         self.frequency[slot] = self._count.get(key, 0)
-        self.last_step[slot], self.last_event[slot] = self.step, self._last_event.get(key, 0)
+        self.last_pass[slot], self.last_event[slot] = self._passes.get(key.layer, 0), self._last_event.get(key, 0)
+        self.layer[slot] = key.layer
         self.peak_used = max(self.peak_used, len(self._slot_of))
         return slot
 
@@ -169,7 +177,7 @@ class ExpertCache:
         evictable = (self._pins == 0) & (self._state == _RESIDENT)
         if not evictable.any():
             return None
-        # Ties go to the least recent event, so the order never depends on slot numbers.
+        # What still ties goes by the least recent event, so the order never depends on slot numbers.
         scores = np.where(evictable, self._victim_scores(self), np.inf)
         lowest = np.flatnonzero(scores == scores.min())
         return int(lowest[np.argmin(self.last_event[lowest])])
@@ -190,7 +198,8 @@ def _lfu(cache: ExpertCache) -> np.ndarray:
 
 
 def _lfru(cache: ExpertCache) -> np.ndarray:
-    return cache.frequency / (cache.step - cache.last_step + 1)
+    # Among equals the most recent goes: its layer is the last to run again.
+    return cache.frequency / (cache.ages() + 1) - 1e-12 * cache.last_event
 
 
 def _static(cache: ExpertCache) -> np.ndarray:

@@ -101,9 +101,6 @@ class ExpertRuntime:
         """Say that a pass over [num_sequences, num_positions] new tokens begins."""
         with self._lock:
             self._stats.begin_forward(num_sequences, num_positions)
-            self.cache.advance_step()
-            if self._host is not None:
-                self._host.cache.advance_step()
 
     def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yield every demanded expert once with its weights: resident ones first, then as they arrive.

@@ -19,9 +19,8 @@ def fill(cache, *experts):
 
 
 def demand(cache, expert):
-    """One demand of one expert in its own step; returns what was evicted."""
+    """One pass of layer 0 that demands one expert; returns what was evicted."""
     before, key = set(cache.resident()), ExpertKey(0, expert)
-    cache.advance_step()
     cache.touch([key])
     if key not in cache:
         fill_slot = cache.reserve(key)
@@ -52,11 +51,28 @@ def test_lfru_weighs_frequency_by_age():
     cache = ExpertCache(2, "lfru")
     for expert in (0, 0, 0, 1):
         demand(cache, expert)
-    # 0: 3 uses, 2 steps ago at the next demand: 3/3; 1: 1 use, 1 step ago: 1/2
+    # At the next pass 0 has 3 uses and age 2: 3/3; 1 has 1 use and age 1: 1/2
     assert demand(cache, 2) == 1
     for _ in range(6):
         demand(cache, 2)
     assert demand(cache, 1) == 0  # 0: 3/9, 2: 7/2
+
+
+def test_age_counts_passes_of_the_experts_own_layer():
+    """A layer that is about to run must not look old because others ran in between."""
+    cache = ExpertCache(2, "lfru")
+    for _ in range(2):
+        for layer in (0, 1):
+            key = ExpertKey(layer, 7)
+            cache.touch([key])
+            if key not in cache:
+                cache.reserve(key)
+                cache.commit(key)
+                cache.unpin(key)
+    cache.touch([ExpertKey(2, 0)])
+    cache.reserve(ExpertKey(2, 0))
+    assert ExpertKey(0, 7) in cache  # as young as (1, 7), and its layer comes first
+    assert ExpertKey(1, 7) not in cache
 
 
 def test_static_keeps_the_first_experts_for_good():
@@ -109,7 +125,6 @@ def test_random_operations_keep_the_invariants(policy, num_slots, operations):
     cache, pinned, loading = ExpertCache(num_slots, policy), [], []
     for step, number in enumerate(operations):
         key = ExpertKey(step % 2, number)
-        cache.advance_step()
         cache.touch([key])
         if key in cache:
             cache.pin(key)
