@@ -53,7 +53,10 @@ def model_text(about: dict):
     for name, value in (
         ("model", f"{about['model']} ({about['model_type']}{', packed' if about['packed'] else ''})"),
         ("layers", f"{about['layers']}, of which {about['moe_layers']} have routed experts"),
-        ("experts", f"{about['num_experts']} ({about['experts_per_layer']} a layer, {about['num_experts_per_tok']} a token)"),
+        (
+            "experts",
+            f"{about['num_experts']} ({about['experts_per_layer']} a layer, {about['num_experts_per_tok']} a token)",
+        ),
         ("an expert", f"{format_bytes(largest)} ({about['dtype']})"),
         ("all experts", format_bytes(about["experts_bytes"])),
         ("everything else", format_bytes(about["dense_bytes"])),
@@ -62,7 +65,9 @@ def model_text(about: dict):
         ("GPUs", "; ".join(machine["gpus"]) or "none"),
     ):
         facts.add_row(name, str(value))
-    budgets = Table("budget", "bytes", "slots", "experts a layer", title="what expert_memory buys", title_justify="left")
+    budgets = Table(
+        "budget", "bytes", "slots", "experts a layer", title="what expert_memory buys", title_justify="left"
+    )
     for row in about["budgets"]:
         per_layer = f"{row['resident_experts_per_layer']:g}" if row["runs"] else "too small"
         budgets.add_row(f"{row['share_percent']:g}%", format_bytes(row["bytes"]), str(row["slots"]), per_layer)

@@ -127,7 +127,8 @@ class ExpertCache:
     def evict(self, key: ExpertKey) -> None:
         """Drop a resident, unpinned expert."""
         slot = self._slot_of[key]
-        assert self._state[slot] == _RESIDENT and self._pins[slot] == 0, f"{key} is loading or pinned"
+        assert self._state[slot] == _RESIDENT, f"{key} is loading"
+        assert self._pins[slot] == 0, f"{key} is pinned"
         self._release(slot)
         self.evictions += 1
 
@@ -166,9 +167,8 @@ class ExpertCache:
         assert len(set(self._slot_of.values())) == len(self._slot_of), "two experts share a slot"
         assert sorted([*self._free, *self._slot_of.values()]) == list(range(self.num_slots)), "a slot is lost"
         for slot in self._free:
-            assert self._key_of[slot] is None and self._state[slot] == _FREE and self._pins[slot] == 0, (
-                f"free slot {slot} is not empty"
-            )
+            empty = self._key_of[slot] is None and self._state[slot] == _FREE and self._pins[slot] == 0
+            assert empty, f"free slot {slot} is not empty"
         assert (self._pins >= 0).all(), "a pin count is negative"
         for key, slot in self._slot_of.items():
             assert self.frequency[slot] == self._count.get(key, 0), f"frequency of {key} is stale"

@@ -99,7 +99,9 @@ def _no_weights(folder: Path) -> CheckpointError:
             "file. Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder), which writes safetensors."
         )
-    return CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. Give a folder with safetensors weights.")
+    return CheckpointError(
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. Give a folder with safetensors weights."
+    )
 
 
 def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
@@ -118,7 +120,8 @@ def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
-                    f"{file} is truncated or not a safetensors file: {size} bytes on disk, and a header of {length} bytes "
+                    f"{file} is truncated or not a safetensors file: {size} bytes on disk, and a "
+                    f"header of {length} bytes "
                     "announced. Download it again."
                 )
             header = json.loads(handle.read(length))
@@ -137,7 +140,8 @@ def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
             num_bytes = math.prod(shape) * DTYPE_BYTES.get(info["dtype"], 0)
             if begin < 0 or end < begin or (num_bytes and end - begin != num_bytes):
                 raise CheckpointError(
-                    f"{file}: tensor {name!r} of {info['dtype']} {list(shape)} has bytes {begin} to {end}, which cannot be. "
+                    f"{file}: tensor {name!r} of {info['dtype']} {list(shape)} has bytes {begin} to "
+                    f"{end}, which cannot be. "
                     "The header is corrupt: download it again."
                 )
             entries[name] = TensorEntry(number, info["dtype"], shape, data + begin, end - begin)

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sampling(parser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer (512)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; the checkpoint's setting if absent")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; without it the checkpoint's")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from this share of the probability")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     parser.add_argument("--seed", type=int, metavar="S", help="seed of the sampling")
@@ -90,7 +90,7 @@ def _add_loading(parser) -> None:
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
     parser.add_argument("--dtype", default="auto", help='"auto", "float32", "bfloat16" or "float16"')
     parser.add_argument("--expert-memory", default="auto", metavar="SIZE", help=_MEMORY_HELP)
-    parser.add_argument("--host-memory", default="auto", metavar="SIZE", help=f"pinned memory (CUDA only): {_MEMORY_HELP}")
+    parser.add_argument("--host-memory", default="auto", metavar="SIZE", help=f"pinned, CUDA only: {_MEMORY_HELP}")
     parser.add_argument("--policy", default="lfru", help="eviction: lru, lfu, lfru or static")
     parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
 

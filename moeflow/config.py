@@ -88,7 +88,8 @@ class ExpertsSize:
         if slots < self.min_slots:
             raise BudgetError(
                 f"{name} of {budget_bytes:,} bytes holds {slots} experts of {self.slot_bytes:,} bytes. The minimum is "
-                f"{self.min_bytes:,} bytes: {self.num_experts_per_tok} experts of a token in one layer and one for a read in "
+                f"{self.min_bytes:,} bytes: {self.num_experts_per_tok} experts of a token in one "
+                "layer and one for a read in "
                 f"flight. All {self.num_experts} experts take {self.all_bytes:,} bytes."
             )
         return slots

@@ -61,7 +61,8 @@ class OffloadedExperts:
         """Do the work of a call, outside autograd and compilation."""
         if hidden_states.device != self.runtime.device:
             raise ConfigError(
-                f"the model's activations are on {hidden_states.device}, its experts on {self.runtime.device}. Do not move a "
+                f"the model's activations are on {hidden_states.device}, its experts on "
+                f"{self.runtime.device}. Do not move a "
                 "model that load_moe returned: give load_moe the device instead."
             )
         num_tokens, top_k = top_k_index.shape
@@ -125,7 +126,8 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "moeflow's offloaded experts have no backward pass: their weights are not in memory at once. Load the model with "
+            "moeflow's offloaded experts have no backward pass: their weights are not in memory at "
+            "once. Load the model with "
             "AutoModelForCausalLM.from_pretrained to train it."
         )
 

@@ -8,16 +8,13 @@ architectures is kept here).
 import copy
 import json
 import re
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from moeflow.checkpoint import TensorEntry
-from moeflow.core import LayerLayout, RecordLayout
 from moeflow.errors import CheckpointError, ModelSourceError, UnsupportedModelError
-from moeflow.layers import Conversion, LayerSource, PieceTable
 
 try:
     import transformers
@@ -37,7 +34,15 @@ except ImportError as error:  # pragma: no cover - depends on the installed vers
 IMPLEMENTATION = "moeflow"
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
+_TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k",
+)
 
 
 def _experts_forward(module, hidden_states, top_k_index, top_k_weights):
@@ -94,7 +99,9 @@ def resolve_folder(model: str | Path, **download_kwargs) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        raise ModelSourceError(f"{model} is not a folder. Give a folder with a checkpoint, or a hub id such as org/name.")
+        raise ModelSourceError(
+            f"{model} is not a folder. Give a folder with a checkpoint, or a hub id such as org/name."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -196,7 +203,8 @@ def experts_modules(model) -> list[tuple[str, torch.nn.Module]]:
     found = [(name, module) for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no routed experts that transformers runs through its experts interface: it is a "
+            f"{type(model).__name__} has no routed experts that transformers runs through its experts "
+            "interface: it is a "
             "dense model, or a family that cannot be offloaded. Load it with AutoModelForCausalLM.from_pretrained."
         )
     return found
@@ -254,31 +262,21 @@ def key_value_bytes_per_position(model) -> int:
     return features * model.dtype.itemsize
 
 
-def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
-    """Find every expert's bytes in a checkpoint, by transformers' own conversion mapping.
-
-    Args:
-        model: the empty model, experts still on it; their dtype is the dtype the records get.
-        tensors: the checkpoint's tensors by their names in the checkpoint.
-
-    Raises:
-        CheckpointError: an expert's tensor is missing or has another shape than the model's.
-        UnsupportedModelError: the checkpoint needs a conversion that mixes experts.
-    """
-    collected = _collect(model, tensors)
-    for name, stored in model.all_tied_weights_keys.items():  # experts used from two places are stored once
-        if name not in collected and stored in collected:
-            collected[name] = collected[stored]
-    return [_layer_source(path, module, collected) for path, module in experts_modules(model)]
-
-
 def _natural_order(name: str) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _collect(model, tensors):
-    """Group checkpoint entries by the expert parameter they feed: {parameter: (converter, {pattern: [entry]})}."""
-    parameters = {name: value for name, value in model.state_dict().items()}
+def collect_expert_tensors(model, tensors: dict[str, TensorEntry]) -> dict[str, tuple]:
+    """Group a checkpoint's tensors by the expert parameter they feed, by transformers' own conversion mapping.
+
+    Args:
+        model: the empty model, experts still on it.
+        tensors: the checkpoint's tensors by their names in the checkpoint.
+
+    Returns:
+        {parameter: (converter or None, {source pattern: [(tensor name, entry)]}, place among the converter's targets)}
+    """
+    parameters = model.state_dict()
     expert_names = {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -299,153 +297,7 @@ def _collect(model, tensors):
         for place, target in enumerate(targets):
             _, groups, _ = collected.setdefault(target, (converter, {}, place))
             groups.setdefault(pattern or key, []).append((key, tensors[key]))
+    for name, stored in model.all_tied_weights_keys.items():  # experts used from two places are stored once
+        if name not in collected and stored in collected:
+            collected[name] = collected[stored]
     return collected
-
-
-def map_layouts(model) -> list[LayerLayout]:
-    """Return how each layer's experts lie in a slot, from the empty model alone."""
-    return [_layout(path, module) for path, module in experts_modules(model)]
-
-
-def _layout(path, module) -> LayerLayout:
-    parameters = {name: value for name, value in module._parameters.items() if value is not None}
-    num_experts = next(iter(parameters.values())).shape[0]
-    for name, value in parameters.items():
-        if value.shape[0] != num_experts or value.dtype not in DTYPE_NAMES:
-            raise UnsupportedModelError(
-                f"{path}.{name} is {value.dtype} {list(value.shape)}: moeflow needs float experts stacked along the first "
-                f"dimension, here {num_experts}."
-            )
-    return LayerLayout(
-        path, num_experts, RecordLayout.pack([(n, DTYPE_NAMES[p.dtype], tuple(p.shape[1:])) for n, p in parameters.items()])
-    )
-
-
-def expert_tensor_names(model, tensors: dict[str, TensorEntry]) -> set[str]:
-    """Return the names of the checkpoint tensors that feed routed experts."""
-    return {key for _, groups, _ in _collect(model, tensors).values() for entries in groups.values() for key, _ in entries}
-
-
-def _layer_source(path, module, collected) -> LayerSource:
-    layout = _layout(path, module)
-    copies, conversions = [], []
-    for spec in layout.record.tensors:
-        full_name = f"{path}.{spec.name}"
-        if full_name not in collected:
-            raise CheckpointError(
-                f"no tensor of the checkpoint feeds {full_name}. The checkpoint is incomplete or of another model: "
-                "compare its config.json with its weights, or download it again."
-            )
-        converter, groups, place = collected[full_name]
-        operations = list(converter.operations) if converter is not None else []
-        tables = _piece_tables(full_name, groups, layout.num_experts, place, converter)
-        steps = _per_expert_steps(full_name, operations, tables, spec.shape)
-        if not steps and all(table.dtype == spec.dtype for table in tables):
-            offset = spec.offset
-            for table in tables:
-                copies.append((table, offset))
-                offset += table.num_bytes
-            written = offset - spec.offset
-        else:
-            conversions.append(Conversion(tuple(tables), _converter(converter, steps, tables, list(groups), spec)))
-            written = sum(table.num_bytes * TORCH_DTYPES[spec.dtype].itemsize // TORCH_DTYPES[table.dtype].itemsize
-                          for table in tables)  # fmt: skip
-        if written != spec.num_bytes:
-            raise CheckpointError(
-                f"{full_name} needs {spec.num_bytes} bytes an expert, the checkpoint has {written} "
-                f"({', '.join(f'{t.dtype} {list(t.shape)}' for t in tables)}). Its config.json is of another model."
-            )
-    return LayerSource(layout, tuple(copies), tuple(conversions))
-
-
-def _piece_tables(name, groups, num_experts, place, converter) -> list[PieceTable]:
-    """One table per source pattern, in the converter's order; stacked tensors are sliced along the expert."""
-    order = [pattern for pattern in converter.source_patterns if pattern in groups] if converter else list(groups)
-    splits_list = converter is not None and len(converter.target_patterns) > 1
-    tables = []
-    for pattern in order:
-        members = groups[pattern]
-        per_expert = "*" in pattern
-        if splits_list and per_expert:  # one list of experts feeds several modules, in equal parts
-            size = -(-len(members) // len(converter.target_patterns))
-            members = members[place * size : (place + 1) * size]
-        entries = [entry for _, entry in members]
-        first = entries[0]
-        if first.dtype not in TORCH_DTYPES:
-            raise UnsupportedModelError(
-                f"{members[0][0]} is stored as {first.dtype}, which this version does not read yet. "
-                "Use the model's float32, bfloat16 or float16 checkpoint."
-            )
-        if per_expert:
-            if len(entries) != num_experts:
-                raise CheckpointError(
-                    f"{name} has {num_experts} experts, the checkpoint holds {len(entries)} tensors {pattern!r} for it. "
-                    "Download the checkpoint again."
-                )
-            odd = [key for key, entry in members if entry.shape != first.shape or entry.dtype != first.dtype]
-            if odd:
-                raise CheckpointError(f"{odd[0]} differs in shape or dtype from the other experts of {name}.")
-            files, begins = array("H", [e.file for e in entries]), array("Q", [e.begin for e in entries])
-            tables.append(PieceTable(first.dtype, first.shape, first.num_bytes, files, begins))
-        else:
-            if len(entries) != 1 or not first.shape or first.shape[0] != num_experts:
-                raise CheckpointError(
-                    f"{name} has {num_experts} experts, the checkpoint's {members[0][0]} has shape "
-                    f"{list(first.shape)}. Its config.json is of another model."
-                )
-            stride = first.num_bytes // num_experts
-            begins = array("Q", range(first.begin, first.begin + first.num_bytes, stride))
-            files = array("H", [first.file]) * num_experts
-            tables.append(PieceTable(first.dtype, first.shape[1:], stride, files, begins))
-    return tables
-
-
-def _per_expert_steps(name, operations, tables, shape) -> list:
-    """Return the operations one expert's bytes still need, none if they only have to follow one another."""
-    steps, moves_only = [], True
-    for operation in operations:
-        kind = type(operation).__name__
-        if kind == "MergeModulelist" and operation.dim == 0:
-            continue  # an expert is already one element of the list
-        if kind == "ErnieFuseAndSplitTextVisionExperts" and (operation.stack_dim, operation.concat_dim) == (0, 1):
-            continue  # the list was split in _piece_tables; what remains is a concatenation
-        if kind == "Concatenate" and operation.dim == 1:
-            steps.append(operation)  # rows of one expert follow one another
-            continue
-        if kind == "Transpose" and getattr(operation, "check_dims", False):
-            if tables[0].shape == shape:
-                continue
-            operation = copy.copy(operation)
-            operation.check_dims = False
-        dims = [getattr(operation, dim) for dim in ("dim", "dim0", "dim1") if hasattr(operation, dim)]
-        if kind not in ("Transpose", "Interleave", "Concatenate") or not dims or min(dims) < 1:
-            raise UnsupportedModelError(
-                f"{name} is stored in a form that needs {kind}, which cannot be done for one expert alone. Write the model "
-                "anew with from_pretrained(...).save_pretrained(...) on a large machine, or report the model to moeflow."
-            )
-        steps.append(operation)
-        moves_only = False
-    return [] if moves_only else steps
-
-
-def _converter(converter, steps, tables, patterns, spec) -> Callable:
-    """Build the function that turns one expert's raw pieces into its tensor inside the record."""
-    target_dtype = TORCH_DTYPES[spec.dtype]
-    shapes = [(TORCH_DTYPES[table.dtype], table.shape) for table in tables]
-    target = converter.target_patterns[:1] if converter else ["tensor"]
-    concatenates = len(tables) > 1 and not any(type(step).__name__ == "Concatenate" for step in steps)
-
-    def convert(pieces, record):
-        tensors = [
-            torch.from_numpy(piece).view(dtype).view(1, *shape) for piece, (dtype, shape) in zip(pieces, shapes, strict=True)
-        ]
-        if concatenates:
-            tensors = [torch.cat(tensors, dim=1)]
-        values = dict(zip(patterns if len(tensors) > 1 else target, tensors, strict=True))
-        for step in steps:
-            values = step.convert(values, source_patterns=list(values), target_patterns=target)
-        (value,) = values.values()
-        out = torch.from_numpy(record[spec.offset : spec.offset + spec.num_bytes]).view(target_dtype).view(1, *spec.shape)
-        out.copy_(value)
-
-    return convert

@@ -6,6 +6,7 @@ from moeflow import hardware, hf
 from moeflow.checkpoint import open_checkpoint
 from moeflow.config import ExpertsSize
 from moeflow.packed import PACKED_FILE, read_packed
+from moeflow.sources import expert_tensor_names, map_experts, map_layouts
 
 _SHARES = (12.5, 25, 50, 75, 100)
 
@@ -28,8 +29,8 @@ def describe_model(model: str | Path) -> dict:
     checkpoint = open_checkpoint(folder)
     empty = hf.empty_model(config)
     packed = (folder / PACKED_FILE).is_file()
-    layers = read_packed(folder, hf.map_layouts(empty)) if packed else hf.map_experts(empty, checkpoint.tensors)
-    feeding = set() if packed else hf.expert_tensor_names(empty, checkpoint.tensors)
+    layers = read_packed(folder, map_layouts(empty)) if packed else map_experts(empty, checkpoint.tensors)
+    feeding = set() if packed else expert_tensor_names(empty, checkpoint.tensors)
     size = ExpertsSize.of([(s.layout.num_experts, s.layout.record) for s in layers], hf.num_experts_per_tok(empty))
     dense = sum(entry.num_bytes for name, entry in checkpoint.tensors.items() if name not in feeding)
     counts = sorted({source.layout.num_experts for source in layers})

@@ -16,6 +16,7 @@ from moeflow.layers import LayerSource
 from moeflow.packed import PACKED_FILE, read_packed
 from moeflow.pool import SlotPool
 from moeflow.runtime import ExpertRuntime
+from moeflow.sources import map_experts, map_layouts
 from moeflow.store import ExpertStore
 from moeflow.streams import CudaStreams, HostStreams
 from moeflow.transfer import HostTier
@@ -90,7 +91,7 @@ def load_moe(
     plan = _Plan()
 
     def on_skeleton(empty):
-        plan.layers = read_packed(folder, hf.map_layouts(empty)) if _is_packed(folder) else hf.map_experts(
+        plan.layers = read_packed(folder, map_layouts(empty)) if _is_packed(folder) else map_experts(
             empty, checkpoint.tensors
         )  # fmt: skip
         plan.size = ExpertsSize.of(
@@ -105,7 +106,8 @@ def load_moe(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. The checkpoint is incomplete: "
+            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. The "
+            "checkpoint is incomplete: "
             "download it again."
         )
     hf.own_dense_weights(loaded)
@@ -144,13 +146,16 @@ def _resolve_device(device) -> torch.device:
 
 def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model) -> ExpertRuntime:
     size = plan.size
-    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * hf.key_value_bytes_per_position(model)
+    reserve = (
+        _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * hf.key_value_bytes_per_position(model)
+    )
     if expert_memory == "auto":
         free = hardware.available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
         budget = min(max(free - reserve, 0), size.all_bytes)
         if budget < size.min_bytes:
             raise BudgetError(
-                f"{free:,} bytes of memory are free here, {reserve:,} of them are kept for activations and the key-value cache. "
+                f"{free:,} bytes of memory are free here, {reserve:,} of them are kept for "
+                "activations and the key-value cache. "
                 f"The experts need at least {size.min_bytes:,} bytes ({size.min_slots} slots). Free memory, or set "
                 "expert_memory yourself."
             )
@@ -185,7 +190,8 @@ def _host_tier(size: ExpertsSize, host_memory, policy, transient) -> HostTier:
         budget = parse_memory(host_memory, name="host_memory", whole_bytes=size.all_bytes)
         if budget < floor:
             raise BudgetError(
-                f"host_memory of {budget:,} bytes is below the minimum of {floor:,}: every read in flight passes through a "
+                f"host_memory of {budget:,} bytes is below the minimum of {floor:,}: every read in "
+                "flight passes through a "
                 "pinned slot. Give at least that."
             )
     num_slots = min(budget // size.slot_bytes, size.num_experts)
@@ -213,7 +219,8 @@ def _attach(model, runtime: ExpertRuntime) -> None:
 
     def refuse_to_save(*args, **kwargs):
         raise ConfigError(
-            "this model's experts are not in its modules, so save_pretrained would write a model without them. Copy the "
+            "this model's experts are not in its modules, so save_pretrained would write a model "
+            "without them. Copy the "
             "checkpoint folder instead, or use moeflow pack."
         )
 

@@ -4,6 +4,7 @@ Everything is written into `OUT.partial` and gets its final name when it is whol
 by the next one at the first expert that is not in the journal.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from moeflow.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.packed import PACKED_FILE, header_bytes, record_offsets
+from moeflow.sources import expert_tensor_names, map_experts
 from moeflow.store import ExpertStore
 
 logger = logging.getLogger(__name__)
@@ -56,8 +59,8 @@ def pack_model(model: str | Path, out: str | Path, *, progress: Progress | None 
         raise ConfigError(f"{folder} is packed already.")
     checkpoint = open_checkpoint(folder)
     empty = hf.empty_model(hf.load_config(folder))
-    layers = hf.map_experts(empty, checkpoint.tensors)
-    dense = [name for name in checkpoint.tensors if name not in hf.expert_tensor_names(empty, checkpoint.tensors)]
+    layers = map_experts(empty, checkpoint.tensors)
+    dense = [name for name in checkpoint.tensors if name not in expert_tensor_names(empty, checkpoint.tensors)]
     layouts = [source.layout for source in layers]
     partial = out.with_name(out.name + ".partial")
     identity = _identity(checkpoint, layouts)
@@ -79,7 +82,8 @@ def pack_model(model: str | Path, out: str | Path, *, progress: Progress | None 
         os.rename(partial, out)
     except OSError as error:
         raise MoeflowError(
-            f"{out} could not be written: {error.strerror or error}. What is done is kept in {partial}: make room and run the "
+            f"{out} could not be written: {error.strerror or error}. What is done is kept in "
+            f"{partial}: make room and run the "
             "same command again, or remove that folder."
         ) from error
     return out
@@ -126,7 +130,9 @@ def _check_space(partial: Path, total: int, *, fresh: bool) -> None:
     if total - written > free:
         if fresh:
             shutil.rmtree(partial)
-        raise ConfigError(f"packing needs {total - written:,} more bytes in {partial.parent}, {free:,} are free. Make room.")
+        raise ConfigError(
+            f"packing needs {total - written:,} more bytes in {partial.parent}, {free:,} are free. Make room."
+        )
 
 
 def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _Report) -> None:
@@ -139,26 +145,23 @@ def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _
         position = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(align_up(len(text), 8))
-    handles = [open(source, "rb") for source in checkpoint.files]
-    try:
-        with open(file, "wb") as target:
-            target.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                entry = checkpoint.tensors[name]
-                source, left = handles[entry.file], entry.num_bytes
-                source.seek(entry.begin)
-                while left:
-                    chunk = source.read(min(left, _COPY_BYTES))
-                    if not chunk:
-                        raise OSError(5, f"{checkpoint.files[entry.file]} ends early")
-                    target.write(chunk)
-                    left -= len(chunk)
-                    report.add(len(chunk))
-            target.flush()
-            os.fsync(target.fileno())
-    finally:
-        for handle in handles:
-            handle.close()
+    with ExitStack() as stack:
+        handles = [stack.enter_context(open(source, "rb")) for source in checkpoint.files]
+        target = stack.enter_context(open(file, "wb"))
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            entry = checkpoint.tensors[name]
+            source, left = handles[entry.file], entry.num_bytes
+            source.seek(entry.begin)
+            while left:
+                chunk = source.read(min(left, _COPY_BYTES))
+                if not chunk:
+                    raise OSError(errno.EIO, f"{checkpoint.files[entry.file]} ends early")
+                target.write(chunk)
+                left -= len(chunk)
+                report.add(len(chunk))
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def _write_experts(checkpoint, layers, partial, done, report) -> None:

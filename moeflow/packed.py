@@ -72,7 +72,10 @@ def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
     header = _read_header(file)
     try:
         layers = [_layer(entry) for entry in header["layers"]]
-        end = max(source.copies[0][0].begins[-1] + entry["stride"] for source, entry in zip(layers, header["layers"], strict=True))
+        end = max(
+            source.copies[0][0].begins[-1] + entry["stride"]
+            for source, entry in zip(layers, header["layers"], strict=True)
+        )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{file} has a malformed header ({error!r}). Write it again with moeflow pack.") from None
     size = file.stat().st_size
@@ -80,9 +83,12 @@ def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
         raise CheckpointError(f"{file} is truncated: {size:,} bytes on disk, {end:,} by its header. Write it again.")
     found = [source.layout for source in layers]
     if found != expected:
-        odd = next((f"{f} is not {e}" for f, e in zip(found, expected, strict=False) if f != e), "the number of layers differs")
+        odd = next(
+            (f"{f} is not {e}" for f, e in zip(found, expected, strict=False) if f != e), "the number of layers differs"
+        )
         raise CheckpointError(
-            f"{file} does not hold the experts of the model in this folder as they are asked for ({odd}). Load it with the "
+            f"{file} does not hold the experts of the model in this folder as they are asked for "
+            f"({odd}). Load it with the "
             "dtype it was packed in, or pack the model again."
         )
     return layers
@@ -94,11 +100,15 @@ def _read_header(file: Path) -> dict:
         if len(prefix) < PREFIX_BYTES or prefix[:7] != MAGIC[:7]:
             raise CheckpointError(f"{file} is not a packed expert file. Write it with moeflow pack.")
         if prefix[7] != MAGIC[7]:
-            raise CheckpointError(f"{file} has format version {prefix[7]}, this moeflow reads version {MAGIC[7]}. Update moeflow.")
+            raise CheckpointError(
+                f"{file} has format version {prefix[7]}, this moeflow reads version {MAGIC[7]}. Update moeflow."
+            )
         length = int.from_bytes(prefix[8:16], "little")
         text = handle.read(length) if length <= MAX_HEADER_BYTES else b""
     if len(text) != length or zlib.crc32(text) != int.from_bytes(prefix[16:20], "little"):
-        raise CheckpointError(f"{file} has a corrupt header: its checksum does not agree. Write it again with moeflow pack.")
+        raise CheckpointError(
+            f"{file} has a corrupt header: its checksum does not agree. Write it again with moeflow pack."
+        )
     return json.loads(text)
 
 

@@ -54,7 +54,8 @@ class SlotPool:
                 self.tensor = torch.empty(num_slots, self.stride, dtype=torch.uint8, device=self.device)
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
             raise BudgetError(
-                f"{self.num_bytes:,} bytes for {num_slots} expert slots could not be allocated on {self.device} ({error}). "
+                f"{self.num_bytes:,} bytes for {num_slots} expert slots could not be allocated on "
+                f"{self.device} ({error}). "
                 "Give a smaller expert_memory or host_memory."
             ) from error
         if pinned:
@@ -85,7 +86,8 @@ class SlotPool:
         code = torch.cuda.cudart().cudaHostRegister(address, self.num_bytes, 0)
         if int(code) != 0:
             raise BudgetError(
-                f"{self.num_bytes:,} bytes of host memory could not be pinned (CUDA error {int(code)}). Some systems pin at "
+                f"{self.num_bytes:,} bytes of host memory could not be pinned (CUDA error "
+                f"{int(code)}). Some systems pin at "
                 "most half of the RAM: give a smaller host_memory."
             )
         self._registered = True

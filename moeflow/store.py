@@ -56,7 +56,9 @@ class ExpertStore:
     @property
     def mode(self) -> str:
         """How files are read: "direct", "buffered", or "direct and buffered" where filesystems differ."""
-        used = {direct for direct, fd in zip(self._direct, self._fds, strict=True) if fd is not None} or set(self._direct)
+        used = {direct for direct, fd in zip(self._direct, self._fds, strict=True) if fd is not None} or set(
+            self._direct
+        )
         return " and ".join(name for flag, name in ((True, "direct"), (False, "buffered")) if flag in used)
 
     def stats(self) -> dict:
@@ -244,7 +246,9 @@ class ExpertStore:
         found = zlib.crc32(record[: source.layout.record.num_bytes])
         if found != source.crc32[key.expert]:
             raise ExpertReadError(
-                f"expert {key.expert} of {source.layout.name} is corrupt in {self.files[self._file_of(source, key.expert)]}: "
-                f"checksum {found:08x}, expected {source.crc32[key.expert]:08x}. Write the file again with moeflow pack."
+                f"expert {key.expert} of {source.layout.name} is corrupt in "
+                f"{self.files[self._file_of(source, key.expert)]}: "
+                f"checksum {found:08x}, expected {source.crc32[key.expert]:08x}. Write the file again "
+                "with moeflow pack."
             )
         self._verified.add(key)

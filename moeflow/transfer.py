@@ -62,7 +62,13 @@ class Transfers:
     """
 
     def __init__(
-        self, store: ExpertStore, pool: SlotPool, streams: Streams, *, host: HostTier | None = None, num_threads: int = 4
+        self,
+        store: ExpertStore,
+        pool: SlotPool,
+        streams: Streams,
+        *,
+        host: HostTier | None = None,
+        num_threads: int = 4,
     ):
         self.max_in_flight = 2 * num_threads if host is None else min(2 * num_threads, host.pool.num_slots)
         self.num_threads = num_threads

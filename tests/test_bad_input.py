@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+from conftest import tiny_mixtral
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import tiny_mixtral
 from moeflow import MoeflowError, load_moe
 from moeflow.errors import (
     BudgetError,
@@ -72,7 +72,12 @@ def test_cuda_without_a_gpu_says_so(mixtral_folder):
 
 def test_dense_model_is_named_as_such(tmp_path):
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=50
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=50,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM has no routed experts.*from_pretrained"):
@@ -89,7 +94,11 @@ def test_folder_that_is_not_there_and_hub_id_without_a_hub(tmp_path):
 def test_missing_truncated_and_corrupt_shards_are_named(folder):
     shard = sorted(folder.glob("model-*.safetensors"))[2]
     whole = shard.read_bytes()
-    for damage in (lambda: shard.unlink(), lambda: shard.write_bytes(whole[:-100]), lambda: shard.write_bytes(b"x" * 99)):
+    for damage in (
+        lambda: shard.unlink(),
+        lambda: shard.write_bytes(whole[:-100]),
+        lambda: shard.write_bytes(b"x" * 99),
+    ):
         damage()
         with pytest.raises(CheckpointError, match=shard.name.replace(".", r"\.")):
             load_moe(folder)
@@ -198,7 +207,9 @@ def test_disk_error_in_the_middle_names_the_expert_and_the_model_stays_usable(fo
         for file in files:
             os.truncate(file, 4096)
         for _ in range(3):
-            with pytest.raises(ExpertReadError, match=r"expert \d+ of model\.layers\.\d+\.mlp\.experts could not be read"):
+            with pytest.raises(
+                ExpertReadError, match=r"expert \d+ of model\.layers\.\d+\.mlp\.experts could not be read"
+            ):
                 model(PROMPT)
             model.moeflow.check_integrity()
         for file, data in files.items():

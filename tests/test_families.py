@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from families import FAMILIES, build_model, inputs
 from transformers import AutoModelForCausalLM
 
-from families import FAMILIES, build_model, inputs
 from moeflow import hf, load_moe
 from moeflow.config import ExpertsSize
 

@@ -7,9 +7,9 @@ import weakref
 
 import pytest
 import torch
+from conftest import tiny_mixtral
 from transformers import AutoModelForCausalLM, pipeline
 
-from conftest import tiny_mixtral
 from moeflow import hf, load_moe
 from moeflow.core import ExpertKey
 

@@ -41,7 +41,9 @@ def test_packed_model_gives_the_same_bits_in_one_read_an_expert(mixtral_folder, 
         assert stats["memory"]["staging_bytes"] == 0  # read straight into the slot
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "inkling", "ernie4_5_vl_moe", "nemotron_h", "qwen3_vl_moe", "diffusion_gemma"])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", "inkling", "ernie4_5_vl_moe", "nemotron_h", "qwen3_vl_moe", "diffusion_gemma"]
+)
 def test_other_layouts_pack_too(name, tmp_path):
     from families import FAMILIES, build_model, inputs
 
@@ -107,7 +109,10 @@ def test_damaged_record_is_named_when_it_is_read(damaged):
         handle.seek(file.stat().st_size - 73728 * 8 + 100)  # somewhere in the last layer
         handle.write(b"\x55\xaa\x55")
     model = load_moe(damaged)
-    with pytest.raises(ExpertReadError, match=r"expert 0 of model\.layers\.2\.mlp\.experts is corrupt"), torch.no_grad():
+    with (
+        pytest.raises(ExpertReadError, match=r"expert 0 of model\.layers\.2\.mlp\.experts is corrupt"),
+        torch.no_grad(),
+    ):
         model(torch.arange(1, 100).unsqueeze(0))
     model.moeflow.close()
 
@@ -143,7 +148,9 @@ def test_killed_pack_is_continued_to_the_same_bytes(mixtral_folder, packed_folde
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     written = []
     for share in (0.3, 0.6, 0.9):
-        run = subprocess.run([sys.executable, "-c", _PACK, str(mixtral_folder), str(out), str(share)], capture_output=True)
+        run = subprocess.run(
+            [sys.executable, "-c", _PACK, str(mixtral_folder), str(out), str(share)], capture_output=True
+        )
         assert run.returncode == -signal.SIGKILL, run.stderr
         assert not out.exists()
         written.append(len((partial / "experts.journal").read_text().split("\n")))

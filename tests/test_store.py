@@ -30,13 +30,16 @@ def layer(*pieces, num_bytes, conversions=()):
     """A layer of one expert made of (begin, num_bytes, offset in the record) pieces of file 0."""
     record = RecordLayout.pack([("w", "U8", (num_bytes,))])
     tables = tuple(
-        (PieceTable("U8", (size,), size, array("H", [0]), array("Q", [begin])), offset) for begin, size, offset in pieces
+        (PieceTable("U8", (size,), size, array("H", [0]), array("Q", [begin])), offset)
+        for begin, size, offset in pieces
     )
     return LayerSource(LayerLayout("layers.0.experts", 1, record), tables, conversions)
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize(("begin", "size"), [(0, 4096), (4096, 8192), (1, 1), (4095, 2), (12345, 54321), (1000000, 48576)])
+@pytest.mark.parametrize(
+    ("begin", "size"), [(0, 4096), (4096, 8192), (1, 1), (4095, 2), (12345, 54321), (1000000, 48576)]
+)
 def test_any_byte_range_is_read_exactly(file, direct, begin, size):
     store = ExpertStore([file], [layer((begin, size, 0), num_bytes=size)], direct=direct)
     record = page_aligned(-(-size // 4096) * 4096)
