@@ -208,10 +208,19 @@ def _demo_model(arguments) -> int:
 def _ensure_demo_model(yes: bool) -> str:
     """Return the demo model's folder, building it once the user knows what that takes."""
     from moeflow.demo_model import build_demo_model, default_demo_path, describe_demo_model
+    from moeflow.report import format_bytes
 
     folder = default_demo_path()
     if not folder.is_dir():
-        print(describe_demo_model(), file=sys.stderr)
+        card = describe_demo_model()
+        low, high = card.expected_minutes
+        print(
+            f"The demo model is not on this machine yet. Building it fetches {format_bytes(card.download_bytes)} "
+            f"({card.source}), takes {low} to {high} minutes on two cores, up to {format_bytes(card.memory_bytes)} of memory "
+            f"and {format_bytes(card.disk_bytes)} of disk, of which {format_bytes(card.checkpoint_bytes)} stay, in "
+            f"{card.path}. Stop at any time; the next run goes on from there.",
+            file=sys.stderr,
+        )
         if sys.stdin.isatty() and not yes and input("Build it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):
             raise MoeflowError("no model: give one, as in moeflow chat org/name, or build the demo model later.")
         build_demo_model()
