@@ -34,9 +34,9 @@ class Recipe:
     kmeans_rounds: int = 15
     router_scale: float = 12.0
     router_ridge: float = 1e-3
-    ridge: float = 1e-2
+    ridge: float = 0.4
     sweeps: int = 2
-    num_prompts: int = 128
+    num_prompts: int = 144
     num_new_tokens: int = 224
     num_library_tokens: int = 12_000
     seed: int = 0

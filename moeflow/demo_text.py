@@ -89,6 +89,8 @@ CHAT_REQUESTS = (
     "Write a Python program with comments about {topic}.",
     "Write a dialogue between a teacher and a student about {topic}.",
     "Summarize the most important events and dates concerning {topic}.",
+    "Answer in one or two sentences: what is special about {topic}?",
+    "Which places, people and numbers come up most often when people talk about {topic}?",
 )
 
 PLAIN_OPENINGS = (
