@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeflow.cache import POLICIES, ExpertCache
-from moeflow.core import LayerLayout, RecordLayout
+from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.layers import LayerSource, PieceTable
 from moeflow.pool import SlotPool
 from moeflow.runtime import ExpertRuntime
@@ -147,3 +147,48 @@ def test_resident_experts_come_first(experts_file):
         with closing(runtime.serve(0, [0, 1, 4, 5])) as served:
             order = [expert for expert, _ in served]
         assert set(order[:2]) == {4, 5}
+
+
+class HeldStreams(HostStreams):
+    """Copies that do not run until they are released, and compute that never waits: what a slow GPU queue looks like."""
+
+    def __init__(self):
+        self.queued, self.released = [], threading.Event()
+
+    def copy(self, target, source, after):
+        self.queued.append((target, source))
+        return self.released
+
+    def synchronize(self, event):
+        if event is not None:
+            event.wait()
+
+    def release(self):
+        for target, source in self.queued:
+            target.copy_(source)
+        self.released.set()
+
+
+def test_host_slot_is_not_overwritten_while_a_copy_reads_it(experts_file, monkeypatch):
+    path, values = experts_file
+    streams = HeldStreams()
+    runtime = build(path, 2, host_slots=1, streams=streams)
+    transfers, read_again = runtime._transfers, threading.Event()
+    first, second = ExpertKey(0, 1), ExpertKey(0, 2)
+    transfers.start(first, runtime.cache.reserve(first), None)
+    transfers.wait_completed()
+    read = runtime.store.read
+
+    def reading(key, record):
+        found = read(key, record)
+        read_again.set()
+        return found
+
+    monkeypatch.setattr(runtime.store, "read", reading)
+    transfers.start(second, runtime.cache.reserve(second), None)
+    read_again.wait(0.3)  # it must not come: the only host slot is still being copied from
+    streams.release()
+    transfers.wait_completed()
+    record = runtime._records[0]
+    assert torch.equal(runtime._pool.views(runtime.cache.slot(first), record)["w"], values[0, 1])
+    runtime.close()
