@@ -1,4 +1,4 @@
-"""The terminal chat: a conversation, its commands, and how an answer appears on a screen or in a pipe.
+"""The terminal chat: the loop and its commands, and one answer for a prompt that comes from a pipe.
 
 Any transformers causal language model will do; figures about experts appear when it has a `moeflow` handle.
 """
@@ -6,134 +6,20 @@ Any transformers causal language model will do; figures about experts appear whe
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
-import tempfile
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 from moeflow.answer import stream_answer
+from moeflow.conversation import Conversation
 from moeflow.errors import ConfigError, MoeflowError
-from moeflow.report import Screen, answer_figures, stats_line, stats_table, write_pieces
+from moeflow.folders import cache_folder
+from moeflow.report import answer_figures, stats_line, stats_table
+from moeflow.screen import Screen, echo_off, write_pieces
 
 _LEAVING = "Ctrl-D or /exit leaves"
 _NO_TEMPLATE = "this tokenizer has no chat template: the model continues the text instead of answering it"
-
-
-class Conversation:
-    """The messages so far: an optional system prompt, then user and assistant in turn."""
-
-    def __init__(self, system: str | None = None):
-        self.system = system
-        self.turns: list[dict] = []
-
-    @property
-    def messages(self) -> list[dict]:
-        """Every message, the system prompt first."""
-        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
-
-    def save(self, path: Path) -> None:
-        """Write the messages as JSON; a reader sees the old file or the whole new one.
-
-        Raises:
-            MoeflowError: the file cannot be written.
-        """
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                json.dump(self.messages, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise MoeflowError(f"cannot write {path}: {error.strerror}") from error
-
-    @classmethod
-    def load(cls, path: Path) -> Conversation:
-        """Read what `save` wrote, or any JSON list of messages with roles and text.
-
-        Raises:
-            MoeflowError: the file is missing, unreadable, not JSON, or not a conversation.
-        """
-        try:
-            messages = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise MoeflowError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise MoeflowError(f"{path} is not JSON ({error}); /load takes a file that /save wrote") from error
-        wanted = f"{path} is not a conversation: /load takes a JSON list of messages"
-        if not isinstance(messages, list):
-            raise MoeflowError(f"{wanted}, found {type(messages).__name__}")
-        for number, message in enumerate(messages, 1):
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                raise MoeflowError(f'{wanted} with "role" and "content" text; message {number} is something else')
-        system = messages.pop(0)["content"] if messages and messages[0].get("role") == "system" else None
-        roles = [message.get("role") for message in messages]
-        if roles != ["user", "assistant"] * (len(roles) // 2):
-            raise MoeflowError(f"{wanted} in which user and assistant take turns and the assistant is last")
-        conversation = cls(system)
-        conversation.turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        return conversation
-
-    def encode(self, tokenizer):
-        """Return the prompt for the next answer, [1, num_prompt_tokens]; without a chat template, plain text.
-
-        Raises:
-            MoeflowError: the chat template refuses the messages.
-        """
-        if not tokenizer.chat_template:
-            text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in self.messages)
-            return tokenizer(text, return_tensors="pt")["input_ids"]
-        from jinja2 import TemplateError
-
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        attempts = [self.messages]
-        if self.system:
-            # Gemma's and the first Mistrals' templates know no system role: then it goes before the first message.
-            merged = {"role": "user", "content": f"{self.system}\n\n{self.turns[0]['content']}"}
-            attempts.append([merged, *self.turns[1:]])
-        for messages in attempts:
-            try:
-                return tokenizer.apply_chat_template(messages, **options)["input_ids"]
-            except TemplateError as error:
-                refusal = error
-        raise MoeflowError(f"the model's chat template refuses this conversation: {refusal}") from refusal
-
-    def fit(self, model, tokenizer, max_new_tokens: int):
-        """Encode the conversation, forgetting its oldest exchanges until the answer has room.
-
-        Args:
-            model: its config names the context's length.
-            tokenizer: the model's.
-            max_new_tokens: tokens to keep free for the answer; more than half the context is never kept free.
-
-        Returns:
-            `(input_ids, max_new_tokens, num_forgotten)`: the prompt, the tokens there is room for, and the number
-            of exchanges forgotten.
-
-        Raises:
-            MoeflowError: the last message alone does not fit.
-        """
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        input_ids, num_forgotten = self.encode(tokenizer), 0
-        if context is None:
-            return input_ids, max_new_tokens, num_forgotten
-        while input_ids.shape[1] > context - min(max_new_tokens, context // 2) and len(self.turns) > 1:
-            del self.turns[:2]
-            num_forgotten += 1
-            input_ids = self.encode(tokenizer)
-        num_free = context - input_ids.shape[1]
-        if num_free < 1:
-            raise MoeflowError(
-                f"this message takes {input_ids.shape[1]} tokens with what surrounds it, and the model's context "
-                f"is {context}: shorten it"
-            )
-        return input_ids, min(max_new_tokens, num_free), num_forgotten
 
 
 class Chat:
@@ -207,7 +93,7 @@ class Chat:
         turns.append({"role": "user", "content": text})
         self.stop_event.clear()
         try:
-            with _echo_off(self.stdin):
+            with echo_off(self.stdin):
                 answer, before, after = _answer_once(
                     self.model, self.tokenizer, self.conversation, self.max_new_tokens, self.sampling, self.stop_event,
                     show=lambda pieces: self.screen.show(pieces, self.stop_event), note=self.screen.note,
@@ -360,8 +246,6 @@ def run_chat(
         )  # fmt: skip
     if as_json:
         raise ConfigError("JSON output is for one prompt: pipe it in, as in `echo hello | moeflow chat ... --json`")
-    if plain is None:
-        plain = not stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
     screen = Screen(stdout, plain)
     screen.note(f"{name} · /help lists the commands · {_LEAVING}")
     if not tokenizer.chat_template:
@@ -390,21 +274,6 @@ def _answer_once(model, tokenizer, conversation, max_new_tokens, sampling, stop_
 def _stats(model):
     handle = getattr(model, "moeflow", None)
     return None if handle is None else handle.stats()
-
-
-@contextmanager
-def _echo_off(terminal):
-    """Keep what is typed during an answer out of it: the terminal hands it to the next prompt instead."""
-    import termios
-
-    before = termios.tcgetattr(terminal)
-    silent = list(before)
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _prompt_session(stdin, stdout, commands):
@@ -451,8 +320,7 @@ def _open_history():
     """Keep what was typed in the user's cache folder, readable by the user alone; in memory where that fails."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(os.environ.get("MOEFLOW_CACHE") or Path(cache) / "moeflow").expanduser() / "chat_history"
+    path = cache_folder() / "chat_history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)

@@ -116,7 +116,8 @@ def _chat(arguments) -> int:
 
 def _generate(arguments) -> int:
     from moeflow.answer import stream_answer
-    from moeflow.report import answer_figures, stats_line, write_pieces
+    from moeflow.report import answer_figures, stats_line
+    from moeflow.screen import write_pieces
 
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
     if not prompt.strip():

@@ -29,6 +29,7 @@ from moeflow.demo_source import (
     load_dense_model,
 )
 from moeflow.demo_text import calibration_prompts, library_texts, sample_continuations
+from moeflow.folders import cache_folder
 
 __all__ = ["DemoModelCard", "DemoModelError", "build_demo_model", "default_demo_path", "describe_demo_model"]
 
@@ -78,11 +79,8 @@ def describe_demo_model() -> DemoModelCard:
 
 
 def default_demo_path() -> Path:
-    """Return where the demo model lives: in MOEFLOW_CACHE, else XDG_CACHE_HOME/moeflow, else ~/.cache/moeflow."""
-    cache = os.environ.get("MOEFLOW_CACHE")
-    if not cache:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moeflow"
-    return Path(cache).expanduser() / "demo-model"
+    """Return where the demo model lives: in moeflow's cache folder."""
+    return cache_folder() / "demo-model"
 
 
 def build_demo_model(out: Path | None = None, *, progress: bool = True, source: Path | None = None) -> Path:

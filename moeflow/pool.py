@@ -44,7 +44,7 @@ class SlotPool:
         try:
             if self.device.type == "cpu":
                 # mmap: page-aligned, and the system hands out pages only as experts arrive.
-                arena = mmap.mmap(-1, self.num_bytes)
+                arena = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     arena.madvise(mmap.MADV_HUGEPAGE)
                 self.bytes = np.frombuffer(arena, np.uint8).reshape(num_slots, self.stride)

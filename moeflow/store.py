@@ -175,7 +175,9 @@ class ExpertStore:
         if buffer is None or buffer.nbytes < num_bytes:
             with self._lock:
                 self._staging_bytes += num_bytes - (buffer.nbytes if buffer is not None else 0)
-            buffer = self._staging.buffer = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+            buffer = self._staging.buffer = np.frombuffer(
+                mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8
+            )
         return buffer
 
     def _pread(self, extent: Extent, view: memoryview, start: int) -> int:

@@ -1,10 +1,7 @@
-"""Figures as people read them, and markdown that arrives in pieces."""
+"""Figures as people read them."""
 
 import json
-import random
 import re
-import subprocess
-import sys
 from io import StringIO
 
 import pytest
@@ -12,13 +9,10 @@ from rich.console import Console
 
 from moeflow.answer import Answer
 from moeflow.report import (
-    Tail,
     answer_figures,
     format_bytes,
     format_percent,
     format_seconds,
-    render_markdown,
-    split_markdown,
     stats_delta,
     stats_line,
     stats_table,
@@ -175,69 +169,3 @@ def test_table_shows_both_phases_and_the_memory():
     assert [cell.strip() for cell in rows["process"] if cell.strip()] == ["805 MiB", "900 MiB"]
     assert [cell.strip() for cell in rows["expert budget"] if cell.strip()] == ["318 MiB", "of 1.2 GiB"]
     assert re.search(r"direct reads, 4 threads +5,800 +20.7 GiB", text)
-
-
-def test_tags_and_line_breaks_of_a_model_stay_visible():
-    text = printed(render_markdown("<think>\nfirst\nsecond\n\n</think>\n\nDone."))
-    assert [line.rstrip() for line in text.splitlines()] == ["<think>", "first", "second", "", "</think>", "", "Done."]
-
-
-DOCUMENT = """# Title
-
-A paragraph of
-two lines.
-
-1. one
-
-   with a second paragraph
-
-2. two
-   - nested
-
-| a | b |
-|---|---|
-| 1 | 2 |
-
-```python
-x = 1
-
-y = 2
-```
-
-The end: a line separator \u2028 inside, and **bold**."""
-
-
-def test_finished_blocks_of_streamed_markdown_render_like_the_whole():
-    whole = printed(render_markdown(DOCUMENT))
-    for seed in range(5):
-        rng = random.Random(seed)
-        finished, rest, begin = [], "", 0
-        while begin < len(DOCUMENT):
-            end = begin + rng.randint(1, 9)
-            rest += DOCUMENT[begin:end]
-            begin = end
-            done, rest = split_markdown(rest)
-            finished += [done] if done else []
-        assert "".join(finished) + rest == DOCUMENT
-        assert len(finished) >= 4
-        in_pieces = "\n".join(printed(render_markdown(block)) for block in [*finished, rest])
-        assert in_pieces == whole
-
-
-def test_open_code_block_is_not_finished():
-    assert split_markdown("```\na\n\nb\n\n# c\n") == ("", "```\na\n\nb\n\n# c\n")
-
-
-def test_tail_keeps_the_last_lines_that_fit():
-    out = StringIO()
-    console = Console(file=out, width=20, height=4, color_system=None)
-    console.print(Tail("\n".join(str(number) for number in range(50))))
-    assert out.getvalue().split() == ["47", "48", "49"]
-
-
-def test_formatting_imports_neither_torch_nor_rich():
-    program = (
-        "import sys, moeflow.chat; print(sorted({'torch', 'transformers', 'rich', 'prompt_toolkit'} & {*sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
