@@ -19,6 +19,7 @@ from string import ascii_lowercase
 
 import pytest
 import torch
+from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
@@ -141,7 +142,8 @@ def open_terminal(folder, cache, environment, **options):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    env |= {"MOEFLOW_CACHE": str(cache), "PROMPT_TOOLKIT_NO_CPR": "1", "LANG": "C.UTF-8", **environment}
+    env |= {"PYTHONPATH": str(ROOT), "MOEFLOW_CACHE": str(cache), "PROMPT_TOOLKIT_NO_CPR": "1", "LANG": "C.UTF-8"}
+    env |= environment
     process = subprocess.Popen(
         driver_command(folder, **options), stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
     )
@@ -290,6 +292,7 @@ def test_piped_prompt_prints_only_the_answer_on_stdout(folder):
         input="two\nlines\n",
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stderr
@@ -351,5 +354,5 @@ def test_module_imports_neither_torch_nor_rich():
     program = (
         "import sys, moeflow.chat; print(sorted({'torch', 'transformers', 'rich', 'prompt_toolkit'} & {*sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
