@@ -217,8 +217,8 @@ def _ensure_demo_model(yes: bool) -> str:
         low, high = card.expected_minutes
         print(
             f"The demo model is not on this machine yet. Building it fetches {format_bytes(card.download_bytes)} "
-            f"({card.source}), takes {low} to {high} minutes on two cores, up to {format_bytes(card.memory_bytes)} of memory "
-            f"and {format_bytes(card.disk_bytes)} of disk, of which {format_bytes(card.checkpoint_bytes)} stay, in "
+            f"({card.source}), takes {low} to {high} minutes on two cores, up to "
+            f"{format_bytes(card.memory_bytes)} of memory and {format_bytes(card.disk_bytes)} of disk, of which {format_bytes(card.checkpoint_bytes)} stay, in "
             f"{card.path}. Stop at any time; the next run goes on from there.",
             file=sys.stderr,
         )

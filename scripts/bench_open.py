@@ -2,7 +2,8 @@
 
     python scripts/bench_open.py [--repeats 5]
 
-The checkpoint is made of sparse files with DeepSeek-V3's real headers (163 shards, 44,788 tensors) in a temporary folder.
+The checkpoint is made of sparse files, with headers as DeepSeek-V3 in bfloat16 would have them (163 shards, 44,788
+tensors), in a temporary folder.
 """
 
 import argparse

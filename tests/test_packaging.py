@@ -74,9 +74,7 @@ def test_only_one_file_knows_transformers_internals():
 
 def test_no_folder_shadows_another_package():
     for folder in FOLDERS:
-        assert not (ROOT / folder / "__init__.py").exists(), (
-            "a bare package breaks transformers' probe"
-        )
+        assert not (ROOT / folder / "__init__.py").exists(), "a bare package breaks transformers' probe"
 
 
 def test_every_package_is_listed_for_the_wheel():

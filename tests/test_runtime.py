@@ -150,7 +150,7 @@ def test_resident_experts_come_first(experts_file):
 
 
 class HeldStreams(HostStreams):
-    """Copies that do not run until they are released, and compute that never waits: what a slow GPU queue looks like."""
+    """Copies that do not run until they are released, and compute that never waits: a slow GPU queue."""
 
     def __init__(self):
         self.queued, self.released = [], threading.Event()

@@ -3,6 +3,7 @@
 import os
 import pty
 import random
+import select
 import threading
 import tty
 from contextlib import contextmanager
@@ -84,42 +85,42 @@ HARMLESS = "a\tb\n]0;title[2Jc31md é 😀\n"
 
 @contextmanager
 def raw_terminal():
-    """Yield a text file that is a terminal, and what returns the text written to it so far."""
+    """Yield a text file that is a terminal, and a function that reads what was written to it up to some text."""
     master, slave = pty.openpty()
     tty.setraw(slave)  # or the terminal itself would turn newlines into \r\n
-    os.set_blocking(master, False)
 
-    def read():
-        try:
-            return os.read(master, 65536).decode()
-        except BlockingIOError:
-            return ""
+    def read_until(end):
+        received = b""
+        while not received.endswith(end.encode()):
+            assert select.select([master], [], [], 20)[0], f"no {end!r} after {received!r}"
+            received += os.read(master, 65536)
+        return received.decode()
 
     try:
         with open(slave, "w", encoding="utf-8", newline="") as file:
-            yield file, read
+            yield file, read_until
     finally:
         os.close(master)
 
 
 def test_terminal_gets_no_control_character():
-    with raw_terminal() as (file, read):
+    with raw_terminal() as (file, read_until):
         write_pieces(HOSTILE, file)
-        assert read() == HARMLESS
+        assert read_until("😀\n") == HARMLESS
 
 
 def test_pieces_reach_the_terminal_one_by_one():
-    with raw_terminal() as (file, read):
-        seen = []
+    with raw_terminal() as (file, read_until):
 
         def pieces():
-            for piece in ("a", "\x1b", "b\n"):
-                yield piece
-                seen.append(read())
+            yield "a"
+            assert read_until("a") == "a"
+            yield "\x1b"
+            yield "b"
+            assert read_until("b") == "b"
 
         write_pieces(pieces(), file)
-        assert seen == ["a", "", "b\n"]
-        assert read() == ""
+        assert read_until("\n") == "\n"
 
 
 def test_pipe_gets_every_byte():
