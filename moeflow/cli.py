@@ -215,11 +215,13 @@ def _ensure_demo_model(yes: bool) -> str:
     if not folder.is_dir():
         card = describe_demo_model()
         low, high = card.expected_minutes
+        fetched, memory, disk, kept = map(
+            format_bytes, (card.download_bytes, card.memory_bytes, card.disk_bytes, card.checkpoint_bytes)
+        )
         print(
-            f"The demo model is not on this machine yet. Building it fetches {format_bytes(card.download_bytes)} "
-            f"({card.source}), takes {low} to {high} minutes on two cores, up to "
-            f"{format_bytes(card.memory_bytes)} of memory and {format_bytes(card.disk_bytes)} of disk, of which {format_bytes(card.checkpoint_bytes)} stay, in "
-            f"{card.path}. Stop at any time; the next run goes on from there.",
+            f"The demo model is not on this machine yet. Building it fetches {fetched} ({card.source}), takes {low} to {high} "
+            f"minutes on two cores, up to {memory} of memory and {disk} of disk, of which {kept} stay, in {card.path}. "
+            "Stop at any time; the next run goes on from there.",
             file=sys.stderr,
         )
         if sys.stdin.isatty() and not yes and input("Build it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):
