@@ -32,10 +32,11 @@ class ExpertCache:
         if num_slots < 1:
             raise ConfigError(f"a cache of {num_slots} slots holds nothing. Give at least 1.")
         self.num_slots = num_slots
+        self.limit = num_slots  # how many of the slots may be used at present
         self.policy = policy
         self.evictions = 0
         self.peak_used = 0
-        self.num_fixed = max(num_slots - num_transient, 0)
+        self.num_transient = num_transient
         self._victim_scores: Callable = POLICIES[policy]
         self._slot_of: dict[ExpertKey, int] = {}
         self._key_of: list[ExpertKey | None] = [None] * num_slots
@@ -95,7 +96,7 @@ class ExpertCache:
             The slot, or None when every slot is pinned. A locked slot cannot be evicted.
         """
         assert key not in self._slot_of, f"{key} has a slot already"
-        if self._free:
+        if self._free and len(self._slot_of) < self.limit:
             slot = self._free.pop()
         else:
             slot = self._victim()
@@ -140,6 +141,20 @@ class ExpertCache:
     def num_pinned(self) -> int:
         """How many slots are pinned."""
         return int((self._pins > 0).sum())
+
+    def set_limit(self, limit: int) -> list[int]:
+        """Allow `limit` slots from now on, evicting by policy what is over it and not pinned.
+
+        Returns:
+            The slots that became free.
+        """
+        self.limit = max(1, min(limit, self.num_slots))
+        freed = []
+        while len(self._slot_of) > self.limit and (slot := self._victim()) is not None:
+            self._release(slot)
+            self.evictions += 1
+            freed.append(slot)
+        return freed
 
     def pin(self, key: ExpertKey) -> int:
         """Keep a resident expert where it is until `unpin`; pins count. Returns its slot."""
@@ -204,7 +219,7 @@ def _lfru(cache: ExpertCache) -> np.ndarray:
 
 def _static(cache: ExpertCache) -> np.ndarray:
     """The first experts to arrive stay for good; the rest share the transient slots by age."""
-    fixed = np.arange(cache.num_slots) < cache.num_fixed
+    fixed = np.arange(cache.num_slots) < cache.limit - cache.num_transient
     return np.where(fixed, 1e300, cache.last_event)
 
 

@@ -12,6 +12,7 @@ from moeflow.checkpoint import open_checkpoint
 from moeflow.config import ExpertsSize, MemorySize, parse_memory
 from moeflow.errors import BudgetError, CheckpointError, ConfigError
 from moeflow.experts import OffloadedExperts
+from moeflow.governor import Governor
 from moeflow.layers import LayerSource
 from moeflow.packed import PACKED_FILE, read_packed
 from moeflow.pool import SlotPool
@@ -21,8 +22,8 @@ from moeflow.store import ExpertStore
 from moeflow.streams import CudaStreams, HostStreams
 from moeflow.transfer import HostTier
 
-# What "auto" leaves to everything that is not an expert: activations, allocator slack, read buffers.
-_RESERVE_BYTES = 64 << 20
+# What "auto" leaves at first to everything that is not an expert: tokenizer, kernels' code, activations, slack.
+_RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
 _REFUSED = {
@@ -145,7 +146,7 @@ def _resolve_device(device) -> torch.device:
 
 
 def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model) -> ExpertRuntime:
-    size = plan.size
+    size, governor = plan.size, None
     reserve = (
         _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * hf.key_value_bytes_per_position(model)
     )
@@ -162,6 +163,11 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
     else:
         budget = parse_memory(expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
     num_slots, streams, host = size.slots_for(budget), HostStreams(), None
+    first_slots = num_slots
+    if expert_memory == "auto" and device.type == "cpu":
+        # The pool may grow later: its pages are taken from the system only as experts arrive.
+        num_slots = max(num_slots, min(size.num_experts, hardware.memory_limit_bytes() // size.slot_bytes))
+        governor = Governor(size.slot_bytes, size.min_slots, num_slots)
     transient = size.num_experts_per_tok + 1
     pools = []
     try:
@@ -171,9 +177,17 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
             host = _host_tier(size, host_memory, policy, transient)
             pools.append(host.pool)
         cache = ExpertCache(num_slots, policy, num_transient=transient)
+        cache.set_limit(first_slots)
         store = ExpertStore(files, plan.layers)
         return ExpertRuntime(
-            store, pools[0], cache, streams, host=host, num_threads=_READ_THREADS, expert_budget_bytes=budget
+            store,
+            pools[0],
+            cache,
+            streams,
+            host=host,
+            num_threads=_READ_THREADS,
+            expert_budget_bytes=None if governor else budget,
+            governor=governor,
         )
     except BaseException:
         for pool in pools:

@@ -41,10 +41,11 @@ class SlotPool:
         self.device = torch.device(device)
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._registered = False
+        self._arena: mmap.mmap | None = None
         try:
             if self.device.type == "cpu":
                 # mmap: page-aligned, and the system hands out pages only as experts arrive.
-                arena = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                arena = self._arena = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     arena.madvise(mmap.MADV_HUGEPAGE)
                 self.bytes = np.frombuffer(arena, np.uint8).reshape(num_slots, self.stride)
@@ -73,13 +74,18 @@ class SlotPool:
             }
         return found
 
+    def discard(self, slots: list[int]) -> None:
+        """Give the pages of empty slots back to the system until they are written again; host memory only."""
+        for slot in slots:
+            self._arena.madvise(mmap.MADV_DONTNEED, slot * self.stride, self.stride)
+
     def close(self) -> None:
         """Unregister and release the memory; views held elsewhere keep it alive until they go."""
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
             self._registered = False
         self._views.clear()
-        self.bytes = self.tensor = None
+        self.bytes = self.tensor = self._arena = None
 
     def _register(self) -> None:
         address = ctypes.c_void_p(self.tensor.data_ptr()).value

@@ -16,6 +16,7 @@ import torch
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, Tier
 from moeflow.errors import ClosedModelError, ExpertReadError
+from moeflow.governor import Governor
 from moeflow.hardware import process_memory_bytes
 from moeflow.pool import SlotPool
 from moeflow.stats import Stats
@@ -48,7 +49,8 @@ class ExpertRuntime:
         streams: the order between copies and compute on the device.
         host: the pinned tier, on machines where the device has its own memory.
         num_threads: disk reads in flight.
-        expert_budget_bytes: what the user (or "auto") allowed, for the statistics.
+        expert_budget_bytes: what the user allowed; the slots' bytes when None.
+        governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class ExpertRuntime:
         host: HostTier | None = None,
         num_threads: int = 4,
         expert_budget_bytes: int | None = None,
+        governor: Governor | None = None,
     ):
         self.store = store
         self.cache = cache
         self.device = pool.device
-        self.expert_budget_bytes = pool.num_bytes if expert_budget_bytes is None else expert_budget_bytes
+        self._budget_bytes = expert_budget_bytes
+        self._governor = governor
         self._pool = pool
         self._slot_bytes = pool.stride
         self._host = host
@@ -101,6 +105,11 @@ class ExpertRuntime:
         """Say that a pass over [num_sequences, num_positions] new tokens begins."""
         with self._lock:
             self._stats.begin_forward(num_sequences, num_positions)
+            if self._governor is not None and not self.closed:
+                limit = self._governor.slots(len(self.cache), self.cache.limit, now=num_positions > 1)
+                evictions = self.cache.evictions
+                self._pool.discard(self.cache.set_limit(limit))
+                self._stats.now.evictions += self.cache.evictions - evictions
 
     def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yield every demanded expert once with its weights: resident ones first, then as they arrive.
@@ -129,12 +138,12 @@ class ExpertRuntime:
             return {
                 "device": str(self.device),
                 "policy": self.cache.policy,
-                "slots": self.cache.num_slots,
+                "slots": self.cache.limit,
                 "num_experts": sum(source.layout.num_experts for source in self.store.layers),
                 "prefill": self._stats.prefill.as_dict(),
                 "decode": self._stats.decode.as_dict(),
                 "memory": {
-                    "expert_budget_bytes": self.expert_budget_bytes,
+                    "expert_budget_bytes": self._budget_bytes or self.cache.limit * slot_bytes,
                     "all_experts_bytes": sum(s.layout.num_experts for s in self.store.layers) * slot_bytes,
                     "device_bytes": len(self.cache) * slot_bytes,
                     "device_peak_bytes": self.cache.peak_used * slot_bytes,

@@ -84,7 +84,9 @@ def read_tensor(source: Checkpoint, name: str) -> np.ndarray:
     raw_dtype = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}.get(entry.dtype)
     if raw_dtype is None:
         raise ExportError(f"{name} is {entry.dtype}; the export knows BF16, F16 and F32")
-    raw = np.fromfile(source.files[entry.file], np.dtype(raw_dtype), entry.num_bytes // int(raw_dtype[-1]), offset=entry.begin)
+    raw = np.fromfile(
+        source.files[entry.file], np.dtype(raw_dtype), entry.num_bytes // int(raw_dtype[-1]), offset=entry.begin
+    )
     values = (raw.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" else raw.astype("<f4")
     return values.reshape(entry.shape)
 
@@ -199,7 +201,12 @@ def _plan(source: Checkpoint, config: dict) -> Iterator[tuple]:
         if first is None:
             raise ExportError(f"{source.folder} lacks {names[0]}; the export wants an expert per tensor")
         shape = (len(names), *first.shape)
-        return target, shape, np.dtype(np.float16), lambda: np.stack([read_tensor(source, n).astype("<f2") for n in names])
+        return (
+            target,
+            shape,
+            np.dtype(np.float16),
+            lambda: np.stack([read_tensor(source, n).astype("<f2") for n in names]),
+        )
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     yield plain("token_embd.weight", "model.embed_tokens.weight")

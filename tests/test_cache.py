@@ -142,3 +142,16 @@ def test_random_operations_keep_the_invariants(policy, num_slots, operations):
         assert all(key in cache for key in pinned)
         assert len(cache) <= num_slots
         assert cache.num_pinned == len(set(pinned)) + len(loading)
+
+
+def test_lower_limit_evicts_by_policy_and_higher_limit_lets_experts_in_again():
+    cache = ExpertCache(4, "lru")
+    fill(cache, 0, 1, 2, 3)
+    cache.pin(ExpertKey(0, 0))
+    assert len(cache.set_limit(2)) == 2
+    assert {key.expert for key in cache.resident()} == {0, 3}
+    assert demand(cache, 9) == 3  # full at two
+    cache.check_integrity()
+    assert cache.set_limit(3) == []
+    assert demand(cache, 8) is None
+    assert len(cache) == 3

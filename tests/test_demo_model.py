@@ -351,7 +351,7 @@ def test_refitting_lowers_the_error_of_the_kept_neurons(model_and_tokenizer, tex
     with torch.inference_mode():
         for sweeps in (0, 1, 3):
             stream = Stream(model, texts)
-            split_layer(stream, Recipe(num_experts=4, expert_size=32, kmeans_rounds=4, sweeps=sweeps))
+            split_layer(stream, Recipe(num_experts=4, expert_size=32, kmeans_rounds=4, ridge=0.01, sweeps=sweeps))
             dense = Stream(model, texts)
             layer = dense.attend()
             residual = dense.flat()
@@ -369,6 +369,21 @@ def test_replay_gives_the_stream_that_splitting_gave(model_and_tokenizer, texts)
             replay_layer(second, split_layer(first, TINY), TINY)
         assert len(first.hidden_states) > 1
         assert torch.equal(first.flat(), second.flat())
+
+
+def test_progress_is_plain_lines_without_a_terminal_and_silent_when_not_wanted(capsys):
+    for enabled in (True, False):
+        stages = Stages(enabled)
+        stages.start("fetch")
+        stages.start("layers", 8)
+        for _ in range(8):
+            stages.advance()
+        stages.close()
+        if enabled:
+            lines = capsys.readouterr().err.splitlines()
+    assert capsys.readouterr() == ("", "")
+    assert [line for line in lines if " of " in line] == [f"demo model: layers {n} of 8" for n in (2, 4, 6, 8)]
+    assert list(stages.seconds) == ["fetch", "layers"]
 
 
 def test_kmeans_finds_separate_clusters():

@@ -20,7 +20,7 @@ RANKS = [
     {"core", "errors"},
     {"config", "layers", "hardware", "stats", "checkpoint", "kernels", "predictors", "placement"},
     {"cache", "store", "pool", "streams", "packed", "hf"},
-    {"transfer", "sources"},
+    {"transfer", "sources", "governor"},
     {"runtime"},
     {"experts", "pack", "info"},
     {"model"},
