@@ -64,11 +64,6 @@ class ExpertCache:
         slot = self._slot_of.get(key)
         return slot if slot is not None and self._state[slot] == _RESIDENT else None
 
-    def loading_slot(self, key: ExpertKey) -> int | None:
-        """Return the slot an expert is being copied into, or None."""
-        slot = self._slot_of.get(key)
-        return slot if slot is not None and self._state[slot] == _LOADING else None
-
     def touch(self, keys: list[ExpertKey]) -> None:
         """Record that these experts are demanded by one pass of their layer, whether resident or not."""
         if not keys:
@@ -125,14 +120,6 @@ class ExpertCache:
         assert self._state[slot] == _LOADING, f"{key} is not loading"
         self._release(slot)
 
-    def evict(self, key: ExpertKey) -> None:
-        """Drop a resident, unpinned expert."""
-        slot = self._slot_of[key]
-        assert self._state[slot] == _RESIDENT, f"{key} is loading"
-        assert self._pins[slot] == 0, f"{key} is pinned"
-        self._release(slot)
-        self.evictions += 1
-
     def slot(self, key: ExpertKey) -> int:
         """Return the slot of an expert that has one, resident or loading."""
         return self._slot_of[key]
@@ -187,6 +174,13 @@ class ExpertCache:
         assert (self._pins >= 0).all(), "a pin count is negative"
         for key, slot in self._slot_of.items():
             assert self.frequency[slot] == self._count.get(key, 0), f"frequency of {key} is stale"
+
+    def clear(self) -> None:
+        """Forget every resident and loading expert; the counts stay."""
+        self._slot_of.clear()
+        self._key_of[:] = [None] * self.num_slots
+        self._free[:] = range(self.num_slots - 1, -1, -1)
+        self._state[:], self._pins[:] = _FREE, 0
 
     def _victim(self) -> int | None:
         evictable = (self._pins == 0) & (self._state == _RESIDENT)

@@ -66,6 +66,8 @@ class OffloadedExperts:
                 "model that load_moe returned: give load_moe the device instead."
             )
         num_tokens, top_k = top_k_index.shape
+        if num_tokens == 0:
+            return torch.zeros_like(hidden_states)
         if num_tokens == 1:
             outputs = self._one_token(hidden_states, top_k_index)
         else:
@@ -79,7 +81,7 @@ class OffloadedExperts:
         with closing(self.runtime.serve(self.layer, self._distinct(experts))) as served:
             for expert, weights in served:
                 outputs[experts.index(expert)] = self._mlp(hidden_states, weights)
-        if None in outputs:  # experts that stand for none, or (never seen) one expert twice
+        if any(output is None for output in outputs):  # experts that stand for none, or (never seen) one expert twice
             zero = torch.zeros_like(hidden_states)
             outputs = [outputs[experts.index(e)] if e < self._num_experts else zero for e in experts]
         return torch.cat(outputs)

@@ -109,4 +109,5 @@ def _cgroup_available_bytes(folder: Path) -> int | None:
         return None
     cache = int(stat.get("total_cache", stat.get("file", 0)))
     mapped = int(stat.get("total_mapped_file", stat.get("file_mapped", 0)))
-    return limit - usage + max(cache - mapped, 0)
+    shared = int(stat.get("total_shmem", stat.get("shmem", 0)))  # tmpfs: counted as cache, and cannot be dropped
+    return limit - usage + max(cache - mapped - shared, 0)

@@ -108,7 +108,8 @@ def resolve_folder(model: str | Path, **download_kwargs) -> Path:
         return Path(
             snapshot_download(
                 str(model),
-                allow_patterns=["*.json", "*.safetensors", "*.moeflow", "*.jinja", "*.model", "*.txt"],
+                allow_patterns=["*.json", "*.safetensors", "*.moeflow", "*.jinja", "*.model", "*.txt", "*.py"],
+                ignore_patterns=["original/*", "consolidated*"],
                 **download_kwargs,
             )
         )
@@ -240,14 +241,14 @@ def take_experts_off(model) -> None:
 
 
 def own_dense_weights(model) -> None:
-    """Move the parameters on the CPU out of the checkpoint's memory mapping, one at a time.
+    """Move parameters and buffers on the CPU out of the checkpoint's memory mapping, one at a time.
 
     Mapped weights would be paged out under memory pressure, and lie at whatever offset the file has, on which the
     last bit of a matrix product depends.
     """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def key_value_bytes_per_position(model) -> int:

@@ -32,6 +32,10 @@ _REFUSED = {
     "experts_implementation": "load_moe is an experts implementation itself",
     "state_dict": "weights are read from the checkpoint only",
     "gguf_file": "GGUF checkpoints are not supported: use safetensors",
+    "variant": "experts and dense weights would come from different files",
+    "subfolder": "give that folder as the model",
+    "torch_dtype": "it is called dtype",
+    "key_mapping": "experts are found by transformers' own mapping",
 }
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -85,9 +89,13 @@ def load_moe(
 
     want_info = hf_kwargs.pop("output_loading_info", False)
     folder = hf.resolve_folder(model, **{name: hf_kwargs[name] for name in _HUB_OPTIONS if name in hf_kwargs})
-    config = hf_kwargs.pop("config", None) or hf.load_config(
-        folder, **{name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
-    )
+    config = hf_kwargs.pop("config", None)
+    if config is None or isinstance(config, (str, Path)):
+        config = hf.load_config(
+            Path(config or folder), **{name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
+        )
+    for name in [name for name in hf_kwargs if name in config.to_dict()]:  # as from_pretrained does
+        setattr(config, name, hf_kwargs.pop(name))
     checkpoint = open_checkpoint(folder)
     plan = _Plan()
 
@@ -220,6 +228,7 @@ def _attach(model, runtime: ExpertRuntime) -> None:
     model.moeflow = runtime
     counted = weakref.ref(runtime)
 
+    @torch.compiler.disable
     def count_pass(module, args, kwargs):
         ids = kwargs.get("input_ids")
         if ids is None:
@@ -227,7 +236,12 @@ def _attach(model, runtime: ExpertRuntime) -> None:
         if ids is None and args:
             ids = args[0]
         if ids is not None:
-            counted().begin_forward(ids.shape[0], ids.shape[1])
+            past = kwargs.get("past_key_values")
+            if hasattr(past, "get_seq_length"):
+                continues = bool(past.get_seq_length() > 0)
+            else:  # a cache without a length (state-space models): one position at a time is decode
+                continues = past is not None and ids.shape[1] == 1
+            counted().begin_forward(ids.shape[0], ids.shape[1], continues=continues)
 
     model.base_model.register_forward_pre_hook(count_pass, with_kwargs=True)
 

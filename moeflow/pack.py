@@ -117,6 +117,10 @@ def _resume(partial: Path, identity: str) -> list[int]:
             journal.write_text("\n".join([identity, *(f"{value:08x}" for value in done), ""]))
             logger.info("continuing %s after %d experts", partial, len(done))
             return done
+    elif partial.exists() and any(partial.iterdir()):
+        raise ConfigError(
+            f"{partial} holds something that moeflow pack did not write. Remove it or choose another folder."
+        )
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -125,7 +129,7 @@ def _resume(partial: Path, identity: str) -> list[int]:
 
 
 def _check_space(partial: Path, total: int, *, fresh: bool) -> None:
-    written = sum(file.stat().st_size for file in partial.iterdir())
+    written = sum(file.stat().st_blocks * 512 for file in partial.iterdir())
     free = shutil.disk_usage(partial).free
     if total - written > free:
         if fresh:

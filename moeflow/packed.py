@@ -23,7 +23,7 @@ def header_bytes(layouts: list[LayerLayout], crc32: list[list[int]] | None = Non
         crc32: [num_layers][num_experts] checksums; zeros while they are not known (the length stays the same).
     """
     offset = 0
-    for _ in range(2):  # record offsets are decimal numbers in the header, so its length must settle first
+    for _ in range(2):  # the header's own length decides where records begin
         layers, position = [], offset
         for number, layout in enumerate(layouts):
             sums = crc32[number] if crc32 else [0] * layout.num_experts

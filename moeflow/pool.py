@@ -3,6 +3,7 @@
 Knows where a slot's bytes are and how to look at them as tensors. Knows nothing of who sits in it.
 """
 
+import contextlib
 import ctypes
 import mmap
 
@@ -47,7 +48,8 @@ class SlotPool:
                 # mmap: page-aligned, and the system hands out pages only as experts arrive.
                 arena = self._arena = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
-                    arena.madvise(mmap.MADV_HUGEPAGE)
+                    with contextlib.suppress(OSError):  # a kernel without huge pages
+                        arena.madvise(mmap.MADV_HUGEPAGE)
                 self.bytes = np.frombuffer(arena, np.uint8).reshape(num_slots, self.stride)
                 self.tensor = torch.from_numpy(self.bytes)
             else:

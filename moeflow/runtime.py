@@ -33,10 +33,12 @@ class _Parts(NamedTuple):
     pools: list[SlotPool]
 
     def release(self) -> None:
-        self.transfers.close()
-        self.store.close()
-        for pool in self.pools:
-            pool.close()
+        try:
+            self.transfers.close()
+        finally:
+            self.store.close()
+            for pool in self.pools:
+                pool.close()
 
 
 class ExpertRuntime:
@@ -75,7 +77,9 @@ class ExpertRuntime:
         self._host = host
         self._streams = streams
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
+        self._ready: list[object] = [None] * pool.num_slots  # the end of the copy into each slot
         self._last_use: list[object] = [None] * pool.num_slots
+        self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._stats = Stats()
         self._lock = threading.RLock()
         # Equal layouts become one object, so that layers share the tensor views of a slot.
@@ -101,14 +105,21 @@ class ExpertRuntime:
             self._release()
             self._pool = None
 
-    def begin_forward(self, num_sequences: int, num_positions: int) -> None:
-        """Say that a pass over [num_sequences, num_positions] new tokens begins."""
+    def begin_forward(self, num_sequences: int, num_positions: int, *, continues: bool) -> None:
+        """Say that a pass over [num_sequences, num_positions] new tokens begins.
+
+        Args:
+            continues: whether earlier positions lie in a key-value cache, which makes the pass decode.
+        """
         with self._lock:
-            self._stats.begin_forward(num_sequences, num_positions)
+            self._stats.begin_forward(num_sequences, num_positions, continues=continues)
             if self._governor is not None and not self.closed:
-                limit = self._governor.slots(len(self.cache), self.cache.limit, now=num_positions > 1)
+                self._mend()
+                limit = self._governor.slots(len(self.cache), self.cache.limit, now=not continues)
                 evictions = self.cache.evictions
+                self._torn = True
                 self._pool.discard(self.cache.set_limit(limit))
+                self._torn = False
                 self._stats.now.evictions += self.cache.evictions - evictions
 
     def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -128,7 +139,14 @@ class ExpertRuntime:
         with self._lock:
             if self.closed:
                 raise ClosedModelError("the model was closed: load it again to use it.")
-            yield from self._serve(layer, [ExpertKey(layer, expert) for expert in experts])
+            self._mend()
+            self._torn = True  # until this call has put everything back
+            try:
+                yield from self._serve(layer, [ExpertKey(layer, expert) for expert in experts])
+            except (GeneratorExit, ExpertReadError):
+                self._torn = False
+                raise
+            self._torn = False
 
     def stats(self) -> dict:
         """Return what has happened since loading or the last reset_stats(), with units in the names."""
@@ -167,6 +185,7 @@ class ExpertRuntime:
     def check_integrity(self) -> None:
         """Assert the invariants of the residency maps and of the copies in flight."""
         with self._lock:
+            self._mend()
             while (transfer := self._transfers.poll_completed()) is not None:
                 self._settle(transfer, wanted=())
             self.cache.check_integrity()
@@ -174,6 +193,13 @@ class ExpertRuntime:
                 self._host.cache.check_integrity()
             if not len(self._transfers):
                 assert not self.cache.num_pinned, "a slot is pinned while nothing runs"
+
+    def _mend(self) -> None:
+        """Start from nothing resident if an interrupt struck in the middle of the bookkeeping."""
+        if self._torn:
+            self._transfers.abandon()
+            self.cache.clear()
+            self._torn = False
 
     def _serve(self, layer, keys):
         stats, cache, record = self._stats.now, self.cache, self._records[layer]
@@ -196,6 +222,9 @@ class ExpertRuntime:
                     continue
                 key = resident.pop()
                 slot = cache.slot(key)
+                # The stream of this call may be another than that of the call that had the expert copied or used it.
+                self._streams.wait(self._ready[slot])
+                self._streams.wait(self._last_use[slot])
                 begin = time.perf_counter()
                 yield key.expert, self._pool.views(slot, record)
                 stats.compute_s += time.perf_counter() - begin
@@ -247,7 +276,7 @@ class ExpertRuntime:
             now.bytes_from_disk += transfer.num_bytes
         else:
             now.bytes_from_host += transfer.num_bytes
-        self._streams.wait(transfer.event)
+        self._ready[transfer.slot] = transfer.event
         if key in wanted:
             wanted.discard(key)
             return [key]

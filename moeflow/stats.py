@@ -49,8 +49,8 @@ class Stats:
         self.decode = PhaseStats()
         self.now = self.prefill
 
-    def begin_forward(self, num_sequences: int, num_positions: int) -> None:
-        """Count a pass of [num_sequences, num_positions] new tokens: more than one position is prefill."""
-        self.now = self.prefill if num_positions > 1 else self.decode
+    def begin_forward(self, num_sequences: int, num_positions: int, *, continues: bool) -> None:
+        """Count a pass of [num_sequences, num_positions] new tokens; one that continues a key-value cache is decode."""
+        self.now = self.decode if continues else self.prefill
         self.now.forwards += 1
         self.now.tokens += num_sequences * num_positions

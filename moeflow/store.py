@@ -223,9 +223,9 @@ class ExpertStore:
         """Give up direct reads of one file: some filesystems take the flag and refuse the read."""
         with self._lock:
             if self._direct[file]:
+                fd = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
                 self._retired.append(self._fds[file])  # another thread may be reading from it
-                self._direct[file] = False
-                self._fds[file] = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._direct[file], self._fds[file] = False, fd
             return self._fds[file]
 
     def _scatter(self, source, expert, views, places, record) -> None:

@@ -26,6 +26,9 @@ class Streams(Protocol):
     def synchronize(self, event: object) -> None:
         """Block the calling thread until the event has happened."""
 
+    def finish(self) -> None:
+        """Block the calling thread until every copy and every kernel has ended."""
+
 
 class HostStreams:
     """One memory: copies have ended when they return."""
@@ -43,6 +46,9 @@ class HostStreams:
     def synchronize(self, event):
         return None
 
+    def finish(self):
+        return None
+
 
 class CudaStreams:
     """A copy stream beside the caller's current stream, ordered by events."""
@@ -50,6 +56,8 @@ class CudaStreams:
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        # The pool may lie on memory that queued kernels of an earlier owner still use.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy(self, target, source, after):
         with torch.cuda.stream(self._stream):
@@ -72,3 +80,6 @@ class CudaStreams:
     def synchronize(self, event):
         if event is not None:
             event.synchronize()
+
+    def finish(self):
+        torch.cuda.synchronize(self._device)

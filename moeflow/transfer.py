@@ -5,10 +5,11 @@ an expert. All methods are called by one thread at a time (the runtime's lock); 
 """
 
 import queue
-from concurrent.futures import ThreadPoolExecutor
+import threading
 
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, Tier
+from moeflow.errors import ExpertReadError, MoeflowError
 from moeflow.pool import SlotPool
 from moeflow.store import ExpertStore
 from moeflow.streams import Streams
@@ -77,8 +78,7 @@ class Transfers:
         self._streams = streams
         self._host = host
         self._in_flight: dict[ExpertKey, Transfer] = {}
-        self._completed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="moeflow-read")
+        self._start_threads()
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -112,9 +112,8 @@ class Transfers:
                 host.cache.pin(key)
                 transfer = Transfer(key, slot, Tier.HOST, host_slot)
                 transfer.num_bytes = num_bytes
-                _copy_to_device(self._pool, host.pool, self._streams, transfer, num_bytes, after)
                 self._in_flight[key] = transfer
-                self._completed.put(transfer)
+                _run(self._completed, _copy_to_device, self._pool, host.pool, self._streams, transfer, num_bytes, after)
                 return transfer
             host_slot = host.cache.reserve(key)
             assert host_slot is not None, "more copies in flight than host slots"
@@ -122,7 +121,7 @@ class Transfers:
             work = (_read_through_host, self._store, self._pool, host.pool, self._streams, transfer, num_bytes, after,
                     host.last_copy[host_slot])  # fmt: skip
         self._in_flight[key] = transfer
-        self._threads.submit(_run, self._completed, *work)
+        self._work.put(work)
         return transfer
 
     def wait_completed(self) -> Transfer:
@@ -137,9 +136,39 @@ class Transfers:
             return None
 
     def close(self) -> None:
-        """Let running reads end, drop waiting ones, stop the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Let running copies end, drop waiting ones, stop the threads."""
+        self._stop_threads()
+        self._streams.finish()
+        self._completed = queue.SimpleQueue()
         self._in_flight.clear()
+
+    def abandon(self) -> None:
+        """Let running copies end and forget them all, settled or not; then be ready again."""
+        self.close()
+        if self._host is not None:
+            self._host.cache.clear()
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        # Not a ThreadPoolExecutor: an interrupt inside its submit() leaves a lock held for ever.
+        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._completed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_serve_work, args=(self._work, self._completed), name="moeflow-read", daemon=True)
+            for _ in range(self.num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _stop_threads(self) -> None:
+        while not self._work.empty():
+            self._work.get_nowait()
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            # The garbage collector may run this inside a reading thread, which cannot wait for itself.
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join()
 
     def _settle(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.key]
@@ -150,9 +179,19 @@ class Transfers:
                     cache.abort(transfer.key)
                     return transfer
                 cache.commit(transfer.key)
+            if transfer.error is not None:
+                cache.unpin(transfer.key)
+                return transfer
             self._host.last_copy[transfer.host_slot] = transfer.event
             cache.unpin(transfer.key)
         return transfer
+
+
+def _serve_work(work, completed) -> None:
+    """Run what is queued until None comes: the life of a reading thread."""
+    while (item := work.get()) is not None:
+        _run(completed, *item)
+        del item  # holds the pools; the next item may be long in coming
 
 
 def _run(completed, work, *args) -> None:
@@ -160,8 +199,13 @@ def _run(completed, work, *args) -> None:
     transfer = next(arg for arg in args if isinstance(arg, Transfer))
     try:
         work(*args)
-    except BaseException as error:
-        transfer.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+    except MoeflowError as error:
+        transfer.error = error
+    except Exception as error:
+        transfer.error = ExpertReadError(
+            f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} could not be copied to the device: {error}"
+        )
+        transfer.error.__cause__ = error
     completed.put(transfer)
 
 

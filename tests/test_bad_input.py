@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
-from conftest import tiny_mixtral
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import ROOT, tiny_mixtral
 from moeflow import MoeflowError, load_moe
 from moeflow.errors import (
     BudgetError,
@@ -57,6 +60,9 @@ def test_malformed_budget_names_what_is_allowed(mixtral_folder, budget):
         ({"device_map": "auto"}, "device="),
         ({"quantization_config": {"quant_method": "gptq"}}, "not supported yet"),
         ({"experts_implementation": "eager"}, "itself"),
+        ({"variant": "v2"}, "different files"),
+        ({"subfolder": "part"}, "give that folder"),
+        ({"torch_dtype": torch.float16}, "it is called dtype"),
     ],
 )
 def test_options_that_cannot_be_obeyed_are_refused(mixtral_folder, options, match):
@@ -191,11 +197,12 @@ def test_unknown_architecture_and_broken_config_are_named(folder):
 
 
 def test_nothing_is_leaked_by_a_failed_load(mixtral_folder):
-    before = len(os.listdir("/proc/self/fd"))
+    before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(5):
         with pytest.raises(MoeflowError):
             load_moe(mixtral_folder, expert_memory=1)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert threading.active_count() <= threads
 
 
 def test_disk_error_in_the_middle_names_the_expert_and_the_model_stays_usable(folder):
@@ -220,24 +227,51 @@ def test_disk_error_in_the_middle_names_the_expert_and_the_model_stays_usable(fo
     model.moeflow.close()
 
 
-def test_interrupt_in_the_middle_leaves_the_model_usable(mixtral_folder, monkeypatch):
-    model = load_moe(mixtral_folder, expert_memory=MINIMUM)
-    with torch.no_grad():
-        expected = model(PROMPT).logits
-        transfers, calls = model.moeflow._transfers, []
-        wait = transfers.wait_completed
+_INTERRUPTED = """
+import random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from moeflow import load_moe
+model = load_moe(sys.argv[1], expert_memory=int(sys.argv[2]))
+prompt = torch.arange(1, 12)[None]
+random.seed(0)
 
-        def interrupted():
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return wait()
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
-        monkeypatch.setattr(transfers, "wait_completed", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model(PROMPT)
-        assert torch.equal(model(PROMPT).logits, expected)
-    model.moeflow.close()
+def hung(*arguments):
+    raise TimeoutError("the model hangs after an interrupt")
+
+interrupts = 0
+with torch.no_grad():
+    expected = model(prompt).logits
+    while interrupts < 150:
+        signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0002, 0.02))
+            while True:
+                model(prompt)
+                model(prompt[:, :1])
+        except KeyboardInterrupt:
+            interrupts += 1
+        signal.signal(signal.SIGALRM, hung)
+        signal.setitimer(signal.ITIMER_REAL, 20)
+        assert torch.equal(model(prompt).logits, expected)
+        model.moeflow.check_integrity()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+model.moeflow.close()
+"""
+
+
+def test_interrupts_at_any_moment_leave_the_model_usable(mixtral_folder):
+    """Real signals at random moments: after each the model gives the same bits and no slot is lost."""
+    run = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, str(mixtral_folder), str(MINIMUM)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_closed_model_says_so(mixtral_folder):

@@ -7,8 +7,8 @@ import sys
 import gguf
 import numpy as np
 import pytest
-from conftest import ROOT, tiny_mixtral
 
+from conftest import ROOT, tiny_mixtral
 from moeflow.checkpoint import open_checkpoint
 from scripts.cgroup import CgroupUnavailable, MemoryCgroup, drop_page_cache, run_process
 from scripts.gguf_export import ExportError, export_gguf, read_tensor

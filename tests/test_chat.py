@@ -19,10 +19,10 @@ from string import ascii_lowercase
 
 import pytest
 import torch
-from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from conftest import ROOT
 from moeflow import load_moe
 from moeflow.chat import run_chat, run_prompt
 from moeflow.errors import ConfigError, MoeflowError

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from families import FAMILIES, build_model, inputs
 from transformers import AutoModelForCausalLM
 
+from families import FAMILIES, build_model, inputs
 from moeflow import hf, load_moe
 from moeflow.config import ExpertsSize
 
@@ -29,8 +29,16 @@ def smallest_budget(model):
 
 
 def run(model, family):
+    """Logits of a prefill and, where the family has a key-value cache, of two decode steps after it."""
     with torch.no_grad():
-        return model(**inputs(family)).logits
+        output = model(**inputs(family))
+        logits = [output.logits]
+        past = getattr(output, "past_key_values", None)
+        steps = past is not None and model.can_generate() and "decoder_input_ids" not in inputs(family)
+        for token in (3, 5) if steps else ():
+            ids = torch.full((output.logits.shape[0], 1), token)
+            logits.append(model(input_ids=ids, past_key_values=past).logits)
+        return torch.cat(logits, dim=1)
 
 
 def test_the_table_is_large_enough():

@@ -7,9 +7,9 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_mixtral
 from transformers import AutoModelForCausalLM, pipeline
 
+from conftest import tiny_mixtral
 from moeflow import hf, load_moe
 from moeflow.core import ExpertKey
 
@@ -134,6 +134,28 @@ def test_pipeline_and_router_logits_work(load, eager, tmp_path):
     assert len(found.router_logits) == 3
     assert torch.allclose(found.router_logits[0], expected.router_logits[0], atol=1e-5)
     assert torch.allclose(found.aux_loss, expected.aux_loss, atol=1e-5)
+
+
+def test_verification_passes_of_prompt_lookup_count_as_decode(load):
+    model = load(expert_memory="50%")
+    model.generate(PROMPT.repeat(1, 2), max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0)
+    stats = model.moeflow.stats()
+    assert stats["prefill"]["forwards"] == 1
+    assert stats["decode"]["tokens"] >= stats["decode"]["forwards"]
+
+
+def test_config_options_are_obeyed_as_from_pretrained_does(load):
+    model = load(expert_memory="50%", output_router_logits=True, num_experts_per_tok=1)
+    assert model.config.output_router_logits
+    assert len(model(PROMPT).router_logits) == 3
+    assert model.moeflow.stats()["prefill"]["misses"] > 0
+
+
+def test_no_tokens_give_no_output(load):
+    model = load(expert_memory="50%")
+    experts = model.model.layers[0].mlp.experts
+    nothing = experts(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert nothing.shape == (0, 64)
 
 
 def test_compiled_model_keeps_the_experts_as_one_op(load):

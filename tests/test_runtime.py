@@ -52,6 +52,9 @@ class ThreadStreams:
     def synchronize(self, event):
         self.wait(event)
 
+    def finish(self):
+        self._thread.submit(int).result()
+
 
 @pytest.fixture(scope="module")
 def experts_file(tmp_path_factory):
@@ -97,7 +100,7 @@ DEMANDS = st.lists(
 def test_any_demand_is_served_right(experts_file, policy, num_slots, host_slots, threads, demands):
     path, values = experts_file
     with build(path, num_slots, policy, host_slots, ThreadStreams() if threads else None) as runtime:
-        runtime.begin_forward(1, 1)
+        runtime.begin_forward(1, 1, continues=True)
         for layer, experts in demands:
             serve(runtime, layer, sorted(experts), values)
             runtime.check_integrity()
@@ -108,7 +111,7 @@ def test_any_demand_is_served_right(experts_file, policy, num_slots, host_slots,
 def test_host_tier_saves_the_disk(experts_file):
     path, values = experts_file
     with build(path, 2, host_slots=18) as runtime:
-        runtime.begin_forward(1, 1)
+        runtime.begin_forward(1, 1, continues=True)
         for _ in range(3):
             for layer in range(NUM_LAYERS):
                 serve(runtime, layer, list(range(NUM_EXPERTS)), values)
