@@ -188,7 +188,7 @@ def run_prompt(
         note=lambda text: print(text, file=stderr),
     )  # fmt: skip
     if as_json:
-        print(json.dumps(answer_figures(before, after, answer), ensure_ascii=False), file=stdout)
+        print(json.dumps(answer_figures(before, after, answer), ensure_ascii=stdout.isatty()), file=stdout)
     else:
         print(stats_line(before, after, answer), file=stderr)
     return 0

@@ -133,7 +133,7 @@ def _generate(arguments) -> int:
                 write_pieces(stream, sys.stdout)
         after = model.moeflow.stats()
     if arguments.json:
-        print(json.dumps(answer_figures(before, after, stream.answer), ensure_ascii=False))
+        print(json.dumps(answer_figures(before, after, stream.answer), ensure_ascii=sys.stdout.isatty()))
     else:
         print(stats_line(before, after, stream.answer), file=sys.stderr)
     return 0

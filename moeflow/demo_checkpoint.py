@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from moeflow.checkpoint import read_header
 from moeflow.demo_recipe import Recipe, SplitFfn
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -84,7 +85,7 @@ def write_shards(
             layer_file.unlink(missing_ok=True)
         header = read_header(path)
         weight_map |= dict.fromkeys(header, path.name)
-        total_bytes += sum(end - start for start, end in (entry["data_offsets"] for entry in header.values()))
+        total_bytes += sum(entry.num_bytes for entry in header.values())
         on_shard()
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -114,18 +115,6 @@ def mixtral_config(dense, recipe: Recipe):
         architectures=["MixtralForCausalLM"],
         dtype="bfloat16",
     )
-
-
-def read_header(path: Path) -> dict[str, dict]:
-    """Return a safetensors file's tensor entries by name.
-
-    Args:
-        path: the file.
-    """
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
 
 
 def write_tensors(path: Path, tensors: dict, **as_they_are) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import moeflow
 from moeflow import demo_model, demo_source
-from moeflow.demo_checkpoint import read_header
+from moeflow.checkpoint import read_header
 from moeflow.demo_model import DemoModelError, Stages, build_checkpoint, build_demo_model, default_demo_path
 from moeflow.demo_recipe import Recipe, Stream, replay_layer, spherical_kmeans, split_layer
 from moeflow.demo_text import calibration_prompts, library_texts
@@ -167,7 +167,7 @@ def test_tensors_of_one_expert_are_adjacent_in_the_file(built):
         ranges: dict[str, list] = {}
         for name, entry in read_header(path).items():
             if ".experts." in name:
-                ranges.setdefault(name.rsplit(".", 2)[0], []).append(entry["data_offsets"])
+                ranges.setdefault(name.rsplit(".", 2)[0], []).append((entry.begin, entry.begin + entry.num_bytes))
         for expert, offsets in ranges.items():
             first, second, third = sorted(offsets)
             assert first[1] == second[0], expert
