@@ -26,25 +26,27 @@ print(time.perf_counter() - begin)
 """
 _PYTHON = _HELP.replace('"-m", "moeflow", "--help"', '"-c", ""')
 _OPEN = """
-import resource, sys, time
+import sys, time
 from moeflow.checkpoint import open_checkpoint
 begin = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 print(time.perf_counter() - begin)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+from moeflow.hardware import process_memory_bytes
+print(process_memory_bytes()[1])
 """
 _MAP = """
-import resource, sys, time
+import sys, time
 from transformers import DeepseekV3Config
 from moeflow import hf
 from moeflow.checkpoint import open_checkpoint
+from moeflow.hardware import process_memory_bytes
 from moeflow.sources import map_experts
 empty = hf.empty_model(DeepseekV3Config())
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = process_memory_bytes()[1]
 begin = time.perf_counter()
 map_experts(empty, open_checkpoint(sys.argv[1]).tensors)
 print(time.perf_counter() - begin)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(process_memory_bytes()[1] - before)
 """
 
 
