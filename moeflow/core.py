@@ -29,9 +29,8 @@ class ExpertKey(NamedTuple):
 
 
 class Tier(str, Enum):
-    """Where an expert's bytes can be, nearest first."""
+    """Where a copy to the device takes an expert's bytes from."""
 
-    DEVICE = "device"
     HOST = "host"
     DISK = "disk"
 

@@ -32,8 +32,6 @@ except ImportError as error:  # pragma: no cover - depends on the installed vers
     ) from error
 
 IMPLEMENTATION = "moeflow"
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",

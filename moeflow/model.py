@@ -1,5 +1,6 @@
 """load_moe(): a transformers model whose experts live in the tiers instead of in the module."""
 
+import copy
 import weakref
 from pathlib import Path
 from typing import Any
@@ -94,15 +95,17 @@ def load_moe(
         config = hf.load_config(
             Path(config or folder), **{name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
         )
+    config = copy.deepcopy(config)  # the caller's stays as it is
     for name in [name for name in hf_kwargs if name in config.to_dict()]:  # as from_pretrained does
         setattr(config, name, hf_kwargs.pop(name))
     checkpoint = open_checkpoint(folder)
-    plan = _Plan()
+    plan, packed = _Plan(), (folder / PACKED_FILE).is_file()
 
     def on_skeleton(empty):
-        plan.layers = read_packed(folder, map_layouts(empty)) if _is_packed(folder) else map_experts(
-            empty, checkpoint.tensors
-        )  # fmt: skip
+        if packed:
+            plan.layers = read_packed(folder, map_layouts(empty))
+        else:
+            plan.layers = map_experts(empty, checkpoint.tensors)
         plan.size = ExpertsSize.of(
             [(source.layout.num_experts, source.layout.record) for source in plan.layers], hf.num_experts_per_tok(empty)
         )
@@ -115,12 +118,11 @@ def load_moe(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. The "
-            "checkpoint is incomplete: "
-            "download it again."
+            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
+            "The checkpoint is incomplete: download it again."
         )
     hf.own_dense_weights(loaded)
-    files = [folder / PACKED_FILE] if _is_packed(folder) else checkpoint.files
+    files = [folder / PACKED_FILE] if packed else checkpoint.files
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded)
     _attach(loaded, runtime)
     return (loaded, info) if want_info else loaded
@@ -131,10 +133,6 @@ class _Plan:
 
     layers: list[LayerSource]
     size: ExpertsSize
-
-
-def _is_packed(folder: Path) -> bool:
-    return (folder / PACKED_FILE).is_file()
 
 
 def _resolve_device(device) -> torch.device:

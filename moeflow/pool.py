@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from moeflow.core import PAGE_BYTES, RecordLayout, align_up
+from moeflow.dtypes import TORCH_DTYPES
 from moeflow.errors import BudgetError
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def slot_bytes(record_bytes: int) -> int:
@@ -71,7 +70,9 @@ class SlotPool:
         if found is None:
             row = self.tensor[slot]
             found = self._views[key] = {
-                spec.name: row[spec.offset : spec.offset + spec.num_bytes].view(_DTYPES[spec.dtype]).view(spec.shape)
+                spec.name: row[spec.offset : spec.offset + spec.num_bytes]
+                .view(TORCH_DTYPES[spec.dtype])
+                .view(spec.shape)
                 for spec in layout.tensors
             }
         return found

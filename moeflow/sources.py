@@ -13,8 +13,8 @@ import torch
 from moeflow import hf
 from moeflow.checkpoint import TensorEntry
 from moeflow.core import LayerLayout, RecordLayout
+from moeflow.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from moeflow.errors import CheckpointError, UnsupportedModelError
-from moeflow.hf import DTYPE_NAMES, TORCH_DTYPES
 from moeflow.layers import Conversion, LayerSource, PieceTable
 
 

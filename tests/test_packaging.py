@@ -18,7 +18,7 @@ FOLDERS = ("kernels", "placement", "predictors")
 # Who may import whom: a module imports only from rows above its own, or from its own row's neighbours named here.
 RANKS = [
     {"core", "errors"},
-    {"config", "layers", "hardware", "stats", "checkpoint", "kernels", "predictors", "placement"},
+    {"config", "layers", "hardware", "stats", "checkpoint", "dtypes", "kernels", "predictors", "placement"},
     {"cache", "store", "pool", "streams", "packed", "hf"},
     {"transfer", "sources", "governor"},
     {"runtime"},
