@@ -1,0 +1,60 @@
+"""What every predictor answers, in replay and live: routes in, probabilities out. No caches, no devices, no models.
+
+The life of a predictor: `begin`, perhaps `prefill`, and then for every decode step `step` before the first layer runs
+and `observe` after each layer's router has spoken, in the order of the layers. A probability of NaN means that nothing
+is known. Expert numbers of num_experts or more, as padding has them, stand for none.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Predictor(Protocol):
+    """Predicts which experts the coming layers will demand, for B sequences at once.
+
+    Args:
+        name: what reports call it.
+        num_layers: L, MoE layers.
+        num_experts: E, the largest number of experts in a layer.
+        reach: D, how many layers ahead `observe` refines; 0 where it never does.
+        signal: what `observe` is given besides the routes: "none", "residual" (the residual stream at this layer's
+            router, before its norm: [B, H]) or "recorded" (what a trace holds of it: expert ids [B, D, M]).
+    """
+
+    name: str
+    num_layers: int
+    num_experts: int
+    reach: int
+    signal: str
+
+    def begin(self, num_sequences: int) -> None:
+        """Forget the past: B = num_sequences new sequences start."""
+
+    def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
+        """Learn the routes of a prompt: token_ids [B, T], experts and weights [B, T, L, K]."""
+
+    def step(self, token_ids: np.ndarray) -> np.ndarray:
+        """Predict the step that feeds token_ids [B]: probability that it demands each expert, float32 [B, L, E]."""
+
+    def observe(
+        self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """Take in what the router of a layer chose and refine the layers above it.
+
+        Args:
+            layer: the layer whose router spoke; the last layer ends the step.
+            experts: [B, K], by falling weight.
+            weights: [B, K], or None where they are not known.
+            signal: see the class.
+
+        Returns:
+            Probabilities of layers layer + 1 to layer + n, n = min(reach, layers left): float32 [B, n, E]; None
+            where nothing is refined.
+        """
+
+    def later(self) -> np.ndarray | None:
+        """Predict the steps after the coming one: float32 [B, steps, L, E]; None where nothing is known of them.
+
+        Asked after `step`; index 0 is the step that follows the one `step` predicted.
+        """
