@@ -12,6 +12,7 @@ from moeflow.core import ExpertKey
 from moeflow.errors import ConfigError
 
 _FREE, _LOADING, _RESIDENT = 0, 1, 2
+_SELDOM = 0.01  # uses that stand for none
 
 
 class ExpertCache:
@@ -33,8 +34,12 @@ class ExpertCache:
             raise ConfigError(f"a cache of {num_slots} slots holds nothing. Give at least 1.")
         self.num_slots = num_slots
         self.limit = num_slots  # how many of the slots may be used at present
+        # [num_layers, num_experts], when each expert is expected to be demanded, in layers from the first layer of the
+        # step under way. Kept up to date by whoever predicts, None while nobody does.
+        self.next_use: np.ndarray | None = None
         self.policy = policy
         self.evictions = 0
+        self.last_evicted: ExpertKey | None = None  # by the last reserve()
         self.peak_used = 0
         self.num_transient = num_transient
         self._victim_scores: Callable = POLICIES[policy]
@@ -43,15 +48,12 @@ class ExpertCache:
         self._free = list(range(num_slots - 1, -1, -1))
         self._state = np.zeros(num_slots, np.int8)
         self._pins = np.zeros(num_slots, np.int32)
-        self._count: dict[ExpertKey, int] = {}
-        self._last_event: dict[ExpertKey, int] = {}
         self._event = 0
-        self._passes: dict[int, int] = {}  # of each layer
-        # Mirrors of the dicts above for the expert in each slot, so that a victim is found without a Python loop.
-        self.frequency = np.zeros(num_slots)
-        self.last_pass = np.zeros(num_slots)
-        self.last_event = np.zeros(num_slots)
-        self.layer = np.zeros(num_slots, np.int64)
+        # Of every expert, resident or not, [num_layers, num_experts]; they grow as larger numbers appear.
+        self._counts, self._last_passes, self._last_events = (np.zeros((1, 1), np.int64) for _ in range(3))
+        self._passes = np.zeros(1, np.int64)  # of each layer
+        self._layer = np.zeros(num_slots, np.int64)  # of the expert in each slot
+        self._expert = np.zeros(num_slots, np.int64)
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -64,46 +66,81 @@ class ExpertCache:
         slot = self._slot_of.get(key)
         return slot if slot is not None and self._state[slot] == _RESIDENT else None
 
+    @property
+    def slots(self) -> dict[ExpertKey, int]:
+        """Who has a slot, resident or loading; not to be changed."""
+        return self._slot_of
+
     def touch(self, keys: list[ExpertKey]) -> None:
         """Record that these experts are demanded by one pass of their layer, whether resident or not."""
         if not keys:
             return
-        layer = keys[0].layer
-        now = self._passes[layer] = self._passes.get(layer, 0) + 1
-        for key in keys:
-            self._event += 1
-            count = self._count[key] = self._count.get(key, 0) + 1
-            self._last_event[key] = self._event
-            slot = self._slot_of.get(key)
-            if slot is not None:
-                self.frequency[slot], self.last_pass[slot], self.last_event[slot] = count, now, self._event
+        layer, experts = keys[0].layer, [key.expert for key in keys]
+        self._grow(layer, max(experts))
+        self._passes[layer] += 1
+        self._counts[layer, experts] += 1
+        self._last_passes[layer, experts] = self._passes[layer]
+        self._last_events[layer, experts] = np.arange(self._event + 1, self._event + 1 + len(experts))
+        self._event += len(experts)
+
+    @property
+    def frequency(self) -> np.ndarray:
+        """How often the expert in each slot was demanded: [num_slots]."""
+        return self._counts[self._layer, self._expert]
+
+    @property
+    def last_event(self) -> np.ndarray:
+        """When the expert in each slot was last demanded, as a number that grows with every demand: [num_slots]."""
+        return self._last_events[self._layer, self._expert]
 
     def ages(self) -> np.ndarray:
         """Return, for each slot, how many passes of its expert's layer went by since its last use: [num_slots]."""
-        passes = np.zeros(max(self._passes, default=0) + 1)
-        passes[list(self._passes)] = list(self._passes.values())
-        return passes[self.layer] - self.last_pass
+        return self._passes[self._layer] - self._last_passes[self._layer, self._expert]
 
-    def reserve(self, key: ExpertKey) -> int | None:
+    def usual_steps(self, num_layers: int, num_experts: int) -> np.ndarray:
+        """Return in how many passes each expert comes back at the rate lfru's score stands for: [L, E].
+
+        That rate is frequency / (age + 1) uses in as many passes as the layer has made.
+        """
+        self._grow(num_layers - 1, num_experts - 1)
+        passes = self._passes[:num_layers, None]
+        ages = passes - self._last_passes[:num_layers, :num_experts]
+        return (passes + 1) * (ages + 1) / (self._counts[:num_layers, :num_experts] + _SELDOM)
+
+    def expected_next_use(self) -> np.ndarray:
+        """Return, for each slot, when its expert is expected to be demanded, as in `next_use`: [num_slots]."""
+        if self.next_use is not None:
+            return self.next_use[self._layer, self._expert]
+        return self._layer + self.usual_steps(*self._counts.shape)[self._layer, self._expert] * len(self._passes)
+
+    def reserve(self, key: ExpertKey, *, sooner_than_victim: float | None = None) -> int | None:
         """Give an absent expert a slot, evicting by policy, and mark it loading with one pin.
 
+        Args:
+            key: the expert.
+            sooner_than_victim: when the expert is expected to be demanded, as in `next_use`. Where it is given, an
+                expert that is expected before that is not evicted.
+
         Returns:
-            The slot, or None when every slot is pinned. A locked slot cannot be evicted.
+            The slot, or None when no slot may be taken. A pinned slot cannot be evicted.
         """
         assert key not in self._slot_of, f"{key} has a slot already"
         if self._free and len(self._slot_of) < self.limit:
             slot = self._free.pop()
+            self.last_evicted = None
         else:
             slot = self._victim()
             if slot is None:
                 return None
+            if sooner_than_victim is not None and self.expected_next_use()[slot] <= sooner_than_victim:
+                return None
+            self.last_evicted = self._key_of[slot]
             del self._slot_of[self._key_of[slot]]
             self.evictions += 1
         self._slot_of[key], self._key_of[slot] = slot, key
         self._state[slot], self._pins[slot] = _LOADING, 1
-        self.frequency[slot] = self._count.get(key, 0)
-        self.last_pass[slot], self.last_event[slot] = self._passes.get(key.layer, 0), self._last_event.get(key, 0)
-        self.layer[slot] = key.layer
+        self._grow(*key)
+        self._layer[slot], self._expert[slot] = key
         self.peak_used = max(self.peak_used, len(self._slot_of))
         return slot
 
@@ -156,6 +193,13 @@ class ExpertCache:
         assert self._pins[slot] > 0, f"{key} is not pinned"
         self._pins[slot] -= 1
 
+    def present(self, num_layers: int, num_experts: int) -> np.ndarray:
+        """Return which experts have a slot, resident or loading: bool [num_layers, num_experts]."""
+        present = np.zeros((num_layers, num_experts), bool)
+        used = self._state != _FREE
+        present[self._layer[used], self._expert[used]] = True
+        return present
+
     def resident(self) -> list[ExpertKey]:
         """List the resident experts."""
         return [key for key, slot in self._slot_of.items() if self._state[slot] == _RESIDENT]
@@ -173,7 +217,7 @@ class ExpertCache:
             assert empty, f"free slot {slot} is not empty"
         assert (self._pins >= 0).all(), "a pin count is negative"
         for key, slot in self._slot_of.items():
-            assert self.frequency[slot] == self._count.get(key, 0), f"frequency of {key} is stale"
+            assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
 
     def clear(self) -> None:
         """Forget every resident and loading expert; the counts stay."""
@@ -190,6 +234,16 @@ class ExpertCache:
         scores = np.where(evictable, self._victim_scores(self), np.inf)
         lowest = np.flatnonzero(scores == scores.min())
         return int(lowest[np.argmin(self.last_event[lowest])])
+
+    def _grow(self, layer: int, expert: int) -> None:
+        rows, columns = self._counts.shape
+        if layer < rows and expert < columns:
+            return
+        more = ((0, max(layer + 1 - rows, 0)), (0, max(expert + 1 - columns, 0)))
+        self._counts, self._last_passes, self._last_events = (
+            np.pad(array, more) for array in (self._counts, self._last_passes, self._last_events)
+        )
+        self._passes = np.pad(self._passes, more[0])
 
     def _release(self, slot: int) -> None:
         del self._slot_of[self._key_of[slot]]
@@ -217,6 +271,17 @@ def _static(cache: ExpertCache) -> np.ndarray:
     return np.where(fixed, 1e300, cache.last_event)
 
 
+def _forecast(cache: ExpertCache) -> np.ndarray:
+    """Belady on predictions: the expert that is expected last goes."""
+    return -cache.expected_next_use()
+
+
 # Each policy maps a cache to [num_slots] scores; the lowest evictable score is evicted.
 # lfru: frequency / (age + 1), arXiv 2608.07911.
-POLICIES: dict[str, Callable[[ExpertCache], np.ndarray]] = {"lru": _lru, "lfu": _lfu, "lfru": _lfru, "static": _static}
+POLICIES: dict[str, Callable[[ExpertCache], np.ndarray]] = {
+    "lru": _lru,
+    "lfu": _lfu,
+    "lfru": _lfru,
+    "static": _static,
+    "forecast": _forecast,
+}

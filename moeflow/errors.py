@@ -31,3 +31,11 @@ class ClosedModelError(MoeflowError):
 
 class ModelSourceError(MoeflowError):
     """A model id or folder could not be found or fetched."""
+
+
+class PredictorError(MoeflowError):
+    """A predictor is of another model, damaged, or answered with nonsense."""
+
+
+class TraceError(MoeflowError):
+    """A routing trace is missing, empty, truncated, corrupt, no trace at all, or of another model."""

@@ -249,6 +249,17 @@ def own_dense_weights(model) -> None:
             tensor.data = tensor.data.clone()
 
 
+def continues_cache(kwargs: dict, num_positions: int) -> bool:
+    """Tell whether a forward pass called with these arguments continues earlier positions: decode, not prefill."""
+    past = kwargs.get("past_key_values")
+    if past is None:
+        past = kwargs.get("cache")  # its name from transformers 5.24 on
+    if hasattr(past, "get_seq_length"):
+        return bool(past.get_seq_length() > 0)
+    # a cache without a length (state-space models): one position at a time is decode
+    return past is not None and num_positions == 1
+
+
 def key_value_bytes_per_position(model) -> int:
     """Estimate the key-value cache of one position, from the attention modules' projections."""
     features = 0

@@ -234,12 +234,12 @@ def _attach(model, runtime: ExpertRuntime) -> None:
         if ids is None and args:
             ids = args[0]
         if ids is not None:
-            past = kwargs.get("past_key_values")
-            if hasattr(past, "get_seq_length"):
-                continues = bool(past.get_seq_length() > 0)
-            else:  # a cache without a length (state-space models): one position at a time is decode
-                continues = past is not None and ids.shape[1] == 1
-            counted().begin_forward(ids.shape[0], ids.shape[1], continues=continues)
+            counted().begin_forward(
+                ids.shape[0],
+                ids.shape[1],
+                continues=hf.continues_cache(kwargs, ids.shape[1]),
+                token_ids=ids if ids.dim() == 2 else None,
+            )
 
     model.base_model.register_forward_pre_hook(count_pass, with_kwargs=True)
 

@@ -19,10 +19,13 @@ from moeflow.errors import ClosedModelError, ExpertReadError
 from moeflow.governor import Governor
 from moeflow.hardware import process_memory_bytes
 from moeflow.pool import SlotPool
+from moeflow.prediction_loop import PredictionLoop, Routes
 from moeflow.stats import Stats
 from moeflow.store import ExpertStore
 from moeflow.streams import Streams
 from moeflow.transfer import HostTier, Transfers
+
+_MAX_PREFETCHES = 2  # copies under way while nobody waits: more would only stand before a demand
 
 
 class _Parts(NamedTuple):
@@ -53,6 +56,7 @@ class ExpertRuntime:
         num_threads: disk reads in flight.
         expert_budget_bytes: what the user allowed; the slots' bytes when None.
         governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
+        prediction: says what to prefetch; None for demand only.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class ExpertRuntime:
         num_threads: int = 4,
         expert_budget_bytes: int | None = None,
         governor: Governor | None = None,
+        prediction: PredictionLoop | None = None,
     ):
         self.store = store
         self.cache = cache
         self.device = pool.device
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
+        self._prediction = prediction
         self._pool = pool
         self._slot_bytes = pool.stride
         self._host = host
@@ -105,11 +111,14 @@ class ExpertRuntime:
             self._release()
             self._pool = None
 
-    def begin_forward(self, num_sequences: int, num_positions: int, *, continues: bool) -> None:
+    def begin_forward(
+        self, num_sequences: int, num_positions: int, *, continues: bool, token_ids: torch.Tensor | None = None
+    ) -> None:
         """Say that a pass over [num_sequences, num_positions] new tokens begins.
 
         Args:
             continues: whether earlier positions lie in a key-value cache, which makes the pass decode.
+            token_ids: the tokens, [num_sequences, num_positions], where they are known.
         """
         with self._lock:
             self._stats.begin_forward(num_sequences, num_positions, continues=continues)
@@ -121,8 +130,16 @@ class ExpertRuntime:
                 self._pool.discard(self.cache.set_limit(limit))
                 self._torn = False
                 self._stats.now.evictions += self.cache.evictions - evictions
+            if self._prediction is not None and not self.closed:
+                self._mend()
+                self._torn = True
+                self._prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
+                self._prefetch()
+                self._torn = False
 
-    def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def serve(
+        self, layer: int, experts: list[int], routes: Routes | None = None
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yield every demanded expert once with its weights: resident ones first, then as they arrive.
 
         The weights are valid until the next expert is asked for. Closing the iterator early is safe at any point:
@@ -131,6 +148,7 @@ class ExpertRuntime:
         Args:
             layer: which MoE layer.
             experts: distinct expert numbers; may be more than there are slots.
+            routes: what the router chose for each token, for whoever predicts.
 
         Raises:
             ExpertReadError: an expert could not be read. The runtime stays usable.
@@ -142,7 +160,7 @@ class ExpertRuntime:
             self._mend()
             self._torn = True  # until this call has put everything back
             try:
-                yield from self._serve(layer, [ExpertKey(layer, expert) for expert in experts])
+                yield from self._serve(layer, [ExpertKey(layer, expert) for expert in experts], routes)
             except (GeneratorExit, ExpertReadError):
                 self._torn = False
                 raise
@@ -171,6 +189,7 @@ class ExpertRuntime:
                     "process_bytes": now,
                     "process_peak_bytes": peak,
                 },
+                "prediction": None if self._prediction is None else self._prediction.as_dict(),
                 "io": {**self.store.stats(), "threads": self._transfers.num_threads},
             }
 
@@ -178,6 +197,8 @@ class ExpertRuntime:
         """Begin to count anew; what is resident stays."""
         with self._lock:
             self._stats.reset()
+            if self._prediction is not None:
+                self._prediction.reset_stats()
             self.cache.peak_used = len(self.cache)
             if self._host is not None:
                 self._host.cache.peak_used = len(self._host.cache)
@@ -199,26 +220,41 @@ class ExpertRuntime:
         if self._torn:
             self._transfers.abandon()
             self.cache.clear()
+            if self._prediction is not None:
+                self._prediction.clear()
             self._torn = False
 
-    def _serve(self, layer, keys):
+    def _serve(self, layer, keys, routes):
         stats, cache, record = self._stats.now, self.cache, self._records[layer]
         cache.touch(keys)
         held = [key for key in keys if cache.lookup(key) is not None]
         for key in held:
             cache.pin(key)
-        waiting = {key for key in keys if cache.lookup(key) is None}
-        to_start = deque(key for key in keys if key in waiting and key not in self._transfers)
+        absent = [key for key in keys if key not in cache.slots]
+        in_flight = [key for key in keys if key in self._transfers]
+        for key in in_flight:
+            self._transfers.demand(key)
+        waiting, to_start, resident = {*absent, *in_flight}, deque(absent), held.copy()
         stats.hits += len(held)
         stats.misses += len(waiting)
-        resident = list(held)
+        stats.waited_for_prefetch += len(in_flight)
+
+        def arrive(arrived):
+            resident.extend(arrived)
+            held.extend(arrived)
+
         try:
+            if self._prediction is not None:
+                others = self._transfers.prefetches()
+                self._prediction.demanded(layer, held, in_flight, absent, self._transfers.copy_s, others)
             self._start(to_start)
+            if self._prediction is not None and routes is not None:
+                self._prediction.observe(layer, routes, stats)
+                arrive(self._prefetch(waiting))
             while resident or waiting:
                 if not resident:
                     self._start(to_start)
-                    resident = self._await_one(waiting, stats)
-                    held.extend(resident)
+                    arrive(self._await_one(waiting, stats))
                     continue
                 key = resident.pop()
                 slot = cache.slot(key)
@@ -233,6 +269,8 @@ class ExpertRuntime:
                 held.remove(key)
                 if to_start:
                     self._start(to_start)
+                elif self._prediction is not None:
+                    arrive(self._prefetch(waiting))
         except ExpertReadError:
             # Let the other copies end too: one that fails later must not be blamed on the next call.
             while len(self._transfers):
@@ -252,7 +290,31 @@ class ExpertRuntime:
             if slot is None:
                 return
             self._stats.now.evictions += cache.evictions - evictions
+            if self._prediction is not None:
+                self._prediction.evicted(cache.last_evicted)
             self._transfers.start(to_start.popleft(), slot, self._last_use[slot])
+
+    def _prefetch(self, waiting=()) -> list[ExpertKey]:
+        """Start what is worth prefetching while the link has room, and take back what comes too late.
+
+        Returns:
+            The experts of `waiting` that have arrived meanwhile, pinned.
+        """
+        prediction, transfers, arrived = self._prediction, self._transfers, []
+        if not prediction.active:
+            return arrived
+        while (transfer := transfers.poll_completed()) is not None:
+            arrived += self._settle(transfer, waiting)
+        for key in prediction.overdue(transfers.prefetches()):
+            if transfers.drop(key):
+                self.cache.abort(key)
+                prediction.dropped(key)
+        while transfers.num_copying < _MAX_PREFETCHES and transfers.has_room:
+            found = prediction.take()
+            if found is None:
+                break
+            transfers.start(*found, self._last_use[found[1]], prefetch=True)
+        return arrived
 
     def _await_one(self, waiting: set, stats) -> list[ExpertKey]:
         """Wait for the next copy to end; return it if this layer wants it."""
@@ -267,6 +329,8 @@ class ExpertRuntime:
         cache, key = self.cache, transfer.key
         if transfer.error is not None:
             cache.abort(key)
+            if self._prediction is not None:
+                self._prediction.dropped(key)
             if key in wanted:
                 raise transfer.error
             return []

@@ -26,6 +26,9 @@ class Streams(Protocol):
     def synchronize(self, event: object) -> None:
         """Block the calling thread until the event has happened."""
 
+    def done(self, event: object) -> bool:
+        """Whether the event has happened."""
+
     def finish(self) -> None:
         """Block the calling thread until every copy and every kernel has ended."""
 
@@ -45,6 +48,9 @@ class HostStreams:
 
     def synchronize(self, event):
         return None
+
+    def done(self, event):
+        return True
 
     def finish(self):
         return None
@@ -80,6 +86,9 @@ class CudaStreams:
     def synchronize(self, event):
         if event is not None:
             event.synchronize()
+
+    def done(self, event):
+        return event is None or event.query()
 
     def finish(self):
         torch.cuda.synchronize(self._device)

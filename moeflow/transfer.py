@@ -6,6 +6,7 @@ an expert. All methods are called by one thread at a time (the runtime's lock); 
 
 import queue
 import threading
+import time
 
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, Tier
@@ -39,16 +40,30 @@ class Transfer:
         source: the tier its bytes come from.
     """
 
-    __slots__ = ("error", "event", "host_slot", "key", "num_bytes", "slot", "source")
+    __slots__ = ("_work", "error", "event", "host_slot", "key", "num_bytes", "prefetch", "seconds", "slot", "source")
 
-    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None):
+    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
         self.key = key
+        self.prefetch = prefetch  # nobody waits for it yet
         self.slot = slot
         self.source = source
         self.host_slot = host_slot
         self.event: object = None
         self.error: Exception | None = None
         self.num_bytes = 0
+        self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
+        self._work: list = []
+
+    def give(self, work: tuple) -> None:
+        """Attach what a reading thread has to run: a function and its arguments."""
+        self._work.append(work)
+
+    def claim(self) -> tuple | None:
+        """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
+        try:
+            return self._work.pop()
+        except IndexError:
+            return None
 
 
 class Transfers:
@@ -78,6 +93,8 @@ class Transfers:
         self._streams = streams
         self._host = host
         self._in_flight: dict[ExpertKey, Transfer] = {}
+        self._copying: list[object] = []
+        self._copy_s = 0.0
         self._start_threads()
 
     def __len__(self) -> int:
@@ -91,18 +108,30 @@ class Transfers:
         """Whether one more copy may be started."""
         return len(self._in_flight) < self.max_in_flight
 
-    def start(self, key: ExpertKey, slot: int, after: object) -> Transfer:
+    @property
+    def num_copying(self) -> int:
+        """How many copies are under way, those included that have been handed out and that the device still runs."""
+        self._copying = [event for event in self._copying if not self._streams.done(event)]
+        return len(self._in_flight) + len(self._copying)
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds a copy takes, a moving average over the reads and copies that have ended."""
+        return self._copy_s
+
+    def start(self, key: ExpertKey, slot: int, after: object, *, prefetch: bool = False) -> Transfer:
         """Begin to copy an expert into a device slot.
 
         Args:
             key: an expert that is not in flight.
             slot: reserved for it.
             after: the event of the last compute that read the slot.
+            prefetch: let every copy that somebody waits for go first.
         """
         assert key not in self._in_flight, f"a copy of {key} is in flight already"
         num_bytes = self._store.layers[key.layer].layout.record.num_bytes
         if self._host is None:
-            transfer = Transfer(key, slot, Tier.DISK, None)
+            transfer = Transfer(key, slot, Tier.DISK, None, prefetch=prefetch)
             work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
         else:
             host = self._host
@@ -110,19 +139,43 @@ class Transfers:
             host_slot = host.cache.lookup(key)
             if host_slot is not None:
                 host.cache.pin(key)
-                transfer = Transfer(key, slot, Tier.HOST, host_slot)
+                transfer = Transfer(key, slot, Tier.HOST, host_slot, prefetch=prefetch)
                 transfer.num_bytes = num_bytes
                 self._in_flight[key] = transfer
                 _run(self._completed, _copy_to_device, self._pool, host.pool, self._streams, transfer, num_bytes, after)
                 return transfer
             host_slot = host.cache.reserve(key)
             assert host_slot is not None, "more copies in flight than host slots"
-            transfer = Transfer(key, slot, Tier.DISK, host_slot)
+            transfer = Transfer(key, slot, Tier.DISK, host_slot, prefetch=prefetch)
             work = (_read_through_host, self._store, self._pool, host.pool, self._streams, transfer, num_bytes, after,
                     host.last_copy[host_slot])  # fmt: skip
+        transfer.give(work)
         self._in_flight[key] = transfer
-        self._work.put(work)
+        (self._prefetches if prefetch else self._demands).put(transfer)
+        self._tickets.put(True)
         return transfer
+
+    def demand(self, key: ExpertKey) -> None:
+        """Say that somebody waits for a copy in flight: where it has not begun, it jumps the queue."""
+        transfer = self._in_flight[key]
+        if transfer.prefetch:
+            transfer.prefetch = False
+            self._demands.put(transfer)  # whoever finds it second finds its work taken
+            self._tickets.put(True)
+
+    def drop(self, key: ExpertKey) -> bool:
+        """Forget a prefetch that has not begun; return whether it could be. Its slot is the caller's again."""
+        transfer = self._in_flight[key]
+        if not transfer.prefetch or transfer.claim() is None:
+            return False
+        del self._in_flight[key]
+        if transfer.host_slot is not None:
+            self._host.cache.abort(key)
+        return True
+
+    def prefetches(self) -> list[ExpertKey]:
+        """List the experts on their way that nobody waits for."""
+        return [key for key, transfer in self._in_flight.items() if transfer.prefetch]
 
     def wait_completed(self) -> Transfer:
         """Block until a copy has ended, and return it; its `error` says whether it failed."""
@@ -141,6 +194,7 @@ class Transfers:
         self._streams.finish()
         self._completed = queue.SimpleQueue()
         self._in_flight.clear()
+        self._copying.clear()
 
     def abandon(self) -> None:
         """Let running copies end and forget them all, settled or not; then be ready again."""
@@ -151,20 +205,28 @@ class Transfers:
 
     def _start_threads(self) -> None:
         # Not a ThreadPoolExecutor: an interrupt inside its submit() leaves a lock held for ever.
-        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        # One ticket an entry of the two queues; a thread that holds one looks among the demands first.
+        self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._demands: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._prefetches: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._completed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=_serve_work, args=(self._work, self._completed), name="moeflow-read", daemon=True)
+            threading.Thread(
+                target=_serve_work,
+                args=(self._tickets, (self._demands, self._prefetches), self._completed),
+                name="moeflow-read",
+                daemon=True,
+            )
             for _ in range(self.num_threads)
         ]
         for thread in self._threads:
             thread.start()
 
     def _stop_threads(self) -> None:
-        while not self._work.empty():
-            self._work.get_nowait()
+        for waiting in self._in_flight.values():
+            waiting.claim()
         for _ in self._threads:
-            self._work.put(None)
+            self._tickets.put(False)
         for thread in self._threads:
             # The garbage collector may run this inside a reading thread, which cannot wait for itself.
             if thread.ident is not None and thread is not threading.current_thread():
@@ -172,6 +234,9 @@ class Transfers:
 
     def _settle(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.key]
+        self._copying.append(transfer.event)
+        if transfer.error is None:
+            self._copy_s += (transfer.seconds - self._copy_s) * (0.1 if self._copy_s else 1.0)
         if self._host is not None:
             cache = self._host.cache
             if transfer.source is Tier.DISK:
@@ -187,16 +252,25 @@ class Transfers:
         return transfer
 
 
-def _serve_work(work, completed) -> None:
-    """Run what is queued until None comes: the life of a reading thread."""
-    while (item := work.get()) is not None:
-        _run(completed, *item)
-        del item  # holds the pools; the next item may be long in coming
+def _serve_work(tickets, queues, completed) -> None:
+    """Run what is queued, demands first, until a ticket says no more: the life of a reading thread."""
+    while tickets.get():
+        for waiting in queues:
+            try:
+                transfer = waiting.get_nowait()
+                break
+            except queue.Empty:
+                continue
+        work = transfer.claim()
+        del transfer  # while this thread waits, it holds nothing of the runtime's
+        if work is not None:
+            _run(completed, *work)
+        del work
 
 
 def _run(completed, work, *args) -> None:
     """Run one read and always report its end: whoever waits would otherwise wait for ever."""
-    transfer = next(arg for arg in args if isinstance(arg, Transfer))
+    transfer, begin = next(arg for arg in args if isinstance(arg, Transfer)), time.perf_counter()
     try:
         work(*args)
     except MoeflowError as error:
@@ -206,6 +280,7 @@ def _run(completed, work, *args) -> None:
             f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} could not be copied to the device: {error}"
         )
         transfer.error.__cause__ = error
+    transfer.seconds = time.perf_counter() - begin
     completed.put(transfer)
 
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from conftest import tiny_mixtral
 from moeflow import hf, load_moe
-from moeflow.core import ExpertKey
 
 PROMPT = torch.arange(1, 12).unsqueeze(0)
 
@@ -285,6 +284,6 @@ def test_experts_are_never_materialised(load):
 def test_a_step_touches_the_cache_once_an_expert(load):
     model = load(expert_memory="100%", policy="lfu")
     logits(model)
-    counts = model.moeflow.cache._count
-    assert set(counts.values()) == {1}
-    assert all(isinstance(key, ExpertKey) for key in counts)
+    frequency = model.moeflow.cache.frequency
+    assert len(frequency) == 24
+    assert set(frequency.tolist()) == {1}

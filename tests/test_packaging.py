@@ -19,8 +19,10 @@ FOLDERS = ("kernels", "placement", "predictors")
 RANKS = [
     {"core", "errors"},
     {"config", "layers", "hardware", "stats", "checkpoint", "dtypes", "kernels", "predictors", "placement"},
+    {"metrics", "forecast", "switch"},
     {"cache", "store", "pool", "streams", "packed", "hf"},
-    {"transfer", "sources", "governor"},
+    {"transfer", "sources", "governor", "prefetch"},
+    {"prediction_loop", "link_replay"},
     {"runtime"},
     {"experts", "pack", "info"},
     {"model"},

@@ -1,0 +1,162 @@
+"""How good predictions were and what prefetch made of them: one set of counters for replay and live. Numbers only."""
+
+import numpy as np
+
+from moeflow.core import ExpertKey
+
+_DECAY = 0.98  # of the recent account, a step
+_TRIED = 6.0  # recent prefetches below which a layer and distance is given a chance
+
+
+class PrefetchLedger:
+    """What prefetch did, an entry for each layer and distance, and what that saved and cost in seconds.
+
+    A prefetch is in time when its expert is resident as its layer demands it, late when the layer has to wait for the
+    copy, mispredicted when its layer passes without demanding it, wasted when it is evicted before anybody used it.
+    It saves the copy that the demand would have waited for (a late one, half of it). It costs when a demanded copy has
+    to share the link with it, and when the expert it evicted is demanded.
+
+    Args:
+        num_layers: L.
+        num_distances: D; larger distances count as D.
+        expert_bytes: bytes of one expert.
+    """
+
+    def __init__(self, num_layers: int, num_distances: int = 8, expert_bytes: int = 0):
+        self.num_distances = num_distances
+        self.expert_bytes = expert_bytes
+        shape = self._shape = (num_layers, num_distances)
+        self.reset()
+        self._recent_net_s, self._recent_issued = np.zeros(shape), np.zeros(shape)
+        self._pending: dict[ExpertKey, tuple[int, int]] = {}  # place of the prefetch, until its layer has passed
+        self._unused: dict[ExpertKey, tuple[int, int]] = {}  # mispredicted, still resident
+        self._by_layer: dict[int, set[ExpertKey]] = {}
+        self._evicted: dict[ExpertKey, tuple[int, int]] = {}  # whom a prefetch evicted
+
+    def reset(self) -> None:
+        """Begin to count anew; what is pending stays."""
+        self.issued, self.in_time, self.late, self.mispredicted, self.wasted, self.dropped = (
+            np.zeros(self._shape, np.int64) for _ in range(6)
+        )
+        self.saved_s, self.cost_s = np.zeros(self._shape), np.zeros(self._shape)
+        self.net_s = 0.0  # saved less cost
+        self.missed = 0  # demands that no prefetch had covered
+
+    def start(self, key: ExpertKey, distance: int, evicted: ExpertKey | None) -> None:
+        """Enter a prefetch that has been started and whom it evicted."""
+        place = (key.layer, min(distance, self.num_distances) - 1)
+        self.issued[place] += 1
+        self._recent_issued[place] += 1
+        self._pending[key] = place
+        self._by_layer.setdefault(key.layer, set()).add(key)
+        self._evicted.pop(key, None)
+        if evicted is not None:
+            self._evicted[evicted] = place
+            self.evict(evicted)
+
+    def evict(self, key: ExpertKey) -> None:
+        """Enter that an expert was evicted, for whatever reason."""
+        place = self._pending.pop(key, None) or self._unused.pop(key, None)
+        if place is not None:
+            self._by_layer[key.layer].discard(key)
+            self.wasted[place] += 1
+
+    def drop(self, key: ExpertKey) -> None:
+        """Enter that a copy was taken back before it began, or failed, if it was a prefetch."""
+        place = self._pending.pop(key, None) or self._unused.pop(key, None)
+        if place is not None:
+            self._by_layer[key.layer].discard(key)
+            self.dropped[place] += 1
+
+    def demand(
+        self,
+        layer: int,
+        resident: list[ExpertKey],
+        in_flight: list[ExpertKey],
+        absent: list[ExpertKey],
+        copy_s: float,
+        others_in_flight: list[ExpertKey],
+    ) -> list[ExpertKey]:
+        """Enter what a layer demanded, by how it was found.
+
+        Args:
+            copy_s: seconds one copy takes.
+            others_in_flight: prefetches on their way that the layer does not want.
+
+        Returns:
+            The prefetched experts of this layer that nobody demanded.
+        """
+        for key in resident:
+            place = self._pending.pop(key, None) or self._unused.pop(key, None)
+            if place is not None:
+                self._by_layer[layer].discard(key)
+                self.in_time[place] += 1
+                self._account(place, copy_s)
+        for key in in_flight:
+            place = self._pending.pop(key, None) or self._unused.pop(key, None)
+            if place is not None:
+                self._by_layer[layer].discard(key)
+                self.late[place] += 1
+                self._account(place, copy_s / 2)
+        self.missed += len(absent)
+        for key in absent:
+            place = self._evicted.pop(key, None)
+            if place is not None:
+                self._account(place, -copy_s)
+        if absent:
+            for key in others_in_flight:
+                place = self._pending.get(key) or self._unused.get(key)
+                if place is not None:
+                    self._account(place, -copy_s / 2)
+        wrong = [key for key in self._by_layer.get(layer, ()) if key in self._pending]
+        for key in wrong:
+            place = self._unused[key] = self._pending.pop(key)
+            self.mispredicted[place] += 1
+        return wrong
+
+    def allowed(self, layer: int, distance: int) -> bool:
+        """Whether prefetches for this layer from this distance have not been losing lately."""
+        place = (layer, min(distance, self.num_distances) - 1)
+        return self._recent_net_s[place] >= 0 or self._recent_issued[place] < _TRIED
+
+    def decay(self) -> None:
+        """Let the past count less; called once a step. What was switched off is tried again in time."""
+        self._recent_net_s *= _DECAY
+        self._recent_issued *= _DECAY
+
+    def clear(self) -> None:
+        """Forget what is pending, as after everything was evicted; the counts stay."""
+        for entries in (self._pending, self._unused, self._by_layer, self._evicted):
+            entries.clear()
+
+    def as_dict(self) -> dict:
+        """Return the counts by distance and in all, with precision and timeliness (None where nothing was issued)."""
+        total = self._row(slice(None))
+        total["recall_of_misses"] = _ratio(
+            total["in_time"] + total["late"], total["in_time"] + total["late"] + self.missed
+        )
+        total["by_distance"] = [{"distance": d + 1, **self._row(d)} for d in range(self.num_distances)]
+        total["losing"] = int(((self._recent_net_s < 0) & (self._recent_issued >= _TRIED)).sum())
+        return total
+
+    def _row(self, distance) -> dict:
+        names = ("issued", "in_time", "late", "mispredicted", "wasted", "dropped")
+        row = {name: int(getattr(self, name)[:, distance].sum()) for name in names}
+        row["saved_s"], row["cost_s"] = float(self.saved_s[:, distance].sum()), float(self.cost_s[:, distance].sum())
+        row["wasted_bytes"] = row["wasted"] * self.expert_bytes
+        used = row["in_time"] + row["late"]
+        row["precision"] = _ratio(used, used + row["mispredicted"])
+        row["timeliness"] = _ratio(row["in_time"], used)
+        return row
+
+    def _account(self, place: tuple[int, int], seconds: float) -> None:
+        if seconds >= 0:
+            self.saved_s[place] += seconds
+        else:
+            self.cost_s[place] -= seconds
+        self._recent_net_s[place] += seconds
+        self.net_s += seconds
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

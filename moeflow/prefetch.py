@@ -1,0 +1,153 @@
+"""From predictions to copies: which absent expert is worth a place in flight now, and what may be evicted for it.
+
+Owns the forecast the cache evicts by and the account of what prefetch did. Knows the predictor's protocol and the
+cache's; knows no tensors, files, streams or clocks, so that the replay drives this very code.
+"""
+
+import numpy as np
+
+from moeflow.cache import ExpertCache
+from moeflow.core import ExpertKey
+from moeflow.errors import PredictorError
+from moeflow.forecast import Forecast
+from moeflow.metrics import PrefetchLedger
+from moeflow.predictors.protocol import Predictor
+
+MIN_PROBABILITY = 0.4
+
+
+class Prefetcher:
+    """Keeps the forecast of one model and hands out experts to prefetch, the most urgent first.
+
+    Args:
+        predictor: who says what comes.
+        cache: where the experts sit; its `next_use` is kept up to date.
+        ledger: where the outcome of every prefetch is entered.
+        window: how many layers ahead an expert may be fetched; a whole step when None.
+        min_probability: below it an expert is not fetched.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        cache: ExpertCache,
+        ledger: PrefetchLedger,
+        *,
+        window: int | None = None,
+        min_probability: float = MIN_PROBABILITY,
+    ):
+        self.predictor = predictor
+        self.ledger = ledger
+        self._cache = cache
+        self._forecast = Forecast(predictor.num_layers, predictor.num_experts)
+        self._window = min(window or predictor.num_layers, predictor.num_layers)
+        self._min_probability = min_probability
+        self._next_step = np.full((predictor.num_layers, predictor.num_experts), np.nan, np.float32)
+        self._queue: list[tuple[ExpertKey, int]] = []
+
+    def begin(self, num_sequences: int) -> None:
+        """Say that new sequences start. What only `observe` predicts is predicted from here on."""
+        self.predictor.begin(num_sequences)
+        self._queue = []
+        self._begin_forecast(None, None)
+
+    def rest(self) -> None:
+        """Say that nothing is predicted until the next step that begins here: the cache goes by what it saw."""
+        self._queue = []
+        self._cache.next_use = None
+
+    def begin_step(self, token_ids: np.ndarray) -> None:
+        """Predict the step that feeds token_ids: [B].
+
+        Raises:
+            PredictorError: the predictor answered with something that is not a probability.
+        """
+        self.ledger.decay()
+        now = _any_of(self.predictor.step(token_ids), self.predictor)
+        later = _any_of(self.predictor.later(), self.predictor)
+        self._begin_forecast(now, later)
+        self._plan()
+
+    def demanded(
+        self,
+        layer: int,
+        resident: list[ExpertKey],
+        in_flight: list[ExpertKey],
+        absent: list[ExpertKey],
+        copy_s: float,
+        others_in_flight: list[ExpertKey],
+    ) -> None:
+        """Enter what a layer demanded; what was fetched for it in vain becomes the first to go."""
+        wrong = self.ledger.demand(layer, resident, in_flight, absent, copy_s, others_in_flight)
+        self._forecast.pass_layer(layer)
+        for key in wrong:
+            self._forecast.demote(key.layer, key.expert)
+
+    def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: object) -> None:
+        """Show the predictor what the router of a layer chose, experts and weights [B, K], and plan anew.
+
+        Raises:
+            PredictorError: the predictor answered with something that is not a probability.
+        """
+        refined = _any_of(self.predictor.observe(layer, experts, weights, signal), self.predictor)
+        if refined is not None:
+            self._forecast.refine(layer + 1, refined)
+        self._plan()
+
+    def take(self) -> tuple[ExpertKey, int] | None:
+        """Reserve a slot for the most urgent absent expert that is worth one; return the expert and its slot."""
+        while self._queue:
+            key, distance = self._queue.pop()
+            if key in self._cache.slots:
+                continue
+            slot = self._cache.reserve(key, sooner_than_victim=self._forecast.next_use[key])
+            if slot is not None:
+                self.ledger.start(key, distance, self._cache.last_evicted)
+                return key, slot
+        return None
+
+    def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        """Tell which of these prefetches come too late: their layer has passed, or passes now."""
+        layer, window = self._forecast.layer, self._window
+        num_layers = self._forecast.num_layers
+        return [key for key in keys if (key.layer - layer - 1) % num_layers >= window or key.layer == layer]
+
+    def _begin_forecast(self, now: np.ndarray | None, later: np.ndarray | None) -> None:
+        self._forecast.begin_step(now, later, self._cache.usual_steps(*self._next_step.shape))
+        self._next_step[:] = np.nan if later is None else later[0]
+        self._cache.next_use = self._forecast.next_use
+
+    def _plan(self) -> None:
+        """Queue the absent experts of the window that are likely enough: nearest layer first, then the likeliest."""
+        forecast, first = self._forecast, self._forecast.layer + 1
+        num_layers = forecast.num_layers
+        inside = forecast.now[first : first + self._window]
+        rest = self._window - len(inside)
+        probability = np.concatenate([inside, self._next_step[: min(rest, first)]]) if rest else inside
+        rows, experts = np.nonzero(probability >= self._min_probability)
+        layers = (rows + first) % num_layers
+        absent = ~self._cache.present(num_layers, forecast.num_experts)[layers, experts]
+        rows, experts, layers = rows[absent], experts[absent], layers[absent]
+        order = np.lexsort((probability[rows, experts], -rows))  # taken from the end
+        allowed = self.ledger.allowed
+        self._queue = [
+            (ExpertKey(layer, expert), distance)
+            for layer, expert, distance in zip(
+                layers[order].tolist(), experts[order].tolist(), (rows[order] + 1).tolist(), strict=True
+            )
+            if allowed(layer, distance)
+        ]
+
+
+def _any_of(probabilities: np.ndarray | None, predictor: Predictor) -> np.ndarray | None:
+    """Turn probabilities of B sequences into the probability that any of them demands: [B, ...] -> [...]."""
+    if probabilities is None:
+        return None
+    highest, lowest = np.fmax.reduce(probabilities, axis=None), np.fmin.reduce(probabilities, axis=None)
+    if not (lowest >= 0 and highest <= 1.0001):  # NaN where every one is
+        raise PredictorError(
+            f"predictor {predictor.name!r} answered with probabilities from {lowest} to {highest}; allowed are 0 to 1."
+        )
+    if len(probabilities) == 1:
+        return probabilities[0]
+    return 1 - np.prod(1 - probabilities, axis=0)

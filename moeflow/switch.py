@@ -1,0 +1,83 @@
+"""Whether prediction is worth its while, step by step: off where nothing is missed, on where it clearly saves, and
+decided by the clock where it is unclear. Plain numbers; the caller has the clock.
+"""
+
+import statistics
+
+_BLOCK_STEPS = 12  # measured in one mode before the other has its turn
+_SETTLE_STEPS = 3  # after a change of mode, not measured: the cache still shows the other mode's choices
+_FIRST_HOLD, _LAST_HOLD = 96, 3072  # steps between two trials, doubled each time the same mode wins
+_CLEAR_GAIN = 0.15  # of a step's time: saved by more than that, prediction needs no trial
+_QUIET_STEPS = 8  # without a single miss: there is nothing to save
+
+
+class PredictionSwitch:
+    """Chooses a mode for each decode step from what the steps before it took.
+
+    Modes are compared by the median of their steps' times, each in one block of a trial. The trials cost a twentieth
+    of the steps at first and ever less while they agree.
+    """
+
+    def __init__(self):
+        self.on = True
+        self.reason = "starting"
+        self.num_trials = 0
+        self._hold = _FIRST_HOLD
+        self._steps_left = 2 * _BLOCK_STEPS  # of the present phase
+        self._trial: dict[bool, float] | None = {}  # median step of the modes tried so far; None between trials
+        self._times: list[float] = []
+        self._settle = _SETTLE_STEPS
+        self._quiet = 0
+
+    def step(self, step_s: float | None, num_misses: int, saved_s: float) -> bool:
+        """Choose for the step that begins.
+
+        Args:
+            step_s: seconds the last step took; None where it says nothing (the first, or after a prefill).
+            num_misses: experts the last step had to wait for, those arriving too late included.
+            saved_s: what prefetch saved less what it cost in the last step, by its own account.
+
+        Returns:
+            Whether to predict.
+        """
+        self._quiet = 0 if num_misses or saved_s > 0 else self._quiet + 1
+        if self._quiet >= _QUIET_STEPS:
+            self._choose(False, "nothing is missed")
+            self._trial, self._steps_left, self._times = {}, 2 * _BLOCK_STEPS, []
+            return self.on
+        if self.reason == "nothing is missed":
+            self._choose(True, "misses have begun")
+        if step_s is None:
+            return self.on
+        if self._settle:
+            self._settle -= 1
+            return self.on
+        self._times.append(step_s)
+        if self.on and saved_s > _CLEAR_GAIN * step_s and self._trial is not None and len(self._times) >= _BLOCK_STEPS:
+            self._trial, self._steps_left = None, self._hold
+            self.reason = "it clearly saves"
+        self._steps_left -= 1
+        if self._steps_left <= 0:
+            self._next_phase()
+        return self.on
+
+    def _next_phase(self) -> None:
+        if self._trial is None:  # the hold is over: begin a trial with the mode that runs
+            self._trial, self._steps_left, self._times = {}, _BLOCK_STEPS, []
+            return
+        self._trial[self.on] = statistics.median(self._times)
+        if len(self._trial) < 2:
+            self._choose(not self.on, "trial")
+            self._steps_left = _BLOCK_STEPS
+            return
+        self.num_trials += 1
+        better = self._trial[True] < self._trial[False]
+        same = better == (not self.on)  # the mode that was on before this trial is the other one
+        self._hold = min(2 * self._hold, _LAST_HOLD) if same else _FIRST_HOLD
+        self._choose(better, "faster by trial" if better else "slower by trial")
+        self._trial, self._steps_left = None, self._hold
+
+    def _choose(self, on: bool, reason: str) -> None:
+        if on != self.on:
+            self._settle, self._times = _SETTLE_STEPS, []
+        self.on, self.reason = on, reason
