@@ -18,9 +18,20 @@ FOLDERS = ("kernels", "placement", "predictors")
 # Who may import whom: a module imports only from rows above its own, or from its own row's neighbours named here.
 RANKS = [
     {"core", "errors"},
-    {"config", "layers", "hardware", "stats", "checkpoint", "dtypes", "kernels", "predictors", "placement"},
+    {
+        "config",
+        "layers",
+        "hardware",
+        "stats",
+        "trace_format",
+        "checkpoint",
+        "dtypes",
+        "kernels",
+        "predictors",
+        "placement",
+    },
     {"metrics", "forecast", "switch"},
-    {"cache", "store", "pool", "streams", "packed", "hf"},
+    {"cache", "routing", "store", "pool", "streams", "packed", "hf"},
     {"transfer", "sources", "governor", "prefetch"},
     {"prediction_loop", "link_replay"},
     {"runtime"},
