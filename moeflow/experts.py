@@ -68,6 +68,8 @@ class OffloadedExperts:
         num_tokens, top_k = top_k_index.shape
         if num_tokens == 0:
             return torch.zeros_like(hidden_states)
+        if self.runtime.recorder is not None:
+            self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights)
         if num_tokens == 1:
             outputs = self._one_token(hidden_states, top_k_index)
         else:

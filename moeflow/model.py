@@ -17,6 +17,7 @@ from moeflow.governor import Governor
 from moeflow.layers import LayerSource
 from moeflow.packed import PACKED_FILE, read_packed
 from moeflow.pool import SlotPool
+from moeflow.recorder import attach_recorder
 from moeflow.runtime import ExpertRuntime
 from moeflow.sources import map_experts, map_layouts
 from moeflow.store import ExpertStore
@@ -49,6 +50,7 @@ def load_moe(
     expert_memory: MemorySize = "auto",
     host_memory: MemorySize = "auto",
     policy: str = "lfru",
+    trace: str | Path | None = None,
     **hf_kwargs: Any,
 ):
     """Load a mixture-of-experts model with its routed experts left on disk until a token needs them.
@@ -61,6 +63,7 @@ def load_moe(
             "auto" (all that is free after the rest of the model, inside the process's own memory limit).
         host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
         policy: which expert goes when a slot is needed: "lru", "lfu", "lfru" or "static".
+        trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: passed to transformers' from_pretrained.
 
     Returns:
@@ -72,6 +75,7 @@ def load_moe(
         UnsupportedModelError: a dense model, or a format this version does not read.
         CheckpointError: missing, truncated, corrupt or foreign weights.
         ModelSourceError: no such folder or hub id.
+        TraceError: the trace is of another model, damaged, or cannot be written.
     """
     device = _resolve_device(device)
     if policy not in POLICIES:
@@ -125,6 +129,12 @@ def load_moe(
     files = [folder / PACKED_FILE] if packed else checkpoint.files
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded)
     _attach(loaded, runtime)
+    if trace is not None:
+        try:
+            attach_recorder(loaded, trace)
+        except BaseException:
+            runtime.close()
+            raise
     return (loaded, info) if want_info else loaded
 
 

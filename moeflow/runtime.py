@@ -20,6 +20,7 @@ from moeflow.governor import Governor
 from moeflow.hardware import process_memory_bytes
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop, Routes
+from moeflow.recorder import TraceRecorder
 from moeflow.stats import Stats
 from moeflow.store import ExpertStore
 from moeflow.streams import Streams
@@ -75,6 +76,7 @@ class ExpertRuntime:
         self.store = store
         self.cache = cache
         self.device = pool.device
+        self.recorder: TraceRecorder | None = None
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
         self._prediction = prediction
@@ -110,6 +112,8 @@ class ExpertRuntime:
         with self._lock:
             self._release()
             self._pool = None
+            if self.recorder is not None:
+                self.recorder.close()
 
     def begin_forward(
         self, num_sequences: int, num_positions: int, *, continues: bool, token_ids: torch.Tensor | None = None
