@@ -6,12 +6,11 @@ torch and transformers are imported by the commands that need them, so that --he
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 
 from moeflow import __version__
 from moeflow.errors import ConfigError, MoeflowError
-
-_MEMORY_HELP = 'bytes, "6GiB", "600MB", "25%%" of all experts, or "auto"'
+from moeflow.loading_cli import add_loading_options, load_model
+from moeflow.trace_cli import add_trace_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("model", nargs="?", help="hub id or folder; without it the demo model, built on first use")
     chat.add_argument("--system", help="system prompt")
     _add_sampling(chat)
-    _add_loading(chat)
+    add_loading_options(chat)
     chat.add_argument("--plain", action="store_true", help="no colours, no markdown")
     chat.add_argument("--yes", action="store_true", help="build the demo model without asking")
     chat.set_defaults(run=_chat)
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="hub id or folder")
     generate.add_argument("prompt", nargs="?", help="the text; without it, standard input")
     _add_sampling(generate)
-    _add_loading(generate)
+    add_loading_options(generate)
     generate.set_defaults(run=_generate)
 
     info = commands.add_parser("info", help="what a model is and what each budget buys, from headers; or this machine")
@@ -70,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("out", help="folder to write; a killed run is continued by the next")
     pack.add_argument("--json", action="store_true", help="print one JSON object")
     pack.set_defaults(run=_pack)
+
+    add_trace_commands(commands)
 
     demo = commands.add_parser("demo-model", help="build the demo model: 480 experts, 1.4 GB, no hub needed")
     demo.add_argument("out", nargs="?", help="folder to write; without it the user's cache directory")
@@ -86,22 +87,13 @@ def _add_sampling(parser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="seed of the sampling")
 
 
-def _add_loading(parser) -> None:
-    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
-    parser.add_argument("--dtype", default="auto", help='"auto", "float32", "bfloat16" or "float16"')
-    parser.add_argument("--expert-memory", default="auto", metavar="SIZE", help=_MEMORY_HELP)
-    parser.add_argument("--host-memory", default="auto", metavar="SIZE", help=f"pinned, CUDA only: {_MEMORY_HELP}")
-    parser.add_argument("--policy", default="lfru", help="eviction: lru, lfu, lfru or static")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
-
-
 def _chat(arguments) -> int:
     from moeflow.chat import run_chat
 
     if arguments.json and sys.stdin.isatty():
         raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
     source = arguments.model or _ensure_demo_model(arguments.yes)
-    model, tokenizer = _load(source, arguments)
+    model, tokenizer = load_model(source, arguments)
     with model.moeflow:
         return run_chat(
             model,
@@ -122,7 +114,7 @@ def _generate(arguments) -> int:
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
     if not prompt.strip():
         raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
-    model, tokenizer = _load(arguments.model, arguments)
+    model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow:
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         before = model.moeflow.stats()
@@ -142,28 +134,6 @@ def _generate(arguments) -> int:
 def _sampling(arguments) -> dict:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {name: getattr(arguments, name) for name in names}
-
-
-def _load(source, arguments):
-    """Load model and tokenizer, with the loader's progress only where somebody looks at it."""
-    from rich.console import Console
-    from rich.status import Status
-
-    console = Console(stderr=True)
-    with Status(f"loading {source}", console=console) if console.is_terminal else nullcontext():
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-
-        from moeflow.model import load_moe
-
-        logging.disable_progress_bar()
-        names = ("device", "dtype", "expert_memory", "host_memory", "policy")
-        model = load_moe(source, **{name: getattr(arguments, name) for name in names})
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise MoeflowError(f"{source} has no tokenizer that transformers can load: {error}") from error
-    return model, tokenizer
 
 
 def _info(arguments) -> int:
