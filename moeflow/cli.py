@@ -10,6 +10,7 @@ import sys
 from moeflow import __version__
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.loading_cli import add_loading_options, load_model
+from moeflow.predictor_cli import add_predictor_commands
 from moeflow.trace_cli import add_trace_commands
 
 
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.set_defaults(run=_pack)
 
     add_trace_commands(commands)
+    add_predictor_commands(commands)
 
     demo = commands.add_parser("demo-model", help="build the demo model: 480 experts, 1.4 GB, no hub needed")
     demo.add_argument("out", nargs="?", help="folder to write; without it the user's cache directory")

@@ -38,6 +38,22 @@ def count_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
+def share_progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """Show what share is done and what is going on.
+
+    Args:
+        title: what is being done.
+
+    Yields:
+        A function of (share done, 0 to 1, what is going on).
+    """
+    from rich.progress import TextColumn
+
+    with _progress(title, TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}")) as show:
+        yield lambda share, text: show(round(1000 * share), 1000, text)
+
+
+@contextmanager
 def _progress(title: str, *figures) -> Iterator[Callable[[int, int], None]]:
     if sys.stderr.isatty():
         from rich.console import Console
@@ -46,14 +62,14 @@ def _progress(title: str, *figures) -> Iterator[Callable[[int, int], None]]:
         columns = (TextColumn(title), BarColumn(), *figures, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total, text=title: bar.update(task, completed=done, total=total, description=text)
     else:
         shown = [-1]
 
-        def line(done: int, total: int) -> None:
+        def line(done: int, total: int, text: str = title) -> None:
             tenth = 10 * done // total if total else 10
             if tenth > shown[0]:
                 shown[0] = tenth
-                print(f"{title}: {10 * tenth} %", file=sys.stderr)
+                print(f"{text}: {10 * tenth} %", file=sys.stderr)
 
         yield line

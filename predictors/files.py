@@ -1,0 +1,210 @@
+"""Trained predictors as files: safetensors with what they were trained on, refused for any other model."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moeflow.errors import PredictorError
+from moeflow.predictors.markov import Markov
+from moeflow.predictors.path import PathPredictor
+from moeflow.predictors.path_net import PathNet, PathShape
+from moeflow.predictors.popularity import Popularity
+from moeflow.predictors.protocol import Predictor
+from moeflow.predictors.sequence import SequencePredictor
+from moeflow.predictors.sequence_net import SequenceShape
+from moeflow.predictors.token_table import TokenTable
+
+FORMAT, VERSION = "moeflow-predictor", 1
+
+
+@dataclass(frozen=True)
+class PredictorCard:
+    """What a predictor's file says of it.
+
+    Args:
+        kind: a name in KINDS.
+        fingerprint: of the model.
+        num_layers: L.
+        num_experts: E.
+        top_k: K.
+        seed: of its training.
+        trained_on: free-form facts: the trace, its tokens, which sequences were held out.
+        shape: sizes, by the kind's own names.
+    """
+
+    kind: str
+    fingerprint: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    seed: int = 0
+    trained_on: dict = field(default_factory=dict)
+    shape: dict = field(default_factory=dict)
+
+
+def _sequence_arrays(predictor: SequencePredictor):
+    table = predictor.table
+    return {
+        **predictor.arrays,
+        "table.known_ids": table.known_ids.astype(np.int32),
+        "table.num_seen": np.round(table.num_seen).astype(np.uint16),
+        "table.counts": np.round(table.counts).astype(np.uint16),
+        "table.popularity": table.popularity.astype(np.float32),
+    }, vars(predictor.shape)
+
+
+def _load_sequence(arrays, shape):
+    table = TokenTable(*(arrays.pop(f"table.{name}") for name in ("known_ids", "num_seen", "counts", "popularity")))
+    return SequencePredictor(SequenceShape(**shape), table, arrays)
+
+
+def _path_arrays(predictor: PathPredictor):
+    return {name: value.numpy() for name, value in predictor.net.state_dict().items()}, vars(predictor.net.shape)
+
+
+def _load_path(arrays, shape):
+    net = PathNet(PathShape(**shape))
+    net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return PathPredictor(net)
+
+
+def _popularity_arrays(predictor: Popularity):
+    return {"popularity": predictor.popularity}, {}
+
+
+def _load_popularity(arrays, shape):
+    popularity = arrays["popularity"]
+    return Popularity(*popularity.shape, popularity)
+
+
+def _markov_arrays(predictor: Markov):
+    return {name: getattr(predictor, name) for name in ("by_layer", "by_token", "popularity", "num_steps")}, {}
+
+
+def _load_markov(arrays, shape):
+    markov = Markov(*arrays["popularity"].shape, learn=False)
+    for name in ("by_layer", "by_token", "popularity", "num_steps"):
+        setattr(markov, name, arrays[name])
+    markov.begin(1)
+    return markov
+
+
+# kind -> how its arrays and sizes are taken out of a predictor, and how one is built from them
+KINDS: dict[str, tuple[Callable, Callable]] = {
+    "sequence": (_sequence_arrays, _load_sequence),
+    "path": (_path_arrays, _load_path),
+    "popularity": (_popularity_arrays, _load_popularity),
+    "markov": (_markov_arrays, _load_markov),
+}
+
+
+def save_predictor(
+    predictor: Predictor,
+    path: str | Path,
+    *,
+    fingerprint: str,
+    top_k: int,
+    seed: int = 0,
+    trained_on: dict | None = None,
+) -> PredictorCard:
+    """Write a predictor's file, whole or not at all.
+
+    Raises:
+        PredictorError: this kind has no file format, or the file cannot be written.
+    """
+    if predictor.name not in KINDS:
+        raise PredictorError(f"a predictor {predictor.name!r} cannot be saved. Allowed: {', '.join(KINDS)}.")
+    arrays, shape = KINDS[predictor.name][0](predictor)
+    card = PredictorCard(
+        predictor.name,
+        fingerprint,
+        predictor.num_layers,
+        predictor.num_experts,
+        top_k,
+        seed,
+        trained_on or {},
+        dict(shape),
+    )
+    metadata = {"format": FORMAT, "version": str(VERSION), "card": json.dumps(asdict(card))}
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise PredictorError(f"{path} cannot be written: {error}. Give a file in a folder of yours.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return card
+
+
+def load_predictor(
+    path: str | Path,
+    *,
+    fingerprint: str | None = None,
+    num_layers: int | None = None,
+    num_experts: int | None = None,
+) -> tuple[Predictor, PredictorCard]:
+    """Read a predictor's file.
+
+    Args:
+        path: the file.
+        fingerprint: of the model it must be for; any when None.
+        num_layers: that it must have; any when None.
+        num_experts: that it must have; any when None.
+
+    Raises:
+        PredictorError: the file is missing, truncated, corrupt, no predictor's, or another model's.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            card = _read_card(path, file.metadata() or {})
+            _require(path, card, fingerprint, num_layers, num_experts)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PredictorError(
+            f"{path} cannot be read as a predictor: {error}. Train one: moeflow predictor train."
+        ) from error
+    try:
+        predictor = KINDS[card.kind][1](arrays, card.shape)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise PredictorError(f"{path} is damaged: its arrays are no {card.kind} predictor's ({error}).") from error
+    found = (predictor.num_layers, predictor.num_experts)
+    if found != (card.num_layers, card.num_experts):
+        raise PredictorError(
+            f"{path} is damaged: it says {card.num_layers} layers of {card.num_experts} experts and holds "
+            f"{found[0]} of {found[1]}."
+        )
+    return predictor, card
+
+
+def _read_card(path, metadata: dict) -> PredictorCard:
+    if metadata.get("format") != FORMAT:
+        raise PredictorError(f"{path} is no predictor's file. Train one: moeflow predictor train.")
+    if metadata.get("version") != str(VERSION):
+        raise PredictorError(f"{path} has version {metadata.get('version')!r}, and this moeflow reads {VERSION}.")
+    try:
+        card = PredictorCard(**json.loads(metadata["card"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PredictorError(f"{path} is damaged: its card cannot be read ({error}).") from error
+    if card.kind not in KINDS:
+        raise PredictorError(f"{path} holds a predictor {card.kind!r}. Allowed: {', '.join(KINDS)}.")
+    return card
+
+
+def _require(path, card: PredictorCard, fingerprint, num_layers, num_experts) -> None:
+    wanted = {"model": fingerprint, "layers": num_layers, "experts a layer": num_experts}
+    found = {"model": card.fingerprint, "layers": card.num_layers, "experts a layer": card.num_experts}
+    for name, value in wanted.items():
+        if value is not None and value != found[name]:
+            raise PredictorError(
+                f"{path} was trained for {name} {found[name]}, and {name} {value} is wanted here. "
+                "Train one on a trace of this model: moeflow predictor train."
+            )
