@@ -48,6 +48,7 @@ class TraceRecorder:
         self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._pass: _Pass | None = None
         self._index = self._weights = None  # [L, T, K], routes of the pass under way
+        self.hooks: list = []  # of the model, taken off at the end
         self._close = weakref.finalize(self, rows.close)
 
     @property
@@ -122,6 +123,8 @@ class TraceRecorder:
 
     def close(self) -> None:
         """Write what is left and close the file; later passes are not recorded."""
+        while self.hooks:
+            self.hooks.pop().remove()
         self._drop_pass()
         if self._close.alive and self.dropped_tokens:
             _log.warning(
@@ -277,7 +280,7 @@ def attach_recorder(model, path: str | Path) -> TraceRecorder:
             cache=cache if cache is not None else kwargs.get("cache"),
         )
 
-    model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+    recorder.hooks.append(model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True))
     runtime.recorder = recorder
     return recorder
 

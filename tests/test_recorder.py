@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import tiny_mixtral
 from moeflow.errors import TraceError
 from moeflow.fingerprint import model_fingerprint
 from moeflow.model import load_moe
 from moeflow.recorder import TraceRecorder
 from moeflow.routing import DECODE, PREFILL, TraceFormat, open_trace
-from conftest import tiny_mixtral
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 
