@@ -48,6 +48,7 @@ class TraceRecorder:
         self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._pass: _Pass | None = None
         self._index = self._weights = None  # [L, T, K], routes of the pass under way
+        self._of_layer: list[tuple[torch.Tensor, torch.Tensor]] = []  # their views [T, K]
         self.hooks: list = []  # of the model, taken off at the end
         self._close = weakref.finalize(self, rows.close)
 
@@ -96,18 +97,21 @@ class TraceRecorder:
         if layer in current.seen or num_tokens != current.num_tokens:
             self._drop_pass()
             return
-        if not current.seen:
-            self._make_room(num_tokens, top_k, top_k_index.device)
-        if top_k > self._index.shape[2]:
+        if top_k > self._format.top_k:
             raise TraceError(
                 f"layer {layer} routes a token to {top_k} experts, and a row of {self.path} has room for "
-                f"{self._index.shape[2]}. Load the model without trace=."
+                f"{self._format.top_k}. Load the model without trace=."
             )
+        if not current.seen:
+            self._make_room(num_tokens, top_k_index.device)
+        index, weights = self._of_layer[layer]
         # Copied at once: a compiled graph uses the memory of its tensors again.
-        self._index[layer, :num_tokens, :top_k] = top_k_index
-        self._weights[layer, :num_tokens, :top_k] = top_k_weights
-        if top_k < self._index.shape[2]:
-            self._index[layer, :num_tokens, top_k:] = self._format.none
+        if top_k == self._format.top_k:
+            index.copy_(top_k_index)
+            weights.copy_(top_k_weights)
+        else:
+            index[:, :top_k], weights[:, :top_k] = top_k_index, top_k_weights
+            index[:, top_k:] = self._format.none
         current.seen.add(layer)
         if len(current.seen) == self._format.num_layers:
             self._pass = None
@@ -148,18 +152,19 @@ class TraceRecorder:
         if _has_weakref(cache):
             self._of_cache[cache] = known
 
-    def _make_room(self, num_tokens, top_k, device) -> None:
+    def _make_room(self, num_tokens, device) -> None:
+        """Have memory for the routes of a pass over so many tokens; the passes of a decode share it."""
         room = self._index
-        if room is None or room.shape[1] < num_tokens or room.device != device or num_tokens < room.shape[1] // 64:
+        if room is None or room.shape[1] != num_tokens or room.device != device:
             shape = (self._format.num_layers, num_tokens, self._format.top_k)
             self._index = torch.empty(shape, dtype=torch.int32, device=device)
             self._weights = torch.empty(shape, dtype=torch.float32, device=device)
+            self._of_layer = list(zip(self._index, self._weights, strict=True))
 
     def _record(self, current: "_Pass") -> None:
         """Turn a complete pass into rows: padding out, ranks by falling weight."""
         num_tokens, none = current.num_tokens, self._format.none
-        experts = self._index[:, :num_tokens].cpu().numpy()
-        weights = self._weights[:, :num_tokens].cpu().numpy()
+        experts, weights = self._index.cpu().numpy(), self._weights.cpu().numpy()
         absent = experts >= self._num_experts
         order = np.argsort(np.where(absent, np.inf, -weights), axis=2, kind="stable")
         experts = np.take_along_axis(np.where(absent, none, experts), order, 2)

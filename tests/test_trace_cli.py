@@ -18,6 +18,8 @@ from moeflow.prompts import read_prompts
 from moeflow.routing import DECODE, open_trace
 from moeflow.trace_sources import convert_trace
 
+FEW_TOKENS = ("--max-new-tokens", "4", "--expert-memory", "50%")
+
 
 @pytest.fixture(scope="module")
 def folder(mixtral_folder, tmp_path_factory):
@@ -32,11 +34,7 @@ def folder(mixtral_folder, tmp_path_factory):
 
 
 def record(folder, prompts, out, *options):
-    return main(
-        ["trace", "record", str(folder), "--prompts", str(prompts), "-o", str(out)]
-        + "--max-new-tokens 4 --expert-memory 50%".split()
-        + list(options)
-    )
+    return main(["trace", "record", str(folder), "--prompts", str(prompts), "-o", str(out), *FEW_TOKENS, *options])
 
 
 def test_record_writes_a_sequence_a_prompt_in_the_chat_template(folder, tmp_path, capsys):
