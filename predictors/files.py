@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from moeflow.errors import PredictorError
 from moeflow.predictors.markov import Markov
@@ -136,7 +136,7 @@ def save_predictor(
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
+        partial.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise PredictorError(f"{path} cannot be written: {error}. Give a file in a folder of yours.") from error
