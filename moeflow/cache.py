@@ -54,6 +54,8 @@ class ExpertCache:
         self._passes = np.zeros(1, np.int64)  # of each layer
         self._layer = np.zeros(num_slots, np.int64)  # of the expert in each slot
         self._expert = np.zeros(num_slots, np.int64)
+        self._blocked = np.full(num_slots, np.inf)  # infinite where a slot may not be evicted, else 0
+        self._present = np.zeros((1, 1), bool)  # of every expert, whether it has a slot
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -78,10 +80,12 @@ class ExpertCache:
         layer, experts = keys[0].layer, [key.expert for key in keys]
         self._grow(layer, max(experts))
         self._passes[layer] += 1
-        self._counts[layer, experts] += 1
-        self._last_passes[layer, experts] = self._passes[layer]
-        self._last_events[layer, experts] = np.arange(self._event + 1, self._event + 1 + len(experts))
-        self._event += len(experts)
+        counts, passes, events = self._counts[layer], self._last_passes[layer], self._last_events[layer]
+        now = self._passes[layer]
+        for expert in experts:
+            self._event += 1
+            counts[expert] += 1
+            passes[expert], events[expert] = now, self._event
 
     @property
     def frequency(self) -> np.ndarray:
@@ -135,11 +139,13 @@ class ExpertCache:
             if sooner_than_victim is not None and self.expected_next_use()[slot] <= sooner_than_victim:
                 return None
             self.last_evicted = self._key_of[slot]
-            del self._slot_of[self._key_of[slot]]
+            del self._slot_of[self.last_evicted]
+            self._present[self.last_evicted] = False
             self.evictions += 1
         self._slot_of[key], self._key_of[slot] = slot, key
-        self._state[slot], self._pins[slot] = _LOADING, 1
+        self._state[slot], self._pins[slot], self._blocked[slot] = _LOADING, 1, np.inf
         self._grow(*key)
+        self._present[key] = True
         self._layer[slot], self._expert[slot] = key
         self.peak_used = max(self.peak_used, len(self._slot_of))
         return slot
@@ -185,6 +191,7 @@ class ExpertCache:
         slot = self._slot_of[key]
         assert self._state[slot] == _RESIDENT, f"{key} is still loading"
         self._pins[slot] += 1
+        self._blocked[slot] = np.inf
         return slot
 
     def unpin(self, key: ExpertKey) -> None:
@@ -192,13 +199,13 @@ class ExpertCache:
         slot = self._slot_of[key]
         assert self._pins[slot] > 0, f"{key} is not pinned"
         self._pins[slot] -= 1
+        if not self._pins[slot] and self._state[slot] == _RESIDENT:
+            self._blocked[slot] = 0
 
     def present(self, num_layers: int, num_experts: int) -> np.ndarray:
-        """Return which experts have a slot, resident or loading: bool [num_layers, num_experts]."""
-        present = np.zeros((num_layers, num_experts), bool)
-        used = self._state != _FREE
-        present[self._layer[used], self._expert[used]] = True
-        return present
+        """Return which experts have a slot, resident or loading: bool [num_layers, num_experts], not to be changed."""
+        self._grow(num_layers - 1, num_experts - 1)
+        return self._present[:num_layers, :num_experts]
 
     def resident(self) -> list[ExpertKey]:
         """List the resident experts."""
@@ -216,6 +223,9 @@ class ExpertCache:
             empty = self._key_of[slot] is None and self._state[slot] == _FREE and self._pins[slot] == 0
             assert empty, f"free slot {slot} is not empty"
         assert (self._pins >= 0).all(), "a pin count is negative"
+        free = (self._state == _RESIDENT) & (self._pins == 0)
+        assert np.array_equal(free, self._blocked == 0), "a slot is barred from eviction, or open to it, by mistake"
+        assert self._present.sum() == len(self._slot_of), "the map of who is present is stale"
         for key, slot in self._slot_of.items():
             assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
 
@@ -224,31 +234,33 @@ class ExpertCache:
         self._slot_of.clear()
         self._key_of[:] = [None] * self.num_slots
         self._free[:] = range(self.num_slots - 1, -1, -1)
-        self._state[:], self._pins[:] = _FREE, 0
+        self._state[:], self._pins[:], self._blocked[:], self._present[:] = _FREE, 0, np.inf, False
 
     def _victim(self) -> int | None:
-        evictable = (self._pins == 0) & (self._state == _RESIDENT)
-        if not evictable.any():
+        scores = self._victim_scores(self) + self._blocked
+        slot = int(scores.argmin())
+        lowest = scores[slot]
+        if lowest == np.inf:
             return None
         # What still ties goes by the least recent event, so the order never depends on slot numbers.
-        scores = np.where(evictable, self._victim_scores(self), np.inf)
-        lowest = np.flatnonzero(scores == scores.min())
-        return int(lowest[np.argmin(self.last_event[lowest])])
+        ties = np.flatnonzero(scores == lowest)
+        return slot if len(ties) == 1 else int(ties[self.last_event[ties].argmin()])
 
     def _grow(self, layer: int, expert: int) -> None:
         rows, columns = self._counts.shape
         if layer < rows and expert < columns:
             return
         more = ((0, max(layer + 1 - rows, 0)), (0, max(expert + 1 - columns, 0)))
-        self._counts, self._last_passes, self._last_events = (
-            np.pad(array, more) for array in (self._counts, self._last_passes, self._last_events)
+        self._counts, self._last_passes, self._last_events, self._present = (
+            np.pad(array, more) for array in (self._counts, self._last_passes, self._last_events, self._present)
         )
         self._passes = np.pad(self._passes, more[0])
 
     def _release(self, slot: int) -> None:
-        del self._slot_of[self._key_of[slot]]
-        self._key_of[slot] = None
-        self._state[slot], self._pins[slot] = _FREE, 0
+        key, self._key_of[slot] = self._key_of[slot], None
+        del self._slot_of[key]
+        self._present[key] = False
+        self._state[slot], self._pins[slot], self._blocked[slot] = _FREE, 0, np.inf
         self._free.append(slot)
 
 

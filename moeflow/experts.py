@@ -10,6 +10,8 @@ import torch
 
 from moeflow.errors import ConfigError
 from moeflow.kernels.expert_mlp import combine, expert_mlp
+from moeflow.prediction_loop import Routes
+from moeflow.residual import ResidualTap
 from moeflow.runtime import ExpertRuntime
 
 _BY_HANDLE: "weakref.WeakValueDictionary[int, OffloadedExperts]" = weakref.WeakValueDictionary()
@@ -22,10 +24,12 @@ class OffloadedExperts:
         runtime: where experts come from.
         layer: number among the MoE layers.
         module: the experts module, whose parameters were taken off.
+        tap: where the residual stream is seen, for a predictor that asks for it.
     """
 
-    def __init__(self, runtime: ExpertRuntime, layer: int, module: torch.nn.Module):
+    def __init__(self, runtime: ExpertRuntime, layer: int, module: torch.nn.Module, tap: ResidualTap | None = None):
         self.runtime = runtime
+        self.tap = tap
         self.layer = layer
         self._num_experts = runtime.store.layers[layer].layout.num_experts
         self._module = weakref.ref(module)  # the module holds this object, not the other way round
@@ -70,17 +74,21 @@ class OffloadedExperts:
             return torch.zeros_like(hidden_states)
         if self.runtime.recorder is not None:
             self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights)
+        routes = None
+        if self.runtime.predicting:
+            residual = self.tap.residual(self.layer, hidden_states) if self.tap is not None else None
+            routes = Routes(top_k_index, top_k_weights, residual)
         if num_tokens == 1:
-            outputs = self._one_token(hidden_states, top_k_index)
+            outputs = self._one_token(hidden_states, top_k_index, routes)
         else:
-            outputs = self._many_tokens(hidden_states, top_k_index)
+            outputs = self._many_tokens(hidden_states, top_k_index, routes)
         return combine(outputs.view(num_tokens, top_k, -1), top_k_weights)
 
-    def _one_token(self, hidden_states, top_k_index):
+    def _one_token(self, hidden_states, top_k_index, routes):
         """Compute one token's K experts. Returns [K, H]."""
         experts = top_k_index[0].tolist()
         outputs = [None] * len(experts)
-        with closing(self.runtime.serve(self.layer, self._distinct(experts))) as served:
+        with closing(self.runtime.serve(self.layer, self._distinct(experts), routes)) as served:
             for expert, weights in served:
                 outputs[experts.index(expert)] = self._mlp(hidden_states, weights)
         if any(output is None for output in outputs):  # experts that stand for none, or (never seen) one expert twice
@@ -88,7 +96,7 @@ class OffloadedExperts:
             outputs = [outputs[experts.index(e)] if e < self._num_experts else zero for e in experts]
         return torch.cat(outputs)
 
-    def _many_tokens(self, hidden_states, top_k_index):
+    def _many_tokens(self, hidden_states, top_k_index, routes):
         """Compute every expert once, on all its tokens. Returns [T * K, H]."""
         num_tokens, top_k = top_k_index.shape
         flat = top_k_index.reshape(-1)
@@ -100,7 +108,7 @@ class OffloadedExperts:
                 starts[expert] = start
             start += count
         outputs = hidden_states.new_zeros(num_tokens * top_k, hidden_states.shape[-1])
-        with closing(self.runtime.serve(self.layer, list(starts))) as served:
+        with closing(self.runtime.serve(self.layer, list(starts), routes)) as served:
             for expert, weights in served:
                 places = order[starts[expert] : starts[expert] + counts[expert]]
                 outputs[places] = self._mlp(hidden_states[places // top_k], weights)

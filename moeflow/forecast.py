@@ -27,7 +27,7 @@ class Forecast:
         self.layer = -1  # the last one whose router has spoken in this step
         self.now = np.full((num_layers, num_experts), np.nan, np.float32)  # probability in this step
         self.next_use = np.full((num_layers, num_experts), np.nan)
-        self._later = np.full((num_layers, num_experts), np.nan)  # steps until the next use after this step
+        self._later = np.full((num_layers, num_experts), np.nan)  # layers until the next use, if it is not in this step
         self._first_layer = np.arange(num_layers, dtype=np.float64)[:, None]
 
     def begin_step(self, now: np.ndarray | None, later: np.ndarray | None, usual_steps: np.ndarray) -> None:
@@ -43,24 +43,30 @@ class Forecast:
         self.now[:] = np.nan if now is None else now
         for probability in () if later is None else later[::-1]:
             steps = np.where(np.isnan(probability), steps, 1 + (1 - probability) * steps)
-        self._later[:] = steps
-        self._enter(slice(None))
+        np.multiply(steps, self.num_layers, out=self._later)
+        self._unknown = 1 - 1 / steps  # probability of no use in this step, where nothing is predicted
+        self._enter(slice(None), self.now)
 
     def refine(self, first_layer: int, now: np.ndarray) -> None:
         """Enter what is known better by now, [n, E] for layers from `first_layer` on; NaN keeps what was known."""
         rows = slice(first_layer, first_layer + len(now))
-        self.now[rows] = np.where(np.isnan(now), self.now[rows], now)
-        self._enter(rows)
+        if np.isnan(now).any():
+            now = np.where(np.isnan(now), self.now[rows], now)
+        self.now[rows] = now
+        self._enter(rows, now)
 
     def pass_layer(self, layer: int) -> None:
         """Say that a layer's router has spoken: its experts are needed in the next step at the earliest."""
         self.layer = layer
-        self.next_use[layer] = layer + self._later[layer] * self.num_layers
+        np.add(self._later[layer], layer, out=self.next_use[layer])
+
+    def _enter(self, rows: slice, now: np.ndarray) -> None:
+        absent = 1 - now
+        if np.isnan(absent).any():
+            absent = np.where(np.isnan(absent), self._unknown[rows], absent)
+        np.multiply(absent, self._later[rows], out=self.next_use[rows])
+        self.next_use[rows] += self._first_layer[rows]
 
     def demote(self, layer: int, expert: int) -> None:
         """Say that an expert was predicted and not demanded: nothing is expected of it before the next prediction."""
         self.next_use[layer, expert] = _LONGEST_STEPS * self.num_layers
-
-    def _enter(self, rows: slice) -> None:
-        absent_now = np.where(np.isnan(self.now[rows]), 1 - 1 / self._later[rows], 1 - self.now[rows])
-        self.next_use[rows] = self._first_layer[rows] + absent_now * self._later[rows] * self.num_layers

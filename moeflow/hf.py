@@ -220,6 +220,22 @@ def num_experts_per_tok(model) -> int:
     return max((value for value in found if type(value) is int), default=1)
 
 
+def router_parameters(block) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Find a MoE block's router: its weight [E, H] and bias [E], each None where there is no single such parameter."""
+    experts = next(module for module in block.children() if hasattr(module, "_apply_gate"))
+    num_experts = getattr(experts, "num_experts", None)
+    found = {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if "shared" not in name and parameter.dim() == 2 and parameter.shape[0] == num_experts
+    }
+    if len(found) != 1:
+        return None, None
+    ((name, weight),) = found.items()
+    bias = dict(block.named_parameters()).get(name.removesuffix("weight") + "bias")
+    return weight, bias if bias is not None and bias.shape == weight.shape[:1] else None
+
+
 def take_experts_off(model) -> None:
     """Remove the routed experts' parameters from an empty model and keep the loader quiet about them."""
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())

@@ -15,9 +15,14 @@ from moeflow.errors import BudgetError, CheckpointError, ConfigError
 from moeflow.experts import OffloadedExperts
 from moeflow.governor import Governor
 from moeflow.layers import LayerSource
+from moeflow.live_predictor import build_predictor
+from moeflow.metrics import PrefetchLedger
 from moeflow.packed import PACKED_FILE, read_packed
 from moeflow.pool import SlotPool
+from moeflow.prediction_loop import PredictionLoop
+from moeflow.prefetch import Prefetcher
 from moeflow.recorder import attach_recorder
+from moeflow.residual import ResidualTap
 from moeflow.runtime import ExpertRuntime
 from moeflow.sources import map_experts, map_layouts
 from moeflow.store import ExpertStore
@@ -49,7 +54,8 @@ def load_moe(
     dtype: str | torch.dtype = "auto",
     expert_memory: MemorySize = "auto",
     host_memory: MemorySize = "auto",
-    policy: str = "lfru",
+    policy: str = "auto",
+    predictor: str | Path | None = "auto",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ):
@@ -62,7 +68,10 @@ def load_moe(
         expert_memory: bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or
             "auto" (all that is free after the rest of the model, inside the process's own memory limit).
         host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
-        policy: which expert goes when a slot is needed: "lru", "lfu", "lfru" or "static".
+        policy: which expert goes when a slot is needed: "lru", "lfu", "lfru", "static", "forecast" (the one that is
+            predicted to be needed last), or "auto" ("forecast" where there is a predictor, else "lfru").
+        predictor: who says which experts are needed next: "auto", a name, a file written by `moeflow predictor
+            train`, or None. It never changes a bit of the output, and switches itself off where it does not pay.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: passed to transformers' from_pretrained.
 
@@ -78,8 +87,8 @@ def load_moe(
         TraceError: the trace is of another model, damaged, or cannot be written.
     """
     device = _resolve_device(device)
-    if policy not in POLICIES:
-        raise ConfigError(f"policy={policy!r} is unknown. Allowed: {', '.join(POLICIES)}.")
+    if policy not in ("auto", *POLICIES):
+        raise ConfigError(f"policy={policy!r} is unknown. Allowed: auto, {', '.join(POLICIES)}.")
     for name, remedy in _REFUSED.items():
         if hf_kwargs.get(name) is not None:
             raise ConfigError(f"load_moe does not take {name}: {remedy}.")
@@ -127,8 +136,12 @@ def load_moe(
         )
     hf.own_dense_weights(loaded)
     files = [folder / PACKED_FILE] if packed else checkpoint.files
-    runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded)
-    _attach(loaded, runtime)
+    predicting = build_predictor(predictor, loaded, plan.layers, plan.size.num_experts_per_tok)
+    if policy == "auto":
+        policy = "lfru" if predicting is None else "forecast"
+    runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting)
+    tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
+    _attach(loaded, runtime, tap)
     if trace is not None:
         try:
             attach_recorder(loaded, trace)
@@ -161,7 +174,7 @@ def _resolve_device(device) -> torch.device:
     return device
 
 
-def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model) -> ExpertRuntime:
+def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model, predictor) -> ExpertRuntime:
     size, governor = plan.size, None
     reserve = (
         _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * hf.key_value_bytes_per_position(model)
@@ -195,6 +208,10 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
         cache = ExpertCache(num_slots, policy, num_transient=transient)
         cache.set_limit(first_slots)
         store = ExpertStore(files, plan.layers)
+        prediction = None
+        if predictor is not None:
+            ledger = PrefetchLedger(len(plan.layers), expert_bytes=size.slot_bytes)
+            prediction = PredictionLoop(Prefetcher(predictor, cache, ledger))
         return ExpertRuntime(
             store,
             pools[0],
@@ -204,6 +221,7 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
             num_threads=_READ_THREADS,
             expert_budget_bytes=None if governor else budget,
             governor=governor,
+            prediction=prediction,
         )
     except BaseException:
         for pool in pools:
@@ -226,13 +244,13 @@ def _host_tier(size: ExpertsSize, host_memory, policy, transient) -> HostTier:
             )
     num_slots = min(budget // size.slot_bytes, size.num_experts)
     pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
-    return HostTier(pool, ExpertCache(num_slots, policy, num_transient=transient))
+    return HostTier(pool, ExpertCache(num_slots, "lfru" if policy == "forecast" else policy, num_transient=transient))
 
 
-def _attach(model, runtime: ExpertRuntime) -> None:
+def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
     """Put the runtime behind the model's experts modules and count its passes."""
     for layer, (_, module) in enumerate(hf.experts_modules(model)):
-        module._moeflow = OffloadedExperts(runtime, layer, module)
+        module._moeflow = OffloadedExperts(runtime, layer, module, tap)
     model.moeflow = runtime
     counted = weakref.ref(runtime)
 

@@ -42,8 +42,10 @@ class Prefetcher:
         self._forecast = Forecast(predictor.num_layers, predictor.num_experts)
         self._window = min(window or predictor.num_layers, predictor.num_layers)
         self._min_probability = min_probability
-        self._next_step = np.full((predictor.num_layers, predictor.num_experts), np.nan, np.float32)
+        self._next_step = np.zeros((predictor.num_layers, predictor.num_experts), np.float32)
+        self._next_step_known = False
         self._queue: list[tuple[ExpertKey, int]] = []
+        self._planned = True  # whether the queue shows what is known by now
 
     def begin(self, num_sequences: int) -> None:
         """Say that new sequences start. What only `observe` predicts is predicted from here on."""
@@ -66,7 +68,7 @@ class Prefetcher:
         now = _any_of(self.predictor.step(token_ids), self.predictor)
         later = _any_of(self.predictor.later(), self.predictor)
         self._begin_forecast(now, later)
-        self._plan()
+        self._planned = False
 
     def demanded(
         self,
@@ -92,10 +94,12 @@ class Prefetcher:
         refined = _any_of(self.predictor.observe(layer, experts, weights, signal), self.predictor)
         if refined is not None:
             self._forecast.refine(layer + 1, refined)
-        self._plan()
+        self._planned = False
 
     def take(self) -> tuple[ExpertKey, int] | None:
         """Reserve a slot for the most urgent absent expert that is worth one; return the expert and its slot."""
+        if not self._planned:
+            self._plan()
         while self._queue:
             key, distance = self._queue.pop()
             if key in self._cache.slots:
@@ -114,28 +118,33 @@ class Prefetcher:
 
     def _begin_forecast(self, now: np.ndarray | None, later: np.ndarray | None) -> None:
         self._forecast.begin_step(now, later, self._cache.usual_steps(*self._next_step.shape))
-        self._next_step[:] = np.nan if later is None else later[0]
+        self._next_step_known = later is not None
+        if later is not None:
+            self._next_step[:] = later[0]
         self._cache.next_use = self._forecast.next_use
 
     def _plan(self) -> None:
         """Queue the absent experts of the window that are likely enough: nearest layer first, then the likeliest."""
+        self._planned = True
         forecast, first = self._forecast, self._forecast.layer + 1
-        num_layers = forecast.num_layers
-        inside = forecast.now[first : first + self._window]
-        rest = self._window - len(inside)
-        probability = np.concatenate([inside, self._next_step[: min(rest, first)]]) if rest else inside
-        rows, experts = np.nonzero(probability >= self._min_probability)
-        layers = (rows + first) % num_layers
-        absent = ~self._cache.present(num_layers, forecast.num_experts)[layers, experts]
-        rows, experts, layers = rows[absent], experts[absent], layers[absent]
-        order = np.lexsort((probability[rows, experts], -rows))  # taken from the end
+        num_layers, last = forecast.num_layers, self._forecast.layer + 1 + self._window
+        present = self._cache.present(num_layers, forecast.num_experts)
+        self._queue = self._wanted(forecast.now[first:last], present[first:last], first, 1)
+        if last > num_layers and self._next_step_known:
+            wrap = slice(0, min(last - num_layers, first))
+            self._queue = self._wanted(self._next_step[wrap], present[wrap], 0, 1 + num_layers - first) + self._queue
+
+    def _wanted(self, probability, present, first_layer, distance) -> list[tuple[ExpertKey, int]]:
+        """List (expert, distance) of some layers' absent and likely experts, the most urgent last."""
+        rows, experts = ((probability >= self._min_probability) & ~present).nonzero()
+        if not len(rows):
+            return []
+        order = np.lexsort((probability[rows, experts], -rows))
         allowed = self.ledger.allowed
-        self._queue = [
-            (ExpertKey(layer, expert), distance)
-            for layer, expert, distance in zip(
-                layers[order].tolist(), experts[order].tolist(), (rows[order] + 1).tolist(), strict=True
-            )
-            if allowed(layer, distance)
+        return [
+            (ExpertKey(first_layer + row, expert), distance + row)
+            for row, expert in zip(rows[order].tolist(), experts[order].tolist(), strict=True)
+            if allowed(first_layer + row, distance + row)
         ]
 
 
@@ -143,8 +152,10 @@ def _any_of(probabilities: np.ndarray | None, predictor: Predictor) -> np.ndarra
     """Turn probabilities of B sequences into the probability that any of them demands: [B, ...] -> [...]."""
     if probabilities is None:
         return None
-    highest, lowest = np.fmax.reduce(probabilities, axis=None), np.fmin.reduce(probabilities, axis=None)
-    if not (lowest >= 0 and highest <= 1.0001):  # NaN where every one is
+    highest, lowest = probabilities.max(), probabilities.min()
+    if highest != highest:  # NaN somewhere, which is allowed, or everywhere
+        highest, lowest = np.fmax.reduce(probabilities, axis=None), np.fmin.reduce(probabilities, axis=None)
+    if not (lowest >= 0 and highest <= 1.0001):
         raise PredictorError(
             f"predictor {predictor.name!r} answered with probabilities from {lowest} to {highest}; allowed are 0 to 1."
         )

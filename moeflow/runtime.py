@@ -107,6 +107,11 @@ class ExpertRuntime:
         """Whether close() was called."""
         return not self._release.alive
 
+    @property
+    def predicting(self) -> bool:
+        """Whether somebody wants to see the routes of the pass under way."""
+        return self._prediction is not None and self._prediction.active
+
     def close(self) -> None:
         """Stop the threads, close the files, release every slot. The model cannot run afterwards."""
         with self._lock:

@@ -2,7 +2,7 @@
 
 The life of a predictor: `begin`, perhaps `prefill`, and then for every decode step `step` before the first layer runs
 and `observe` after each layer's router has spoken, in the order of the layers. A probability of NaN means that nothing
-is known. Expert numbers of num_experts or more, as padding has them, stand for none.
+is known; an answer that is NaN throughout, or outside 0 to 1, is taken for a failure. Expert numbers of num_experts or more, as padding has them, stand for none.
 """
 
 from typing import Protocol
@@ -34,8 +34,11 @@ class Predictor(Protocol):
     def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
         """Learn the routes of a prompt: token_ids [B, T], experts and weights [B, T, L, K]."""
 
-    def step(self, token_ids: np.ndarray) -> np.ndarray:
-        """Predict the step that feeds token_ids [B]: probability that it demands each expert, float32 [B, L, E]."""
+    def step(self, token_ids: np.ndarray) -> np.ndarray | None:
+        """Predict the step that feeds token_ids [B]: probability that it demands each expert, float32 [B, L, E].
+
+        None where nothing is known yet.
+        """
 
     def observe(
         self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: np.ndarray | None = None

@@ -1,0 +1,109 @@
+"""The residual stream in front of each MoE layer's router, and that router folded with its norm: what lookahead asks.
+
+Which norm feeds the experts is found by looking: the one whose output is the very tensor the experts receive. Knows
+torch modules by their shapes, not by their families.
+"""
+
+import weakref
+
+import torch
+
+from moeflow import hf
+from moeflow.predictors.lookahead import Lookahead
+
+
+class ResidualTap:
+    """Keeps what went into the norm before each layer's experts, one pass at a time.
+
+    Args:
+        model: a model whose experts were taken off.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self._latest: dict[int, dict] = {}  # layer -> {norm: (its input, its output)} of the pass under way
+        self._hooks: dict[int, list] = {}
+        self.norms: dict[int, list[torch.nn.Module]] = {}
+        for layer, (path, module) in enumerate(hf.experts_modules(model)):
+            norms = _norms_around(model, path)
+            self.norms[layer] = norms
+            self._hooks[layer] = [norm.register_forward_hook(self._keep(layer)) for norm in norms]
+
+    def residual(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the residual stream [T, H] of the pass whose experts receive hidden_states [T, H], if it was seen."""
+        for norm, (before, after) in self._latest.pop(layer, {}).items():
+            if after.data_ptr() == hidden_states.data_ptr() and after.numel() == hidden_states.numel():
+                if len(self._hooks[layer]) > 1:
+                    self._keep_only(layer, norm)
+                return before.reshape(hidden_states.shape)
+        return None
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+        self._latest.clear()
+
+    def _keep(self, layer: int):
+        tap = weakref.ref(self)
+
+        @torch.compiler.disable
+        def hook(norm, args, output):
+            found = tap()
+            if found is not None and args and isinstance(output, torch.Tensor):
+                found._latest.setdefault(layer, {})[norm] = args[0].detach(), output.detach()
+
+        return hook
+
+    def _keep_only(self, layer: int, norm: torch.nn.Module) -> None:
+        kept = [hook for hook, other in zip(self._hooks[layer], self.norms[layer], strict=True) if other is norm]
+        for hook in self._hooks[layer]:
+            if hook not in kept:
+                hook.remove()
+        self._hooks[layer], self.norms[layer] = kept, [norm]
+
+
+def build_lookahead(model: torch.nn.Module, top_k: int, reach: int = 3) -> Lookahead | None:
+    """Fold each layer's norm and router; None where no layer's can be.
+
+    Of several norms the last one before the MoE block is taken; Lookahead checks on the first tokens whether it was
+    the right one.
+    """
+    routers, biases, eps = [], [], []
+    for path, _ in hf.experts_modules(model):
+        block = path.rpartition(".")[0]
+        weight, bias = hf.router_parameters(model.get_submodule(block))
+        norms = _norms_around(model, path)
+        routers.append(weight if weight is None or not norms else weight * _scale(norms[-1], weight))
+        biases.append(bias)
+        eps.append(_eps(norms[-1]) if norms else 0.0)
+        if not norms:
+            routers[-1] = None
+    if all(router is None for router in routers):
+        return None
+    return Lookahead(routers, biases, eps, top_k, reach)
+
+
+def _norms_around(model, path: str) -> list[torch.nn.Module]:
+    """List the norms beside the MoE block and inside it, in the order they are registered."""
+    block = path.rpartition(".")[0]
+    layer = model.get_submodule(block.rpartition(".")[0])
+    return [
+        module
+        for name, module in layer.named_modules()
+        if name.count(".") <= 1
+        and "norm" in type(module).__name__.lower()
+        and not list(module.children())
+        and not name.startswith(("self_attn.", "attention."))
+    ]
+
+
+@torch.no_grad()
+def _scale(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
+    """Return what a root-mean-square norm multiplies its normalised input with: [H]."""
+    return norm(torch.ones(1, like.shape[1], dtype=like.dtype, device=like.device))[0]
+
+
+def _eps(norm: torch.nn.Module) -> float:
+    return next((float(v) for n in ("variance_epsilon", "eps") if (v := getattr(norm, n, None)) is not None), 1e-6)

@@ -1,0 +1,176 @@
+"""The coming layers' own routers, asked early: their norm and router on this layer's residual stream. No training.
+
+The residual stream changes little from layer to layer, so a router that speaks one to three layers early is mostly
+right. Norm and router are folded into one matrix a layer, and the coming layers' matrices lie one after another, so
+that asking all of them is one small matrix-vector product. Source: "Speculating Experts" (next layer, no training).
+"""
+
+import numpy as np
+import torch
+
+_LEARNING_RATE = 0.05
+_ALWAYS_UPDATES = 300  # of the calibration, before it goes on now and then only
+_LEARN_EVERY = 8  # steps
+_FAR = -10.0  # margins below it say the same
+_MIN_AGREEMENT = 0.9  # with what the router itself chose, below which the folded router is not believed
+_CHECKED_ROWS = 32
+_SMALL_BYTES = 64 << 20  # of float32 routers: above it they stay in the model's dtype
+
+
+class Lookahead:
+    """Predicts one to three layers ahead from the residual stream.
+
+    How likely an expert is follows from how far its score lies above or below the K-th best, in standard deviations
+    of the layer's scores, by a logistic curve a distance that is fitted while the model runs. A layer whose folded
+    router does not choose as the model's own does (checked on the first tokens) is not predicted.
+
+    Args:
+        routers: L tensors [E, H], each layer's router with the weight of the norm before it multiplied in; None for a
+            layer that cannot be asked.
+        biases: L tensors [E] or None.
+        eps: of each layer's norm.
+        top_k: K.
+        reach: how many layers ahead.
+    """
+
+    name = "lookahead"
+    signal = "residual"
+
+    def __init__(
+        self,
+        routers: list[torch.Tensor | None],
+        biases: list[torch.Tensor | None],
+        eps: list[float],
+        top_k: int,
+        reach: int = 3,
+    ):
+        routers = [None if router is None else router.detach() for router in routers]
+        known = next(router for router in routers if router is not None)
+        self.num_layers = len(routers)
+        self.num_experts = max(len(router) for router in routers if router is not None)
+        self.reach = min(reach, self.num_layers - 1)
+        self._top_k = top_k
+        shape = (self.num_layers, self.num_experts, known.shape[1])
+        small = 4 * int(np.prod(shape)) <= _SMALL_BYTES
+        self._dtype = torch.float32 if small else known.dtype
+        self._routers = torch.zeros(shape, dtype=self._dtype, device=known.device)
+        self._biases: np.ndarray | None = np.zeros(shape[:2], np.float32)
+        self._usable = np.zeros(self.num_layers, bool)
+        for layer, router in enumerate(routers):
+            if router is not None:
+                self._routers[layer, : len(router)] = router
+                self._biases[layer, len(router) :] = -np.inf  # a smaller layer has no such expert
+                if biases[layer] is not None:
+                    self._biases[layer, : len(router)] = biases[layer].detach().float().cpu().numpy()
+                self._usable[layer] = True
+        if not self._biases.any():
+            self._biases = None
+        on_cpu = self._dtype == torch.float32 and self._routers.device.type == "cpu"
+        self._arrays = np.ascontiguousarray(self._routers.flatten(0, 1).numpy().T) if on_cpu else None
+        self._spread = np.zeros(self.num_layers, np.float32)  # of each layer's margins
+        self._eps = eps
+        self._checked = np.zeros(self.num_layers, bool)
+        self._slope, self._offset = np.full(self.reach, 3.0, np.float32), np.zeros(self.reach, np.float32)
+        self._num_updates = 0
+        self._steps = 0
+        self._learning = True
+        self._margins: dict[int, list[tuple[int, np.ndarray]]] = {}  # what was said of a layer: (distance - 1, [B, E])
+
+    def begin(self, num_sequences: int) -> None:
+        """Forget what was said of the layers to come; the calibration stays."""
+        self._margins.clear()
+
+    def prefill(self, token_ids, experts, weights) -> None:
+        """Nothing: what a prompt's residual stream says was learned as it passed."""
+
+    def step(self, token_ids) -> None:
+        """Nothing is known before the first layer."""
+        self._margins.clear()
+        self._steps += 1
+        self._learning = self._num_updates < _ALWAYS_UPDATES or self._steps % _LEARN_EVERY == 0
+
+    def later(self) -> None:
+        """Nothing is known of later steps."""
+
+    @torch.no_grad()
+    def observe(self, layer: int, experts: np.ndarray, weights, signal: torch.Tensor | None = None):
+        """Ask the next layers' routers about the residual stream [B, H]; returns [B, n, E]."""
+        if not self._checked[layer] and signal is not None:
+            self._check(layer, experts, signal)
+        self._learn(layer, experts)
+        last = min(layer + self.reach, self.num_layers - 1)
+        if signal is None or not self._usable[layer + 1 : last + 1].any():
+            return None
+        scores = self._scores(layer, layer + 1, last + 1, signal)
+        margins = self._margins_of(scores, slice(layer + 1, last + 1))
+        if self._learning:
+            for distance in range(last - layer):
+                self._margins.setdefault(layer + 1 + distance, []).append((distance, margins[:, distance]))
+        count = last - layer
+        probability = _logistic(margins * self._slope[:count, None] + self._offset[:count, None])
+        usable = self._usable[layer + 1 : last + 1]
+        if not usable.all():
+            probability[:, ~usable] = np.nan
+        return probability
+
+    def _scores(self, layer, begin, end, signal) -> np.ndarray:
+        """Score the experts of layers begin to end on the residual stream of `layer`: [B, end - begin, E]."""
+        if self._arrays is not None:  # on the CPU numpy is the quicker of the two for one token
+            hidden = signal.float().numpy()
+            scores = hidden @ self._arrays[:, begin * self.num_experts : end * self.num_experts]
+            scale = 1 / np.sqrt(np.einsum("bh,bh->b", hidden, hidden) / hidden.shape[1] + self._eps[begin])
+        else:
+            hidden = signal.float()
+            hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self._eps[begin])
+            scores = (hidden.to(self._dtype) @ self._routers[begin:end].flatten(0, 1).T).float().cpu().numpy()
+            scale = np.ones(len(scores), np.float32)
+        scores = scores.reshape(len(scores), end - begin, self.num_experts) * scale[:, None, None]
+        return scores if self._biases is None else scores + self._biases[begin:end]
+
+    def _margins_of(self, scores, layers) -> np.ndarray:
+        """Return how far scores [B, n, E] lie above the middle of the K-th and the next best, in their usual spread."""
+        top_k = self._top_k
+        if top_k >= self.num_experts:
+            return np.full_like(scores, 10.0)
+        ranked = np.partition(scores, (-top_k - 1, -top_k), axis=-1)
+        margins = scores - (ranked[..., -top_k, None] + ranked[..., -top_k - 1, None]) * 0.5
+        if self._learning:
+            spread = np.sqrt((np.maximum(margins, _FAR) ** 2).mean((0, 2)))
+            known = self._spread[layers] > 0
+            self._spread[layers] = np.where(known, 0.95 * self._spread[layers] + 0.05 * spread, spread)
+        return margins / (self._spread[layers, None] + 1e-6)
+
+    def _check(self, layer, experts, signal) -> None:
+        """Compare the folded router with what the model's own chose."""
+        self._checked[layer] = True
+        if not self._usable[layer]:
+            return
+        experts = experts[:_CHECKED_ROWS]
+        scores = self._scores(layer, layer, layer + 1, signal[: len(experts)])[:, 0]
+        best = np.argsort(-scores, axis=1)[:, : experts.shape[1]]
+        agreement = np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(best, experts, strict=True)])
+        self._usable[layer] = agreement >= _MIN_AGREEMENT
+
+    def _learn(self, layer, experts) -> None:
+        """Fit the curve of each distance to what the router chose."""
+        said = self._margins.pop(layer, None)
+        if not said:
+            return
+        distances = [distance for distance, _ in said]
+        margins = np.stack([margins for _, margins in said])  # [n, B, E]
+        if margins.shape[1] != len(experts) or np.isnan(margins).any():
+            return
+        margins = np.maximum(margins, _FAR)  # an expert that does not exist is infinitely far below
+        chosen = np.zeros(margins.shape[1:], np.float32)
+        inside = experts < self.num_experts
+        chosen[np.nonzero(inside)[0], experts[inside]] = 1
+        slope, offset = self._slope[distances, None, None], self._offset[distances, None, None]
+        error = _logistic(margins * slope + offset) - chosen
+        rate = _LEARNING_RATE * self.num_experts
+        self._slope[distances] -= rate * (error * margins).mean((1, 2))
+        self._offset[distances] -= rate * error.mean((1, 2))
+        self._num_updates += 1
+
+
+def _logistic(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(np.minimum(-values, 60)))
