@@ -1,10 +1,11 @@
-"""`moeflow trace`: record, convert and look at routing traces."""
+"""`moeflow trace`: record, convert and look at routing traces; replays have their own file."""
 
 import json
 from pathlib import Path
 
 from moeflow.errors import TraceError
 from moeflow.loading_cli import add_loading_options, load_model
+from moeflow.replay_cli import add_replay_commands
 
 
 def add_trace_commands(commands) -> None:
@@ -34,6 +35,8 @@ def add_trace_commands(commands) -> None:
     info.add_argument("trace", help="a trace file")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
+
+    add_replay_commands(below)
 
 
 def _record(arguments) -> int:
