@@ -18,7 +18,7 @@ from moeflow.predictors.path_net import PathNet, PathShape
 from moeflow.predictors.popularity import Popularity
 from moeflow.predictors.protocol import Predictor
 from moeflow.predictors.sequence import SequencePredictor
-from moeflow.predictors.sequence_net import SequenceShape
+from moeflow.predictors.sequence_net import SequenceNet, SequenceShape
 from moeflow.predictors.token_table import TokenTable
 
 FORMAT, VERSION = "moeflow-predictor", 1
@@ -60,18 +60,26 @@ def _sequence_arrays(predictor: SequencePredictor):
     }, vars(predictor.shape)
 
 
-def _load_sequence(arrays, shape):
-    table = TokenTable(*(arrays.pop(f"table.{name}") for name in ("known_ids", "num_seen", "counts", "popularity")))
-    return SequencePredictor(SequenceShape(**shape), table, arrays)
+def _load_sequence(arrays, card):
+    shape = SequenceShape(**card.shape)
+    known, flat = shape.num_known_tokens, (shape.num_layers, shape.num_experts)
+    table_shapes = {"known_ids": (known,), "num_seen": (known + 1,), "counts": (known + 1, *flat), "popularity": flat}
+    table = {name: arrays.pop(f"table.{name}") for name in table_shapes}
+    _require_shapes(table, table_shapes)
+    with torch.device("meta"):
+        net = SequenceNet(shape, table["popularity"])
+    _require_shapes(arrays, {name: tuple(value.shape) for name, value in net.state_dict().items()})
+    return SequencePredictor(shape, TokenTable(**table), arrays)
 
 
 def _path_arrays(predictor: PathPredictor):
     return {name: value.numpy() for name, value in predictor.net.state_dict().items()}, vars(predictor.net.shape)
 
 
-def _load_path(arrays, shape):
-    net = PathNet(PathShape(**shape))
-    net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+def _load_path(arrays, card):
+    with torch.device("meta"):
+        net = PathNet(PathShape(**card.shape))
+    net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
     return PathPredictor(net)
 
 
@@ -79,21 +87,28 @@ def _popularity_arrays(predictor: Popularity):
     return {"popularity": predictor.popularity}, {}
 
 
-def _load_popularity(arrays, shape):
-    popularity = arrays["popularity"]
-    return Popularity(*popularity.shape, popularity)
+def _load_popularity(arrays, card):
+    _require_shapes(arrays, {"popularity": (card.num_layers, card.num_experts)})
+    return Popularity(card.num_layers, card.num_experts, arrays["popularity"])
 
 
 def _markov_arrays(predictor: Markov):
     return {name: getattr(predictor, name) for name in ("by_layer", "by_token", "popularity", "num_steps")}, {}
 
 
-def _load_markov(arrays, shape):
-    markov = Markov(*arrays["popularity"].shape, learn=False)
-    for name in ("by_layer", "by_token", "popularity", "num_steps"):
-        setattr(markov, name, arrays[name])
+def _load_markov(arrays, card):
+    markov = Markov(card.num_layers, card.num_experts, learn=False)
+    _require_shapes(arrays, {name: array.shape for name, array in _markov_arrays(markov)[0].items()})
+    vars(markov).update(arrays)
     markov.begin(1)
     return markov
+
+
+def _require_shapes(arrays, shapes) -> None:
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != shapes:
+        name = next(name for name in sorted({*found, *shapes}) if found.get(name) != shapes.get(name))
+        raise ValueError(f"{name} is {found.get(name)} and should be {shapes.get(name)}")
 
 
 # kind -> how its arrays and sizes are taken out of a predictor, and how one is built from them
@@ -173,7 +188,10 @@ def load_predictor(
             f"{path} cannot be read as a predictor: {error}. Train one: moeflow predictor train."
         ) from error
     try:
-        predictor = KINDS[card.kind][1](arrays, card.shape)
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        predictor = KINDS[card.kind][1](arrays, card)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise PredictorError(f"{path} is damaged: its arrays are no {card.kind} predictor's ({error}).") from error
     found = (predictor.num_layers, predictor.num_experts)
