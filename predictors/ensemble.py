@@ -46,68 +46,68 @@ class Ensemble:
             member.begin(num_sequences)
         opinions = (len(self.members), num_sequences, self.num_layers, self.num_experts)
         self._opinions = np.full(opinions, np.nan, np.float32)  # log-odds, the latest
-        self._said = np.full((self.reach + 1, *opinions), np.nan, np.float32)  # by distance
-        self._answered = np.full((self.reach + 1, *opinions[1:]), np.nan, np.float32)
-        self._demanded = np.zeros(opinions[1:], np.float32)
+        said = (self.reach + 1, self.num_layers, len(self.members), num_sequences, self.num_experts)
+        self._said = np.full(said, np.nan, np.float32)  # opinions by distance and layer
+        self._answered = np.full((*said[:2], *said[3:]), np.nan, np.float32)
+        self._chosen: list[np.ndarray] = []  # of the step under way, by layer
 
     def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
         for member in self.members:
             member.prefill(token_ids, experts, weights)
 
     def step(self, token_ids: np.ndarray) -> np.ndarray | None:
-        self._said[:], self._answered[:] = np.nan, np.nan
+        self._said.fill(np.nan)
+        self._answered.fill(np.nan)
         for opinion, member in zip(self._opinions, self.members, strict=True):
             probability = member.step(token_ids)
             opinion[:] = np.nan if probability is None else log_odds(probability)
-        answer = self._mix(0, slice(None))
+        self._chosen = []
+        answer = self._mix(np.zeros(self.num_layers, np.intp), np.arange(self.num_layers))
         return None if np.isnan(answer).all() else answer
 
     def observe(
         self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: np.ndarray | None = None
     ) -> np.ndarray | None:
-        self._demanded[:, layer] = multi_hot(experts, self.num_experts)
+        self._chosen.append(experts)
         for opinion, member in zip(self._opinions, self.members, strict=True):
             refined = member.observe(layer, experts, weights, signal if member.signal != "none" else None)
             if refined is not None:
-                kept = opinion[:, layer + 1 : layer + 1 + refined.shape[1]]
-                new = log_odds(refined)
-                np.copyto(kept, new, where=~np.isnan(new))
+                new, rows = log_odds(refined), slice(layer + 1, layer + 1 + refined.shape[1])
+                opinion[:, rows] = np.where(np.isnan(new), opinion[:, rows], new)
         if layer == self.num_layers - 1:
             self._learn()
             return None
         known = min(self.reach, self.num_layers - 1 - layer)
         if not known:
             return None
-        answers = [
-            self._mix(distance, slice(layer + distance, layer + distance + 1)) for distance in range(1, known + 1)
-        ]
-        answer = np.concatenate(answers, 1)
+        distances = np.arange(1, known + 1)
+        answer = self._mix(distances, layer + distances)
         return None if np.isnan(answer).all() else answer
 
     def later(self) -> np.ndarray | None:
         return next((steps for member in self.members if (steps := member.later()) is not None), None)
 
-    def _mix(self, distance: int, layers: slice) -> np.ndarray:
-        """Answer for layers at a distance, [B, n, E]; NaN where no member knows anything."""
-        opinions = self._opinions[:, :, layers]
-        weights = self.weights[distance, layers].T[:, None, :, None]  # [M, 1, n, 1]
-        absent = np.isnan(opinions)
-        present = np.where(absent, 0.0, weights)
+    def _mix(self, distances: np.ndarray, layers: np.ndarray) -> np.ndarray:
+        """Answer for layers [n] at distances [n], as [B, n, E]; NaN where no member knows anything."""
+        opinions = self._opinions[:, :, layers].transpose(2, 0, 1, 3)  # [n, M, B, E]
+        weights = self.weights[distances, layers][:, :, None, None]
+        silent = np.isnan(opinions)
+        present = np.where(silent, np.float32(0), weights)
         # those who are silent leave their weight to the others
-        share = weights.sum(0) / np.maximum(np.abs(present).sum(0), 1e-6)
-        logits = (present * np.where(absent, 0.0, opinions)).sum(0) * share
-        answer = np.where(absent.all(0), np.float32(np.nan), sigmoid(logits))
-        self._said[distance][:, :, layers] = opinions
-        self._answered[distance][:, layers] = answer
-        return answer
+        share = weights.sum(1) / np.maximum(present.sum(1), 1e-6)
+        logits = (present * np.where(silent, np.float32(0), opinions)).sum(1) * share
+        answer = np.where(silent.all(1), np.float32(np.nan), sigmoid(logits))
+        self._said[distances, layers], self._answered[distances, layers] = opinions, answer
+        return answer.transpose(1, 0, 2)
 
     def _learn(self):
         """Move every weight along the gradient of what was demanded."""
-        took_part = self._demanded.any((1, 2))
+        demanded = multi_hot(np.stack(self._chosen), self.num_experts)  # [L, B, E]
+        took_part = demanded.any((0, 2))
         if not self._learning_rate or not took_part.any():
             return
-        error = np.nan_to_num(self._demanded - self._answered)[:, took_part]  # [D + 1, B, L, E]
-        said = np.nan_to_num(self._said)[:, :, took_part]
-        gradient = np.einsum("dble,dmble->dlm", error, said) / took_part.sum()
+        error = np.nan_to_num(demanded - self._answered)[:, :, None, took_part]  # [D + 1, L, 1, B, E]
+        said = np.nan_to_num(self._said[:, :, :, took_part])
+        gradient = (error * said).sum((3, 4)) / took_part.sum()
         self.weights += self._learning_rate / self.num_experts * gradient
         np.clip(self.weights, 0.0, _LARGEST, out=self.weights)
