@@ -1,5 +1,7 @@
 """Probabilities and log-odds: the arithmetic all predictors share."""
 
+import math
+
 import numpy as np
 
 MIN_PROBABILITY = 1e-4
@@ -18,18 +20,22 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 def multi_hot(experts: np.ndarray, num_experts: int) -> np.ndarray:
     """Return float32 [..., E] with a one at each of experts [..., K]; those of num_experts or more are left out."""
-    one_hot = np.zeros((*experts.shape[:-1], num_experts + 1), np.float32)
-    np.put_along_axis(one_hot, np.minimum(experts, num_experts).astype(np.intp), 1.0, -1)
-    return np.ascontiguousarray(one_hot[..., :-1])
+    return _scatter(experts, np.float32(1), num_experts)
 
 
 def weighted_hot(experts: np.ndarray, weights: np.ndarray | None, num_experts: int) -> np.ndarray:
     """Return float32 [..., E]: 1 on average at experts [..., K], more where the weight is more; 1 without weights."""
     if weights is None:
         return multi_hot(experts, num_experts)
-    values = np.zeros((*experts.shape[:-1], num_experts + 1), np.float32)
     weights = weights.astype(np.float32)
     share = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-6)
-    weighed = 0.5 + 0.5 * experts.shape[-1] * share
-    np.put_along_axis(values, np.minimum(experts, num_experts).astype(np.intp), weighed, -1)
-    return np.ascontiguousarray(values[..., :-1])
+    return _scatter(experts, 0.5 + 0.5 * experts.shape[-1] * share, num_experts)
+
+
+def _scatter(experts, values, num_experts):
+    """Return float32 [..., E] with values [..., K] at experts [..., K]."""
+    lead, top_k = experts.shape[:-1], experts.shape[-1]
+    rows = np.zeros((math.prod(lead), num_experts + 1), np.float32)  # the last column for those that stand for none
+    places = np.minimum(experts, num_experts).reshape(-1, top_k)
+    rows[np.arange(len(rows))[:, None], places] = np.reshape(values, (-1, top_k)) if np.ndim(values) else values
+    return rows[:, :-1].reshape(*lead, num_experts)
