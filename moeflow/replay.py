@@ -166,7 +166,7 @@ def slots_of(residency: float, experts_per_layer: tuple[int, ...], top_k: int, *
     if not 0 < residency <= 100:
         raise ConfigError(f"a residency of {residency:g} % is out of range: give percent above 0 and at most 100.")
     num_keys = max(experts_per_layer) if per_layer else sum(experts_per_layer)
-    num_slots = math.floor(residency * num_keys / 100 + 1e-9)  # 29 % of 100 is 29, whatever binary fractions say
+    num_slots = math.floor(residency * num_keys / 100 + 1e-9)  # 32.3 % of 1000 is 323, whatever binary fractions say
     if num_slots < top_k:
         minimum = math.ceil(10000 * top_k / num_keys) / 100
         where = " a layer" if per_layer else ""
@@ -235,8 +235,8 @@ def _compiled_loop():
         function = ctypes.CDLL(str(built[0])).moeflow_replay
     except (IndexError, OSError, AttributeError):
         _log.warning(
-            "moeflow's compiled replay was not built: replays run in Python, some fifty times slower. Install moeflow "
-            "again where there is a C compiler."
+            "moeflow's compiled replay was not built: replays run in Python, about a hundred times slower. Install "
+            "moeflow again where there is a C compiler."
         )
         return None
     words, counts = np.ctypeslib.ndpointer(np.uint16, flags="C"), np.ctypeslib.ndpointer(np.int64, flags="C")

@@ -71,6 +71,9 @@ def test_sections_of_what_was_realised_stand_only_where_it_was(trace_file, tmp_p
     titles = ("Recall by distance", "Timeliness", "Wasted bytes", "Realised")
     run("report", trace_file, "-o", out)
     assert not [title for title in titles if title in out.read_text()]
+    measured.write_text(json.dumps(MEASURED["rows"]))
+    run("report", trace_file, "-o", out, "--realised", measured)
+    assert [title for title in titles if title in out.read_text()] == ["Realised"]
     measured.write_text(json.dumps(MEASURED))
     run("report", trace_file, "-o", out, "--realised", measured)
     page = out.read_text()
@@ -101,14 +104,14 @@ def test_advice_names_no_knee_where_there_is_none():
 
 
 def test_reuse_is_counted_within_sequences_and_layers():
-    experts = np.array([[[0, 1], [4, 5]], [[0, 2], [4, 5]], [[0, 1], [6, 7]], [[0, 1], [6, 7]]])
-    locality = measure_locality(experts, np.array([0, 3, 4]), (8, 8), distances=(1, 2))
-    # Rows 1 and 2 have a token before them: 8 demands, of which 0, 4, 5 and 0 come back at once, and 1 from two back.
-    assert locality.reuse == {1: 4 / 8, 2: 5 / 8}
+    first, second = [[[0, 1], [4, 5]], [[0, 2], [4, 5]], [[0, 1], [6, 7]]], [[[0, 5], [6, 7]], [[0, 1], [4, 5]]]
+    locality = measure_locality(np.array(first + second), np.array([0, 3, 5]), (8, 8), distances=(1, 2))
+    # Three rows have a token before them: 12 demands, of which 0, 4, 5, 0 and 0 come back at once, 1 from two back.
+    assert locality.reuse == {1: 5 / 12, 2: 6 / 12}
     assert locality.chance[1] == pytest.approx(1 / 4)
-    assert locality.chance[2] == pytest.approx((4 * 1 / 4 + 4 * (1 - 0.75**2)) / 8)
-    assert locality.hottest_quarter.tolist() == [7 / 8, 4 / 8]
-    assert locality.idle == 5 + 4
+    assert locality.chance[2] == pytest.approx((8 * 1 / 4 + 4 * (1 - 0.75**2)) / 12)
+    assert locality.hottest_quarter.tolist() == [8 / 10, 6 / 10]
+    assert locality.idle == 4 + 4
 
 
 def test_demand_leaves_out_padding_and_experts_that_do_not_exist():
@@ -178,6 +181,7 @@ def test_measured_values_without_a_name_stand_for_all(tmp_path):
         ('{"rows": 3}', "rows of .* is a int"),
         ('[{"policy": "a", "residency": 15, "hit_rate": 1.5}]', "row 0 of"),
         ('[{"policy": "a", "residency": 15, "hit_rate": NaN}]', "row 0 of"),
+        ('[{"policy": "a", "residency": 15, "hit_rate": -0.5}]', "row 0 of"),
         ('[{"policy": "a", "residency": 15}]', "row 0 of"),
         ('{"recall_by_distance": 3}', "recall_by_distance in .* is a int"),
         ('{"recall_by_distance": {"a": {"near": 0.5}}}', "recall_by_distance of 'a'"),
