@@ -61,13 +61,10 @@ class _Attention(nn.Module):
             return x.view(*x.shape[:2], shape.num_heads, -1).transpose(1, 2)
 
         keys, values = (split(x) for x in keys_values.chunk(2, -1))
-        if num_queries == 1:
-            bias = self.distance[:, None, :num_keys].flip(2)
-        else:
-            at = torch.arange(num_keys - num_queries, num_keys, device=hidden.device)[:, None]
-            distance = at - torch.arange(num_keys, device=hidden.device)
-            bias = self.distance[:, distance.clamp(0, shape.window - 1)]
-            bias = bias.masked_fill((distance < 0) | (distance >= shape.window), float("-inf"))
+        at = torch.arange(num_keys - num_queries, num_keys, device=hidden.device)[:, None]
+        distance = at - torch.arange(num_keys, device=hidden.device)
+        bias = self.distance[:, distance.clamp(0, shape.window - 1)]
+        bias = bias.masked_fill((distance < 0) | (distance >= shape.window), float("-inf"))
         attended = F.scaled_dot_product_attention(split(self.query(hidden)), keys, values, attn_mask=bias)
         return self.out(attended.transpose(1, 2).flatten(2))
 

@@ -60,7 +60,11 @@ def build(kind):
     if kind == "markov":
         return Markov.train(routes)
     if kind == "path":
-        return PathPredictor(PathNet(PathShape(L, E, num_rows=32, width=8, inner_width=16, num_heads=2, window=4)))
+        net = PathNet(PathShape(L, E, num_rows=32, width=8, inner_width=16, num_heads=2, window=4))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        return PathPredictor(net)
     if kind == "sequence":
         return random_sequence_predictor(routes)[0]
     if kind == "recorded":
