@@ -42,10 +42,8 @@ def main(argv=None) -> None:
     options = {"warm": False, "num_fixed": num_slots - trace.top_k - 1, "seed": 0}
 
     print(f"{len(experts):,} tokens x {trace.num_layers} layers x {trace.top_k} experts, {num_slots} slots\n")
-    print(
     print(f"| policy | hit rate | compiled s (range), limit {LIMIT_S} | accesses/s | Python accesses/s |")
     print("|---|---|---|---|---|")
-    )
     figures = {}
     for policy in arguments.policy.split(","):
         short = (first, trace.num_experts, np.array([0, len(first)]), num_slots, policy)
