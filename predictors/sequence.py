@@ -16,6 +16,7 @@ from moeflow.predictors.token_table import PRIOR_TOKENS, TokenTable
 
 _PROMPT_STEPS = 64  # of a prompt that the recurrent state goes through
 _RECENT_DECAYS = np.array([2 ** (-1 / half_life) for half_life in RECENT_HALF_LIVES], np.float32)
+_MEMORY_STEPS = 2048  # of a sequence's own routes; what is older has faded from everything else too
 _RECALL_DECAY = 2 ** (-1 / RECALL_HALF_LIFE)
 
 
@@ -41,22 +42,28 @@ class _Past:
 
     def add(self, routes: np.ndarray, recalled: np.ndarray, number: float) -> None:
         """Take in the routes [L * E] of the token just fed; `recalled` and `number` are what feed returned."""
-        if self.position == len(self._routes):
+        if self.position == len(self._routes) < _MEMORY_STEPS:
             self._routes = np.concatenate([self._routes, np.zeros_like(self._routes)])
-        self._routes[self.position] = routes
+        self._routes[self.position % len(self._routes)] = routes
         self._recall[self.token_id] = (recalled + routes, number + 1.0, self.position)
         self.position += 1
+        if self.position % _MEMORY_STEPS == 0:
+            oldest = self.position - _MEMORY_STEPS
+            self._recall = {token: entry for token, entry in self._recall.items() if entry[2] >= oldest}
 
     def at(self, position) -> np.ndarray:
-        """Return the routes at a position, zeros for -1."""
-        return self._routes[position] if position >= 0 else self._unknown
+        """Return the routes at a position, zeros for -1 and for what is forgotten."""
+        return self._routes[position % len(self._routes)] if self._knows(position) else self._unknown
 
     def after(self, position: int, num_steps: int) -> np.ndarray:
         """Return [num_steps, L * E]: how the sequence went on after a position, over and over."""
-        if position < 0:
+        if not self._knows(position):
             return np.zeros((num_steps, len(self._unknown)), np.float32)
         steps = np.arange(1, num_steps + 1) % (self.position - position)
-        return self._routes[position + steps].astype(np.float32)
+        return self._routes[(position + steps) % len(self._routes)].astype(np.float32)
+
+    def _knows(self, position):
+        return position >= max(0, self.position - _MEMORY_STEPS)
 
 
 class SequencePredictor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moeflow.errors import ConfigError
+from moeflow.predictors import sequence
 from moeflow.predictors.ensemble import Ensemble
 from moeflow.predictors.markov import Markov
 from moeflow.predictors.odds import multi_hot
@@ -191,6 +192,21 @@ def test_sequence_predictor_is_its_network_step_by_step():
         np.testing.assert_allclose(later[0], expected_later[t], atol=1e-4)
         for layer, answer in enumerate(answers[:-1]):
             np.testing.assert_allclose(answer[0], refined[t, layer][exists[layer]], atol=1e-4)
+
+
+def test_a_long_sequence_is_remembered_in_bounded_memory(monkeypatch):
+    """With a memory of 64 steps nothing older is known, and all that is younger is as it was."""
+    monkeypatch.setattr(sequence, "_MEMORY_STEPS", 64)
+    routes = random_routes(num_sequences=1, length=300, num_tokens=400)
+    predictor, _, _ = random_sequence_predictor(random_routes(seed=9))
+    for _ in follow(predictor, routes, [0]):
+        pass
+    past = predictor._past[0]
+    hot = multi_hot(routes.experts[0], E).reshape(300, -1)
+    np.testing.assert_array_equal(np.stack([past.at(t) for t in range(236, 300)]), hot[236:])
+    assert not past.at(235).any()
+    np.testing.assert_array_equal(past.after(295, 7), hot[[296, 297, 298, 299, 295, 296, 297]])
+    assert len(past._recall) < 130
 
 
 def test_path_predictor_is_its_network_step_by_step():
