@@ -93,8 +93,9 @@ def train_predictor(
     """
     if kind not in TRAINERS:
         raise ConfigError(f"a predictor of kind {kind!r} cannot be trained. Allowed: {', '.join(TRAINERS)}.")
-    if not Path(out).absolute().parent.is_dir():
-        raise PredictorError(f"{out} cannot be written: there is no such folder. Give a file in a folder of yours.")
+    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+        why = "it is a folder" if Path(out).is_dir() else "there is no such folder"
+        raise PredictorError(f"{out} cannot be written: {why}. Give a file in a folder of yours.")
     options = options or TrainingOptions()
     places, _ = split_sequences(trace, hold_out)
     routes = trace_routes(trace, places)

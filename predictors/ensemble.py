@@ -50,6 +50,7 @@ class Ensemble:
         self._said = np.full(said, np.nan, np.float32)  # opinions by distance and layer
         self._answered = np.full((*said[:2], *said[3:]), np.nan, np.float32)
         self._chosen: list[np.ndarray] = []  # of the step under way, by layer
+        self._complete = False  # whether every member has an opinion on everything
 
     def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
         for member in self.members:
@@ -61,7 +62,7 @@ class Ensemble:
         for opinion, member in zip(self._opinions, self.members, strict=True):
             probability = member.step(token_ids)
             opinion[:] = np.nan if probability is None else log_odds(probability)
-        self._chosen = []
+        self._chosen, self._complete = [], not np.isnan(self._opinions).any()
         answer = self._mix(np.zeros(self.num_layers, np.intp), np.arange(self.num_layers))
         return None if np.isnan(answer).all() else answer
 
@@ -82,7 +83,7 @@ class Ensemble:
             return None
         distances = np.arange(1, known + 1)
         answer = self._mix(distances, layer + distances)
-        return None if np.isnan(answer).all() else answer
+        return None if not self._complete and np.isnan(answer).all() else answer
 
     def later(self) -> np.ndarray | None:
         return next((steps for member in self.members if (steps := member.later()) is not None), None)
@@ -91,12 +92,14 @@ class Ensemble:
         """Answer for layers [n] at distances [n], as [B, n, E]; NaN where no member knows anything."""
         opinions = self._opinions[:, :, layers].transpose(2, 0, 1, 3)  # [n, M, B, E]
         weights = self.weights[distances, layers][:, :, None, None]
-        silent = np.isnan(opinions)
-        present = np.where(silent, np.float32(0), weights)
-        # those who are silent leave their weight to the others
-        share = weights.sum(1) / np.maximum(present.sum(1), 1e-6)
-        logits = (present * np.where(silent, np.float32(0), opinions)).sum(1) * share
-        answer = np.where(silent.all(1), np.float32(np.nan), sigmoid(logits))
+        if self._complete:
+            answer = sigmoid((weights * opinions).sum(1))
+        else:  # those who are silent leave their weight to the others
+            silent = np.isnan(opinions)
+            present = np.where(silent, np.float32(0), weights)
+            share = weights.sum(1) / np.maximum(present.sum(1), 1e-6)
+            logits = (present * np.where(silent, np.float32(0), opinions)).sum(1) * share
+            answer = np.where(silent.all(1), np.float32(np.nan), sigmoid(logits))
         self._said[distances, layers], self._answered[distances, layers] = opinions, answer
         return answer.transpose(1, 0, 2)
 

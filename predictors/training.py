@@ -39,6 +39,8 @@ class TrainingOptions:
     def __post_init__(self):
         if self.epochs < 1:
             raise ConfigError(f"epochs is {self.epochs}. Allowed: 1 or more.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}. Allowed: 0 to 2^63 - 1.")
 
     @property
     def torch_device(self) -> torch.device:

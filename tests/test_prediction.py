@@ -111,6 +111,10 @@ def test_wrong_options_are_named(tmp_path):
         train_predictor(make_trace(), "path", tmp_path / "p", options=TrainingOptions(device="abacus"))
     with pytest.raises(PredictorError, match="no such folder"):
         train_predictor(make_trace(), "path", tmp_path / "no" / "p")
+    with pytest.raises(PredictorError, match="it is a folder"):
+        train_predictor(make_trace(), "path", tmp_path)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        TrainingOptions(seed=-1)
 
 
 def test_a_predictor_of_another_model_is_not_opened(tmp_path):

@@ -265,6 +265,18 @@ def test_sequence_predictor_learns_what_follows_from_the_token():
             predictor.observe(layer, experts[None, layer], None)
 
 
+def test_a_model_of_one_layer_is_no_special_case():
+    rng = np.random.default_rng(0)
+    token_ids = [rng.integers(0, 6, 20).astype(np.int32) for _ in range(4)]
+    routes = Routes(token_ids, [(ids[:, None, None] % E).astype(np.uint8) for ids in token_ids], None, E)
+    predictor = train_sequence(routes, TrainingOptions(epochs=1, batch_size=4), width=8, token_width=4, later_rank=4)
+    for one in (predictor, Markov.train(routes)):
+        one.begin(1)
+        for t in range(6):
+            check_probabilities(one.step(token_ids[0][t : t + 1]), (1, 1, E))
+            assert one.observe(0, routes.experts[0][t : t + 1, 0], None) is None
+
+
 def test_sequence_predictor_foresees_a_repetition():
     """Tokens 0 to 5 over and over, with routes no token was trained to have: what came before comes again."""
     predictor = train_sequence(
