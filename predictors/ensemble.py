@@ -6,19 +6,20 @@ from moeflow.errors import ConfigError
 from moeflow.predictors.odds import log_odds, multi_hot, sigmoid
 from moeflow.predictors.protocol import Predictor
 
-_LEARNING_RATE = 0.02
+_LEARNING_RATE = 0.1
+_KEEP = 0.999  # of the squared gradients, a step
 _LARGEST = 3.0  # weight of a member
 
 
 class Ensemble:
-    """Mixes its members' log-odds by weights that follow the gradient of the log-likelihood.
+    """Mixes its members' log-odds by weights that follow the gradient of the log-likelihood, by AdaGrad.
 
     A member that has not refined a layer stands by what it said before. Weights outlive `begin`. The steps after the
     coming one are those of the first member that predicts them.
 
     Args:
         members: predictors of the same model.
-        learning_rate: of the weights; 0 keeps them even.
+        learning_rate: first step of a weight; 0 keeps them even.
 
     Raises:
         ConfigError: no members, members of different models, or two kinds of signal wanted.
@@ -39,6 +40,7 @@ class Ensemble:
         self.reach = max(member.reach for member in members)
         shape = (self.reach + 1, self.num_layers, len(members))  # distance 0: before the step
         self.weights = np.full(shape, 1 / len(members), np.float32)
+        self._squares = np.zeros(shape, np.float32)  # of the gradients: a weight's steps shrink as they add up
         self.begin(1)
 
     def begin(self, num_sequences: int) -> None:
@@ -112,5 +114,6 @@ class Ensemble:
         error = np.nan_to_num(demanded - self._answered)[:, :, None, took_part]  # [D + 1, L, 1, B, E]
         said = np.nan_to_num(self._said[:, :, :, took_part])
         gradient = (error * said).sum((3, 4)) / took_part.sum()
-        self.weights += self._learning_rate / self.num_experts * gradient
+        self._squares = _KEEP * self._squares + gradient**2
+        self.weights += self._learning_rate * gradient / np.sqrt(self._squares + 1e-6)
         np.clip(self.weights, 0.0, _LARGEST, out=self.weights)
