@@ -8,14 +8,17 @@ not given are trained here, on the other four fifths. Times are of one sequence 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: live predictors run beside the model's own threads
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -172,11 +175,11 @@ def print_tables(trace: RoutingTrace, figures: dict, times: dict, trained_s: dic
     )
     for kind, seconds in trained_s.items():
         print(f"{kind} was trained here in {seconds:.0f} s")
-    print(f"\n{'':<12}{'all layers, before the step':^40}{'next layer, within the step':^40}")
-    print(f"{'':<12}" + "".join(f"{key:>10}" for key in KEYS) * 2)
+    print(f"\n{'':<12}{'all layers, before the step':^48}{'next layer, within the step':^48}")
+    print(f"{'':<12}" + "".join(f"{key:>12}" for key in KEYS) * 2)
     rows = {"chance": {part: chance(trace) for part in TARGETS}, **figures, "target": TARGETS}
     for name, row in rows.items():
-        cells = (f"{row[part][key]:>10.3f}" if key in row[part] else f"{'':>10}" for part in TARGETS for key in KEYS)
+        cells = (f"{row[part][key]:>12.3f}" if key in row[part] else f"{'':>12}" for part in TARGETS for key in KEYS)
         print(f"{name:<12}" + "".join(cells))
     for size, (num_layers, num_experts, _) in SIZES.items():
         print(f"\nus, {size}: {num_layers} layers of {num_experts} experts, one sequence, one thread")
