@@ -10,6 +10,7 @@ import numpy as np
 
 from moeflow.core import ExpertKey
 from moeflow.errors import ConfigError
+from moeflow.forecast import Forecast
 
 _FREE, _LOADING, _RESIDENT = 0, 1, 2
 _SELDOM = 0.01  # uses that stand for none
@@ -34,9 +35,7 @@ class ExpertCache:
             raise ConfigError(f"a cache of {num_slots} slots holds nothing. Give at least 1.")
         self.num_slots = num_slots
         self.limit = num_slots  # how many of the slots may be used at present
-        # [num_layers, num_experts], when each expert is expected to be demanded, in layers from the first layer of the
-        # step under way. Kept up to date by whoever predicts, None while nobody does.
-        self.next_use: np.ndarray | None = None
+        self.forecast: Forecast | None = None  # kept up to date by whoever predicts, None while nobody does
         self.policy = policy
         self.evictions = 0
         self.last_evicted: ExpertKey | None = None  # by the last reserve()
@@ -101,29 +100,23 @@ class ExpertCache:
         """Return, for each slot, how many passes of its expert's layer went by since its last use: [num_slots]."""
         return self._passes[self._layer] - self._last_passes[self._layer, self._expert]
 
-    def usual_steps(self, num_layers: int, num_experts: int) -> np.ndarray:
-        """Return in how many passes each expert comes back at the rate lfru's score stands for: [L, E].
+    def usual_rate(self, num_layers: int, num_experts: int) -> np.ndarray:
+        """Return how likely each expert is demanded in one pass of its layer, by lfru's score: [L, E].
 
-        That rate is frequency / (age + 1) uses in as many passes as the layer has made.
+        That score is frequency / (age + 1), here in uses a pass.
         """
         self._grow(num_layers - 1, num_experts - 1)
         passes = self._passes[:num_layers, None]
         ages = passes - self._last_passes[:num_layers, :num_experts]
-        return (passes + 1) * (ages + 1) / (self._counts[:num_layers, :num_experts] + _SELDOM)
+        return self._counts[:num_layers, :num_experts] / ((passes + 1) * (ages + 1))
 
-    def expected_next_use(self) -> np.ndarray:
-        """Return, for each slot, when its expert is expected to be demanded, as in `next_use`: [num_slots]."""
-        if self.next_use is not None:
-            return self.next_use[self._layer, self._expert]
-        return self._layer + self.usual_steps(*self._counts.shape)[self._layer, self._expert] * len(self._passes)
-
-    def reserve(self, key: ExpertKey, *, sooner_than_victim: float | None = None) -> int | None:
+    def reserve(self, key: ExpertKey, *, worth: float | None = None) -> int | None:
         """Give an absent expert a slot, evicting by policy, and mark it loading with one pin.
 
         Args:
             key: the expert.
-            sooner_than_victim: when the expert is expected to be demanded, as in `next_use`. Where it is given, an
-                expert that is expected before that is not evicted.
+            worth: what a slot is worth for the expert by the forecast. Where it is given, an expert that is worth as
+                much is not evicted.
 
         Returns:
             The slot, or None when no slot may be taken. A pinned slot cannot be evicted.
@@ -136,7 +129,7 @@ class ExpertCache:
             slot = self._victim()
             if slot is None:
                 return None
-            if sooner_than_victim is not None and self.expected_next_use()[slot] <= sooner_than_victim:
+            if worth is not None and self.forecast.worth[self._layer[slot], self._expert[slot]] >= worth:
                 return None
             self.last_evicted = self._key_of[slot]
             del self._slot_of[self.last_evicted]
@@ -284,8 +277,10 @@ def _static(cache: ExpertCache) -> np.ndarray:
 
 
 def _forecast(cache: ExpertCache) -> np.ndarray:
-    """Belady on predictions: the expert that is expected last goes."""
-    return -cache.expected_next_use()
+    """The expert whose slot is worth the least by prediction goes; while nobody predicts, lfru's."""
+    if cache.forecast is None:
+        return _lfru(cache)
+    return cache.forecast.worth[cache._layer, cache._expert].astype(np.float64)
 
 
 # Each policy maps a cache to [num_slots] scores; the lowest evictable score is evicted.

@@ -6,6 +6,7 @@ from moeflow.core import ExpertKey
 
 RECALL_AT = (4, 6, 8)  # reported whatever the model's top-k
 _DECAY = 0.98  # of the recent account, a step
+_CLEAR_LOSS = 0.1  # of a copy, lost by each recent prefetch: below that it is even
 _TRIED = 6.0  # recent prefetches below which a layer and distance is given a chance
 
 
@@ -29,6 +30,7 @@ class PrefetchLedger:
         shape = self._shape = (num_layers, num_distances)
         self.reset()
         self._recent_net_s, self._recent_issued = np.zeros(shape), np.zeros(shape)
+        self._copy_s = 0.0
         self._pending: dict[ExpertKey, tuple[int, int]] = {}  # place of the prefetch, until its layer has passed
         self._unused: dict[ExpertKey, tuple[int, int]] = {}  # mispredicted, still resident
         self._by_layer: dict[int, set[ExpertKey]] = {}
@@ -77,16 +79,14 @@ class PrefetchLedger:
         absent: list[ExpertKey],
         copy_s: float,
         others_in_flight: list[ExpertKey],
-    ) -> list[ExpertKey]:
+    ) -> None:
         """Enter what a layer demanded, by how it was found.
 
         Args:
             copy_s: seconds one copy takes.
             others_in_flight: prefetches on their way that the layer does not want.
-
-        Returns:
-            The prefetched experts of this layer that nobody demanded.
         """
+        self._copy_s = copy_s
         for key in resident:
             place = self._pending.pop(key, None) or self._unused.pop(key, None)
             if place is not None:
@@ -109,16 +109,17 @@ class PrefetchLedger:
                 place = self._pending.get(key) or self._unused.get(key)
                 if place is not None:
                     self._account(place, -copy_s / 2)
-        wrong = [key for key in self._by_layer.get(layer, ()) if key in self._pending]
-        for key in wrong:
+        for key in [key for key in self._by_layer.get(layer, ()) if key in self._pending]:
             place = self._unused[key] = self._pending.pop(key)
             self.mispredicted[place] += 1
-        return wrong
 
     def allowed(self, layer: int, distance: int) -> bool:
         """Whether prefetches for this layer from this distance have not been losing lately."""
         place = (layer, min(distance, self.num_distances) - 1)
-        return self._recent_net_s[place] >= 0 or self._recent_issued[place] < _TRIED
+        return not (self._recent_issued[place] >= _TRIED and self._loses()[place])
+
+    def _loses(self) -> np.ndarray:
+        return self._recent_net_s < -_CLEAR_LOSS * self._copy_s * self._recent_issued
 
     def decay(self) -> None:
         """Let the past count less; called once a step. What was switched off is tried again in time."""
@@ -137,7 +138,7 @@ class PrefetchLedger:
             total["in_time"] + total["late"], total["in_time"] + total["late"] + self.missed
         )
         total["by_distance"] = [{"distance": d + 1, **self._row(d)} for d in range(self.num_distances)]
-        total["losing"] = int(((self._recent_net_s < 0) & (self._recent_issued >= _TRIED)).sum())
+        total["losing"] = int((self._loses() & (self._recent_issued >= _TRIED)).sum())
         return total
 
     def _row(self, distance) -> dict:
