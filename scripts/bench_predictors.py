@@ -17,8 +17,8 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: live predictors run beside the model's own threads
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -68,7 +68,11 @@ def main(argv: list[str] | None = None) -> None:
                 options = TrainingOptions(epochs=arguments.epochs)
                 train_predictor(trace, kind, files[kind], options=options, progress=progress)
             trained_s[kind] = time.perf_counter() - begin
-        figures = {name: measure(name, files, trace) for name in NAMES}
+        held_out = split_sequences(trace)[1]
+        figures = {name: measure(name, files, trace, held_out) for name in NAMES}
+        varied = [place for place in held_out if not repeats(trace, place)]
+        if len(varied) < len(held_out):
+            figures["varied"] = measure("sequence", files, trace, varied)
     times = {size: {name: step_times(build(name, *shape), *shape) for name in NAMES} for size, shape in SIZES.items()}
     print_tables(trace, figures, times, trained_s)
     print(
@@ -94,14 +98,20 @@ def open_source(source: Path, scratch: Path) -> RoutingTrace:
     return open_trace(source)
 
 
-def measure(name: str, files: dict, trace: RoutingTrace) -> dict:
-    """Evaluate one predictor on the held-out sequences."""
+def repeats(trace: RoutingTrace, place: int) -> bool:
+    """Whether a sequence is marked as repetitive."""
+    number = int(trace.sequence_numbers[place])
+    return number < len(trace.sequence_facts) and bool(trace.sequence_facts[number].get("repetition"))
+
+
+def measure(name: str, files: dict, trace: RoutingTrace, places: list[int]) -> dict:
+    """Evaluate one predictor on some held-out sequences."""
     if name == "ensemble":
         predictor = Ensemble([open_predictor(file, trace)[0] for file in (files["sequence"], "markov", "popularity")])
     else:
         predictor = open_predictor(files.get(name) or name, trace)[0]
     with share_progress(f"evaluating {name}") as progress:
-        figures = evaluate_predictor(predictor, trace, split_sequences(trace)[1], progress=progress)
+        figures = evaluate_predictor(predictor, trace, places, progress=progress)
     assert all(0 <= figures[part][key] <= 1 for part in TARGETS for key in KEYS), f"{name}: not a share"
     return figures
 
@@ -173,6 +183,8 @@ def print_tables(trace: RoutingTrace, figures: dict, times: dict, trained_s: dic
         f"{trace.fingerprint}: {trace.num_layers} layers of {trace.num_experts} experts, {trace.top_k} a token; "
         f"{some['tokens']:,} decode steps of {some['sequences']} held-out sequences"
     )
+    if "varied" in figures:
+        print(f"varied: the sequence predictor on the {figures['varied']['sequences']} that are not marked repetitive")
     for kind, seconds in trained_s.items():
         print(f"{kind} was trained here in {seconds:.0f} s")
     print(f"\n{'':<12}{'all layers, before the step':^48}{'next layer, within the step':^48}")
