@@ -22,7 +22,7 @@ class Forecast:
         num_steps: how many steps ahead bets go.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, num_steps: int = 8):
+    def __init__(self, num_layers: int, num_experts: int, num_steps: int = 4):
         self.num_layers = num_layers
         self.num_experts = num_experts
         self.layer = -1  # the last one whose router has spoken in this step
@@ -30,8 +30,13 @@ class Forecast:
         self._later = np.zeros((num_steps, num_layers, num_experts), np.float32)
         self._worth = np.zeros((num_layers, num_experts), np.float32)
         self._fresh = False
-        self._chance = np.zeros((num_steps + 1, num_layers, num_experts), np.float32)
-        self._kept = np.zeros((num_steps + 1, num_layers, num_experts), np.float32)
+        # Bets by their last step, for the turn each layer has next: chance to win, layers the slot is kept if the
+        # first turn does not win. Then the same as they stand once the layer's turn in this step is over, and the
+        # chance that none of the later turns wins.
+        bets = (num_steps + 1, num_layers, num_experts)
+        self._chance, self._kept, self._passed_chance, self._passed_kept, self._survival, self._spent = (
+            np.zeros(bets, np.float32) for _ in range(6)
+        )
         self._rows = np.arange(num_layers, dtype=np.float32)
 
     def begin_step(self, now: np.ndarray | None, later: np.ndarray | None, usual: np.ndarray) -> None:
@@ -53,21 +58,23 @@ class Forecast:
             self._later[len(later) :] = later[-1]
             if np.isnan(later).any():
                 self._later[:] = np.where(np.isnan(self._later), usual, self._later)
+        np.cumprod(1 - self._later, axis=0, out=self._survival[1:])
+        self._survival[0] = 1
+        np.cumsum(self._survival[:-1] * self.num_layers, axis=0, out=self._spent[1:])
+        self._passed_chance[:-1], self._passed_chance[-1] = 1 - self._survival[1:], 1 - self._survival[-1]
+        self._passed_kept[:-1], self._passed_kept[-1] = self._spent[1:] - self.num_layers, self._spent[-1] - self.num_layers
         self._bet(slice(None), self.now)
-        self._fresh = False
 
     def refine(self, first_layer: int, now: np.ndarray) -> None:
         """Enter what is known better by now, [n, E] for layers from `first_layer` on; NaN keeps what was known."""
         rows = slice(first_layer, first_layer + len(now))
-        self.now[rows] = np.where(np.isnan(now), self.now[rows], now)
+        self.now[rows] = now if not np.isnan(now).any() else np.where(np.isnan(now), self.now[rows], now)
         self._bet(rows, self.now[rows])
-        self._fresh = False
 
     def pass_layer(self, layer: int) -> None:
         """Say that a layer's router has spoken: its experts are needed in the next step at the earliest."""
         self.layer = layer
-        rows = slice(layer, layer + 1)
-        self._bet(rows, self._later[0, rows], first=1)
+        self._chance[:, layer], self._kept[:, layer] = self._passed_chance[:, layer], self._passed_kept[:, layer]
         self._fresh = False
 
     @property
@@ -81,11 +88,10 @@ class Forecast:
             self._fresh = True
         return self._worth
 
-    def _bet(self, rows: slice, soonest: np.ndarray, first: int = 0) -> None:
-        """Enter the bets of some layers, whose next turn demands each expert with probability `soonest` [n, E]."""
-        survival, kept = 1 - soonest, 0.0
-        self._chance[0, rows], self._kept[0, rows] = soonest, 0
-        for step in range(1, len(self._chance)):
-            kept = kept + survival * self.num_layers
-            survival = survival * (1 - self._later[min(step - 1 + first, len(self._later) - 1), rows])
-            self._chance[step, rows], self._kept[step, rows] = 1 - survival, kept
+    def _bet(self, rows: slice, soonest: np.ndarray) -> None:
+        """Enter the bets of layers whose turn in this step is to come, with probability `soonest` [n, E]."""
+        lost = 1 - soonest
+        np.multiply(self._survival[:, rows], lost, out=self._chance[:, rows])
+        np.subtract(1, self._chance[:, rows], out=self._chance[:, rows])
+        np.multiply(self._spent[:, rows], lost, out=self._kept[:, rows])
+        self._fresh = False
