@@ -12,11 +12,11 @@ import numpy as np
 
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey
-from moeflow.errors import BudgetError
+from moeflow.errors import BudgetError, ConfigError
 from moeflow.metrics import PrefetchLedger
 from moeflow.predictors.protocol import Predictor
 from moeflow.prefetch import Prefetcher
-from moeflow.routing import RoutingTrace
+from moeflow.routing import DECODE, RoutingTrace
 
 
 class LinkModel(NamedTuple):
@@ -146,9 +146,12 @@ def replay_link(
     sequences: Sequence[int] | None = None,
     window: int | None = None,
     min_probability: float | None = None,
+    num_steps: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
-    """Replay sequences of a trace one after another, each from a cold cache.
+    """Replay the decode steps of a trace's sequences one after another, each from a cold cache.
+
+    Prompts are shown to the predictor and cost nothing.
 
     Args:
         trace: the routing.
@@ -158,6 +161,7 @@ def replay_link(
         predictor: None for demand only.
         sequences: places in trace.sequences(); all when None.
         window, min_probability: see `Prefetcher`; its defaults when None.
+        num_steps: how many steps ahead evictions bet.
         progress: called with (tokens done, tokens in all).
 
     Returns:
@@ -166,24 +170,28 @@ def replay_link(
 
     Raises:
         BudgetError: fewer slots than a layer's experts.
+        ConfigError: these sequences have no decode steps.
     """
     if num_slots < trace.top_k:
         raise BudgetError(f"{num_slots} slots are fewer than the {trace.top_k} experts a token takes in one layer.")
-    all_rows = trace.sequences()
-    chosen = [np.arange(len(trace))[all_rows[i]] for i in (range(len(all_rows)) if sequences is None else sequences)]
+    all_rows, numbers = trace.sequences(), np.arange(len(trace))
+    chosen = [numbers[all_rows[place]] for place in (range(len(all_rows)) if sequences is None else sequences)]
     ledger = PrefetchLedger(trace.num_layers, expert_bytes=link.expert_bytes)
-    options = {} if min_probability is None else {"min_probability": min_probability}
-    num_tokens = sum(map(len, chosen))
+    options = {"window": window, "min_probability": min_probability, "num_steps": num_steps}
+    num_tokens = sum(int((trace.phase[rows] == DECODE).sum()) for rows in chosen)
+    if not num_tokens:
+        raise ConfigError(f"{trace.name} has no decode rows here: there is nothing to replay. Record longer answers.")
     done = hits = late = misses = 0
     taken_s = 0.0
     for rows in chosen:
         cache, prefetcher = ExpertCache(num_slots, policy), None
         if predictor is not None:
             ledger.clear()
-            prefetcher = Prefetcher(predictor, cache, ledger, window=window, **options)
+            prefetcher = Prefetcher(predictor, cache, ledger, **options)
             prefetcher.begin(1)
+            _show_prompt(predictor, trace, rows[trace.phase[rows] != DECODE])
         replay = LinkReplay(link, cache, prefetcher)
-        for row in rows:
+        for row in rows[trace.phase[rows] == DECODE]:
             _replay_token(replay, trace, row)
             done += 1
             progress(done, num_tokens)
@@ -204,6 +212,14 @@ def replay_link(
         "share": num_tokens * trace.num_layers * link.layer_s / taken_s,
     }
     return result if predictor is None else {**result, "prefetch": ledger.as_dict()}
+
+
+def _show_prompt(predictor: Predictor, trace: RoutingTrace, rows: np.ndarray) -> None:
+    if len(rows):
+        weights = trace.weights
+        predictor.prefill(
+            trace.token_ids[rows][None], trace.experts[rows][None], None if weights is None else weights[rows][None]
+        )
 
 
 def _replay_token(replay: LinkReplay, trace: RoutingTrace, row: int) -> None:

@@ -27,6 +27,7 @@ class Prefetcher:
         ledger: where the outcome of every prefetch is entered.
         window: how many layers ahead an expert may be fetched; a whole step when None.
         min_probability: below it an expert is not fetched; by the misses of late when None.
+        num_steps: how many steps ahead evictions bet.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class Prefetcher:
         *,
         window: int | None = None,
         min_probability: float | None = None,
+        num_steps: int = 8,
     ):
         self.predictor = predictor
         self.ledger = ledger
         self._cache = cache
-        self._forecast = Forecast(predictor.num_layers, predictor.num_experts)
+        self._forecast = Forecast(predictor.num_layers, predictor.num_experts, num_steps)
         self._window = min(window or predictor.num_layers, predictor.num_layers)
         self._min_probability = min_probability
         self._miss_rate = _MOST  # misses a layer, late arrivals included
