@@ -7,6 +7,7 @@ beside the other: copies and the CPU draw on one memory.
 from collections.abc import Sequence
 
 _WEIGHT = 0.1  # of a new measurement in a moving average
+_WEIGHT_OF_PROBE = 0.5  # of one that is the first for a long time
 _STALE = 64  # decisions after which a figure that nobody measured is measured again
 _PROBE_TOKENS = 4  # the most that a probe computes on the CPU: what a prefill would cost there is not tried out
 
@@ -17,19 +18,20 @@ class _Pace:
     def __init__(self):
         self.s_per_byte: float | None = None
         self.age = _STALE
+        self._weight = 1.0  # of the next measurement
 
     def measure(self, num_bytes: int, seconds: float) -> None:
         """Enter one measurement."""
         value = seconds / num_bytes
         before = self.s_per_byte
-        self.s_per_byte = value if before is None else before + _WEIGHT * (value - before)
-        self.age = 0
+        self.s_per_byte = value if before is None else before + self._weight * (value - before)
+        self.age, self._weight = 0, _WEIGHT
 
     def ask(self) -> bool:
         """Whether it is time to measure; who is told so is asked again only after as many decisions."""
         if self.age < _STALE:
             return False
-        self.age = 0
+        self.age, self._weight = 0, _WEIGHT_OF_PROBE
         return True
 
 
