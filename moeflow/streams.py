@@ -3,7 +3,7 @@
 Two implementations of one small protocol. `CudaStreams` is not yet measured on hardware.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -29,6 +29,9 @@ class Streams(Protocol):
     def done(self, event: object) -> bool:
         """Whether the event has happened."""
 
+    def copy_s(self, event: object) -> float:
+        """Return the seconds between the begin of a copy and its end, an event that has happened; 0 if unknown."""
+
     def finish(self) -> None:
         """Block the calling thread until every copy and every kernel has ended."""
 
@@ -52,8 +55,18 @@ class HostStreams:
     def done(self, event):
         return True
 
+    def copy_s(self, event):
+        return 0.0
+
     def finish(self):
         return None
+
+
+class _CopyEnd(NamedTuple):
+    """The event of a copy's end, with that of its begin."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
 
 
 class CudaStreams:
@@ -68,11 +81,12 @@ class CudaStreams:
     def copy(self, target, source, after):
         with torch.cuda.stream(self._stream):
             if after is not None:
-                self._stream.wait_event(after)
+                self._stream.wait_event(_end(after))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(self._stream)  # behind the copies that stand before it: only its own time counts
             target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        return event
+            end.record(self._stream)
+        return _CopyEnd(begin, end)
 
     def compute_event(self):
         event = torch.cuda.Event()
@@ -81,14 +95,21 @@ class CudaStreams:
 
     def wait(self, event):
         if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
+            torch.cuda.current_stream(self._device).wait_event(_end(event))
 
     def synchronize(self, event):
         if event is not None:
-            event.synchronize()
+            _end(event).synchronize()
 
     def done(self, event):
-        return event is None or event.query()
+        return event is None or _end(event).query()
+
+    def copy_s(self, event):
+        return event.begin.elapsed_time(event.end) / 1000 if isinstance(event, _CopyEnd) else 0.0
 
     def finish(self):
         torch.cuda.synchronize(self._device)
+
+
+def _end(event):
+    return event.end if isinstance(event, _CopyEnd) else event

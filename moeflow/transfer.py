@@ -7,6 +7,7 @@ an expert. All methods are called by one thread at a time (the runtime's lock); 
 import queue
 import threading
 import time
+from collections import deque
 
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, Tier
@@ -14,6 +15,8 @@ from moeflow.errors import ExpertReadError, MoeflowError
 from moeflow.pool import SlotPool
 from moeflow.store import ExpertStore
 from moeflow.streams import Streams
+
+_MEASURED = 32  # ended copies kept until somebody asks what they took
 
 
 class HostTier:
@@ -40,7 +43,19 @@ class Transfer:
         source: the tier its bytes come from.
     """
 
-    __slots__ = ("_work", "error", "event", "host_slot", "key", "num_bytes", "prefetch", "seconds", "slot", "source")
+    __slots__ = (
+        "_work",
+        "beside",
+        "error",
+        "event",
+        "host_slot",
+        "key",
+        "num_bytes",
+        "prefetch",
+        "seconds",
+        "slot",
+        "source",
+    )
 
     def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
         self.key = key
@@ -52,6 +67,7 @@ class Transfer:
         self.error: Exception | None = None
         self.num_bytes = 0
         self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
+        self.beside = False  # whether the CPU computed an expert while it was under way
         self._work: list = []
 
     def give(self, work: tuple) -> None:
@@ -93,7 +109,8 @@ class Transfers:
         self._streams = streams
         self._host = host
         self._in_flight: dict[ExpertKey, Transfer] = {}
-        self._copying: list[object] = []
+        self._copying: list[Transfer] = []  # handed out, and the device may still run them
+        self._copied: deque[Transfer] = deque(maxlen=_MEASURED)
         self._copy_s = 0.0
         self._start_threads()
 
@@ -111,8 +128,13 @@ class Transfers:
     @property
     def num_copying(self) -> int:
         """How many copies are under way, those included that have been handed out and that the device still runs."""
-        self._copying = [event for event in self._copying if not self._streams.done(event)]
+        self._end_copies()
         return len(self._in_flight) + len(self._copying)
+
+    @property
+    def num_on_link(self) -> int:
+        """How many copies from the host tier are under way."""
+        return len(self._on_link())
 
     @property
     def copy_s(self) -> float:
@@ -177,6 +199,20 @@ class Transfers:
         """List the experts on their way that nobody waits for."""
         return [key for key, transfer in self._in_flight.items() if transfer.prefetch]
 
+    def compute_beside(self) -> bool:
+        """Note that the CPU computes an expert while the copies on the link run; return whether there are any."""
+        on_link = self._on_link()
+        for transfer in on_link:
+            transfer.beside = True
+        return bool(on_link)
+
+    def take_copied(self) -> list[Transfer]:
+        """Hand out, once each, the latest copies from the host tier that have ended; `seconds` is what each took."""
+        self._end_copies()
+        copied = list(self._copied)
+        self._copied.clear()
+        return copied
+
     def wait_completed(self) -> Transfer:
         """Block until a copy has ended, and return it; its `error` says whether it failed."""
         return self._settle(self._completed.get())
@@ -195,6 +231,7 @@ class Transfers:
         self._completed = queue.SimpleQueue()
         self._in_flight.clear()
         self._copying.clear()
+        self._copied.clear()
 
     def abandon(self) -> None:
         """Let running copies end and forget them all, settled or not; then be ready again."""
@@ -234,9 +271,9 @@ class Transfers:
 
     def _settle(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.key]
-        self._copying.append(transfer.event)
         if transfer.error is None:
-            self._copy_s += (transfer.seconds - self._copy_s) * (0.1 if self._copy_s else 1.0)
+            self._copying.append(transfer)
+            self._end_copies()
         if self._host is not None:
             cache = self._host.cache
             if transfer.source is Tier.DISK:
@@ -250,6 +287,24 @@ class Transfers:
             self._host.last_copy[transfer.host_slot] = transfer.event
             cache.unpin(transfer.key)
         return transfer
+
+    def _on_link(self) -> list[Transfer]:
+        self._end_copies()
+        started = [transfer for transfer in self._in_flight.values() if transfer.source is Tier.HOST]
+        return self._copying + [transfer for transfer in started if not self._streams.done(transfer.event)]
+
+    def _end_copies(self) -> None:
+        """Take in what has ended on the device, and how long it took there."""
+        running = []
+        for transfer in self._copying:
+            if not self._streams.done(transfer.event):
+                running.append(transfer)
+                continue
+            transfer.seconds += self._streams.copy_s(transfer.event)
+            self._copy_s += (transfer.seconds - self._copy_s) * (0.1 if self._copy_s else 1.0)
+            if transfer.source is Tier.HOST:
+                self._copied.append(transfer)
+        self._copying = running
 
 
 def _serve_work(tickets, queues, completed) -> None:

@@ -52,6 +52,12 @@ class ThreadStreams:
     def synchronize(self, event):
         self.wait(event)
 
+    def done(self, event):
+        return event is None or event.is_set()
+
+    def copy_s(self, event):
+        return 1e-6
+
     def finish(self):
         self._thread.submit(int).result()
 
