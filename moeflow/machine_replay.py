@@ -52,8 +52,7 @@ def replay_machine(
         ConfigError: an unknown policy, a residency under one layer's top-k, no predictor, or nothing to replay.
         PredictorError: the predictor is of another model or answers with something that is no probability.
     """
-    if policy not in MACHINE_POLICIES:
-        raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(MACHINE_POLICIES)}.")
+    check_policy(policy, predictor)
     num_slots = slots_of(residency, trace.experts_per_layer, trace.top_k)
     places = list(range(len(trace.sequences())) if places is None else places)
     if policy == FORECAST:
@@ -76,6 +75,18 @@ def replay_machine(
         "hit_rate": found["hits"] / found["accesses"],
     }
     return first | found
+
+
+def check_policy(policy: str, predictor: str | Path | None) -> None:
+    """Refuse an unknown policy, and prediction without a predictor.
+
+    Raises:
+        ConfigError: says what is allowed.
+    """
+    if policy not in MACHINE_POLICIES:
+        raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(MACHINE_POLICIES)}.")
+    if policy == FORECAST and predictor is None:
+        raise ConfigError('policy "forecast" evicts by prediction: give a predictor.')
 
 
 def replayed_places(
@@ -105,8 +116,6 @@ def replayed_places(
 
 
 def _forecast(trace, num_slots, link, name, places, progress) -> dict:
-    if name is None:
-        raise ConfigError('policy "forecast" evicts by prediction: give a predictor.')
     options = {}
     if str(name) == "clairvoyant":
         numbers = np.arange(len(trace))
