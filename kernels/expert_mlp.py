@@ -18,7 +18,6 @@ def expert_mlp(
     *,
     activation: Callable[[torch.Tensor], torch.Tensor],
     is_transposed: bool = False,
-    post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run one expert on the tokens routed to it.
 
@@ -28,15 +27,13 @@ def expert_mlp(
             and optionally their names with "_bias", [2I] and [H].
         activation: [num_tokens, 2I] -> [num_tokens, I], the gate; or [num_tokens, I] -> the same without one.
         is_transposed: whether matrices are stored [in, out].
-        post_norm: applied to the output of every expert.
 
     Returns:
         [num_tokens, H], not yet weighted by the router.
     """
     first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
     hidden = activation(_linear(hidden_states, weights, first, is_transposed))
-    output = _linear(hidden, weights, "down_proj", is_transposed)
-    return output if post_norm is None else post_norm(output)
+    return _linear(hidden, weights, "down_proj", is_transposed)
 
 
 def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

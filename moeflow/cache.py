@@ -91,6 +91,11 @@ class ExpertCache:
         """How often the expert in each slot was demanded: [num_slots]."""
         return self._counts[self._layer, self._expert]
 
+    def uses(self, key: ExpertKey) -> int:
+        """Return how often an expert was demanded, resident or not."""
+        self._grow(*key)
+        return int(self._counts[key])
+
     @property
     def last_event(self) -> np.ndarray:
         """When the expert in each slot was last demanded, as a number that grows with every demand: [num_slots]."""

@@ -108,7 +108,8 @@ class OffloadedExperts:
                 starts[expert] = start
             start += count
         outputs = hidden_states.new_zeros(num_tokens * top_k, hidden_states.shape[-1])
-        with closing(self.runtime.serve(self.layer, list(starts), routes)) as served:
+        num_tokens_of = [counts[expert] for expert in starts]
+        with closing(self.runtime.serve(self.layer, list(starts), routes, num_tokens_of)) as served:
             for expert, weights in served:
                 places = order[starts[expert] : starts[expert] + counts[expert]]
                 outputs[places] = self._mlp(hidden_states[places // top_k], weights)
@@ -118,14 +119,17 @@ class OffloadedExperts:
         return [expert for expert in dict.fromkeys(experts) if expert < self._num_experts]
 
     def _mlp(self, hidden_states, weights):
+        """Run one expert on [n, H] tokens where its weights are. Returns [n, H] where the tokens are."""
         module = self._module()
-        return expert_mlp(
-            hidden_states,
+        place = weights["down_proj"].device
+        output = expert_mlp(
+            hidden_states.to(place),
             weights,
             activation=module._apply_gate if module.has_gate else module.act_fn,
             is_transposed=module.is_transposed,
-            post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        )
+        ).to(hidden_states.device)
+        # The norm's own weight stays on the device.
+        return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
 
 class _NoBackward(torch.autograd.Function):

@@ -18,13 +18,15 @@ from moeflow.core import ExpertKey, Tier
 from moeflow.errors import ClosedModelError, ExpertReadError
 from moeflow.governor import Governor
 from moeflow.hardware import process_memory_bytes
+from moeflow.host_compute import HostCompute
+from moeflow.misses import MissSplit
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop, Routes
 from moeflow.recorder import TraceRecorder
 from moeflow.stats import Stats
 from moeflow.store import ExpertStore
 from moeflow.streams import Streams
-from moeflow.transfer import HostTier, Transfers
+from moeflow.transfer import HostTier, Transfer, Transfers
 
 _MAX_PREFETCHES = 2  # copies under way while nobody waits: more would only stand before a demand
 
@@ -58,6 +60,7 @@ class ExpertRuntime:
         expert_budget_bytes: what the user allowed; the slots' bytes when None.
         governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
         prediction: says what to prefetch; None for demand only.
+        misses: says which experts the CPU computes in the host tier; None where all are copied.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class ExpertRuntime:
         expert_budget_bytes: int | None = None,
         governor: Governor | None = None,
         prediction: PredictionLoop | None = None,
+        misses: MissSplit | None = None,
     ):
+        assert misses is None or host is not None, "without a host tier no expert lies anywhere else"
         self.store = store
         self.cache = cache
         self.device = pool.device
@@ -85,6 +90,7 @@ class ExpertRuntime:
         self._host = host
         self._streams = streams
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
+        self._host_compute = None if misses is None else HostCompute(misses, host, self._transfers)
         self._ready: list[object] = [None] * pool.num_slots  # the end of the copy into each slot
         self._last_use: list[object] = [None] * pool.num_slots
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
@@ -147,17 +153,23 @@ class ExpertRuntime:
                 self._torn = False
 
     def serve(
-        self, layer: int, experts: list[int], routes: Routes | None = None
+        self,
+        layer: int,
+        experts: list[int],
+        routes: Routes | None = None,
+        num_tokens: list[int] | None = None,
     ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yield every demanded expert once with its weights: resident ones first, then as they arrive.
 
-        The weights are valid until the next expert is asked for. Closing the iterator early is safe at any point:
-        copies still in flight end by themselves and become resident.
+        Where the split of misses says so, weights come from the host tier instead of the device, before all others:
+        copies run beside what the CPU does. The weights are valid until the next expert is asked for. Closing the
+        iterator early is safe at any point: copies still in flight end by themselves and become resident.
 
         Args:
             layer: which MoE layer.
             experts: distinct expert numbers; may be more than there are slots.
             routes: what the router chose for each token, for whoever predicts.
+            num_tokens: how many tokens go to each of the experts; one where None.
 
         Raises:
             ExpertReadError: an expert could not be read. The runtime stays usable.
@@ -169,7 +181,8 @@ class ExpertRuntime:
             self._mend()
             self._torn = True  # until this call has put everything back
             try:
-                yield from self._serve(layer, [ExpertKey(layer, expert) for expert in experts], routes)
+                keys = [ExpertKey(layer, expert) for expert in experts]
+                yield from self._serve(layer, keys, routes, num_tokens or [1] * len(keys))
             except (GeneratorExit, ExpertReadError):
                 self._torn = False
                 raise
@@ -198,6 +211,7 @@ class ExpertRuntime:
                     "process_bytes": now,
                     "process_peak_bytes": peak,
                 },
+                "miss": None if self._host_compute is None else self._host_compute.as_dict(),
                 "prediction": None if self._prediction is None else self._prediction.as_dict(),
                 "io": {**self.store.stats(), "threads": self._transfers.num_threads},
             }
@@ -216,13 +230,13 @@ class ExpertRuntime:
         """Assert the invariants of the residency maps and of the copies in flight."""
         with self._lock:
             self._mend()
-            while (transfer := self._transfers.poll_completed()) is not None:
-                self._settle(transfer, wanted=())
+            self._settle_unwanted()
             self.cache.check_integrity()
             if self._host is not None:
                 self._host.cache.check_integrity()
             if not len(self._transfers):
                 assert not self.cache.num_pinned, "a slot is pinned while nothing runs"
+                assert self._host is None or not self._host.cache.num_pinned, "a host slot is pinned while nothing runs"
 
     def _mend(self) -> None:
         """Start from nothing resident if an interrupt struck in the middle of the bookkeeping."""
@@ -233,8 +247,10 @@ class ExpertRuntime:
                 self._prediction.clear()
             self._torn = False
 
-    def _serve(self, layer, keys, routes):
+    def _serve(self, layer, keys, routes, num_tokens):
         stats, cache, record = self._stats.now, self.cache, self._records[layer]
+        if self._host_compute is not None:
+            self._settle_unwanted()
         cache.touch(keys)
         held = [key for key in keys if cache.lookup(key) is not None]
         for key in held:
@@ -243,9 +259,16 @@ class ExpertRuntime:
         in_flight = [key for key in keys if key in self._transfers]
         for key in in_flight:
             self._transfers.demand(key)
-        waiting, to_start, resident = {*absent, *in_flight}, deque(absent), held.copy()
+        on_host = []
+        if self._host_compute is not None:
+            num_tokens = dict(zip(keys, num_tokens, strict=True))
+            on_host = self._host_compute.choose(absent, num_tokens, cache, record.num_bytes)
+        to_start, resident = deque(key for key in absent if key not in on_host), held.copy()
+        waiting = {*to_start, *in_flight}
+        went_on, stall_s = bool(waiting and (held or on_host)), stats.stall_s
+        stats.decisions.layers_ready += not waiting
         stats.hits += len(held)
-        stats.misses += len(waiting)
+        stats.misses += len(absent) + len(in_flight)
         stats.waited_for_prefetch += len(in_flight)
 
         def arrive(arrived):
@@ -260,6 +283,7 @@ class ExpertRuntime:
             if self._prediction is not None and routes is not None:
                 self._prediction.observe(layer, routes, stats)
                 arrive(self._prefetch(waiting))
+            yield from self._serve_from_host(on_host, record, stats)
             while resident or waiting:
                 if not resident:
                     self._start(to_start)
@@ -280,6 +304,9 @@ class ExpertRuntime:
                     self._start(to_start)
                 elif self._prediction is not None:
                     arrive(self._prefetch(waiting))
+            stats.decisions.layers_waited += stats.stall_s > stall_s
+            stats.decisions.went_on_with_resident += went_on
+            stats.decisions.hidden_behind_resident += went_on and stats.stall_s == stall_s
         except ExpertReadError:
             # Let the other copies end too: one that fails later must not be blamed on the next call.
             while len(self._transfers):
@@ -289,19 +316,53 @@ class ExpertRuntime:
             for key in held:
                 self._last_use[cache.slot(key)] = self._streams.compute_event()
                 cache.unpin(key)
+            if self._host_compute is not None:
+                self._host_compute.release()
+
+    def _serve_from_host(self, on_host: list[ExpertKey], record, stats):
+        """Yield experts with their weights in the host tier; give one that the link has time for a device slot."""
+        for key in on_host:
+            yield key.expert, self._host_compute.begin(key, record)
+            stats.compute_s += self._host_compute.end(key, record.num_bytes)
+            stats.decisions.computed_on_host += 1
+            # Without this an expert that is always computed here would never become resident.
+            transfers = self._transfers
+            if transfers.has_room and not transfers.num_on_link and key not in self.cache.slots:
+                stats.decisions.copied_after_compute += self._copy(key, only_if_likelier=True) is not None
+
+    def _settle_unwanted(self) -> None:
+        """Enter what has arrived that nobody waits for."""
+        while (transfer := self._transfers.poll_completed()) is not None:
+            self._settle(transfer, wanted=())
 
     def _start(self, to_start: deque) -> None:
         """Start copies, in order, while there is a slot and a place in flight for them."""
-        cache = self.cache
+        decisions = self._stats.now.decisions
         while to_start and self._transfers.has_room:
-            evictions = cache.evictions
-            slot = cache.reserve(to_start[0])
-            if slot is None:
+            transfer = self._copy(to_start[0])
+            if transfer is None:
                 return
-            self._stats.now.evictions += cache.evictions - evictions
-            if self._prediction is not None:
-                self._prediction.evicted(cache.last_evicted)
-            self._transfers.start(to_start.popleft(), slot, self._last_use[slot])
+            to_start.popleft()
+            if transfer.source is Tier.HOST:
+                decisions.copied += 1
+            else:
+                decisions.read += 1
+
+    def _copy(self, key: ExpertKey, *, only_if_likelier: bool = False) -> Transfer | None:
+        """Start the copy of an absent expert; None where no slot may be taken for it.
+
+        Args:
+            only_if_likelier: where the future is forecast, evict only an expert that is worth less.
+        """
+        cache, evictions = self.cache, self.cache.evictions
+        worth = cache.forecast.worth[key] if only_if_likelier and cache.forecast is not None else None
+        slot = cache.reserve(key, worth=worth)
+        if slot is None:
+            return None
+        self._stats.now.evictions += cache.evictions - evictions
+        if self._prediction is not None:
+            self._prediction.evicted(cache.last_evicted)
+        return self._transfers.start(key, slot, self._last_use[slot])
 
     def _prefetch(self, waiting=()) -> list[ExpertKey]:
         """Start what is worth prefetching while the link has room, and take back what comes too late.
@@ -328,9 +389,11 @@ class ExpertRuntime:
     def _await_one(self, waiting: set, stats) -> list[ExpertKey]:
         """Wait for the next copy to end; return it if this layer wants it."""
         assert len(self._transfers), "waiting for a copy that nobody started"
-        begin = time.perf_counter()
-        transfer = self._transfers.wait_completed()
-        stats.stall_s += time.perf_counter() - begin
+        transfer = self._transfers.poll_completed()
+        if transfer is None:
+            begin = time.perf_counter()
+            transfer = self._transfers.wait_completed()
+            stats.stall_s += time.perf_counter() - begin
         return self._settle(transfer, waiting)
 
     def _settle(self, transfer, wanted) -> list[ExpertKey]:
