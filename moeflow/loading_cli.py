@@ -13,7 +13,15 @@ def add_loading_options(parser) -> None:
     parser.add_argument("--dtype", default="auto", help='"auto", "float32", "bfloat16" or "float16"')
     parser.add_argument("--expert-memory", default="auto", metavar="SIZE", help=_MEMORY_HELP)
     parser.add_argument("--host-memory", default="auto", metavar="SIZE", help=f"pinned, CUDA only: {_MEMORY_HELP}")
-    parser.add_argument("--policy", default="lfru", help="eviction: lru, lfu, lfru or static")
+    parser.add_argument("--policy", default="auto", help="eviction: lru, lfu, lfru, static, forecast or auto")
+    parser.add_argument(
+        "--predictor", default="auto", metavar="P", help='who says what to prefetch: "auto", a name, a file, or "none"'
+    )
+    parser.add_argument(
+        "--miss",
+        default="copy",
+        help='"copy", or "cheapest": on a GPU, the CPU may compute experts in host memory; lossy',
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
 
 
@@ -35,7 +43,8 @@ def load_model(source, arguments, **options):
         from moeflow.model import load_moe
 
         logging.disable_progress_bar()
-        names = ("device", "dtype", "expert_memory", "host_memory", "policy")
+        names = ("device", "dtype", "expert_memory", "host_memory", "policy", "miss")
+        options["predictor"] = None if arguments.predictor == "none" else arguments.predictor
         model = load_moe(source, **{name: getattr(arguments, name) for name in names}, **options)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)

@@ -17,6 +17,7 @@ from moeflow.governor import Governor
 from moeflow.layers import LayerSource
 from moeflow.live_predictor import build_predictor
 from moeflow.metrics import PrefetchLedger
+from moeflow.misses import MissSplit
 from moeflow.packed import PACKED_FILE, read_packed
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop
@@ -33,6 +34,7 @@ from moeflow.transfer import HostTier
 _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
+_MISS = ("copy", "cheapest")
 _REFUSED = {
     "device_map": "give device= instead: the dense weights go to one device",
     "quantization_config": "quantised experts are not supported yet",
@@ -56,6 +58,7 @@ def load_moe(
     host_memory: MemorySize = "auto",
     policy: str = "auto",
     predictor: str | Path | None = "auto",
+    miss: str = "copy",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ):
@@ -72,6 +75,10 @@ def load_moe(
             predicted to be needed last), or "auto" ("forecast" where there is a predictor, else "lfru").
         predictor: who says which experts are needed next: "auto", a name, a file written by `moeflow predictor
             train`, or None. It never changes a bit of the output, and switches itself off where it does not pay.
+        miss: what becomes of an expert that is not on the GPU: "copy" (it comes to the GPU), or "cheapest" (where it
+            lies in host memory, the CPU may compute it there while others are copied, as is foreseen to end soonest).
+            "cheapest" is for CUDA only, and lossy: the CPU's last bits differ from the GPU's, so that the output
+            depends on timing. It is not yet measured on a GPU.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: passed to transformers' from_pretrained.
 
@@ -89,6 +96,13 @@ def load_moe(
     device = _resolve_device(device)
     if policy not in ("auto", *POLICIES):
         raise ConfigError(f"policy={policy!r} is unknown. Allowed: auto, {', '.join(POLICIES)}.")
+    if miss not in _MISS:
+        raise ConfigError(f"miss={miss!r} is unknown. Allowed: {', '.join(_MISS)}.")
+    if miss != "copy" and device.type == "cpu":
+        raise ConfigError(
+            f"miss={miss!r} chooses between copying an expert to the GPU and computing it in host memory, and this "
+            'model runs on the CPU, where both are one. Leave miss="copy".'
+        )
     for name, remedy in _REFUSED.items():
         if hf_kwargs.get(name) is not None:
             raise ConfigError(f"load_moe does not take {name}: {remedy}.")
@@ -139,7 +153,7 @@ def load_moe(
     predicting = build_predictor(predictor, loaded, plan.layers, plan.size.num_experts_per_tok)
     if policy == "auto":
         policy = "lfru" if predicting is None else "forecast"
-    runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting)
+    runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     _attach(loaded, runtime, tap)
     if trace is not None:
@@ -174,7 +188,7 @@ def _resolve_device(device) -> torch.device:
     return device
 
 
-def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model, predictor) -> ExpertRuntime:
+def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model, predictor, miss) -> ExpertRuntime:
     size, governor = plan.size, None
     reserve = (
         _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * hf.key_value_bytes_per_position(model)
@@ -222,6 +236,7 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
             expert_budget_bytes=None if governor else budget,
             governor=governor,
             prediction=prediction,
+            misses=MissSplit() if miss == "cheapest" else None,
         )
     except BaseException:
         for pool in pools:

@@ -73,6 +73,15 @@ def test_generate_streams_an_answer_and_its_figures(folder):
     assert json.loads(piped.stdout)["num_new_tokens"] == 5
 
 
+def test_predictor_none_is_demand_only(folder):
+    options = ("hello", "--max-new-tokens", 5, "--json", "--temperature", 0, "--expert-memory", "50%")
+    figures = [
+        json.loads(moeflow("generate", folder, *options, "--predictor", name).stdout) for name in ("none", "auto")
+    ]
+    assert [answer["moeflow"]["prediction"] is None for answer in figures] == [True, False]
+    assert figures[0]["text"] == figures[1]["text"]
+
+
 def test_piped_chat_answers_once_and_ends(folder):
     run = moeflow("chat", folder, "--max-new-tokens", 4, "--temperature", 0, stdin="who are you?\n")
     assert run.returncode == 0, run.stderr
@@ -96,6 +105,9 @@ def test_pack_writes_a_folder_that_generate_takes(folder, tmp_path):
         (("info", "no/such/folder"), "not a folder"),
         (("generate", "MODEL", "hi", "--expert-memory", "1KB"), "minimum is 221,184 bytes"),
         (("generate", "MODEL", "hi", "--policy", "best"), "lru, lfu, lfru, static"),
+        (("generate", "MODEL", "hi", "--predictor", "crystal"), "crystal"),
+        (("generate", "MODEL", "hi", "--miss", "cheapest", "--device", "cpu"), "runs on the CPU"),
+        (("generate", "MODEL", "hi", "--miss", "guess"), "copy, cheapest"),
         (("generate", "MODEL", "hi", "--host-memory", "1GB", "--device", "cpu"), "expert_memory"),
         (("generate", "MODEL", " "), "prompt is empty"),
         (("pack", "MODEL", "MODEL"), "exists"),
