@@ -73,7 +73,7 @@ class OffloadedExperts:
         if num_tokens == 0:
             return torch.zeros_like(hidden_states)
         if self.runtime.recorder is not None:
-            self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights)
+            self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights, hidden_states)
         routes = None
         if self.runtime.predicting:
             residual = self.tap.residual(self.layer, hidden_states) if self.tap is not None else None

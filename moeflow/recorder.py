@@ -6,6 +6,7 @@ Sees what the experts see and never changes it. Knows nothing of tiers or budget
 import logging
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from moeflow import hf
 from moeflow.errors import TraceError
 from moeflow.fingerprint import model_fingerprint
+from moeflow.lookahead_record import LookaheadRecord
+from moeflow.residual import ResidualTap, build_lookahead
 from moeflow.routing import DECODE, PREFILL, TraceFormat, TraceWriter
 
 _BUFFERED_ROWS = 256
@@ -30,16 +33,25 @@ class TraceRecorder:
         path: the trace; appended to where it exists.
         format: of the rows.
         padding: token ids that stand for nothing when a batch decodes.
+        lookahead: says what goes into the rows' lookahead, where the format has it.
 
     Raises:
         TraceError: the file is of another model, damaged, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, format: TraceFormat, *, padding: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        path: str | Path,
+        format: TraceFormat,
+        *,
+        padding: frozenset[int] = frozenset(),
+        lookahead: LookaheadRecord | None = None,
+    ):
         self.path = Path(path)
         self.dropped_tokens = 0  # of passes that did not run through every layer once
         self._format = format
         self._padding = sorted(padding)
+        self._lookahead = lookahead
         self._num_experts = np.array(format.experts_per_layer)[:, None, None]
         rows = _BufferedRows(TraceWriter(path, format, append=True))
         self._rows = rows
@@ -87,9 +99,21 @@ class TraceRecorder:
             attention_mask = None
         phase = DECODE if continues and num_positions == 1 else PREFILL
         self._pass = _Pass(token_ids, attention_mask, self._sequences, num_positions, phase)
+        if self._lookahead is not None:
+            self._lookahead.begin_pass(self._pass.num_tokens)
 
-    def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
-        """Take in what a layer's router chose: [T, K] expert numbers and weights, sequence by sequence."""
+    def observe(
+        self,
+        layer: int,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ) -> None:
+        """Take in what a layer's router chose: [T, K] expert numbers and weights, sequence by sequence.
+
+        Args:
+            hidden_states: [T, H], what the router saw; only a lookahead needs it.
+        """
         current = self._pass
         if current is None:
             return
@@ -112,6 +136,8 @@ class TraceRecorder:
         else:
             index[:, :top_k], weights[:, :top_k] = top_k_index, top_k_weights
             index[:, top_k:] = self._format.none
+        if self._lookahead is not None:
+            self._lookahead.observe(layer, top_k_index, hidden_states)
         current.seen.add(layer)
         if len(current.seen) == self._format.num_layers:
             self._pass = None
@@ -129,6 +155,8 @@ class TraceRecorder:
         """Write what is left and close the file; later passes are not recorded."""
         while self.hooks:
             self.hooks.pop().remove()
+        if self._lookahead is not None:
+            self._lookahead.close()
         self._drop_pass()
         if self._close.alive and self.dropped_tokens:
             _log.warning(
@@ -172,6 +200,8 @@ class TraceRecorder:
         rows = self._rows.writer.new_rows(num_tokens)
         rows["experts"] = experts.swapaxes(0, 1)
         rows["weights"] = weights.swapaxes(0, 1)
+        if self._lookahead is not None:
+            rows["lookahead"] = self._lookahead.ids
         rows["sequence"] = current.sequences.repeat(current.num_positions)
         rows["phase"] = current.phase
         if current.token_ids is not None:
@@ -241,31 +271,47 @@ class _BufferedRows:
                 self.writer.close()
 
 
-def attach_recorder(model, path: str | Path) -> TraceRecorder:
+def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> TraceRecorder:
     """Record every pass of a model that load_moe built, until its runtime is closed.
 
     Args:
         model: has its experts behind the runtime and the runtime as `model.moeflow`.
         path: the trace; appended to where it exists.
+        lookahead: whether to record as well what the coming layers' routers say early, for replays of it.
 
     Raises:
-        TraceError: the file is of another model, damaged, or cannot be written.
+        TraceError: the file is of another model, damaged, or cannot be written; the model has no such routers.
     """
     runtime = model.moeflow
+    experts_per_layer = tuple(source.layout.num_experts for source in runtime.store.layers)
+    top_k = hf.num_experts_per_tok(model)
+    format = TraceFormat(
+        experts_per_layer,
+        top_k,
+        model_fingerprint(model),
+        source=f"recorded from {model.config.name_or_path or type(model).__name__}",
+    )
+    record = None
+    if lookahead:
+        predictor = build_lookahead(model, top_k)
+        if predictor is None or not predictor.reach:
+            raise TraceError(
+                "lookahead needs several layers whose routers are one matrix behind a norm, and this model has none "
+                "such. Record it without."
+            )
+        record = LookaheadRecord(predictor, ResidualTap(model), min(2 * top_k, *experts_per_layer), format.none)
+        format = replace(format, lookahead=record.shape)
     generation = getattr(model, "generation_config", None)
     padding = getattr(generation, "pad_token_id", None)
     if padding is None:
         padding = getattr(generation, "eos_token_id", None)
-    recorder = TraceRecorder(
-        path,
-        TraceFormat(
-            tuple(source.layout.num_experts for source in runtime.store.layers),
-            hf.num_experts_per_tok(model),
-            model_fingerprint(model),
-            source=f"recorded from {model.config.name_or_path or type(model).__name__}",
-        ),
-        padding=frozenset([padding] if isinstance(padding, int) else padding or ()),
-    )
+    padding = frozenset([padding] if isinstance(padding, int) else padding or ())
+    try:
+        recorder = TraceRecorder(path, format, padding=padding, lookahead=record)
+    except TraceError:
+        if record is not None:
+            record.close()
+        raise
     recorded = weakref.ref(recorder)
 
     @torch.compiler.disable

@@ -18,6 +18,7 @@ def add_trace_commands(commands) -> None:
     record.add_argument("--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl")
     record.add_argument("-o", "--out", required=True, metavar="T", help="trace to write")
     record.add_argument("--append", action="store_true", help="go on with a trace of the same model")
+    record.add_argument("--lookahead", action="store_true", help="write too what the next layers' routers say early")
     record.add_argument("--limit", type=int, metavar="N", help="most prompts to take; without it all")
     record.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens of an answer (128)")
     add_loading_options(record)
@@ -43,14 +44,15 @@ def _record(arguments) -> int:
     from moeflow.answer import stream_answer
     from moeflow.progress import count_progress
     from moeflow.prompts import read_prompts
+    from moeflow.recorder import attach_recorder
 
     prompts = read_prompts(arguments.prompts, limit=arguments.limit)
     out = Path(arguments.out)
     if out.exists() and not arguments.append:
         raise TraceError(f"{out} exists already. Give --append to go on with it, or another name.")
-    model, tokenizer = load_model(arguments.model, arguments, trace=out)
+    model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow, count_progress("recording") as progress:
-        recorder = model.moeflow.recorder
+        recorder = attach_recorder(model, out, lookahead=arguments.lookahead)
         before = recorder.num_tokens
         for number, prompt in enumerate(prompts):
             progress(number, len(prompts))

@@ -38,6 +38,7 @@ RANKS = [
     {"metrics", "forecast", "switch"},
     {"cache", "routing", "store", "pool", "streams", "packed", "hf"},
     {"transfer", "sources", "governor", "prefetch", "fingerprint", "trace_sources", "replay", "prediction", "residual"},
+    {"lookahead_record"},
     {"host_compute", "prediction_loop", "link_replay", "recorder", "live_predictor"},
     {"runtime", "clairvoyant"},
     {"experts", "pack", "info", "machine_replay"},

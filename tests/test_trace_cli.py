@@ -61,6 +61,23 @@ def test_record_appends_only_when_asked(folder, tmp_path, capsys):
     assert open_trace(tmp_path / "t").sequence_numbers.tolist() == [0, 1]
 
 
+def test_lookahead_that_was_recorded_can_be_replayed(folder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("hello\nabc\n")
+    assert record(folder, tmp_path / "p.txt", tmp_path / "t", "--lookahead") == 0
+    capsys.readouterr()
+    assert main(["trace", "info", str(tmp_path / "t"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lookahead"] == [2, 4]
+    machine = ["--link-gb-s", "1", "--expert-mb", "1", "--layer-ms", "1"]
+    command = ["trace", "replay", str(tmp_path / "t"), "--residency", "50", "--policy", "lru"]
+    assert main([*command, *machine, "--predictor", "lookahead", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["policy"], row.get("predictor"), row["tokens"]) for row in rows] == [
+        ("lru", None, 6),
+        ("forecast", "lookahead", 6),
+    ]
+    assert rows[1]["prefetch"]["issued"] > 0
+
+
 def test_a_killed_recording_leaves_what_is_written(folder, tmp_path):
     (tmp_path / "p.txt").write_text("hello\n" * 10_000)
     command = [sys.executable, "-m", "moeflow", "trace", "record", str(folder), "--prompts", str(tmp_path / "p.txt")]
