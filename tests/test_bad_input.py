@@ -57,6 +57,8 @@ def test_malformed_budget_names_what_is_allowed(mixtral_folder, budget):
         ({"device": "gpu"}, "cuda:N"),
         ({"device": "meta"}, "not supported"),
         ({"host_memory": "1GiB", "device": "cpu"}, "Put the memory into expert_memory"),
+        ({"miss": "guess"}, "copy, cheapest"),
+        ({"miss": "cheapest", "device": "cpu"}, "where both are one"),
         ({"device_map": "auto"}, "device="),
         ({"quantization_config": {"quant_method": "gptq"}}, "not supported yet"),
         ({"experts_implementation": "eager"}, "itself"),

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from moeflow import load_moe
 from moeflow.errors import BudgetError
+from moeflow.streams import CudaStreams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -60,3 +61,41 @@ def test_close_gives_device_and_pinned_memory_back(mixtral_folder):
 def test_host_budget_below_the_reads_in_flight_is_refused(mixtral_folder):
     with pytest.raises(BudgetError, match="pinned slot"):
         load_moe(mixtral_folder, device="cuda", host_memory=1000)
+
+
+def decoded(model, num_tokens=12):
+    """Feed fixed tokens one by one; return the logits of each."""
+    with torch.no_grad():
+        output, found = model(PROMPT.to(model.device), use_cache=True), []
+        for token in range(1, num_tokens):
+            ids = torch.tensor([[token]], device=model.device)
+            output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+            found.append(output.logits[0, -1])
+    return torch.stack(found)
+
+
+def test_experts_computed_on_the_host_give_nearly_the_same_logits(mixtral_folder):
+    whole = load_moe(mixtral_folder, device="cuda", expert_memory="100%", predictor=None)
+    expected = decoded(whole)
+    whole.moeflow.close()
+    model = load_moe(mixtral_folder, device="cuda", expert_memory="15%", host_memory="100%", miss="cheapest")
+    for _ in range(5):
+        torch.testing.assert_close(decoded(model), expected, rtol=1e-3, atol=1e-3)
+        model.moeflow.check_integrity()
+    stats = model.moeflow.stats()
+    assert stats["decode"]["decisions"]["computed_on_host"] > 0
+    assert stats["decode"]["decisions"]["copied"] > 0
+    assert stats["miss"]["copy_bytes_per_s"] > 0
+    assert stats["miss"]["host_bytes_per_s"] > 0
+    model.moeflow.close()
+
+
+def test_a_copy_is_timed_on_the_device():
+    streams = CudaStreams(torch.device("cuda", torch.cuda.current_device()))
+    source = torch.zeros(64 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    first, second = streams.copy(target, source, None), streams.copy(target, source, streams.compute_event())
+    streams.wait(second)
+    streams.synchronize(second)
+    assert streams.done(first)
+    assert 64 << 20 < (64 << 20) / streams.copy_s(second) < 2e12  # bytes a second
