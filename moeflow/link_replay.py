@@ -89,7 +89,8 @@ class LinkReplay:
                 self._queue.remove(key)
                 self._copy(key)
         for key in absent:
-            assert cache.reserve(key) is not None, "a layer's experts do not fit"
+            while cache.reserve(key) is None:
+                self._give_way(keys)
             if self.prefetcher is not None and cache.last_evicted is not None:
                 self.prefetcher.ledger.evict(cache.last_evicted)
             self._copy(key)
@@ -120,12 +121,24 @@ class LinkReplay:
         if not wanted:
             self.cache.unpin(key)
 
+    def _give_way(self, wanted: list[ExpertKey]) -> None:
+        """Take back the last prefetch in the queue, or wait for the first on its way, which can be evicted then."""
+        if self._queue:
+            self._drop(self._queue[-1])
+            return
+        first = min((key for key in self._arrivals if key not in wanted), key=self._arrivals.get)
+        self.now_s = max(self.now_s, self._arrivals[first])
+        self._arrive(first, wanted=False)
+
+    def _drop(self, key: ExpertKey) -> None:
+        self._queue.remove(key)
+        self.cache.abort(key)
+        self.prefetcher.ledger.drop(key)
+
     def _prefetch(self) -> None:
         """Queue what is worth prefetching, and take back what comes too late."""
         for key in self.prefetcher.overdue(list(self._queue)):
-            self._queue.remove(key)
-            self.cache.abort(key)
-            self.prefetcher.ledger.drop(key)
+            self._drop(key)
         while len(self._queue) + len(self._arrivals) < self.link.in_flight:
             found = self.prefetcher.take()
             if found is None:
@@ -146,7 +159,7 @@ def replay_link(
     sequences: Sequence[int] | None = None,
     window: int | None = None,
     min_probability: float | None = None,
-    num_steps: int = 8,
+    num_steps: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Replay the decode steps of a trace's sequences one after another, each from a cold cache.

@@ -38,7 +38,7 @@ class Prefetcher:
         *,
         window: int | None = None,
         min_probability: float | None = None,
-        num_steps: int = 8,
+        num_steps: int = 4,
     ):
         self.predictor = predictor
         self.ledger = ledger
