@@ -60,7 +60,7 @@ class Prefetcher:
 
     def rest(self) -> None:
         """Say that nothing is predicted until the next step that begins here: the cache goes by what it saw."""
-        self._queue = []
+        self._queue, self._planned = [], True
         self._cache.forecast = None
 
     def begin_step(self, token_ids: np.ndarray) -> None:
