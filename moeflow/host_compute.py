@@ -50,7 +50,7 @@ class HostCompute:
         for transfer in self._transfers.take_copied():
             self._split.copied(transfer.num_bytes, transfer.seconds, beside=transfer.beside)
         host = self._host.cache
-        near = [key for key in absent if host.lookup(key) is not None]
+        near = [key for key in absent if key in host]
         near.sort(key=lambda key: (num_tokens[key], cache.uses(key)))
         able = near[: self._most]
         num_ahead = self._transfers.num_on_link + len(near) - len(able)

@@ -83,10 +83,12 @@ class GivenSplit(MissSplit):
 
     def __init__(self, *numbers):
         super().__init__()
+        self.most_tokens = 0
         self._numbers = itertools.cycle(numbers)
 
     def split(self, num_tokens, num_bytes, num_ahead=0):
         assert list(num_tokens) == sorted(num_tokens)
+        self.most_tokens = max(num_tokens, default=0)
         return min(next(self._numbers), len(num_tokens))
 
 
@@ -292,17 +294,17 @@ def test_the_host_computes_while_copies_run_and_before_the_device_experts(expert
         serve(runtime, 0, [0], values)
         split._numbers = itertools.repeat(2)
         streams.gate.clear()
-        order = []
+        order, on_link = [], []
         with closing(runtime.serve(0, [0, 1, 2, 3])) as served:
             for expert, weights in served:
                 order.append((expert, in_host_memory(runtime, weights)))
-                if len(order) < 3:
-                    assert runtime._transfers.num_on_link == 1
-                else:
+                on_link.append(runtime._transfers.num_on_link)
+                if len(order) == 3:
                     streams.gate.set()  # the resident expert is computed before anybody waits
                 assert len(order) == 4 or torch.equal(weights["w"], values[0, expert])
         assert [in_host for _, in_host in order] == [True, True, False, False]
         assert order[2][0] == 0
+        assert on_link[:3] == [1, 1, 1]
         copied = runtime._transfers.take_copied()
         assert [transfer.beside for transfer in copied][-1:] == [True]
         runtime.check_integrity()
@@ -334,6 +336,16 @@ def test_host_slot_is_not_overwritten_while_the_cpu_computes(experts_file, monke
             assert torch.equal(weights["w"], values[0, 0])
             assert sorted(expert for expert, _ in served) == [1, 2, 3, 4]
         runtime.check_integrity()
+
+
+def test_the_cpu_leaves_a_host_slot_for_every_copy_in_flight(experts_file):
+    path, values = experts_file
+    with build(path, 7, host_slots=5, misses=GivenSplit(NUM_EXPERTS)) as runtime:
+        serve(runtime, 0, [0, 1], values)
+        empty_device(runtime)
+        serve(runtime, 0, list(range(NUM_EXPERTS)), values)  # four of them pass through host slots
+        decisions = runtime.stats()["prefill"]["decisions"]
+        assert (decisions["computed_on_host"], decisions["copied"]) == (1, 1)
 
 
 def test_nothing_stays_pinned_when_the_iterator_is_closed_early(experts_file):
@@ -417,6 +429,7 @@ def test_waiting_that_residents_hide_is_told_from_waiting(experts_file, monkeypa
         assert (decisions["resident"], decisions["copied"], decisions["read"]) == (5, 1, 0)
     with build(path, 6) as runtime:
         serve(runtime, 0, [0, 1], values)
+        assert runtime.stats()["prefill"]["decisions"]["went_on_with_resident"] == 0
         runtime.reset_stats()
         read, wait, waits = runtime.store.read, runtime._transfers.wait_completed, threading.Event()
 
@@ -444,14 +457,14 @@ def test_a_model_whose_experts_are_computed_in_both_places_gives_the_same_logits
         expected = model(prompt).logits
     store, cpu = model.moeflow.store, torch.device("cpu")
     num_bytes = store.layers[0].layout.record.num_bytes
-    host = HostTier(SlotPool(24, num_bytes, cpu), ExpertCache(24))
+    host, split = HostTier(SlotPool(24, num_bytes, cpu), ExpertCache(24)), GivenSplit(1, 3, 0)
     with ExpertRuntime(
         store,
         SlotPool(6, num_bytes, cpu),
         ExpertCache(6),
         ThreadStreams(),
         host=host,
-        misses=GivenSplit(1, 3, 0),
+        misses=split,
     ) as runtime:
         for layer, (_, module) in enumerate(hf.experts_modules(model)):
             module._moeflow = OffloadedExperts(runtime, layer, module)
@@ -460,4 +473,5 @@ def test_a_model_whose_experts_are_computed_in_both_places_gives_the_same_logits
                 assert torch.equal(model(prompt).logits, expected)
             runtime.check_integrity()
         assert runtime.stats()["prefill"]["decisions"]["computed_on_host"] > 5
+        assert split.most_tokens > 1
     model.moeflow.close()
