@@ -70,6 +70,9 @@ def stats_delta(before: dict, after: dict) -> dict:
         counted = {name: after[phase][name] - before[phase][name] for name in COUNTERS}
         lookups = counted["hits"] + counted["misses"]
         counted["hit_rate"] = counted["hits"] / lookups if lookups else None
+        counted["decisions"] = {
+            name: number - before[phase]["decisions"][name] for name, number in after[phase]["decisions"].items()
+        }
         delta[phase] = counted
     for name in ("reads", "bytes"):
         delta["io"][name] -= before["io"][name]

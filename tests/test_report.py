@@ -43,6 +43,7 @@ def make_stats(times=1, host_bytes=0):
         "bytes_from_host": 0,
         "stall_s": 0.5 * times,
         "compute_s": 1.25 * times,
+        "decisions": {"resident": 71 * times, "read": 29 * times},
     }
     return {
         "slots": 120,
@@ -144,6 +145,7 @@ def test_delta_leaves_both_inputs_alone_and_recomputes_the_hit_rate():
     before, after = make_stats(times=1), make_stats(times=3)
     after["decode"]["hits"] = before["decode"]["hits"]
     delta = stats_delta(before, after)
+    assert delta["decode"]["decisions"] == {"resident": 142, "read": 58}
     assert delta["decode"]["hit_rate"] == 0
     assert delta["prefill"]["hit_rate"] == 0.71
     assert delta["io"] == {"mode": "direct", "reads": 116, "bytes": 424 * MIB, "threads": 4}
