@@ -100,11 +100,11 @@ class MissSplit:
             if pace is None:
                 return None
             copy = (num_ahead + copies) * num_bytes * pace
-        for tokens in num_tokens[:on_host]:
-            pace = self._host_pace(tokens, beside)
-            if pace is None:
+        if on_host:
+            paces = {tokens: self._host_pace(tokens, beside) for tokens in set(num_tokens[:on_host])}
+            if None in paces.values():
                 return None
-            host += num_bytes * pace
+            host = num_bytes * sum(paces[tokens] for tokens in num_tokens[:on_host])
         return max(copy, host)
 
     def as_dict(self) -> dict:
