@@ -17,6 +17,7 @@ from moeflow.metrics import PrefetchLedger
 from moeflow.predictors.protocol import Predictor
 from moeflow.prefetch import Prefetcher
 from moeflow.routing import DECODE, RoutingTrace
+from moeflow.switch import PredictionSwitch
 
 
 class LinkModel(NamedTuple):
@@ -47,12 +48,22 @@ class LinkReplay:
         link: the machine.
         cache: slots and policy.
         prefetcher: None for demand only.
+        switch: decides for each step whether to predict, by the imagined clock; always when None.
     """
 
-    def __init__(self, link: LinkModel, cache: ExpertCache, prefetcher: Prefetcher | None = None):
+    def __init__(
+        self,
+        link: LinkModel,
+        cache: ExpertCache,
+        prefetcher: Prefetcher | None = None,
+        switch: PredictionSwitch | None = None,
+    ):
         self.link = link
         self.cache = cache
         self.prefetcher = prefetcher
+        self._switch = switch
+        self._predicting = prefetcher is not None
+        self._before = (None, 0, 0.0 if prefetcher is None else prefetcher.ledger.net_s)  # when the last step began
         self.now_s = 0.0
         self.hits = self.late = self.misses = 0
         self._link_free_s = 0.0
@@ -62,6 +73,8 @@ class LinkReplay:
     def begin_step(self, token_id: int) -> None:
         """Predict the step that feeds this token."""
         if self.prefetcher is not None:
+            self._choose()
+        if self._predicting:
             self.prefetcher.begin_step(np.array([token_id]))
             self._prefetch()
 
@@ -81,7 +94,7 @@ class LinkReplay:
             self.late + len(in_flight),
             self.misses + len(absent),
         )
-        if self.prefetcher is not None:
+        if self._predicting:
             others = [key for key in self._arrivals if key not in in_flight]
             self.prefetcher.demanded(layer, resident, in_flight, absent, self.link.copy_s, others)
         for key in in_flight:
@@ -91,11 +104,11 @@ class LinkReplay:
         for key in absent:
             while cache.reserve(key) is None:
                 self._give_way(keys)
-            if self.prefetcher is not None and cache.last_evicted is not None:
+            if self._predicting and cache.last_evicted is not None:
                 self.prefetcher.ledger.evict(cache.last_evicted)
             self._copy(key)
         ready_s = max([self.now_s] + [self._arrivals[key] for key in in_flight + absent])
-        if self.prefetcher is not None:
+        if self._predicting:
             self.prefetcher.observe(layer, experts[None], None if weights is None else weights[None], signal)
             self._prefetch()
         for key in in_flight + absent:
@@ -103,6 +116,23 @@ class LinkReplay:
         self.now_s = ready_s + self.link.layer_s
         for key in keys:
             cache.unpin(key)
+
+    def _choose(self) -> None:
+        """Ask the switch about the step that begins, as the live loop does; what waits in the queue is taken back."""
+        if self._switch is None:
+            return
+        began_s, before_missed, before_net_s = self._before
+        missed, net_s = self.late + self.misses, self.prefetcher.ledger.net_s
+        self._before = (self.now_s, missed, net_s)
+        step_s = None if began_s is None else self.now_s - began_s
+        on = self._switch.step(step_s, missed - before_missed, net_s - before_net_s)
+        if self._predicting and not on:
+            for key in list(self._queue):
+                self._drop(key)
+            self.prefetcher.ledger.clear()
+        self._predicting = on
+        if not on:
+            self.prefetcher.rest()
 
     def _copy(self, key: ExpertKey, begin_s: float = 0.0) -> None:
         self._link_free_s = max(self._link_free_s, begin_s or self.now_s) + self.link.copy_s
@@ -160,6 +190,7 @@ def replay_link(
     window: int | None = None,
     min_probability: float | None = None,
     num_steps: int = 4,
+    switch: PredictionSwitch | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Replay the decode steps of a trace's sequences one after another, each from a cold cache.
@@ -175,6 +206,7 @@ def replay_link(
         sequences: places in trace.sequences(); all when None.
         window, min_probability: see `Prefetcher`; its defaults when None.
         num_steps: how many steps ahead evictions bet.
+        switch: turns prediction off and on as in a live model; always on when None.
         progress: called with (tokens done, tokens in all).
 
     Returns:
@@ -203,7 +235,7 @@ def replay_link(
             prefetcher = Prefetcher(predictor, cache, ledger, **options)
             prefetcher.begin(1)
             _show_prompt(predictor, trace, rows[trace.phase[rows] != DECODE])
-        replay = LinkReplay(link, cache, prefetcher)
+        replay = LinkReplay(link, cache, prefetcher, switch)
         for row in rows[trace.phase[rows] == DECODE]:
             _replay_token(replay, trace, row)
             done += 1

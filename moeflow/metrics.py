@@ -8,6 +8,7 @@ RECALL_AT = (4, 6, 8)  # reported whatever the model's top-k
 _DECAY = 0.98  # of the recent account, a step
 _CLEAR_LOSS = 0.1  # of a copy, lost by each recent prefetch: below that it is even
 _TRIED = 6.0  # recent prefetches below which a layer and distance is given a chance
+_FIRST_HOLD, _LAST_HOLD = 64, 4096  # steps that a losing one is switched off, doubled each time it loses again
 
 
 class PrefetchLedger:
@@ -30,6 +31,7 @@ class PrefetchLedger:
         shape = self._shape = (num_layers, num_distances)
         self.reset()
         self._recent_net_s, self._recent_issued = np.zeros(shape), np.zeros(shape)
+        self._off_steps, self._hold = np.zeros(shape, np.int64), np.full(shape, _FIRST_HOLD)
         self._copy_s = 0.0
         self._pending: dict[ExpertKey, tuple[int, int]] = {}  # place of the prefetch, until its layer has passed
         self._unused: dict[ExpertKey, tuple[int, int]] = {}  # mispredicted, still resident
@@ -114,17 +116,21 @@ class PrefetchLedger:
             self.mispredicted[place] += 1
 
     def allowed(self, layer: int, distance: int) -> bool:
-        """Whether prefetches for this layer from this distance have not been losing lately."""
-        place = (layer, min(distance, self.num_distances) - 1)
-        return not (self._recent_issued[place] >= _TRIED and self._loses()[place])
-
-    def _loses(self) -> np.ndarray:
-        return self._recent_net_s < -_CLEAR_LOSS * self._copy_s * self._recent_issued
+        """Whether prefetches for this layer from this distance are not switched off for having lost."""
+        return not self._off_steps[layer, min(distance, self.num_distances) - 1]
 
     def decay(self) -> None:
-        """Let the past count less; called once a step. What was switched off is tried again in time."""
+        """Let the past count less, switch off what loses and try again what was off long enough; once a step."""
         self._recent_net_s *= _DECAY
         self._recent_issued *= _DECAY
+        self._off_steps -= self._off_steps > 0
+        tried = self._recent_issued >= _TRIED
+        losing = tried & (self._recent_net_s < -_CLEAR_LOSS * self._copy_s * self._recent_issued)
+        self._hold[tried & ~losing] = _FIRST_HOLD
+        if losing.any():
+            self._off_steps[losing] = self._hold[losing]
+            self._hold[losing] = np.minimum(2 * self._hold[losing], _LAST_HOLD)
+            self._recent_net_s[losing] = self._recent_issued[losing] = 0  # the next trial is judged by itself
 
     def clear(self) -> None:
         """Forget what is pending, as after everything was evicted; the counts stay."""
@@ -138,7 +144,7 @@ class PrefetchLedger:
             total["in_time"] + total["late"], total["in_time"] + total["late"] + self.missed
         )
         total["by_distance"] = [{"distance": d + 1, **self._row(d)} for d in range(self.num_distances)]
-        total["losing"] = int((self._loses() & (self._recent_issued >= _TRIED)).sum())
+        total["losing"] = int((self._off_steps > 0).sum())
         return total
 
     def _row(self, distance) -> dict:

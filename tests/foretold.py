@@ -4,7 +4,7 @@ import numpy as np
 
 
 class Foretold:
-    """Says `now[row]` before step `row`, and `later[row]` of the steps after it.
+    """Says `now[row]` before the step that feeds token number `row`, and `later[row]` of the steps after it.
 
     Args:
         now: [T, L, E].
@@ -16,16 +16,15 @@ class Foretold:
     def __init__(self, now, later=None):
         self._now, self._later = np.asarray(now, np.float32), later
         self.num_layers, self.num_experts = self._now.shape[1:]
-        self._row = -1
 
     def begin(self, num_sequences):
-        self._row = -1
+        pass
 
     def prefill(self, token_ids, experts, weights):
         pass
 
     def step(self, token_ids):
-        self._row += 1
+        self._row = int(token_ids[0])
         return self._now[None, self._row]
 
     def observe(self, layer, experts, weights, signal=None):
