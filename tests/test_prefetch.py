@@ -168,6 +168,23 @@ def test_a_queued_prefetch_is_overdue_when_its_layer_passes():
     assert prefetcher.overdue(keys) == [key(0, 0)]
 
 
+@pytest.mark.parametrize("window", [1, None])
+def test_the_layer_that_runs_is_past_fetching(window):
+    prefetcher, cache = build(certain(key(0, 0), key(0, 1)), window=window)
+    step(prefetcher)
+    keys = take_all(prefetcher)
+    pass_layer(prefetcher, cache, 0, 3)
+    assert prefetcher.overdue(keys) == keys
+
+
+def test_an_expert_that_was_demanded_meanwhile_is_not_fetched_again():
+    prefetcher, cache = build(certain(key(0, 0), key(0, 1), key(1, 2)))
+    step(prefetcher)
+    assert prefetcher.take()[0] == key(0, 0)
+    place(cache, key(0, 1))  # on demand, after the queue was planned
+    assert take_all(prefetcher) == [key(1, 2)]
+
+
 def test_a_losing_layer_is_not_fetched_for():
     prefetcher, _ = build(certain(key(0, 0), key(1, 0)), num_slots=3)
     for _ in range(20):
