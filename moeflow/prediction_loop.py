@@ -41,6 +41,7 @@ class PredictionLoop:
 
     def __init__(self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None):
         self.active = False  # whether the pass under way is predicted
+        self.watching = False  # whether its routes are wanted
         self.failure: str | None = None
         self._prefetcher = prefetcher
         self._switch = switch or PredictionSwitch()
@@ -86,12 +87,13 @@ class PredictionLoop:
 
     def observe(self, layer: int, routes: Routes, stats: PhaseStats) -> None:
         """Show the predictor what a layer's router chose."""
-        if not self.active:
+        if not self.watching:
             return
         begin = time.perf_counter()
         experts, weights = routes.experts.cpu().numpy(), routes.weights.float().cpu().numpy()
         if self._prompt is not None:
             self._prompt[1].append((experts, weights))
+            return
         signal = routes.residual if self._predictor.signal == "residual" else None
         self._guarded(self._prefetcher.observe, layer, experts, weights, signal)
         stats.predict_s += time.perf_counter() - begin
@@ -144,10 +146,13 @@ class PredictionLoop:
         return self._switch.step(step_s, misses - before_misses, net_s - before_net_s)
 
     def _begin_prefill(self, token_ids, num_sequences, num_positions) -> None:
+        """Only watch: a prompt demands nearly every expert, and its reads are all in flight without predictions."""
+        self._pause()
         self._num_sequences = num_sequences
-        self._prompt = None if token_ids is None else (token_ids, [])
-        self.active = True
         self._guarded(self._prefetcher.begin, num_sequences)
+        self._prefetcher.rest()
+        self.watching = self._switch.on and token_ids is not None and self._predictor.signal == "none"
+        self._prompt = (token_ids, []) if self.watching else None
 
     def _end_prefill(self) -> None:
         """Hand the prompt's routes to the predictor, if every layer was seen."""
@@ -167,13 +172,13 @@ class PredictionLoop:
         if num_sequences != self._num_sequences:  # beams, or sequences that were added
             self._num_sequences = num_sequences
             self._prefetcher.begin(num_sequences)
-        self.active = True
+        self.active = self.watching = True
         self._prefetcher.begin_step(token_ids[:, 0].cpu().numpy())
 
     def _pause(self) -> None:
         if self.active:
             self._prefetcher.ledger.clear()
-        self.active = False
+        self.active = self.watching = False
         self._prefetcher.rest()
 
     def _guarded(self, call, *args) -> None:

@@ -64,7 +64,7 @@ class ResidualTap:
         self._hooks[layer], self.norms[layer] = kept, [norm]
 
 
-def build_lookahead(model: torch.nn.Module, top_k: int, reach: int = 3) -> Lookahead | None:
+def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:
     """Fold each layer's norm and router; None where no layer's can be.
 
     Of several norms the last one before the MoE block is taken; Lookahead checks on the first tokens whether it was
@@ -82,7 +82,7 @@ def build_lookahead(model: torch.nn.Module, top_k: int, reach: int = 3) -> Looka
             routers[-1] = None
     if all(router is None for router in routers):
         return None
-    return Lookahead(routers, biases, eps, top_k, reach)
+    return Lookahead(routers, biases, eps, top_k)
 
 
 def _norms_around(model, path: str) -> list[torch.nn.Module]:

@@ -116,7 +116,7 @@ class ExpertRuntime:
     @property
     def predicting(self) -> bool:
         """Whether somebody wants to see the routes of the pass under way."""
-        return self._prediction is not None and self._prediction.active
+        return self._prediction is not None and self._prediction.watching
 
     def close(self) -> None:
         """Stop the threads, close the files, release every slot. The model cannot run afterwards."""

@@ -1,13 +1,16 @@
-"""Whether prediction is worth its while, step by step: off where nothing is missed, on where it clearly saves, and
-decided by the clock where it is unclear. Plain numbers; the caller has the clock.
+"""Whether prediction is worth its while, step by step: off where nothing is missed, else decided by the clock.
+
+Only the time of whole steps counts. What prefetch saves and costs by its own account leaves out what it costs others:
+on a CPU the reads beside the arithmetic take cores, caches and bandwidth from it. Plain numbers; the caller has the
+clock.
 """
 
 import statistics
 
 _BLOCK_STEPS = 12  # measured in one mode before the other has its turn
 _SETTLE_STEPS = 3  # after a change of mode, not measured: the cache still shows the other mode's choices
-_FIRST_HOLD, _LAST_HOLD = 96, 3072  # steps between two trials, doubled each time the same mode wins
-_CLEAR_GAIN = 0.15  # of a step's time: saved by more than that, prediction needs no trial
+_FIRST_HOLD, _LAST_HOLD = 192, 6144  # steps between two trials, doubled each time the same mode wins
+_LEAST_GAIN = 0.02  # of a step's time: below that, the quiet way is the better one
 _QUIET_STEPS = 8  # without a single miss: there is nothing to save
 
 
@@ -53,9 +56,6 @@ class PredictionSwitch:
             self._settle -= 1
             return self.on
         self._times.append(step_s)
-        if self.on and saved_s > _CLEAR_GAIN * step_s and self._trial is not None and len(self._times) >= _BLOCK_STEPS:
-            self._trial, self._steps_left = None, self._hold
-            self.reason = "it clearly saves"
         self._steps_left -= 1
         if self._steps_left <= 0:
             self._next_phase()
@@ -71,7 +71,7 @@ class PredictionSwitch:
             self._steps_left = _BLOCK_STEPS
             return
         self.num_trials += 1
-        better = self._trial[True] < self._trial[False]
+        better = self._trial[True] < (1 - _LEAST_GAIN) * self._trial[False]
         same = better == (not self.on)  # the mode that was on before this trial is the other one
         self._hold = min(2 * self._hold, _LAST_HOLD) if same else _FIRST_HOLD
         self._choose(better, "faster by trial" if better else "slower by trial")

@@ -13,7 +13,7 @@ _ALWAYS_UPDATES = 300  # of the calibration, before it goes on now and then only
 _LEARN_EVERY = 8  # steps
 _FAR = -10.0  # margins below it say the same
 _MIN_AGREEMENT = 0.9  # with what the router itself chose, below which the folded router is not believed
-_CHECKED_ROWS = 32
+_CHECKED_ROWS = 16
 _SMALL_BYTES = 64 << 20  # of float32 routers: above it they stay in the model's dtype
 
 
@@ -31,6 +31,7 @@ class Lookahead:
         eps: of each layer's norm.
         top_k: K.
         reach: how many layers ahead.
+        stride: the routers are asked at every stride-th layer, which costs a stride-th; at most `reach`.
     """
 
     name = "lookahead"
@@ -42,13 +43,15 @@ class Lookahead:
         biases: list[torch.Tensor | None],
         eps: list[float],
         top_k: int,
-        reach: int = 3,
+        reach: int = 4,
+        stride: int = 2,
     ):
         routers = [None if router is None else router.detach() for router in routers]
         known = next(router for router in routers if router is not None)
         self.num_layers = len(routers)
         self.num_experts = max(len(router) for router in routers if router is not None)
         self.reach = min(reach, self.num_layers - 1)
+        self._stride = max(1, min(stride, self.reach))
         self._top_k = top_k
         shape = (self.num_layers, self.num_experts, known.shape[1])
         small = 4 * int(np.prod(shape)) <= _SMALL_BYTES
@@ -69,7 +72,8 @@ class Lookahead:
         self._arrays = np.ascontiguousarray(self._routers.flatten(0, 1).numpy().T) if on_cpu else None
         self._spread = np.zeros(self.num_layers, np.float32)  # of each layer's margins
         self._eps = eps
-        self._checked = np.zeros(self.num_layers, bool)
+        self._to_check = np.full(self.num_layers, _CHECKED_ROWS)  # rows of each layer still to be compared
+        self._agreed = np.zeros(self.num_layers)
         self._slope, self._offset = np.full(self.reach, 3.0, np.float32), np.zeros(self.reach, np.float32)
         self._num_updates = 0
         self._steps = 0
@@ -95,9 +99,12 @@ class Lookahead:
     @torch.no_grad()
     def observe(self, layer: int, experts: np.ndarray, weights, signal: torch.Tensor | None = None):
         """Ask the next layers' routers about the residual stream [B, H]; returns [B, n, E]."""
-        if not self._checked[layer] and signal is not None:
+        if self._to_check[layer] and signal is not None:
             self._check(layer, experts, signal)
-        self._learn(layer, experts)
+        if self._learning:
+            self._learn(layer, experts)
+        if layer % self._stride:
+            return None
         last = min(layer + self.reach, self.num_layers - 1)
         if signal is None or not self._usable[layer + 1 : last + 1].any():
             return None
@@ -141,15 +148,14 @@ class Lookahead:
         return margins / (self._spread[layers, None] + 1e-6)
 
     def _check(self, layer, experts, signal) -> None:
-        """Compare the folded router with what the model's own chose."""
-        self._checked[layer] = True
-        if not self._usable[layer]:
-            return
-        experts = experts[:_CHECKED_ROWS]
+        """Compare the folded router with what the model's own chose, until enough was seen to judge it."""
+        experts = experts[: self._to_check[layer]]
         scores = self._scores(layer, layer, layer + 1, signal[: len(experts)])[:, 0]
         best = np.argsort(-scores, axis=1)[:, : experts.shape[1]]
-        agreement = np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(best, experts, strict=True)])
-        self._usable[layer] = agreement >= _MIN_AGREEMENT
+        self._agreed[layer] += sum(len(np.intersect1d(a, b)) / len(a) for a, b in zip(best, experts, strict=True))
+        self._to_check[layer] -= len(experts)
+        if not self._to_check[layer]:
+            self._usable[layer] &= self._agreed[layer] >= _MIN_AGREEMENT * _CHECKED_ROWS
 
     def _learn(self, layer, experts) -> None:
         """Fit the curve of each distance to what the router chose."""

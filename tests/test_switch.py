@@ -29,7 +29,7 @@ def test_off_where_nothing_is_missed_and_on_again_when_misses_begin():
 
 def test_what_prefetch_prevents_counts_as_missed():
     """Without a single miss because everything was prefetched, prediction stays on."""
-    assert share(run(PredictionSwitch(), 200, 1.0, 2.0, misses=0, saved_s=0.5)) == 1
+    assert share(run(PredictionSwitch(), 2000, 1.0, 2.0, misses=0, saved_s=0.5)) > 0.95
 
 
 @pytest.mark.parametrize(("on_s", "off_s", "faster"), [(1.2, 1.0, False), (1.0, 1.2, True), (1.03, 1.0, False)])
@@ -49,13 +49,6 @@ def test_an_outlier_among_the_steps_decides_nothing():
         step_s = 1.0 if on else 1.2
         on = switch.step(100.0 if number % 10 == 0 else step_s, 1, 0.0)
     assert switch.on
-
-
-def test_no_trial_where_prediction_clearly_saves():
-    switch = PredictionSwitch()
-    assert share(run(switch, 3000, 1.0, 2.0, saved_s=0.5)) == 1
-    assert switch.num_trials == 0
-    assert switch.reason == "it clearly saves"
 
 
 def test_trials_get_rarer_while_they_agree():
