@@ -11,7 +11,7 @@ from foretold import random_routes
 from moeflow.clairvoyant import Clairvoyant, least_time_s, replay_best_order
 from moeflow.cli import main
 from moeflow.errors import ConfigError
-from moeflow.link_replay import LinkModel
+from moeflow.link_replay import LinkModel, replay_link
 from moeflow.machine_replay import replay_machine, replayed_places
 from moeflow.realised import read_realised
 from moeflow.replay import replay, replay_trace
@@ -26,7 +26,7 @@ MACHINE = ["--link-gb-s", "1", "--expert-mb", "2", "--layer-ms", "3"]
 def trace_file(tmp_path_factory):
     """Six sequences of 12 to 17 tokens."""
     path = tmp_path_factory.mktemp("machine") / "t"
-    trace = trace_of(*[random_routes(12 + seed, L, E, K, seed) for seed in range(6)])
+    trace = trace_of(*[np.sort(random_routes(12 + seed, L, E, K, seed)) for seed in range(6)])
     with TraceWriter(path, trace.format) as writer:
         rows = writer.new_rows(len(trace))
         for name in ("token_id", "sequence", "experts", "phase"):
@@ -123,6 +123,10 @@ def test_demand_rows_agree_with_the_plain_replay(trace_file):
     for plain in replay_trace(trace, [25, 50], ["lru", "lfu", "lfru", "belady"]):
         row = replay_machine(trace, plain["residency"], plain["policy"], LINK)
         assert {name: row[name] for name in plain} == plain
+        linked = replay_link(trace, row["slots"], LINK, policy=row["policy"]) if row["policy"] == "lru" else row
+        seconds = len(trace) * L * LINK.layer_s + linked["misses"] * LINK.copy_s
+        assert row["tokens_per_s"] == pytest.approx(len(trace) / seconds)
+        assert row["share"] == pytest.approx(linked["share"])
 
 
 def replay_json(capsys, trace_file, *options):

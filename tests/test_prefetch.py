@@ -178,7 +178,9 @@ def test_the_layer_that_runs_is_past_fetching(window):
 
 
 def test_an_expert_that_was_demanded_meanwhile_is_not_fetched_again():
-    prefetcher, cache = build(certain(key(0, 0), key(0, 1), key(1, 2)))
+    now = certain(key(0, 0), key(0, 1), key(1, 2))
+    now[0, 0, 1] = 0.9
+    prefetcher, cache = build(now)
     step(prefetcher)
     assert prefetcher.take()[0] == key(0, 0)
     place(cache, key(0, 1))  # on demand, after the queue was planned

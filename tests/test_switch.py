@@ -5,11 +5,11 @@ import pytest
 from moeflow.switch import PredictionSwitch
 
 
-def run(switch, num_steps, on_s, off_s, misses=1, saved_s=0.0):
-    """Feed steps that take on_s with prediction and off_s without; saved_s is claimed while it is on."""
+def run(switch, num_steps, on_s, off_s, misses=1):
+    """Feed steps that take on_s with prediction and off_s without."""
     modes, on = [], switch.on
     for _ in range(num_steps):
-        on = switch.step(on_s if on else off_s, misses, saved_s if on else 0.0)
+        on = switch.step(on_s if on else off_s, misses, 0.0)
         modes.append(on)
     return modes
 
@@ -28,8 +28,12 @@ def test_off_where_nothing_is_missed_and_on_again_when_misses_begin():
 
 
 def test_what_prefetch_prevents_counts_as_missed():
-    """Without a single miss because everything was prefetched, prediction stays on."""
-    assert share(run(PredictionSwitch(), 2000, 1.0, 2.0, misses=0, saved_s=0.5)) > 0.95
+    """Without a single miss because everything was prefetched, prediction stays on but for the trials."""
+    switch, modes = PredictionSwitch(), [True]
+    for _ in range(2000):
+        on = modes[-1]
+        modes.append(switch.step(1.0 if on else 2.0, 0 if on else 3, 0.5 if on else 0.0))
+    assert share(modes) > 0.95
 
 
 @pytest.mark.parametrize(("on_s", "off_s", "faster"), [(1.2, 1.0, False), (1.0, 1.2, True), (1.03, 1.0, False)])
@@ -46,9 +50,15 @@ def test_the_faster_mode_is_chosen_by_trial(on_s, off_s, faster):
 def test_an_outlier_among_the_steps_decides_nothing():
     switch, on = PredictionSwitch(), True
     for number in range(400):
-        step_s = 1.0 if on else 1.2
-        on = switch.step(100.0 if number % 10 == 0 else step_s, 1, 0.0)
+        slow = 100.0 if number % 10 == 0 else 1.0  # now and then, with prediction alone
+        on = switch.step(slow if on else 1.2, 1, 0.0)
+    assert switch.num_trials > 0
     assert switch.on
+
+
+def test_a_gain_too_small_to_matter_keeps_it_off():
+    switch = PredictionSwitch()
+    assert share(run(switch, 3000, 0.995, 1.0)[-1000:]) < 0.1
 
 
 def test_trials_get_rarer_while_they_agree():
