@@ -14,6 +14,7 @@ from moeflow.routing import DECODE, open_trace
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 REACH, RANKS = 2, 4  # of a model with 3 layers and top-2
+STRIDE = 2  # lookahead asks at every other layer
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def generate(model, num_tokens=12):
 
 
 def routers_asked_early(resident, ids):
-    """Apply each later layer's norm and router to each layer's residual stream: [T, L, D, M] ids, by falling score."""
+    """Apply the later layers' norms and routers to every STRIDE-th layer's residual stream: [T, L, D, M] ids."""
     residuals, layers = [], resident.model.layers
     hooks = [
         layer.post_attention_layernorm.register_forward_hook(lambda module, args, out: residuals.append(args[0][0]))
@@ -40,7 +41,7 @@ def routers_asked_early(resident, ids):
         for hook in hooks:
             hook.remove()
         said = np.full((ids.shape[1], len(layers), REACH, RANKS), 255)
-        for layer, residual in enumerate(residuals):
+        for layer, residual in list(enumerate(residuals))[::STRIDE]:
             for distance, later in enumerate(layers[layer + 1 : layer + 1 + REACH]):
                 scores = later.post_attention_layernorm(residual) @ later.mlp.gate.weight.T
                 said[:, layer, distance] = scores.argsort(-1, descending=True)[:, :RANKS]
@@ -75,15 +76,15 @@ def test_replayed_ids_are_what_the_live_predictor_said(model, tmp_path):
     trace = open_trace(tmp_path / "t")
     decoded = trace.experts[trace.phase == DECODE]
     recorded = trace.lookahead[trace.phase == DECODE]
+    assert any(one is not None for one in said)
     live_said = iter(said[trace.num_layers :])  # the prompt's pass came first
     for row, experts in enumerate(decoded):
         replayed = open_predictor("lookahead", trace)[0]  # a new one, before it has learned what a rank is worth
         replayed.begin(1)
         for layer in range(trace.num_layers):
             then, now = next(live_said), replayed.observe(layer, experts[layer][None], None, recorded[row, layer][None])
-            if layer == trace.num_layers - 1:
-                assert then is None
-                assert now is None
+            if then is None:
+                assert now is None or np.isnan(now).all()
                 continue
             likeliest = np.argsort(-then[0], axis=1, kind="stable")[:, :RANKS]
             np.testing.assert_array_equal(recorded[row, layer, : len(likeliest)], likeliest)
