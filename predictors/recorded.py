@@ -48,6 +48,9 @@ class RecordedLookahead:
         known = min(self.reach, self.num_layers - 1 - layer)
         if signal is None or not known:
             return None
+        unsaid = (signal[:, :known] >= self.num_experts).all(2)
+        if unsaid.all():
+            return None
         rates = (self._hits / self._trials).astype(np.float32)
         num_ranks = rates.shape[1] - 1
         shape = (len(experts), known, self.num_experts + 1)
@@ -57,7 +60,7 @@ class RecordedLookahead:
         answer[self._sequences[:, :, None], distances, listed] = rates[None, :known, : listed.shape[2]]
         for distance in range(known):
             self._listed.setdefault(layer + 1 + distance, []).append((distance, listed[:, distance]))
-        answer[(signal[:, :known] >= self.num_experts).all(2)] = np.nan  # nothing was said
+        answer[unsaid] = np.nan
         return answer[:, :, :-1]
 
     def later(self) -> None:
