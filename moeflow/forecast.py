@@ -62,7 +62,8 @@ class Forecast:
         self._survival[0] = 1
         np.cumsum(self._survival[:-1] * self.num_layers, axis=0, out=self._spent[1:])
         self._passed_chance[:-1], self._passed_chance[-1] = 1 - self._survival[1:], 1 - self._survival[-1]
-        self._passed_kept[:-1], self._passed_kept[-1] = self._spent[1:] - self.num_layers, self._spent[-1] - self.num_layers
+        np.subtract(self._spent[1:], self.num_layers, out=self._passed_kept[:-1])
+        self._passed_kept[-1] = self._passed_kept[-2]
         self._bet(slice(None), self.now)
 
     def refine(self, first_layer: int, now: np.ndarray) -> None:

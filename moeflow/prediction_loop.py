@@ -45,7 +45,7 @@ class PredictionLoop:
         self.failure: str | None = None
         self._prefetcher = prefetcher
         self._switch = switch or PredictionSwitch()
-        self._predictor = prefetcher.predictor
+        self.predictor = prefetcher.predictor
         self._num_sequences = 0
         self._prompt: list | None = None  # (token ids, routes of each layer) of the prefill under way
         self._began: float | None = None  # when the decode step before this one began
@@ -94,7 +94,7 @@ class PredictionLoop:
         if self._prompt is not None:
             self._prompt[1].append((experts, weights))
             return
-        signal = routes.residual if self._predictor.signal == "residual" else None
+        signal = routes.residual if self.predictor.signal == "residual" else None
         self._guarded(self._prefetcher.observe, layer, experts, weights, signal)
         stats.predict_s += time.perf_counter() - begin
 
@@ -129,9 +129,10 @@ class PredictionLoop:
     def as_dict(self) -> dict:
         """Return what prediction did: who predicts, whether it is on and why, and the account of prefetch."""
         return {
-            "predictor": self._predictor.name,
+            "predictor": self.predictor.name,
             "on": self.failure is None and self._switch.on,
-            "reason": self.failure or self._switch.reason,
+            "reason": "it failed" if self.failure else self._switch.reason,
+            "failure": self.failure,
             "steps_on": self._steps[True],
             "steps_off": self._steps[False],
             "trials": self._switch.num_trials,
@@ -151,7 +152,7 @@ class PredictionLoop:
         self._num_sequences = num_sequences
         self._guarded(self._prefetcher.begin, num_sequences)
         self._prefetcher.rest()
-        self.watching = self._switch.on and token_ids is not None and self._predictor.signal == "none"
+        self.watching = self._switch.on and token_ids is not None and self.predictor.signal == "none"
         self._prompt = (token_ids, []) if self.watching else None
 
     def _end_prefill(self) -> None:
@@ -161,12 +162,12 @@ class PredictionLoop:
         (token_ids, routes), self._prompt = self._prompt, None
         num_sequences, num_positions = token_ids.shape
         shape = (num_sequences, num_positions, -1)
-        if len(routes) == self._predictor.num_layers and all(
+        if len(routes) == self.predictor.num_layers and all(
             len(experts) == num_sequences * num_positions for experts, _ in routes
         ):
             experts = np.stack([experts.reshape(shape) for experts, _ in routes], axis=2)
             weights = np.stack([weights.reshape(shape) for _, weights in routes], axis=2)
-            self._predictor.prefill(token_ids.cpu().numpy(), experts, weights)
+            self.predictor.prefill(token_ids.cpu().numpy(), experts, weights)
 
     def _begin_step(self, token_ids, num_sequences) -> None:
         if num_sequences != self._num_sequences:  # beams, or sequences that were added
@@ -191,6 +192,6 @@ class PredictionLoop:
             self._pause()
             logger.warning(
                 "predictor %r failed and is switched off, generation goes on without it: %s",
-                self._predictor.name,
+                self.predictor.name,
                 self.failure,
             )

@@ -23,7 +23,7 @@ class ResidualTap:
         self._latest: dict[int, dict] = {}  # layer -> {norm: (its input, its output)} of the pass under way
         self._hooks: dict[int, list] = {}
         self.norms: dict[int, list[torch.nn.Module]] = {}
-        for layer, (path, module) in enumerate(hf.experts_modules(model)):
+        for layer, (path, _) in enumerate(hf.experts_modules(model)):
             norms = _norms_around(model, path)
             self.norms[layer] = norms
             self._hooks[layer] = [norm.register_forward_hook(self._keep(layer)) for norm in norms]

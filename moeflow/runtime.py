@@ -22,6 +22,7 @@ from moeflow.host_compute import HostCompute
 from moeflow.misses import MissSplit
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop, Routes
+from moeflow.predictors.protocol import Predictor
 from moeflow.recorder import TraceRecorder
 from moeflow.stats import Stats
 from moeflow.store import ExpertStore
@@ -112,6 +113,11 @@ class ExpertRuntime:
     def closed(self) -> bool:
         """Whether close() was called."""
         return not self._release.alive
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """Who predicts."""
+        return None if self._prediction is None else self._prediction.predictor
 
     @property
     def predicting(self) -> bool:

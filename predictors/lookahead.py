@@ -22,7 +22,7 @@ class Lookahead:
 
     How likely an expert is follows from how far its score lies above or below the K-th best, in standard deviations
     of the layer's scores, by a logistic curve a distance that is fitted while the model runs. A layer whose folded
-    router does not choose as the model's own does (checked on the first tokens) is not predicted.
+    router does not choose as the model's own does (checked on the first tokens) is not `usable` and not predicted.
 
     Args:
         routers: L tensors [E, H], each layer's router with the weight of the norm before it multiplied in; None for a
@@ -58,27 +58,32 @@ class Lookahead:
         self._dtype = torch.float32 if small else known.dtype
         self._routers = torch.zeros(shape, dtype=self._dtype, device=known.device)
         self._biases: np.ndarray | None = np.zeros(shape[:2], np.float32)
-        self._usable = np.zeros(self.num_layers, bool)
+        self.usable = np.zeros(self.num_layers, bool)
         for layer, router in enumerate(routers):
             if router is not None:
                 self._routers[layer, : len(router)] = router
                 self._biases[layer, len(router) :] = -np.inf  # a smaller layer has no such expert
                 if biases[layer] is not None:
                     self._biases[layer, : len(router)] = biases[layer].detach().float().cpu().numpy()
-                self._usable[layer] = True
+                self.usable[layer] = True
         if not self._biases.any():
             self._biases = None
         on_cpu = self._dtype == torch.float32 and self._routers.device.type == "cpu"
         self._arrays = np.ascontiguousarray(self._routers.flatten(0, 1).numpy().T) if on_cpu else None
         self._spread = np.zeros(self.num_layers, np.float32)  # of each layer's margins
         self._eps = eps
-        self._to_check = np.full(self.num_layers, _CHECKED_ROWS)  # rows of each layer still to be compared
+        self._rows_to_check = np.full(self.num_layers, _CHECKED_ROWS)  # rows of each layer still to be compared
         self._agreed = np.zeros(self.num_layers)
         self._slope, self._offset = np.full(self.reach, 3.0, np.float32), np.zeros(self.reach, np.float32)
         self._num_updates = 0
         self._steps = 0
         self._learning = True
         self._margins: dict[int, list[tuple[int, np.ndarray]]] = {}  # what was said of a layer: (distance - 1, [B, E])
+
+    @property
+    def unchecked(self) -> np.ndarray:
+        """Which layers' folded routers have not been compared enough with the model's own: bool [L]."""
+        return self._rows_to_check > 0
 
     def begin(self, num_sequences: int) -> None:
         """Forget what was said of the layers to come; the calibration stays."""
@@ -99,14 +104,14 @@ class Lookahead:
     @torch.no_grad()
     def observe(self, layer: int, experts: np.ndarray, weights, signal: torch.Tensor | None = None):
         """Ask the next layers' routers about the residual stream [B, H]; returns [B, n, E]."""
-        if self._to_check[layer] and signal is not None:
+        if self._rows_to_check[layer] and signal is not None:
             self._check(layer, experts, signal)
         if self._learning:
             self._learn(layer, experts)
         if layer % self._stride:
             return None
         last = min(layer + self.reach, self.num_layers - 1)
-        if signal is None or not self._usable[layer + 1 : last + 1].any():
+        if signal is None or not self.usable[layer + 1 : last + 1].any():
             return None
         scores = self._scores(layer, layer + 1, last + 1, signal)
         margins = self._margins_of(scores, slice(layer + 1, last + 1))
@@ -115,7 +120,7 @@ class Lookahead:
                 self._margins.setdefault(layer + 1 + distance, []).append((distance, margins[:, distance]))
         count = last - layer
         probability = _logistic(margins * self._slope[:count, None] + self._offset[:count, None])
-        usable = self._usable[layer + 1 : last + 1]
+        usable = self.usable[layer + 1 : last + 1]
         if not usable.all():
             probability[:, ~usable] = np.nan
         return probability
@@ -149,13 +154,13 @@ class Lookahead:
 
     def _check(self, layer, experts, signal) -> None:
         """Compare the folded router with what the model's own chose, until enough was seen to judge it."""
-        experts = experts[: self._to_check[layer]]
+        experts = experts[: self._rows_to_check[layer]]
         scores = self._scores(layer, layer, layer + 1, signal[: len(experts)])[:, 0]
         best = np.argsort(-scores, axis=1)[:, : experts.shape[1]]
         self._agreed[layer] += sum(len(np.intersect1d(a, b)) / len(a) for a, b in zip(best, experts, strict=True))
-        self._to_check[layer] -= len(experts)
-        if not self._to_check[layer]:
-            self._usable[layer] &= self._agreed[layer] >= _MIN_AGREEMENT * _CHECKED_ROWS
+        self._rows_to_check[layer] -= len(experts)
+        if not self._rows_to_check[layer]:
+            self.usable[layer] &= self._agreed[layer] >= _MIN_AGREEMENT * _CHECKED_ROWS
 
     def _learn(self, layer, experts) -> None:
         """Fit the curve of each distance to what the router chose."""

@@ -1,8 +1,9 @@
 """What every predictor answers, in replay and live: routes in, probabilities out. No caches, no devices, no models.
 
 The life of a predictor: `begin`, perhaps `prefill`, and then for every decode step `step` before the first layer runs
-and `observe` after each layer's router has spoken, in the order of the layers. A probability of NaN means that nothing
-is known; an answer that is NaN throughout, or outside 0 to 1, is taken for a failure. Expert numbers of num_experts or more, as padding has them, stand for none.
+and `observe` after each layer's router has spoken, in the order of the layers. A probability of NaN means that
+nothing is known; an answer that is NaN throughout, or outside 0 to 1, is taken for a failure. Expert numbers of
+num_experts or more, as padding has them, stand for none.
 """
 
 from typing import Protocol
