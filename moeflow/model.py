@@ -154,7 +154,7 @@ def load_moe(
     if policy == "auto":
         policy = "lfru" if predicting is None else "forecast"
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss)
-    tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
+    tap = _tap(loaded, runtime) if predicting is not None and predicting.signal == "residual" else None
     _attach(loaded, runtime, tap)
     if trace is not None:
         try:
@@ -260,6 +260,11 @@ def _host_tier(size: ExpertsSize, host_memory, policy, transient) -> HostTier:
     num_slots = min(budget // size.slot_bytes, size.num_experts)
     pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
     return HostTier(pool, ExpertCache(num_slots, "lfru" if policy == "forecast" else policy, num_transient=transient))
+
+
+def _tap(model, runtime: ExpertRuntime) -> ResidualTap:
+    weak = weakref.ref(runtime)
+    return ResidualTap(model, wanted=lambda: weak() is not None and weak().predicting)
 
 
 def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:

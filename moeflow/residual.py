@@ -5,6 +5,7 @@ torch modules by their shapes, not by their families.
 """
 
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -17,9 +18,11 @@ class ResidualTap:
 
     Args:
         model: a model whose experts were taken off.
+        wanted: whether anybody will ask in the pass under way; until then nothing is kept.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, wanted: Callable[[], bool] = lambda: True):
+        self._wanted = wanted
         self._latest: dict[int, dict] = {}  # layer -> {norm: (its input, its output)} of the pass under way
         self._hooks: dict[int, list] = {}
         self.norms: dict[int, list[torch.nn.Module]] = {}
@@ -51,7 +54,7 @@ class ResidualTap:
         @torch.compiler.disable
         def hook(norm, args, output):
             found = tap()
-            if found is not None and args and isinstance(output, torch.Tensor):
+            if found is not None and found._wanted() and args and isinstance(output, torch.Tensor):
                 found._latest.setdefault(layer, {})[norm] = args[0].detach(), output.detach()
 
         return hook
