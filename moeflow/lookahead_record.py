@@ -26,6 +26,7 @@ class LookaheadRecord:
 
     def begin_pass(self, num_tokens: int) -> None:
         """Say that a pass over so many tokens begins: nothing is said of it yet."""
+        self._tap.listen(True)
         self.lookahead.step(None)
         self._ids = np.full((num_tokens, self.lookahead.num_layers, *self.shape), self._none)
 

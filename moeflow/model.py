@@ -154,7 +154,7 @@ def load_moe(
     if policy == "auto":
         policy = "lfru" if predicting is None else "forecast"
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss)
-    tap = _tap(loaded, runtime) if predicting is not None and predicting.signal == "residual" else None
+    tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     _attach(loaded, runtime, tap)
     if trace is not None:
         try:
@@ -262,11 +262,6 @@ def _host_tier(size: ExpertsSize, host_memory, policy, transient) -> HostTier:
     return HostTier(pool, ExpertCache(num_slots, "lfru" if policy == "forecast" else policy, num_transient=transient))
 
 
-def _tap(model, runtime: ExpertRuntime) -> ResidualTap:
-    weak = weakref.ref(runtime)
-    return ResidualTap(model, wanted=lambda: weak() is not None and weak().predicting)
-
-
 def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
     """Put the runtime behind the model's experts modules and count its passes."""
     for layer, (_, module) in enumerate(hf.experts_modules(model)):
@@ -288,6 +283,8 @@ def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
                 continues=hf.continues_cache(kwargs, ids.shape[1]),
                 token_ids=ids if ids.dim() == 2 else None,
             )
+            if tap is not None:
+                tap.listen(counted().predicting)
 
     model.base_model.register_forward_pre_hook(count_pass, with_kwargs=True)
 

@@ -5,7 +5,6 @@ torch modules by their shapes, not by their families.
 """
 
 import weakref
-from collections.abc import Callable
 
 import torch
 
@@ -18,33 +17,34 @@ class ResidualTap:
 
     Args:
         model: a model whose experts were taken off.
-        wanted: whether anybody will ask in the pass under way; until then nothing is kept.
     """
 
-    def __init__(self, model: torch.nn.Module, wanted: Callable[[], bool] = lambda: True):
-        self._wanted = wanted
+    def __init__(self, model: torch.nn.Module):
         self._latest: dict[int, dict] = {}  # layer -> {norm: (its input, its output)} of the pass under way
-        self._hooks: dict[int, list] = {}
-        self.norms: dict[int, list[torch.nn.Module]] = {}
-        for layer, (path, _) in enumerate(hf.experts_modules(model)):
-            norms = _norms_around(model, path)
-            self.norms[layer] = norms
-            self._hooks[layer] = [norm.register_forward_hook(self._keep(layer)) for norm in norms]
+        self._hooks: list = []
+        self.norms = {layer: _norms_around(model, path) for layer, (path, _) in enumerate(hf.experts_modules(model))}
+
+    def listen(self, wanted: bool) -> None:
+        """Put the hooks on, or take them off: even an idle hook costs a layer some 20 us."""
+        if len(self._hooks) == (sum(map(len, self.norms.values())) if wanted else 0):
+            return
+        self.close()
+        if wanted:
+            for layer, norms in self.norms.items():
+                self._hooks += [norm.register_forward_hook(self._keep(layer)) for norm in norms]
 
     def residual(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return the residual stream [T, H] of the pass whose experts receive hidden_states [T, H], if it was seen."""
         for norm, (before, after) in self._latest.pop(layer, {}).items():
             if after.data_ptr() == hidden_states.data_ptr() and after.numel() == hidden_states.numel():
-                if len(self._hooks[layer]) > 1:
-                    self._keep_only(layer, norm)
+                self.norms[layer] = [norm]  # the others' hooks go with the next pass
                 return before.reshape(hidden_states.shape)
         return None
 
     def close(self) -> None:
         """Take the hooks off."""
-        for hooks in self._hooks.values():
-            for hook in hooks:
-                hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._hooks.clear()
         self._latest.clear()
 
@@ -54,17 +54,10 @@ class ResidualTap:
         @torch.compiler.disable
         def hook(norm, args, output):
             found = tap()
-            if found is not None and found._wanted() and args and isinstance(output, torch.Tensor):
+            if found is not None and args and isinstance(output, torch.Tensor):
                 found._latest.setdefault(layer, {})[norm] = args[0].detach(), output.detach()
 
         return hook
-
-    def _keep_only(self, layer: int, norm: torch.nn.Module) -> None:
-        kept = [hook for hook, other in zip(self._hooks[layer], self.norms[layer], strict=True) if other is norm]
-        for hook in self._hooks[layer]:
-            if hook not in kept:
-                hook.remove()
-        self._hooks[layer], self.norms[layer] = kept, [norm]
 
 
 def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:

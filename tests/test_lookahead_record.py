@@ -60,6 +60,7 @@ def test_recorded_ids_are_what_the_routers_say_early(model, mixtral, tmp_path):
 def test_replayed_ids_are_what_the_live_predictor_said(model, tmp_path):
     attach_recorder(model, tmp_path / "t", lookahead=True)
     live, tap, said = build_lookahead(model, 2), ResidualTap(model), []
+    tap.listen(True)
 
     def ask(layer):
         def hook(module, args):
