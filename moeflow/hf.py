@@ -222,7 +222,7 @@ def num_experts_per_tok(model) -> int:
 
 def router_parameters(block) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Find a MoE block's router: its weight [E, H] and bias [E], each None where there is no single such parameter."""
-    experts = next(module for module in block.children() if hasattr(module, "_apply_gate"))
+    experts = next((module for module in block.children() if hasattr(module, "_apply_gate")), None)
     num_experts = getattr(experts, "num_experts", None)
     found = {
         name: parameter

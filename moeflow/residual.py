@@ -68,14 +68,15 @@ def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:
     """
     routers, biases, eps = [], [], []
     for path, _ in hf.experts_modules(model):
-        block = path.rpartition(".")[0]
-        weight, bias = hf.router_parameters(model.get_submodule(block))
+        weight, bias = hf.router_parameters(model.get_submodule(path.rpartition(".")[0]))
         norms = _norms_around(model, path)
-        routers.append(weight if weight is None or not norms else weight * _scale(norms[-1], weight))
+        if weight is not None:  # a norm of attention heads, or one without a weight, is not what feeds a router
+            norms = [norm for norm in norms if getattr(norm, "weight", None) is not None]
+            norms = [norm for norm in norms if norm.weight.shape == weight.shape[1:]]
+        known = weight is not None and len(norms) > 0
+        routers.append(weight * _scale(norms[-1], weight) if known else None)
         biases.append(bias)
-        eps.append(_eps(norms[-1]) if norms else 0.0)
-        if not norms:
-            routers[-1] = None
+        eps.append(_eps(norms[-1]) if known else 0.0)
     if all(router is None for router in routers):
         return None
     return Lookahead(routers, biases, eps, top_k)
