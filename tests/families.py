@@ -239,7 +239,7 @@ FAMILIES: dict[str, Family] = {
             "inkling2",
             "Inkling2ForConditionalGeneration",
             "stacked, interleaved on disk",
-            text_config={**SWA_HEADS, "d_rel": 4, "rel_extent": 16},
+            text_config={**SWA_HEADS, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 120},
             vision_config={"projection_hidden_dim": 32},
         ),
         _family(
