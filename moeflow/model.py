@@ -71,8 +71,8 @@ def load_moe(
         expert_memory: bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or
             "auto" (all that is free after the rest of the model, inside the process's own memory limit).
         host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
-        policy: which expert goes when a slot is needed: "lru", "lfu", "lfru", "static", "forecast" (the one that is
-            predicted to be needed last), or "auto" ("forecast" where there is a predictor, else "lfru").
+        policy: which expert goes when a slot is needed: "lru", "lfu", "lfru", "static", "forecast" (the one whose slot
+            is worth the least by prediction), or "auto" ("forecast" where there is a predictor, else "lfru").
         predictor: who says which experts are needed next: "auto", a name, a file written by `moeflow predictor
             train`, or None. It never changes a bit of the output, and switches itself off where it does not pay.
         miss: what becomes of an expert that is not on the GPU: "copy" (it comes to the GPU), or "cheapest" (where it
