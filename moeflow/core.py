@@ -58,26 +58,63 @@ class TensorSpec(NamedTuple):
         return size
 
 
+class MatrixSpec(NamedTuple):
+    """A matrix of an expert that is stored in a weight format (`moeflow.kernels.formats`).
+
+    Args:
+        name: parameter name on the experts module; its codes, scales and zeros are tensors of the record.
+        format: name of the format.
+        shape: [N, K]: out features, in features. Always in this order, whatever the module's own is.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+
+
 class RecordLayout(NamedTuple):
-    """How one expert lies in a slot: its tensors, each aligned, and the bytes in all."""
+    """How one expert lies in a slot.
+
+    Args:
+        tensors: what is stored, each aligned.
+        num_bytes: bytes in all.
+        matrices: how tensors make up matrices; empty where every tensor is a parameter as the module has it.
+    """
 
     tensors: tuple[TensorSpec, ...]
     num_bytes: int
+    matrices: tuple[MatrixSpec, ...] = ()
 
     @classmethod
-    def pack(cls, tensors: list[tuple[str, str, tuple[int, ...]]]) -> "RecordLayout":
+    def pack(
+        cls, tensors: list[tuple[str, str, tuple[int, ...]]], matrices: tuple[MatrixSpec, ...] = ()
+    ) -> "RecordLayout":
         """Lay `(name, dtype, shape)` tensors one after another, each at a multiple of 64 bytes."""
         specs, offset = [], 0
         for name, dtype, shape in tensors:
             spec = TensorSpec(name, dtype, tuple(shape), offset)
             specs.append(spec)
             offset = align_up(offset + spec.num_bytes, TENSOR_ALIGNMENT_BYTES)
-        return cls(tuple(specs), offset)
+        return cls(tuple(specs), offset, tuple(matrices))
 
 
 class LayerLayout(NamedTuple):
-    """The routed experts of one MoE layer: module path, how many, and the record of each."""
+    """The routed experts of one MoE layer.
+
+    Args:
+        name: module path.
+        num_experts: how many.
+        record: the record of each; of the largest where they differ.
+        variants: the distinct records, where experts are stored in different formats; else empty.
+        variant_of: [num_experts], which of `variants` an expert has.
+    """
 
     name: str
     num_experts: int
     record: RecordLayout
+    variants: tuple[RecordLayout, ...] = ()
+    variant_of: tuple[int, ...] = ()
+
+    def record_of(self, expert: int) -> RecordLayout:
+        """Return the record of one expert."""
+        return self.variants[self.variant_of[expert]] if self.variants else self.record

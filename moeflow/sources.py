@@ -13,7 +13,7 @@ import torch
 from moeflow import hf
 from moeflow.checkpoint import TensorEntry
 from moeflow.core import LayerLayout, RecordLayout
-from moeflow.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from moeflow.dtypes import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
 from moeflow.errors import CheckpointError, UnsupportedModelError
 from moeflow.layers import Conversion, LayerSource, PieceTable
 
@@ -42,7 +42,7 @@ def _layout(path, module) -> LayerLayout:
     parameters = {name: value for name, value in module._parameters.items() if value is not None}
     num_experts = next(iter(parameters.values())).shape[0]
     for name, value in parameters.items():
-        if value.shape[0] != num_experts or value.dtype not in DTYPE_NAMES:
+        if value.shape[0] != num_experts or not value.dtype.is_floating_point:
             raise UnsupportedModelError(
                 f"{path}.{name} is {value.dtype} {list(value.shape)}: moeflow needs float experts "
                 "stacked along the first "
@@ -106,7 +106,7 @@ def _piece_tables(name, groups, num_experts, place, converter) -> list[PieceTabl
             members = members[place * size : (place + 1) * size]
         entries = [entry for _, entry in members]
         first = entries[0]
-        if first.dtype not in TORCH_DTYPES:
+        if first.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
                 f"{members[0][0]} is stored as {first.dtype}, which this version does not read yet. "
                 "Use the model's float32, bfloat16 or float16 checkpoint."

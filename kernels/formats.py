@@ -1,0 +1,136 @@
+"""Weight formats: how a matrix [N, K] (N out features, K in features) lies in memory, bit by bit.
+
+One format is one row of `FORMATS`. A matrix called `name` is stored as up to three tensors of a record:
+
+- `name`: the codes, uint8 [N, Kp / 32 * 4 * bits]. K is padded to Kp, a multiple of 32 and of the group, and rows follow
+  one another. In a float format: the values themselves, [N, K], and nothing else.
+- `name_scale`: [N, Kp / group_size], float16; [ceil(N / 128), Kp / 128] float32 in fp8; uint8 (E8M0: 2^(byte - 127))
+  [N, Kp / 32] in mxfp4.
+- `name_zero`: [N, Kp / group_size], float16; in asymmetric formats only.
+
+A bias, where there is one, is `name_bias`, [N], in a float dtype.
+
+Codes. Values are packed in blocks of 32 neighbours of one row, 4 * bits bytes a block, so that one load and one shift
+give a whole run of values:
+
+| bits | the bytes of a block of values v0 .. v31 (unsigned codes) | a value |
+|---|---|---|
+| 8 | byte j is v_j, two's complement, -127 .. 127 | v * scale |
+| 4 | byte j (of 16) has v_j in its low half and v_(j+16) in its high half | (v - zero) * scale |
+| 3 | 8 bytes as for 2 bits with v & 3, then 4 bytes as for 1 bit with v >> 2 | (v - zero) * scale |
+| 2 | byte j (of 8) has v_j, v_(j+8), v_(j+16), v_(j+24), from its low bits up | (v - zero) * scale |
+| 1 | bit i of the little-endian 32-bit word is v_i | (2 v - 1) * scale |
+
+Two formats are those of published checkpoints and keep their bytes:
+
+- mxfp4 (OCP microscaling; gpt-oss): byte j of a block has v_(2j) in its low half and v_(2j+1) in its high half; a code is
+  sign (bit 3) and E2M1 magnitude 0, .5, 1, 1.5, 2, 3, 4, 6; a value is that times 2^(scale byte - 127).
+- fp8 (DeepSeek-V3, Qwen3): a byte is an E4M3 float, a value is that times the scale of its 128 x 128 block.
+
+Padding (values beyond K) has any code; a kernel treats the activations there as zero.
+
+Knows names, sizes and shapes. Knows nothing of tensors, files or models.
+"""
+
+from typing import NamedTuple
+
+from moeflow.core import align_up
+from moeflow.errors import ConfigError
+
+BLOCK = 32  # values packed together
+FP8_BLOCK = 128
+
+
+class WeightFormat(NamedTuple):
+    """How the values of a matrix are stored.
+
+    Args:
+        name: as users write it.
+        kind: what a code means: "float", "int" (symmetric integers), "uint" (asymmetric), "sign", "mxfp4" or "fp8".
+        bits: bits of one code.
+        group_size: neighbours in a row that share a scale; 0 for a whole row. Nothing in a float format.
+        dtype: safetensors dtype name of the codes.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    group_size: int = 0
+    dtype: str = "U8"
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether a zero point is stored with every scale."""
+        return self.kind == "uint"
+
+    def padded(self, in_features: int) -> int:
+        """Return Kp: the in features with their padding."""
+        return in_features if self.kind == "float" else align_up(in_features, max(self.group_size, BLOCK))
+
+    def num_groups(self, in_features: int) -> int:
+        """Return the scales a row has."""
+        return self.padded(in_features) // self.group_size if self.group_size else 1
+
+    def tensors(self, name: str, shape: tuple[int, int]) -> list[tuple[str, str, tuple[int, ...]]]:
+        """List the stored tensors of a matrix.
+
+        Args:
+            name: of the matrix.
+            shape: [N, K], as the model has it.
+
+        Returns:
+            (name, safetensors dtype name, shape) in the order in which they lie in a record.
+        """
+        num_rows, in_features = shape
+        if self.kind == "float":
+            return [(name, self.dtype, (num_rows, in_features))]
+        found = [(name, self.dtype, (num_rows, self.padded(in_features) * self.bits // 8))]
+        groups = self.num_groups(in_features)
+        if self.kind == "fp8":
+            return [*found, (f"{name}_scale", "F32", (-(-num_rows // FP8_BLOCK), groups))]
+        found.append((f"{name}_scale", "U8" if self.kind == "mxfp4" else "F16", (num_rows, groups)))
+        if self.has_zeros:
+            found.append((f"{name}_zero", "F16", (num_rows, groups)))
+        return found
+
+    def num_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the bytes of a matrix [N, K] with its scales and zeros."""
+        sizes = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+        return sum(sizes[dtype] * rows * columns for _, dtype, (rows, columns) in self.tensors("", shape))
+
+
+_GROUPS = (32, 64, 128)
+_DEFAULT_GROUP = 64
+
+FORMATS: dict[str, WeightFormat] = {
+    "float64": WeightFormat("float64", "float", 64, dtype="F64"),
+    "float32": WeightFormat("float32", "float", 32, dtype="F32"),
+    "bfloat16": WeightFormat("bfloat16", "float", 16, dtype="BF16"),
+    "float16": WeightFormat("float16", "float", 16, dtype="F16"),
+    "int8": WeightFormat("int8", "int", 8),
+    **{f"int8-g{group}": WeightFormat(f"int8-g{group}", "int", 8, group) for group in _GROUPS},
+    **{f"int{b}-g{group}": WeightFormat(f"int{b}-g{group}", "uint", b, group) for b in (4, 3, 2) for group in _GROUPS},
+    **{f"int1-g{group}": WeightFormat(f"int1-g{group}", "sign", 1, group) for group in _GROUPS},
+    "mxfp4": WeightFormat("mxfp4", "mxfp4", 4, BLOCK),
+    "fp8": WeightFormat("fp8", "fp8", 8, FP8_BLOCK),
+}
+# What a quantiser can write; the others are read from published checkpoints.
+WRITABLE = tuple(name for name, spec in FORMATS.items() if spec.kind in ("int", "uint", "sign"))
+
+
+def find_format(name: str) -> WeightFormat:
+    """Return a format by its name; "int4" alone means groups of 64.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    for candidate in (name, f"{name}-g{_DEFAULT_GROUP}"):
+        if candidate in FORMATS:
+            return FORMATS[candidate]
+    raise ConfigError(
+        f"{name!r} is not a weight format. Allowed: {', '.join(FORMATS)}; int4, int3, int2 and int1 alone have groups "
+        f"of {_DEFAULT_GROUP}."
+    )
+
+
+FORMAT_OF_DTYPE = {spec.dtype: spec for spec in FORMATS.values() if spec.kind == "float"}
