@@ -2,8 +2,8 @@
 
 One format is one row of `FORMATS`. A matrix called `name` is stored as up to three tensors of a record:
 
-- `name`: the codes, uint8 [N, Kp / 32 * 4 * bits]. K is padded to Kp, a multiple of 32 and of the group, and rows follow
-  one another. In a float format: the values themselves, [N, K], and nothing else.
+- `name`: the codes, uint8 [N, Kp / 32 * 4 * bits]. K is padded to Kp, a multiple of 32 and of the group, and rows
+  follow one another. In a float format: the values themselves, [N, K], and nothing else.
 - `name_scale`: [N, Kp / group_size], float16; [ceil(N / 128), Kp / 128] float32 in fp8; uint8 (E8M0: 2^(byte - 127))
   [N, Kp / 32] in mxfp4.
 - `name_zero`: [N, Kp / group_size], float16; in asymmetric formats only.
@@ -23,8 +23,8 @@ give a whole run of values:
 
 Two formats are those of published checkpoints and keep their bytes:
 
-- mxfp4 (OCP microscaling; gpt-oss): byte j of a block has v_(2j) in its low half and v_(2j+1) in its high half; a code is
-  sign (bit 3) and E2M1 magnitude 0, .5, 1, 1.5, 2, 3, 4, 6; a value is that times 2^(scale byte - 127).
+- mxfp4 (OCP microscaling; gpt-oss): byte j of a block has v_(2j) in its low half and v_(2j+1) in its high half; a code
+  is sign (bit 3) and E2M1 magnitude 0, .5, 1, 1.5, 2, 3, 4, 6; a value is that times 2^(scale byte - 127).
 - fp8 (DeepSeek-V3, Qwen3): a byte is an E4M3 float, a value is that times the scale of its 128 x 128 block.
 
 Padding (values beyond K) has any code; a kernel treats the activations there as zero.

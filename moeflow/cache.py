@@ -23,25 +23,33 @@ class ExpertCache:
     own layer, because tokens walk the layers in order: by any common clock the layers that come next look oldest.
 
     Args:
-        num_slots: how many experts fit.
+        num_slots: how many experts fit at most.
         policy: a name in `POLICIES`.
         num_transient: slots the static policy keeps for experts outside its fixed set.
+        sizes: [num_layers][num_experts], what each expert takes of the limit, where experts differ in size and a slot
+            takes no more memory than who sits in it; else each takes one.
     """
 
-    def __init__(self, num_slots: int, policy: str = "lfru", *, num_transient: int = 1):
+    def __init__(
+        self, num_slots: int, policy: str = "lfru", *, num_transient: int = 1, sizes: list[list[int]] | None = None
+    ):
         if policy not in POLICIES:
             raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(POLICIES)}.")
         if num_slots < 1:
             raise ConfigError(f"a cache of {num_slots} slots holds nothing. Give at least 1.")
         self.num_slots = num_slots
-        self.limit = num_slots  # how many of the slots may be used at present
+        # What may be used at present, and what is used: slots, or the sizes of who sits in them.
+        self.limit = num_slots if sizes is None else num_slots * max(map(max, sizes))
+        self.used = 0
         self.forecast: Forecast | None = None  # kept up to date by whoever predicts, None while nobody does
         self.policy = policy
         self.evictions = 0
-        self.last_evicted: ExpertKey | None = None  # by the last reserve()
+        self.evicted: list[ExpertKey] = []  # by the last reserve()
+        self._emptied: set[int] = set()
         self.peak_used = 0
         self.num_transient = num_transient
         self._victim_scores: Callable = POLICIES[policy]
+        self.sizes = sizes
         self._slot_of: dict[ExpertKey, int] = {}
         self._key_of: list[ExpertKey | None] = [None] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
@@ -120,32 +128,33 @@ class ExpertCache:
 
         Args:
             key: the expert.
-            worth: what a slot is worth for the expert by the forecast. Where it is given, an expert that is worth as
-                much is not evicted.
+            worth: what a slot is worth for the expert by the forecast. Where it is given, no expert that is worth as
+                much is evicted.
 
         Returns:
             The slot, or None when no slot may be taken. A pinned slot cannot be evicted.
         """
         assert key not in self._slot_of, f"{key} has a slot already"
-        if self._free and len(self._slot_of) < self.limit:
-            slot = self._free.pop()
-            self.last_evicted = None
-        else:
+        self.evicted, size = [], self.size(key)
+        while not self._free or self.used + size > self.limit:
             slot = self._victim()
             if slot is None:
                 return None
             if worth is not None and self.forecast.worth[self._layer[slot], self._expert[slot]] >= worth:
                 return None
-            self.last_evicted = self._key_of[slot]
-            del self._slot_of[self.last_evicted]
-            self._present[self.last_evicted] = False
+            self.evicted.append(self._key_of[slot])
             self.evictions += 1
+            self._release(slot)
+            self._emptied.add(slot)
+        slot = self._free.pop()  # the one emptied last
+        self._emptied.discard(slot)
+        self.used += size
         self._slot_of[key], self._key_of[slot] = slot, key
         self._state[slot], self._pins[slot], self._blocked[slot] = _LOADING, 1, np.inf
         self._grow(*key)
         self._present[key] = True
         self._layer[slot], self._expert[slot] = key
-        self.peak_used = max(self.peak_used, len(self._slot_of))
+        self.peak_used = max(self.peak_used, self.used)
         return slot
 
     def commit(self, key: ExpertKey) -> int:
@@ -170,19 +179,29 @@ class ExpertCache:
         """How many slots are pinned."""
         return int((self._pins > 0).sum())
 
+    def take_emptied(self) -> list[int]:
+        """Return the slots that evictions have left empty since the last call."""
+        found = list(self._emptied)
+        self._emptied.clear()
+        return found
+
     def set_limit(self, limit: int) -> list[int]:
-        """Allow `limit` slots from now on, evicting by policy what is over it and not pinned.
+        """Allow `limit` slots (or sizes) from now on, evicting by policy what is over it and not pinned.
 
         Returns:
             The slots that became free.
         """
-        self.limit = max(1, min(limit, self.num_slots))
+        self.limit = max(1, limit if self.sizes is not None else min(limit, self.num_slots))
         freed = []
-        while len(self._slot_of) > self.limit and (slot := self._victim()) is not None:
+        while self.used > self.limit and (slot := self._victim()) is not None:
             self._release(slot)
             self.evictions += 1
             freed.append(slot)
         return freed
+
+    def size(self, key: ExpertKey) -> int:
+        """Return what an expert takes of the limit."""
+        return 1 if self.sizes is None else self.sizes[key.layer][key.expert]
 
     def pin(self, key: ExpertKey) -> int:
         """Keep a resident expert where it is until `unpin`; pins count. Returns its slot."""
@@ -224,12 +243,14 @@ class ExpertCache:
         free = (self._state == _RESIDENT) & (self._pins == 0)
         assert np.array_equal(free, self._blocked == 0), "a slot is barred from eviction, or open to it, by mistake"
         assert self._present.sum() == len(self._slot_of), "the map of who is present is stale"
+        assert self.used == sum(map(self.size, self._slot_of)), "what is used does not add up"
         for key, slot in self._slot_of.items():
             assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
 
     def clear(self) -> None:
         """Forget every resident and loading expert; the counts stay."""
         self._slot_of.clear()
+        self.used = 0
         self._key_of[:] = [None] * self.num_slots
         self._free[:] = range(self.num_slots - 1, -1, -1)
         self._state[:], self._pins[:], self._blocked[:], self._present[:] = _FREE, 0, np.inf, False
@@ -256,6 +277,7 @@ class ExpertCache:
 
     def _release(self, slot: int) -> None:
         key, self._key_of[slot] = self._key_of[slot], None
+        self.used -= self.size(key)
         del self._slot_of[key]
         self._present[key] = False
         self._state[slot], self._pins[slot], self._blocked[slot] = _FREE, 0, np.inf
@@ -277,7 +299,7 @@ def _lfru(cache: ExpertCache) -> np.ndarray:
 
 def _static(cache: ExpertCache) -> np.ndarray:
     """The first experts to arrive stay for good; the rest share the transient slots by age."""
-    fixed = np.arange(cache.num_slots) < cache.limit - cache.num_transient
+    fixed = np.arange(cache.num_slots) < min(cache.limit, cache.num_slots) - cache.num_transient
     return np.where(fixed, 1e300, cache.last_event)
 
 

@@ -1,15 +1,13 @@
-"""The function behind transformers' experts interface: route tokens to experts that may not be here yet.
-
-The order in which experts arrive never shows in the result: each token's K outputs are written apart, then summed.
-"""
+"""The function behind transformers' experts interface: route tokens to experts that may not be here yet."""
 
 import weakref
 from contextlib import closing
 
 import torch
 
+from moeflow.compute import ExpertCompute, choose_compute
+from moeflow.dispatch import Dispatch
 from moeflow.errors import ConfigError
-from moeflow.kernels.expert_mlp import combine, expert_mlp
 from moeflow.prediction_loop import Routes
 from moeflow.residual import ResidualTap
 from moeflow.runtime import ExpertRuntime
@@ -33,6 +31,7 @@ class OffloadedExperts:
         self.layer = layer
         self._num_experts = runtime.store.layers[layer].layout.num_experts
         self._module = weakref.ref(module)  # the module holds this object, not the other way round
+        self._computes: dict[torch.dtype, ExpertCompute] = {}
         self._handle = id(self)
         _BY_HANDLE[self._handle] = self
 
@@ -69,8 +68,7 @@ class OffloadedExperts:
                 f"{self.runtime.device}. Do not move a "
                 "model that load_moe returned: give load_moe the device instead."
             )
-        num_tokens, top_k = top_k_index.shape
-        if num_tokens == 0:
+        if top_k_index.shape[0] == 0:
             return torch.zeros_like(hidden_states)
         if self.runtime.recorder is not None:
             self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights, hidden_states)
@@ -78,58 +76,20 @@ class OffloadedExperts:
         if self.runtime.predicting:
             residual = self.tap.residual(self.layer, hidden_states) if self.tap is not None else None
             routes = Routes(top_k_index, top_k_weights, residual)
-        if num_tokens == 1:
-            outputs = self._one_token(hidden_states, top_k_index, routes)
-        else:
-            outputs = self._many_tokens(hidden_states, top_k_index, routes)
-        return combine(outputs.view(num_tokens, top_k, -1), top_k_weights)
+        dispatch = Dispatch(top_k_index, self._num_experts)
+        compute = self._compute(hidden_states.dtype)
+        outputs = compute.begin(hidden_states, dispatch)
+        with closing(self.runtime.serve(self.layer, dispatch.experts, routes, dispatch.num_tokens_of())) as served:
+            for residents in served:
+                compute.run(hidden_states, residents, dispatch, outputs)
+        return compute.end(hidden_states, outputs, top_k_weights)
 
-    def _one_token(self, hidden_states, top_k_index, routes):
-        """Compute one token's K experts. Returns [K, H]."""
-        experts = top_k_index[0].tolist()
-        outputs = [None] * len(experts)
-        with closing(self.runtime.serve(self.layer, self._distinct(experts), routes)) as served:
-            for expert, weights in served:
-                outputs[experts.index(expert)] = self._mlp(hidden_states, weights)
-        if any(output is None for output in outputs):  # experts that stand for none, or (never seen) one expert twice
-            zero = torch.zeros_like(hidden_states)
-            outputs = [outputs[experts.index(e)] if e < self._num_experts else zero for e in experts]
-        return torch.cat(outputs)
-
-    def _many_tokens(self, hidden_states, top_k_index, routes):
-        """Compute every expert once, on all its tokens. Returns [T * K, H]."""
-        num_tokens, top_k = top_k_index.shape
-        flat = top_k_index.reshape(-1)
-        order = flat.argsort(stable=True)  # places in [T * K], grouped by expert, tokens in order
-        counts = torch.bincount(flat, minlength=self._num_experts).tolist()
-        starts, start = {}, 0
-        for expert, count in enumerate(counts):
-            if count and expert < self._num_experts:
-                starts[expert] = start
-            start += count
-        outputs = hidden_states.new_zeros(num_tokens * top_k, hidden_states.shape[-1])
-        num_tokens_of = [counts[expert] for expert in starts]
-        with closing(self.runtime.serve(self.layer, list(starts), routes, num_tokens_of)) as served:
-            for expert, weights in served:
-                places = order[starts[expert] : starts[expert] + counts[expert]]
-                outputs[places] = self._mlp(hidden_states[places // top_k], weights)
-        return outputs
-
-    def _distinct(self, experts):
-        return [expert for expert in dict.fromkeys(experts) if expert < self._num_experts]
-
-    def _mlp(self, hidden_states, weights):
-        """Run one expert on [n, H] tokens where its weights are. Returns [n, H] where the tokens are."""
-        module = self._module()
-        place = weights["down_proj"].device
-        output = expert_mlp(
-            hidden_states.to(place),
-            weights,
-            activation=module._apply_gate if module.has_gate else module.act_fn,
-            is_transposed=module.is_transposed,
-        ).to(hidden_states.device)
-        # The norm's own weight stays on the device.
-        return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
+    def _compute(self, dtype: torch.dtype) -> ExpertCompute:
+        found = self._computes.get(dtype)
+        if found is None:
+            records = self.runtime.records(self.layer)
+            found = self._computes[dtype] = choose_compute(self._module(), records, self.runtime.device, dtype)
+        return found
 
 
 class _NoBackward(torch.autograd.Function):

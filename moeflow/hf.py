@@ -209,6 +209,11 @@ def experts_modules(model) -> list[tuple[str, torch.nn.Module]]:
     return found
 
 
+def transposed(model) -> list[bool]:
+    """Tell for each experts module whether it stores its matrices [in, out]."""
+    return [bool(module.is_transposed) for _, module in experts_modules(model)]
+
+
 def num_experts_per_tok(model) -> int:
     """Return the largest number of experts a token is routed to, as the routers and the config name it."""
     owners = [model.config, model.config.get_text_config(decoder=True)]

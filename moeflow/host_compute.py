@@ -6,11 +6,10 @@ nothing of the device's slots. Its logic is tested on the CPU; what it gains is 
 
 import time
 
-import torch
-
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, RecordLayout
 from moeflow.misses import MissSplit
+from moeflow.pool import Resident
 from moeflow.transfer import HostTier, Transfers
 
 
@@ -61,11 +60,11 @@ class HostCompute:
         self._num_tokens = {key: num_tokens[key] for key in chosen}
         return chosen
 
-    def begin(self, key: ExpertKey, record: RecordLayout) -> dict[str, torch.Tensor]:
-        """Return the weights of a chosen expert, in host memory, and start the clock."""
+    def begin(self, key: ExpertKey, record: RecordLayout) -> Resident:
+        """Return where a chosen expert lies in host memory, and start the clock."""
         self._beside = self._transfers.compute_beside()
         self._began_s = time.perf_counter()
-        return self._host.pool.views(self._host.cache.slot(key), record)
+        return Resident(key.expert, self._host.pool, self._host.cache.slot(key), record)
 
     def end(self, key: ExpertKey, num_bytes: int) -> float:
         """Say that an expert was computed, which frees its host slot; return the seconds it took."""

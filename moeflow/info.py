@@ -31,10 +31,12 @@ def describe_model(model: str | Path) -> dict:
     packed = (folder / PACKED_FILE).is_file()
     layers = read_packed(folder, map_layouts(empty)) if packed else map_experts(empty, checkpoint.tensors)
     feeding = set() if packed else expert_tensor_names(empty, checkpoint.tensors)
-    size = ExpertsSize.of([(s.layout.num_experts, s.layout.record) for s in layers], hf.num_experts_per_tok(empty))
+    size = ExpertsSize.of([source.layout for source in layers], hf.num_experts_per_tok(empty))
     dense = sum(entry.num_bytes for name, entry in checkpoint.tensors.items() if name not in feeding)
     counts = sorted({source.layout.num_experts for source in layers})
-    records = sorted({source.layout.record.num_bytes for source in layers})
+    records = {record for source in layers for record in source.layout.variants or (source.layout.record,)}
+    record_bytes = sorted({record.num_bytes for record in records})
+    formats = sorted({spec.format for record in records for spec in record.matrices})
     text = config.get_text_config(decoder=True)
     return {
         "model": str(model),
@@ -45,8 +47,8 @@ def describe_model(model: str | Path) -> dict:
         "experts_per_layer": counts[0] if len(counts) == 1 else counts,
         "num_experts_per_tok": size.num_experts_per_tok,
         "num_experts": size.num_experts,
-        "dtype": layers[0].layout.record.tensors[0].dtype,
-        "expert_bytes": records[0] if len(records) == 1 else records,
+        "dtype": ", ".join(formats) or layers[0].layout.record.tensors[0].dtype,
+        "expert_bytes": record_bytes[0] if len(record_bytes) == 1 else record_bytes,
         "experts_bytes": size.all_bytes,
         "dense_bytes": dense,
         "minimum_bytes": size.min_bytes,
@@ -61,11 +63,11 @@ def describe_model(model: str | Path) -> dict:
 
 def _budget(size: ExpertsSize, num_layers: int, share: float) -> dict:
     num_bytes = int(size.all_bytes * share / 100)
-    slots = min(num_bytes // size.slot_bytes, size.num_experts)
+    slots = size.num_experts * num_bytes // size.all_bytes  # on average, where experts differ in size
     return {
         "share_percent": share,
         "bytes": num_bytes,
         "slots": slots,
         "resident_experts_per_layer": round(slots / num_layers, 2),
-        "runs": slots >= size.min_slots,
+        "runs": num_bytes >= size.min_bytes,
     }

@@ -1,11 +1,13 @@
 """Where each expert's bytes come from: the plan a checkpoint or a packed file hands to the ExpertStore.
 
-Pure numbers: no torch, no transformers, no open file.
+Pure numbers and bytes: no torch, no transformers, no open file.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from moeflow.core import LayerLayout
 
@@ -16,9 +18,10 @@ class PieceTable(NamedTuple):
     Args:
         dtype: safetensors dtype name of the piece on disk.
         shape: shape of one expert's piece.
-        num_bytes: bytes of one piece.
+        num_bytes: bytes of one piece; of the largest where `sizes` is given.
         files: [num_experts], file numbers.
         begins: [num_experts], absolute byte offsets.
+        sizes: [num_experts], bytes of each expert's piece, where they differ.
     """
 
     dtype: str
@@ -26,6 +29,11 @@ class PieceTable(NamedTuple):
     num_bytes: int
     files: array
     begins: array
+    sizes: array | None = None
+
+    def bytes_of(self, expert: int) -> int:
+        """Return the bytes of one expert's piece."""
+        return self.num_bytes if self.sizes is None else self.sizes[expert]
 
 
 class Conversion(NamedTuple):
@@ -54,3 +62,24 @@ class LayerSource(NamedTuple):
     copies: tuple[tuple[PieceTable, int], ...]
     conversions: tuple[Conversion, ...]
     crc32: array | None = None
+
+    def pieces(self) -> Iterator[PieceTable]:
+        """Yield every piece table, those that are copied first."""
+        for table, _ in self.copies:
+            yield table
+        for conversion in self.conversions:
+            yield from conversion.pieces
+
+    def fill(self, expert: int, pieces: list[np.ndarray], record: np.ndarray) -> None:
+        """Make an expert's record of its raw pieces.
+
+        Args:
+            expert: which one.
+            pieces: uint8 arrays in the order of `pieces()`.
+            record: uint8 [>= record.num_bytes], written.
+        """
+        raw = iter(pieces)
+        for table, offset in self.copies:
+            record[offset : offset + table.bytes_of(expert)] = next(raw)
+        for conversion in self.conversions:
+            conversion.convert(expert, [next(raw) for _ in conversion.pieces], record)

@@ -104,8 +104,9 @@ class LinkReplay:
         for key in absent:
             while cache.reserve(key) is None:
                 self._give_way(keys)
-            if self._predicting and cache.last_evicted is not None:
-                self.prefetcher.ledger.evict(cache.last_evicted)
+            if self._predicting:
+                for gone in cache.evicted:
+                    self.prefetcher.ledger.evict(gone)
             self._copy(key)
         ready_s = max([self.now_s] + [self._arrivals[key] for key in in_flight + absent])
         if self._predicting:

@@ -47,7 +47,7 @@ class PrefetchLedger:
         self.net_s = 0.0  # saved less cost
         self.missed = 0  # demands that no prefetch had covered
 
-    def start(self, key: ExpertKey, distance: int, evicted: ExpertKey | None) -> None:
+    def start(self, key: ExpertKey, distance: int, evicted: list[ExpertKey]) -> None:
         """Enter a prefetch that has been started and whom it evicted."""
         place = (key.layer, min(distance, self.num_distances) - 1)
         self.issued[place] += 1
@@ -55,9 +55,9 @@ class PrefetchLedger:
         self._pending[key] = place
         self._by_layer.setdefault(key.layer, set()).add(key)
         self._evicted.pop(key, None)
-        if evicted is not None:
-            self._evicted[evicted] = place
-            self.evict(evicted)
+        for gone in evicted:
+            self._evicted[gone] = place
+            self.evict(gone)
 
     def evict(self, key: ExpertKey) -> None:
         """Enter that an expert was evicted, for whatever reason."""

@@ -11,6 +11,8 @@ from moeflow import hardware, hf
 from moeflow.cache import POLICIES, ExpertCache
 from moeflow.checkpoint import open_checkpoint
 from moeflow.config import ExpertsSize, MemorySize, parse_memory
+from moeflow.core import PAGE_BYTES
+from moeflow.dense import speed_up_dense
 from moeflow.errors import BudgetError, CheckpointError, ConfigError
 from moeflow.experts import OffloadedExperts
 from moeflow.governor import Governor
@@ -22,6 +24,7 @@ from moeflow.packed import PACKED_FILE, read_packed
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop
 from moeflow.prefetch import Prefetcher
+from moeflow.quantized import quantize_sources, writable_format
 from moeflow.recorder import attach_recorder
 from moeflow.residual import ResidualTap
 from moeflow.runtime import ExpertRuntime
@@ -37,7 +40,7 @@ _READ_THREADS = 4
 _MISS = ("copy", "cheapest")
 _REFUSED = {
     "device_map": "give device= instead: the dense weights go to one device",
-    "quantization_config": "quantised experts are not supported yet",
+    "quantization_config": "a quantised checkpoint is read as it is; quantization= quantises another's experts",
     "experts_implementation": "load_moe is an experts implementation itself",
     "state_dict": "weights are read from the checkpoint only",
     "gguf_file": "GGUF checkpoints are not supported: use safetensors",
@@ -56,6 +59,7 @@ def load_moe(
     dtype: str | torch.dtype = "auto",
     expert_memory: MemorySize = "auto",
     host_memory: MemorySize = "auto",
+    quantization: str | None = None,
     policy: str = "auto",
     predictor: str | Path | None = "auto",
     miss: str = "copy",
@@ -71,6 +75,9 @@ def load_moe(
         expert_memory: bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or
             "auto" (all that is free after the rest of the model, inside the process's own memory limit).
         host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
+        quantization: a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2", or
+            with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk: where not
+            all experts fit, write them once with `moeflow quantize`, and load that folder.
         policy: which expert goes when a slot is needed: "lru", "lfu", "lfru", "static", "forecast" (the one whose slot
             is worth the least by prediction), or "auto" ("forecast" where there is a predictor, else "lfru").
         predictor: who says which experts are needed next: "auto", a name, a file written by `moeflow predictor
@@ -103,6 +110,8 @@ def load_moe(
             f"miss={miss!r} chooses between copying an expert to the GPU and computing it in host memory, and this "
             'model runs on the CPU, where both are one. Leave miss="copy".'
         )
+    if quantization is not None:
+        quantization = writable_format(quantization).name
     for name, remedy in _REFUSED.items():
         if hf_kwargs.get(name) is not None:
             raise ConfigError(f"load_moe does not take {name}: {remedy}.")
@@ -133,8 +142,11 @@ def load_moe(
             plan.layers = read_packed(folder, map_layouts(empty))
         else:
             plan.layers = map_experts(empty, checkpoint.tensors)
+        if quantization is not None:
+            formats = [[quantization] * source.layout.num_experts for source in plan.layers]
+            plan.layers = quantize_sources(plan.layers, formats, hf.transposed(empty))
         plan.size = ExpertsSize.of(
-            [(source.layout.num_experts, source.layout.record) for source in plan.layers], hf.num_experts_per_tok(empty)
+            [source.layout for source in plan.layers], hf.num_experts_per_tok(empty), whole_slots=device.type != "cpu"
         )
         if expert_memory != "auto":  # refuse before anything large is read
             plan.size.slots_for(parse_memory(expert_memory, name="expert_memory", whole_bytes=plan.size.all_bytes))
@@ -149,6 +161,8 @@ def load_moe(
             "The checkpoint is incomplete: download it again."
         )
     hf.own_dense_weights(loaded)
+    if device.type == "cpu":
+        speed_up_dense(loaded)
     files = [folder / PACKED_FILE] if packed else checkpoint.files
     predicting = build_predictor(predictor, loaded, plan.layers, plan.size.num_experts_per_tok)
     if policy == "auto":
@@ -206,11 +220,13 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
     else:
         budget = parse_memory(expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
     num_slots, streams, host = size.slots_for(budget), HostStreams(), None
-    first_slots = num_slots
+    # What the cache counts in: slots, or the pages of experts that differ in size.
+    unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
     if expert_memory == "auto" and device.type == "cpu":
         # The pool may grow later: its pages are taken from the system only as experts arrive.
-        num_slots = max(num_slots, min(size.num_experts, hardware.memory_limit_bytes() // size.slot_bytes))
-        governor = Governor(size.slot_bytes, size.min_slots, num_slots)
+        most = min(max(budget, hardware.memory_limit_bytes()), size.all_bytes)
+        num_slots = size.slots_for(most)
+        governor = Governor(unit, size.min_bytes // unit, most // unit)
     transient = size.num_experts_per_tok + 1
     pools = []
     try:
@@ -219,8 +235,8 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
             streams = CudaStreams(device)
             host = _host_tier(size, host_memory, policy, transient)
             pools.append(host.pool)
-        cache = ExpertCache(num_slots, policy, num_transient=transient)
-        cache.set_limit(first_slots)
+        cache = ExpertCache(num_slots, policy, num_transient=transient, sizes=size.pages)
+        cache.set_limit(limit)
         store = ExpertStore(files, plan.layers)
         prediction = None
         if predictor is not None:

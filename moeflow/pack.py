@@ -21,9 +21,10 @@ import numpy as np
 
 from moeflow import hf
 from moeflow.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
-from moeflow.core import PAGE_BYTES, ExpertKey, align_up
+from moeflow.core import ExpertKey, align_up
 from moeflow.errors import ConfigError, MoeflowError
-from moeflow.packed import PACKED_FILE, header_bytes, record_offsets
+from moeflow.layers import LayerSource
+from moeflow.packed import PACKED_FILE, header_bytes, record_offsets, stride
 from moeflow.sources import expert_tensor_names, map_experts
 from moeflow.store import ExpertStore
 
@@ -53,22 +54,57 @@ def pack_model(model: str | Path, out: str | Path, *, progress: Progress | None 
         MoeflowError: the disk became full or failed; `out` is not there, `OUT.partial` continues on the next run.
     """
     folder, out = hf.resolve_folder(model), Path(out)
+    check_output(folder, out)
+    checkpoint = open_checkpoint(folder)
+    empty = hf.empty_model(hf.load_config(folder))
+    feeding = expert_tensor_names(empty, checkpoint.tensors)
+    return write_packed(checkpoint, map_experts(empty, checkpoint.tensors), feeding, out, progress=progress)
+
+
+def check_output(folder: Path, out: Path) -> None:
+    """Refuse what cannot be packed, before anything is read.
+
+    Raises:
+        ConfigError: `out` exists, or `folder` is packed already.
+    """
     if out.exists():
         raise ConfigError(f"{out} exists. Give a folder that does not, or remove it.")
     if (folder / PACKED_FILE).exists():
         raise ConfigError(f"{folder} is packed already.")
-    checkpoint = open_checkpoint(folder)
-    empty = hf.empty_model(hf.load_config(folder))
-    layers = map_experts(empty, checkpoint.tensors)
-    dense = [name for name in checkpoint.tensors if name not in expert_tensor_names(empty, checkpoint.tensors)]
+
+
+def write_packed(
+    checkpoint: Checkpoint,
+    layers: list[LayerSource],
+    feeding: set[str],
+    out: Path,
+    *,
+    settings: str = "",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a folder of records and of all tensors that feed no expert.
+
+    Args:
+        checkpoint: where everything comes from.
+        layers: [num_layers], how records are made.
+        feeding: names of the tensors that feed experts.
+        out: the folder to write.
+        settings: what else decides the records' bytes; a partial folder of other settings is not continued.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        ConfigError, MoeflowError: as pack_model.
+    """
+    folder = checkpoint.folder
+    dense = [name for name in checkpoint.tensors if name not in feeding]
     layouts = [source.layout for source in layers]
     partial = out.with_name(out.name + ".partial")
-    identity = _identity(checkpoint, layouts)
+    identity = _identity(checkpoint, layouts, settings)
     done = _resume(partial, identity)
 
-    offsets = record_offsets(layouts, len(header_bytes(layouts)))
+    _, experts_end = record_offsets(layouts, len(header_bytes(layouts)))
     dense_bytes = sum(checkpoint.tensors[name].num_bytes for name in dense)
-    total = dense_bytes + offsets[-1]
+    total = dense_bytes + experts_end
     _check_space(partial, total, fresh=not done)
     report = _Report(progress, total)
     try:
@@ -83,8 +119,7 @@ def pack_model(model: str | Path, out: str | Path, *, progress: Progress | None 
     except OSError as error:
         raise MoeflowError(
             f"{out} could not be written: {error.strerror or error}. What is done is kept in "
-            f"{partial}: make room and run the "
-            "same command again, or remove that folder."
+            f"{partial}: make room and run the same command again, or remove that folder."
         ) from error
     return out
 
@@ -101,10 +136,10 @@ class _Report:
             self._progress(self._done, self._total)
 
 
-def _identity(checkpoint: Checkpoint, layouts) -> str:
+def _identity(checkpoint: Checkpoint, layouts, settings: str) -> str:
     """Name the inputs: a partial folder of other inputs must not be continued."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    return hashlib.sha256(json.dumps([files, layouts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, layouts, settings]).encode()).hexdigest()
 
 
 def _resume(partial: Path, identity: str) -> list[int]:
@@ -170,19 +205,18 @@ def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _
 
 def _write_experts(checkpoint, layers, partial, done, report) -> None:
     layouts = [source.layout for source in layers]
-    offsets = record_offsets(layouts, len(header_bytes(layouts)))
+    offsets, end = record_offsets(layouts, len(header_bytes(layouts)))
     keys = [ExpertKey(number, expert) for number, layout in enumerate(layouts) for expert in range(layout.num_experts)]
-    strides = [align_up(layout.record.num_bytes, PAGE_BYTES) for layout in layouts]
     sums = list(done)
-    report.add(sum(strides[key.layer] for key in keys[: len(done)]))
+    report.add(sum(stride(layouts[key.layer], key.expert) for key in keys[: len(done)]))
     file, store = partial / PACKED_FILE, ExpertStore(checkpoint.files, layers)
     threads = ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="moeflow-pack")
     try:
         with open(file, "r+b" if file.exists() else "w+b") as target, open(partial / _JOURNAL, "a") as journal:
-            target.truncate(offsets[-1])
+            target.truncate(end)
 
             def read(key):
-                record = np.zeros(strides[key.layer], np.uint8)
+                record = np.zeros(stride(layouts[key.layer], key.expert), np.uint8)
                 store.read(key, record)
                 return record
 
@@ -192,12 +226,9 @@ def _write_experts(checkpoint, layers, partial, done, report) -> None:
                 waiting.append((key, threads.submit(read, key)))
                 if len(waiting) < _READS_IN_FLIGHT:
                     continue
-                sums.append(_write_record(target, journal, layouts, offsets, strides, *waiting.popleft()))
-                report.add(strides[key.layer])
+                sums.append(_write_record(target, journal, layouts, offsets, report, *waiting.popleft()))
             while waiting:
-                key, future = waiting.popleft()
-                sums.append(_write_record(target, journal, layouts, offsets, strides, key, future))
-                report.add(strides[key.layer])
+                sums.append(_write_record(target, journal, layouts, offsets, report, *waiting.popleft()))
             os.fsync(target.fileno())
             sums_by_layer, sums = [], iter(sums)
             for layout in layouts:
@@ -211,12 +242,13 @@ def _write_experts(checkpoint, layers, partial, done, report) -> None:
         store.close()
 
 
-def _write_record(target, journal, layouts, offsets, strides, key, future) -> int:
+def _write_record(target, journal, layouts, offsets, report, key, future) -> int:
     record = future.result()
-    target.seek(offsets[key.layer] + key.expert * strides[key.layer])
+    target.seek(offsets[key.layer][key.expert])
     target.write(record)
     target.flush()
-    value = zlib.crc32(record[: layouts[key.layer].record.num_bytes])
+    value = zlib.crc32(record[: layouts[key.layer].record_of(key.expert).num_bytes])
     journal.write(f"{value:08x}\n")  # after the record: what the journal names is in the file
     journal.flush()
+    report.add(record.nbytes)
     return value

@@ -6,6 +6,7 @@ Knows where a slot's bytes are and how to look at them as tensors. Knows nothing
 import contextlib
 import ctypes
 import mmap
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ import torch
 from moeflow.core import PAGE_BYTES, RecordLayout, align_up
 from moeflow.dtypes import TORCH_DTYPES
 from moeflow.errors import BudgetError
+
+# Pages come from the system as experts arrive; where these differ in size, never as many as there is room for.
+_ARENA_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
 def slot_bytes(record_bytes: int) -> int:
@@ -40,12 +44,13 @@ class SlotPool:
         self.num_bytes = num_slots * self.stride
         self.device = torch.device(device)
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._filled = [0] * num_slots  # bytes of each slot that may have pages
         self._registered = False
         self._arena: mmap.mmap | None = None
         try:
             if self.device.type == "cpu":
                 # mmap: page-aligned, and the system hands out pages only as experts arrive.
-                arena = self._arena = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                arena = self._arena = mmap.mmap(-1, self.num_bytes, flags=_ARENA_FLAGS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     with contextlib.suppress(OSError):  # a kernel without huge pages
                         arena.madvise(mmap.MADV_HUGEPAGE)
@@ -60,6 +65,7 @@ class SlotPool:
                 f"{self.device} ({error}). "
                 "Give a smaller expert_memory or host_memory."
             ) from error
+        self.address = self.tensor.data_ptr()
         if pinned:
             self._register()
 
@@ -77,10 +83,17 @@ class SlotPool:
             }
         return found
 
+    def fit(self, slot: int, num_bytes: int) -> None:
+        """Say that the slot will hold this much, and give pages beyond it back to the system; host memory only."""
+        needed = slot_bytes(num_bytes)
+        if self._filled[slot] > needed:
+            self._arena.madvise(mmap.MADV_DONTNEED, slot * self.stride + needed, self._filled[slot] - needed)
+        self._filled[slot] = needed
+
     def discard(self, slots: list[int]) -> None:
         """Give the pages of empty slots back to the system until they are written again; host memory only."""
         for slot in slots:
-            self._arena.madvise(mmap.MADV_DONTNEED, slot * self.stride, self.stride)
+            self.fit(slot, 0)
 
     def close(self) -> None:
         """Unregister and release the memory; views held elsewhere keep it alive until they go."""
@@ -100,3 +113,21 @@ class SlotPool:
                 "most half of the RAM: give a smaller host_memory."
             )
         self._registered = True
+
+
+class Resident(NamedTuple):
+    """An expert's weights where they lie, valid while whoever handed it out keeps the slot pinned."""
+
+    expert: int
+    pool: SlotPool
+    slot: int
+    record: RecordLayout
+
+    @property
+    def address(self) -> int:
+        """Where its record begins in memory."""
+        return self.pool.address + self.slot * self.pool.stride
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what its record holds, by name, without a copy."""
+        return self.pool.views(self.slot, self.record)

@@ -110,9 +110,9 @@ class PredictionLoop:
         """Enter that a prefetch was taken back or failed."""
         self._prefetcher.ledger.drop(key)
 
-    def evicted(self, key: ExpertKey | None) -> None:
-        """Enter that a demanded expert took the slot of this one."""
-        if key is not None:
+    def evicted(self, keys: list[ExpertKey]) -> None:
+        """Enter that a demanded expert took the room of these."""
+        for key in keys:
             self._prefetcher.ledger.evict(key)
 
     def clear(self) -> None:

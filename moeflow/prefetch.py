@@ -114,8 +114,10 @@ class Prefetcher:
                 continue
             slot = self._cache.reserve(key, worth=self._forecast.worth[key])
             if slot is not None:
-                self.ledger.start(key, distance, self._cache.last_evicted)
+                self.ledger.start(key, distance, self._cache.evicted)
                 return key, slot
+            for gone in self._cache.evicted:
+                self.ledger.evict(gone)
         return None
 
     def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:

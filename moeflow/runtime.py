@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 
 from moeflow.cache import ExpertCache
-from moeflow.core import ExpertKey, Tier
+from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, Tier
 from moeflow.errors import ClosedModelError, ExpertReadError
 from moeflow.governor import Governor
 from moeflow.hardware import process_memory_bytes
 from moeflow.host_compute import HostCompute
 from moeflow.misses import MissSplit
-from moeflow.pool import SlotPool
+from moeflow.pool import Resident, SlotPool
 from moeflow.prediction_loop import PredictionLoop, Routes
 from moeflow.predictors.protocol import Predictor
 from moeflow.recorder import TraceRecorder
@@ -88,6 +88,7 @@ class ExpertRuntime:
         self._prediction = prediction
         self._pool = pool
         self._slot_bytes = pool.stride
+        self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of what the cache counts
         self._host = host
         self._streams = streams
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
@@ -97,9 +98,15 @@ class ExpertRuntime:
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._stats = Stats()
         self._lock = threading.RLock()
-        # Equal layouts become one object, so that layers share the tensor views of a slot.
-        layouts: dict = {}
-        self._records = [layouts.setdefault(source.layout.record, source.layout.record) for source in store.layers]
+        # Equal records become one object, so that layers share the tensor views of a slot.
+        records: dict = {}
+        self._records = [
+            [
+                records.setdefault(record, record)
+                for record in map(source.layout.record_of, range(source.layout.num_experts))
+            ]
+            for source in store.layers
+        ]
         parts = _Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
         self._release = weakref.finalize(self, _Parts.release, parts)
 
@@ -124,6 +131,10 @@ class ExpertRuntime:
         """Whether somebody wants to see the routes of the pass under way."""
         return self._prediction is not None and self._prediction.watching
 
+    def records(self, layer: int) -> list[RecordLayout]:
+        """Return how each expert of a layer is stored; equal records are one object."""
+        return self._records[layer]
+
     def close(self) -> None:
         """Stop the threads, close the files, release every slot. The model cannot run afterwards."""
         with self._lock:
@@ -145,7 +156,7 @@ class ExpertRuntime:
             self._stats.begin_forward(num_sequences, num_positions, continues=continues)
             if self._governor is not None and not self.closed:
                 self._mend()
-                limit = self._governor.slots(len(self.cache), self.cache.limit, now=not continues)
+                limit = self._governor.slots(self.cache.used, self.cache.limit, now=not continues)
                 evictions = self.cache.evictions
                 self._torn = True
                 self._pool.discard(self.cache.set_limit(limit))
@@ -164,11 +175,12 @@ class ExpertRuntime:
         experts: list[int],
         routes: Routes | None = None,
         num_tokens: list[int] | None = None,
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Yield every demanded expert once with its weights: resident ones first, then as they arrive.
+    ) -> Iterator[list[Resident]]:
+        """Yield every demanded expert once, where it lies: the resident ones together, then others as they arrive.
 
+        Where experts wait for a slot, each resident one is yielded alone, so that its slot is free as soon as may be.
         Where the split of misses says so, weights come from the host tier instead of the device, before all others:
-        copies run beside what the CPU does. The weights are valid until the next expert is asked for. Closing the
+        copies run beside what the CPU does. What was yielded is valid until more is asked for. Closing the
         iterator early is safe at any point: copies still in flight end by themselves and become resident.
 
         Args:
@@ -198,19 +210,24 @@ class ExpertRuntime:
         """Return what has happened since loading or the last reset_stats(), with units in the names."""
         with self._lock:
             now, peak = process_memory_bytes()
-            host, slot_bytes = self._host, self._slot_bytes
+            host, slot_bytes, unit_bytes = self._host, self._slot_bytes, self._unit_bytes
             return {
                 "device": str(self.device),
                 "policy": self.cache.policy,
-                "slots": self.cache.limit,
+                "slots": min(self.cache.limit, self.cache.num_slots),
                 "num_experts": sum(source.layout.num_experts for source in self.store.layers),
                 "prefill": self._stats.prefill.as_dict(),
                 "decode": self._stats.decode.as_dict(),
                 "memory": {
-                    "expert_budget_bytes": self._budget_bytes or self.cache.limit * slot_bytes,
-                    "all_experts_bytes": sum(s.layout.num_experts for s in self.store.layers) * slot_bytes,
-                    "device_bytes": len(self.cache) * slot_bytes,
-                    "device_peak_bytes": self.cache.peak_used * slot_bytes,
+                    "expert_budget_bytes": self._budget_bytes or self.cache.limit * unit_bytes,
+                    "all_experts_bytes": unit_bytes
+                    * sum(
+                        self.cache.size(ExpertKey(layer, expert))
+                        for layer, records in enumerate(self._records)
+                        for expert in range(len(records))
+                    ),
+                    "device_bytes": self.cache.used * unit_bytes,
+                    "device_peak_bytes": self.cache.peak_used * unit_bytes,
                     "host_bytes": len(host.cache) * slot_bytes if host else 0,
                     "host_peak_bytes": host.cache.peak_used * slot_bytes if host else 0,
                     "staging_bytes": self.store.staging_bytes,
@@ -228,7 +245,7 @@ class ExpertRuntime:
             self._stats.reset()
             if self._prediction is not None:
                 self._prediction.reset_stats()
-            self.cache.peak_used = len(self.cache)
+            self.cache.peak_used = self.cache.used
             if self._host is not None:
                 self._host.cache.peak_used = len(self._host.cache)
 
@@ -254,7 +271,7 @@ class ExpertRuntime:
             self._torn = False
 
     def _serve(self, layer, keys, routes, num_tokens):
-        stats, cache, record = self._stats.now, self.cache, self._records[layer]
+        stats, cache, records = self._stats.now, self.cache, self._records[layer]
         if self._host_compute is not None:
             self._settle_unwanted()
         cache.touch(keys)
@@ -268,7 +285,7 @@ class ExpertRuntime:
         on_host = []
         if self._host_compute is not None:
             num_tokens = dict(zip(keys, num_tokens, strict=True))
-            on_host = self._host_compute.choose(absent, num_tokens, cache, record.num_bytes)
+            on_host = self._host_compute.choose(absent, num_tokens, cache, self._slot_bytes)
         to_start, resident = deque(key for key in absent if key not in on_host), held.copy()
         waiting = {*to_start, *in_flight}
         went_on, stall_s = bool(waiting and (held or on_host)), stats.stall_s
@@ -289,23 +306,31 @@ class ExpertRuntime:
             if self._prediction is not None and routes is not None:
                 self._prediction.observe(layer, routes, stats)
                 arrive(self._prefetch(waiting))
-            yield from self._serve_from_host(on_host, record, stats)
+            yield from self._serve_from_host(on_host, records, stats)
             while resident or waiting:
                 if not resident:
                     self._start(to_start)
                     arrive(self._await_one(waiting, stats))
                     continue
-                key = resident.pop()
-                slot = cache.slot(key)
-                # The stream of this call may be another than that of the call that had the expert copied or used it.
-                self._streams.wait(self._ready[slot])
-                self._streams.wait(self._last_use[slot])
+                batch = [resident.pop()] if to_start else resident[::-1]
+                if not to_start:
+                    resident.clear()
+                slots = [cache.slot(key) for key in batch]
+                for slot in slots:
+                    # This call's stream may be another than that of the call that had the expert copied or used it.
+                    self._streams.wait(self._ready[slot])
+                    self._streams.wait(self._last_use[slot])
                 begin = time.perf_counter()
-                yield key.expert, self._pool.views(slot, record)
+                yield [
+                    Resident(key.expert, self._pool, slot, records[key.expert])
+                    for key, slot in zip(batch, slots, strict=True)
+                ]
                 stats.compute_s += time.perf_counter() - begin
-                self._last_use[slot] = self._streams.compute_event()
-                cache.unpin(key)
-                held.remove(key)
+                event = self._streams.compute_event()
+                for key, slot in zip(batch, slots, strict=True):
+                    self._last_use[slot] = event
+                    cache.unpin(key)
+                    held.remove(key)
                 if to_start:
                     self._start(to_start)
                 elif self._prediction is not None:
@@ -325,10 +350,11 @@ class ExpertRuntime:
             if self._host_compute is not None:
                 self._host_compute.release()
 
-    def _serve_from_host(self, on_host: list[ExpertKey], record, stats):
-        """Yield experts with their weights in the host tier; give one that the link has time for a device slot."""
+    def _serve_from_host(self, on_host: list[ExpertKey], records, stats):
+        """Yield experts where they lie in the host tier; give one that the link has time for a device slot."""
         for key in on_host:
-            yield key.expert, self._host_compute.begin(key, record)
+            record = records[key.expert]
+            yield [self._host_compute.begin(key, record)]
             stats.compute_s += self._host_compute.end(key, record.num_bytes)
             stats.decisions.computed_on_host += 1
             # Without this an expert that is always computed here would never become resident.
@@ -363,11 +389,12 @@ class ExpertRuntime:
         cache, evictions = self.cache, self.cache.evictions
         worth = cache.forecast.worth[key] if only_if_likelier and cache.forecast is not None else None
         slot = cache.reserve(key, worth=worth)
-        if slot is None:
-            return None
         self._stats.now.evictions += cache.evictions - evictions
         if self._prediction is not None:
-            self._prediction.evicted(cache.last_evicted)
+            self._prediction.evicted(cache.evicted)
+        self._pool.discard(cache.take_emptied())
+        if slot is None:
+            return None
         return self._transfers.start(key, slot, self._last_use[slot])
 
     def _prefetch(self, waiting=()) -> list[ExpertKey]:
@@ -387,6 +414,7 @@ class ExpertRuntime:
                 prediction.dropped(key)
         while transfers.num_copying < _MAX_PREFETCHES and transfers.has_room:
             found = prediction.take()
+            self._pool.discard(self.cache.take_emptied())
             if found is None:
                 break
             transfers.start(*found, self._last_use[found[1]], prefetch=True)

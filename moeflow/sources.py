@@ -173,7 +173,7 @@ def _converter(converter, steps, tables, patterns, spec) -> Callable:
     target = converter.target_patterns[:1] if converter else ["tensor"]
     concatenates = len(tables) > 1 and not any(type(step).__name__ == "Concatenate" for step in steps)
 
-    def convert(pieces, record):
+    def convert(expert, pieces, record):
         tensors = [
             torch.from_numpy(piece).view(dtype).view(1, *shape)
             for piece, (dtype, shape) in zip(pieces, shapes, strict=True)

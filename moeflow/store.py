@@ -95,7 +95,11 @@ class ExpertStore:
                 num_bytes, raw = self._read_staged(extents)
             taken = time.perf_counter() - begin
             if raw is not None:
-                self._scatter(source, key.expert, raw, places, record)
+                sizes = [table.bytes_of(key.expert) for table in source.pieces()]
+                pieces = [
+                    raw[number][offset : offset + size] for (number, offset), size in zip(places, sizes, strict=True)
+                ]
+                source.fill(key.expert, pieces, record)
         except OSError as error:
             raise ExpertReadError(
                 f"expert {key.expert} of {source.layout.name} could not be read from "
@@ -119,18 +123,12 @@ class ExpertStore:
                 os.close(fd)
 
     @staticmethod
-    def _pieces(source):
-        for table, _ in source.copies:
-            yield table
-        for conversion in source.conversions:
-            yield from conversion.pieces
-
-    def _file_of(self, source, expert):
-        return next(self._pieces(source)).files[expert]
+    def _file_of(source, expert):
+        return next(source.pieces()).files[expert]
 
     def _plan(self, source, expert):
         """Merge an expert's pieces into few extents; also tell where each piece lies (extent, offset)."""
-        pieces = [(t.files[expert], t.begins[expert], t.num_bytes) for t in self._pieces(source)]
+        pieces = [(t.files[expert], t.begins[expert], t.bytes_of(expert)) for t in source.pieces()]
         extents: list[Extent] = []
         for file, begin, num_bytes in sorted(pieces):
             last = extents[-1] if extents else None
@@ -228,24 +226,11 @@ class ExpertStore:
                 self._direct[file], self._fds[file] = False, fd
             return self._fds[file]
 
-    def _scatter(self, source, expert, views, places, record) -> None:
-        """Move the raw pieces to their places in the record, converting where the layout asks for it."""
-        places = iter(places)
-
-        def piece(table):
-            number, offset = next(places)
-            return views[number][offset : offset + table.num_bytes]
-
-        for table, offset in source.copies:
-            record[offset : offset + table.num_bytes] = piece(table)
-        for conversion in source.conversions:
-            conversion.convert([piece(table) for table in conversion.pieces], record)
-
     def _check(self, source, key, record) -> None:
         """Compare a record with its checksum the first time it is read."""
         if source.crc32 is None or key in self._verified:
             return
-        found = zlib.crc32(record[: source.layout.record.num_bytes])
+        found = zlib.crc32(record[: source.layout.record_of(key.expert).num_bytes])
         if found != source.crc32[key.expert]:
             raise ExpertReadError(
                 f"expert {key.expert} of {source.layout.name} is corrupt in "

@@ -151,7 +151,7 @@ class Transfers:
             prefetch: let every copy that somebody waits for go first.
         """
         assert key not in self._in_flight, f"a copy of {key} is in flight already"
-        num_bytes = self._store.layers[key.layer].layout.record.num_bytes
+        num_bytes = self._store.layers[key.layer].layout.record_of(key.expert).num_bytes
         if self._host is None:
             transfer = Transfer(key, slot, Tier.DISK, None, prefetch=prefetch)
             work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
@@ -340,6 +340,7 @@ def _run(completed, work, *args) -> None:
 
 
 def _read_to_device(store, pool, transfer, num_bytes) -> None:
+    pool.fit(transfer.slot, num_bytes)
     transfer.num_bytes = store.read(transfer.key, pool.bytes[transfer.slot])
 
 

@@ -60,7 +60,7 @@ def test_malformed_budget_names_what_is_allowed(mixtral_folder, budget):
         ({"miss": "guess"}, "copy, cheapest"),
         ({"miss": "cheapest", "device": "cpu"}, "where both are one"),
         ({"device_map": "auto"}, "device="),
-        ({"quantization_config": {"quant_method": "gptq"}}, "not supported yet"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "read as it is"),
         ({"experts_implementation": "eager"}, "itself"),
         ({"variant": "v2"}, "different files"),
         ({"subfolder": "part"}, "give that folder"),

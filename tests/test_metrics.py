@@ -21,7 +21,7 @@ def demand(account, layer=0, resident=(), in_flight=(), absent=(), copy_s=1.0, o
 def test_in_time_late_and_mispredicted_are_told_apart():
     account = ledger()
     for expert in range(3):
-        account.start(ExpertKey(0, expert), 1, None)
+        account.start(ExpertKey(0, expert), 1, [])
     demand(account, resident=[ExpertKey(0, 0)], in_flight=[ExpertKey(0, 1)])
     total = account.as_dict()
     assert [total[name] for name in ("issued", "in_time", "late", "mispredicted", "wasted")] == [3, 1, 1, 1, 0]
@@ -30,16 +30,16 @@ def test_in_time_late_and_mispredicted_are_told_apart():
 
 def test_saved_is_the_copy_that_demand_would_have_waited_for():
     account = ledger()
-    account.start(KEY, 1, None)
+    account.start(KEY, 1, [])
     demand(account, resident=[KEY], copy_s=0.5)
-    account.start(KEY, 1, None)
+    account.start(KEY, 1, [])
     demand(account, in_flight=[KEY], copy_s=0.5)
     assert account.as_dict()["saved_s"] == account.net_s == 0.5 + 0.25
 
 
 def test_a_demand_that_misses_whom_a_prefetch_evicted_costs_a_copy():
     account = ledger()
-    account.start(KEY, 1, evicted=OTHER)
+    account.start(KEY, 1, evicted=[OTHER])
     demand(account, layer=1, absent=[OTHER])
     demand(account, layer=1, absent=[OTHER])  # the second time it is nobody's fault
     assert account.as_dict()["cost_s"] == 1.0
@@ -48,7 +48,7 @@ def test_a_demand_that_misses_whom_a_prefetch_evicted_costs_a_copy():
 
 def test_a_demanded_copy_beside_an_unwanted_one_costs_half():
     account = ledger()
-    account.start(OTHER, 2, None)
+    account.start(OTHER, 2, [])
     demand(account, absent=[KEY], others=[OTHER])
     demand(account, resident=[KEY], others=[OTHER])  # nobody waits: no harm
     assert account.as_dict()["by_distance"][1]["cost_s"] == 0.5
@@ -56,7 +56,7 @@ def test_a_demanded_copy_beside_an_unwanted_one_costs_half():
 
 def test_wasted_bytes_are_counted_once():
     account = ledger()
-    account.start(KEY, 1, None)
+    account.start(KEY, 1, [])
     demand(account)  # mispredicted
     for _ in range(3):
         account.evict(KEY)
@@ -65,7 +65,7 @@ def test_wasted_bytes_are_counted_once():
 
 def test_what_was_used_is_not_wasted_when_it_is_evicted():
     account = ledger()
-    account.start(KEY, 1, None)
+    account.start(KEY, 1, [])
     demand(account, resident=[KEY])
     account.evict(KEY)
     assert account.as_dict()["wasted_bytes"] == 0
@@ -73,7 +73,7 @@ def test_what_was_used_is_not_wasted_when_it_is_evicted():
 
 def test_a_mispredicted_expert_may_still_be_used_later():
     account = ledger()
-    account.start(KEY, 1, None)
+    account.start(KEY, 1, [])
     demand(account)
     demand(account, resident=[KEY])
     total = account.as_dict()
@@ -82,7 +82,7 @@ def test_a_mispredicted_expert_may_still_be_used_later():
 
 def test_distances_beyond_the_last_count_as_the_last():
     account = ledger()
-    account.start(KEY, 40, None)
+    account.start(KEY, 40, [])
     assert [row["issued"] for row in account.as_dict()["by_distance"]] == [0, 0, 1]
 
 
@@ -95,7 +95,7 @@ def test_every_prefetch_ends_in_one_place(events):
         key = ExpertKey(layer, expert)
         if event == "s" and key not in there:
             evicted = next(iter(there - {key}), None) if distance == 5 else None
-            account.start(key, distance, evicted)
+            account.start(key, distance, [evicted] if evicted else [])
             there = (there - {evicted}) | {key}
         elif event in "de":
             (account.drop if event == "d" else account.evict)(key)
@@ -115,7 +115,7 @@ def test_every_prefetch_ends_in_one_place(events):
 
 def lose(account, times, distance=1):
     for _ in range(times):
-        account.start(KEY, distance, evicted=OTHER)
+        account.start(KEY, distance, evicted=[OTHER])
         demand(account, layer=1, absent=[OTHER])
         demand(account)
         account.evict(KEY)
@@ -150,7 +150,7 @@ def test_what_saves_as_much_as_it_costs_stays_on():
     account = ledger()
     for _ in range(50):
         lose(account, 1)
-        account.start(KEY, 1, None)
+        account.start(KEY, 1, [])
         demand(account, resident=[KEY])
         account.evict(KEY)
         account.decay()
@@ -159,7 +159,7 @@ def test_what_saves_as_much_as_it_costs_stays_on():
 
 def test_counting_anew_forgets_no_prefetch_that_is_under_way():
     account = ledger()
-    account.start(KEY, 1, None)
+    account.start(KEY, 1, [])
     account.reset()
     demand(account, resident=[KEY])
     assert account.as_dict()["in_time"] == 1
@@ -167,7 +167,7 @@ def test_counting_anew_forgets_no_prefetch_that_is_under_way():
 
 def test_after_everything_was_evicted_nothing_is_pending():
     account = ledger()
-    account.start(KEY, 1, evicted=OTHER)
+    account.start(KEY, 1, evicted=[OTHER])
     account.clear()
     demand(account, resident=[KEY], absent=[])
     demand(account, layer=1, absent=[OTHER])

@@ -61,17 +61,18 @@ def test_other_layouts_pack_too(name, tmp_path):
 
 def test_header_is_what_the_specification_says(packed_folder):
     data = (packed_folder / PACKED_FILE).read_bytes()
-    assert data[:8] == b"MOEFLOW\x01"
+    assert data[:8] == b"MOEFLOW\x02"
     header = json.loads(data[24 : 24 + int.from_bytes(data[8:16], "little")])
-    assert (header["format"], header["version"], len(header["layers"])) == ("moeflow-experts", 1, 3)
+    assert (header["format"], header["version"], len(header["layers"])) == ("moeflow-experts", 2, 3)
     import zlib
 
     for layer in header["layers"]:
-        assert int(layer["offset"], 16) % 4096 == layer["stride"] % 4096 == 0
-        for expert, expected in enumerate(layer["crc32"]):
-            begin = int(layer["offset"], 16) + expert * layer["stride"]
-            assert f"{zlib.crc32(data[begin : begin + layer['record_bytes']]):08x}" == expected
-    assert int(layer["offset"], 16) + layer["num_experts"] * layer["stride"] == len(data)
+        (record,), begin = layer["records"], int(layer["offset"], 16)
+        assert begin % 4096 == 0
+        for expected in layer["crc32"]:
+            assert f"{zlib.crc32(data[begin : begin + record['record_bytes']]):08x}" == expected
+            begin += -(-record["record_bytes"] // 4096) * 4096
+    assert begin == len(data)
 
 
 @pytest.fixture

@@ -108,11 +108,17 @@ def build(path, num_slots, policy="lfru", host_slots=0, streams=None, misses=Non
     return ExpertRuntime(store, pool, cache, streams, host=host, num_threads=2, misses=misses)
 
 
+def each(served):
+    """Flatten what is served into (expert, weights)."""
+    for batch in served:
+        yield from ((resident.expert, resident.tensors()) for resident in batch)
+
+
 def serve(runtime, layer, experts, values):
     """Demand experts and compare what is served with the file."""
     seen = []
     with closing(runtime.serve(layer, experts)) as served:
-        for expert, weights in served:
+        for expert, weights in each(served):
             assert torch.equal(weights["w"], values[layer, expert]), f"expert {expert} of layer {layer} is wrong"
             seen.append(expert)
     assert sorted(seen) == sorted(experts)
@@ -153,7 +159,7 @@ def test_iterator_closed_early_leaves_the_runtime_usable(experts_file):
     with build(path, 4) as runtime:
         for stop_after in range(4):
             with closing(runtime.serve(0, list(range(NUM_EXPERTS)))) as served:
-                for number, _ in enumerate(served):
+                for number, _ in enumerate(each(served)):
                     if number == stop_after:
                         break
             serve(runtime, 1, [0, 5], values)
@@ -176,7 +182,7 @@ def test_resident_experts_come_first(experts_file):
     with build(path, 6) as runtime:
         serve(runtime, 0, [4, 5], values)
         with closing(runtime.serve(0, [0, 1, 4, 5])) as served:
-            order = [expert for expert, _ in served]
+            order = [expert for expert, _ in each(served)]
         assert set(order[:2]) == {4, 5}
 
 
@@ -220,7 +226,7 @@ def test_host_slot_is_not_overwritten_while_a_copy_reads_it(experts_file, monkey
     read_again.wait(0.3)  # it must not come: the only host slot is still being copied from
     streams.release()
     transfers.wait_completed()
-    record = runtime._records[0]
+    record = runtime.records(0)[0]
     assert torch.equal(runtime._pool.views(runtime.cache.slot(first), record)["w"], values[0, 1])
     runtime.close()
 
@@ -296,7 +302,7 @@ def test_the_host_computes_while_copies_run_and_before_the_device_experts(expert
         streams.gate.clear()
         order, on_link = [], []
         with closing(runtime.serve(0, [0, 1, 2, 3])) as served:
-            for expert, weights in served:
+            for expert, weights in each(served):
                 order.append((expert, in_host_memory(runtime, weights)))
                 on_link.append(runtime._transfers.num_on_link)
                 if len(order) == 3:
@@ -328,13 +334,13 @@ def test_host_slot_is_not_overwritten_while_the_cpu_computes(experts_file, monke
 
         monkeypatch.setattr(runtime.store, "read", reading)
         with closing(runtime.serve(0, [0, 1, 2, 3, 4])) as served:
-            expert, weights = next(served)
+            expert, weights = next(each(served))
             assert expert == 0
             assert in_host_memory(runtime, weights)
             for _ in range(4):  # they take every other slot, and expert 0 is the least used
                 assert has_read.acquire(timeout=10)
             assert torch.equal(weights["w"], values[0, 0])
-            assert sorted(expert for expert, _ in served) == [1, 2, 3, 4]
+            assert sorted(expert for expert, _ in each(served)) == [1, 2, 3, 4]
         runtime.check_integrity()
 
 
@@ -354,7 +360,7 @@ def test_nothing_stays_pinned_when_the_iterator_is_closed_early(experts_file):
         fill_host(runtime, values)
         for stop_after in range(5):
             with closing(runtime.serve(1, list(range(NUM_EXPERTS)))) as served:
-                for number, _ in enumerate(served):
+                for number, _ in enumerate(each(served)):
                     if number == stop_after:
                         break
             runtime.check_integrity()
@@ -371,10 +377,10 @@ def test_an_error_leaves_nothing_pinned(experts_file, tmp_path):
         os.truncate(path, 3 + 4 * SIZE * 3)
         served = runtime.serve(0, [0, 1, 2, 5])
         with pytest.raises(ExpertReadError), closing(served):
-            list(served)
+            list(each(served))
         runtime.check_integrity()
         with suppress(ZeroDivisionError), closing(runtime.serve(0, [0, 1, 2])) as served:
-            1 / len([next(served)][1:])
+            1 / len([next(each(served))][1:])
         empty_device(runtime)
         serve(runtime, 0, [0, 1, 2], values)
 
@@ -396,7 +402,7 @@ def test_more_tokens_make_an_expert_a_later_choice(experts_file):
         fill_host(runtime, values)
         runtime._host_compute._split._numbers = itertools.repeat(1)
         with closing(runtime.serve(1, [1, 2, 3], num_tokens=[9, 2, 7])) as served:
-            assert [expert for expert, weights in served if in_host_memory(runtime, weights)] == [2]
+            assert [expert for expert, weights in each(served) if in_host_memory(runtime, weights)] == [2]
 
 
 def test_measured_bandwidths_decide_and_are_reported(experts_file):

@@ -79,7 +79,7 @@ def test_pieces_of_one_expert_may_lie_in_several_files(file, tmp_path):
 
 
 def test_conversion_gets_the_raw_pieces_in_order(file):
-    def convert(pieces, record):
+    def convert(expert, pieces, record):
         record[:4] = pieces[1][:4]
         record[4:8] = pieces[0][:4]
 

@@ -1,0 +1,147 @@
+"""The arithmetic behind one layer's experts: which kernels run it, chosen once from module, records and device.
+
+Every choice computes a token's output of an expert from that token and that expert alone, in an order that depends on
+how many tokens go to the expert and on nothing else, so that the bits do not depend on what is resident.
+"""
+
+import weakref
+from typing import Protocol
+
+import torch
+
+from moeflow.core import RecordLayout
+from moeflow.dispatch import Dispatch
+from moeflow.kernels import cpu
+from moeflow.kernels.activations import Activation, recognise
+from moeflow.kernels.dequantize import dequantize
+from moeflow.kernels.expert_mlp import combine, expert_mlp
+from moeflow.kernels.formats import find_format
+from moeflow.pool import Resident
+
+
+class ExpertCompute(Protocol):
+    """Runs experts of one layer. `begin`, then `run` for every part of the experts, then `end`."""
+
+    def begin(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """Return room for the outputs of every place: [T * K, H], zero where no expert writes."""
+
+    def run(
+        self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
+    ) -> None:
+        """Write the outputs of these experts to their places."""
+
+    def end(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """Sum each token's outputs by router weight, in float32 and in the order of K: [T, H]."""
+
+
+class TorchCompute:
+    """Plain torch, for whatever a module does and wherever its weights lie.
+
+    Args:
+        module: the experts module, whose parameters were taken off.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = weakref.ref(module)  # the module holds this object, not the other way round
+
+    def begin(self, hidden_states, dispatch):
+        return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1])
+
+    def run(self, hidden_states, residents, dispatch, outputs):
+        for resident in residents:
+            chosen = dispatch.places(resident.expert)
+            if dispatch.num_tokens == 1:
+                outputs[chosen] = self._mlp(hidden_states, resident)
+            else:
+                places = torch.tensor(chosen, device=hidden_states.device)
+                outputs[places] = self._mlp(hidden_states[places // dispatch.top_k], resident)
+
+    def end(self, hidden_states, outputs, top_k_weights):
+        return combine(outputs.view(*top_k_weights.shape, -1), top_k_weights)
+
+    def _mlp(self, hidden_states, resident):
+        """Run one expert on [n, H] tokens where its weights are. Returns [n, H] where the tokens are."""
+        module, weights, dtype = self._module(), resident.tensors(), hidden_states.dtype
+        for name, form, shape in resident.record.matrices:
+            weights = {**weights, name: dequantize(weights, name, find_format(form), shape, dtype)}
+        output = expert_mlp(
+            hidden_states.to(resident.pool.device),
+            weights,
+            activation=module._apply_gate if module.has_gate else module.act_fn,
+            is_transposed=module.is_transposed and not resident.record.matrices,
+        ).to(hidden_states.device)
+        # The norm's own weight stays on the device.
+        return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
+
+
+class CpuCompute:
+    """The compiled kernels, straight from the records.
+
+    Args:
+        activation: what the module does between its matrices.
+        is_transposed: whether float matrices are stored [in, out].
+        activation_bits: 0, or 8 to round activations to int8 before they meet a quantised matrix (lossy).
+    """
+
+    def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int = 0):
+        self._activation = activation
+        self._is_transposed = is_transposed
+        self._bits = activation_bits
+        self._kernels: dict[int, cpu.ExpertKernel | None] = {}  # by the record's identity: equal ones are one object
+
+    def can_run(self, records: list[RecordLayout]) -> bool:
+        """Whether there is a kernel for each of these."""
+        return all(self._kernel(record) is not None for record in records)
+
+    def begin(self, hidden_states, dispatch):
+        shape = dispatch.num_places, hidden_states.shape[-1]
+        return torch.empty(shape) if dispatch.is_whole else torch.zeros(shape)
+
+    def run(self, hidden_states, residents, dispatch, outputs):
+        starts, places = [0], []
+        for resident in residents:
+            places += dispatch.places(resident.expert)
+            starts.append(len(places))
+        cpu.run_experts(
+            hidden_states,
+            [self._kernel(resident.record) for resident in residents],
+            [resident.address for resident in residents],
+            starts,
+            [place // dispatch.top_k for place in places],
+            places,
+            outputs,
+            activation_bits=self._bits,
+        )
+
+    def end(self, hidden_states, outputs, top_k_weights):
+        out = torch.empty_like(hidden_states)
+        cpu.combine(outputs, top_k_weights, out)
+        return out
+
+    def _kernel(self, record):
+        key = id(record)
+        if key not in self._kernels:
+            self._kernels[key] = cpu.ExpertKernel.build(record, self._activation, is_transposed=self._is_transposed)
+        return self._kernels[key]
+
+
+def choose_compute(
+    module: torch.nn.Module, records: list[RecordLayout], device: torch.device, dtype: torch.dtype
+) -> ExpertCompute:
+    """Return the fastest kernels that can run a layer's experts.
+
+    Args:
+        module: the experts module.
+        records: [num_experts], as the runtime hands them out.
+        device: where the experts are computed.
+        dtype: of the hidden states.
+    """
+    activation = None
+    if not getattr(module, "has_post_expert_norm", False) and dtype in cpu.DTYPES:
+        apply = module._apply_gate if module.has_gate else module.act_fn
+        activation = recognise(apply, module.has_gate)
+    if activation is not None and device.type == "cpu" and cpu.instruction_set() is not None:
+        compute = CpuCompute(activation, module.is_transposed)
+        if compute.can_run(records):
+            return compute
+    return TorchCompute(module)
