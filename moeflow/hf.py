@@ -1,8 +1,8 @@
 """The door to transformers: every name moeflow uses of it stands in this file.
 
-Three uses: register the function behind the experts interface, load a model without its experts, and ask
-transformers which checkpoint tensor feeds which expert (its own conversion mapping, so that no list of
-architectures is kept here).
+Three uses: register the function behind the experts interface, load a model without its experts (and the dense weights
+of a quantised checkpoint as plain values), and ask transformers which checkpoint tensor feeds which expert (its own
+conversion mapping, so that no list of architectures is kept here).
 """
 
 import copy
@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 
-from moeflow.checkpoint import TensorEntry
+from moeflow.checkpoint import TensorEntry, open_checkpoint
 from moeflow.errors import CheckpointError, ModelSourceError, UnsupportedModelError
+from moeflow.native import NativeScheme, StoredMatrix, find_matrices, read_scheme
+from moeflow.native_values import values
 
 try:
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, CompileConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
@@ -52,11 +54,17 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 @register_quantization_config(IMPLEMENTATION)
 class _WithoutExperts(QuantizationConfigMixin):
-    """Carries a callback into `from_pretrained`; it is gone from the model when that returns."""
+    """Carries a callback into `from_pretrained`; it is gone from the model when that returns.
 
-    def __init__(self, on_skeleton=None, **kwargs):
+    Args:
+        on_skeleton: called with the empty model.
+        scheme: how the checkpoint is quantised, in place of its own quantization_config; None where it is not.
+    """
+
+    def __init__(self, on_skeleton=None, scheme: NativeScheme | None = None, **kwargs):
         self.quant_method = IMPLEMENTATION
         self.on_skeleton = on_skeleton
+        self.scheme = scheme
 
     def __deepcopy__(self, memo):
         return self
@@ -67,7 +75,31 @@ class _WithoutExperts(QuantizationConfigMixin):
 
 @register_quantizer(IMPLEMENTATION)
 class _ExpertsRemover(HfQuantizer):
-    """Takes the experts' parameters off the empty model, so that their checkpoint entries stay unread."""
+    """Takes the experts' parameters off the empty model, so that their checkpoint entries stay unread.
+
+    The dense weights of a quantised checkpoint become plain values, each as it is loaded.
+    """
+
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.scheme is not None  # else transformers casts codes to floats
+
+    def get_weight_conversions(self):
+        scheme = self.quantization_config.scheme
+        if scheme is None or scheme.method == "mxfp4":  # of experts only
+            return []
+        operation = _Dequantize(scheme)
+        return [WeightConverter(list(operation.endings), ".weight", [operation])]
+
+    def update_weight_conversions(self, weight_conversions, *args):
+        return weight_conversions + self.get_weight_conversions()
+
+    def get_new_dtype(self, converter, param, dtype):
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, _Dequantize):
+                operation.dtype = dtype  # of its own target: every target has its own converter
+                return None
+        return dtype
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         self.quantization_config.on_skeleton(model)
@@ -85,6 +117,32 @@ class _ExpertsRemover(HfQuantizer):
     @property
     def is_trainable(self):
         return False
+
+
+class _Dequantize(ConversionOps):
+    """Makes a dense weight of its quantised pieces, or passes on one that is not quantised.
+
+    Args:
+        scheme: how the checkpoint is quantised.
+    """
+
+    def __init__(self, scheme: NativeScheme):
+        self.scheme = scheme
+        self.dtype = None
+        stem = "" if scheme.stands_for else ".weight"  # what the names of all pieces begin with
+        self.endings = {re.escape(stem + ending) + "$": ending for ending in (scheme.codes, *scheme.companions)}
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        pieces = {
+            self.endings[pattern]: value[0] if isinstance(value, list) else value
+            for pattern, value in input_dict.items()
+        }
+        parameter = model.get_parameter(full_layer_name)
+        dtype = self.dtype or parameter.dtype
+        if len(pieces) == 1:
+            (value,) = pieces.values()
+            return {full_layer_name: value.to(dtype)}
+        return {full_layer_name: values(pieces, self.scheme, tuple(parameter.shape), dtype)}
 
 
 def resolve_folder(model: str | Path, **download_kwargs) -> Path:
@@ -123,7 +181,7 @@ def load_config(folder: Path, **config_kwargs):
 
     Raises:
         CheckpointError: no or a corrupt config.json.
-        UnsupportedModelError: an unknown architecture or a quantised checkpoint.
+        UnsupportedModelError: an unknown architecture, or a checkpoint quantised by a method that is not read.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -139,16 +197,27 @@ def load_config(folder: Path, **config_kwargs):
             f"transformers {transformers.__version__} does not know the model in {folder}: {error} "
             "A newer transformers may (pip install -U transformers)."
         ) from error
+    native_scheme(config, str(folder))
+    return config
+
+
+def native_scheme(config, source: str = "the model") -> NativeScheme | None:
+    """Tell how the checkpoint of this config is quantised, None where it is not.
+
+    Args:
+        config: of a folder, or of an empty model that `load_without_experts` shows.
+        source: what the config is of, for errors.
+
+    Raises:
+        UnsupportedModelError: by a method that is not read.
+    """
     for part in (config, config.get_text_config(decoder=True)):
         quantization = getattr(part, "quantization_config", None)
+        if isinstance(quantization, _WithoutExperts):
+            return quantization.scheme
         if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-            method = getattr(method, "value", method)
-            raise UnsupportedModelError(
-                f"{folder} is quantised with {method}, which this version does not read yet. "
-                "Use the model's float32, bfloat16 or float16 checkpoint."
-            )
-    return config
+            return read_scheme(quantization if isinstance(quantization, dict) else quantization.to_dict(), source)
+    return None
 
 
 def model_class(config):
@@ -178,18 +247,55 @@ def load_without_experts(folder: Path, config, on_skeleton: Callable, **hf_kwarg
         on_skeleton: called with the empty model; takes the experts off it (see `take_experts_off`).
 
     Returns:
-        The model and transformers' loading info.
+        The model, its dense weights unquantised, and transformers' loading info.
+
+    Raises:
+        CheckpointError: a piece of a quantised dense weight is missing or does not fit.
+        UnsupportedModelError: a quantised dense weight that is not the model's as it is.
     """
-    cls = model_class(config)
+    cls, scheme = model_class(config), native_scheme(config, str(folder))
+    stored = {}
+    if scheme is not None:
+        stored = find_matrices(open_checkpoint(folder).tensors, scheme)
+        config = copy.deepcopy(config)  # the checkpoint's own quantiser must not see it
+        for part in (config, config.get_text_config(decoder=True)):
+            part.__dict__.pop("quantization_config", None)
+
+    def check_and_strip(empty):
+        _check_dense(empty, stored)
+        on_skeleton(empty)
+
     return cls.from_pretrained(
         folder,
         config=config,
-        quantization_config=_WithoutExperts(on_skeleton),
+        quantization_config=_WithoutExperts(check_and_strip, scheme),
         experts_implementation=IMPLEMENTATION,
         use_safetensors=True,
         output_loading_info=True,
         **hf_kwargs,
     )
+
+
+def _check_dense(model, stored: dict[str, StoredMatrix]) -> None:
+    """Refuse quantised dense weights that cannot be loaded one by one, before anything large is read."""
+    if not stored:
+        return
+    parameters, renamings, converters = model.state_dict(), *_conversions(model)
+    for name, matrix in stored.items():
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        parameter = parameters.get(target)
+        if parameter is None or parameter.dim() == 3:  # stacked experts
+            continue
+        if pattern is not None:
+            raise UnsupportedModelError(
+                f"{name} is quantised, and {type(model).__name__} has it in another form ({target}), into which "
+                "moeflow does not bring quantised dense weights. Use the model's float32 or bfloat16 checkpoint."
+            )
+        if tuple(parameter.shape) != matrix.shape:
+            raise CheckpointError(
+                f"{target} is {list(parameter.shape)}, the checkpoint's {name} {list(matrix.shape)} (out, in "
+                "features). Its config.json is of another model, or names another quantisation."
+            )
 
 
 def experts_modules(model) -> list[tuple[str, torch.nn.Module]]:
@@ -244,14 +350,19 @@ def router_parameters(block) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 def take_experts_off(model) -> None:
     """Remove the routed experts' parameters from an empty model and keep the loader quiet about them."""
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    scheme = native_scheme(model.config)
+    if scheme is not None and scheme.method == "gptq":
+        ignored.add(r"\.bias$")  # some tools write a bias of zeros beside every matrix
     for path, module in experts_modules(model):
+        tail = path.removeprefix(f"{model.base_model_prefix}.")
+        if scheme is not None:  # the pieces have other names than the parameters
+            ignored.add(r"(^|\.)" + re.escape(f"{tail}."))
         for name in list(module._parameters):
             # What stays is an attribute of the right shape without memory: some families' init code looks at it.
             stub = module._parameters.pop(name)
             if stub is not None:
                 stub._is_hf_initialized = True
             module.__dict__[name] = stub
-            tail = path.removeprefix(f"{model.base_model_prefix}.")
             ignored.add(r"(^|\.)" + re.escape(f"{tail}.{name}") + "$")
             for submodule in model.modules():
                 getattr(submodule, "all_tied_weights_keys", {}).pop(f"{path}.{name}", None)
@@ -268,6 +379,14 @@ def own_dense_weights(model) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
+
+
+def compile_decoding(model) -> None:
+    """Let generate() compile its decode steps, on any device: a static key-value cache, and torch.compile."""
+    compiling = CompileConfig(mode="default", fullgraph=False)
+    compiling._compile_all_devices = True  # without it transformers compiles on accelerators only
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = compiling
 
 
 def continues_cache(kwargs: dict, num_positions: int) -> bool:
@@ -297,6 +416,13 @@ def _natural_order(name: str) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
+def _conversions(model) -> tuple[list, list]:
+    """Return transformers' rules for this model's checkpoints: renamings, and converters."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+
 def collect_expert_tensors(model, tensors: dict[str, TensorEntry]) -> dict[str, tuple]:
     """Group a checkpoint's tensors by the expert parameter they feed, by transformers' own conversion mapping.
 
@@ -309,9 +435,7 @@ def collect_expert_tensors(model, tensors: dict[str, TensorEntry]) -> dict[str, 
     """
     parameters = model.state_dict()
     expert_names = {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings, converters = _conversions(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     collected = {}
     for key in sorted(tensors, key=_natural_order):

@@ -5,36 +5,41 @@ the few layouts that are not stored as the module wants them, a conversion of on
 """
 
 import copy
-from array import array
 from collections.abc import Callable
 
 import torch
 
 from moeflow import hf
 from moeflow.checkpoint import TensorEntry
-from moeflow.core import LayerLayout, RecordLayout
+from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
 from moeflow.dtypes import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
 from moeflow.errors import CheckpointError, UnsupportedModelError
-from moeflow.layers import Conversion, LayerSource, PieceTable
+from moeflow.layers import Conversion, LayerSource
+from moeflow.native import NativeScheme, StoredMatrix, find_matrices, stand_ins
+from moeflow.native_records import native_record, place_matrix
+from moeflow.pieces import piece_tables
 
 
 def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
     """Find every expert's bytes in a checkpoint, by transformers' own conversion mapping.
 
+    Experts that the checkpoint holds quantised get records in a weight format.
+
     Args:
-        model: the empty model, experts still on it; their dtype is the dtype the records get.
+        model: the empty model, experts still on it; their dtype is the dtype that unquantised records get.
         tensors: the checkpoint's tensors by their names in the checkpoint.
 
     Raises:
         CheckpointError: an expert's tensor is missing or has another shape than the model's.
         UnsupportedModelError: the checkpoint needs a conversion that mixes experts.
     """
-    collected = hf.collect_expert_tensors(model, tensors)
-    return [_layer_source(path, module, collected) for path, module in hf.experts_modules(model)]
+    scheme, stored = _quantised(model, tensors)
+    collected = hf.collect_expert_tensors(model, stand_ins(tensors, stored))
+    return [_layer_source(path, module, collected, stored, scheme) for path, module in hf.experts_modules(model)]
 
 
 def map_layouts(model) -> list[LayerLayout]:
-    """Return how each layer's experts lie in a slot, from the empty model alone."""
+    """Return how each layer's unquantised experts lie in a slot, from the empty model alone."""
     return [_layout(path, module) for path, module in hf.experts_modules(model)]
 
 
@@ -57,83 +62,97 @@ def _layout(path, module) -> LayerLayout:
 
 def expert_tensor_names(model, tensors: dict[str, TensorEntry]) -> set[str]:
     """Return the names of the checkpoint tensors that feed routed experts."""
-    collected = hf.collect_expert_tensors(model, tensors).values()
-    return {key for _, groups, _ in collected for members in groups.values() for key, _ in members}
+    _, stored = _quantised(model, tensors)
+    collected = hf.collect_expert_tensors(model, stand_ins(tensors, stored)).values()
+    keys = {key for _, groups, _ in collected for members in groups.values() for key, _ in members}
+    pieces = {name for key in keys & stored.keys() for name, _ in stored[key].pieces.values()}
+    return pieces | (keys - stored.keys())
 
 
-def _layer_source(path, module, collected) -> LayerSource:
+def _quantised(model, tensors) -> tuple[NativeScheme | None, dict[str, StoredMatrix]]:
+    scheme = hf.native_scheme(model.config)
+    return scheme, find_matrices(tensors, scheme) if scheme is not None else {}
+
+
+def _layer_source(path, module, collected, stored, scheme) -> LayerSource:
     layout = _layout(path, module)
+    floats = layout.record
+    missing = [spec.name for spec in floats.tensors if f"{path}.{spec.name}" not in collected]
+    if missing:
+        raise CheckpointError(
+            f"no tensor of the checkpoint feeds {path}.{missing[0]}. The checkpoint is incomplete or of another model: "
+            "compare its config.json with its weights, or download it again."
+        )
+    matrices = _native_matrices(path, module, floats, collected, stored, scheme)
+    layout = layout._replace(record=native_record(floats, list(matrices.values())) if matrices else floats)
+    places = {spec.name: spec for spec in layout.record.tensors}
     copies, conversions = [], []
-    for spec in layout.record.tensors:
+    for spec in floats.tensors:
         full_name = f"{path}.{spec.name}"
-        if full_name not in collected:
-            raise CheckpointError(
-                f"no tensor of the checkpoint feeds {full_name}. The checkpoint is incomplete or of another model: "
-                "compare its config.json with its weights, or download it again."
+        if spec.name in matrices:
+            found = place_matrix(
+                full_name, matrices[spec.name], layout.record, collected[full_name], stored, scheme, layout.num_experts
             )
-        converter, groups, place = collected[full_name]
-        operations = list(converter.operations) if converter is not None else []
-        tables = _piece_tables(full_name, groups, layout.num_experts, place, converter)
-        steps = _per_expert_steps(full_name, operations, tables, spec.shape)
-        if not steps and all(table.dtype == spec.dtype for table in tables):
-            offset = spec.offset
-            for table in tables:
-                copies.append((table, offset))
-                offset += table.num_bytes
-            written = offset - spec.offset
         else:
-            conversions.append(Conversion(tuple(tables), _converter(converter, steps, tables, list(groups), spec)))
-            written = sum(table.num_bytes * TORCH_DTYPES[spec.dtype].itemsize // TORCH_DTYPES[table.dtype].itemsize
-                          for table in tables)  # fmt: skip
-        if written != spec.num_bytes:
-            raise CheckpointError(
-                f"{full_name} needs {spec.num_bytes} bytes an expert, the checkpoint has {written} "
-                f"({', '.join(f'{t.dtype} {list(t.shape)}' for t in tables)}). Its config.json is of another model."
-            )
+            found = _place_floats(full_name, places[spec.name], collected[full_name], layout.num_experts)
+        copies += found[0]
+        conversions += found[1]
     return LayerSource(layout, tuple(copies), tuple(conversions))
 
 
-def _piece_tables(name, groups, num_experts, place, converter) -> list[PieceTable]:
-    """One table per source pattern, in the converter's order; stacked tensors are sliced along the expert."""
-    order = [pattern for pattern in converter.source_patterns if pattern in groups] if converter else list(groups)
-    splits_list = converter is not None and len(converter.target_patterns) > 1
-    tables = []
-    for pattern in order:
-        members = groups[pattern]
-        per_expert = "*" in pattern
-        if splits_list and per_expert:  # one list of experts feeds several modules, in equal parts
-            size = -(-len(members) // len(converter.target_patterns))
-            members = members[place * size : (place + 1) * size]
-        entries = [entry for _, entry in members]
-        first = entries[0]
-        if first.dtype not in FLOAT_DTYPES:
+def _native_matrices(path, module, floats, collected, stored, scheme) -> dict[str, MatrixSpec]:
+    """Return the parameters that the checkpoint holds quantised; a layer has all its matrices so, or none."""
+    found = {}
+    for spec in floats.tensors:
+        _, groups, _ = collected[f"{path}.{spec.name}"]
+        keys = {key for members in groups.values() for key, _ in members}
+        if keys & stored.keys():
+            if keys - stored.keys():
+                raise UnsupportedModelError(
+                    f"{path}.{spec.name} is quantised in part: {min(keys - stored.keys())} is not. Use the model's "
+                    "float32, bfloat16 or float16 checkpoint."
+                )
+            found[spec.name] = MatrixSpec(
+                spec.name, scheme.format, spec.shape[::-1] if module.is_transposed else spec.shape
+            )
+    unquantised = [spec.name for spec in floats.tensors if len(spec.shape) == 2 and spec.name not in found]
+    if found and unquantised:
+        raise UnsupportedModelError(
+            f"{path} is quantised in part: {unquantised[0]} is not. Use the model's float32, bfloat16 or float16 "
+            "checkpoint."
+        )
+    return found
+
+
+def _place_floats(full_name, spec, feeding, num_experts) -> tuple[list, list]:
+    """Return the copies and conversions that fill one float tensor of every expert."""
+    converter, groups, place = feeding
+    for key, entry in (member for members in groups.values() for member in members):
+        if entry.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
-                f"{members[0][0]} is stored as {first.dtype}, which this version does not read yet. "
+                f"{key} is stored as {entry.dtype}, which this version does not read yet. "
                 "Use the model's float32, bfloat16 or float16 checkpoint."
             )
-        if per_expert:
-            if len(entries) != num_experts:
-                raise CheckpointError(
-                    f"{name} has {num_experts} experts, the checkpoint holds {len(entries)} tensors "
-                    f"{pattern!r} for it. "
-                    "Download the checkpoint again."
-                )
-            odd = [key for key, entry in members if entry.shape != first.shape or entry.dtype != first.dtype]
-            if odd:
-                raise CheckpointError(f"{odd[0]} differs in shape or dtype from the other experts of {name}.")
-            files, begins = array("H", [e.file for e in entries]), array("Q", [e.begin for e in entries])
-            tables.append(PieceTable(first.dtype, first.shape, first.num_bytes, files, begins))
-        else:
-            if len(entries) != 1 or not first.shape or first.shape[0] != num_experts:
-                raise CheckpointError(
-                    f"{name} has {num_experts} experts, the checkpoint's {members[0][0]} has shape "
-                    f"{list(first.shape)}. Its config.json is of another model."
-                )
-            stride = first.num_bytes // num_experts
-            begins = array("Q", range(first.begin, first.begin + first.num_bytes, stride))
-            files = array("H", [first.file]) * num_experts
-            tables.append(PieceTable(first.dtype, first.shape[1:], stride, files, begins))
-    return tables
+    copies, conversions = [], []
+    operations = list(converter.operations) if converter is not None else []
+    tables = piece_tables(full_name, groups, num_experts, place, converter)
+    steps = _per_expert_steps(full_name, operations, tables, spec.shape)
+    if not steps and all(table.dtype == spec.dtype for table in tables):
+        offset = spec.offset
+        for table in tables:
+            copies.append((table, offset))
+            offset += table.num_bytes
+        written = offset - spec.offset
+    else:
+        conversions.append(Conversion(tuple(tables), _converter(converter, steps, tables, list(groups), spec)))
+        written = sum(table.num_bytes * TORCH_DTYPES[spec.dtype].itemsize // TORCH_DTYPES[table.dtype].itemsize
+                      for table in tables)  # fmt: skip
+    if written != spec.num_bytes:
+        raise CheckpointError(
+            f"{full_name} needs {spec.num_bytes} bytes an expert, the checkpoint has {written} "
+            f"({', '.join(f'{t.dtype} {list(t.shape)}' for t in tables)}). Its config.json is of another model."
+        )
+    return copies, conversions
 
 
 def _per_expert_steps(name, operations, tables, shape) -> list:
@@ -144,7 +163,7 @@ def _per_expert_steps(name, operations, tables, shape) -> list:
         if kind == "MergeModulelist" and operation.dim == 0:
             continue  # an expert is already one element of the list
         if kind == "ErnieFuseAndSplitTextVisionExperts" and (operation.stack_dim, operation.concat_dim) == (0, 1):
-            continue  # the list was split in _piece_tables; what remains is a concatenation
+            continue  # the list was split in piece_tables; what remains is a concatenation
         if kind == "Concatenate" and operation.dim == 1:
             steps.append(operation)  # rows of one expert follow one another
             continue

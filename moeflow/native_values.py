@@ -1,0 +1,105 @@
+"""The pieces of a quantised matrix in the order of the weight formats, and as plain values: fp8, gptq and awq.
+
+MXFP4 is stored by checkpoints as the weight format has it.
+
+Knows tensors of one matrix. Knows nothing of files, models or transformers.
+"""
+
+import torch
+
+from moeflow.core import align_up
+from moeflow.kernels.dequantize import dequantize
+from moeflow.kernels.formats import find_format
+from moeflow.kernels.packing import pack_codes
+from moeflow.native import NativeScheme
+
+# Which out feature of a run of eight the i-th code of an AWQ int32 is of.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def in_format(
+    pieces: dict[str, torch.Tensor], scheme: NativeScheme, shape: tuple[int, int], name: str
+) -> dict[str, torch.Tensor]:
+    """Return a matrix's stored tensors in the scheme's weight format, without loss.
+
+    Args:
+        pieces: the matrix's tensors by what their names end with.
+        scheme: how they are quantised.
+        shape: [N, K].
+        name: of the matrix.
+
+    Returns:
+        {name, name_scale and, in int4, name_zero: tensor}.
+
+    Raises:
+        ValueError: a scale is not finite, or a group is not made of neighbours.
+    """
+    if scheme.method == "fp8":
+        return {
+            name: _pad(pieces[""].view(torch.uint8), align_up(shape[1], 128)),
+            f"{name}_scale": _finite(pieces["_scale_inv"].float()),
+        }
+    return _int4(pieces, scheme, shape, name)
+
+
+def values(
+    pieces: dict[str, torch.Tensor], scheme: NativeScheme, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return what a matrix's pieces are worth, [N, K] in `dtype`; arguments and errors as `in_format`."""
+    stored = in_format(pieces, scheme, shape, "weight")
+    return dequantize(stored, "weight", find_format(scheme.format), shape, dtype)
+
+
+def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
+    in_features = shape[1]
+    group_size = in_features if scheme.group_size == -1 else scheme.group_size
+    if ".g_idx" in pieces:
+        groups = torch.arange(in_features, device=pieces[".g_idx"].device) // group_size
+        if not torch.equal(pieces[".g_idx"].long(), groups):
+            raise ValueError(
+                "g_idx does not number the groups from left to right (act-order, desc_act), and moeflow reads groups "
+                "of neighbours only"
+            )
+    if scheme.method == "gptq":
+        codes = _nibbles(pieces[".qweight"].T.contiguous())  # [N, K]: the codes of an int32 are neighbours of a row
+        zeros = _nibbles(pieces[".qzeros"])  # [groups, N]
+    else:
+        codes = _awq_columns(pieces[".qweight"]).T
+        zeros = _awq_columns(pieces[".qzeros"])
+    scales = _finite(pieces[".scales"])
+    stored, padded = scheme.stored_group_size, align_up(in_features, scheme.stored_group_size)
+    repeats, wanted = -(-group_size // stored), padded // stored
+
+    def spread(numbers):
+        """Turn [groups, N] of the checkpoint into [N, groups] of the format."""
+        return numbers.half().repeat_interleave(repeats, dim=0)[:wanted].T.contiguous()
+
+    return {
+        name: pack_codes(_pad(codes, padded).contiguous(), 4),
+        f"{name}_scale": spread(scales),
+        f"{name}_zero": spread(zeros.half() + scheme.zero_offset),
+    }
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Unpack int32 [R, C] into its codes, lowest first: uint8 [R, 8 C]."""
+    halves = words.contiguous().view(torch.uint8)  # [R, 4 C], little-endian
+    return torch.stack((halves & 15, halves >> 4), dim=-1).flatten(1)
+
+
+def _awq_columns(words: torch.Tensor) -> torch.Tensor:
+    """Unpack int32 [R, N / 8] as AWQ interleaves it: uint8 [R, N]."""
+    codes = _nibbles(words).unflatten(1, (-1, 8))
+    out = torch.empty_like(codes)
+    out[..., list(_AWQ_ORDER)] = codes
+    return out.flatten(1)
+
+
+def _pad(codes: torch.Tensor, padded: int) -> torch.Tensor:
+    return torch.nn.functional.pad(codes, (0, padded - codes.shape[1])) if padded > codes.shape[1] else codes
+
+
+def _finite(scales: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(scales).all():
+        raise ValueError("a scale is NaN or infinite")
+    return scales
