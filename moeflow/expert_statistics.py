@@ -16,6 +16,7 @@ import json
 import os
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class ExpertStatistics(NamedTuple):
                 arrays = {name: stored[name] for name in _ARRAYS}
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror or error}. Give a statistics file.") from error
-        except (ValueError, KeyError, EOFError) as error:
+        except (ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ConfigError(f"{file} holds no calibration statistics ({error}). Measure them again.") from None
         if about["version"] != _VERSION:
             raise ConfigError(

@@ -109,7 +109,7 @@ def allocate_formats(
 ) -> MixedPrecision:
     """Choose a format for each expert from statistics measured before.
 
-    With `transfer_weight` an expert's cost at format j grows by transfer_weight * miss_rate * bytes_j / mean bytes: what
+    With `transfer_weight` a cost at format j grows by transfer_weight * miss_rate * bytes_j / mean bytes: what
     is fetched often gets fewer bits.
 
     Args:

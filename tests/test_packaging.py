@@ -30,6 +30,8 @@ RANKS = [
         "realised",
         "locality",
         "replay_loop",
+        "demo_text",
+        "expert_statistics",
         "kernels",
         "predictors",
         "placement",
