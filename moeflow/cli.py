@@ -11,6 +11,7 @@ from moeflow import __version__
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.loading_cli import add_loading_options, load_model
 from moeflow.predictor_cli import add_predictor_commands
+from moeflow.quantize_cli import add_quantize_command
 from moeflow.trace_cli import add_trace_commands
 
 
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--json", action="store_true", help="print one JSON object")
     pack.set_defaults(run=_pack)
 
+    add_quantize_command(commands)
     add_trace_commands(commands)
     add_predictor_commands(commands)
 

@@ -5,6 +5,7 @@ how many tokens go to the expert and on nothing else, so that the bits do not de
 """
 
 import weakref
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -16,7 +17,11 @@ from moeflow.kernels.activations import Activation, recognise
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.expert_mlp import combine, expert_mlp
 from moeflow.kernels.formats import find_format
+from moeflow.kernels.triton_experts import TritonExperts
 from moeflow.pool import Resident
+
+# Tokens of a pass up to which a GPU multiplies pair by pair; beyond, experts are multiplied with all their tokens.
+_MOST_PAIRED_TOKENS = 16
 
 
 class ExpertCompute(Protocol):
@@ -91,7 +96,7 @@ class CpuCompute:
 
     def can_run(self, records: list[RecordLayout]) -> bool:
         """Whether there is a kernel for each of these."""
-        return all(self._kernel(record) is not None for record in records)
+        return cpu.instruction_set() is not None and all(self._kernel(record) is not None for record in records)
 
     def begin(self, hidden_states, dispatch):
         shape = dispatch.num_places, hidden_states.shape[-1]
@@ -125,6 +130,65 @@ class CpuCompute:
         return self._kernels[key]
 
 
+class TritonCompute:
+    """Triton's kernels, straight from the device's slots. Not yet measured on a GPU.
+
+    Args:
+        module: the experts module, for experts that the CPU computes in the host tier.
+        activation: what the module does between its matrices.
+    """
+
+    def __init__(self, module: torch.nn.Module, activation: Activation):
+        self._torch = TorchCompute(module)
+        self._activation = activation
+        self._is_transposed = module.is_transposed
+        self._kernels: dict[int, TritonExperts | None] = {}  # by the record's identity: equal ones are one object
+
+    def can_run(self, records: list[RecordLayout]) -> bool:
+        """Whether there is a kernel for each of these."""
+        return all(self._kernel(record) is not None for record in records)
+
+    def begin(self, hidden_states, dispatch):
+        return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1], dtype=torch.float32)
+
+    def run(self, hidden_states, residents, dispatch, outputs):
+        alike: dict[int, list[Resident]] = {}
+        for resident in residents:
+            if resident.pool.device == hidden_states.device:
+                alike.setdefault(id(resident.record), []).append(resident)
+            else:
+                self._torch.run(hidden_states, [resident], dispatch, outputs)
+        for group in alike.values():
+            self._run_alike(hidden_states, group, dispatch, outputs)
+
+    def end(self, hidden_states, outputs, top_k_weights):
+        return TritonExperts.combine(outputs, top_k_weights, hidden_states.dtype)
+
+    def _run_alike(self, hidden_states, residents, dispatch, outputs):
+        kernel, arena = self._kernel(residents[0].record), residents[0].pool.tensor
+        slots = [resident.slot for resident in residents]
+        places = [dispatch.places(resident.expert) for resident in residents]
+        counts = [len(chosen) for chosen in places]
+
+        def on_device(values):
+            return torch.tensor(values, dtype=torch.int32).to(hidden_states.device, non_blocking=True)
+
+        flat = on_device([place for chosen in places for place in chosen])
+        tokens = flat // dispatch.top_k
+        if dispatch.num_tokens <= _MOST_PAIRED_TOKENS:
+            paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
+            outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
+        else:
+            offsets = on_device([0, *accumulate(counts)])
+            kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs)
+
+    def _kernel(self, record):
+        key = id(record)
+        if key not in self._kernels:
+            self._kernels[key] = TritonExperts.build(record, self._activation, is_transposed=self._is_transposed)
+        return self._kernels[key]
+
+
 def choose_compute(
     module: torch.nn.Module, records: list[RecordLayout], device: torch.device, dtype: torch.dtype
 ) -> ExpertCompute:
@@ -140,8 +204,10 @@ def choose_compute(
     if not getattr(module, "has_post_expert_norm", False) and dtype in cpu.DTYPES:
         apply = module._apply_gate if module.has_gate else module.act_fn
         activation = recognise(apply, module.has_gate)
-    if activation is not None and device.type == "cpu" and cpu.instruction_set() is not None:
+    if activation is None:
+        return TorchCompute(module)
+    if device.type == "cpu":
         compute = CpuCompute(activation, module.is_transposed)
-        if compute.can_run(records):
-            return compute
-    return TorchCompute(module)
+    else:
+        compute = TritonCompute(module, activation)
+    return compute if compute.can_run(records) else TorchCompute(module)

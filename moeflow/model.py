@@ -63,6 +63,7 @@ def load_moe(
     policy: str = "auto",
     predictor: str | Path | None = "auto",
     miss: str = "copy",
+    compile: bool = False,
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ):
@@ -86,6 +87,8 @@ def load_moe(
             lies in host memory, the CPU may compute it there while others are copied, as is foreseen to end soonest).
             "cheapest" is for CUDA only, and lossy: the CPU's last bits differ from the GPU's, so that the output
             depends on timing. It is not yet measured on a GPU.
+        compile: let generate() run its decode steps through torch.compile, with a static key-value cache: the first
+            call takes about a minute longer, the others are faster. Last bits differ from those without it.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: passed to transformers' from_pretrained.
 
@@ -170,6 +173,8 @@ def load_moe(
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     _attach(loaded, runtime, tap)
+    if compile:
+        hf.compile_decoding(loaded)
     if trace is not None:
         try:
             attach_recorder(loaded, trace)

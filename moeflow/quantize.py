@@ -1,5 +1,6 @@
 """Write a model with its experts in weight formats: one for all, or one chosen for each under a budget of bytes."""
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,13 @@ class Written(NamedTuple):
         folder: where.
         expert_bytes: bytes of all experts' records.
         bits_per_weight: those bytes, scales and zeros included, over the experts' weights.
+        formats: how many experts have each format.
     """
 
     folder: Path
     expert_bytes: int
     bits_per_weight: float
+    formats: dict[str, int]
 
 
 def quantize_model(
@@ -67,7 +70,8 @@ def quantize_model(
     feeding = expert_tensor_names(empty, checkpoint.tensors)
     write_packed(checkpoint, layers, feeding, out, settings=method, progress=progress)
     num_bytes, num_weights = _size(layers)
-    return Written(out, num_bytes, 8 * num_bytes / num_weights)
+    counts = Counter(name for names in formats for name in names)
+    return Written(out, num_bytes, 8 * num_bytes / num_weights, dict(counts))
 
 
 def _size(layers: list[LayerSource]) -> tuple[int, int]:

@@ -1,0 +1,88 @@
+"""`moeflow quantize`: experts in few bits, the same for all or chosen for each."""
+
+import json
+
+from moeflow.errors import ConfigError
+
+WIDTHS = (1, 2, 3, 4, 8)
+GROUPS = (32, 64, 128)
+
+
+def add_quantize_command(commands) -> None:
+    """Add the command to the parser's commands."""
+    quantize = commands.add_parser("quantize", help="write a folder whose experts are quantised; lossy")
+    quantize.add_argument("model", help="hub id or folder, experts in float32, bfloat16 or float16")
+    quantize.add_argument("out", help="folder to write; a killed run is continued by the next")
+    width = quantize.add_mutually_exclusive_group(required=True)
+    width.add_argument("--bits", type=int, choices=WIDTHS, help="of every expert's weights")
+    width.add_argument(
+        "--average-bits", type=float, metavar="B", help="choose 1, 2, 3, 4 or 8 for each expert, as many bytes in all"
+    )
+    quantize.add_argument(
+        "--group-size", type=int, default=64, choices=GROUPS, help="weights that share a scale (64); with 8 bits too"
+    )
+    quantize.add_argument("--method", default="hqq", choices=("hqq", "rtn"), help="how codes are chosen (hqq)")
+    quantize.add_argument(
+        "--calibration", metavar="FILE", help="text that --average-bits learns from; without it, texts at hand"
+    )
+    quantize.add_argument("--json", action="store_true", help="print one JSON object")
+    quantize.set_defaults(run=_quantize)
+
+
+def _quantize(arguments) -> int:
+    from moeflow.progress import bytes_progress
+    from moeflow.quantize import quantize_model
+
+    if arguments.calibration is not None and arguments.average_bits is None:
+        raise ConfigError("--calibration is what --average-bits learns from: give --average-bits, or leave it out.")
+    about = {}
+    if arguments.average_bits is None:
+        formats = f"int{arguments.bits}-g{arguments.group_size}"
+    else:
+        chosen = _choose(arguments)
+        formats = chosen.formats
+        about = {"cost": chosen.allocation.cost, "bound": chosen.allocation.bound, "gap": chosen.allocation.gap}
+    with bytes_progress(f"quantising {arguments.model}") as progress:
+        written = quantize_model(arguments.model, arguments.out, formats, method=arguments.method, progress=progress)
+    about |= {
+        "folder": str(written.folder),
+        "bytes": sum(file.stat().st_size for file in written.folder.iterdir()),
+        "expert_bytes": written.expert_bytes,
+        "bits_per_weight": round(written.bits_per_weight, 3),
+        "formats": written.formats,
+    }
+    if arguments.json:
+        print(json.dumps(about))
+    else:
+        kinds = ", ".join(f"{count} experts in {name}" for name, count in sorted(written.formats.items()))
+        print(
+            f"wrote {written.folder}, {about['bytes']:,} bytes: {kinds}, {written.bits_per_weight:.2f} bits a weight "
+            f"with scales. load_moe({str(written.folder)!r})"
+        )
+        if "gap" in about:
+            print(f"no other choice is better by more than {about['gap']:.2%} of the estimated loss (LP bound)")
+    return 0
+
+
+def _choose(arguments):
+    """Measure the experts on text and choose a format for each."""
+    from pathlib import Path
+
+    from moeflow.mixed_precision import choose_formats
+    from moeflow.progress import count_progress
+
+    text = None
+    if arguments.calibration is not None:
+        try:
+            text = Path(arguments.calibration).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--calibration {arguments.calibration} cannot be read as text: {error}") from error
+    with count_progress(f"measuring the experts of {arguments.model}") as progress:
+        return choose_formats(
+            arguments.model,
+            text,
+            arguments.average_bits,
+            group_size=arguments.group_size,
+            method=arguments.method,
+            progress=progress,
+        )

@@ -1,0 +1,203 @@
+"""Measure decoding with every expert in memory: moeflow's kernels, plain and compiled, against transformers eager.
+
+All three models live in this process and take turns, so that a noisy machine touches them alike. Greedy, one sequence,
+end-of-text ignored; a token's time is what generate() takes for N tokens more. Then where a token's time goes.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the last line of standard output is one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="checkpoint folder; without it the demo model")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
+    parser.add_argument(
+        "--quantization", help="of moeflow's experts, such as int4; lossy"
+    )
+    parser.add_argument("--tokens", type=int, default=48, help="decoded in a measurement (48)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each engine (7)")
+    parser.add_argument("--threads", type=int, help="torch's threads; without it torch's own choice")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled row, which takes a minute")
+    arguments = parser.parse_args(argv)
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from moeflow import load_moe
+    from moeflow.demo_model import default_demo_path
+    from moeflow.kernels import cpu
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(arguments.model) if arguments.model else default_demo_path()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    options = {"dtype": dtype, "device": "cpu", "expert_memory": "100%", "predictor": None}
+    options["quantization"] = arguments.quantization
+    say(f"loading {folder}")
+    models = {
+        "transformers eager": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager"),
+        "moeflow": load_moe(folder, **options),
+    }
+    if not arguments.no_compile:
+        models["moeflow compiled"] = load_moe(folder, **options, compile=True)
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
+    bandwidth = read_bandwidth()
+    print(
+        f"{folder.name}, {arguments.dtype}, {torch.get_num_threads()} threads, kernels: {cpu.instruction_set()}; "
+        f"memory read {bandwidth / 1e9:.1f} GB/s"
+    )
+
+    outputs = {name: generate(model.eval(), ids, arguments.tokens) for name, model in models.items()}  # warm-up
+    for name, output in outputs.items():
+        same = int((output == outputs["transformers eager"]).long().cumprod(-1).sum()) - ids.shape[1]
+        print(f"{name}: the first {same} of {arguments.tokens} tokens are transformers eager's")
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(arguments.rounds):
+        say(f"round {turn + 1} of {arguments.rounds}")
+        for name, model in models.items():
+            times[name].append(token_s(model, ids, arguments.tokens))
+    base = times["transformers eager"]
+    rows = {}
+    print(f"\n{'engine':22} {'ms a token':>24} {'tok/s':>7} {'x eager':>22}")
+    for name, found in times.items():
+        ratios = [b / t for b, t in zip(base, found, strict=True)]
+        middle = statistics.median(found)
+        rows[name] = {"token_s": found, "ratio_to_eager": statistics.median(ratios), "ratios": ratios}
+        print(
+            f"{name:22} {1e3 * middle:8.2f} ({1e3 * min(found):.2f} to {1e3 * max(found):.2f}) {1 / middle:7.1f} "
+            f"{statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    parts = {name: where_time_goes(model, ids, arguments.tokens) for name, model in models.items() if name == "moeflow"}
+    read_bytes = bytes_a_token(models["moeflow"])
+    print(
+        f"\na token reads {read_bytes / 1e6:.0f} MB: at least {1e3 * read_bytes / bandwidth:.2f} ms at that bandwidth"
+    )
+    for name, part in parts.items():
+        print(f"{name}: " + ", ".join(f"{what} {1e3 * seconds:.2f} ms" for what, seconds in part.items()))
+    print(
+        json.dumps(
+            {
+                "model": folder.name,
+                "dtype": arguments.dtype,
+                "quantization": arguments.quantization,
+                "threads": torch.get_num_threads(),
+                "instruction_set": cpu.instruction_set(),
+                "read_bytes_per_s": bandwidth,
+                "bytes_a_token": read_bytes,
+                "rows": rows,
+                "parts_s": parts,
+            }
+        )
+    )
+    return 0
+
+
+def say(text: str) -> None:
+    """Tell progress on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def generate(model, ids, num_tokens: int):
+    """Decode greedily, exactly this many tokens."""
+    import torch
+
+    with torch.no_grad():
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+
+def token_s(model, ids, num_tokens: int) -> float:
+    """Return the seconds a decoded token takes: a long generation less a short one."""
+    seconds = []
+    for count in (2, num_tokens + 2):
+        begin = time.perf_counter()
+        generate(model, ids, count)
+        seconds.append(time.perf_counter() - begin)
+    return (seconds[1] - seconds[0]) / num_tokens
+
+
+def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
+    """Return seconds a decode step of an uncompiled model spends in experts, dense linears and everything else."""
+    import torch
+
+    from moeflow.hf import experts_modules
+
+    spent, watched = {"experts": 0.0, "dense linears": 0.0}, []
+    experts = {module for _, module in experts_modules(model)}
+    for module in model.modules():
+        kind = "experts" if module in experts else "dense linears" if isinstance(module, torch.nn.Linear) else None
+        if kind is None:
+            continue
+        inner = module.forward
+
+        def timed(*args, _inner=inner, _kind=kind, **kwargs):
+            begin = time.perf_counter()
+            output = _inner(*args, **kwargs)
+            spent[_kind] += time.perf_counter() - begin
+            return output
+
+        module.forward = timed
+        watched.append(module)
+    found = []
+    try:
+        for count in (2, num_tokens + 2):
+            spent.update(dict.fromkeys(spent, 0.0))
+            begin = time.perf_counter()
+            generate(model, ids, count)
+            found.append({**spent, "all": time.perf_counter() - begin})
+    finally:
+        for module in watched:
+            del module.forward
+    short, long = found
+    parts = {what: (long[what] - short[what]) / num_tokens for what in long}
+    parts["everything else"] = parts.pop("all") - sum(parts[what] for what in spent)
+    return parts
+
+
+def bytes_a_token(model) -> int:
+    """Return the weights a decode step reads: top-k experts of every layer, and the dense parameters but embeddings."""
+    from moeflow.hf import num_experts_per_tok
+
+    experts = sum(source.layout.record.num_bytes for source in model.moeflow.store.layers) * num_experts_per_tok(model)
+    embedding = model.get_input_embeddings().weight
+    dense = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight.data_ptr() == embedding.data_ptr()
+    return experts + dense + (embedding.numel() * embedding.element_size() if tied else 0)
+
+
+def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 5) -> float:
+    """Return the bytes a second that torch's threads read of a block that no cache holds: the ceiling."""
+    import torch
+
+    block, best = torch.ones(num_bytes // 8, dtype=torch.int64), float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        block.sum()
+        best = min(best, time.perf_counter() - begin)
+    return num_bytes / best
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
