@@ -3,18 +3,24 @@
 Knows formats and methods. Knows nothing of models or files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from moeflow.errors import CheckpointError, ConfigError
 from moeflow.kernels.formats import WRITABLE, WeightFormat
+from moeflow.kernels.gptq import prepare_hessian, round_with_hessian
+from moeflow.kernels.hqq import fit_grid
 from moeflow.kernels.packing import pack_codes
-from moeflow.kernels.rounding import encode, range_grid
+from moeflow.kernels.rounding import Grid, encode, range_grid
 
-METHODS = ("rtn",)
-_PART_WEIGHTS = 1 << 17  # worked on at a time: what a method needs in between stays in the cache
+METHODS = ("rtn", "hqq", "gptq")
+# Weights worked on at a time: what a method needs in between stays in the cache. GPTQ pays for each part anew.
+_PART_WEIGHTS = {"rtn": 1 << 17, "hqq": 1 << 17, "gptq": 1 << 21}
+
+# groups [rows, groups, group_size] -> their codes and grid
+Rounding = Callable[[torch.Tensor], tuple[torch.Tensor, Grid]]
 
 
 def quantize(
@@ -27,11 +33,14 @@ def quantize(
 ) -> dict[str, torch.Tensor]:
     """Store a matrix in a format.
 
+    The same bits come out for any number of threads with "rtn" and "hqq"; with "gptq" as far as torch's products do.
+
     Args:
         weight: [N, K], any float dtype and strides.
         spec: a format that can be written, or a float format, to which the weight is cast.
-        method: "rtn" rounds to the nearest value of the group's range.
-        calibration: not used by these methods.
+        method: "rtn" rounds to the nearest value of the group's range; "hqq" fits the values to the group's weights;
+            "gptq" also makes up for one column's error in the others, where there is calibration, else is "hqq".
+        calibration: [tokens, K], inputs of the layer, or [K, K], their X^T X; read by "gptq" only.
         name: of the matrix, in the answer and in errors.
 
     Returns:
@@ -39,7 +48,7 @@ def quantize(
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
-        ConfigError: an unknown method, or a format that is only read.
+        ConfigError: an unknown method, a format that is only read, or calibration of another layer.
     """
     if method not in METHODS:
         raise ConfigError(f"{method!r} is not a method of quantisation. Allowed: {', '.join(METHODS)}.")
@@ -50,11 +59,29 @@ def quantize(
             f"{name} cannot be quantised to {spec.name}: it is only read from published checkpoints. "
             f"Allowed: {', '.join(WRITABLE)}."
         )
-    mask = _padding_mask(weight.shape[1], spec)
-    parts = [_round_part(groups, spec, mask) for groups in _row_parts(_checked(weight, name), spec)]
+    round_part = _rounding(spec, method, calibration, weight.shape[1], name)
+    parts = [
+        _stored(*round_part(groups), spec) for groups in _row_parts(_checked(weight, name), spec, _PART_WEIGHTS[method])
+    ]
     codes, scale, zero = (None if found[0] is None else torch.cat(found) for found in zip(*parts, strict=True))
     stored = {name: codes, f"{name}_scale": scale}
     return stored | ({f"{name}_zero": zero} if zero is not None else {})
+
+
+def _rounding(spec, method, calibration, in_features, name) -> Rounding:
+    if method == "gptq" and calibration is not None:
+        hessian = prepare_hessian(calibration, in_features, spec.padded(in_features), name)
+        if hessian is not None:
+            return lambda groups: round_with_hessian(groups, spec, hessian)
+    mask = (torch.arange(spec.padded(in_features)) < in_features).float()
+    mask = mask.unflatten(0, (spec.num_groups(in_features), -1))
+    fit = range_grid if method == "rtn" else fit_grid
+
+    def round_part(groups):
+        grid = fit(groups, spec, mask)
+        return encode(groups, grid, spec), grid
+
+    return round_part
 
 
 def _checked(weight, name) -> torch.Tensor:
@@ -68,26 +95,15 @@ def _checked(weight, name) -> torch.Tensor:
     return weight
 
 
-def _padding_mask(in_features, spec) -> torch.Tensor:
-    """Return which places of a row hold weights, [groups, group_size], float32: 1 there, 0 in the padding."""
-    columns = torch.arange(spec.padded(in_features)) < in_features
-    return columns.float().unflatten(0, (spec.num_groups(in_features), -1))
-
-
-def _row_parts(weight, spec) -> Iterator[torch.Tensor]:
+def _row_parts(weight, spec, part_weights) -> Iterator[torch.Tensor]:
     """Yield some rows of the weight at a time, [rows, groups, group_size], float32, padding 0."""
     num_rows, in_features = weight.shape
     padded = spec.padded(in_features)
-    rows = max(_PART_WEIGHTS // padded, 1)
+    rows = max(part_weights // padded, 1)
     limit = torch.finfo(torch.float32).max
     for first in range(0, num_rows, rows):
         part = weight[first : first + rows].float().clamp(-limit, limit)
         yield F.pad(part, (0, padded - in_features)).unflatten(1, (spec.num_groups(in_features), -1))
-
-
-def _round_part(groups, spec, mask):
-    grid = range_grid(groups, spec, mask)
-    return _stored(encode(groups, grid, spec), grid, spec)
 
 
 def _stored(codes, grid, spec):

@@ -38,20 +38,20 @@ def round_zero(zero: torch.Tensor) -> torch.Tensor:
     return zero.clamp(-_LARGEST, _LARGEST).half().float()
 
 
-def range_grid(groups: torch.Tensor, spec: WeightFormat, mask: torch.Tensor) -> Grid:
+def range_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tensor) -> Grid:
     """Fit the grid to each group's range: every weight is within half a step of a value.
 
     Args:
         groups: [..., group_size], float32; padding is 0.
         spec: the format.
-        mask: [groups, group_size], 1 where a weight is, 0 in the padding.
+        importance: [groups, group_size], how much each weight counts in a mean; 0 in the padding.
 
     Returns:
         scale and zero of [..., 1]. A scale beyond float16 is its largest number: the largest weights saturate.
     """
     if spec.kind == "sign":
-        mean = (groups.abs() / mask.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-        return Grid(mean.clamp(max=_LARGEST).half().float())
+        shares = importance / importance.sum(-1, keepdim=True)
+        return Grid((groups.abs() * shares).sum(-1, keepdim=True).clamp(max=_LARGEST).half().float())
     if spec.kind == "int":
         largest = groups.abs().amax(-1, keepdim=True)
         return Grid(_round_up(largest / INT8_LIMIT))
