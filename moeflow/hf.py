@@ -65,6 +65,7 @@ class _WithoutExperts(QuantizationConfigMixin):
         self.quant_method = IMPLEMENTATION
         self.on_skeleton = on_skeleton
         self.scheme = scheme
+        self.problems: list[str] = []  # with dense weights: transformers would only log what is raised meanwhile
 
     def __deepcopy__(self, memo):
         return self
@@ -88,7 +89,7 @@ class _ExpertsRemover(HfQuantizer):
         scheme = self.quantization_config.scheme
         if scheme is None or scheme.method == "mxfp4":  # of experts only
             return []
-        operation = _Dequantize(scheme)
+        operation = _Dequantize(scheme, self.quantization_config.problems)
         return [WeightConverter(list(operation.endings), ".weight", [operation])]
 
     def update_weight_conversions(self, weight_conversions, *args):
@@ -124,13 +125,18 @@ class _Dequantize(ConversionOps):
 
     Args:
         scheme: how the checkpoint is quantised.
+        problems: gets a sentence for every weight that could not be made.
     """
 
-    def __init__(self, scheme: NativeScheme):
+    def __init__(self, scheme: NativeScheme, problems: list[str]):
         self.scheme = scheme
+        self.problems = problems
         self.dtype = None
         stem = "" if scheme.stands_for else ".weight"  # what the names of all pieces begin with
         self.endings = {re.escape(stem + ending) + "$": ending for ending in (scheme.codes, *scheme.companions)}
+
+    def __deepcopy__(self, memo):
+        return _Dequantize(self.scheme, self.problems)
 
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         pieces = {
@@ -142,7 +148,11 @@ class _Dequantize(ConversionOps):
         if len(pieces) == 1:
             (value,) = pieces.values()
             return {full_layer_name: value.to(dtype)}
-        return {full_layer_name: values(pieces, self.scheme, tuple(parameter.shape), dtype)}
+        try:
+            return {full_layer_name: values(pieces, self.scheme, tuple(parameter.shape), dtype)}
+        except ValueError as error:
+            self.problems.append(f"{full_layer_name} cannot be used: {error}")
+            return {full_layer_name: torch.zeros(parameter.shape, dtype=dtype)}
 
 
 def resolve_folder(model: str | Path, **download_kwargs) -> Path:
@@ -265,15 +275,21 @@ def load_without_experts(folder: Path, config, on_skeleton: Callable, **hf_kwarg
         _check_dense(empty, stored)
         on_skeleton(empty)
 
-    return cls.from_pretrained(
+    loading = _WithoutExperts(check_and_strip, scheme)
+    loaded = cls.from_pretrained(
         folder,
         config=config,
-        quantization_config=_WithoutExperts(check_and_strip, scheme),
+        quantization_config=loading,
         experts_implementation=IMPLEMENTATION,
         use_safetensors=True,
         output_loading_info=True,
         **hf_kwargs,
     )
+    if loading.problems:
+        raise CheckpointError(
+            f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."
+        )
+    return loaded
 
 
 def _check_dense(model, stored: dict[str, StoredMatrix]) -> None:

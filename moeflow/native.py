@@ -32,11 +32,13 @@ class NativeScheme(NamedTuple):
         method: "mxfp4", "fp8", "gptq" or "awq".
         group_size: neighbours of a row that share a scale in gptq and awq, -1 for a whole row; else 0.
         zero_offset: what has to be added to a stored zero point.
+        symmetric: every zero point is 8. Some tools store it as it is where `zero_offset` says otherwise.
     """
 
     method: str
     group_size: int = 0
     zero_offset: int = 0
+    symmetric: bool = False
 
     @property
     def codes(self) -> str:
@@ -118,7 +120,7 @@ def read_scheme(quantization: dict, source: str) -> NativeScheme:
     _allow(source, method, "desc_act", bool(quantization.get("desc_act", False)), [False])
     exceptions = [rule for rule in quantization.get("dynamic") or {} if not rule.startswith("-:")]
     _allow(source, method, "dynamic", exceptions, [[]])
-    return NativeScheme(method, group_size, _GPTQ_ZERO_OFFSETS[layout])
+    return NativeScheme(method, group_size, _GPTQ_ZERO_OFFSETS[layout], quantization.get("sym") is True)
 
 
 def _awq_layout(quantization) -> bool:

@@ -11,8 +11,9 @@ from moeflow.core import align_up
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import find_format
 from moeflow.kernels.packing import pack_codes
-from moeflow.native import NativeScheme
+from moeflow.native import BLOCK, NativeScheme
 
+_ROWS = 1024  # made at a time; a multiple of BLOCK
 # Which out feature of a run of eight the i-th code of an AWQ int32 is of.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -36,7 +37,7 @@ def in_format(
     """
     if scheme.method == "fp8":
         return {
-            name: _pad(pieces[""].view(torch.uint8), align_up(shape[1], 128)),
+            name: _pad(pieces[""].view(torch.uint8), align_up(shape[1], BLOCK)),
             f"{name}_scale": _finite(pieces["_scale_inv"].float()),
         }
     return _int4(pieces, scheme, shape, name)
@@ -46,8 +47,16 @@ def values(
     pieces: dict[str, torch.Tensor], scheme: NativeScheme, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return what a matrix's pieces are worth, [N, K] in `dtype`; arguments and errors as `in_format`."""
-    stored = in_format(pieces, scheme, shape, "weight")
-    return dequantize(stored, "weight", find_format(scheme.format), shape, dtype)
+    stored, spec = in_format(pieces, scheme, shape, "weight"), find_format(scheme.format)
+    out = torch.empty(shape, dtype=dtype, device=stored["weight"].device)
+    for first in range(0, shape[0], _ROWS):  # so that no second copy in float32 comes about
+        part = {}
+        for name, tensor in stored.items():
+            rows = BLOCK if scheme.method == "fp8" and name == "weight_scale" else 1  # that share a row of the tensor
+            part[name] = tensor[first // rows : (first + _ROWS) // rows]
+        piece = out[first : first + _ROWS]
+        piece.copy_(dequantize(part, "weight", spec, tuple(piece.shape), dtype))
+    return out
 
 
 def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
@@ -66,6 +75,7 @@ def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
     else:
         codes = _awq_columns(pieces[".qweight"]).T
         zeros = _awq_columns(pieces[".qzeros"])
+    offset = 0 if scheme.symmetric and bool((zeros == 8).all()) else scheme.zero_offset
     scales = _finite(pieces[".scales"])
     stored, padded = scheme.stored_group_size, align_up(in_features, scheme.stored_group_size)
     repeats, wanted = -(-group_size // stored), padded // stored
@@ -77,7 +87,7 @@ def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
     return {
         name: pack_codes(_pad(codes, padded).contiguous(), 4),
         f"{name}_scale": spread(scales),
-        f"{name}_zero": spread(zeros.half() + scheme.zero_offset),
+        f"{name}_zero": spread(zeros.half() + offset),
     }
 
 

@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, tensors: dict, config: dict, shards: int = 3)
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def make(folder: Path, model, quantization: dict, quantise, is_quantised) -> tuple[Path, Path]:
+def make(folder: Path, model, quantization: dict, quantise, is_quantised) -> tuple[Path, Path, dict]:
     """Write a quantised checkpoint and its plain twin.
 
     Args:
@@ -73,21 +73,24 @@ def make(folder: Path, model, quantization: dict, quantise, is_quantised) -> tup
         quantization: the quantization_config.
         quantise: (name, weight) -> ({name: piece}, values the pieces stand for, float64).
         is_quantised: name -> bool.
+
+    Returns:
+        Both folders, and {name: values in float64} of what is quantised.
     """
     model.save_pretrained(folder / "source")
     source = load_file(folder / "source" / "model.safetensors")
     config = json.loads((folder / "source" / "config.json").read_text())
-    native, plain = {}, {}
+    native, plain, exact = {}, {}, {}
     for name, weight in source.items():
         if is_quantised(name):
-            pieces, values = quantise(name, weight)
+            pieces, exact[name] = quantise(name, weight)
             native |= pieces
-            plain[name] = values.to(weight.dtype)
+            plain[name] = exact[name].to(weight.dtype)
         else:
             native[name] = plain[name] = weight
     write_checkpoint(folder / "native", native, {**config, "quantization_config": quantization})
     write_checkpoint(folder / "plain", plain, config)
-    return folder / "native", folder / "plain"
+    return folder / "native", folder / "plain", exact
 
 
 def is_linear(name: str) -> bool:
