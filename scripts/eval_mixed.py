@@ -64,6 +64,7 @@ class Rounded:
         self.model, self.method = model, method
         self.modules = [module for _, module in hf.experts_modules(model)]
         self.exact = [{n: p.detach().clone() for n, p in m._parameters.items()} for m in self.modules]
+        self._stored: dict[tuple, dict] = {}  # quantised once for all choices
 
     @torch.no_grad()
     def put(self, formats: list[list[str]] | None) -> None:
@@ -72,13 +73,14 @@ class Rounded:
             for name, values in exact.items():
                 for expert, value in enumerate(values):
                     if formats is not None and value.dim() == 2:
-                        value = self._round(value, formats[layer][expert], name, module.is_transposed)
+                        value = self._round(value, (layer, expert, name, formats[layer][expert]), module.is_transposed)
                     module._parameters[name][expert] = value
 
-    def _round(self, value, form, name, transposed):
-        matrix, spec = (value.T if transposed else value), find_format(form)
-        stored = quantize(matrix, spec, method=self.method, name=name)
-        found = dequantize(stored, name, spec, tuple(matrix.shape))
+    def _round(self, value, key, transposed):
+        matrix, spec, name = (value.T if transposed else value), find_format(key[3]), key[2]
+        if key not in self._stored:
+            self._stored[key] = quantize(matrix, spec, method=self.method, name=name)
+        found = dequantize(self._stored[key], name, spec, tuple(matrix.shape))
         return found.T if transposed else found
 
 
@@ -129,9 +131,7 @@ def main(argv=None) -> None:
     print(f"statistics of {statistics.num_tokens:,} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
 
     rounded, rows = Rounded(model, arguments.method), {}
-    weights = sum(p[e].numel() for parts in rounded.exact for p in parts.values() for e in range(1)) / len(
-        rounded.exact
-    )
+    weights = sum(values[0].numel() for values in rounded.exact[0].values())  # of one expert
     averages = [float(bits) for bits in arguments.average_bits.split(",")]
     ends = sorted({end for bits in averages for end in _ends(bits)})
     choices = {"float32": (None, None)}
@@ -142,12 +142,12 @@ def main(argv=None) -> None:
         a = found.allocation
         print(f"{bits} bits: cost {a.cost:.4g}, bound {a.bound:.4g}, gap {100 * a.gap:.3f} %, {a.seconds:.2f} s")
         choices[f"mixed {bits}"] = (found.formats, bits)
-        if arguments.simpler:
-            for name, formats in other_choices(statistics, bits).items():
-                choices[f"{bits}, {name}"] = (formats, bits)
         if arguments.save:
             Path(arguments.save).mkdir(parents=True, exist_ok=True)
             Path(arguments.save, f"mixed-{bits}.json").write_text(json.dumps(found.formats))
+    for bits in averages if arguments.simpler else ():
+        for name, formats in other_choices(statistics, bits).items():
+            choices[f"{bits}, {name}"] = (formats, bits)
 
     print(
         "\n| experts | bits a weight, all included | widths 1, 2, 3, 4, 8 | perplexity | ± of the ratio to uniform, % |"
