@@ -17,7 +17,9 @@ from moeflow.kernels.formats import WeightFormat
 from moeflow.kernels.hqq import fit_grid
 from moeflow.kernels.rounding import Grid, decode, encode
 
-_DAMPING = 0.01  # of the mean diagonal: makes any number of tokens, and inputs that are always 0, a regular Hessian
+# Added to the diagonal, as shares of its mean: always, and times K / tokens, since few inputs say little of the next.
+_DAMPING = 0.02
+_FEW_DAMPING = 0.1
 _BLOCK_COLUMNS = 128
 _ASYMMETRY = 1e-4  # of the largest entry, that sums of products may have in float32
 
@@ -59,13 +61,14 @@ def prepare_hessian(calibration: torch.Tensor, in_features: int, padded: int, na
     if not torch.isfinite(calibration).all():
         raise ConfigError(f"the calibration of {name} has NaN or infinite inputs. Record them again, or leave it out.")
     found = calibration.double()
-    products = found if _is_hessian(found) else found.T @ found
+    known = _is_hessian(found)  # then how many tokens it is from is not: taken as K
+    products = found if known else found.T @ found
     mean = products.diagonal().mean() if len(products) else 0
     if not mean > 0:
         return None
     hessian = torch.eye(padded, dtype=torch.float64)  # the padding's columns touch no other
     hessian[:in_features, :in_features] = products / mean
-    hessian.diagonal()[:in_features] += _DAMPING
+    hessian.diagonal()[:in_features] += _DAMPING + _FEW_DAMPING * (1 if known else in_features / len(found))
     importance = hessian.diagonal().clone()
     importance[in_features:] = 0
     order = importance.argsort(descending=True, stable=True)
