@@ -36,8 +36,9 @@ def in_format(
         ValueError: a scale is not finite, or a group is not made of neighbours.
     """
     if scheme.method == "fp8":
+        codes = pieces[""].to(torch.float8_e4m3fn)  # transformers before 5.24 may have widened them, without loss
         return {
-            name: _pad(pieces[""].view(torch.uint8), align_up(shape[1], BLOCK)),
+            name: _pad(codes.view(torch.uint8), align_up(shape[1], BLOCK)),
             f"{name}_scale": _finite(pieces["_scale_inv"].float()),
         }
     return _int4(pieces, scheme, shape, name)
