@@ -1,0 +1,109 @@
+/* What _cpu.cpp (C ABI, dispatch, threads) and the arithmetic of each instruction set say to one another. */
+#ifndef MOEFLOW_CPU_H
+#define MOEFLOW_CPU_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+namespace moeflow {
+
+/* In the order of _FORMATS in cpu.py. */
+enum Format { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT4, UINT3, UINT2, SIGN1, MXFP4, FP8, NUM_FORMATS };
+/* In the order of _KINDS in cpu.py. */
+enum Kind { SILU, GELU, GELU_TANH, RELU, RELU2 };
+enum Gate { NO_GATE, CONCATENATED, INTERLEAVED };
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+struct Float8 {
+    uint8_t bits; /* E4M3 */
+};
+
+/* A matrix [num_rows, in_features] inside a record; offsets in bytes from the record's start, -1: not there. */
+struct Matrix {
+    int64_t codes, scale, zero, bias;
+    int32_t format, bias_format;
+    int32_t num_rows, in_features;
+    int32_t group_size; /* a whole row: the padded in features */
+    int32_t padded;
+    int32_t is_transposed; /* [in_features, num_rows], floats only */
+    int32_t reserved;
+};
+
+/* activation(gate, up) = min(act(min(gate, gate_limit)), activated_limit) * (clamp(up, up_limit) + up_offset) */
+struct Activation {
+    int32_t kind, gate;
+    float alpha, gate_limit, activated_limit, up_limit, up_offset;
+    int32_t reserved;
+};
+
+struct Expert {
+    Matrix first, down;
+    Activation activation;
+};
+
+/* Rows of activations as the kernels read them: float32, padded with zeros to a multiple of 128; then, where a format
+ * asks for it, sums over every group and the values rounded to int8 in blocks of 32. Offsets in bytes within a row. */
+struct Rows {
+    char *data;
+    int64_t stride;
+    int64_t sums[3]; /* of groups of 32, 64, 128; -1: nobody asked */
+    int64_t codes, deltas;
+    int32_t num_features, padded;
+    int32_t is_rounded; /* whether codes and deltas are there, and sums are theirs */
+};
+
+/* The tokens one expert computes in one go: at most TOKENS_AT_ONCE. */
+struct Segment {
+    const Expert *expert;
+    const char *record;
+    const int64_t *tokens; /* [count], rows of the hidden states */
+    const int64_t *places; /* [count], rows of the outputs */
+    int32_t count;
+    int32_t total;             /* tokens the expert has in this call: with many, weights are unpacked first */
+    int64_t input_row, hidden_row; /* of its first token */
+};
+
+/* Bytes of scratch a thread needs. */
+constexpr int64_t SCRATCH_BYTES = 640 << 10;
+constexpr int ROWS_AT_ONCE = 24, COLUMNS_AT_ONCE = 192; /* one piece of work: out features, and of a transposed matrix */
+constexpr int TOKENS_AT_ONCE = 96;                      /* of a segment */
+constexpr int TOKEN_EXPERTS = 64;                       /* of down_token */
+
+/* One instruction set's arithmetic. */
+struct Arithmetic {
+    const char *name;
+    int lanes, dot_lanes; /* of a sum over a group, without and with rounded activations */
+    /* Converts one row of activations to float32, padded. */
+    void (*convert)(const void *from, int format, int count, float *to, int padded);
+    /* Fills in what follows the float32 values. */
+    void (*prepare)(const Rows &rows, int64_t row);
+    /* Rows first to first + count of the hidden activations of a segment. */
+    void (*hidden)(const Segment &segment, const Rows &input, const Rows &hidden, int first, int count, char *scratch);
+    /* The same of the outputs, [places, out_stride]. */
+    void (*down)(const Segment &segment, const Rows &hidden, float *outputs, int64_t out_stride, int first, int count,
+                 char *scratch);
+    /* Sums one token's rows first to first + count over its experts, [num_experts] segments of one token each. */
+    void (*down_token)(const Segment *segments, int num_experts, const float *weights, const Rows &hidden, void *out,
+                       int format, int first, int count, char *scratch);
+    void (*combine)(const float *outputs, const float *weights, int top_k, int num_features, void *out, int format);
+    void (*linear)(const Matrix &matrix, const char *record, const Rows &input, int num_tokens, void *out, int format,
+                   int first, int count, char *scratch);
+    void (*rms_norm)(const void *x, const void *weight, float eps, int count, void *out, int format,
+                     int sum_lanes, char *scratch);
+};
+
+/* Null where the compiler's target has none of it. */
+extern const Arithmetic *const AVX512, *const AVX2, *const PORTABLE;
+
+} // namespace moeflow
+
+#endif

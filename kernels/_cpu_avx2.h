@@ -1,0 +1,130 @@
+/* AVX2, FMA and F16C: 8 floats, and 32 codes as bytes. Included inside an unnamed namespace. */
+
+struct Avx2 {
+    static constexpr int LANES = 8, MANY_ROWS = 3, MANY_TOKENS = 4;
+    using V = __m256;
+    using Bytes = __m256i; /* 32 codes in their order */
+
+    static V zero() { return _mm256_setzero_ps(); }
+    static V all(float x) { return _mm256_set1_ps(x); }
+    static V load(const float *p) { return _mm256_loadu_ps(p); }
+    static void store(float *p, V v) { _mm256_storeu_ps(p, v); }
+    static V add(V a, V b) { return _mm256_add_ps(a, b); }
+    static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+    static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    static V div(V a, V b) { return _mm256_div_ps(a, b); }
+    static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static V at_most(V x, V limit) { return _mm256_min_ps(limit, x); } /* NaN stays NaN */
+    static V at_least(V x, V limit) { return _mm256_max_ps(limit, x); }
+    static V absolute(V x) { return _mm256_andnot_ps(all(-0.0f), x); }
+    static V round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static V power_of_two(V n) { /* of whole numbers from -126 to 127 */
+        return _mm256_castsi256_ps(
+            _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+    }
+    static float sum(V v) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+    }
+    static void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+
+    static V load(const BFloat16 *p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+    }
+    static V load(const Float16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+    static V load(const int8_t *p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    }
+    /* E4M3 as half floats, 256 times too small. */
+    static __m128i half_of_fp8(__m128i wide) {
+        const __m128i magnitude = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
+        const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
+        const __m128i nan = _mm_srli_epi16(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)), 1);
+        return _mm_or_si128(_mm_or_si128(sign, nan), _mm_slli_epi16(magnitude, 7));
+    }
+    static V load(const Float8 *p) {
+        return _mm256_cvtph_ps(half_of_fp8(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)p))));
+    }
+    static V all(const Float16 *p) { return _mm256_cvtph_ps(_mm_set1_epi16((short)p->bits)); }
+
+    static V to_float(__m256i v) { return _mm256_cvtepi32_ps(v); }
+    static void nibbles(const uint8_t *p, V (&v)[4]) {
+        for (int i = 0; i < 2; ++i) {
+            const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i)));
+            v[i] = to_float(_mm256_and_si256(both, _mm256_set1_epi32(15)));
+            v[i + 2] = to_float(_mm256_srli_epi32(both, 4));
+        }
+    }
+    static void widen(Bytes b, V (&v)[4]) { /* of codes from -128 to 127 */
+        const __m128i low = _mm256_castsi256_si128(b), high = _mm256_extracti128_si256(b, 1);
+        v[0] = to_float(_mm256_cvtepi8_epi32(low));
+        v[1] = to_float(_mm256_cvtepi8_epi32(_mm_srli_si128(low, 8)));
+        v[2] = to_float(_mm256_cvtepi8_epi32(high));
+        v[3] = to_float(_mm256_cvtepi8_epi32(_mm_srli_si128(high, 8)));
+    }
+
+    static Bytes bytes8(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+    static Bytes bytes4(const uint8_t *p) {
+        const __m128i both = _mm_loadu_si128((const __m128i *)p);
+        const __m256i spread = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
+        return _mm256_and_si256(spread, _mm256_set1_epi8(15));
+    }
+    static Bytes bytes2(const uint8_t *p) {
+        int64_t word;
+        memcpy(&word, p, 8);
+        const __m256i spread = _mm256_srlv_epi64(_mm256_set1_epi64x(word), _mm256_setr_epi64x(0, 2, 4, 6));
+        return _mm256_and_si256(spread, _mm256_set1_epi8(3));
+    }
+    static __m256i is_set(const uint8_t *p) { /* all bits of a byte where its bit is set */
+        int32_t word;
+        memcpy(&word, p, 4);
+        const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+        const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(word), byte_of);
+        return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
+    }
+    static Bytes bytes3(const uint8_t *p) {
+        return _mm256_or_si256(bytes2(p), _mm256_and_si256(is_set(p + 8), _mm256_set1_epi8(4)));
+    }
+    static Bytes bytes_sign(const uint8_t *p) { /* 1 or -1 */
+        return _mm256_sub_epi8(_mm256_set1_epi8(-1), _mm256_add_epi8(is_set(p), is_set(p)));
+    }
+    /* E2M1, doubled. */
+    static Bytes bytes_mxfp4(const uint8_t *p) {
+        const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+        const __m128i both = _mm_loadu_si128((const __m128i *)p), mask = _mm_set1_epi8(15);
+        const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(both, mask));
+        const __m128i odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(both, 4), mask));
+        return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+    }
+
+    /* 32 products in 8 sums; |b| and x are at most 127. */
+    static V dot(Bytes b, const int8_t *x, std::false_type) {
+        const __m256i pairs = _mm256_maddubs_epi16(b, _mm256_loadu_si256((const __m256i *)x));
+        return to_float(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static V dot(Bytes b, const int8_t *x, std::true_type) { /* b is signed */
+        const __m256i values = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)x), b);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(b), values);
+        return to_float(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    /* Whole floats to int8. */
+    static void store_codes(int8_t *p, V v) {
+        const __m256i wide = _mm256_cvtps_epi32(v);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+        _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+    }
+    static void store(Float16 *p, V v) {
+        _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static void store(BFloat16 *p, V v) {
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        const __m256i wide = _mm256_srli_epi32(_mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), nan), 16);
+        const __m128i low = _mm256_castsi256_si128(wide), high = _mm256_extracti128_si256(wide, 1);
+        _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(low, high));
+    }
+};

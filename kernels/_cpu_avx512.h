@@ -1,0 +1,80 @@
+/* AVX-512 (F, BW, DQ, VL, VNNI): 16 floats; rounded activations in 8 sums, as in AVX2. */
+
+struct Avx512 {
+    static constexpr int LANES = 16, MANY_ROWS = 4, MANY_TOKENS = 6;
+    using V = __m512;
+    using Bytes = __m256i;
+
+    static V zero() { return _mm512_setzero_ps(); }
+    static V all(float x) { return _mm512_set1_ps(x); }
+    static V load(const float *p) { return _mm512_loadu_ps(p); }
+    static void store(float *p, V v) { _mm512_storeu_ps(p, v); }
+    static V add(V a, V b) { return _mm512_add_ps(a, b); }
+    static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+    static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    static V div(V a, V b) { return _mm512_div_ps(a, b); }
+    static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static V at_most(V x, V limit) { return _mm512_min_ps(limit, x); }
+    static V at_least(V x, V limit) { return _mm512_max_ps(limit, x); }
+    static V absolute(V x) { return _mm512_abs_ps(x); }
+    static V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static V power_of_two(V n) {
+        return _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+    }
+    static float sum(V v) {
+        return Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+    }
+    static void prefetch(const void *p) { Avx2::prefetch(p); }
+
+    static V load(const BFloat16 *p) {
+        const __m256i half = _mm256_loadu_si256((const __m256i *)p);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static V load(const Float16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+    static V load(const int8_t *p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+    }
+    static V load(const Float8 *p) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+        const __m128i low = Avx2::half_of_fp8(_mm_cvtepu8_epi16(bytes));
+        const __m128i high = Avx2::half_of_fp8(_mm_cvtepu8_epi16(_mm_srli_si128(bytes, 8)));
+        return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
+    }
+    static V all(const Float16 *p) { return _mm512_cvtph_ps(_mm256_set1_epi16((short)p->bits)); }
+
+    static void nibbles(const uint8_t *p, V (&v)[2]) {
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+        v[0] = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+        v[1] = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+    }
+    static void widen(Bytes b, V (&v)[2]) {
+        v[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(b)));
+        v[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(b, 1)));
+    }
+    static Bytes bytes8(const uint8_t *p) { return Avx2::bytes8(p); }
+    static Bytes bytes4(const uint8_t *p) { return Avx2::bytes4(p); }
+    static Bytes bytes3(const uint8_t *p) { return Avx2::bytes3(p); }
+    static Bytes bytes2(const uint8_t *p) { return Avx2::bytes2(p); }
+    static Bytes bytes_sign(const uint8_t *p) { return Avx2::bytes_sign(p); }
+    static Bytes bytes_mxfp4(const uint8_t *p) { return Avx2::bytes_mxfp4(p); }
+
+    static void store(Float16 *p, V v) {
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static void store(BFloat16 *p, V v) {
+        Avx2::store(p, _mm512_castps512_ps256(v));
+        Avx2::store(p + 8, _mm512_extractf32x8_ps(v, 1));
+    }
+};
+
+struct Vnni : Avx2 {
+    static V dot(Bytes b, const int8_t *x, std::false_type) {
+        const __m256i values = _mm256_loadu_si256((const __m256i *)x);
+        return to_float(_mm256_dpbusd_epi32(_mm256_setzero_si256(), b, values));
+    }
+    static V dot(Bytes b, const int8_t *x, std::true_type) {
+        const __m256i values = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)x), b);
+        return to_float(_mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(b), values));
+    }
+};

@@ -1,0 +1,150 @@
+/* Any processor: loops over 4 floats that the compiler turns into its own vectors. Included in an unnamed namespace. */
+
+struct Portable {
+    static constexpr int LANES = 4, MANY_ROWS = 2, MANY_TOKENS = 4;
+    typedef float V __attribute__((vector_size(16)));
+    struct Bytes {
+        int8_t v[32];
+    };
+
+    static V zero() { return V{}; }
+    static V all(float x) { return V{x, x, x, x}; }
+    static V load(const float *p) {
+        V v;
+        memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static void store(float *p, V v) { memcpy(p, &v, sizeof v); }
+    static V add(V a, V b) { return a + b; }
+    static V sub(V a, V b) { return a - b; }
+    static V mul(V a, V b) { return a * b; }
+    static V div(V a, V b) { return a / b; }
+    static V fma(V a, V b, V c) {
+#ifdef __FP_FAST_FMAF
+        for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+        return c;
+#else
+        return c + a * b;
+#endif
+    }
+    static V at_most(V x, V limit) { /* NaN stays NaN */
+        for (int i = 0; i < LANES; ++i) x[i] = x[i] > limit[i] ? limit[i] : x[i];
+        return x;
+    }
+    static V at_least(V x, V limit) {
+        for (int i = 0; i < LANES; ++i) x[i] = x[i] < limit[i] ? limit[i] : x[i];
+        return x;
+    }
+    static V absolute(V x) {
+        for (int i = 0; i < LANES; ++i) x[i] = __builtin_fabsf(x[i]);
+        return x;
+    }
+    static V round(V x) { /* of numbers under 2^22 */
+        const V magic = all(12582912.0f);
+        return (x + magic) - magic;
+    }
+    static V power_of_two(V n) {
+        V power;
+        for (int i = 0; i < LANES; ++i) power[i] = float_of((uint32_t)((int32_t)n[i] + 127) << 23);
+        return power;
+    }
+    static float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+    static void prefetch(const void *p) { __builtin_prefetch(p); }
+
+    static float float_of(uint32_t bits) {
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    }
+    static uint32_t bits_of(float value) {
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        return bits;
+    }
+    static float number(BFloat16 x) { return float_of((uint32_t)x.bits << 16); }
+    static float number(int8_t x) { return x; }
+    static float number(Float16 x) {
+        const uint32_t magnitude = x.bits & 0x7fffu, sign = (uint32_t)(x.bits & 0x8000u) << 16;
+        const float small = (float)(int32_t)magnitude * 0x1p-24f;
+        const float large = float_of((magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u));
+        return float_of(bits_of(magnitude < 0x400u ? small : large) | sign);
+    }
+    static float number(Float8 x) { /* 256 times too small, as the others have it */
+        const uint16_t magnitude = x.bits & 0x7f, sign = (uint16_t)((x.bits & 0x80) << 8);
+        return number(Float16{(uint16_t)(sign | (magnitude == 0x7f ? 0x7fff : magnitude << 7))});
+    }
+    template <class T> static V load(const T *p) {
+        V v;
+        for (int i = 0; i < LANES; ++i) v[i] = number(p[i]);
+        return v;
+    }
+    static V all(const Float16 *p) { return all(number(*p)); }
+
+    static void widen(const Bytes &b, V (&v)[8]) {
+        for (int i = 0; i < 32; ++i) v[i / LANES][i % LANES] = b.v[i];
+    }
+    static void nibbles(const uint8_t *p, V (&v)[8]) { widen(bytes4(p), v); }
+
+    static Bytes bytes8(const uint8_t *p) {
+        Bytes b;
+        memcpy(b.v, p, 32);
+        return b;
+    }
+    static Bytes bytes4(const uint8_t *p) {
+        Bytes b;
+        for (int i = 0; i < 16; ++i) b.v[i] = p[i] & 15, b.v[i + 16] = p[i] >> 4;
+        return b;
+    }
+    static Bytes bytes2(const uint8_t *p) {
+        Bytes b;
+        for (int i = 0; i < 32; ++i) b.v[i] = (p[i % 8] >> (i / 8 * 2)) & 3;
+        return b;
+    }
+    static Bytes bytes3(const uint8_t *p) {
+        Bytes b = bytes2(p);
+        for (int i = 0; i < 32; ++i) b.v[i] |= ((p[8 + i / 8] >> (i % 8)) & 1) << 2;
+        return b;
+    }
+    static Bytes bytes_sign(const uint8_t *p) {
+        Bytes b;
+        for (int i = 0; i < 32; ++i) b.v[i] = ((p[i / 8] >> (i % 8)) & 1) * 2 - 1;
+        return b;
+    }
+    static Bytes bytes_mxfp4(const uint8_t *p) {
+        static const int8_t table[] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+        Bytes b;
+        for (int i = 0; i < 16; ++i) b.v[2 * i] = table[p[i] & 15], b.v[2 * i + 1] = table[p[i] >> 4];
+        return b;
+    }
+
+    template <class SIGNED> static V dot(const Bytes &b, const int8_t *x, SIGNED) {
+        V sums;
+        for (int i = 0; i < LANES; ++i) {
+            int32_t sum = 0;
+            for (int j = 0; j < 8; ++j) sum += b.v[8 * i + j] * x[8 * i + j];
+            sums[i] = (float)sum;
+        }
+        return sums;
+    }
+    static void store_codes(int8_t *p, V v) {
+        for (int i = 0; i < LANES; ++i) p[i] = (int8_t)v[i];
+    }
+    static void store(BFloat16 *p, V v) {
+        for (int i = 0; i < LANES; ++i) {
+            const uint32_t bits = bits_of(v[i]);
+            p[i].bits = v[i] != v[i] ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+        }
+    }
+    static void store(Float16 *p, V v) {
+        for (int i = 0; i < LANES; ++i) {
+            const uint32_t bits = bits_of(v[i]), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+            uint32_t half;
+            if (magnitude > 0x7f800000) half = 0x7e00;
+            else if (magnitude >= 0x477ff000) half = 0x7c00; /* rounds to infinity */
+            else if (magnitude < 0x38800000)                 /* subnormal: adding 0.5 rounds at 2^-24 */
+                half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+            else half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+            p[i].bits = (uint16_t)(half | sign);
+        }
+    }
+};

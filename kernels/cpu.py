@@ -1,0 +1,424 @@
+"""The compiled CPU kernels: routed experts, linears and norms straight from memory, called by ctypes.
+
+Every result has the same bits for any number of threads and for any way of sharing experts out over calls: an output is
+one sum in float32 in an order that depends on format, in features, instruction set, and whether its expert has few or
+many tokens. Knows tensors and records. Knows nothing of caches or models.
+"""
+
+import ctypes
+import logging
+import os
+import threading
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moeflow.core import RecordLayout
+from moeflow.errors import ConfigError
+from moeflow.kernels.activations import ACTIVATIONS, Activation
+from moeflow.kernels.formats import FORMAT_OF_DTYPE, WeightFormat, find_format
+
+_log = logging.getLogger(__name__)
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+VARIABLE = "MOEFLOW_CPU_KERNELS"
+
+# In the order of the enums in _cpu.h.
+_FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8")
+_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_GATES = ("none", "concatenated", "interleaved")
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of activations, by number."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("codes", "scale", "zero", "bias")] + [
+        (name, c_int32)
+        for name in (
+            "format",
+            "bias_format",
+            "num_rows",
+            "in_features",
+            "group_size",
+            "padded",
+            "transposed",
+            "reserved",
+        )
+    ]
+
+
+class _Activation(ctypes.Structure):
+    _fields_ = [("kind", c_int32), ("gate", c_int32)] + [
+        (name, c_float) for name in ("alpha", "gate_limit", "activated_limit", "up_limit", "up_offset")
+    ] + [("reserved", c_int32)]  # fmt: skip
+
+
+class _Expert(ctypes.Structure):
+    _fields_ = [("first", _Matrix), ("down", _Matrix), ("activation", _Activation)]
+
+
+class _Library(NamedTuple):
+    """The loaded library: `held` functions keep the interpreter lock, as torch's own do; `free` ones let go of it."""
+
+    name: str
+    held: ctypes.CDLL
+    free: ctypes.CDLL
+    sum_lanes: int
+
+
+def instruction_set() -> str | None:
+    """Return what the kernels run on: "avx512", "avx2" or "portable"; None where they were not built or are off.
+
+    Raises:
+        ConfigError: the environment variable MOEFLOW_CPU_KERNELS names no path.
+    """
+    library = _library()
+    return library and library.name
+
+
+class ExpertKernel:
+    """How one layout of record is computed from. Immutable; `build` makes one.
+
+    Args:
+        expert: the C description.
+        num_features: H.
+        intermediate_features: I.
+    """
+
+    def __init__(self, expert: _Expert, num_features: int, intermediate_features: int):
+        self._expert = expert
+        self.pointer = ctypes.addressof(expert)
+        self.num_features = num_features
+        self.intermediate_features = intermediate_features
+
+    @classmethod
+    def build(cls, record: RecordLayout, activation: Activation, *, is_transposed: bool) -> "ExpertKernel | None":
+        """Describe a record: "gate_up_proj" or "up_proj", "down_proj", and biases under their names with "_bias".
+
+        Args:
+            record: what is stored.
+            activation: between the matrices.
+            is_transposed: whether float matrices that are plain tensors lie [in, out].
+
+        Returns:
+            The kernel; None where there is none for such a record.
+        """
+        names = {spec.name for spec in record.tensors} | {matrix.name for matrix in record.matrices}
+        first_name = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
+        first = _matrix(record, first_name, is_transposed)
+        down = _matrix(record, "down_proj", is_transposed)
+        halves = 1 if activation.gate == "none" else 2
+        if first is None or down is None or first.num_rows != halves * down.in_features:
+            return None
+        if down.num_rows != first.in_features:
+            return None
+        terms = ACTIVATIONS[activation.kind]
+        unlimited = float("inf")
+        formula = _Activation(
+            _KINDS.index(terms.act),
+            _GATES.index(activation.gate),
+            activation.alpha,
+            activation.limit if terms.limits_gate else unlimited,
+            activation.limit if terms.limits_activated else unlimited,
+            activation.limit if terms.limits_up else unlimited,
+            terms.up_offset,
+        )
+        return cls(_Expert(first, down, formula), first.in_features, down.in_features)
+
+
+def run_experts(
+    hidden_states: torch.Tensor,
+    kernels: list[ExpertKernel],
+    addresses: list[int],
+    starts: list[int],
+    tokens: list[int],
+    places: list[int],
+    outputs: torch.Tensor,
+    *,
+    activation_bits: int = 0,
+) -> None:
+    """Run experts on the tokens routed to them.
+
+    Args:
+        hidden_states: [T, H], float32, bfloat16 or float16.
+        kernels: [E], how each expert's record is computed from; all of the same H and I.
+        addresses: [E], where each record starts in memory.
+        starts: [E + 1], where each expert's part of `tokens` and `places` starts.
+        tokens: [n], rows of hidden_states.
+        places: [n], rows of `outputs`, no two the same.
+        outputs: [places, H] float32, contiguous; only `places` are written.
+        activation_bits: 0: exact. 8: activations are rounded to int8 in blocks of 32 before they meet coded matrices,
+            where the expert has few tokens.
+
+    Raises:
+        MemoryError: no memory for the activations.
+    """
+    hidden_states = hidden_states.contiguous()
+    num_experts = len(kernels)
+    rows = np.array((tokens, places), dtype=np.int64)
+    failed = _library().free.moeflow_cpu_experts(
+        (c_void_p * num_experts)(*[kernel.pointer for kernel in kernels]),
+        (c_void_p * num_experts)(*addresses),
+        (c_int64 * (num_experts + 1))(*starts),
+        num_experts,
+        rows[0].ctypes.data,
+        rows[1].ctypes.data,
+        hidden_states.data_ptr(),
+        DTYPES[hidden_states.dtype],
+        outputs.data_ptr(),
+        activation_bits,
+        torch.get_num_threads(),
+    )
+    _check(failed, f"{len(tokens)} rows of experts")
+
+
+def run_token(
+    hidden_states: torch.Tensor,
+    kernels: list[ExpertKernel],
+    addresses: list[int],
+    top_k_weights: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    activation_bits: int = 0,
+) -> None:
+    """Run one token's experts and sum them: the bits of `run_experts` and `combine`, in one call.
+
+    Args:
+        hidden_states: [1, H], contiguous.
+        kernels: [K].
+        addresses: [K].
+        top_k_weights: [1, K], contiguous.
+        out: [1, H], contiguous, of the dtype of hidden_states.
+        activation_bits: as `run_experts` has it.
+    """
+    num_experts = len(kernels)
+    arrays = _arrays(num_experts)
+    arrays[0][:] = [kernel.pointer for kernel in kernels]
+    arrays[1][:] = addresses
+    failed = _library().held.moeflow_cpu_token(
+        arrays[0],
+        arrays[1],
+        num_experts,
+        hidden_states.data_ptr(),
+        top_k_weights.data_ptr(),
+        DTYPES[top_k_weights.dtype],
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        activation_bits,
+        torch.get_num_threads(),
+    )
+    _check(failed, f"{num_experts} experts of one token (at most 64)")
+
+
+def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum each token's outputs by router weight, in float32 and in the order of K, and round once.
+
+    Args:
+        outputs: [T * K, H] float32, contiguous.
+        top_k_weights: [T, K].
+        out: [T, H], contiguous.
+    """
+    num_tokens, top_k = top_k_weights.shape
+    weights = top_k_weights.contiguous()
+    failed = _library().held.moeflow_cpu_combine(
+        outputs.data_ptr(), weights.data_ptr(), DTYPES[weights.dtype], num_tokens, top_k, out.shape[-1],
+        out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _check(failed, f"{num_tokens} tokens")
+
+
+class LinearKernel:
+    """A matrix [N, K] in memory, kept alive by this object, ready to be multiplied with.
+
+    Args:
+        tensors: the stored tensors of the matrix by name, with "<name>_bias" where there is one.
+        name: of the matrix.
+        spec: its format.
+        shape: [N, K].
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], name: str, spec: WeightFormat, shape: tuple[int, int]):
+        places = {part: tensors[part].data_ptr() for part in (name, *_parts(name)) if part in tensors}
+        bias = tensors.get(f"{name}_bias")
+        matrix = _described(spec, shape, places, name, None if bias is None else bias.dtype)
+        if matrix is None:
+            raise ConfigError(f"there is no CPU kernel for a matrix in {spec.name}. Allowed: all formats but float64.")
+        self._tensors = tensors
+        self._matrix = matrix
+        self._pointer = ctypes.addressof(matrix)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, *, activation_bits: int = 0) -> None:
+        """Multiply.
+
+        Args:
+            x: [T, K], rows contiguous.
+            out: [T, N], contiguous, of the dtype of x: summed in float32 and rounded once.
+            activation_bits: as `run_experts` has it.
+        """
+        _multiply(self._pointer, x, out, activation_bits)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Multiply with a float matrix where it lies.
+
+    Args:
+        x: [T, K], rows contiguous.
+        weight: [N, K], contiguous.
+        bias: [N] or None.
+        out: [T, N], contiguous, of the dtype of x.
+    """
+    num_rows, in_features = weight.shape
+    matrix = _Matrix(
+        weight.data_ptr(), -1, -1, -1 if bias is None else bias.data_ptr(), DTYPES[weight.dtype],
+        0 if bias is None else DTYPES[bias.dtype], num_rows, in_features, in_features, in_features,
+    )  # fmt: skip
+    _multiply(ctypes.addressof(matrix), x, out, 0)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """Normalise rows as transformers' RMSNorm does, in torch's own order of summation.
+
+    Args:
+        x: [T, H], rows contiguous.
+        weight: [H], of the dtype of x.
+        eps: added to the mean square.
+        out: [T, H], contiguous, of the dtype of x.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    library = _library()
+    failed = library.held.moeflow_cpu_rms_norm(
+        x.data_ptr(), x.stride(0) * x.element_size(), weight.data_ptr(), eps, x.shape[0], x.shape[1], out.data_ptr(),
+        DTYPES[x.dtype], library.sum_lanes,
+    )  # fmt: skip
+    _check(failed, f"a norm of {x.shape[1]} features")
+
+
+def _multiply(pointer, x, out, activation_bits):
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    failed = _library().held.moeflow_cpu_linear(
+        pointer, None, x.data_ptr(), DTYPES[x.dtype], x.stride(0) * x.element_size(), x.shape[0], out.data_ptr(),
+        activation_bits, torch.get_num_threads(),
+    )  # fmt: skip
+    _check(failed, f"{x.shape[0]} tokens of a linear")
+
+
+def _check(failed, what):
+    if failed:
+        raise MemoryError(f"no memory for {what}")
+
+
+_cached = threading.local()
+
+
+def _arrays(num_experts):
+    """Return two arrays of pointers, this thread's own."""
+    arrays = _cached.__dict__.get(num_experts)
+    if arrays is None:
+        arrays = _cached.__dict__[num_experts] = ((c_void_p * num_experts)(), (c_void_p * num_experts)())
+    return arrays
+
+
+def _parts(name):
+    return f"{name}_scale", f"{name}_zero", f"{name}_bias"
+
+
+_BIAS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _matrix(record, name, is_transposed):
+    """Describe one matrix of a record; None where it is not there or no kernel knows it."""
+    tensors = {spec.name: spec for spec in record.tensors}
+    places = {part: tensors[part].offset for part in (name, *_parts(name)) if part in tensors}
+    bias = tensors.get(f"{name}_bias")
+    bias_dtype = None if bias is None else _BIAS_DTYPES.get(bias.dtype, torch.float64)
+    for matrix in record.matrices:
+        if matrix.name == name:
+            return _described(find_format(matrix.format), matrix.shape, places, name, bias_dtype)
+    spec = tensors.get(name)
+    if spec is None or spec.dtype not in FORMAT_OF_DTYPE or len(spec.shape) != 2:
+        return None
+    shape = spec.shape[::-1] if is_transposed else spec.shape
+    return _described(FORMAT_OF_DTYPE[spec.dtype], shape, places, name, bias_dtype, is_transposed)
+
+
+def _described(spec, shape, places, name, bias_dtype, is_transposed=False):
+    """Fill in the C description of a matrix whose tensors lie at `places`; None where no kernel knows it."""
+    kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1"}.get(spec.kind, spec.name)
+    if kind not in _FORMATS or (bias_dtype is not None and bias_dtype not in DTYPES):
+        return None
+    num_rows, in_features = shape
+    padded = spec.padded(in_features)
+    scale, zero, bias = (places.get(part, -1) for part in _parts(name))
+    return _Matrix(
+        places[name], scale, zero, bias, _FORMATS.index(kind), DTYPES.get(bias_dtype, 0), num_rows, in_features,
+        spec.group_size or padded, padded, is_transposed,
+    )  # fmt: skip
+
+
+@cache
+def _library() -> _Library | None:
+    """Load the library and choose the instruction set; None, said once, where it was not built or is off."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None
+    if wanted and wanted not in INSTRUCTION_SETS:
+        raise ConfigError(
+            f"{VARIABLE}={wanted} is no instruction set. Allowed: {', '.join(INSTRUCTION_SETS)} or off; without it the "
+            "best that this processor has."
+        )
+    folder = Path(__file__).parent
+    built = [str(path) for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").is_file()]
+    try:
+        held, free = ctypes.PyDLL(built[0]), ctypes.CDLL(built[0])
+        held.moeflow_cpu_use.restype = c_char_p
+        name = held.moeflow_cpu_use(wanted.encode()).decode()
+    except (IndexError, OSError, AttributeError):
+        _log.warning(
+            "moeflow's compiled kernels were not built: experts run in torch, several times slower. Install moeflow "
+            "again where there is a C++ compiler."
+        )
+        return None
+    if wanted and name != wanted:
+        _log.warning("%s=%s: this processor has no %s, its kernels run on %s", VARIABLE, wanted, wanted, name)
+    pointer, long = c_void_p, c_int64
+    free.moeflow_cpu_experts.argtypes = [*[pointer] * 3, c_int, *[pointer] * 3, c_int, pointer, c_int, c_int]
+    held.moeflow_cpu_token.argtypes = [pointer, pointer, c_int, pointer, pointer, c_int, pointer, c_int, c_int, c_int]
+    held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, c_int, c_int, pointer, c_int, c_int]
+    held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, c_int, pointer, c_int, c_int]
+    held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, c_int, pointer, c_int, c_int]
+    _share_threads(held)
+    lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    return _Library(name, held, free, lanes)
+
+
+def _share_threads(library):
+    """Hand the library the threads of the OpenMP that torch has loaded; without it kernels run in one thread."""
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    path = _loaded_openmp()
+    try:
+        openmp = ctypes.CDLL(path) if path else None
+        addresses = [ctypes.cast(getattr(openmp, name), c_void_p) for name in names]
+    except (OSError, AttributeError):
+        _log.warning("torch's OpenMP (libgomp) was not found: moeflow's kernels run in one thread")
+        return
+    library.moeflow_cpu_openmp.argtypes = [c_void_p] * 3
+    library.moeflow_cpu_openmp.restype = None
+    library.moeflow_cpu_openmp(*addresses)
+
+
+def _loaded_openmp() -> str | None:
+    """Return the path of the libgomp in this process; None where there is none or another OpenMP."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
+    beside_torch = [path for path in sorted(paths) if Path(path).parent.parent.name.startswith("torch")]
+    return (beside_torch or sorted(paths) or [None])[0]
