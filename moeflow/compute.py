@@ -35,6 +35,11 @@ class ExpertCompute(Protocol):
     ) -> None:
         """Write the outputs of these experts to their places."""
 
+    def run_token(
+        self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run all K experts of a single token and sum them, with the bits of the other three: [1, H]."""
+
     def end(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Sum each token's outputs by router weight, in float32 and in the order of K: [T, H]."""
 
@@ -60,6 +65,9 @@ class TorchCompute:
             else:
                 places = torch.tensor(chosen, device=hidden_states.device)
                 outputs[places] = self._mlp(hidden_states[places // dispatch.top_k], resident)
+
+    def run_token(self, hidden_states, residents, dispatch, top_k_weights):
+        return _run_apart(self, hidden_states, residents, dispatch, top_k_weights)
 
     def end(self, hidden_states, outputs, top_k_weights):
         return combine(outputs.view(*top_k_weights.shape, -1), top_k_weights)
@@ -118,8 +126,21 @@ class CpuCompute:
             activation_bits=self._bits,
         )
 
+    def run_token(self, hidden_states, residents, dispatch, top_k_weights):
+        ordered = sorted(residents, key=lambda resident: dispatch.places(resident.expert))
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        cpu.run_token(
+            hidden_states.contiguous(),
+            [self._kernel(resident.record) for resident in ordered],
+            [resident.address for resident in ordered],
+            top_k_weights.contiguous(),
+            out,
+            activation_bits=self._bits,
+        )
+        return out
+
     def end(self, hidden_states, outputs, top_k_weights):
-        out = torch.empty_like(hidden_states)
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         cpu.combine(outputs, top_k_weights, out)
         return out
 
@@ -128,6 +149,12 @@ class CpuCompute:
         if key not in self._kernels:
             self._kernels[key] = cpu.ExpertKernel.build(record, self._activation, is_transposed=self._is_transposed)
         return self._kernels[key]
+
+
+def _run_apart(compute, hidden_states, residents, dispatch, top_k_weights):
+    outputs = compute.begin(hidden_states, dispatch)
+    compute.run(hidden_states, residents, dispatch, outputs)
+    return compute.end(hidden_states, outputs, top_k_weights)
 
 
 class TritonCompute:
@@ -160,6 +187,16 @@ class TritonCompute:
                 self._torch.run(hidden_states, [resident], dispatch, outputs)
         for group in alike.values():
             self._run_alike(hidden_states, group, dispatch, outputs)
+
+    def run_token(self, hidden_states, residents, dispatch, top_k_weights):
+        if len({id(resident.record) for resident in residents}) > 1 or residents[0].pool.device != hidden_states.device:
+            return _run_apart(self, hidden_states, residents, dispatch, top_k_weights)
+        slots = [0] * dispatch.top_k
+        for resident in residents:
+            slots[dispatch.places(resident.expert)[0]] = resident.slot
+        on_device = torch.tensor([slots], dtype=torch.int32).to(hidden_states.device, non_blocking=True)
+        kernel = self._kernel(residents[0].record)
+        return kernel.decode(hidden_states, residents[0].pool.tensor, on_device, top_k_weights)
 
     def end(self, hidden_states, outputs, top_k_weights):
         return TritonExperts.combine(outputs, top_k_weights, hidden_states.dtype)

@@ -78,10 +78,19 @@ class OffloadedExperts:
             routes = Routes(top_k_index, top_k_weights, residual)
         dispatch = Dispatch(top_k_index, self._num_experts)
         compute = self._compute(hidden_states.dtype)
-        outputs = compute.begin(hidden_states, dispatch)
+        outputs = output = None
         with closing(self.runtime.serve(self.layer, dispatch.experts, routes, dispatch.num_tokens_of())) as served:
             for residents in served:
+                if dispatch.num_tokens == 1 and len(residents) == dispatch.top_k:
+                    output = compute.run_token(hidden_states, residents, dispatch, top_k_weights)
+                    continue
+                if outputs is None:
+                    outputs = compute.begin(hidden_states, dispatch)
                 compute.run(hidden_states, residents, dispatch, outputs)
+        if output is not None:
+            return output
+        if outputs is None:  # no expert at all
+            outputs = compute.begin(hidden_states, dispatch)
         return compute.end(hidden_states, outputs, top_k_weights)
 
     def _compute(self, dtype: torch.dtype) -> ExpertCompute:

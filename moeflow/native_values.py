@@ -10,9 +10,9 @@ import torch
 from moeflow.core import align_up
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import find_format
-from moeflow.kernels.packing import pack_codes
 from moeflow.native import BLOCK, NativeScheme
 
+_LOW = 0x0F0F0F0F  # the low halves of an int32's bytes
 _ROWS = 1024  # made at a time; a multiple of BLOCK
 # Which out feature of a run of eight the i-th code of an AWQ int32 is of.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -70,15 +70,13 @@ def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
                 "g_idx does not number the groups from left to right (act-order, desc_act), and moeflow reads groups "
                 "of neighbours only"
             )
+    stored, padded = scheme.stored_group_size, align_up(in_features, scheme.stored_group_size)
     if scheme.method == "gptq":
-        codes = _nibbles(pieces[".qweight"].T.contiguous())  # [N, K]: the codes of an int32 are neighbours of a row
-        zeros = _nibbles(pieces[".qzeros"])  # [groups, N]
+        codes, zeros = _gptq_codes(pieces[".qweight"], padded), _nibbles(pieces[".qzeros"])  # zeros: [groups, N]
     else:
-        codes = _awq_columns(pieces[".qweight"]).T
-        zeros = _awq_columns(pieces[".qzeros"])
+        codes, zeros = _awq_codes(pieces[".qweight"], padded), _awq_columns(pieces[".qzeros"])
     offset = 0 if scheme.symmetric and bool((zeros == 8).all()) else scheme.zero_offset
     scales = _finite(pieces[".scales"])
-    stored, padded = scheme.stored_group_size, align_up(in_features, scheme.stored_group_size)
     repeats, wanted = -(-group_size // stored), padded // stored
 
     def spread(numbers):
@@ -86,10 +84,37 @@ def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
         return numbers.half().repeat_interleave(repeats, dim=0)[:wanted].T.contiguous()
 
     return {
-        name: pack_codes(_pad(codes, padded).contiguous(), 4),
+        name: codes,
         f"{name}_scale": spread(scales),
         f"{name}_zero": spread(zeros.half() + offset),
     }
+
+
+def _gptq_codes(words: torch.Tensor, padded: int) -> torch.Tensor:
+    """Bring int32 [K / 8, N] into the packed order of the format: uint8 [N, Kp / 2].
+
+    The codes of a word are neighbours of a row; the format wants v_j and v_(j+16) in one byte, without unpacking.
+    """
+    words = torch.nn.functional.pad(words.T, (0, padded // 8 - words.shape[0])).contiguous()
+    halves = words.view(torch.uint8).unflatten(1, (-1, 2, 8))  # [N, blocks, half of the block, 8 bytes of 2 codes]
+    first, second = halves.unbind(2)
+    return torch.stack(((first & 15) | (second << 4), (first >> 4) | (second & 240)), dim=-1).flatten(1)
+
+
+def _awq_codes(words: torch.Tensor, padded: int) -> torch.Tensor:
+    """Bring int32 [K, N / 8] into the packed order of the format: uint8 [N, Kp / 2].
+
+    The codes of a word are of eight rows: v_j and v_(j+16) of four of them are joined at once, then bytes change place.
+    """
+    words = torch.nn.functional.pad(words, (0, 0, 0, padded - words.shape[0]))
+    first, second = words.unflatten(0, (-1, 2, 16)).unbind(1)  # each [blocks, 16, N / 8]
+    even = (first & _LOW) | ((second & _LOW) << 4)
+    odd = ((first >> 4) & _LOW) | (second & ~_LOW)
+    joined = torch.stack((even, odd)).view(torch.uint8).view(2, padded // 2, -1, 4)  # [parity, Kp / 2, N / 8, byte]
+    out = joined.new_empty(words.shape[1], 8, padded // 2)
+    for place, row in enumerate(_AWQ_ORDER):
+        out[:, row] = joined[place % 2, :, :, place // 2].T
+    return out.flatten(0, 1)
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
