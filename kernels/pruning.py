@@ -28,6 +28,13 @@ class PruningThreshold(NamedTuple):
     ratio: float
     norm: float = float("inf")
 
+    def apply(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *, num_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Skip what this layer skips; see `prune`."""
+        protected = None if self.norm == float("inf") else protected_tokens(hidden_states, self.norm)
+        return prune(top_k_index, top_k_weights, self.ratio, protected, num_experts=num_experts)
+
 
 def prune(
     top_k_index: torch.Tensor,

@@ -8,6 +8,7 @@ import torch
 from moeflow.compute import ExpertCompute, choose_compute
 from moeflow.dispatch import Dispatch
 from moeflow.errors import ConfigError
+from moeflow.kernels.pruning import PruningThreshold
 from moeflow.prediction_loop import Routes
 from moeflow.residual import ResidualTap
 from moeflow.runtime import ExpertRuntime
@@ -28,6 +29,7 @@ class OffloadedExperts:
     def __init__(self, runtime: ExpertRuntime, layer: int, module: torch.nn.Module, tap: ResidualTap | None = None):
         self.runtime = runtime
         self.tap = tap
+        self.pruning: PruningThreshold | None = None  # lossy, so set only where it was asked for
         self.layer = layer
         self._num_experts = runtime.store.layers[layer].layout.num_experts
         self._module = weakref.ref(module)  # the module holds this object, not the other way round
@@ -70,6 +72,10 @@ class OffloadedExperts:
             )
         if top_k_index.shape[0] == 0:
             return torch.zeros_like(hidden_states)
+        if self.pruning is not None:
+            top_k_index, top_k_weights = self.pruning.apply(
+                hidden_states, top_k_index, top_k_weights, num_experts=self._num_experts
+            )
         if self.runtime.recorder is not None:
             self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights, hidden_states)
         routes = None

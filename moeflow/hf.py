@@ -20,7 +20,14 @@ from moeflow.native_values import values
 
 try:
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, CompileConfig
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        CompileConfig,
+    )
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -228,6 +235,20 @@ def native_scheme(config, source: str = "the model") -> NativeScheme | None:
         if quantization is not None:
             return read_scheme(quantization if isinstance(quantization, dict) else quantization.to_dict(), source)
     return None
+
+
+def load_tokenizer(folder: Path):
+    """Return the model's tokenizer.
+
+    Raises:
+        CheckpointError: there is none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can load ({error}). Download it again."
+        ) from error
 
 
 def model_class(config):

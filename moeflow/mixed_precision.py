@@ -13,15 +13,13 @@ import torch
 
 from moeflow import hf
 from moeflow.calibration import Progress, measure_experts
-from moeflow.demo_text import library_texts
+from moeflow.calibration_text import cut_windows
 from moeflow.errors import ConfigError
 from moeflow.expert_statistics import ExpertStatistics
 from moeflow.kernels.bit_allocation import Allocation, allocate
 from moeflow.kernels.formats import FORMATS
 
 WIDTHS = (1, 2, 3, 4, 8)
-_WINDOW_TOKENS = 256
-_CHARACTERS_OF_TOKEN = 8  # more than any text takes on average: a window is cut from that many
 
 
 class MixedPrecision(NamedTuple):
@@ -142,28 +140,6 @@ def allocate_formats(
         for row, count in zip(allocation.choice, statistics.num_experts, strict=True)
     ]
     return MixedPrecision(formats, allocation, statistics, budget)
-
-
-def cut_windows(tokenizer, text: str | None, num_tokens: int) -> list[list[int]]:
-    """Cut windows of 256 tokens, evenly spread over a text; None takes the Python standard library's.
-
-    Raises:
-        ConfigError: the text is shorter than one window.
-    """
-    count = max(num_tokens // _WINDOW_TOKENS, 1)
-    if text is None:
-        windows = library_texts(tokenizer, count * _WINDOW_TOKENS, _WINDOW_TOKENS)
-    else:
-        span = _WINDOW_TOKENS * _CHARACTERS_OF_TOKEN
-        count = max(min(count, len(text) // span), 1)
-        starts = [max(len(text) - span, 0) * i // max(count - 1, 1) for i in range(count)]
-        pieces = [tokenizer(text[s : s + span], add_special_tokens=False)["input_ids"] for s in starts]
-        windows = [piece[:_WINDOW_TOKENS] for piece in pieces if len(piece) >= _WINDOW_TOKENS]
-    if not windows:
-        raise ConfigError(
-            f"the calibration text has fewer than {_WINDOW_TOKENS} tokens. Give a longer one; some 100 kB are enough."
-        )
-    return windows
 
 
 def _format_names(widths, group_size) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 from moeflow import hardware, hf
 from moeflow.cache import POLICIES, ExpertCache
+from moeflow.calibration_text import cut_windows
 from moeflow.checkpoint import open_checkpoint
 from moeflow.config import ExpertsSize, MemorySize, parse_memory
 from moeflow.core import PAGE_BYTES
@@ -24,6 +25,7 @@ from moeflow.packed import PACKED_FILE, read_packed
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop
 from moeflow.prefetch import Prefetcher
+from moeflow.pruning import calibrate_pruning
 from moeflow.quantized import quantize_sources, writable_format
 from moeflow.recorder import attach_recorder
 from moeflow.residual import ResidualTap
@@ -37,6 +39,7 @@ from moeflow.transfer import HostTier
 _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
+_PRUNING_TOKENS = 2048  # on which thresholds are found
 _MISS = ("copy", "cheapest")
 _REFUSED = {
     "device_map": "give device= instead: the dense weights go to one device",
@@ -63,6 +66,7 @@ def load_moe(
     policy: str = "auto",
     predictor: str | Path | None = "auto",
     miss: str = "copy",
+    prune: float = 0.0,
     compile: bool = False,
     trace: str | Path | None = None,
     **hf_kwargs: Any,
@@ -87,6 +91,8 @@ def load_moe(
             lies in host memory, the CPU may compute it there while others are copied, as is foreseen to end soonest).
             "cheapest" is for CUDA only, and lossy: the CPU's last bits differ from the GPU's, so that the output
             depends on timing. It is not yet measured on a GPU.
+        prune: share of the experts behind each token's first that are left out, those the router hardly wants, by
+            thresholds found on calibration text while loading (0.5 skips half of them). Lossy, so 0 by default.
         compile: let generate() run its decode steps through torch.compile, with a static key-value cache: the first
             call takes about a minute longer, the others are faster. Last bits differ from those without it.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
@@ -106,6 +112,8 @@ def load_moe(
     device = _resolve_device(device)
     if policy not in ("auto", *POLICIES):
         raise ConfigError(f"policy={policy!r} is unknown. Allowed: auto, {', '.join(POLICIES)}.")
+    if isinstance(prune, bool) or not isinstance(prune, (int, float)) or not 0 <= prune <= 1:
+        raise ConfigError(f"prune={prune!r} is not a share. Give 0 (leave out nothing) to 1.")
     if miss not in _MISS:
         raise ConfigError(f"miss={miss!r} is unknown. Allowed: {', '.join(_MISS)}.")
     if miss != "copy" and device.type == "cpu":
@@ -173,6 +181,8 @@ def load_moe(
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     _attach(loaded, runtime, tap)
+    if prune:
+        _calibrate_pruning(loaded, folder, prune)
     if compile:
         hf.compile_decoding(loaded)
     if trace is not None:
@@ -281,6 +291,19 @@ def _host_tier(size: ExpertsSize, host_memory, policy, transient) -> HostTier:
     num_slots = min(budget // size.slot_bytes, size.num_experts)
     pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
     return HostTier(pool, ExpertCache(num_slots, "lfru" if policy == "forecast" else policy, num_transient=transient))
+
+
+def _calibrate_pruning(model, folder: Path, share: float) -> None:
+    """Find every layer's thresholds on text that any machine has, and set them."""
+    try:
+        windows = cut_windows(hf.load_tokenizer(folder), None, _PRUNING_TOKENS)
+        thresholds = calibrate_pruning(model, windows, skipped_share=share)
+    except BaseException:
+        model.moeflow.close()
+        raise
+    model.moeflow.reset_stats()
+    for (_, module), threshold in zip(hf.experts_modules(model), thresholds, strict=True):
+        module._moeflow.pruning = threshold
 
 
 def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:

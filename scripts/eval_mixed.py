@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moeflow import hf
 from moeflow.calibration import measure_experts
+from moeflow.calibration_text import cut_windows
 from moeflow.expert_statistics import ExpertStatistics
 from moeflow.kernels.bit_allocation import allocate
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import find_format
 from moeflow.kernels.quantize import quantize
-from moeflow.mixed_precision import WIDTHS, allocate_formats, cut_windows
+from moeflow.mixed_precision import WIDTHS, allocate_formats
 
 
 def read_text(file: str) -> str:

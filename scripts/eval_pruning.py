@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval_mixed import log_likelihood, read_text, text_windows
 
 from moeflow import hf
+from moeflow.calibration_text import cut_windows
 from moeflow.kernels.pruning import PruningThreshold, protected_tokens, prune
-from moeflow.mixed_precision import cut_windows
 from moeflow.pruning import calibrate_pruning
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from moeflow.calibration import measure_experts
+from moeflow.calibration_text import cut_windows
 from moeflow.errors import ConfigError
 from moeflow.expert_statistics import ExpertStatistics
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import find_format
 from moeflow.kernels.quantize import quantize
-from moeflow.mixed_precision import allocate_formats, choose_formats, cut_windows
+from moeflow.mixed_precision import allocate_formats, choose_formats
 
 FORMATS = ["int2-g32", "int3-g32", "int8-g32"]
 

@@ -37,7 +37,7 @@ RANKS = [
         "placement",
     },
     {"metrics", "forecast", "switch", "native", "pieces"},
-    {"native_values"},
+    {"native_values", "calibration_text"},
     {"cache", "routing", "store", "pool", "streams", "packed", "hf", "dispatch", "dense", "native_records"},
     {
         "quantized",

@@ -15,6 +15,7 @@ from moeflow.cli import main
 from moeflow.errors import CheckpointError, ConfigError, ExpertReadError
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import find_format
+from moeflow.kernels.pruning import PruningThreshold
 from moeflow.kernels.quantize import quantize
 from moeflow.packed import PACKED_FILE
 from moeflow.quantize import quantize_model
@@ -218,3 +219,23 @@ def test_a_header_whose_matrices_do_not_fit_their_tensors_is_refused(mixed_folde
     (folder / PACKED_FILE).write_bytes(data)
     with pytest.raises(CheckpointError, match="malformed"):
         load_moe(folder)
+
+
+def test_a_token_that_is_pruned_to_its_first_expert_gets_that_one_with_all_the_weight(mixtral, mixtral_folder):
+    from conftest import tiny_mixtral
+
+    single = tiny_mixtral(num_experts_per_tok=1)
+    single.load_state_dict(mixtral.state_dict())
+    model = load_moe(mixtral_folder)
+    for layer in model.model.layers:
+        layer.mlp.experts._moeflow.pruning = PruningThreshold(1.0)
+    expected = logits(single)
+    assert (logits(model) - expected).norm() < 1e-5 * expected.norm()
+    model.moeflow.close()
+
+
+def test_pruning_needs_a_share_and_a_tokenizer(mixtral_folder):
+    with pytest.raises(ConfigError, match="not a share"):
+        load_moe(mixtral_folder, prune=1.5)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_moe(mixtral_folder, prune=0.5)
