@@ -11,6 +11,7 @@ from moeflow.kernels.packing import unpack_codes
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E8M0_BIAS = 127
 _E8M0_NAN = 255
+_FLOAT64_BIAS, _FLOAT64_MANTISSA = 1023, 52
 
 
 def dequantize(
@@ -64,7 +65,7 @@ def _code_values(codes, spec, exact) -> torch.Tensor:
 def _scales(scale, spec, exact) -> torch.Tensor:
     if spec.kind != "mxfp4":
         return scale.to(exact)
-    powers = torch.ldexp(torch.ones((), dtype=torch.float64, device=scale.device), scale.int() - _E8M0_BIAS)
+    powers = ((scale.long() + _FLOAT64_BIAS - _E8M0_BIAS) << _FLOAT64_MANTISSA).view(torch.float64)  # exactly
     return powers.masked_fill(scale == _E8M0_NAN, torch.nan).to(exact)
 
 

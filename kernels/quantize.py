@@ -13,7 +13,7 @@ from moeflow.kernels.formats import WRITABLE, WeightFormat
 from moeflow.kernels.gptq import prepare_hessian, round_with_hessian
 from moeflow.kernels.hqq import fit_grid
 from moeflow.kernels.packing import pack_codes
-from moeflow.kernels.rounding import Grid, encode, range_grid
+from moeflow.kernels.rounding import Grid, encode, largest_weight, range_grid
 
 METHODS = ("rtn", "hqq", "gptq")
 # Weights worked on at a time: what a method needs in between stays in the cache. GPTQ pays for each part anew.
@@ -96,11 +96,11 @@ def _checked(weight, name) -> torch.Tensor:
 
 
 def _row_parts(weight, spec, part_weights) -> Iterator[torch.Tensor]:
-    """Yield some rows of the weight at a time, [rows, groups, group_size], float32, padding 0."""
+    """Yield some rows at a time, [rows, groups, group_size], float32, what float16 scales can hold; padding 0."""
     num_rows, in_features = weight.shape
     padded = spec.padded(in_features)
     rows = max(part_weights // padded, 1)
-    limit = torch.finfo(torch.float32).max
+    limit = largest_weight(spec)
     for first in range(0, num_rows, rows):
         part = weight[first : first + rows].float().clamp(-limit, limit)
         yield F.pad(part, (0, padded - in_features)).unflatten(1, (spec.num_groups(in_features), -1))

@@ -28,6 +28,13 @@ class Grid(NamedTuple):
     zero: torch.Tensor | None = None
 
 
+def largest_weight(spec: WeightFormat) -> float:
+    """Return the largest magnitude that a group can have both signs of; beyond it weights saturate."""
+    if spec.kind == "uint":
+        return _LARGEST * (2**spec.bits - 1) / 2
+    return _LARGEST * (INT8_LIMIT if spec.kind == "int" else 1)
+
+
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
     """Return the positive float16 number nearest to each scale, as float32."""
     return scale.clamp(_SMALLEST, _LARGEST).half().float()
@@ -42,12 +49,12 @@ def range_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tenso
     """Fit the grid to each group's range: every weight is within half a step of a value.
 
     Args:
-        groups: [..., group_size], float32; padding is 0.
+        groups: [..., group_size], float32, none beyond `largest_weight`; padding is 0.
         spec: the format.
         importance: [groups, group_size], how much each weight counts in a mean; 0 in the padding.
 
     Returns:
-        scale and zero of [..., 1]. A scale beyond float16 is its largest number: the largest weights saturate.
+        scale and zero of [..., 1].
     """
     if spec.kind == "sign":
         shares = importance / importance.sum(-1, keepdim=True)
@@ -56,9 +63,8 @@ def range_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tenso
         largest = groups.abs().amax(-1, keepdim=True)
         return Grid(_round_up(largest / INT8_LIMIT))
     levels = 2**spec.bits - 1
-    reach = _LARGEST * levels / 2
-    low = groups.amin(-1, keepdim=True).clamp(-reach, 0)  # with 0 in it, the range has a zero that float16 holds
-    high = groups.amax(-1, keepdim=True).clamp(0, reach)
+    low = groups.amin(-1, keepdim=True).clamp(max=0)  # with 0 in it, the range has a zero that float16 holds
+    high = groups.amax(-1, keepdim=True).clamp(min=0)
     scale = _round_up((high - low) / levels)
     return Grid(scale, round_zero(-low / scale))
 
