@@ -95,10 +95,10 @@ def _gptq_codes(words: torch.Tensor, padded: int) -> torch.Tensor:
 
     The codes of a word are neighbours of a row; the format wants v_j and v_(j+16) in one byte, without unpacking.
     """
-    words = torch.nn.functional.pad(words.T, (0, padded // 8 - words.shape[0])).contiguous()
-    halves = words.view(torch.uint8).unflatten(1, (-1, 2, 8))  # [N, blocks, half of the block, 8 bytes of 2 codes]
-    first, second = halves.unbind(2)
-    return torch.stack(((first & 15) | (second << 4), (first >> 4) | (second & 240)), dim=-1).flatten(1)
+    words = torch.nn.functional.pad(words, (0, 0, 0, padded // 8 - words.shape[0]))
+    pairs = _join(*words.unflatten(0, (-1, 2, 2)).unbind(1))  # even and odd codes, [blocks, half of the block, N]
+    even, odd = (pair.permute(2, 0, 1).contiguous().view(torch.uint8) for pair in pairs)
+    return torch.stack((even, odd), dim=-1).view(words.shape[1], padded // 2)
 
 
 def _awq_codes(words: torch.Tensor, padded: int) -> torch.Tensor:
@@ -107,14 +107,17 @@ def _awq_codes(words: torch.Tensor, padded: int) -> torch.Tensor:
     The codes of a word are of eight rows: v_j and v_(j+16) of four of them are joined at once, then bytes change place.
     """
     words = torch.nn.functional.pad(words, (0, 0, 0, padded - words.shape[0]))
-    first, second = words.unflatten(0, (-1, 2, 16)).unbind(1)  # each [blocks, 16, N / 8]
-    even = (first & _LOW) | ((second & _LOW) << 4)
-    odd = ((first >> 4) & _LOW) | (second & ~_LOW)
-    joined = torch.stack((even, odd)).view(torch.uint8).view(2, padded // 2, -1, 4)  # [parity, Kp / 2, N / 8, byte]
+    pairs = _join(*words.unflatten(0, (-1, 2, 16)).unbind(1))  # even and odd codes, [blocks, 16, N / 8]
+    joined = torch.stack(pairs).view(torch.uint8).view(2, padded // 2, -1, 4)  # [parity, Kp / 2, N / 8, byte]
     out = joined.new_empty(words.shape[1], 8, padded // 2)
     for place, row in enumerate(_AWQ_ORDER):
         out[:, row] = joined[place % 2, :, :, place // 2].T
     return out.flatten(0, 1)
+
+
+def _join(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the codes of two int32 tensors into common bytes: those at even places, and those at odd ones."""
+    return (first & _LOW) | ((second & _LOW) << 4), ((first >> 4) & _LOW) | (second & ~_LOW)
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
