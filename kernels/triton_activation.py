@@ -1,14 +1,50 @@
 """The step between an expert's first and second matrix, in registers.
 
-Kinds are those of `moeflow.kernels.activations`. Knows nothing of matrices.
+The formula is that of `moeflow.kernels.activations`. Knows nothing of matrices.
 """
 
 import triton
 import triton.language as tl
 
+from moeflow.kernels.activations import ACTIVATIONS, Activation
+
+LINEAR = {
+    "ACT": "linear",
+    "GATE": "none",
+    "ALPHA": 1.0,
+    "GATE_LIMIT": 0.0,
+    "ACTIVATED_LIMIT": 0.0,
+    "UP_LIMIT": 0.0,
+    "UP_OFFSET": 0.0,
+}
+
+
+def constants(activation: Activation) -> dict:
+    """Return what a kernel that applies the activation is compiled for; a limit of 0 bounds nothing."""
+    terms = ACTIVATIONS[activation.kind]
+    return {
+        "ACT": terms.act,
+        "GATE": activation.gate,
+        "ALPHA": float(activation.alpha),
+        "GATE_LIMIT": float(activation.limit) if terms.limits_gate else 0.0,
+        "ACTIVATED_LIMIT": float(activation.limit) if terms.limits_activated else 0.0,
+        "UP_LIMIT": float(activation.limit) if terms.limits_up else 0.0,
+        "UP_OFFSET": float(terms.up_offset),
+    }
+
 
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, GATE: tl.constexpr):
+def activate(
+    gate,
+    up,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    ACTIVATED_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+):
     """Apply the gate, or without one the activation.
 
     Args:
@@ -19,30 +55,33 @@ def activate(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.
         [...] float32.
     """
     if GATE == "none":
-        result = _curve(gate, ACTIVATION)
-    elif ACTIVATION == "swiglu_oai":
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-        result = (up + 1) * gate * tl.sigmoid(ALPHA * gate)
+        result = _act(gate, ACT, ALPHA)
     else:
-        result = _curve(gate, ACTIVATION) * up
+        if GATE_LIMIT > 0:
+            gate = tl.where(gate > GATE_LIMIT, GATE_LIMIT, gate)  # NaN stays
+        if UP_LIMIT > 0:
+            up = tl.where(up > UP_LIMIT, UP_LIMIT, tl.where(up < -UP_LIMIT, -UP_LIMIT, up))
+        result = _act(gate, ACT, ALPHA)
+        if ACTIVATED_LIMIT > 0:
+            result = tl.where(result > ACTIVATED_LIMIT, ACTIVATED_LIMIT, result)
+        result = result * (up + UP_OFFSET)
     return result
 
 
 @triton.jit
-def _curve(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "linear":
+def _act(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
+    if ACT == "linear":
         result = x
-    elif ACTIVATION == "silu":
-        result = x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
+    elif ACT == "silu":
+        result = x * tl.sigmoid(ALPHA * x)
+    elif ACT == "gelu":
         result = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
+    elif ACT == "gelu_tanh":
         result = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == "relu":
+    elif ACT == "relu":
         result = tl.where(x < 0, 0.0, x)
     else:
-        tl.static_assert(ACTIVATION == "relu2")
+        tl.static_assert(ACT == "relu2")
         result = tl.where(x < 0, 0.0, x * x)
     return result
 

@@ -35,7 +35,7 @@ def multiply_pairs(
         arena: uint8 [num_slots, slot_bytes].
         slots: int32 [P], where each pair's expert lies; -1 makes zeros.
         plan: the matrix.
-        step: constants ACTIVATION, GATE, ALPHA and LIMIT.
+        step: constants of the activation (`triton_activation.constants`).
         tokens: int32 [P], row of each pair; without it pair p has row p // pairs_per_row.
         pairs_per_row: see `tokens`.
 
@@ -90,10 +90,13 @@ def _multiply_pairs(
     ZERO_AT: tl.constexpr,
     BIAS_AT: tl.constexpr,
     BIAS_DTYPE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACT: tl.constexpr,
     GATE: tl.constexpr,
     ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    ACTIVATED_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -131,11 +134,11 @@ def _multiply_pairs(
         if BIAS_AT >= 0:
             sums += load_bias(record, rows, N, BIAS_AT, BIAS_DTYPE)
     if GATE == "none":
-        result = activate(sums, sums, ACTIVATION, ALPHA, LIMIT, GATE)
+        result = activate(sums, sums, ACT, GATE, ALPHA, GATE_LIMIT, ACTIVATED_LIMIT, UP_LIMIT, UP_OFFSET)
         tl.store(outputs + pair.to(tl.int64) * N + features, result, mask=features < N)
     else:
         gate, up = tl.split(tl.reshape(sums, [BLOCK_ROWS // 2, 2]))
-        result = activate(gate, up, ACTIVATION, ALPHA, LIMIT, GATE)
+        result = activate(gate, up, ACT, GATE, ALPHA, GATE_LIMIT, ACTIVATED_LIMIT, UP_LIMIT, UP_OFFSET)
         first_feature = tl.program_id(1) * (BLOCK_ROWS // 2)
         features = first_feature + tl.arange(0, BLOCK_ROWS // 2)
         tl.store(outputs + pair.to(tl.int64) * (N // 2) + features, result, mask=features < N // 2)

@@ -11,12 +11,11 @@ from functools import cache
 import torch
 
 from moeflow.core import RecordLayout
+from moeflow.kernels.activations import ACTIVATIONS, Activation
 from moeflow.kernels.triton_matrix import MatrixPlan
 
 # Row `number` is what the ops know a TritonExperts by: a graph holds numbers, no objects.
 _BUILT: list["TritonExperts"] = []
-_ACTIVATIONS = {"silu", "gelu", "gelu_tanh", "relu2", "relu", "swiglu_oai"}
-_LINEAR = {"ACTIVATION": "linear", "GATE": "none", "ALPHA": 0.0, "LIMIT": 0.0}
 # Tokens of a whole call -> tokens of a tile. Whole calls only: bits must not depend on which experts are here already.
 _TILE_TOKENS = ((128, 16), (512, 32), (2048, 64))
 _LARGEST_TILE = 128
@@ -39,28 +38,32 @@ class TritonExperts:
     Args:
         first: the gate and up matrix, or the up matrix.
         down: the down matrix.
-        step: constants of the activation between them.
+        activation: what stands between them.
     """
 
-    def __init__(self, first: MatrixPlan, down: MatrixPlan, step: dict):
-        self.first, self.down, self.step = first, down, step
+    def __init__(self, first: MatrixPlan, down: MatrixPlan, activation: Activation):
+        from moeflow.kernels.triton_activation import constants
+
+        self.first, self.down, self.step = first, down, constants(activation)
         self.number = len(_BUILT)
         _BUILT.append(self)
 
     @classmethod
     @cache
-    def build(cls, record: RecordLayout, activation, *, is_transposed: bool = False) -> "TritonExperts | None":
+    def build(
+        cls, record: RecordLayout, activation: Activation, *, is_transposed: bool = False
+    ) -> "TritonExperts | None":
         """Return the kernels for experts stored like this; the same object for the same arguments.
 
         Args:
             record: layout of every expert of a call.
-            activation: `moeflow.kernels.activations.Activation`.
+            activation: what stands between the two matrices.
             is_transposed: whether the module stores matrices [in, out].
 
         Returns:
             The kernels, or None where they cannot: no Triton, a dtype, an activation or tensors they do not know.
         """
-        if not available() or activation.kind not in _ACTIVATIONS:
+        if not available() or activation.kind not in ACTIVATIONS:
             return None
         names = {tensor.name for tensor in record.tensors}
         first_name = "up_proj" if activation.gate == "none" else "gate_up_proj"
@@ -71,16 +74,7 @@ class TritonExperts:
             return None
         if first.num_rows != down.in_features * (1 if activation.gate == "none" else 2):
             return None
-        return cls(
-            first,
-            down,
-            {
-                "ACTIVATION": activation.kind,
-                "GATE": activation.gate,
-                "ALPHA": float(activation.alpha or 0),
-                "LIMIT": float(activation.limit or 0),
-            },
-        )
+        return cls(first, down, activation)
 
     def decode(
         self, hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor
@@ -162,11 +156,12 @@ def _pairs(
 
 
 def _run_pairs(experts, hidden_states, arena, slots, **rows):
+    from moeflow.kernels.triton_activation import LINEAR
     from moeflow.kernels.triton_decode import multiply_pairs
 
     _check(experts, hidden_states, arena)
     inner = multiply_pairs(hidden_states.contiguous(), arena, slots, experts.first, experts.step, **rows)
-    return multiply_pairs(inner, arena, slots, experts.down, _LINEAR)
+    return multiply_pairs(inner, arena, slots, experts.down, LINEAR)
 
 
 def _prefill(
@@ -179,6 +174,7 @@ def _prefill(
     outputs: torch.Tensor,
     number: int,
 ) -> None:
+    from moeflow.kernels.triton_activation import LINEAR
     from moeflow.kernels.triton_prefill import multiply_groups
 
     experts = _BUILT[number]
@@ -195,7 +191,7 @@ def _prefill(
         sources=tokens.contiguous(), **common,
     )  # fmt: skip
     multiply_groups(
-        inner, outputs, arena, slots, offsets, experts.down, _LINEAR, places=places.contiguous(), **common
+        inner, outputs, arena, slots, offsets, experts.down, LINEAR, places=places.contiguous(), **common
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def multiply_groups(
         slots: int32 [E], where each expert lies; -1 leaves its outputs as they are.
         offsets: int32 [E + 1], where each expert's entries begin among all.
         plan: the matrix.
-        step: constants ACTIVATION, GATE, ALPHA and LIMIT.
+        step: constants of the activation (`triton_activation.constants`).
         num_entries: S, entries in all.
         block_tokens: entries of a tile (fewer in float32); bits may depend on it.
         sources: int32 [S], row of `inputs` of each entry; its own number without it.
@@ -117,10 +117,13 @@ def _multiply_groups(
     ZERO_AT: tl.constexpr,
     BIAS_AT: tl.constexpr,
     BIAS_DTYPE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACT: tl.constexpr,
     GATE: tl.constexpr,
     ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    ACTIVATED_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
     HAS_PLACES: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -171,12 +174,12 @@ def _multiply_groups(
     place = tl.load(places + entries, mask=is_entry, other=0) if HAS_PLACES else entries
     place = place.to(tl.int64)[:, None]
     if GATE == "none":
-        result = activate(sums, sums, ACTIVATION, ALPHA, LIMIT, GATE)
+        result = activate(sums, sums, ACT, GATE, ALPHA, GATE_LIMIT, ACTIVATED_LIMIT, UP_LIMIT, UP_OFFSET)
         target = outputs + place * N + features[None, :]
         here = is_entry[:, None] & (features < N)[None, :]
     else:
         gate, up = tl.split(tl.reshape(sums, [BLOCK_TOKENS, BLOCK_ROWS // 2, 2]))
-        result = activate(gate, up, ACTIVATION, ALPHA, LIMIT, GATE)
+        result = activate(gate, up, ACT, GATE, ALPHA, GATE_LIMIT, ACTIVATED_LIMIT, UP_LIMIT, UP_OFFSET)
         features = tl.program_id(1) * (BLOCK_ROWS // 2) + tl.arange(0, BLOCK_ROWS // 2)
         target = outputs + place * (N // 2) + features[None, :]
         here = is_entry[:, None] & (features < N // 2)[None, :]
