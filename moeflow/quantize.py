@@ -47,7 +47,7 @@ def quantize_model(
         out: the folder to write; must not exist. A killed run is continued by the next with the same arguments.
         formats: a format's name, or one for every expert, [num_layers][num_experts].
         method: "hqq" (zeros optimised, no data), "rtn" (round to nearest), or "gptq" (needs calibration).
-        calibration: (layer, expert, matrix name) -> the inputs that matrix sees.
+        calibration: what experts see, for "gptq": see `moeflow.expert_inputs`.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -68,7 +68,8 @@ def quantize_model(
         formats = [[writable_format(formats).name] * source.layout.num_experts for source in sources]
     layers = quantize_sources(sources, formats, hf.transposed(empty), method=method, calibration=calibration)
     feeding = expert_tensor_names(empty, checkpoint.tensors)
-    write_packed(checkpoint, layers, feeding, out, settings=method, progress=progress)
+    settings = method if calibration is None else f"{method} {calibration.fingerprint}"
+    write_packed(checkpoint, layers, feeding, out, settings=settings, progress=progress)
     num_bytes, num_weights = _size(layers)
     counts = Counter(name for names in formats for name in names)
     return Written(out, num_bytes, 8 * num_bytes / num_weights, dict(counts))

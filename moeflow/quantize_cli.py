@@ -21,9 +21,11 @@ def add_quantize_command(commands) -> None:
     quantize.add_argument(
         "--group-size", type=int, default=64, choices=GROUPS, help="weights that share a scale (64); with 8 bits too"
     )
-    quantize.add_argument("--method", default="hqq", choices=("hqq", "rtn"), help="how codes are chosen (hqq)")
+    quantize.add_argument("--method", default="hqq", choices=("hqq", "rtn", "gptq"), help="how codes are chosen (hqq)")
     quantize.add_argument(
-        "--calibration", metavar="FILE", help="text that --average-bits learns from; without it, texts at hand"
+        "--calibration",
+        metavar="FILE",
+        help="text that --average-bits and gptq learn from; without it, texts that every machine has",
     )
     quantize.add_argument("--json", action="store_true", help="print one JSON object")
     quantize.set_defaults(run=_quantize)
@@ -33,17 +35,19 @@ def _quantize(arguments) -> int:
     from moeflow.progress import bytes_progress
     from moeflow.quantize import quantize_model
 
-    if arguments.calibration is not None and arguments.average_bits is None:
-        raise ConfigError("--calibration is what --average-bits learns from: give --average-bits, or leave it out.")
+    text = _calibration_text(arguments)
     about = {}
     if arguments.average_bits is None:
         formats = f"int{arguments.bits}-g{arguments.group_size}"
     else:
-        chosen = _choose(arguments)
+        chosen = _choose(arguments, text)
         formats = chosen.formats
         about = {"cost": chosen.allocation.cost, "bound": chosen.allocation.bound, "gap": chosen.allocation.gap}
+    inputs = _record(arguments, text) if arguments.method == "gptq" else None
     with bytes_progress(f"quantising {arguments.model}") as progress:
-        written = quantize_model(arguments.model, arguments.out, formats, method=arguments.method, progress=progress)
+        written = quantize_model(
+            arguments.model, arguments.out, formats, method=arguments.method, calibration=inputs, progress=progress
+        )
     about |= {
         "folder": str(written.folder),
         "bytes": sum(file.stat().st_size for file in written.folder.iterdir()),
@@ -64,19 +68,27 @@ def _quantize(arguments) -> int:
     return 0
 
 
-def _choose(arguments):
-    """Measure the experts on text and choose a format for each."""
+def _calibration_text(arguments) -> str | None:
+    """Read the text to learn from; None where there is none."""
     from pathlib import Path
 
+    if arguments.calibration is None:
+        return None
+    if arguments.average_bits is None and arguments.method != "gptq":
+        raise ConfigError(
+            "--calibration is what --average-bits and --method gptq learn from: give one of them, or leave it out."
+        )
+    try:
+        return Path(arguments.calibration).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--calibration {arguments.calibration} cannot be read as text: {error}") from error
+
+
+def _choose(arguments, text):
+    """Measure the experts on text and choose a format for each."""
     from moeflow.mixed_precision import choose_formats
     from moeflow.progress import count_progress
 
-    text = None
-    if arguments.calibration is not None:
-        try:
-            text = Path(arguments.calibration).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--calibration {arguments.calibration} cannot be read as text: {error}") from error
     with count_progress(f"measuring the experts of {arguments.model}") as progress:
         return choose_formats(
             arguments.model,
@@ -86,3 +98,12 @@ def _choose(arguments):
             method=arguments.method,
             progress=progress,
         )
+
+
+def _record(arguments, text):
+    """Run the model on text and keep what its experts see."""
+    from moeflow.expert_inputs import record_text
+    from moeflow.progress import count_progress
+
+    with count_progress(f"reading the calibration text with {arguments.model}") as progress:
+        return record_text(arguments.model, text, progress=progress)

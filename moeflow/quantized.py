@@ -3,7 +3,7 @@
 Behind `load_moe(quantization=...)`, where it happens at every read, and `moeflow quantize`, where it happens once.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,14 @@ from moeflow.kernels.formats import WRITABLE, WeightFormat, find_format
 from moeflow.kernels.quantize import quantize
 from moeflow.layers import Conversion, LayerSource
 
-# calibration(layer, expert, matrix name) -> the inputs the matrix sees, [tokens, K], or None
-Calibration = Callable[[int, int, str], torch.Tensor | None]
+
+class Calibration(Protocol):
+    """Knows what experts see; `moeflow.expert_inputs.ExpertInputs` is one."""
+
+    fingerprint: str
+
+    def inputs(self, layer: int, expert: int, name: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return what a matrix of an expert, whose unquantised parameters are given, is multiplied with: [n, K]."""
 
 
 def writable_format(name: str) -> WeightFormat:
@@ -80,12 +86,13 @@ def _quantized(number, source, names, transposed, method, calibration) -> LayerS
         source.fill(expert, pieces, raw)
         target = new.record_of(expert)
         out = _views(record, target)
-        for name, value in _views(raw, layout.record).items():
+        weights = _views(raw, layout.record)
+        for name, value in weights.items():
             matrix = next((spec for spec in target.matrices if spec.name == name), None)
             if matrix is None:
                 out[name].copy_(value)
                 continue
-            learnt = calibration(number, expert, name) if calibration is not None else None
+            learnt = None if calibration is None else calibration.inputs(number, expert, name, weights)
             found = quantize(
                 value.T if transposed else value,
                 find_format(matrix.format),

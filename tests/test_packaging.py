@@ -58,7 +58,7 @@ RANKS = [
     {"experts", "pack", "info", "machine_replay"},
     {"quantize"},
     {"model"},
-    {"mixed_precision"},
+    {"mixed_precision", "expert_inputs"},
     {"answer", "folders", "progress", "prompts", "loading_cli"},
     {"report", "predictor_cli", "machine_cli", "quantize_cli"},
     {"screen", "demo_recipe", "demo_source", "trace_report"},

@@ -1,0 +1,124 @@
+"""What experts see: the hidden states of calibration tokens in front of each MoE layer, and where they were routed.
+
+GPTQ asks for them expert by expert. Kept in the model's own dtype: T x H values a layer.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from moeflow import hf
+from moeflow.calibration_text import cut_windows
+from moeflow.model import load_moe
+
+_BATCH_WINDOWS = 8
+
+Progress = Callable[[int, int], None]
+
+
+class ExpertInputs:
+    """The inputs of every expert's matrices on calibration tokens.
+
+    Args:
+        fingerprint: names the tokens they come from.
+        modules: [num_layers], the experts modules, for what they do between their matrices.
+    """
+
+    def __init__(self, fingerprint: str, modules: list[torch.nn.Module]):
+        self.fingerprint = fingerprint
+        self._modules = modules
+        self._hidden_states: list[list[torch.Tensor]] = [[] for _ in modules]
+        self._routes: list[list[torch.Tensor]] = [[] for _ in modules]
+
+    def add(self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> None:
+        """Take in what one layer's experts were called with: [T, H] and [T, K]."""
+        self._hidden_states[layer].append(hidden_states.cpu().clone())
+        self._routes[layer].append(top_k_index.cpu().to(torch.int32))
+
+    def inputs(self, layer: int, expert: int, name: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return what a matrix of an expert is multiplied with.
+
+        Args:
+            layer: number among the MoE layers.
+            expert: its number.
+            name: of the matrix.
+            weights: the expert's unquantised parameters, as the module has them.
+
+        Returns:
+            [n, K] float32, a row for each calibration token that is routed to the expert.
+        """
+        seen = [
+            hidden[(routes == expert).any(-1)]
+            for hidden, routes in zip(self._hidden_states[layer], self._routes[layer], strict=True)
+        ]
+        hidden = torch.cat(seen).float()
+        if name != "down_proj":
+            return hidden
+        module = self._modules[layer]
+        first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
+        weight, bias = weights[first].float(), weights.get(f"{first}_bias")
+        inner = F.linear(hidden, weight.T if module.is_transposed else weight, None if bias is None else bias.float())
+        return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+
+
+@torch.no_grad()
+def record_inputs(
+    model: torch.nn.Module, windows: list[list[int]], *, progress: Progress | None = None
+) -> ExpertInputs:
+    """Run a model over text and keep what its experts see.
+
+    Args:
+        model: from load_moe or from_pretrained.
+        windows: token ids of pieces of text, all of one length.
+        progress: called with (windows done, windows in all).
+    """
+    modules = [module for _, module in hf.experts_modules(model)]
+    found = ExpertInputs(hashlib.sha256(json.dumps(windows).encode()).hexdigest(), modules)
+
+    def watch(layer):
+        def hook(module, args, kwargs):
+            names = ("hidden_states", "top_k_index")
+            hidden_states, top_k_index = (*args, *(kwargs[name] for name in names[len(args) :]))[:2]
+            found.add(layer, hidden_states, top_k_index)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(layer), with_kwargs=True) for layer, module in enumerate(modules)]
+    device = next(model.parameters()).device
+    try:
+        for first in range(0, len(windows), _BATCH_WINDOWS):
+            rows = torch.tensor(windows[first : first + _BATCH_WINDOWS], device=device)
+            model(input_ids=rows, use_cache=False, logits_to_keep=1)
+            if progress is not None:
+                progress(min(first + _BATCH_WINDOWS, len(windows)), len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def record_text(
+    model: str | Path, text: str | None = None, *, num_tokens: int = 16384, progress: Progress | None = None
+) -> ExpertInputs:
+    """Load a model with its experts offloaded and record what they see on a text.
+
+    Args:
+        model: a hub id or a checkpoint folder.
+        text: like what the model will be used for; None takes texts that every machine has.
+        num_tokens: of the text to use.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        ConfigError: the text is too short.
+    """
+    folder = hf.resolve_folder(model)
+    windows = cut_windows(hf.load_tokenizer(folder), text, num_tokens)
+    loaded = load_moe(folder, predictor=None)
+    try:
+        return record_inputs(loaded, windows, progress=progress)
+    finally:
+        loaded.moeflow.close()
