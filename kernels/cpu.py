@@ -9,7 +9,8 @@ import ctypes
 import logging
 import os
 import threading
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+import time
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -300,6 +301,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     _check(failed, f"a norm of {x.shape[1]} features")
 
 
+def read(block: torch.Tensor) -> int:
+    """Read a contiguous block of memory, whole pieces of 256 KiB of it, and return the exclusive or of its words."""
+    return _library().free.moeflow_cpu_read(
+        block.data_ptr(), block.numel() * block.element_size(), torch.get_num_threads()
+    )
+
+
+def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
+    """Measure what torch's threads read at most of memory that no cache holds: the ceiling of every kernel here.
+
+    Without the compiled library torch's own sum reads, which may take several times as long.
+
+    Args:
+        num_bytes: of the block that is read; a multiple of the last-level cache.
+        repeats: readings, of which the fastest counts.
+
+    Returns:
+        Bytes a second.
+    """
+    block, best = torch.ones(num_bytes // 8, dtype=torch.int64), float("inf")
+    scan = torch.sum if _library() is None else read
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        scan(block)
+        best = min(best, time.perf_counter() - begin)
+    return num_bytes / best
+
+
 def _multiply(pointer, x, out, activation_bits):
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -394,6 +423,8 @@ def _library() -> _Library | None:
     held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, c_int, c_int, pointer, c_int, c_int]
     held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, c_int, pointer, c_int, c_int]
     held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, c_int, pointer, c_int, c_int]
+    free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
+    free.moeflow_cpu_read.restype = c_uint64
     _share_threads(held)
     lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     return _Library(name, held, free, lanes)

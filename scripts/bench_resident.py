@@ -23,9 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint folder; without it the demo model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
-    parser.add_argument(
-        "--quantization", help="of moeflow's experts, such as int4; lossy"
-    )
+    parser.add_argument("--quantization", help="of moeflow's experts, such as int4; lossy")
     parser.add_argument("--tokens", type=int, default=48, help="decoded in a measurement (48)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each engine (7)")
     parser.add_argument("--threads", type=int, help="torch's threads; without it torch's own choice")
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.no_compile:
         models["moeflow compiled"] = load_moe(folder, **options, compile=True)
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
-    bandwidth = read_bandwidth()
+    bandwidth = cpu.read_bandwidth()
     print(
         f"{folder.name}, {arguments.dtype}, {torch.get_num_threads()} threads, kernels: {cpu.instruction_set()}; "
         f"memory read {bandwidth / 1e9:.1f} GB/s"
@@ -185,18 +183,6 @@ def bytes_a_token(model) -> int:
     head = model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == embedding.data_ptr()
     return experts + dense + (embedding.numel() * embedding.element_size() if tied else 0)
-
-
-def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 5) -> float:
-    """Return the bytes a second that torch's threads read of a block that no cache holds: the ceiling."""
-    import torch
-
-    block, best = torch.ones(num_bytes // 8, dtype=torch.int64), float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - begin)
-    return num_bytes / best
 
 
 if __name__ == "__main__":
