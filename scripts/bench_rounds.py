@@ -1,0 +1,52 @@
+"""Measurements that take turns: what a round holds, ratios round by round, and how they are written."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """Something to time.
+
+    Args:
+        name: of the row or column.
+        run: one measurement.
+        num_bytes: of weights read by it.
+        count: matrices or walks in it.
+    """
+
+    name: str
+    run: Callable[[], None]
+    num_bytes: int
+    count: int = 1
+
+
+def take_turns(cases: list[Case], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each case in each round, after one run of each to warm up."""
+    times: dict[str, list[float]] = {case.name: [] for case in cases}
+    for turn in range(rounds + 1):
+        for case in cases:
+            begin = time.perf_counter()
+            case.run()
+            if turn:
+                times[case.name].append(time.perf_counter() - begin)
+    return times
+
+
+def spread(values: list[float]) -> dict:
+    """Return median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def quotients(a: list[float], b: list[float]) -> dict:
+    """Return the spread of a / b, round by round."""
+    return spread([x / y for x, y in zip(a, b, strict=True)])
+
+
+def ranged(found: dict | None, unit: float, width: int, digits: int) -> str:
+    """Write a median and its range."""
+    if found is None:
+        return "-"
+    middle, least, most = (f"{unit * found[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{middle:>{width}} ({least} to {most})"
