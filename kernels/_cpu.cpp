@@ -74,18 +74,17 @@ Rows no_rows(int num_features) {
 }
 /* Lays a row out; returns whether there is anything to prepare in it. */
 bool lay_out(Rows &rows) {
-    const int lanes = rows.is_rounded ? arithmetic->dot_lanes : arithmetic->lanes;
     rows.stride = 4 * rows.padded;
     bool is_asked = rows.is_rounded;
     for (int slot = 0; slot < 3; ++slot) {
         if (rows.sums[slot] < 0) continue;
         is_asked = true;
         rows.sums[slot] = rows.stride;
-        rows.stride += 4 * lanes * (rows.padded / (32 << slot));
+        rows.stride += 4 * arithmetic->lanes * (rows.padded / (32 << slot));
     }
     if (rows.is_rounded) {
-        rows.codes = rows.stride, rows.deltas = rows.stride + rows.padded;
-        rows.stride += rows.padded + 4 * (rows.padded / 32);
+        rows.codes = rows.stride, rows.deltas = rows.stride + 2 * rows.padded;
+        rows.stride += 2 * rows.padded + 4 * (rows.padded / 128);
     }
     /* Rows a power of two apart would meet in the same cache sets. */
     rows.stride = align(rows.stride, 128) + 64;
@@ -159,7 +158,7 @@ EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const
                                  int num_threads) {
     const int64_t num_places = num_experts ? starts[num_experts] : 0;
     if (!num_places) return 0;
-    Plan plan(experts, num_experts, activation_bits == 8);
+    Plan plan(experts, num_experts, activation_bits == 16);
     const int64_t num_rows = least(num_places, ROWS_OF_ROUND);
     int64_t num_segments = 0;
     for (int e = 0; e < num_experts; ++e)
@@ -218,7 +217,7 @@ EXPORTED int moeflow_cpu_token(const Expert *const *experts, const char *const *
                                const void *hidden_states, const void *weights, int weights_format, void *out,
                                int format, int activation_bits, int num_threads) {
     if (num_experts > TOKEN_EXPERTS) return 2;
-    Plan plan(experts, num_experts, activation_bits == 8);
+    Plan plan(experts, num_experts, activation_bits == 16);
     char *memory = workspace.get(plan.input.stride + num_experts * plan.hidden.stride + num_threads * SCRATCH_BYTES);
     if (!memory) return 1;
     plan.input.data = memory;
@@ -271,7 +270,7 @@ EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const 
                                 int64_t stride_bytes, int num_tokens, void *out, int activation_bits,
                                 int num_threads) {
     Rows input = no_rows(matrix->in_features);
-    ask(*matrix, activation_bits == 8, input);
+    ask(*matrix, activation_bits == 16, input);
     const bool prepares = lay_out(input);
     char *memory = workspace.get(num_tokens * input.stride + num_threads * SCRATCH_BYTES);
     if (!memory) return 1;

@@ -51,7 +51,7 @@ struct Expert {
 };
 
 /* Rows of activations as the kernels read them: float32, padded with zeros to a multiple of 128; then, where a format
- * asks for it, sums over every group and the values rounded to int8 in blocks of 32. Offsets in bytes within a row. */
+ * asks for it, sums over every group and the values rounded to int16 in blocks of 128. Offsets in bytes within a row. */
 struct Rows {
     char *data;
     int64_t stride;
@@ -81,7 +81,7 @@ constexpr int TOKEN_EXPERTS = 64;                       /* of down_token */
 /* One instruction set's arithmetic. */
 struct Arithmetic {
     const char *name;
-    int lanes, dot_lanes; /* of a sum over a group, without and with rounded activations */
+    int lanes; /* of a sum over a group */
     /* Converts one row of activations to float32, padded. */
     void (*convert)(const void *from, int format, int count, float *to, int padded);
     /* Fills in what follows the float32 values. */

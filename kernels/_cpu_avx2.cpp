@@ -17,7 +17,7 @@ namespace {
 #include "_cpu_avx2.h"
 #include "_cpu_kernels.h"
 
-const Arithmetic TABLE = arithmetic<Avx2, Avx2>("avx2");
+const Arithmetic TABLE = arithmetic<Avx2>("avx2");
 
 } // namespace
 

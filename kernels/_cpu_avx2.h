@@ -4,6 +4,10 @@ struct Avx2 {
     static constexpr int LANES = 8, MANY_ROWS = 3, MANY_TOKENS = 4;
     using V = __m256;
     using Bytes = __m256i; /* 32 codes in their order */
+    using I = __m256i;     /* LANES whole sums */
+    struct Words {         /* 32 codes in their order */
+        __m256i v[2];
+    };
 
     static V zero() { return _mm256_setzero_ps(); }
     static V all(float x) { return _mm256_set1_ps(x); }
@@ -46,7 +50,7 @@ struct Avx2 {
     static V load(const Float8 *p) {
         return _mm256_cvtph_ps(half_of_fp8(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)p))));
     }
-    static V all(const Float16 *p) { return _mm256_cvtph_ps(_mm_set1_epi16((short)p->bits)); }
+    static float value(const Float16 *p) { return _cvtsh_ss(p->bits); }
 
     static V to_float(__m256i v) { return _mm256_cvtepi32_ps(v); }
     static void nibbles(const uint8_t *p, V (&v)[4]) {
@@ -64,12 +68,6 @@ struct Avx2 {
         v[3] = to_float(_mm256_cvtepi8_epi32(_mm_srli_si128(high, 8)));
     }
 
-    static Bytes bytes8(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-    static Bytes bytes4(const uint8_t *p) {
-        const __m128i both = _mm_loadu_si128((const __m128i *)p);
-        const __m256i spread = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
-        return _mm256_and_si256(spread, _mm256_set1_epi8(15));
-    }
     static Bytes bytes2(const uint8_t *p) {
         int64_t word;
         memcpy(&word, p, 8);
@@ -99,21 +97,30 @@ struct Avx2 {
         return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
     }
 
-    /* 32 products in 8 sums; |b| and x are at most 127. */
-    static V dot(Bytes b, const int8_t *x, std::false_type) {
-        const __m256i pairs = _mm256_maddubs_epi16(b, _mm256_loadu_si256((const __m256i *)x));
-        return to_float(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    static Bytes bytes_one() { return _mm256_set1_epi8(1); }
+
+    static Words words(Bytes b) {
+        return {{_mm256_cvtepi8_epi16(_mm256_castsi256_si128(b)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(b, 1))}};
     }
-    static V dot(Bytes b, const int8_t *x, std::true_type) { /* b is signed */
-        const __m256i values = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)x), b);
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(b), values);
-        return to_float(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    static Words words8(const uint8_t *p) {
+        return {{_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)),
+                 _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1))}};
     }
-    /* Whole floats to int8. */
-    static void store_codes(int8_t *p, V v) {
+    static Words words4(const uint8_t *p) {
+        const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+        return {{_mm256_and_si256(both, _mm256_set1_epi16(15)), _mm256_srli_epi16(both, 4)}};
+    }
+    static I none() { return _mm256_setzero_si256(); }
+    /* Adds 32 products: lane l those of 2l, 2l + 1, 2l + 16, 2l + 17. */
+    static I dot(I sum, const Words &w, const int16_t *x) {
+        const __m256i low = _mm256_madd_epi16(w.v[0], _mm256_loadu_si256((const __m256i *)x));
+        const __m256i high = _mm256_madd_epi16(w.v[1], _mm256_loadu_si256((const __m256i *)x + 1));
+        return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
+    }
+    /* Whole floats to int16. */
+    static void store_words(int16_t *p, V v) {
         const __m256i wide = _mm256_cvtps_epi32(v);
-        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-        _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+        _mm_storeu_si128((__m128i *)p, _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
     }
     static void store(Float16 *p, V v) {
         _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

@@ -18,7 +18,7 @@ namespace {
 #include "_cpu_avx512.h"
 #include "_cpu_kernels.h"
 
-const Arithmetic TABLE = arithmetic<Avx512, Vnni>("avx512");
+const Arithmetic TABLE = arithmetic<Avx512>("avx512");
 
 } // namespace
 

@@ -1,9 +1,11 @@
-/* AVX-512 (F, BW, DQ, VL, VNNI): 16 floats; rounded activations in 8 sums, as in AVX2. */
+/* AVX-512 (F, BW, DQ, VL, VNNI): 16 floats. */
 
 struct Avx512 {
     static constexpr int LANES = 16, MANY_ROWS = 4, MANY_TOKENS = 6;
     using V = __m512;
     using Bytes = __m256i;
+    using I = __m512i;
+    using Words = __m512i; /* 32 codes in their order */
 
     static V zero() { return _mm512_setzero_ps(); }
     static V all(float x) { return _mm512_set1_ps(x); }
@@ -41,7 +43,7 @@ struct Avx512 {
         const __m128i high = Avx2::half_of_fp8(_mm_cvtepu8_epi16(_mm_srli_si128(bytes, 8)));
         return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
     }
-    static V all(const Float16 *p) { return _mm512_cvtph_ps(_mm256_set1_epi16((short)p->bits)); }
+    static float value(const Float16 *p) { return Avx2::value(p); }
 
     static void nibbles(const uint8_t *p, V (&v)[2]) {
         const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -52,12 +54,26 @@ struct Avx512 {
         v[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(b)));
         v[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(b, 1)));
     }
-    static Bytes bytes8(const uint8_t *p) { return Avx2::bytes8(p); }
-    static Bytes bytes4(const uint8_t *p) { return Avx2::bytes4(p); }
+    static V to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static Bytes bytes3(const uint8_t *p) { return Avx2::bytes3(p); }
     static Bytes bytes2(const uint8_t *p) { return Avx2::bytes2(p); }
     static Bytes bytes_sign(const uint8_t *p) { return Avx2::bytes_sign(p); }
     static Bytes bytes_mxfp4(const uint8_t *p) { return Avx2::bytes_mxfp4(p); }
+    static Bytes bytes_one() { return Avx2::bytes_one(); }
+
+    static Words words(Bytes b) { return _mm512_cvtepi8_epi16(b); }
+    static Words words8(const uint8_t *p) { return words(_mm256_loadu_si256((const __m256i *)p)); }
+    static Words words4(const uint8_t *p) {
+        const Avx2::Words halves = Avx2::words4(p);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(halves.v[0]), halves.v[1], 1);
+    }
+    static I none() { return _mm512_setzero_si512(); }
+    static I dot(I sum, Words w, const int16_t *x) {
+        return _mm512_dpwssd_epi32(sum, w, _mm512_loadu_si512((const void *)x));
+    }
+    static void store_words(int16_t *p, V v) {
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+    }
 
     static void store(Float16 *p, V v) {
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -65,16 +81,5 @@ struct Avx512 {
     static void store(BFloat16 *p, V v) {
         Avx2::store(p, _mm512_castps512_ps256(v));
         Avx2::store(p + 8, _mm512_extractf32x8_ps(v, 1));
-    }
-};
-
-struct Vnni : Avx2 {
-    static V dot(Bytes b, const int8_t *x, std::false_type) {
-        const __m256i values = _mm256_loadu_si256((const __m256i *)x);
-        return to_float(_mm256_dpbusd_epi32(_mm256_setzero_si256(), b, values));
-    }
-    static V dot(Bytes b, const int8_t *x, std::true_type) {
-        const __m256i values = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)x), b);
-        return to_float(_mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(b), values));
     }
 };

@@ -1,4 +1,4 @@
-/* The arithmetic, once for every instruction set: S is one (_cpu_avx2.h), D the one that sums rounded activations.
+/* The arithmetic, once for every instruction set: S is one of them (_cpu_avx2.h).
  *
  * An output is one sum over k in float32, in lanes: lane l adds the products l, l + LANES, ... in rising k, and the
  * lanes are added last. Nothing else enters, so its bits do not depend on which rows, tokens or threads share the work.
@@ -12,6 +12,10 @@
 /* Up to so many tokens of a matrix its values are unpacked in registers, anew for every four tokens. */
 constexpr int FEW_OF_FLOATS = 8, FEW_OF_CODES = 8;
 constexpr int AHEAD_BYTES = 1024; /* of the prefetch of a row of weights */
+
+/* Activations that are rounded to int16 with one scale; a power of two, for a group never has two then. */
+constexpr int ROUNDED_TOGETHER = 128;
+constexpr float ROUNDED_MOST = 32767;
 
 inline int sums_slot(int group_size) { return group_size / 64; } /* of 32, 64 and 128: 0, 1 and 2 */
 
@@ -53,38 +57,33 @@ template <class S> inline void load_row(const void *from, int format, int count,
 
 /* ---- Formats of codes: a block is 32 of them ---- */
 
-template <int BITS_, bool HAS_ZEROS_, class Signed_, int SCALE_BYTES_ = 2> struct Coded {
-    static constexpr int BLOCK_BYTES = 4 * BITS_, SCALE_BYTES = SCALE_BYTES_;
-    static constexpr bool HAS_ZEROS = HAS_ZEROS_;
-    using Signed = Signed_; /* whether bytes are; void where there are none */
+template <int BITS, bool HAS_ZEROS_, int SCALE_BYTES_ = 2> struct Coded {
+    static constexpr int BLOCK_BYTES = 4 * BITS, SCALE_BYTES = SCALE_BYTES_;
+    static constexpr bool HAS_ZEROS = HAS_ZEROS_, IS_INTEGER = true;
 };
-template <class S> struct Int8 : Coded<8, false, std::true_type> {
-    static auto bytes(const uint8_t *p) { return S::bytes8(p); }
+/* Formats whose codes are met as bytes. */
+#define CODED_BYTES(NAME, BITS, HAS_ZEROS, SCALE_BYTES, BYTES)                                                         \
+    template <class S> struct NAME : Coded<BITS, HAS_ZEROS, SCALE_BYTES> {                                             \
+        static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) { S::widen(S::BYTES(p), v); }          \
+        static auto words(const uint8_t *p) { return S::words(S::BYTES(p)); }                                          \
+    };
+CODED_BYTES(Uint3, 3, true, 2, bytes3)
+CODED_BYTES(Uint2, 2, true, 2, bytes2)
+CODED_BYTES(Sign1, 1, false, 2, bytes_sign)
+CODED_BYTES(Mxfp4, 4, false, 1, bytes_mxfp4)
+#undef CODED_BYTES
+template <class S> struct Int8 : Coded<8, false> {
+    static auto words(const uint8_t *p) { return S::words8(p); }
     static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) {
         UNROLL for (int i = 0; i < 32 / S::LANES; ++i) v[i] = S::load((const int8_t *)p + i * S::LANES);
     }
 };
-template <class S> struct Uint4 : Coded<4, true, std::false_type> {
-    static auto bytes(const uint8_t *p) { return S::bytes4(p); }
+template <class S> struct Uint4 : Coded<4, true> {
+    static auto words(const uint8_t *p) { return S::words4(p); }
     static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) { S::nibbles(p, v); }
 };
-template <class S> struct Uint3 : Coded<3, true, std::false_type> {
-    static auto bytes(const uint8_t *p) { return S::bytes3(p); }
-    static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) { S::widen(bytes(p), v); }
-};
-template <class S> struct Uint2 : Coded<2, true, std::false_type> {
-    static auto bytes(const uint8_t *p) { return S::bytes2(p); }
-    static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) { S::widen(bytes(p), v); }
-};
-template <class S> struct Sign1 : Coded<1, false, std::true_type> {
-    static auto bytes(const uint8_t *p) { return S::bytes_sign(p); }
-    static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) { S::widen(bytes(p), v); }
-};
-template <class S> struct Mxfp4 : Coded<4, false, std::true_type, 1> {
-    static auto bytes(const uint8_t *p) { return S::bytes_mxfp4(p); }
-    static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) { S::widen(bytes(p), v); }
-};
-template <class S> struct Fp8 : Coded<8, false, void, 4> {
+template <class S> struct Fp8 : Coded<8, false, 4> {
+    static constexpr bool IS_INTEGER = false;
     static void floats(const uint8_t *p, typename S::V (&v)[32 / S::LANES]) {
         UNROLL for (int i = 0; i < 32 / S::LANES; ++i) v[i] = S::load((const Float8 *)p + i * S::LANES);
     }
@@ -103,22 +102,32 @@ template <class S, class F> struct Line {
         zero = (const Float16 *)(record + m.zero) + row * groups;
     }
     /* One group's scale, of which the codes' own unit is part: E2M1 is doubled, E4M3 256 times too small. */
-    typename S::V scale_of(int group) const {
-        if constexpr (F::SCALE_BYTES == 2) return S::all((const Float16 *)scale + group);
+    float scale_of(int group) const {
         float value;
+        if constexpr (F::SCALE_BYTES == 2) return S::value((const Float16 *)scale + group);
         if constexpr (F::SCALE_BYTES == 4) {
             memcpy(&value, scale + 4 * group, 4);
-            return S::all(value * 256);
+            return value * 256;
         }
         const uint32_t exponent = scale[group];
         const uint32_t bits = exponent == 255 ? 0x7fc00000u : exponent ? exponent << 23 : 0x400000u;
         memcpy(&value, &bits, 4);
-        return S::all(value * 0.5f);
+        return value * 0.5f;
+    }
+    /* The scales and zeros of up to LANES groups from this one. */
+    void grid(int group, int count, float *scales, float *zeros) const {
+        if constexpr (F::SCALE_BYTES == 2) S::store(scales, halves((const Float16 *)scale + group, count));
+        else
+            for (int i = 0; i < count; ++i) scales[i] = scale_of(group + i);
+        if constexpr (F::HAS_ZEROS) S::store(zeros, halves(zero + group, count));
+    }
+    static typename S::V halves(const Float16 *p, int count) {
+        return count == S::LANES ? S::load(p) : load_part<S>(p, count);
     }
     /* The values of one block of a row of so many, before zero and scale. */
     void floats(int block, int in_features, typename S::V (&v)[32 / S::LANES]) const {
         F::floats(codes + block * F::BLOCK_BYTES, v);
-        if constexpr (std::is_void<typename F::Signed>::value) /* padding may be NaN, which zeros do not cancel */
+        if constexpr (!F::IS_INTEGER) /* padding may be NaN, which zeros do not cancel */
             if (const int count = in_features - 32 * block; count < 32) {
                 float whole[32];
                 UNROLL for (int i = 0; i < 32 / S::LANES; ++i) S::store(whole + i * S::LANES, v[i]);
@@ -165,46 +174,64 @@ __attribute__((noinline)) void tile_floats(const Matrix &m, const char *record, 
 /* The same of codes: one group's products are summed, then scaled. A zero point is taken off every lane by the sum of
  * that lane's own activations, so that nothing large cancels. Rounded activations meet the codes as integers. */
 template <class S, class F, bool IS_ROUNDED, int R, int T>
-__attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, int row, const Rows &input, const float *const *x, float *y,
-                       int stride) {
+__attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, int row, const Rows &input,
+                                          const float *const *x, float *y, int stride) {
     using V = typename S::V;
+    constexpr int line = F::BLOCK_BYTES == 32 ? 1 : F::BLOCK_BYTES == 16 ? 3 : 7; /* blocks of one prefetch, less 1 */
     const int num_blocks = (m.in_features + 31) / 32, group_blocks = m.group_size / 32;
+    const int num_groups = (num_blocks + group_blocks - 1) / group_blocks;
     const int64_t sums_at = F::HAS_ZEROS ? input.sums[sums_slot(m.group_size)] / 4 : 0;
     const int64_t deltas_at = input.deltas / 4;
     Line<S, F> lines[R];
     V sums[R][T];
+    float scales[R][S::LANES], zeros[R][S::LANES];
     UNROLL for (int r = 0; r < R; ++r) {
         lines[r].set(m, record, row + r);
         UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::zero();
     }
-    for (int group = 0, block = 0; block < num_blocks; ++group) {
+    for (int group = 0, block = 0; group < num_groups; ++group) {
+        const int at = group % S::LANES;
+        if (at == 0) UNROLL for (int r = 0; r < R; ++r)
+                lines[r].grid(group, least(S::LANES, num_groups - group), scales[r], zeros[r]);
         V inner[R][T];
-        UNROLL for (int r = 0; r < R; ++r) {
-            V zero = S::zero();
-            if constexpr (F::HAS_ZEROS) zero = S::sub(zero, S::all(lines[r].zero + group));
-            UNROLL for (int t = 0; t < T; ++t)
-                inner[r][t] = F::HAS_ZEROS ? S::mul(zero, S::load(x[t] + sums_at + group * S::LANES)) : zero;
-        }
-        for (const int end = least(block + group_blocks, num_blocks); block < end; ++block)
-            UNROLL for (int r = 0; r < R; ++r) {
-                S::prefetch(lines[r].codes + block * F::BLOCK_BYTES + AHEAD_BYTES);
-                if constexpr (IS_ROUNDED) {
-                    const auto bytes = F::bytes(lines[r].codes + block * F::BLOCK_BYTES);
-                    UNROLL for (int t = 0; t < T; ++t) {
-                        const int8_t *rounded = (const int8_t *)x[t] + input.codes + block * 32;
-                        const V products = S::dot(bytes, rounded, typename F::Signed());
-                        inner[r][t] = S::fma(products, S::all(x[t][deltas_at + block]), inner[r][t]);
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int t = 0; t < T; ++t) {
+                if constexpr (F::HAS_ZEROS)
+                    inner[r][t] = S::mul(S::all(-zeros[r][at]), S::load(x[t] + sums_at + group * S::LANES));
+                else inner[r][t] = S::zero();
+            }
+        const int group_end = least(block + group_blocks, num_blocks);
+        if constexpr (IS_ROUNDED) {
+            while (block < group_end) { /* as long as the activations' own scale stays the same */
+                const int delta = block / (ROUNDED_TOGETHER / 32);
+                const int end = least((delta + 1) * (ROUNDED_TOGETHER / 32), group_end);
+                typename S::I whole[R][T];
+                UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) whole[r][t] = S::none();
+                for (; block < end; ++block)
+                    UNROLL for (int r = 0; r < R; ++r) {
+                        if ((block & line) == 0) S::prefetch(lines[r].codes + block * F::BLOCK_BYTES + AHEAD_BYTES);
+                        const auto words = F::words(lines[r].codes + block * F::BLOCK_BYTES);
+                        UNROLL for (int t = 0; t < T; ++t)
+                            whole[r][t] = S::dot(whole[r][t], words, (const int16_t *)((const char *)x[t] + input.codes) + block * 32);
                     }
-                } else {
+                UNROLL for (int t = 0; t < T; ++t) {
+                    const V unit = S::all(x[t][deltas_at + delta]);
+                    UNROLL for (int r = 0; r < R; ++r)
+                        inner[r][t] = S::fma(S::to_float(whole[r][t]), unit, inner[r][t]);
+                }
+            }
+        } else
+            for (; block < group_end; ++block)
+                UNROLL for (int r = 0; r < R; ++r) {
+                    if ((block & line) == 0) S::prefetch(lines[r].codes + block * F::BLOCK_BYTES + AHEAD_BYTES);
                     V v[32 / S::LANES];
                     lines[r].floats(block, m.in_features, v);
                     UNROLL for (int t = 0; t < T; ++t)
                         UNROLL for (int i = 0; i < 32 / S::LANES; ++i)
                             inner[r][t] = S::fma(v[i], S::load(x[t] + block * 32 + i * S::LANES), inner[r][t]);
                 }
-            }
         UNROLL for (int r = 0; r < R; ++r) {
-            const V scale = lines[r].scale_of(group);
+            const V scale = S::all(scales[r][at]);
             UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::fma(scale, inner[r][t], sums[r][t]);
         }
     }
@@ -273,9 +300,9 @@ template <class S, class F> struct CodeUnpack {
         line.set(m, record, row);
         for (int block = k / 32; block * 32 < k + count; ++block, to += 32) {
             const int group = block * 32 / m.group_size;
-            const V scale = line.scale_of(group);
+            const V scale = S::all(line.scale_of(group));
             V v[32 / S::LANES], zero = S::zero();
-            if constexpr (F::HAS_ZEROS) zero = S::all(line.zero + group);
+            if constexpr (F::HAS_ZEROS) zero = S::all(S::value(line.zero + group));
             line.floats(block, m.in_features, v);
             UNROLL for (int i = 0; i < 32 / S::LANES; ++i)
                 S::store(to + i * S::LANES, S::mul(F::HAS_ZEROS ? S::sub(v[i], zero) : v[i], scale));
@@ -372,19 +399,19 @@ inline void product_of_floats(const Matrix &m, const char *record, int first, in
     else few_tokens<FloatTile<S, E>>(m, record, first, count, input, x, num_tokens, y, stride);
 }
 
-template <class S, class D, template <class> class F>
+template <class S, template <class> class F>
 inline void product_of_codes(const Matrix &m, const char *record, int first, int count, const Rows &input,
                              const float *const *x, int num_tokens, bool is_many, float *y, int stride,
                              float *scratch) {
     if (is_many)
         return many_tokens<S, CodeUnpack<S, F<S>>>(m, record, first, count, x, num_tokens, y, stride, scratch);
-    if constexpr (!std::is_void<typename F<D>::Signed>::value)
+    if constexpr (F<S>::IS_INTEGER)
         if (input.is_rounded)
-            return few_tokens<CodeTile<D, F<D>, true>>(m, record, first, count, input, x, num_tokens, y, stride);
+            return few_tokens<CodeTile<S, F<S>, true>>(m, record, first, count, input, x, num_tokens, y, stride);
     few_tokens<CodeTile<S, F<S>, false>>(m, record, first, count, input, x, num_tokens, y, stride);
 }
 
-template <class S, class D>
+template <class S>
 __attribute__((noinline)) void product(const Matrix &m, const char *record, int first, int count, const Rows &input,
                     const float *const *x, int num_tokens, int total, float *y, int stride, float *scratch) {
     const bool is_many = total > (m.format <= FLOAT16 ? FEW_OF_FLOATS : FEW_OF_CODES);
@@ -393,13 +420,13 @@ __attribute__((noinline)) void product(const Matrix &m, const char *record, int 
     case FLOAT32: product_of_floats<S, float>(ARGUMENTS); break;
     case BFLOAT16: product_of_floats<S, BFloat16>(ARGUMENTS); break;
     case FLOAT16: product_of_floats<S, Float16>(ARGUMENTS); break;
-    case INT8: product_of_codes<S, D, Int8>(ARGUMENTS); break;
-    case UINT4: product_of_codes<S, D, Uint4>(ARGUMENTS); break;
-    case UINT3: product_of_codes<S, D, Uint3>(ARGUMENTS); break;
-    case UINT2: product_of_codes<S, D, Uint2>(ARGUMENTS); break;
-    case SIGN1: product_of_codes<S, D, Sign1>(ARGUMENTS); break;
-    case MXFP4: product_of_codes<S, D, Mxfp4>(ARGUMENTS); break;
-    case FP8: product_of_codes<S, D, Fp8>(ARGUMENTS); break;
+    case INT8: product_of_codes<S, Int8>(ARGUMENTS); break;
+    case UINT4: product_of_codes<S, Uint4>(ARGUMENTS); break;
+    case UINT3: product_of_codes<S, Uint3>(ARGUMENTS); break;
+    case UINT2: product_of_codes<S, Uint2>(ARGUMENTS); break;
+    case SIGN1: product_of_codes<S, Sign1>(ARGUMENTS); break;
+    case MXFP4: product_of_codes<S, Mxfp4>(ARGUMENTS); break;
+    case FP8: product_of_codes<S, Fp8>(ARGUMENTS); break;
     }
 #undef ARGUMENTS
     if (m.bias < 0) return;
@@ -467,60 +494,61 @@ inline typename S::V activate(const Activation &a, typename S::V gate, typename 
 
 inline const float *row_of(const Rows &rows, int64_t row) { return (const float *)(rows.data + row * rows.stride); }
 
-template <class S, class D> struct Steps {
+template <class S> struct Steps {
     static void convert(const void *from, int format, int count, float *to, int padded) {
         load_row<S>(from, format, count, to);
         memset(to + count, 0, sizeof(float) * (padded - count));
     }
 
-    /* In lanes of A, as tile_codes adds them. */
-    template <class A> static void sum_groups(const float *x, int padded, int group_size, float *sums) {
-        for (int k = 0; k < padded; k += group_size, sums += A::LANES) {
-            typename A::V sum = A::load(x + k);
-            for (int i = A::LANES; i < group_size; i += A::LANES) sum = A::add(sum, A::load(x + k + i));
-            A::store(sums, sum);
+    /* In lanes, as tile_codes adds them. */
+    static void sum_groups(const float *x, int padded, int group_size, float *sums) {
+        for (int k = 0; k < padded; k += group_size, sums += S::LANES) {
+            auto sum = S::load(x + k);
+            for (int i = S::LANES; i < group_size; i += S::LANES) sum = S::add(sum, S::load(x + k + i));
+            S::store(sums, sum);
         }
     }
     static void prepare(const Rows &rows, int64_t row) {
         char *data = rows.data + row * rows.stride;
         float *x = (float *)data;
-        if (rows.is_rounded) round_row(x, rows.padded, (int8_t *)(data + rows.codes), (float *)(data + rows.deltas));
+        if (rows.is_rounded) round_row(x, rows.padded, (int16_t *)(data + rows.codes), (float *)(data + rows.deltas));
         for (int slot = 0; slot < 3; ++slot) {
             if (rows.sums[slot] < 0) continue;
             float *sums = (float *)(data + rows.sums[slot]);
-            if (!rows.is_rounded) sum_groups<S>(x, rows.padded, 32 << slot, sums);
-            else sum_rounded((const int8_t *)(data + rows.codes), (const float *)(data + rows.deltas), rows.padded,
+            if (!rows.is_rounded) sum_groups(x, rows.padded, 32 << slot, sums);
+            else sum_rounded((const int16_t *)(data + rows.codes), (const float *)(data + rows.deltas), rows.padded,
                              32 << slot, sums);
         }
     }
-    static void round_row(const float *x, int padded, int8_t *codes, float *deltas) {
-        using V = typename D::V;
-        for (int k = 0; k < padded; k += 32) {
-            V highest = D::zero(), nothing = D::zero();
-            for (int i = 0; i < 32; i += D::LANES) {
-                const V v = D::load(x + k + i);
-                highest = D::at_least(D::absolute(v), highest);
-                nothing = D::fma(v, D::zero(), nothing); /* NaN where a value is NaN or infinite */
+    static void round_row(const float *x, int padded, int16_t *codes, float *deltas) {
+        using V = typename S::V;
+        constexpr int together = ROUNDED_TOGETHER;
+        for (int k = 0; k < padded; k += together) {
+            V highest = S::zero(), nothing = S::zero();
+            for (int i = 0; i < together; i += S::LANES) {
+                const V v = S::load(x + k + i);
+                highest = S::at_least(S::absolute(v), highest);
+                nothing = S::fma(v, S::zero(), nothing); /* NaN where a value is NaN or infinite */
             }
-            float lanes[D::LANES], delta = 0;
-            D::store(lanes, highest);
+            float lanes[S::LANES], delta = 0;
+            S::store(lanes, highest);
             for (const float lane : lanes) delta = lane > delta ? lane : delta;
-            delta /= 127;
-            deltas[k / 32] = delta + D::sum(nothing);
-            const V inverse = D::all(delta > 0 && delta < 1e38f ? 1 / delta : 0), most = D::all(127);
-            for (int i = 0; i < 32; i += D::LANES) {
-                V v = D::mul(D::load(x + k + i), inverse);
-                v = D::at_least(D::at_most(v, most), D::sub(D::zero(), most));
-                D::store_codes(codes + k + i, D::round(v));
+            delta /= ROUNDED_MOST;
+            deltas[k / together] = delta + S::sum(nothing);
+            const V inverse = S::all(delta > 1e-38f && delta < 1e38f ? 1 / delta : 0), most = S::all(ROUNDED_MOST);
+            for (int i = 0; i < together; i += S::LANES) {
+                V v = S::mul(S::load(x + k + i), inverse);
+                v = S::at_least(S::at_most(v, most), S::sub(S::zero(), most));
+                S::store_words(codes + k + i, S::round(v));
             }
         }
     }
-    static void sum_rounded(const int8_t *codes, const float *deltas, int padded, int group_size, float *sums) {
-        for (int k = 0; k < padded; k += group_size, sums += D::LANES) {
-            typename D::V sum = D::zero();
-            for (int i = 0; i < group_size; i += D::LANES)
-                sum = D::fma(D::load(codes + k + i), D::all(deltas[(k + i) / 32]), sum);
-            D::store(sums, sum);
+    static void sum_rounded(const int16_t *codes, const float *deltas, int padded, int group_size, float *sums) {
+        const auto ones = S::words(S::bytes_one());
+        for (int k = 0; k < padded; k += group_size, sums += S::LANES) {
+            auto sum = S::none();
+            for (int i = 0; i < group_size; i += 32) sum = S::dot(sum, ones, codes + k + i);
+            S::store(sums, S::mul(S::to_float(sum), S::all(deltas[k / ROUNDED_TOGETHER])));
         }
     }
 
@@ -533,7 +561,7 @@ template <class S, class D> struct Steps {
         for (int t = 0; t < num_tokens; ++t) x[t] = row_of(input, segment.input_row + t);
         float *y = (float *)scratch, *rest = y + TOKENS_AT_ONCE * stride;
         const auto run = [&](int row, int num_rows, float *to) {
-            product<S, D>(expert.first, segment.record, row, num_rows, input, x, num_tokens, segment.total, to,
+            product<S>(expert.first, segment.record, row, num_rows, input, x, num_tokens, segment.total, to,
                           stride, rest);
         };
         if (activation.gate == INTERLEAVED) {
@@ -568,7 +596,7 @@ template <class S, class D> struct Steps {
         const float *x[TOKENS_AT_ONCE];
         for (int t = 0; t < segment.count; ++t) x[t] = row_of(hidden, segment.hidden_row + t);
         float *y = (float *)scratch;
-        product<S, D>(segment.expert->down, segment.record, first, count, hidden, x, segment.count, segment.total, y,
+        product<S>(segment.expert->down, segment.record, first, count, hidden, x, segment.count, segment.total, y,
                       stride, y + TOKENS_AT_ONCE * stride);
         for (int t = 0; t < segment.count; ++t)
             memcpy(outputs + segment.places[t] * out_stride + first, y + t * stride, sizeof(float) * count);
@@ -580,7 +608,7 @@ template <class S, class D> struct Steps {
         float *y = (float *)scratch, *total = y + num_experts * stride;
         for (int e = 0; e < num_experts; ++e) {
             const float *x = row_of(hidden, segments[e].hidden_row);
-            product<S, D>(segments[e].expert->down, segments[e].record, first, count, hidden, &x, 1, 1,
+            product<S>(segments[e].expert->down, segments[e].record, first, count, hidden, &x, 1, 1,
                           y + e * stride, stride, total);
         }
         weigh(y, stride, weights, num_experts, count, total);
@@ -609,7 +637,7 @@ template <class S, class D> struct Steps {
             const int now = least(TOKENS_AT_ONCE, num_tokens - t);
             const float *x[TOKENS_AT_ONCE];
             for (int i = 0; i < now; ++i) x[i] = row_of(input, t + i);
-            product<S, D>(m, record, first, count, input, x, now, num_tokens, y, stride,
+            product<S>(m, record, first, count, input, x, now, num_tokens, y, stride,
                           y + TOKENS_AT_ONCE * stride);
             for (int i = 0; i < now; ++i)
                 store_row<S>(y + i * stride, out, (int64_t)(t + i) * m.num_rows + first, count, format);
@@ -670,8 +698,8 @@ template <class S, class D> struct Steps {
     }
 };
 
-template <class S, class D> constexpr Arithmetic arithmetic(const char *name) {
-    using A = Steps<S, D>;
-    return {name, S::LANES, D::LANES, A::convert, A::prepare, A::hidden, A::down, A::down_token, A::combine,
+template <class S> constexpr Arithmetic arithmetic(const char *name) {
+    using A = Steps<S>;
+    return {name, S::LANES, A::convert, A::prepare, A::hidden, A::down, A::down_token, A::combine,
             A::linear, A::rms_norm};
 }

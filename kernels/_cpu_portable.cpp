@@ -6,7 +6,7 @@ namespace {
 #include "_cpu_portable.h"
 #include "_cpu_kernels.h"
 
-const Arithmetic TABLE = arithmetic<Portable, Portable>("portable");
+const Arithmetic TABLE = arithmetic<Portable>("portable");
 
 } // namespace
 

@@ -3,9 +3,11 @@
 struct Portable {
     static constexpr int LANES = 4, MANY_ROWS = 2, MANY_TOKENS = 4;
     typedef float V __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
     struct Bytes {
         int8_t v[32];
     };
+    using Words = Bytes;
 
     static V zero() { return V{}; }
     static V all(float x) { return V{x, x, x, x}; }
@@ -78,7 +80,7 @@ struct Portable {
         for (int i = 0; i < LANES; ++i) v[i] = number(p[i]);
         return v;
     }
-    static V all(const Float16 *p) { return all(number(*p)); }
+    static float value(const Float16 *p) { return number(*p); }
 
     static void widen(const Bytes &b, V (&v)[8]) {
         for (int i = 0; i < 32; ++i) v[i / LANES][i % LANES] = b.v[i];
@@ -117,17 +119,24 @@ struct Portable {
         return b;
     }
 
-    template <class SIGNED> static V dot(const Bytes &b, const int8_t *x, SIGNED) {
-        V sums;
-        for (int i = 0; i < LANES; ++i) {
-            int32_t sum = 0;
-            for (int j = 0; j < 8; ++j) sum += b.v[8 * i + j] * x[8 * i + j];
-            sums[i] = (float)sum;
-        }
-        return sums;
+    static Bytes bytes_one() {
+        Bytes b;
+        memset(b.v, 1, 32);
+        return b;
     }
-    static void store_codes(int8_t *p, V v) {
-        for (int i = 0; i < LANES; ++i) p[i] = (int8_t)v[i];
+
+    static Words words(const Bytes &b) { return b; }
+    static Words words8(const uint8_t *p) { return bytes8(p); }
+    static Words words4(const uint8_t *p) { return bytes4(p); }
+    static I none() { return I{}; }
+    static I dot(I sum, const Words &w, const int16_t *x) {
+        for (int i = 0; i < LANES; ++i)
+            for (int j = 0; j < 8; ++j) sum[i] += w.v[8 * i + j] * x[8 * i + j];
+        return sum;
+    }
+    static V to_float(I v) { return V{(float)v[0], (float)v[1], (float)v[2], (float)v[3]}; }
+    static void store_words(int16_t *p, V v) {
+        for (int i = 0; i < LANES; ++i) p[i] = (int16_t)v[i];
     }
     static void store(BFloat16 *p, V v) {
         for (int i = 0; i < LANES; ++i) {

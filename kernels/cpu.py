@@ -154,8 +154,9 @@ def run_experts(
         tokens: [n], rows of hidden_states.
         places: [n], rows of `outputs`, no two the same.
         outputs: [places, H] float32, contiguous; only `places` are written.
-        activation_bits: 0: exact. 8: activations are rounded to int8 in blocks of 32 before they meet coded matrices,
-            where the expert has few tokens.
+        activation_bits: 0: exact. 16: where an expert has few tokens, activations are rounded to int16 in blocks of 128
+            before they meet matrices of integer codes, which is nearly twice as fast; what that costs is far below
+            the rounding of bfloat16.
 
     Raises:
         MemoryError: no memory for the activations.

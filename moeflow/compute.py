@@ -93,10 +93,11 @@ class CpuCompute:
     Args:
         activation: what the module does between its matrices.
         is_transposed: whether float matrices are stored [in, out].
-        activation_bits: 0, or 8 to round activations to int8 before they meet a quantised matrix (lossy).
+        activation_bits: of activations that meet integer codes: 16 where they were rounded to a half precision before
+            anyway, else 0 for float32.
     """
 
-    def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int = 0):
+    def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int):
         self._activation = activation
         self._is_transposed = is_transposed
         self._bits = activation_bits
@@ -244,7 +245,7 @@ def choose_compute(
     if activation is None:
         return TorchCompute(module)
     if device.type == "cpu":
-        compute = CpuCompute(activation, module.is_transposed)
+        compute = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
     else:
         compute = TritonCompute(module, activation)
     return compute if compute.can_run(records) else TorchCompute(module)
