@@ -22,6 +22,15 @@ def add_loading_options(parser) -> None:
         default="copy",
         help='"copy", or "cheapest": on a GPU, the CPU may compute experts in host memory; lossy',
     )
+    parser.add_argument("--quantization", metavar="F", help="round experts as they are read: int8, int4 ...; lossy")
+    parser.add_argument(
+        "--prune",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out this share of experts behind the first; lossy",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster decoding")
     parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
 
 
@@ -43,7 +52,17 @@ def load_model(source, arguments, **options):
         from moeflow.model import load_moe
 
         logging.disable_progress_bar()
-        names = ("device", "dtype", "expert_memory", "host_memory", "policy", "miss")
+        names = (
+            "device",
+            "dtype",
+            "expert_memory",
+            "host_memory",
+            "policy",
+            "miss",
+            "quantization",
+            "prune",
+            "compile",
+        )
         options["predictor"] = None if arguments.predictor == "none" else arguments.predictor
         model = load_moe(source, **{name: getattr(arguments, name) for name in names}, **options)
         try:
