@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import platform
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 from moeflow import __version__, hardware
 from moeflow.demo_model import default_demo_path
+from moeflow.kernels import formats
 from moeflow.report import format_bytes
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
@@ -20,6 +23,7 @@ def describe_installation() -> dict:
         "memory_limit_bytes": hardware.memory_limit_bytes(),
         "memory_available_bytes": hardware.available_memory_bytes(),
         "gpus": hardware.gpu_names(),
+        "cpu_kernels_built": any(Path(formats.__file__).parent.glob("_cpu*" + EXTENSION_SUFFIXES[-1])),
         "demo_model": str(demo),
         "demo_model_built": demo.is_dir(),
     }
@@ -35,6 +39,8 @@ def installation_text(about: dict):
             name, value = name.removesuffix("_bytes"), format_bytes(value)
         elif name == "gpus":
             value = "; ".join(value) or "none"
+        elif name == "cpu_kernels_built":
+            value = "yes" if value else "no: experts run in torch. Install moeflow again where there is a C++ compiler"
         elif name == "demo_model_built":
             value = "yes" if value else "no, moeflow chat builds it"
         table.add_row(name.replace("_", " "), str(value))

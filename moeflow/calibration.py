@@ -2,8 +2,8 @@
 
 All windows of text go through the model as one batch, so that a layer's experts are met once, with every token that is
 routed to them; each is quantised, compared and forgotten before the next layer. Behind the windows lie L copies of the
-first one: in copy l, and there alone, layer l's output gets the error of its experts in one format, and what comes out
-at the end tells how much the model's predictions mind an error in that layer. No gradient, no second pass.
+first few: in copies l, and there alone, layer l's output gets the error of its experts in one format, and what comes
+out at the end tells how much the model's predictions mind an error in that layer. No gradient, no second pass.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from moeflow.kernels.formats import WeightFormat, find_format
 from moeflow.kernels.quantize import quantize
 from moeflow.residual import ResidualTap
 
-_TOKENS_OF_EXPERT = 256  # that an expert's error is measured on, besides those of the copied window
+_TOKENS_OF_EXPERT = 256  # that an expert's error is measured on, besides those of the copied windows
 _PROBE_BITS = 3  # an error of this size is what layers are probed with, where it is among the formats
 _MIN_SQUARE = 1e-12
 
@@ -36,6 +36,7 @@ def measure_experts(
     formats: list[str],
     *,
     method: str = "hqq",
+    num_probes: int = 4,
     progress: Progress | None = None,
 ) -> ExpertStatistics:
     """Run a model over text and measure every expert in every format.
@@ -43,10 +44,11 @@ def measure_experts(
     Args:
         model: from load_moe or from_pretrained, its experts unquantised. On a CPU float32 is several times as fast as
             bfloat16.
-        windows: token ids of pieces of text, all of one length. Memory: the activations of (windows + layers) x length
-            tokens of one layer.
+        windows: token ids of pieces of text, all of one length. Memory: the activations of (windows + layers x probes)
+            x length tokens of one layer.
         formats: names of formats, from the smallest to the largest.
         method: how experts will be quantised: "rtn" or "hqq"; "gptq" is measured as "hqq", which needs no data.
+        num_probes: windows, the first ones, on which each layer's sensitivity is measured; at most all are taken.
         progress: called with (experts measured, experts in all).
 
     Raises:
@@ -59,14 +61,15 @@ def measure_experts(
         )
     specs = [find_format(name) for name in formats]
     modules = [module for _, module in hf.experts_modules(model)]
-    survey = _Survey(model, specs, "hqq" if method == "gptq" else method, len(windows), lengths.pop(), progress)
+    shape, probes = (len(windows), lengths.pop()), windows[:num_probes]
+    survey = _Survey(model, specs, "hqq" if method == "gptq" else method, shape, len(probes), progress)
     handles = [
         module.register_forward_hook(survey.hook(layer), with_kwargs=True) for layer, module in enumerate(modules)
     ]
     final: list[torch.Tensor] = []
     handles.append(_base(model).register_forward_hook(lambda module, args, output: final.append(output[0])))
     device = next(model.parameters()).device
-    rows = torch.tensor([*windows, *[windows[0]] * len(modules)], device=device)
+    rows = torch.tensor([*windows, *probes * len(modules)], device=device)
     survey.tap.listen(True)
     try:
         model(input_ids=rows, use_cache=False, logits_to_keep=1)
@@ -74,17 +77,16 @@ def measure_experts(
         survey.tap.close()
         for handle in handles:
             handle.remove()
-    divergence = _divergences(model, final[0], len(windows))
-    return survey.statistics(specs, divergence)
+    return survey.statistics(_divergences(model, final[0], len(windows), len(probes)))
 
 
 class _Survey:
-    """Takes each layer's tokens as they pass, measures its experts, and disturbs the layer's copy of the window."""
+    """Takes each layer's tokens as they pass, measures its experts, and disturbs the layer's copies."""
 
-    def __init__(self, model, specs, method, num_windows, length, progress):
+    def __init__(self, model, specs, method, shape, num_probes, progress):
         self.tap = ResidualTap(model)
         self._specs, self._method, self._progress = specs, method, progress
-        self._length, self._num_tokens = length, num_windows * length
+        self._num_tokens, self._probed, self._num_probes = shape[0] * shape[1], num_probes * shape[1], num_probes
         self._probe = next((j for j, spec in enumerate(specs) if spec.bits == _PROBE_BITS), len(specs) // 2)
         self._weights = [_reader(model, layer, module) for layer, (_, module) in enumerate(hf.experts_modules(model))]
         self._layers: list[dict] = [{} for _ in self._weights]
@@ -107,47 +109,52 @@ class _Survey:
         found = self._layers[layer]
         found["routed"] = np.zeros(num_experts, np.int64)
         found["mean_weight"] = np.zeros(num_experts)
+        found["output"] = np.zeros(num_experts)
         found["error"] = np.zeros((num_experts, len(self._specs)))
-        disturbance = hidden_states.new_zeros(self._length, hidden_states.shape[-1], dtype=torch.float32)
+        disturbance = hidden_states.new_zeros(self._probed, hidden_states.shape[-1], dtype=torch.float32)
         for expert in range(num_experts):
             tokens, ranks = (index[clean] == expert).nonzero(as_tuple=True)
             found["routed"][expert] = len(tokens)
             if len(tokens):
                 found["mean_weight"][expert] = weights[tokens, ranks].double().mean().item()
-                chosen = _sample(tokens, self._length)
+                chosen = _sample(tokens, self._probed)
                 tokens, ranks = tokens[chosen], ranks[chosen]
                 inputs, scale = hidden_states[tokens], weights[tokens, ranks].float()[:, None]
-                probed = tokens < self._length
-                for j, error in enumerate(self._errors(layer, expert, module, inputs)):
-                    error = error * scale
-                    found["error"][expert, j] = (error.square().sum(-1) / square[tokens]).double().mean().item()
+                probed = tokens < self._probed
+                exact, rounded = self._outputs(layer, expert, module, inputs)
+                found["output"][expert] = _mean_relative(exact * scale, square[tokens])
+                for j, output_j in enumerate(rounded):
+                    error = (output_j - exact) * scale
+                    found["error"][expert, j] = _mean_relative(error, square[tokens])
                     if j == self._probe:
                         disturbance.index_add_(0, tokens[probed], error[probed])
             self._report(layer, num_experts)
-        relative = disturbance.square().sum(-1) / square[: self._length]
-        found["disturbance"] = relative.double().mean().item()
-        begin = self._num_tokens + layer * self._length
+        relative = disturbance.square().sum(-1) / square[: self._probed]
+        found["disturbance"] = relative.double().view(self._num_probes, -1).mean(1).cpu().numpy()
+        begin = self._num_tokens + layer * self._probed
         output = output.clone()
-        output[begin : begin + self._length] += disturbance.to(output.dtype)
+        output[begin : begin + self._probed] += disturbance.to(output.dtype)
         return output
 
-    def _errors(self, layer, expert, module, inputs):
-        """Yield for each format the error of an expert's output, [n, H] float32."""
-        exact_weights = self._weights[layer](expert)
-        exact = _run(module, inputs, exact_weights)
-        for spec in self._specs:
-            rounded = {
+    def _outputs(self, layer, expert, module, inputs):
+        """Return an expert's output [n, H] float32, and an iterator over its outputs in the formats."""
+        weights = self._weights[layer](expert)
+
+        def rounded(spec):
+            return {
                 name: _rounded(value, spec, self._method, module.is_transposed, name) if value.dim() == 2 else value
-                for name, value in exact_weights.items()
+                for name, value in weights.items()
             }
-            yield (_run(module, inputs, rounded) - exact).float()
+
+        exact = _run(module, inputs, weights).float()
+        return exact, (_run(module, inputs, rounded(spec)).float() for spec in self._specs)
 
     def _report(self, layer, num_experts):
         self._done += 1
         if self._progress:
             self._progress(self._done, num_experts * len(self._weights))
 
-    def statistics(self, specs, divergence) -> ExpertStatistics:
+    def statistics(self, divergence) -> ExpertStatistics:
         layers = self._layers
         most = max(len(layer["routed"]) for layer in layers)
 
@@ -156,16 +163,17 @@ class _Survey:
                 [np.pad(v, [(0, most - len(v))] + [(0, 0)] * (v.ndim - 1)) for v in (layer[name] for layer in layers)]
             )
 
-        disturbance = np.array([layer["disturbance"] for layer in layers])
         return ExpertStatistics(
-            formats=tuple(spec.name for spec in specs),
+            formats=tuple(spec.name for spec in self._specs),
             num_experts=tuple(len(layer["routed"]) for layer in layers),
-            num_bytes=np.array([[_bytes(reader(0), spec) for spec in specs] for reader in self._weights]),
+            num_bytes=np.array([[_bytes(reader(0), spec) for spec in self._specs] for reader in self._weights]),
             num_tokens=self._num_tokens,
             routed=stacked("routed"),
             mean_weight=stacked("mean_weight"),
+            output=stacked("output"),
             error=stacked("error"),
-            sensitivity=divergence / np.maximum(disturbance, _MIN_SQUARE),
+            divergence=divergence,
+            disturbance=np.stack([layer["disturbance"] for layer in layers]),
         )
 
 
@@ -201,7 +209,7 @@ def _reader(model, layer: int, module) -> Callable[[int], dict[str, torch.Tensor
 
 
 def _sample(tokens, probed: int):
-    """Return places in `tokens` to measure on: all of the copied window, and some of the others, evenly spread."""
+    """Return places in `tokens` to measure on: all of the copied windows, and some of the others, evenly spread."""
     others = (tokens >= probed).nonzero()[:, 0]
     step = max(len(others) / _TOKENS_OF_EXPERT, 1.0)
     places = (torch.arange(int(len(others) / step)) * step).long().to(tokens.device)
@@ -218,6 +226,10 @@ def _run(module, inputs, weights):
     return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
 
+def _mean_relative(values, square) -> float:
+    return (values.square().sum(-1) / square).double().mean().item()
+
+
 def _rounded(value, spec: WeightFormat, method, transposed, name):
     matrix = value.T if transposed else value
     stored = quantize(matrix, spec, method=method, name=name)
@@ -230,12 +242,12 @@ def _bytes(weights, spec: WeightFormat) -> int:
     return sum(spec.num_bytes(tuple(value.shape)) for value in weights.values() if value.dim() == 2)
 
 
-def _divergences(model, hidden_states, num_windows: int) -> np.ndarray:
-    """Return [L], mean KL of each copy's predictions from the first window's, in nats a token."""
+def _divergences(model, hidden_states, num_windows: int, num_probes: int) -> np.ndarray:
+    """Return [L, probes], mean KL of each copy's predictions from its window's, in nats a token."""
     head = model.get_output_embeddings()
-    clean = head(hidden_states[0]).float().log_softmax(-1)
+    clean = [head(row).float().log_softmax(-1) for row in hidden_states[:num_probes]]
     found = []
-    for row in hidden_states[num_windows:]:
-        disturbed = head(row).float().log_softmax(-1)
-        found.append((clean.exp() * (clean - disturbed)).sum(-1).double().mean().item())
-    return np.maximum(np.array(found), 0.0)
+    for copy, row in enumerate(hidden_states[num_windows:]):
+        exact = clean[copy % num_probes]
+        found.append((exact.exp() * (exact - head(row).float().log_softmax(-1))).sum(-1).double().mean().item())
+    return np.maximum(np.array(found), 0.0).reshape(-1, num_probes)

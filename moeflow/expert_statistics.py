@@ -2,12 +2,14 @@
 
 The cost of storing expert e of layer l in format j is an estimate of how far it moves the model's predictions, in nats:
 
-    cost[l, e, j] = sensitivity[l] * (routed[l, e] * error[l, e, j] + mean error of layer l's tokens at j) / tokens
+    cost[l, e, j] = sensitivity[l] * use[l, e] * error[l, e, j]
 
 `error` is the mean over the tokens routed to the expert of |w_t (f_j(x_t) - f(x_t))|^2 / |h_t|^2: the error of its
 output, weighted by the router, against the residual stream behind the block, whose length the next norm divides by.
-`sensitivity` is the divergence KL(model || model with that layer quantised) over that layer's relative error. The last
-term counts each expert as if one more token had come to it, so that one the text never reached is not free.
+`use` is the share of tokens that reach the expert, `sensitivity` the divergence KL(model || model with that layer
+quantised) over that layer's relative error. All three are measured on some text and are to hold for other text, so each
+is drawn towards what is typical: use towards an even share, the error of an expert with few tokens towards its layer's,
+the sensitivity of a layer towards all layers' as far as the probed windows disagree on it.
 
 Knows numbers and one file. Knows nothing of models or tensors.
 """
@@ -23,6 +25,9 @@ import numpy as np
 from moeflow.errors import ConfigError
 
 _VERSION = 1
+_EVEN_SHARE = 0.5  # of other text's tokens, taken to be routed evenly
+_FEW_TOKENS = 32  # an expert with fewer is judged more by its layer than by itself
+_TINY = 1e-12
 
 
 class ExpertStatistics(NamedTuple):
@@ -35,8 +40,11 @@ class ExpertStatistics(NamedTuple):
         num_tokens: tokens of the text.
         routed: [L, E], tokens that came to the expert.
         mean_weight: [L, E], the router's mean weight for them.
-        error: [L, E, B], mean squared relative error of the output over them.
-        sensitivity: [L], nats of divergence a token for one unit of a layer's squared relative error.
+        output: [L, E], mean squared length of the weighted output over them, relative to the residual stream's.
+        error: [L, E, B], that of the output's error.
+        divergence: [L, P], KL(model || model with that layer's experts in one of the formats), nats a token, on each of P
+            windows.
+        disturbance: [L, P], that layer's mean squared relative error there.
     """
 
     formats: tuple[str, ...]
@@ -45,8 +53,10 @@ class ExpertStatistics(NamedTuple):
     num_tokens: int
     routed: np.ndarray
     mean_weight: np.ndarray
+    output: np.ndarray
     error: np.ndarray
-    sensitivity: np.ndarray
+    divergence: np.ndarray
+    disturbance: np.ndarray
 
     @property
     def exists(self) -> np.ndarray:
@@ -56,9 +66,34 @@ class ExpertStatistics(NamedTuple):
     def costs(self) -> np.ndarray:
         """Return [L, E, B] estimated nats a token; 0 where there is no expert."""
         routed = self.routed[..., None].astype(np.float64)
-        layer_mean = (routed * self.error).sum(1, keepdims=True) / np.maximum(routed.sum(1, keepdims=True), 1)
-        costs = self.sensitivity[:, None, None] * (routed * self.error + layer_mean) / self.num_tokens
-        return np.where(self.exists[..., None], costs, 0.0)
+        each_token = routed.sum(1, keepdims=True)
+        layer_error = (routed * self.error).sum(1, keepdims=True) / np.maximum(each_token, 1)
+        error = (routed * self.error + _FEW_TOKENS * layer_error) / (routed + _FEW_TOKENS)
+        even = each_token / np.array(self.num_experts)[:, None, None]
+        use = ((1 - _EVEN_SHARE) * routed + _EVEN_SHARE * even) / self.num_tokens
+        return np.where(self.exists[..., None], self.sensitivity[:, None, None] * use * error, 0.0)
+
+    @property
+    def lost(self) -> np.ndarray:
+        """[B], the share of experts' outputs that is error, over all tokens and layers alike."""
+        routed = self.routed[..., None]
+        layers = (routed * self.error).sum(1) / np.maximum((routed * self.output[..., None]).sum(1), _TINY)
+        return layers.mean(0)
+
+    @property
+    def sensitivity(self) -> np.ndarray:
+        """[L], nats of divergence a token for one unit of a layer's squared relative error.
+
+        Logarithms of layers are drawn to their mean by the share of their variance that windows' disagreement explains
+        (the positive-part James-Stein estimate).
+        """
+        logs = np.log(np.maximum(self.divergence, _TINY) / np.maximum(self.disturbance, _TINY))
+        layers, typical = logs.mean(1), logs.mean()
+        count, kept = logs.shape[1], 1.0
+        if count > 1 and len(logs) > 1:
+            noise = (logs - logs.mean(0) - layers[:, None] + typical).var() * count / (count - 1) / count
+            kept = max(0.0, 1.0 - noise / max(layers.var(ddof=1), _TINY))
+        return np.exp(typical + kept * (layers - typical))
 
     def expert_bytes(self) -> np.ndarray:
         """Return [L, E, B] bytes; 0 where there is no expert."""
@@ -108,4 +143,4 @@ class ExpertStatistics(NamedTuple):
         )
 
 
-_ARRAYS = ("num_bytes", "routed", "mean_weight", "error", "sensitivity")
+_ARRAYS = ("num_bytes", "routed", "mean_weight", "output", "error", "divergence", "disturbance")

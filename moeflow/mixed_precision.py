@@ -4,7 +4,7 @@ An average of 2.5 bits means bytes, not codes: the experts may take what uniform
 straight line between them, scales and zeros included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 from moeflow import hf
-from moeflow.calibration import Progress, measure_experts
-from moeflow.calibration_text import cut_windows
+from moeflow.calibration import measure_experts
+from moeflow.calibration_text import cut_windows, varied_windows
 from moeflow.errors import ConfigError
 from moeflow.expert_statistics import ExpertStatistics
 from moeflow.kernels.bit_allocation import Allocation, allocate
 from moeflow.kernels.formats import FORMATS
 
 WIDTHS = (1, 2, 3, 4, 8)
+_MOST_LOST = 0.5  # of what experts put out: beyond, errors no longer add up as the program takes them to
+_WRITING = 0.25  # of the time, where the model writes its own text
 
 
 class MixedPrecision(NamedTuple):
@@ -50,7 +52,7 @@ def choose_formats(
     tokenizer=None,
     miss_rates: np.ndarray | None = None,
     transfer_weight: float = 0.0,
-    progress: Progress | None = None,
+    progress: Callable[[float, str], None] = lambda share, stage: None,
 ) -> MixedPrecision:
     """Measure a model's experts on text and choose a format for each under a budget of bytes.
 
@@ -58,16 +60,17 @@ def choose_formats(
         model: a checkpoint folder or hub id, which is loaded by load_moe (in float32 on a CPU); or a model of load_moe
             or from_pretrained.
         text: what to calibrate on: like what the model will be used for, and not what it will be judged by. None takes
-            help pages and sources of the Python standard library.
+            text that the model writes itself on many topics, and the Python standard library.
         average_bits: between the smallest and the largest width.
         widths: bits that may be chosen.
         group_size: neighbours that share a scale: 32, 64 or 128.
         method: how the experts will be quantised, "rtn", "hqq" or "gptq".
-        num_tokens: tokens of the text to use, in windows of 256 spread evenly over it.
+        num_tokens: tokens of the text to use, in windows of 256 spread evenly over it. Layers' sensitivities are
+            measured on the first four.
         tokenizer: the model's; None loads it from the folder.
         miss_rates: [L, E], how often a token makes the expert be fetched, for `transfer_weight`.
         transfer_weight: nats a token that one fetch of an expert of average size is as bad as.
-        progress: called with (experts measured, experts in all).
+        progress: called with (share done, what is going on).
 
     Raises:
         ConfigError: an option is malformed, the text is shorter than a window, or the experts are quantised already.
@@ -89,8 +92,20 @@ def choose_formats(
     if tokenizer is None:
         raise ConfigError("a model in memory does not say how text becomes tokens: give choose_formats its tokenizer.")
     try:
-        windows = cut_windows(tokenizer, text, num_tokens)
-        statistics = measure_experts(model, windows, formats, method=method, progress=progress)
+        begin = _WRITING if text is None else 0.0
+        if text is None:
+            windows = varied_windows(
+                model, tokenizer, num_tokens, lambda done, of: progress(begin * done / of, "writing text")
+            )
+        else:
+            windows = cut_windows(tokenizer, text, num_tokens)
+        statistics = measure_experts(
+            model,
+            windows,
+            formats,
+            method=method,
+            progress=lambda done, of: progress(begin + (1 - begin) * done / of, "measuring experts"),
+        )
     finally:
         if loaded is not None:
             loaded.moeflow.close()
@@ -107,6 +122,7 @@ def allocate_formats(
 ) -> MixedPrecision:
     """Choose a format for each expert from statistics measured before.
 
+    A format in which experts lose more than half of what they put out is offered only where the average asks for it.
     With `transfer_weight` a cost at format j grows by transfer_weight * miss_rate * bytes_j / mean bytes: what
     is fetched often gets fewer bits.
 
@@ -121,11 +137,12 @@ def allocate_formats(
         ConfigError: miss rates are missing, or of another model.
         BudgetError: the average is below the smallest width.
     """
-    widths = [FORMATS[name].bits for name in statistics.formats]
-    _check_average(average_bits, widths)
+    widths = np.array([FORMATS[name].bits for name in statistics.formats])
+    _check_average(average_bits, widths.tolist())
     sizes = statistics.expert_bytes()
     budget = int(sum(np.interp(average_bits, widths, row) for row in sizes.reshape(-1, len(widths))))
-    costs = statistics.costs()
+    offered = np.flatnonzero((statistics.lost <= _MOST_LOST) | (widths >= widths[widths <= average_bits][-1]))
+    costs, sizes = statistics.costs()[..., offered], sizes[..., offered]
     if transfer_weight:
         if miss_rates is None or np.shape(miss_rates) != costs.shape[:2] or not transfer_weight > 0:
             raise ConfigError(
@@ -135,6 +152,7 @@ def allocate_formats(
         mean_bytes = budget / statistics.exists.sum()
         costs = costs + transfer_weight * np.asarray(miss_rates)[..., None] * sizes / mean_bytes
     allocation = allocate(costs, sizes, budget, gap=gap)
+    allocation = allocation._replace(choice=offered[allocation.choice])
     formats = [
         [statistics.formats[j] for j in row[:count]]
         for row, count in zip(allocation.choice, statistics.num_experts, strict=True)

@@ -87,9 +87,9 @@ def _calibration_text(arguments) -> str | None:
 def _choose(arguments, text):
     """Measure the experts on text and choose a format for each."""
     from moeflow.mixed_precision import choose_formats
-    from moeflow.progress import count_progress
+    from moeflow.progress import share_progress
 
-    with count_progress(f"measuring the experts of {arguments.model}") as progress:
+    with share_progress(f"measuring the experts of {arguments.model}") as progress:
         return choose_formats(
             arguments.model,
             text,

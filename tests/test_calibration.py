@@ -67,18 +67,35 @@ def test_error_is_that_of_the_model_with_the_expert_in_that_format(mixtral, wind
 
 
 @torch.no_grad()
-def test_sensitivity_is_the_divergence_of_one_quantised_layer_over_its_error(mixtral, windows, statistics):
-    layer, first = 1, torch.tensor(windows[:1])
+@pytest.mark.parametrize("probe", [0, 2])
+def test_layer_is_probed_by_the_divergence_of_the_model_with_that_layer_quantised(mixtral, windows, statistics, probe):
+    layer, window = 1, torch.tensor(windows[probe : probe + 1])
     changed = mixtral_with(mixtral, {(layer, expert): "int3-g32" for expert in range(8)})
-    exact, other = (model(input_ids=first).logits[0].log_softmax(-1) for model in (mixtral, changed))
+    exact, other = (model(input_ids=window).logits[0].log_softmax(-1) for model in (mixtral, changed))
     divergence = (exact.exp() * (exact - other)).sum(-1).mean().item()
     streams = []
     for model in (mixtral, changed):
         handle = model.model.layers[layer].register_forward_hook(lambda m, a, output: streams.append(output[0]))
-        model(input_ids=first)
+        model(input_ids=window)
         handle.remove()
     relative = (streams[1] - streams[0]).square().sum(-1) / streams[0].square().sum(-1)
-    assert statistics.sensitivity[layer] == pytest.approx(divergence / relative.mean().item(), rel=1e-2)
+    assert statistics.divergence[layer, probe] == pytest.approx(divergence, rel=1e-2)
+    assert statistics.disturbance[layer, probe] == pytest.approx(relative.mean().item(), rel=1e-2)
+
+
+def with_sensitivities(statistics, per_window):
+    return statistics._replace(divergence=np.array(per_window), disturbance=np.ones(np.shape(per_window)))
+
+
+def test_sensitivity_that_windows_agree_on_is_kept(statistics):
+    hard_window = [[1.0, 8.0], [2.0, 16.0], [4.0, 32.0]]
+    found = with_sensitivities(statistics, hard_window).sensitivity
+    np.testing.assert_allclose(found[1:] / found[:-1], 2.0)
+
+
+def test_sensitivity_that_windows_disagree_on_is_that_of_all_layers(statistics):
+    found = with_sensitivities(statistics, [[1.0, 9.0], [9.0, 1.1], [1.0, 9.0]]).sensitivity
+    np.testing.assert_allclose(found, found[0])
 
 
 def test_every_route_of_the_text_is_counted_once(statistics, windows):
