@@ -11,7 +11,7 @@
 #define UNROLL _Pragma("GCC unroll 8")
 /* Up to so many tokens of a matrix its values are unpacked in registers, anew for every four tokens. */
 constexpr int FEW_OF_FLOATS = 8, FEW_OF_CODES = 8;
-constexpr int AHEAD_BYTES = 1024; /* of the prefetch of a row of weights */
+constexpr int64_t AHEAD_BYTES = 1024; /* of the prefetch of a row of weights */
 
 /* Activations that are rounded to int16 with one scale; a power of two, for a group never has two then. */
 constexpr int ROUNDED_TOGETHER = 128;
@@ -139,6 +139,12 @@ template <class S, class F> struct Line {
 
 /* ---- Few tokens: R rows of the matrix by T tokens, y[t * stride + r] ---- */
 
+/* Where to prefetch, from the start of each of R rows that are read side by side: beyond their ends come R others. */
+template <int R> inline int64_t ahead_of(int64_t at, int64_t row_bytes) {
+    const int64_t ahead = at + (AHEAD_BYTES < row_bytes ? AHEAD_BYTES : row_bytes);
+    return ahead < row_bytes ? ahead : ahead + (R - 1) * row_bytes;
+}
+
 template <class S, class E, int R, int T>
 __attribute__((noinline)) void tile_floats(const Matrix &m, const char *record, int row, const float *const *x, float *y, int stride) {
     using V = typename S::V;
@@ -149,10 +155,11 @@ __attribute__((noinline)) void tile_floats(const Matrix &m, const char *record, 
         w[r] = (const E *)(record + m.codes) + (int64_t)(row + r) * k_end;
         UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::zero();
     }
-    constexpr int ahead = AHEAD_BYTES / (int)sizeof(E), line = 64 / (int)sizeof(E);
+    constexpr int line = 64 / (int)sizeof(E);
     int k = 0;
     for (; k + line <= k_whole; k += line) {
-        UNROLL for (int r = 0; r < R; ++r) S::prefetch(w[r] + k + ahead);
+        const int64_t ahead = ahead_of<R>(k * (int64_t)sizeof(E), k_end * (int64_t)sizeof(E));
+        UNROLL for (int r = 0; r < R; ++r) S::prefetch((const char *)w[r] + ahead);
         UNROLL for (int i = 0; i < line; i += S::LANES) {
             V v[R];
             UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(w[r] + k + i);
@@ -180,6 +187,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, i
     constexpr int line = F::BLOCK_BYTES == 32 ? 1 : F::BLOCK_BYTES == 16 ? 3 : 7; /* blocks of one prefetch, less 1 */
     const int num_blocks = (m.in_features + 31) / 32, group_blocks = m.group_size / 32;
     const int num_groups = (num_blocks + group_blocks - 1) / group_blocks;
+    const int64_t row_bytes = m.padded / 32 * F::BLOCK_BYTES;
     const int64_t sums_at = F::HAS_ZEROS ? input.sums[sums_slot(m.group_size)] / 4 : 0;
     const int64_t deltas_at = input.deltas / 4;
     Line<S, F> lines[R];
@@ -207,13 +215,19 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, i
                 const int end = least((delta + 1) * (ROUNDED_TOGETHER / 32), group_end);
                 typename S::I whole[R][T];
                 UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) whole[r][t] = S::none();
-                for (; block < end; ++block)
-                    UNROLL for (int r = 0; r < R; ++r) {
-                        if ((block & line) == 0) S::prefetch(lines[r].codes + block * F::BLOCK_BYTES + AHEAD_BYTES);
-                        const auto words = F::words(lines[r].codes + block * F::BLOCK_BYTES);
-                        UNROLL for (int t = 0; t < T; ++t)
-                            whole[r][t] = S::dot(whole[r][t], words, (const int16_t *)((const char *)x[t] + input.codes) + block * 32);
+                for (; block < end; ++block) {
+                    if ((block & line) == 0) { /* here and not in a function: GCC drops those that only prefetch */
+                        const int64_t ahead = ahead_of<R>(block * F::BLOCK_BYTES, row_bytes);
+                        UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
                     }
+                    UNROLL for (int r = 0; r < R; ++r) {
+                        const auto words = F::words(lines[r].codes + block * F::BLOCK_BYTES);
+                        UNROLL for (int t = 0; t < T; ++t) {
+                            const auto rounded = (const int16_t *)((const char *)x[t] + input.codes);
+                            whole[r][t] = S::dot(whole[r][t], words, rounded + block * 32);
+                        }
+                    }
+                }
                 UNROLL for (int t = 0; t < T; ++t) {
                     const V unit = S::all(x[t][deltas_at + delta]);
                     UNROLL for (int r = 0; r < R; ++r)
@@ -221,15 +235,19 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, i
                 }
             }
         } else
-            for (; block < group_end; ++block)
+            for (; block < group_end; ++block) {
+                if ((block & line) == 0) {
+                    const int64_t ahead = ahead_of<R>(block * F::BLOCK_BYTES, row_bytes);
+                    UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
+                }
                 UNROLL for (int r = 0; r < R; ++r) {
-                    if ((block & line) == 0) S::prefetch(lines[r].codes + block * F::BLOCK_BYTES + AHEAD_BYTES);
                     V v[32 / S::LANES];
                     lines[r].floats(block, m.in_features, v);
                     UNROLL for (int t = 0; t < T; ++t)
                         UNROLL for (int i = 0; i < 32 / S::LANES; ++i)
                             inner[r][t] = S::fma(v[i], S::load(x[t] + block * 32 + i * S::LANES), inner[r][t]);
                 }
+            }
         UNROLL for (int r = 0; r < R; ++r) {
             const V scale = S::all(scales[r][at]);
             UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::fma(scale, inner[r][t], sums[r][t]);
