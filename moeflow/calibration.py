@@ -109,7 +109,6 @@ class _Survey:
         found = self._layers[layer]
         found["routed"] = np.zeros(num_experts, np.int64)
         found["mean_weight"] = np.zeros(num_experts)
-        found["output"] = np.zeros(num_experts)
         found["error"] = np.zeros((num_experts, len(self._specs)))
         disturbance = hidden_states.new_zeros(self._probed, hidden_states.shape[-1], dtype=torch.float32)
         for expert in range(num_experts):
@@ -121,11 +120,9 @@ class _Survey:
                 tokens, ranks = tokens[chosen], ranks[chosen]
                 inputs, scale = hidden_states[tokens], weights[tokens, ranks].float()[:, None]
                 probed = tokens < self._probed
-                exact, rounded = self._outputs(layer, expert, module, inputs)
-                found["output"][expert] = _mean_relative(exact * scale, square[tokens])
-                for j, output_j in enumerate(rounded):
-                    error = (output_j - exact) * scale
-                    found["error"][expert, j] = _mean_relative(error, square[tokens])
+                for j, error in enumerate(self._errors(layer, expert, module, inputs)):
+                    error = error * scale
+                    found["error"][expert, j] = (error.square().sum(-1) / square[tokens]).double().mean().item()
                     if j == self._probe:
                         disturbance.index_add_(0, tokens[probed], error[probed])
             self._report(layer, num_experts)
@@ -136,18 +133,16 @@ class _Survey:
         output[begin : begin + self._probed] += disturbance.to(output.dtype)
         return output
 
-    def _outputs(self, layer, expert, module, inputs):
-        """Return an expert's output [n, H] float32, and an iterator over its outputs in the formats."""
-        weights = self._weights[layer](expert)
-
-        def rounded(spec):
-            return {
+    def _errors(self, layer, expert, module, inputs):
+        """Yield for each format the error of an expert's output, [n, H] float32."""
+        exact_weights = self._weights[layer](expert)
+        exact = _run(module, inputs, exact_weights)
+        for spec in self._specs:
+            rounded = {
                 name: _rounded(value, spec, self._method, module.is_transposed, name) if value.dim() == 2 else value
-                for name, value in weights.items()
+                for name, value in exact_weights.items()
             }
-
-        exact = _run(module, inputs, weights).float()
-        return exact, (_run(module, inputs, rounded(spec)).float() for spec in self._specs)
+            yield (_run(module, inputs, rounded) - exact).float()
 
     def _report(self, layer, num_experts):
         self._done += 1
@@ -170,7 +165,6 @@ class _Survey:
             num_tokens=self._num_tokens,
             routed=stacked("routed"),
             mean_weight=stacked("mean_weight"),
-            output=stacked("output"),
             error=stacked("error"),
             divergence=divergence,
             disturbance=np.stack([layer["disturbance"] for layer in layers]),
@@ -224,10 +218,6 @@ def _run(module, inputs, weights):
         is_transposed=module.is_transposed,
     )
     return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
-
-
-def _mean_relative(values, square) -> float:
-    return (values.square().sum(-1) / square).double().mean().item()
 
 
 def _rounded(value, spec: WeightFormat, method, transposed, name):

@@ -6,6 +6,7 @@ from moeflow.demo_text import calibration_prompts, library_texts, sample_continu
 from moeflow.errors import ConfigError
 
 _WINDOW_TOKENS = 256
+_VARIED_TOKENS = 128  # shorter: more topics for the same work
 _CHARACTERS_OF_TOKEN = 8  # more than any text takes on average: a window is cut from that many
 _SEED = 0
 
@@ -35,7 +36,7 @@ def cut_windows(tokenizer, text: str | None, num_tokens: int) -> list[list[int]]
 def varied_windows(
     model, tokenizer, num_tokens: int, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> list[list[int]]:
-    """Return windows of 256 tokens: half of what the model writes itself, half of the Python standard library, in turn.
+    """Return windows of 128 tokens: half of what the model writes itself, half of the Python standard library, in turn.
 
     What the model writes begins with chat requests and openings of plain text on many topics, so it is of the kinds the
     model was trained on, as one domain's text is not.
@@ -46,10 +47,10 @@ def varied_windows(
         num_tokens: tokens of all windows.
         progress: called with (tokens written a prompt, of how many).
     """
-    count = max(num_tokens // _WINDOW_TOKENS, 2)
+    count = max(num_tokens // _VARIED_TOKENS, 2)
     prompts = calibration_prompts(tokenizer, count - count // 2, _SEED)
-    prompts = [prompt[: _WINDOW_TOKENS // 2] for prompt in prompts]
-    new_tokens = _WINDOW_TOKENS - min(map(len, prompts))
+    prompts = [prompt[: _VARIED_TOKENS // 2] for prompt in prompts]
+    new_tokens = _VARIED_TOKENS - min(map(len, prompts))
     done = 0
 
     def on_token():
@@ -59,8 +60,8 @@ def varied_windows(
 
     # Past its end-of-text token a model begins another text: fine, and every window is full.
     written = sample_continuations(model, prompts, new_tokens, None, _SEED, on_token)
-    library = library_texts(tokenizer, count // 2 * _WINDOW_TOKENS, _WINDOW_TOKENS)
+    library = library_texts(tokenizer, count // 2 * _VARIED_TOKENS, _VARIED_TOKENS)
     windows = []
     for place, text in enumerate(written):
-        windows += [text[:_WINDOW_TOKENS], *library[place : place + 1]]
+        windows += [text[:_VARIED_TOKENS], *library[place : place + 1]]
     return windows

@@ -40,10 +40,9 @@ class ExpertStatistics(NamedTuple):
         num_tokens: tokens of the text.
         routed: [L, E], tokens that came to the expert.
         mean_weight: [L, E], the router's mean weight for them.
-        output: [L, E], mean squared length of the weighted output over them, relative to the residual stream's.
-        error: [L, E, B], that of the output's error.
-        divergence: [L, P], KL(model || model with that layer's experts in one of the formats), nats a token, on each of P
-            windows.
+        error: [L, E, B], mean squared relative error of the output over them.
+        divergence: [L, P], nats a token on each of P windows: KL(model || model with that layer's experts in one of the
+            formats).
         disturbance: [L, P], that layer's mean squared relative error there.
     """
 
@@ -53,7 +52,6 @@ class ExpertStatistics(NamedTuple):
     num_tokens: int
     routed: np.ndarray
     mean_weight: np.ndarray
-    output: np.ndarray
     error: np.ndarray
     divergence: np.ndarray
     disturbance: np.ndarray
@@ -72,13 +70,6 @@ class ExpertStatistics(NamedTuple):
         even = each_token / np.array(self.num_experts)[:, None, None]
         use = ((1 - _EVEN_SHARE) * routed + _EVEN_SHARE * even) / self.num_tokens
         return np.where(self.exists[..., None], self.sensitivity[:, None, None] * use * error, 0.0)
-
-    @property
-    def lost(self) -> np.ndarray:
-        """[B], the share of experts' outputs that is error, over all tokens and layers alike."""
-        routed = self.routed[..., None]
-        layers = (routed * self.error).sum(1) / np.maximum((routed * self.output[..., None]).sum(1), _TINY)
-        return layers.mean(0)
 
     @property
     def sensitivity(self) -> np.ndarray:
@@ -143,4 +134,4 @@ class ExpertStatistics(NamedTuple):
         )
 
 
-_ARRAYS = ("num_bytes", "routed", "mean_weight", "output", "error", "divergence", "disturbance")
+_ARRAYS = ("num_bytes", "routed", "mean_weight", "error", "divergence", "disturbance")

@@ -20,7 +20,6 @@ from moeflow.kernels.bit_allocation import Allocation, allocate
 from moeflow.kernels.formats import FORMATS
 
 WIDTHS = (1, 2, 3, 4, 8)
-_MOST_LOST = 0.5  # of what experts put out: beyond, errors no longer add up as the program takes them to
 _WRITING = 0.25  # of the time, where the model writes its own text
 
 
@@ -45,10 +44,10 @@ def choose_formats(
     text: str | None = None,
     average_bits: float = 3.0,
     *,
-    widths: Sequence[int] = WIDTHS,
+    widths: Sequence[int] | None = None,
     group_size: int = 64,
     method: str = "hqq",
-    num_tokens: int = 8192,
+    num_tokens: int = 6144,
     tokenizer=None,
     miss_rates: np.ndarray | None = None,
     transfer_weight: float = 0.0,
@@ -62,11 +61,11 @@ def choose_formats(
         text: what to calibrate on: like what the model will be used for, and not what it will be judged by. None takes
             text that the model writes itself on many topics, and the Python standard library.
         average_bits: between the smallest and the largest width.
-        widths: bits that may be chosen.
+        widths: bits that may be chosen; None takes 2, 3, 4 and 8, and 1 where the average is below 2.
         group_size: neighbours that share a scale: 32, 64 or 128.
         method: how the experts will be quantised, "rtn", "hqq" or "gptq".
-        num_tokens: tokens of the text to use, in windows of 256 spread evenly over it. Layers' sensitivities are
-            measured on the first four.
+        num_tokens: tokens of the text to use, in windows spread evenly over it. Layers' sensitivities are measured on
+            the first four.
         tokenizer: the model's; None loads it from the folder.
         miss_rates: [L, E], how often a token makes the expert be fetched, for `transfer_weight`.
         transfer_weight: nats a token that one fetch of an expert of average size is as bad as.
@@ -76,6 +75,7 @@ def choose_formats(
         ConfigError: an option is malformed, the text is shorter than a window, or the experts are quantised already.
         BudgetError: the average is below the smallest width.
     """
+    widths = default_widths(average_bits) if widths is None else widths
     formats = _format_names(widths, group_size)
     _check_average(average_bits, sorted(widths))
     loaded = None
@@ -122,7 +122,6 @@ def allocate_formats(
 ) -> MixedPrecision:
     """Choose a format for each expert from statistics measured before.
 
-    A format in which experts lose more than half of what they put out is offered only where the average asks for it.
     With `transfer_weight` a cost at format j grows by transfer_weight * miss_rate * bytes_j / mean bytes: what
     is fetched often gets fewer bits.
 
@@ -137,12 +136,11 @@ def allocate_formats(
         ConfigError: miss rates are missing, or of another model.
         BudgetError: the average is below the smallest width.
     """
-    widths = np.array([FORMATS[name].bits for name in statistics.formats])
-    _check_average(average_bits, widths.tolist())
+    widths = [FORMATS[name].bits for name in statistics.formats]
+    _check_average(average_bits, widths)
     sizes = statistics.expert_bytes()
     budget = int(sum(np.interp(average_bits, widths, row) for row in sizes.reshape(-1, len(widths))))
-    offered = np.flatnonzero((statistics.lost <= _MOST_LOST) | (widths >= widths[widths <= average_bits][-1]))
-    costs, sizes = statistics.costs()[..., offered], sizes[..., offered]
+    costs = statistics.costs()
     if transfer_weight:
         if miss_rates is None or np.shape(miss_rates) != costs.shape[:2] or not transfer_weight > 0:
             raise ConfigError(
@@ -152,12 +150,20 @@ def allocate_formats(
         mean_bytes = budget / statistics.exists.sum()
         costs = costs + transfer_weight * np.asarray(miss_rates)[..., None] * sizes / mean_bytes
     allocation = allocate(costs, sizes, budget, gap=gap)
-    allocation = allocation._replace(choice=offered[allocation.choice])
     formats = [
         [statistics.formats[j] for j in row[:count]]
         for row, count in zip(allocation.choice, statistics.num_experts, strict=True)
     ]
     return MixedPrecision(formats, allocation, statistics, budget)
+
+
+def default_widths(average_bits: float) -> tuple[int, ...]:
+    """Return the widths to choose between.
+
+    An expert of one bit loses most of what it puts out. Errors of that size do not add up as the program takes them to,
+    so that width is left to averages that cannot be had without it.
+    """
+    return WIDTHS if average_bits < 2 else WIDTHS[1:]
 
 
 def _format_names(widths, group_size) -> list[str]:

@@ -16,7 +16,10 @@ def add_quantize_command(commands) -> None:
     width = quantize.add_mutually_exclusive_group(required=True)
     width.add_argument("--bits", type=int, choices=WIDTHS, help="of every expert's weights")
     width.add_argument(
-        "--average-bits", type=float, metavar="B", help="choose 1, 2, 3, 4 or 8 for each expert, as many bytes in all"
+        "--average-bits",
+        type=float,
+        metavar="B",
+        help="choose 2, 3, 4 or 8 for each expert (1 too, below 2), as many bytes in all",
     )
     quantize.add_argument(
         "--group-size", type=int, default=64, choices=GROUPS, help="weights that share a scale (64); with 8 bits too"

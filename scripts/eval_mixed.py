@@ -1,6 +1,6 @@
 """What widths chosen per expert are worth: perplexity at equal bytes, against uniform widths and simpler choices.
 
-    python scripts/eval_mixed.py MODEL --text wikitext2/valid.txt --calibration books_train.txt.xz
+    python scripts/eval_mixed.py MODEL --text wikitext2/valid.txt [--calibration books_train.txt.xz]
         [--average-bits 2.5,3] [--method hqq] [--windows 16] [--window-tokens 512] [--statistics FILE] [--save FOLDER]
 
 The model runs in float32 with its experts replaced by what the formats make of them, so figures depend on no kernel.
@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moeflow import hf
 from moeflow.calibration import measure_experts
-from moeflow.calibration_text import cut_windows
+from moeflow.calibration_text import cut_windows, varied_windows
 from moeflow.expert_statistics import ExpertStatistics
 from moeflow.kernels.bit_allocation import allocate
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import find_format
 from moeflow.kernels.quantize import quantize
-from moeflow.mixed_precision import WIDTHS, allocate_formats
+from moeflow.mixed_precision import WIDTHS, allocate_formats, default_widths
 
 
 def read_text(file: str) -> str:
@@ -94,7 +94,7 @@ def other_choices(statistics: ExpertStatistics, average_bits: float) -> dict[str
         budget = int(sum(np.interp(average_bits, widths, row) for row in sizes[layer]))
         found = allocate(statistics.costs()[layer : layer + 1], sizes[layer : layer + 1], budget)
         rows.append(names[found.choice[0]][: statistics.num_experts[layer]].tolist())
-    equal = statistics._replace(sensitivity=np.ones_like(statistics.sensitivity))
+    equal = statistics._replace(divergence=statistics.disturbance)
     return {"each layer alone": rows, "all layers, equally sensitive": allocate_formats(equal, average_bits).formats}
 
 
@@ -103,11 +103,11 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--calibration", help="text file, plain or xz; the Python standard library without it")
+    parser.add_argument("--calibration", help="text file, plain or xz; without it, as moeflow quantize")
     parser.add_argument("--statistics", help="npz file: read where it exists, else written")
     parser.add_argument("--average-bits", default="2.5,3")
     parser.add_argument("--method", default="hqq")
-    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--calibration-tokens", type=int, default=6144)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window-tokens", type=int, default=512)
     parser.add_argument("--simpler", action="store_true", help="also simpler choices at the same bytes")
@@ -120,12 +120,15 @@ def main(argv=None) -> None:
     windows = text_windows(tokenizer, read_text(arguments.text), arguments.windows, arguments.window_tokens)
 
     begin = time.perf_counter()
+    averages = [float(bits) for bits in arguments.average_bits.split(",")]
     if arguments.statistics and Path(arguments.statistics).exists():
         statistics = ExpertStatistics.load(arguments.statistics)
     else:
-        text = read_text(arguments.calibration) if arguments.calibration else None
-        cut = cut_windows(tokenizer, text, arguments.calibration_tokens)
-        formats = [f"int{bits}-g64" for bits in WIDTHS]
+        if arguments.calibration:
+            cut = cut_windows(tokenizer, read_text(arguments.calibration), arguments.calibration_tokens)
+        else:
+            cut = varied_windows(model, tokenizer, arguments.calibration_tokens)
+        formats = [f"int{bits}-g64" for bits in default_widths(min(averages))]
         statistics = measure_experts(model, cut, formats, method=arguments.method)
         if arguments.statistics:
             statistics.save(arguments.statistics)
@@ -133,7 +136,6 @@ def main(argv=None) -> None:
 
     rounded, rows = Rounded(model, arguments.method), {}
     weights = sum(values[0].numel() for values in rounded.exact[0].values())  # of one expert
-    averages = [float(bits) for bits in arguments.average_bits.split(",")]
     ends = sorted({end for bits in averages for end in _ends(bits)})
     choices = {"float32": (None, None)}
     for bits in ends:
