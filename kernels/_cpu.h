@@ -74,7 +74,8 @@ struct Segment {
 
 /* Bytes of scratch a thread needs. */
 constexpr int64_t SCRATCH_BYTES = 640 << 10;
-constexpr int ROWS_AT_ONCE = 24, COLUMNS_AT_ONCE = 192; /* one piece of work: out features, and of a transposed matrix */
+/* One piece of work: out features, fewer where there are many threads to share them, and of a transposed matrix. */
+constexpr int ROWS_AT_ONCE = 96, LEAST_ROWS_AT_ONCE = 24, COLUMNS_AT_ONCE = 192;
 constexpr int TOKENS_AT_ONCE = 96;                      /* of a segment */
 constexpr int TOKEN_EXPERTS = 64;                       /* of down_token */
 

@@ -116,13 +116,15 @@ template <class S, class F> struct Line {
     }
     /* The scales and zeros of up to LANES groups from this one. */
     void grid(int group, int count, float *scales, float *zeros) const {
-        if constexpr (F::SCALE_BYTES == 2) S::store(scales, halves((const Float16 *)scale + group, count));
+        if constexpr (F::SCALE_BYTES == 2) halves((const Float16 *)scale + group, count, scales);
         else
             for (int i = 0; i < count; ++i) scales[i] = scale_of(group + i);
-        if constexpr (F::HAS_ZEROS) S::store(zeros, halves(zero + group, count));
+        if constexpr (F::HAS_ZEROS) halves(zero + group, count, zeros);
     }
-    static typename S::V halves(const Float16 *p, int count) {
-        return count == S::LANES ? S::load(p) : load_part<S>(p, count);
+    static void halves(const Float16 *p, int count, float *to) {
+        if (count == S::LANES) S::store(to, S::load(p));
+        else
+            for (int i = 0; i < count; ++i) to[i] = S::value(p + i);
     }
     /* The values of one block of a row of so many, before zero and scale. */
     void floats(int block, int in_features, typename S::V (&v)[32 / S::LANES]) const {
@@ -139,26 +141,32 @@ template <class S, class F> struct Line {
 
 /* ---- Few tokens: R rows of the matrix by T tokens, y[t * stride + r] ---- */
 
-/* Where to prefetch, from the start of each of R rows that are read side by side: beyond their ends come R others. */
-template <int R> inline int64_t ahead_of(int64_t at, int64_t row_bytes) {
-    const int64_t ahead = at + (AHEAD_BYTES < row_bytes ? AHEAD_BYTES : row_bytes);
-    return ahead < row_bytes ? ahead : ahead + (R - 1) * row_bytes;
+/* Rows of a matrix that are read side by side, row + r * step, so that each of the R is a stream of its own through
+ * memory: `row` is the nth of a stretch of `step` rows, and beyond the R stretches come R others. */
+struct Side {
+    int row, step, nth;
+};
+/* Where to prefetch, from the start of each such row. */
+template <int R> inline int64_t ahead_of(const Side &side, int64_t at, int64_t row_bytes) {
+    const int64_t length = side.step * row_bytes, ahead = AHEAD_BYTES < length ? AHEAD_BYTES : length;
+    return at + ahead + (side.nth * row_bytes + at + ahead < length ? 0 : (R - 1) * length);
 }
 
 template <class S, class E, int R, int T>
-__attribute__((noinline)) void tile_floats(const Matrix &m, const char *record, int row, const float *const *x, float *y, int stride) {
+__attribute__((noinline)) void tile_floats(const Matrix &m, const char *record, const Side &side, const float *const *x,
+                                           float *y, int stride) {
     using V = typename S::V;
     const int k_end = m.in_features, k_whole = k_end / S::LANES * S::LANES;
     const E *w[R];
     V sums[R][T];
     UNROLL for (int r = 0; r < R; ++r) {
-        w[r] = (const E *)(record + m.codes) + (int64_t)(row + r) * k_end;
+        w[r] = (const E *)(record + m.codes) + (int64_t)(side.row + r * side.step) * k_end;
         UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::zero();
     }
     constexpr int line = 64 / (int)sizeof(E);
     int k = 0;
     for (; k + line <= k_whole; k += line) {
-        const int64_t ahead = ahead_of<R>(k * (int64_t)sizeof(E), k_end * (int64_t)sizeof(E));
+        const int64_t ahead = ahead_of<R>(side, k * (int64_t)sizeof(E), k_end * (int64_t)sizeof(E));
         UNROLL for (int r = 0; r < R; ++r) S::prefetch((const char *)w[r] + ahead);
         UNROLL for (int i = 0; i < line; i += S::LANES) {
             V v[R];
@@ -175,13 +183,13 @@ __attribute__((noinline)) void tile_floats(const Matrix &m, const char *record, 
             UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::fma(v, S::load(x[t] + k), sums[r][t]);
         }
     UNROLL for (int t = 0; t < T; ++t)
-        UNROLL for (int r = 0; r < R; ++r) y[t * stride + r] = S::sum(sums[r][t]);
+        UNROLL for (int r = 0; r < R; ++r) y[t * stride + r * side.step] = S::sum(sums[r][t]);
 }
 
 /* The same of codes: one group's products are summed, then scaled. A zero point is taken off every lane by the sum of
  * that lane's own activations, so that nothing large cancels. Rounded activations meet the codes as integers. */
 template <class S, class F, bool IS_ROUNDED, int R, int T>
-__attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, int row, const Rows &input,
+__attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, const Side &side, const Rows &input,
                                           const float *const *x, float *y, int stride) {
     using V = typename S::V;
     constexpr int line = F::BLOCK_BYTES == 32 ? 1 : F::BLOCK_BYTES == 16 ? 3 : 7; /* blocks of one prefetch, less 1 */
@@ -194,7 +202,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, i
     V sums[R][T];
     float scales[R][S::LANES], zeros[R][S::LANES];
     UNROLL for (int r = 0; r < R; ++r) {
-        lines[r].set(m, record, row + r);
+        lines[r].set(m, record, side.row + r * side.step);
         UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::zero();
     }
     for (int group = 0, block = 0; group < num_groups; ++group) {
@@ -217,7 +225,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, i
                 UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) whole[r][t] = S::none();
                 for (; block < end; ++block) {
                     if ((block & line) == 0) { /* here and not in a function: GCC drops those that only prefetch */
-                        const int64_t ahead = ahead_of<R>(block * F::BLOCK_BYTES, row_bytes);
+                        const int64_t ahead = ahead_of<R>(side, block * F::BLOCK_BYTES, row_bytes);
                         UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
                     }
                     UNROLL for (int r = 0; r < R; ++r) {
@@ -237,7 +245,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, i
         } else
             for (; block < group_end; ++block) {
                 if ((block & line) == 0) {
-                    const int64_t ahead = ahead_of<R>(block * F::BLOCK_BYTES, row_bytes);
+                    const int64_t ahead = ahead_of<R>(side, block * F::BLOCK_BYTES, row_bytes);
                     UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
                 }
                 UNROLL for (int r = 0; r < R; ++r) {
@@ -254,31 +262,32 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, i
         }
     }
     UNROLL for (int t = 0; t < T; ++t)
-        UNROLL for (int r = 0; r < R; ++r) y[t * stride + r] = S::sum(sums[r][t]);
+        UNROLL for (int r = 0; r < R; ++r) y[t * stride + r * side.step] = S::sum(sums[r][t]);
 }
 
 template <class S, class E> struct FloatTile {
     template <int R, int T>
-    static void run(const Matrix &m, const char *record, int row, const Rows &, const float *const *x, float *y,
-                    int stride) {
-        tile_floats<S, E, R, T>(m, record, row, x, y, stride);
+    static void run(const Matrix &m, const char *record, const Side &side, const Rows &, const float *const *x,
+                    float *y, int stride) {
+        tile_floats<S, E, R, T>(m, record, side, x, y, stride);
     }
 };
 template <class S, class F, bool IS_ROUNDED> struct CodeTile {
     template <int R, int T>
-    static void run(const Matrix &m, const char *record, int row, const Rows &input, const float *const *x, float *y,
-                    int stride) {
-        tile_codes<S, F, IS_ROUNDED, R, T>(m, record, row, input, x, y, stride);
+    static void run(const Matrix &m, const char *record, const Side &side, const Rows &input, const float *const *x,
+                    float *y, int stride) {
+        tile_codes<S, F, IS_ROUNDED, R, T>(m, record, side, input, x, y, stride);
     }
 };
 
 template <class Tile, int R, int T>
 inline void few_rows(const Matrix &m, const char *record, int first, int count, const Rows &input,
                      const float *const *x, float *y, int stride) {
-    int r = 0;
-    for (; r + R <= count; r += R) Tile::template run<R, T>(m, record, first + r, input, x, y + r, stride);
+    const int step = count / R;
+    for (int r = 0; r < step; ++r) Tile::template run<R, T>(m, record, {first + r, step, r}, input, x, y + r, stride);
     if constexpr (R > 1)
-        for (; r < count; ++r) Tile::template run<1, T>(m, record, first + r, input, x, y + r, stride);
+        for (int r = step * R; r < count; ++r)
+            Tile::template run<1, T>(m, record, {first + r, 1, 0}, input, x, y + r, stride);
 }
 
 template <class Tile>
@@ -328,7 +337,7 @@ template <class S, class F> struct CodeUnpack {
     }
 };
 
-constexpr int MANY_K = 512; /* of a block */
+constexpr int MANY_K = 512, MANY_OF_BLOCK = 24; /* in features and rows of a block */
 
 template <class S, int R, int T>
 __attribute__((noinline)) void multiply(const float *w, const float *const *x, int k, int count, float *sums) {
@@ -336,7 +345,7 @@ __attribute__((noinline)) void multiply(const float *w, const float *const *x, i
     constexpr int L = S::LANES;
     V inner[T][R];
     UNROLL for (int t = 0; t < T; ++t)
-        UNROLL for (int r = 0; r < R; ++r) inner[t][r] = S::load(sums + (t * ROWS_AT_ONCE + r) * L);
+        UNROLL for (int r = 0; r < R; ++r) inner[t][r] = S::load(sums + (t * MANY_OF_BLOCK + r) * L);
     for (int i = 0; i < count; i += L) {
         V v[R];
         UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(w + r * MANY_K + i);
@@ -346,7 +355,7 @@ __attribute__((noinline)) void multiply(const float *w, const float *const *x, i
         }
     }
     UNROLL for (int t = 0; t < T; ++t)
-        UNROLL for (int r = 0; r < R; ++r) S::store(sums + (t * ROWS_AT_ONCE + r) * L, inner[t][r]);
+        UNROLL for (int r = 0; r < R; ++r) S::store(sums + (t * MANY_OF_BLOCK + r) * L, inner[t][r]);
 }
 
 template <class S, int T>
@@ -358,22 +367,30 @@ inline void multiply_rows(const float *w, int num_rows, const float *const *x, i
 }
 
 template <class S, class Unpack>
-inline void many_tokens(const Matrix &m, const char *record, int first, int num_rows, const float *const *x,
-                        int num_tokens, float *y, int stride, float *scratch) {
+inline void many_tokens_of_block(const Matrix &m, const char *record, int first, int num_rows, const float *const *x,
+                                 int num_tokens, float *y, int stride, float *scratch) {
     constexpr int L = S::LANES, T = S::MANY_TOKENS;
-    float *block = scratch, *sums = scratch + ROWS_AT_ONCE * MANY_K; /* [tokens, ROWS_AT_ONCE, LANES] */
-    memset(sums, 0, sizeof(float) * num_tokens * ROWS_AT_ONCE * L);
+    float *block = scratch, *sums = scratch + MANY_OF_BLOCK * MANY_K; /* [tokens, MANY_OF_BLOCK, LANES] */
+    memset(sums, 0, sizeof(float) * num_tokens * MANY_OF_BLOCK * L);
     for (int k = 0; k < m.in_features; k += MANY_K) {
         const int count = least(MANY_K, round_up(m.in_features - k, L));
         for (int r = 0; r < num_rows; ++r) Unpack::run(m, record, first + r, k, count, block + r * MANY_K);
         int t = 0;
         for (; t + T <= num_tokens; t += T)
-            multiply_rows<S, T>(block, num_rows, x + t, k, count, sums + t * ROWS_AT_ONCE * L);
+            multiply_rows<S, T>(block, num_rows, x + t, k, count, sums + t * MANY_OF_BLOCK * L);
         for (; t < num_tokens; ++t)
-            multiply_rows<S, 1>(block, num_rows, x + t, k, count, sums + t * ROWS_AT_ONCE * L);
+            multiply_rows<S, 1>(block, num_rows, x + t, k, count, sums + t * MANY_OF_BLOCK * L);
     }
     for (int t = 0; t < num_tokens; ++t)
-        for (int r = 0; r < num_rows; ++r) y[t * stride + r] = S::sum(S::load(sums + (t * ROWS_AT_ONCE + r) * L));
+        for (int r = 0; r < num_rows; ++r) y[t * stride + r] = S::sum(S::load(sums + (t * MANY_OF_BLOCK + r) * L));
+}
+
+template <class S, class Unpack>
+inline void many_tokens(const Matrix &m, const char *record, int first, int num_rows, const float *const *x,
+                        int num_tokens, float *y, int stride, float *scratch) {
+    for (int r = 0; r < num_rows; r += MANY_OF_BLOCK)
+        many_tokens_of_block<S, Unpack>(m, record, first + r, least(MANY_OF_BLOCK, num_rows - r), x, num_tokens,
+                                        y + r, stride, scratch);
 }
 
 /* ---- Transposed floats [K, N]: each lane is an output, one chain over k ---- */

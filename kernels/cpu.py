@@ -303,7 +303,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 
 
 def read(block: torch.Tensor) -> int:
-    """Read a contiguous block of memory, whole pieces of 256 KiB of it, and return the exclusive or of its words."""
+    """Read a contiguous block of memory, whole pieces of 1 MiB of it, and return the exclusive or of its words."""
     return _library().free.moeflow_cpu_read(
         block.data_ptr(), block.numel() * block.element_size(), torch.get_num_threads()
     )
