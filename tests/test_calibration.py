@@ -217,3 +217,12 @@ def test_windows_of_different_lengths_are_refused(mixtral):
 def test_widths_that_are_no_formats_are_refused(mixtral):
     with pytest.raises(ConfigError, match="not formats to choose between"):
         choose_formats(mixtral, "x", 2.5, widths=(2, 5), tokenizer=Letters())
+
+
+@pytest.mark.parametrize(("average_bits", "smallest"), [(1.5, "int1-g32"), (2.5, "int2-g32")])
+def test_one_bit_is_left_to_averages_that_need_it(mixtral, average_bits, smallest):
+    text = "the quick brown fox jumps over the lazy dog. " * 50
+    found = choose_formats(
+        mixtral, text, average_bits, group_size=32, method="rtn", num_tokens=256, tokenizer=Letters()
+    )
+    assert found.statistics.formats[0] == smallest
