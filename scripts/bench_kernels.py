@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--formats", default=",".join(FORMATS), help="of GEMV and GEMM, with commas")
     parser.add_argument("--shape", default="4096x2048", help="of a matrix, out x in features (4096x2048)")
     parser.add_argument("--tokens", default="1,16,512", help="of the experts' walks (1,16,512); GEMM takes the most")
+    parser.add_argument("--layers", type=int, default=30, help="of experts to walk through (30)")
     parser.add_argument("--model", help="checkpoint folder of a Mixtral in bf16; without it random weights of its size")
     parser.add_argument("--working-set-mb", type=int, help="of GEMV; without it 4 times the last-level cache")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (7)")
@@ -150,7 +151,11 @@ def measure_block(arguments) -> list[dict]:
     from scripts.bench_matrices import random_matrix
     from scripts.bench_rounds import quotients, ranged, spread, take_turns
 
-    size = Size(num_layers=2, num_experts=4, num_features=64, intermediate=96) if arguments.quick else Size()
+    size = (
+        Size(num_layers=2, num_experts=4, num_features=64, intermediate=96)
+        if arguments.quick
+        else Size(arguments.layers)
+    )
     say("making the experts")
     random = [
         {
