@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
@@ -259,8 +259,8 @@ class LinearKernel:
         """Multiply.
 
         Args:
-            x: [T, K], rows contiguous.
-            out: [T, N], contiguous, of the dtype of x: summed in float32 and rounded once.
+            x: [..., K].
+            out: [..., N], contiguous, of the dtype of x: summed in float32 and rounded once.
             activation_bits: as `run_experts` has it.
         """
         _multiply(self._pointer, x, out, activation_bits)
@@ -270,16 +270,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
     """Multiply with a float matrix where it lies.
 
     Args:
-        x: [T, K], rows contiguous.
+        x: [..., K].
         weight: [N, K], contiguous.
         bias: [N] or None.
-        out: [T, N], contiguous, of the dtype of x.
+        out: [..., N], contiguous, of the dtype of x.
     """
-    num_rows, in_features = weight.shape
-    matrix = _Matrix(
-        weight.data_ptr(), -1, -1, -1 if bias is None else bias.data_ptr(), DTYPES[weight.dtype],
-        0 if bias is None else DTYPES[bias.dtype], num_rows, in_features, in_features, in_features,
-    )  # fmt: skip
+    bias_at, bias_format = (-1, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
+    matrix = _float_matrix(weight.data_ptr(), bias_at, DTYPES[weight.dtype], bias_format, *weight.shape)
     _multiply(ctypes.addressof(matrix), x, out, 0)
 
 
@@ -287,19 +284,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     """Normalise rows as transformers' RMSNorm does, in torch's own order of summation.
 
     Args:
-        x: [T, H], rows contiguous.
+        x: [..., H].
         weight: [H], of the dtype of x.
         eps: added to the mean square.
-        out: [T, H], contiguous, of the dtype of x.
+        out: [..., H], contiguous, of the dtype of x.
     """
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    library = _library()
+    x = x.contiguous()
+    library, num_features = _library(), x.shape[-1]
     failed = library.held.moeflow_cpu_rms_norm(
-        x.data_ptr(), x.stride(0) * x.element_size(), weight.data_ptr(), eps, x.shape[0], x.shape[1], out.data_ptr(),
-        DTYPES[x.dtype], library.sum_lanes,
+        x.data_ptr(), num_features * x.element_size(), weight.data_ptr(), eps, x.numel() // num_features,
+        num_features, out.data_ptr(), DTYPES[x.dtype], library.sum_lanes,
     )  # fmt: skip
-    _check(failed, f"a norm of {x.shape[1]} features")
+    _check(failed, f"a norm of {num_features} features")
 
 
 def read(block: torch.Tensor) -> int:
@@ -330,14 +326,21 @@ def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
     return num_bytes / best
 
 
-def _multiply(pointer, x, out, activation_bits):
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    failed = _library().held.moeflow_cpu_linear(
-        pointer, None, x.data_ptr(), DTYPES[x.dtype], x.stride(0) * x.element_size(), x.shape[0], out.data_ptr(),
-        activation_bits, torch.get_num_threads(),
+@lru_cache(maxsize=8192)
+def _float_matrix(address, bias, format, bias_format, num_rows, in_features) -> _Matrix:
+    """Describe a matrix of floats. It is known by all that the description says, so none is ever out of date."""
+    return _Matrix(
+        address, -1, -1, bias, format, bias_format, num_rows, in_features, in_features, in_features
     )  # fmt: skip
-    _check(failed, f"{x.shape[0]} tokens of a linear")
+
+
+def _multiply(pointer, x, out, activation_bits):
+    x, in_features = x.contiguous(), x.shape[-1]
+    failed = _library().held.moeflow_cpu_linear(
+        pointer, None, x.data_ptr(), DTYPES[x.dtype], in_features * x.element_size(), x.numel() // in_features,
+        out.data_ptr(), activation_bits, torch.get_num_threads(),
+    )  # fmt: skip
+    _check(failed, f"{list(x.shape)} of a linear")
 
 
 def _check(failed, what):

@@ -31,14 +31,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         [..., N], summed in float32 and rounded once.
     """
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    cpu.linear(x.reshape(-1, x.shape[-1]), weight, bias, out.view(-1, weight.shape[0]))
+    cpu.linear(x, weight, bias, out)
     return out
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise [..., H] as transformers' RMSNorm does."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    cpu.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, out.view(-1, x.shape[-1]))
+    cpu.rms_norm(x, weight, eps, out)
     return out
 
 

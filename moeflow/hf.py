@@ -420,7 +420,8 @@ def own_dense_weights(model) -> None:
 
 def compile_decoding(model) -> None:
     """Let generate() compile its decode steps, on any device: a static key-value cache, and torch.compile."""
-    compiling = CompileConfig(mode="default", fullgraph=False)
+    # Checks of what the compiler itself has allocated would take as long as the smaller kernels.
+    compiling = CompileConfig(mode=None, fullgraph=False, options={"size_asserts": False})
     compiling._compile_all_devices = True  # without it transformers compiles on accelerators only
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = compiling

@@ -1,7 +1,7 @@
 """Measure decoding with every expert in memory: moeflow's kernels, plain and compiled, against transformers eager.
 
 All three models live in this process and take turns, so that a noisy machine touches them alike. Greedy, one sequence,
-end-of-text ignored; a token's time is what generate() takes for N tokens more. Then where a token's time goes.
+end-of-text ignored; a token's time is the median between two tokens of generate(). Then where a token's time goes.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +111,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def generate(model, ids, num_tokens: int):
+class Clock:
+    """Notes when each token comes out of generate()."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+def generate(model, ids, num_tokens: int, streamer=None):
     """Decode greedily, exactly this many tokens."""
     import torch
 
@@ -122,17 +136,16 @@ def generate(model, ids, num_tokens: int):
             min_new_tokens=num_tokens,
             do_sample=False,
             pad_token_id=0,
+            streamer=streamer,
         )
 
 
 def token_s(model, ids, num_tokens: int) -> float:
-    """Return the seconds a decoded token takes: a long generation less a short one."""
-    seconds = []
-    for count in (2, num_tokens + 2):
-        begin = time.perf_counter()
-        generate(model, ids, count)
-        seconds.append(time.perf_counter() - begin)
-    return (seconds[1] - seconds[0]) / num_tokens
+    """Return the seconds a decode step takes: the median of the times between tokens, the first two left out."""
+    clock = Clock()
+    generate(model, ids, num_tokens, clock)
+    times = clock.times[1:]  # the prompt comes first
+    return statistics.median(after - before for before, after in pairwise(times[2:]))
 
 
 def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
