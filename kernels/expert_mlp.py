@@ -31,9 +31,20 @@ def expert_mlp(
     Returns:
         [num_tokens, H], not yet weighted by the router.
     """
-    first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
-    hidden = activation(_linear(hidden_states, weights, first, is_transposed))
+    hidden = hidden_activations(hidden_states, weights, activation=activation, is_transposed=is_transposed)
     return _linear(hidden, weights, "down_proj", is_transposed)
+
+
+def hidden_activations(
+    hidden_states: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    *,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    is_transposed: bool = False,
+) -> torch.Tensor:
+    """Run an expert up to its second matrix; arguments as `expert_mlp` has them. Returns [num_tokens, I]."""
+    first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
+    return activation(_linear(hidden_states, weights, first, is_transposed))
 
 
 def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

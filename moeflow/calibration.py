@@ -13,13 +13,13 @@ import torch
 
 from moeflow import hf
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
-from moeflow.dtypes import TORCH_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.expert_statistics import ExpertStatistics
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.expert_mlp import expert_mlp
 from moeflow.kernels.formats import WeightFormat, find_format
 from moeflow.kernels.quantize import quantize
+from moeflow.pool import tensors_of
 from moeflow.residual import ResidualTap
 
 _TOKENS_OF_EXPERT = 256  # that an expert's error is measured on, besides those of the copied windows
@@ -94,8 +94,7 @@ class _Survey:
 
     def hook(self, layer: int):
         def measure(module, args, kwargs, output):
-            names = ("hidden_states", "top_k_index", "top_k_weights")
-            hidden_states, index, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
+            hidden_states, index, weights = hf.experts_arguments(args, kwargs)
             return self._measure(layer, module, hidden_states, index, weights, output)
 
         return measure
@@ -191,13 +190,8 @@ def _reader(model, layer: int, module) -> Callable[[int], dict[str, torch.Tensor
 
     def read(expert):
         runtime.store.read(ExpertKey(layer, expert), raw)
-        return {
-            spec.name: torch.from_numpy(raw[spec.offset : spec.offset + spec.num_bytes])
-            .view(TORCH_DTYPES[spec.dtype])
-            .view(spec.shape)
-            .to(runtime.device)
-            for spec in layout.record.tensors
-        }
+        found = tensors_of(torch.from_numpy(raw), layout.record)
+        return {name: value.to(runtime.device) for name, value in found.items()}
 
     return read
 

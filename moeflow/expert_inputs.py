@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from moeflow import hf
 from moeflow.calibration_text import cut_windows
+from moeflow.kernels.expert_mlp import hidden_activations
 from moeflow.model import load_moe
 
 _BATCH_WINDOWS = 8
@@ -59,10 +59,12 @@ class ExpertInputs:
         if name != "down_proj":
             return hidden
         module = self._modules[layer]
-        first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
-        weight, bias = weights[first].float(), weights.get(f"{first}_bias")
-        inner = F.linear(hidden, weight.T if module.is_transposed else weight, None if bias is None else bias.float())
-        return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        return hidden_activations(
+            hidden,
+            {name: value.float() for name, value in weights.items()},
+            activation=module._apply_gate if module.has_gate else module.act_fn,
+            is_transposed=module.is_transposed,
+        )
 
 
 @torch.no_grad()
@@ -81,8 +83,7 @@ def record_inputs(
 
     def watch(layer):
         def hook(module, args, kwargs):
-            names = ("hidden_states", "top_k_index")
-            hidden_states, top_k_index = (*args, *(kwargs[name] for name in names[len(args) :]))[:2]
+            hidden_states, top_k_index, _ = hf.experts_arguments(args, kwargs)
             found.add(layer, hidden_states, top_k_index)
 
         return hook

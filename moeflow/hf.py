@@ -352,6 +352,12 @@ def experts_modules(model) -> list[tuple[str, torch.nn.Module]]:
     return found
 
 
+def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what an experts module was called with, as its hooks see it: hidden_states, top_k_index, top_k_weights."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    return (*args, *(kwargs[name] for name in names[len(args) :]))
+
+
 def transposed(model) -> list[bool]:
     """Tell for each experts module whether it stores its matrices [in, out]."""
     return [bool(module.is_transposed) for _, module in experts_modules(model)]

@@ -24,6 +24,14 @@ def slot_bytes(record_bytes: int) -> int:
     return align_up(record_bytes, PAGE_BYTES)
 
 
+def tensors_of(raw: torch.Tensor, record: RecordLayout) -> dict[str, torch.Tensor]:
+    """Return the tensors of the record that lies in `raw`, uint8 [>= record.num_bytes], by name, without a copy."""
+    return {
+        spec.name: raw[spec.offset : spec.offset + spec.num_bytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        for spec in record.tensors
+    }
+
+
 class SlotPool:
     """`num_slots` equal slots in one allocation.
 
@@ -74,13 +82,7 @@ class SlotPool:
         key = (slot, id(layout))
         found = self._views.get(key)
         if found is None:
-            row = self.tensor[slot]
-            found = self._views[key] = {
-                spec.name: row[spec.offset : spec.offset + spec.num_bytes]
-                .view(TORCH_DTYPES[spec.dtype])
-                .view(spec.shape)
-                for spec in layout.tensors
-            }
+            found = self._views[key] = tensors_of(self.tensor[slot], layout)
         return found
 
     def fit(self, slot: int, num_bytes: int) -> None:

@@ -31,8 +31,7 @@ def calibrate_pruning(
     found: list[PruningThreshold] = []
 
     def watch(module, args, kwargs):
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        hidden_states, _, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
+        hidden_states, _, weights = hf.experts_arguments(args, kwargs)
         shares = {"skipped_share": skipped_share, "protected_share": protected_share}
         found.append(find_threshold(hidden_states, weights, **shares))
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
-from moeflow.dtypes import TORCH_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.kernels.formats import WRITABLE, WeightFormat, find_format
 from moeflow.kernels.quantize import quantize
 from moeflow.layers import Conversion, LayerSource
+from moeflow.pool import tensors_of
 
 
 class Calibration(Protocol):
@@ -85,8 +85,8 @@ def _quantized(number, source, names, transposed, method, calibration) -> LayerS
         raw = np.empty(layout.record.num_bytes, np.uint8)
         source.fill(expert, pieces, raw)
         target = new.record_of(expert)
-        out = _views(record, target)
-        weights = _views(raw, layout.record)
+        out = tensors_of(torch.from_numpy(record), target)
+        weights = tensors_of(torch.from_numpy(raw), layout.record)
         for name, value in weights.items():
             matrix = next((spec for spec in target.matrices if spec.name == name), None)
             if matrix is None:
@@ -121,12 +121,3 @@ def _record(record: RecordLayout, spec: WeightFormat, transposed: bool) -> Recor
 
 def _names(matrix: MatrixSpec) -> list[str]:
     return [name for name, _, _ in find_format(matrix.format).tensors(matrix.name, matrix.shape)]
-
-
-def _views(raw: np.ndarray, record: RecordLayout) -> dict[str, torch.Tensor]:
-    return {
-        spec.name: torch.from_numpy(raw[spec.offset : spec.offset + spec.num_bytes])
-        .view(TORCH_DTYPES[spec.dtype])
-        .view(spec.shape)
-        for spec in record.tensors
-    }

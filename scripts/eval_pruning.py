@@ -40,8 +40,7 @@ class Pruned:
 
     def _hook(self, threshold):
         def change(module, args, kwargs):
-            names = ("hidden_states", "top_k_index", "top_k_weights")
-            hidden_states, index, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
+            hidden_states, index, weights = hf.experts_arguments(args, kwargs)
             protected = protected_tokens(hidden_states, threshold.norm)
             kept, weights = prune(index, weights, threshold.ratio, protected, num_experts=module.num_experts)
             self.calls += index.numel()
