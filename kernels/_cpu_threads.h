@@ -9,7 +9,7 @@
 
 namespace moeflow {
 
-/* Addresses in libgomp, set once by kernels/cpu.py; without them everything runs in the caller's thread. */
+/* Addresses in libgomp, set once by kernels/cpu_library.py; without them everything runs in the caller's thread. */
 struct OpenMP {
     void (*parallel)(void (*body)(void *), void *data, unsigned num_threads, unsigned flags) = nullptr;
     int (*thread_num)() = nullptr;

@@ -6,15 +6,10 @@ many tokens. Knows tensors and records. Knows nothing of caches or models.
 """
 
 import ctypes
-import logging
-import os
 import threading
 import time
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
-from functools import cache, lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import NamedTuple
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,12 +17,8 @@ import torch
 from moeflow.core import RecordLayout
 from moeflow.errors import ConfigError
 from moeflow.kernels.activations import ACTIVATIONS, Activation
+from moeflow.kernels.cpu_library import library
 from moeflow.kernels.formats import FORMAT_OF_DTYPE, WeightFormat, find_format
-
-_log = logging.getLogger(__name__)
-
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
-VARIABLE = "MOEFLOW_CPU_KERNELS"
 
 # In the order of the enums in _cpu.h.
 _FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8")
@@ -62,25 +53,6 @@ class _Activation(ctypes.Structure):
 
 class _Expert(ctypes.Structure):
     _fields_ = [("first", _Matrix), ("down", _Matrix), ("activation", _Activation)]
-
-
-class _Library(NamedTuple):
-    """The loaded library: `held` functions keep the interpreter lock, as torch's own do; `free` ones let go of it."""
-
-    name: str
-    held: ctypes.CDLL
-    free: ctypes.CDLL
-    sum_lanes: int
-
-
-def instruction_set() -> str | None:
-    """Return what the kernels run on: "avx512", "avx2" or "portable"; None where they were not built or are off.
-
-    Raises:
-        ConfigError: the environment variable MOEFLOW_CPU_KERNELS names no path.
-    """
-    library = _library()
-    return library and library.name
 
 
 class ExpertKernel:
@@ -164,7 +136,7 @@ def run_experts(
     hidden_states = hidden_states.contiguous()
     num_experts = len(kernels)
     rows = np.array((tokens, places), dtype=np.int64)
-    failed = _library().free.moeflow_cpu_experts(
+    failed = library().free.moeflow_cpu_experts(
         (c_void_p * num_experts)(*[kernel.pointer for kernel in kernels]),
         (c_void_p * num_experts)(*addresses),
         (c_int64 * (num_experts + 1))(*starts),
@@ -203,7 +175,7 @@ def run_token(
     arrays = _arrays(num_experts)
     arrays[0][:] = [kernel.pointer for kernel in kernels]
     arrays[1][:] = addresses
-    failed = _library().held.moeflow_cpu_token(
+    failed = library().held.moeflow_cpu_token(
         arrays[0],
         arrays[1],
         num_experts,
@@ -228,7 +200,7 @@ def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, out: torch.Tenso
     """
     num_tokens, top_k = top_k_weights.shape
     weights = top_k_weights.contiguous()
-    failed = _library().held.moeflow_cpu_combine(
+    failed = library().held.moeflow_cpu_combine(
         outputs.data_ptr(), weights.data_ptr(), DTYPES[weights.dtype], num_tokens, top_k, out.shape[-1],
         out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -290,17 +262,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
         out: [..., H], contiguous, of the dtype of x.
     """
     x = x.contiguous()
-    library, num_features = _library(), x.shape[-1]
-    failed = library.held.moeflow_cpu_rms_norm(
+    num_features = x.shape[-1]
+    failed = library().held.moeflow_cpu_rms_norm(
         x.data_ptr(), num_features * x.element_size(), weight.data_ptr(), eps, x.numel() // num_features,
-        num_features, out.data_ptr(), DTYPES[x.dtype], library.sum_lanes,
+        num_features, out.data_ptr(), DTYPES[x.dtype], library().sum_lanes,
     )  # fmt: skip
     _check(failed, f"a norm of {num_features} features")
 
 
 def read(block: torch.Tensor) -> int:
     """Read a contiguous block of memory, whole pieces of 1 MiB of it, and return the exclusive or of its words."""
-    return _library().free.moeflow_cpu_read(
+    return library().free.moeflow_cpu_read(
         block.data_ptr(), block.numel() * block.element_size(), torch.get_num_threads()
     )
 
@@ -318,7 +290,7 @@ def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
         Bytes a second.
     """
     block, best = torch.ones(num_bytes // 8, dtype=torch.int64), float("inf")
-    scan = torch.sum if _library() is None else read
+    scan = torch.sum if library() is None else read
     for _ in range(repeats):
         begin = time.perf_counter()
         scan(block)
@@ -336,7 +308,7 @@ def _float_matrix(address, bias, format, bias_format, num_rows, in_features) -> 
 
 def _multiply(pointer, x, out, activation_bits):
     x, in_features = x.contiguous(), x.shape[-1]
-    failed = _library().held.moeflow_cpu_linear(
+    failed = library().held.moeflow_cpu_linear(
         pointer, None, x.data_ptr(), DTYPES[x.dtype], in_features * x.element_size(), x.numel() // in_features,
         out.data_ptr(), activation_bits, torch.get_num_threads(),
     )  # fmt: skip
@@ -394,66 +366,3 @@ def _described(spec, shape, places, name, bias_dtype, is_transposed=False):
         places[name], scale, zero, bias, _FORMATS.index(kind), DTYPES.get(bias_dtype, 0), num_rows, in_features,
         spec.group_size or padded, padded, is_transposed,
     )  # fmt: skip
-
-
-@cache
-def _library() -> _Library | None:
-    """Load the library and choose the instruction set; None, said once, where it was not built or is off."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted == "off":
-        return None
-    if wanted and wanted not in INSTRUCTION_SETS:
-        raise ConfigError(
-            f"{VARIABLE}={wanted} is no instruction set. Allowed: {', '.join(INSTRUCTION_SETS)} or off; without it the "
-            "best that this processor has."
-        )
-    folder = Path(__file__).parent
-    built = [str(path) for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").is_file()]
-    try:
-        held, free = ctypes.PyDLL(built[0]), ctypes.CDLL(built[0])
-        held.moeflow_cpu_use.restype = c_char_p
-        name = held.moeflow_cpu_use(wanted.encode()).decode()
-    except (IndexError, OSError, AttributeError):
-        _log.warning(
-            "moeflow's compiled kernels were not built: experts run in torch, several times slower. Install moeflow "
-            "again where there is a C++ compiler."
-        )
-        return None
-    if wanted and name != wanted:
-        _log.warning("%s=%s: this processor has no %s, its kernels run on %s", VARIABLE, wanted, wanted, name)
-    pointer, long = c_void_p, c_int64
-    free.moeflow_cpu_experts.argtypes = [*[pointer] * 3, c_int, *[pointer] * 3, c_int, pointer, c_int, c_int]
-    held.moeflow_cpu_token.argtypes = [pointer, pointer, c_int, pointer, pointer, c_int, pointer, c_int, c_int, c_int]
-    held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, c_int, c_int, pointer, c_int, c_int]
-    held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, c_int, pointer, c_int, c_int]
-    held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, c_int, pointer, c_int, c_int]
-    free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
-    free.moeflow_cpu_read.restype = c_uint64
-    _share_threads(held)
-    lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    return _Library(name, held, free, lanes)
-
-
-def _share_threads(library):
-    """Hand the library the threads of the OpenMP that torch has loaded; without it kernels run in one thread."""
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    path = _loaded_openmp()
-    try:
-        openmp = ctypes.CDLL(path) if path else None
-        addresses = [ctypes.cast(getattr(openmp, name), c_void_p) for name in names]
-    except (OSError, AttributeError):
-        _log.warning("torch's OpenMP (libgomp) was not found: moeflow's kernels run in one thread")
-        return
-    library.moeflow_cpu_openmp.argtypes = [c_void_p] * 3
-    library.moeflow_cpu_openmp.restype = None
-    library.moeflow_cpu_openmp(*addresses)
-
-
-def _loaded_openmp() -> str | None:
-    """Return the path of the libgomp in this process; None where there is none or another OpenMP."""
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
-        return None
-    paths = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
-    beside_torch = [path for path in sorted(paths) if Path(path).parent.parent.name.startswith("torch")]
-    return (beside_torch or sorted(paths) or [None])[0]

@@ -14,6 +14,7 @@ from moeflow.core import RecordLayout
 from moeflow.dispatch import Dispatch
 from moeflow.kernels import cpu
 from moeflow.kernels.activations import Activation, recognise
+from moeflow.kernels.cpu_library import instruction_set
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.expert_mlp import combine, expert_mlp
 from moeflow.kernels.formats import find_format
@@ -105,7 +106,7 @@ class CpuCompute:
 
     def can_run(self, records: list[RecordLayout]) -> bool:
         """Whether there is a kernel for each of these."""
-        return cpu.instruction_set() is not None and all(self._kernel(record) is not None for record in records)
+        return instruction_set() is not None and all(self._kernel(record) is not None for record in records)
 
     def begin(self, hidden_states, dispatch):
         shape = dispatch.num_places, hidden_states.shape[-1]

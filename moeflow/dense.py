@@ -10,6 +10,7 @@ import inspect
 import torch
 
 from moeflow.kernels import cpu
+from moeflow.kernels.cpu_library import instruction_set
 
 # Up to here the row-by-row kernel is ahead of torch's matrix product.
 MAX_TOKENS = 16
@@ -83,7 +84,7 @@ def _norm_forward(self, x):
 @torch.no_grad()
 def speed_up_dense(model: torch.nn.Module) -> None:
     """Give a model on the CPU moeflow's linears and norms; a module that is not exactly as known stays as it is."""
-    if cpu.instruction_set() is None:
+    if instruction_set() is None:
         return
     norms: dict[type, type] = {}
     for module in model.modules():

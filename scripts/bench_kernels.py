@@ -52,13 +52,13 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from moeflow.kernels import cpu
+    from moeflow.kernels.cpu_library import instruction_set
     from scripts.bench_machine import describe, print_card
     from scripts.bench_matrices import WrongResult
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if cpu.instruction_set() is None:
+    if instruction_set() is None:
         print("moeflow's compiled kernels are not here: install moeflow where there is a C++ compiler", file=sys.stderr)
         return 1
     say("measuring the machine's ceilings")

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from moeflow.kernels import cpu
+from moeflow.kernels.cpu_library import instruction_set
 
 
 def describe(is_quick: bool) -> dict:
@@ -22,7 +23,7 @@ def describe(is_quick: bool) -> dict:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "last_level_cache_bytes": cache,
-        "instruction_set": cpu.instruction_set(),
+        "instruction_set": instruction_set(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from moeflow import load_moe
     from moeflow.demo_model import default_demo_path
     from moeflow.kernels import cpu
+    from moeflow.kernels.cpu_library import instruction_set
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
     bandwidth = cpu.read_bandwidth()
     print(
-        f"{folder.name}, {arguments.dtype}, {torch.get_num_threads()} threads, kernels: {cpu.instruction_set()}; "
+        f"{folder.name}, {arguments.dtype}, {torch.get_num_threads()} threads, kernels: {instruction_set()}; "
         f"memory read {bandwidth / 1e9:.1f} GB/s"
     )
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                 "dtype": arguments.dtype,
                 "quantization": arguments.quantization,
                 "threads": torch.get_num_threads(),
-                "instruction_set": cpu.instruction_set(),
+                "instruction_set": instruction_set(),
                 "read_bytes_per_s": bandwidth,
                 "bytes_a_token": read_bytes,
                 "rows": rows,

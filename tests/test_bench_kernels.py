@@ -9,9 +9,10 @@ import torch
 
 from conftest import ROOT
 from moeflow.kernels import cpu
+from moeflow.kernels.cpu_library import instruction_set
 from scripts.bench_matrices import WrongResult, check
 
-needs_library = pytest.mark.skipif(cpu.instruction_set() is None, reason="moeflow was installed without a C++ compiler")
+needs_library = pytest.mark.skipif(instruction_set() is None, reason="moeflow was installed without a C++ compiler")
 
 
 @needs_library
@@ -24,7 +25,7 @@ def test_last_line_is_one_json_object_with_every_part():
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result) == {"card", "gemv", "block", "gemm", "figures"}
     assert result["card"]["read_bytes_per_s"] > 0
-    assert result["card"]["instruction_set"] == cpu.instruction_set()
+    assert result["card"]["instruction_set"] == instruction_set()
     measured = {(row["format"], row["activations"]) for row in result["gemv"]}
     assert {("bfloat16", "exact"), ("int8", "torch int8 bfloat16"), ("int4-g64", "torch int4 bfloat16")} <= measured
     assert len([form for form, activations in measured if activations == "exact"]) == 5

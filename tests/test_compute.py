@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moeflow.kernels import cpu
+from moeflow.kernels.cpu_library import instruction_set
 
 _LOGITS = """
 import json, sys
@@ -57,7 +57,7 @@ def logits(wanted, folder, quantization="", **variables):
 def test_every_kind_of_compute_gives_the_same_logits_at_every_budget(mixtral_folder, quantization):
     kinds, expected = logits("torch", mixtral_folder, quantization, MOEFLOW_CPU_KERNELS="off")
     assert kinds == ["TorchCompute"]
-    if cpu.instruction_set() is not None:
+    if instruction_set() is not None:
         kinds, found = logits("cpu", mixtral_folder, quantization)
         assert kinds == ["CpuCompute"]
         assert (found - expected).norm() < 1e-5 * expected.norm()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.errors import ConfigError
-from moeflow.kernels import cpu
+from moeflow.kernels import cpu, cpu_library
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import FORMATS, find_format
@@ -34,15 +34,17 @@ ACTIVATIONS = (
 
 def available():
     """List the instruction sets of this machine, best first."""
-    library = cpu._library()
+    library = cpu_library.library()
     if library is None:
         return ()
-    return tuple(name for name in cpu.INSTRUCTION_SETS if library.held.moeflow_cpu_use(name.encode()).decode() == name)
+    return tuple(
+        name for name in cpu_library.INSTRUCTION_SETS if library.held.moeflow_cpu_use(name.encode()).decode() == name
+    )
 
 
 AVAILABLE = available()
 if AVAILABLE:
-    cpu._library().held.moeflow_cpu_use(b"")
+    cpu_library.library().held.moeflow_cpu_use(b"")
 needs_library = pytest.mark.skipif(not AVAILABLE, reason="moeflow was installed without a C++ compiler")
 
 
@@ -57,7 +59,7 @@ def forced(request):
 
 
 def use(name):
-    cpu._library().held.moeflow_cpu_use(name.encode())
+    cpu_library.library().held.moeflow_cpu_use(name.encode())
 
 
 class Expert:
@@ -358,42 +360,42 @@ def test_unknown_records_have_no_kernel():
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has not loaded the library yet."""
-    cpu._library.cache_clear()
+    cpu_library.library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    cpu._library.cache_clear()
+    cpu_library.library.cache_clear()
 
 
 def test_without_a_compiler_there_are_no_kernels_and_it_is_said_once(fresh, caplog):
-    fresh.setattr(cpu, "EXTENSION_SUFFIXES", [])
+    fresh.setattr(cpu_library, "EXTENSION_SUFFIXES", [])
     with caplog.at_level(logging.WARNING):
-        assert cpu.instruction_set() is None
-        assert cpu.instruction_set() is None
+        assert cpu_library.instruction_set() is None
+        assert cpu_library.instruction_set() is None
     assert len([r for r in caplog.records if "C++ compiler" in r.message]) == 1
 
 
 def test_kernels_can_be_switched_off(fresh):
-    fresh.setenv(cpu.VARIABLE, "off")
-    assert cpu.instruction_set() is None
+    fresh.setenv(cpu_library.VARIABLE, "off")
+    assert cpu_library.instruction_set() is None
 
 
 def test_an_unknown_path_is_refused(fresh):
-    fresh.setenv(cpu.VARIABLE, "mmx")
+    fresh.setenv(cpu_library.VARIABLE, "mmx")
     with pytest.raises(ConfigError, match=r"mmx.*avx512, avx2, portable or off"):
-        cpu.instruction_set()
+        cpu_library.instruction_set()
 
 
 @needs_library
-@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", cpu_library.INSTRUCTION_SETS)
 def test_a_path_is_forced_or_falls_to_the_next(fresh, name):
-    fresh.setenv(cpu.VARIABLE, name)
-    below = cpu.INSTRUCTION_SETS[cpu.INSTRUCTION_SETS.index(name) :]
-    assert cpu.instruction_set() == next(other for other in below if other in AVAILABLE)
+    fresh.setenv(cpu_library.VARIABLE, name)
+    below = cpu_library.INSTRUCTION_SETS[cpu_library.INSTRUCTION_SETS.index(name) :]
+    assert cpu_library.instruction_set() == next(other for other in below if other in AVAILABLE)
 
 
 @needs_library
 def test_without_torch_openmp_results_are_the_same(fresh, caplog):
     expert, x = Expert(1, "bfloat16", (256, 256)), torch.randn(2, 256)
     expected = run([expert], x, [[0, 1]], 2)
-    cpu._library().held.moeflow_cpu_openmp(None, None, None)
+    cpu_library.library().held.moeflow_cpu_openmp(None, None, None)
     assert torch.equal(run([expert], x, [[0, 1]], 2), expected)

@@ -7,9 +7,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from conftest import tiny_mixtral
 from moeflow import load_moe
 from moeflow.dense import MAX_TOKENS, FewTokensLinear, linear, rms_norm, speed_up_dense
-from moeflow.kernels import cpu
+from moeflow.kernels.cpu_library import instruction_set
 
-pytestmark = pytest.mark.skipif(cpu.instruction_set() is None, reason="the compiled kernels were not built")
+pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
