@@ -39,3 +39,7 @@ class PredictorError(MoeflowError):
 
 class TraceError(MoeflowError):
     """A routing trace is missing, empty, truncated, corrupt, no trace at all, or of another model."""
+
+
+class PlacementError(MoeflowError, ValueError):
+    """A placement problem has no solution, or its counts, topology or plan are malformed."""
