@@ -59,8 +59,8 @@ class Workload:
     @classmethod
     def of_counts(cls, name: str, load: np.ndarray, **others) -> "Workload":
         """Take the rows of a whole model: rows without load before all others are dense layers and are left out."""
-        load = np.asarray(load)
-        used = np.flatnonzero(np.asarray(load, np.float64).sum(axis=1)) if load.ndim == 2 else np.zeros(1, int)
+        load = _counts(name, "load", load, None)
+        used = np.flatnonzero(load.any(axis=1)) if load.ndim == 2 else np.zeros(1, int)
         first = int(used[0]) if len(used) else 0
         return cls(name, load[first:], first_layer=first, **others)
 
