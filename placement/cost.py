@@ -167,7 +167,7 @@ def judge(plan: Plan, workload: Workload, topology: Topology, step: StepShape) -
     dispatch = dispatch * step.token_bytes
     bandwidth = topology.bandwidth_bytes_per_s
     if step.communication == "path":
-        link_s = (path / bandwidth).reshape(len(path), -1).max(axis=1, initial=0.0)
+        link_s = (path / bandwidth).max(axis=(1, 2), initial=0.0)
     else:
         there, back = dispatch / bandwidth, dispatch.transpose(0, 2, 1) / bandwidth
         link_s = sum(part.reshape(len(tokens), -1).max(axis=1) for part in (there, back))
