@@ -1,0 +1,84 @@
+"""Which solver pulp hands a program to, and what that solver proves.
+
+HiGHS where highspy is installed, else CBC, which pulp ships. One thread and one seed: the same program and seed give
+the same answer unless the time limit stops the search.
+"""
+
+import importlib.util
+import math
+
+import pulp
+
+from moeflow.errors import PlacementError
+
+SOLVERS = ("auto", "highs", "cbc")
+_MOST_SEED = 2**31 - 1  # both take a non-negative 32-bit number
+
+
+def pulp_solver(
+    name: str = "auto", *, time_limit_s: float = 60.0, gap: float = 0.0, seed: int = 0, warm_start: bool = False
+) -> pulp.LpSolver:
+    """Return pulp's solver for a program.
+
+    Args:
+        name: "highs", "cbc", or "auto": HiGHS where it is installed, else CBC.
+        time_limit_s: seconds after which it returns the best it has.
+        gap: (objective - bound) / objective at which to stop; 0 asks for the optimum.
+        seed: of its random choices.
+        warm_start: whether to start at the variables' initial values; every variable needs one then.
+
+    Raises:
+        PlacementError: an unknown name, or a solver that is not installed.
+    """
+    if name not in SOLVERS:
+        raise PlacementError(f"solver {name!r} is unknown. Allowed: {', '.join(SOLVERS)}.")
+    highs = importlib.util.find_spec("highspy") is not None
+    if name == "highs" and not highs:
+        raise PlacementError("solver 'highs' is not installed. Run `pip install highspy`, or ask for 'cbc'.")
+    seed, time_limit_s = seed % _MOST_SEED, max(time_limit_s, 1e-3)
+    if name == "highs" or (name == "auto" and highs):
+        kind = _highs_from_initial_values() if warm_start else pulp.HiGHS
+        return kind(msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, random_seed=seed)
+    options = [f"randomSeed {seed}", f"randomCbcSeed {seed}"]
+    cbc = pulp.PULP_CBC_CMD(
+        msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, warmStart=warm_start, options=options
+    )
+    if not cbc.available():
+        raise PlacementError(
+            "solver 'cbc' is not installed: pulp ships none for this machine. Run `pip install highspy` and ask for "
+            "'highs'."
+        )
+    return cbc
+
+
+def found_solution(program: pulp.LpProblem) -> bool:
+    """Return whether a program that was solved has values, the best or the best in time."""
+    return program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+
+
+def proven_bound(program: pulp.LpProblem) -> float:
+    """Return what no solution of a minimised program is below, as its solver proved it; -inf where it says nothing.
+
+    CBC tells pulp no bound, so of CBC only an optimum counts, and that up to the gap it was asked for.
+    """
+    model = getattr(program, "solverModel", None)
+    if model is not None:
+        info = model.getInfo()
+        constant = program.objective.constant  # pulp keeps it from HiGHS
+        bound = info.mip_dual_bound if program.isMIP() else info.objective_function_value
+        return bound + constant if math.isfinite(bound) and found_solution(program) else -math.inf
+    return pulp.value(program.objective) if program.sol_status == pulp.LpSolutionOptimal else -math.inf
+
+
+def _highs_from_initial_values():
+    """pulp hands HiGHS no start: a subclass, made here since highspy may be absent."""
+    import highspy
+
+    class HighsFromInitialValues(pulp.HiGHS):
+        def callSolver(self, lp):
+            start = highspy.HighsSolution()
+            start.col_value = [float(variable.value()) for variable in lp.variables()]
+            lp.solverModel.setSolution(start)
+            lp.solverModel.run()
+
+    return HighsFromInitialValues

@@ -1,0 +1,11 @@
+"""The solvers by name. All have one signature, see `moeflow.placement.baselines`."""
+
+from moeflow.placement.baselines import contiguous, greedy, random_placement
+from moeflow.placement.eplb import eplb
+
+SOLVERS = {
+    "contiguous": contiguous,
+    "random": random_placement,
+    "greedy": greedy,
+    "eplb": eplb,
+}
