@@ -52,7 +52,7 @@ RANKS = [
         "prediction",
         "residual",
     },
-    {"lookahead_record", "calibration", "pruning"},
+    {"lookahead_record", "calibration", "pruning", "workloads"},
     {"host_compute", "prediction_loop", "link_replay", "recorder", "live_predictor"},
     {"runtime", "clairvoyant"},
     {"experts", "pack", "info", "machine_replay"},

@@ -1,0 +1,106 @@
+"""Workloads for placement, from whatever a person has: a routing trace, a recording of others, a file of counts."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from moeflow.errors import PlacementError
+from moeflow.placement.count_files import SUFFIXES, read_counts
+from moeflow.placement.workload import Workload
+from moeflow.routing import RoutingTrace, open_trace
+from moeflow.trace_sources import convert_trace
+
+
+def read_workload(path: str | Path) -> Workload:
+    """Count the routes of a trace, or read a count file.
+
+    Of a trace, every token counts but those of sequences marked as duplicates.
+
+    Args:
+        path: a trace; a folder of the gpt-oss-20b collection or a .jsonl recording, which are converted on the way; or
+            a count file (.json, .npz, .npy).
+
+    Raises:
+        PlacementError: the file is missing or its counts are no workload's.
+        TraceError: the trace is empty, damaged or no trace.
+    """
+    if Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir():
+        return read_counts(path)
+    with opened_routes(path) as trace:
+        return _counted(trace, Path(path).stem, _kept(trace))
+
+
+def split_workload(path: str | Path, every: int) -> tuple[Workload, Workload]:
+    """Count a trace in two parts: of its sequences that are no duplicates, every n-th is held out.
+
+    Args:
+        path: as `read_workload`, but no count file.
+        every: n; the n-th, 2n-th and so on are held out.
+
+    Returns:
+        `(in sample, held out)`.
+
+    Raises:
+        PlacementError: a count file, n below 2, or too few sequences.
+        TraceError: the trace is empty, damaged or no trace.
+    """
+    if every < 2:
+        raise PlacementError(f"every {every}th sequence cannot be held out. Give 2 or more.")
+    if Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir():
+        raise PlacementError(f"{path} holds counts, which cannot be split. Give a trace, or a second file to judge on.")
+    with opened_routes(path) as trace:
+        numbers = _kept(trace)
+        if len(numbers) < every:
+            raise PlacementError(
+                f"{path} has {len(numbers)} sequences that are no duplicates, and every {every}th is to be held out. "
+                "Hold out more often, or give a longer trace."
+            )
+        held_out = numbers[every - 1 :: every]
+        name = Path(path).stem
+        seen = _counted(trace, name, np.setdiff1d(numbers, held_out))
+        return seen, _counted(trace, f"{name}, held out", held_out)
+
+
+@contextmanager
+def opened_routes(path: str | Path) -> Iterator[RoutingTrace]:
+    """Open a trace, or what `convert_trace` makes one of; the converted file is gone when the context ends.
+
+    Raises:
+        PlacementError: nothing is there.
+        TraceError: it is empty, damaged or no trace.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PlacementError(
+            f"{path} is not there. Give a trace, a folder of the gpt-oss-20b collection, or a count file "
+            f"({', '.join(SUFFIXES)})."
+        )
+    if path.is_dir() or path.suffix.lower() == ".jsonl":
+        with tempfile.TemporaryDirectory(prefix="moeflow-") as folder:
+            convert_trace(path, Path(folder) / "trace")
+            yield open_trace(Path(folder) / "trace")
+    else:
+        yield open_trace(path)
+
+
+def _kept(trace) -> np.ndarray:
+    """The numbers of the sequences that are not marked as duplicates."""
+    facts, numbers = trace.sequence_facts, trace.sequence_numbers
+    kept = [number for number in numbers if not (number < len(facts) and facts[number].get("duplicate"))]
+    if not kept:
+        raise PlacementError(
+            f"{trace.name}: all {len(numbers)} sequences are marked as duplicates. Give another trace."
+        )
+    return np.array(kept)
+
+
+def _counted(trace, name, numbers) -> Workload:
+    if len(set(trace.experts_per_layer)) != 1:
+        raise PlacementError(
+            f"{trace.name}: layers have {min(trace.experts_per_layer)} to {trace.num_experts} experts. Only models "
+            "whose layers have equally many can be placed."
+        )
+    return Workload.of_routes(name, trace.select(numbers).experts, trace.num_experts)
