@@ -23,16 +23,16 @@ _COLOURS = {
     "lru": "#56B4E9", "lfu": "#E69F00", "lfru": "#0072B2", "belady": "#009E73", "static": "#CC79A7",
     "popularity": "#D55E00", "random": "#8C8C8C",
 }  # fmt: skip
-_OTHER_COLOURS = ("#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#0072B2", "#009E73")
+OTHER_COLOURS = ("#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#0072B2", "#009E73")
 _NAMES = {"lru": "LRU", "lfu": "LFU", "lfru": "LFRU", "belady": "Belady (bound)"}
-_MARKERS = "osD^vPX<>*"
+MARKERS = "osD^vPX<>*"
 # Black for files, and what `page_svg` finds and replaces: no other part of a figure has it.
-_INK = "#010203"
-_FAINT = "#8c8d8f"
+INK = "#010203"
+FAINT = "#8c8d8f"
 _STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10.0, "axes.titlesize": 11.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 10.0, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": _FAINT, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     "svg.hashsalt": "moeflow", "svg.fonttype": "path",
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def hit_rate_figure(rows: Sequence[dict], realised: Sequence[dict] = ()) -> "Fig
         rows: policy, residency (percent) and hit_rate (0 to 1) of each, as `replay_trace` returns them.
         realised: rows of the same form that were measured, drawn heavier.
     """
-    with _context():
+    with plain_style():
         figure, axes = _figure(7.2, 4.4)
         last = max(row["residency"] for row in [*rows, *realised])
         first = min(row["residency"] for row in [*rows, *realised])
@@ -52,16 +52,16 @@ def hit_rate_figure(rows: Sequence[dict], realised: Sequence[dict] = ()) -> "Fig
         axes.set_xlim(max(0, first - 0.06 * span), last)
         axes.set_ylim(0, 1)
         edge = axes.get_xlim()[0] / 100, last / 100
-        axes.plot(axes.get_xlim(), edge, color=_FAINT, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-        labels = [(last / 100, "random routing", _FAINT)]
-        others = iter(_OTHER_COLOURS * 4)
+        axes.plot(axes.get_xlim(), edge, color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+        labels = [(last / 100, "random routing", FAINT)]
+        others = iter(OTHER_COLOURS * 4)
         lines = [(policy, points, False) for policy, points in _by_policy(rows).items()]
         lines += [(policy, points, True) for policy, points in _by_policy(realised).items()]
         for number, (policy, points, measured) in enumerate(lines):
-            colour = _INK if measured else _COLOURS.get(policy) or next(others)
+            colour = INK if measured else _COLOURS.get(policy) or next(others)
             x, y = zip(*points, strict=True)
             axes.plot(
-                x, y, color=colour, linewidth=2.6 if measured else 1.8, marker=_MARKERS[number % len(_MARKERS)],
+                x, y, color=colour, linewidth=2.6 if measured else 1.8, marker=MARKERS[number % len(MARKERS)],
                 markersize=6, clip_on=False, zorder=4 if measured else 3,
             )  # fmt: skip
             name = _NAMES.get(policy, policy) + (" (realised)" if measured else "")
@@ -71,7 +71,7 @@ def hit_rate_figure(rows: Sequence[dict], realised: Sequence[dict] = ()) -> "Fig
         axes.set_xlabel("residency, % of all experts")
         axes.set_ylabel("hit rate")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.grid(axis="y", color=_FAINT, alpha=0.25, linewidth=0.8)
+        axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
     return figure
 
 
@@ -81,7 +81,7 @@ def heat_map_figure(demand: np.ndarray) -> "Figure":
     Args:
         demand: [L, E], uses of each expert; NaN where a layer has no such expert.
     """
-    with _context():
+    with plain_style():
         num_layers, num_experts = demand.shape
         figure, axes = _figure(7.2, float(np.clip(1.6 + num_layers * 0.14, 2.4, 8.0)))
         totals = np.nansum(demand, axis=1, keepdims=True)
@@ -110,14 +110,14 @@ def recall_figure(recall_by_distance: dict[str, dict]) -> "Figure":
     Args:
         recall_by_distance: of each predictor, distance in layers -> recall (0 to 1).
     """
-    with _context():
+    with plain_style():
         figure, axes = _figure(7.2, 3.4)
         labels = []
         for number, (name, recall) in enumerate(recall_by_distance.items()):
             points = sorted((int(distance), value) for distance, value in recall.items())
             x, y = zip(*points, strict=True)
-            colour = _OTHER_COLOURS[number % len(_OTHER_COLOURS)]
-            axes.plot(x, y, color=colour, linewidth=1.8, marker=_MARKERS[number % len(_MARKERS)], clip_on=False)
+            colour = OTHER_COLOURS[number % len(OTHER_COLOURS)]
+            axes.plot(x, y, color=colour, linewidth=1.8, marker=MARKERS[number % len(MARKERS)], clip_on=False)
             labels.append((y[-1], name, colour))
         axes.set_ylim(0, 1)
         axes.margins(x=0)
@@ -127,7 +127,7 @@ def recall_figure(recall_by_distance: dict[str, dict]) -> "Figure":
         axes.set_ylabel("recall")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.grid(axis="y", color=_FAINT, alpha=0.25, linewidth=0.8)
+        axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
     return figure
 
 
@@ -169,7 +169,7 @@ def page_svg(figure: "Figure", label: str) -> str:
         label: what a screen reader says.
     """
     text = _rendered(figure, "svg", facecolor="none", transparent=True).decode()
-    element = text[text.index("<svg") :].replace(_INK, "currentColor").replace("#0072b2", "var(--blue, #0072b2)")
+    element = text[text.index("<svg") :].replace(INK, "currentColor").replace("#0072b2", "var(--blue, #0072b2)")
     return element.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
@@ -185,7 +185,7 @@ def require_matplotlib() -> None:
         raise ConfigError('plots need matplotlib: pip install "moeflow[plot]", or pip install matplotlib.') from error
 
 
-def _context():
+def plain_style():
     """Return matplotlib's settings as a context, free of the user's own."""
     require_matplotlib()
     import matplotlib
@@ -201,7 +201,7 @@ def _figure(width, height):
 
 
 def _rendered(figure, kind, **options) -> bytes:
-    with _context():
+    with plain_style():
         buffer = io.BytesIO()
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata, **options)
