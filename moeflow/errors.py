@@ -43,3 +43,7 @@ class TraceError(MoeflowError):
 
 class PlacementError(MoeflowError, ValueError):
     """A placement problem has no solution, or its counts, topology or plan are malformed."""
+
+
+class ParallelError(MoeflowError):
+    """Another rank of an expert-parallel run failed, or was lost."""

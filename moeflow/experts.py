@@ -1,6 +1,7 @@
 """The function behind transformers' experts interface: route tokens to experts that may not be here yet."""
 
 import weakref
+from collections.abc import Callable
 from contextlib import closing
 
 import torch
@@ -30,6 +31,8 @@ class OffloadedExperts:
         self.runtime = runtime
         self.tap = tap
         self.pruning: PruningThreshold | None = None  # lossy, so set only where it was asked for
+        # Where the experts are spread over processes: who returns the outputs of every place, see `ExpertParallel`.
+        self.spread: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor] | None = None
         self.layer = layer
         self._num_experts = runtime.store.layers[layer].layout.num_experts
         self._module = weakref.ref(module)  # the module holds this object, not the other way round
@@ -53,7 +56,9 @@ class OffloadedExperts:
         Raises:
             ExpertReadError: an expert could not be read.
             ClosedModelError: the runtime was closed.
-            ConfigError: the hidden states are on another device than the experts.
+            ConfigError: the hidden states are on another device than the experts, or the experts are spread over
+                processes and no session is open.
+            ParallelError: another process failed.
         """
         if torch.compiler.is_compiling():
             return torch.ops.moeflow.experts(hidden_states, top_k_index, top_k_weights, self._handle)
@@ -70,7 +75,7 @@ class OffloadedExperts:
                 f"{self.runtime.device}. Do not move a "
                 "model that load_moe returned: give load_moe the device instead."
             )
-        if top_k_index.shape[0] == 0:
+        if top_k_index.shape[0] == 0 and self.spread is None:
             return torch.zeros_like(hidden_states)
         if self.pruning is not None:
             top_k_index, top_k_weights = self.pruning.apply(
@@ -78,6 +83,9 @@ class OffloadedExperts:
             )
         if self.runtime.recorder is not None:
             self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights, hidden_states)
+        if self.spread is not None:
+            outputs = self.spread(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
+            return self._compute(hidden_states.dtype).end(hidden_states, outputs, top_k_weights)
         routes = None
         if self.runtime.predicting:
             residual = self.tap.residual(self.layer, hidden_states) if self.tap is not None else None
@@ -98,6 +106,35 @@ class OffloadedExperts:
         if outputs is None:  # no expert at all
             outputs = compute.begin(hidden_states, dispatch)
         return compute.end(hidden_states, outputs, top_k_weights)
+
+    @torch.no_grad()
+    def run_rows(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Run each row through one expert, with the bits that a whole call has before it weighs and sums.
+
+        Args:
+            hidden_states: [n, H].
+            experts: [n], each row's expert, on the CPU.
+
+        Returns:
+            [n, H] of `outputs_dtype`.
+
+        Raises:
+            ExpertReadError: an expert could not be read.
+            ClosedModelError: the runtime was closed.
+        """
+        dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self._compute(hidden_states.dtype)
+        outputs = compute.begin(hidden_states, dispatch)
+        served = self.runtime.serve(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
+        with closing(served):
+            for residents in served:
+                compute.run(hidden_states, residents, dispatch, outputs)
+        return outputs
+
+    def outputs_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what experts' outputs are kept in until they are summed, for hidden states of `dtype`."""
+        nobody = torch.empty(0, 1, dtype=torch.int64)
+        empty = torch.empty(0, 1, dtype=dtype, device=self.runtime.device)
+        return self._compute(dtype).begin(empty, Dispatch(nobody, self._num_experts)).dtype
 
     def _compute(self, dtype: torch.dtype) -> ExpertCompute:
         found = self._computes.get(dtype)

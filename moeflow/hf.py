@@ -433,6 +433,11 @@ def compile_decoding(model) -> None:
     model.generation_config.compile_config = compiling
 
 
+def compiles_decoding(model) -> bool:
+    """Tell whether `compile_decoding` was called."""
+    return getattr(getattr(model, "generation_config", None), "compile_config", None) is not None
+
+
 def continues_cache(kwargs: dict, num_positions: int) -> bool:
     """Tell whether a forward pass called with these arguments continues earlier positions: decode, not prefill."""
     past = kwargs.get("past_key_values")

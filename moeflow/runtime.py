@@ -83,6 +83,7 @@ class ExpertRuntime:
         self.cache = cache
         self.device = pool.device
         self.recorder: TraceRecorder | None = None
+        self.parallel = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
         self._prediction = prediction
