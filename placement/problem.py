@@ -82,12 +82,19 @@ class Problem:
         As many on each, rounded up, where memory allows: engines want equal numbers. Where a GPU holds fewer, the
         others take more.
         """
-        limits = self._limits()
+        limits = self.limits
         needed = self.num_experts + self.num_replicas
         level = -(-needed // self.num_gpus)
         while np.minimum(limits, level).sum() < needed:
             level += 1
         return np.minimum(limits, level)
+
+    @property
+    def limits(self) -> np.ndarray:
+        """[G], how many experts of a layer each GPU has memory for, every layer alike; at most all."""
+        each = self.num_layers * self.step.expert_bytes
+        limits = [min(gpu.memory_bytes / each, self.num_experts) for gpu in self.topology.gpus]
+        return np.floor(limits).astype(int)
 
     def costs(self, plan: Plan) -> list[PlacementCost]:
         """Return what a plan costs on each workload."""
@@ -112,15 +119,9 @@ class Problem:
                 f"{self.slots[gpu]} slots a layer."
             )
 
-    def _limits(self) -> np.ndarray:
-        """[G], how many experts of a layer each GPU has memory for, every layer alike; at most all."""
-        each = self.num_layers * self.step.expert_bytes
-        limits = [min(gpu.memory_bytes / each, self.num_experts) for gpu in self.topology.gpus]
-        return np.floor(limits).astype(int)
-
     def _check_memory(self):
         needed = self.num_experts + self.num_replicas
-        room = int(self._limits().sum())
+        room = int(self.limits.sum())
         if room < needed:
             raise PlacementError(
                 f"the GPUs of topology {self.topology.name} hold {room} experts of each layer, and {needed} are to be "
