@@ -100,6 +100,6 @@ class RankGroup:
         except RuntimeError as error:  # of the connection: a lost process, or the group's timeout
             self.in_step = False
             raise ParallelError(
-                f"rank {self.rank} lost the others in the middle of an exchange ({str(error).splitlines()[0]}). A "
+                f"rank {self.rank} lost the others in the middle of an exchange ({str(error).partition('. ')[0]}). A "
                 "process ended, or did not answer within the process group's timeout: see what the other ranks wrote."
             ) from error

@@ -150,7 +150,7 @@ class Rounds:
             dtypes = (_DTYPES.index(request.rows.dtype), _DTYPES.index(request.outputs_dtype))
             rows[:, 1:5] = torch.tensor([request.layer, request.rows.shape[1], *dtypes])
             rows[:, 5:] = request.counts
-        self.sent.exchanges += 1
+        self.sent.rounds += 1
         self.sent.metadata_bytes[self.rank] += rows[0].nbytes
         return [Header(*row[:5], row[5:]) for row in self._ranks.rows(rows).tolist()]
 

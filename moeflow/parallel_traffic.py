@@ -1,4 +1,4 @@
-"""What ranks sent to each other, counted where it was sent."""
+"""What ranks sent to each other, counted from the very sizes the exchanges were made with."""
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ class Traffic:
         """[L, G, G], outputs, from the expert's rank to the token's."""
         self.metadata_bytes = np.zeros(shape[1:], np.int64)
         """[G, G], headers (counts of each expert) and marks of success, from row to column."""
-        self.exchanges = 0
-        """How many times ranks met; as often on each."""
+        self.rounds = 0
+        """How many times the ranks met; the same on all."""
 
     def gather(self, group: RankGroup) -> "Traffic":
         """Return what all ranks sent, as their own counters say. All ranks must call it."""
@@ -35,7 +35,7 @@ class Traffic:
         for name in ("assignments", "dispatch_bytes", "combine_bytes", "metadata_bytes"):
             counted = group.gather(torch.from_numpy(getattr(self, name)))
             setattr(whole, name, counted.sum(dim=0).numpy())
-        whole.exchanges = self.exchanges
+        whole.rounds = self.rounds
         return whole
 
     def as_dict(self) -> dict:
@@ -45,5 +45,5 @@ class Traffic:
             "dispatch_bytes": self.dispatch_bytes.sum(axis=0).tolist(),
             "combine_bytes": self.combine_bytes.sum(axis=0).tolist(),
             "metadata_bytes": self.metadata_bytes.tolist(),
-            "exchanges": self.exchanges,
+            "rounds": self.rounds,
         }

@@ -131,9 +131,8 @@ def run_equal_homes(folder):
 
 @torch.no_grad()
 def run_few(folder, dtype):
-    with (model := load(folder, dtype=dtype)).moeflow:
-        with expert_parallel.apply(model).session():
-            return model(few_of(RANK)).logits
+    with (model := load(folder, dtype=dtype)).moeflow, expert_parallel.apply(model).session():
+        return model(few_of(RANK)).logits
 
 
 @torch.no_grad()
@@ -141,7 +140,7 @@ def run_failures(folder, out):
     """What every rank raises when one fails, in layers and in reads, and whether all can go on afterwards."""
     folder = shutil.copytree(folder, out / f"own{RANK}")
     seen, prompt = {}, torch.arange(1, 12).unsqueeze(0)
-    with (model := load(folder)).moeflow:
+    with (model := load(folder, expert_memory="20%")).moeflow:
         parallel = expert_parallel.apply(model)
         seen["outside"] = outcome(lambda: model(prompt))
 
