@@ -37,8 +37,7 @@ def pulp_solver(
         raise PlacementError("solver 'highs' is not installed. Run `pip install highspy`, or ask for 'cbc'.")
     seed, time_limit_s = seed % _MOST_SEED, max(time_limit_s, 1e-3)
     if name == "highs" or (name == "auto" and highs):
-        kind = _highs_from_initial_values() if warm_start else pulp.HiGHS
-        return kind(msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, random_seed=seed)
+        return _highs(warm_start)(msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, random_seed=seed)
     options = [f"randomSeed {seed}", f"randomCbcSeed {seed}"]
     cbc = pulp.PULP_CBC_CMD(
         msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, warmStart=warm_start, options=options
@@ -70,15 +69,27 @@ def proven_bound(program: pulp.LpProblem) -> float:
     return pulp.value(program.objective) if program.sol_status == pulp.LpSolutionOptimal else -math.inf
 
 
-def _highs_from_initial_values():
-    """pulp hands HiGHS no start: a subclass, made here since highspy may be absent."""
+def _highs(warm_start):
+    """pulp's HiGHS, silent and with a start; made here since highspy may be absent."""
     import highspy
 
-    class HighsFromInitialValues(pulp.HiGHS):
+    class SilentHighs(highspy.Highs):
+        def enableCallbacks(self):
+            self.setOptionValue("output_flag", False)  # before the first callback: that prints who made HiGHS
+            super().enableCallbacks()
+
+    class PulpHighs(pulp.HiGHS):
+        def createAndConfigureSolver(self, lp):
+            lp.solverModel = SilentHighs()
+            options = {"threads": self.threads, "time_limit": float(self.timeLimit), "mip_rel_gap": self.gapRel}
+            for option, value in {"output_flag": False, **options, **self.optionsDict}.items():
+                lp.solverModel.setOptionValue(option, value)
+
         def callSolver(self, lp):
-            start = highspy.HighsSolution()
-            start.col_value = [float(variable.value()) for variable in lp.variables()]
-            lp.solverModel.setSolution(start)
+            if warm_start:
+                start = highspy.HighsSolution()
+                start.col_value = [float(variable.value()) for variable in lp.variables()]
+                lp.solverModel.setSolution(start)
             lp.solverModel.run()
 
-    return HighsFromInitialValues
+    return PulpHighs

@@ -2,10 +2,12 @@
 
 from moeflow.placement.baselines import contiguous, greedy, random_placement
 from moeflow.placement.eplb import eplb
+from moeflow.placement.moetuner import moetuner
 
 SOLVERS = {
     "contiguous": contiguous,
     "random": random_placement,
     "greedy": greedy,
     "eplb": eplb,
+    "moetuner": moetuner,
 }
