@@ -19,7 +19,7 @@ from moeflow.errors import PlacementError
 from moeflow.placement.plan import Plan
 from moeflow.placement.whole_file import write_whole
 
-EXPORTS = ("sglang", "eplb", "npz")
+EXPORTS = {"sglang": (".json",), "eplb": (".json", ".npz"), "npz": (".npz",)}  # kind -> suffixes
 
 
 def export_plan(
@@ -48,12 +48,7 @@ def export_plan(
         PlacementError: an unknown kind, another suffix, a GPU too small for as many slots as the others, or a file
             that cannot be written.
     """
-    if kind not in EXPORTS:
-        raise PlacementError(f"export {kind!r} is unknown. Allowed: {', '.join(EXPORTS)}.")
-    suffix = Path(path).suffix.lower()
-    allowed = {"sglang": (".json",), "eplb": (".json", ".npz"), "npz": (".npz",)}[kind]
-    if suffix not in allowed:
-        raise PlacementError(f"{path} does not suit the export {kind}: its name must end in {' or '.join(allowed)}.")
+    suffix = check_export(kind, path)
     if kind == "npz":
         write_whole(path, _npz(plan_ranks(plan)))
         return {"num_filled": 0}
@@ -74,6 +69,22 @@ def export_plan(
         "num_redundant_experts": physical.shape[1] - plan.num_experts,
         "num_filled": int(physical.size - plan.copies().sum()),
     }
+
+
+def check_export(kind: str, path: str | Path) -> str:
+    """Return the suffix of an export's file.
+
+    Raises:
+        PlacementError: an unknown kind, or a suffix that it does not take.
+    """
+    if kind not in EXPORTS:
+        raise PlacementError(f"export {kind!r} is unknown. Allowed: {', '.join(EXPORTS)}.")
+    suffix = Path(path).suffix.lower()
+    if suffix not in EXPORTS[kind]:
+        raise PlacementError(
+            f"{path} does not suit the export {kind}: its name must end in {' or '.join(EXPORTS[kind])}."
+        )
+    return suffix
 
 
 def physical_to_logical(plan: Plan, load: np.ndarray | None = None, most: np.ndarray | None = None) -> np.ndarray:

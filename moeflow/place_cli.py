@@ -1,0 +1,288 @@
+"""`moeflow place`: which GPU holds which expert, how good that is, and the plan as engines take it."""
+
+import json
+from pathlib import Path
+
+from moeflow.errors import ConfigError, MoeflowError
+
+TOKENS, HIDDEN_SIZE, TOP_K = 4096, 4096, 8  # of a step, where nothing is said
+
+
+def add_place_command(commands) -> None:
+    """Add the command to the parser's commands."""
+    place = commands.add_parser("place", help="plan which GPU holds which expert, with a proven gap")
+    place.add_argument(
+        "workloads",
+        nargs="+",
+        metavar="TRACE_OR_COUNTS",
+        help="trace, gpt-oss folder or count file; of several, the mean step time counts",
+    )
+    place.add_argument("-o", "--out", required=True, metavar="PLAN", help="plan to write, JSON")
+    place.add_argument("--gpus", type=int, metavar="N", help="how many; a topology file says it too")
+    place.add_argument("--replicas", type=int, default=0, metavar="R", help="slots a layer beyond one an expert (0)")
+    place.add_argument(
+        "--topology", default="nvlink", metavar="T", help="nvlink, pcie, two-nodes, or a .json or .toml file (nvlink)"
+    )
+    place.add_argument("--solver", default="auto", metavar="NAME", help="auto runs all and takes the best (auto)")
+    place.add_argument("--time-limit", type=float, default=60, metavar="S", help="seconds for all solvers (60)")
+    place.add_argument("--seed", type=int, default=0, metavar="I", help="seed of the solvers (0)")
+    place.add_argument("--worst-case", action="store_true", help="of several workloads, the slowest counts")
+    place.add_argument(
+        "--validate", nargs="+", action="extend", default=[], metavar="OTHER", help="judge the plan on these too"
+    )
+    place.add_argument("--hold-out", type=int, metavar="N", help="judge on every Nth sequence, plan on the others")
+    step = place.add_argument_group("the step", "what one forward of all GPUs together is")
+    step.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of a step ({TOKENS})")
+    step.add_argument(
+        "--top-k", type=int, metavar="K", help=f"experts a token takes, where counts do not say ({TOP_K})"
+    )
+    step.add_argument(
+        "--hidden-size", type=int, default=HIDDEN_SIZE, metavar="H", help=f"of the model, in bf16 ({HIDDEN_SIZE})"
+    )
+    step.add_argument(
+        "--expert-mb",
+        type=float,
+        metavar="MB",
+        help="megabytes of one expert in bf16; without it memory is not checked",
+    )
+    step.add_argument(
+        "--communication",
+        default="auto",
+        choices=("auto", "path", "dispatch"),
+        help="path: tokens go from expert to expert; dispatch: from their GPU and back; auto: path where known (auto)",
+    )
+    place.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="KIND=FILE",
+        help="sglang=F.json, eplb=F.json or .npz, npz=F.npz",
+    )
+    place.add_argument("--plot", metavar="WHERE", help="a .png or .svg, or a folder for load.png and traffic.png")
+    place.add_argument("--json", action="store_true", help="print one JSON object")
+    place.set_defaults(run=_place)
+
+
+def _place(arguments) -> int:
+    from moeflow.place_table import names_of, print_tables, solver_rows
+    from moeflow.placement.plan_file import solution_facts, write_plan
+
+    exports = _checked_outputs(arguments)
+    solvers = _solvers(arguments.solver)
+    problem, held_out = _problem(arguments)
+    attempts = _solve(problem, solvers, arguments)
+    best = attempts.best
+    rows = solver_rows(problem, attempts, held_out)
+    facts = solution_facts(problem, best, seed=arguments.seed, held_out=held_out)
+    facts |= {"workloads": names_of(problem.workloads), "held_out_workloads": names_of(held_out)}
+    write_plan(arguments.out, best.plan, facts)
+    exported = _export(exports, problem, best.plan)
+    plots = _plot(arguments.plot, problem, attempts)
+    if arguments.json:
+        told = {"plan": arguments.out, "solver": best.solver, "status": best.status, "objective_s": best.objective}
+        told |= {"bound_s": best.bound, "bound_by": best.bound_by, "gap": rows[attempts.solutions.index(best)]["gap"]}
+        told |= {"communication": problem.step.communication, "memory_checked": arguments.expert_mb is not None}
+        told |= {"exports": exported, "plots": plots, "failures": attempts.failures, "solvers": rows}
+        print(json.dumps(told))
+        return 0
+    print(_headline(arguments, problem))
+    print_tables(rows, attempts, problem)
+    for export in exported:
+        redundant = export.get("num_redundant_experts")
+        slots = (
+            "" if redundant is None else f": {export['num_physical_experts']} physical experts, {redundant} redundant"
+        )
+        filled = f", {export['num_filled']} free slots filled with second copies" if export["num_filled"] else ""
+        print(f"wrote {export['file']}{slots}{filled}")
+    for plot in plots:
+        print(f"wrote {plot}")
+    print(f"wrote {arguments.out}: {best.solver}, {_proven(best)}")
+    return 0
+
+
+def _checked_outputs(arguments) -> list[tuple[str, str]]:
+    """Refuse, before the work, what could not be written after it; return the exports as (kind, file)."""
+    from moeflow.placement.exports import check_export
+
+    if not 0 <= arguments.time_limit < float("inf"):
+        raise ConfigError(f"--time-limit {arguments.time_limit:g} is no time. Give seconds, 0 or more.")
+    exports = [tuple(text.partition("=")[::2]) for text in arguments.export]
+    for kind, file in exports:
+        check_export(kind, file)
+    if arguments.plot:
+        _plot_files(arguments.plot)
+    for file in (arguments.out, *(file for _, file in exports)):
+        if not Path(file).absolute().parent.is_dir() or Path(file).is_dir():
+            raise ConfigError(f"{file} cannot be written: give a file in a folder that is there.")
+    return exports
+
+
+def _solvers(name) -> dict:
+    """Return the solvers to run by name: contiguous always, joint last, since it makes most of the time."""
+    from moeflow.placement.solvers import SOLVERS
+
+    if name != "auto" and name not in SOLVERS:
+        raise ConfigError(f"--solver {name} is unknown. Allowed: auto, {', '.join(SOLVERS)}.")
+    names = SOLVERS if name == "auto" else dict.fromkeys(("contiguous", name))
+    return {name: SOLVERS[name] for name in sorted(names, key=lambda name: name == "joint")}
+
+
+def _problem(arguments):
+    """Return the problem, and the workloads that are kept out of it."""
+    from dataclasses import replace
+
+    from moeflow.placement.cost import StepShape
+    from moeflow.placement.problem import Problem
+    from moeflow.placement.topology_file import load_topology
+
+    topology = load_topology(arguments.topology, arguments.gpus)
+    workloads, held_out = _workloads(arguments)
+    known = all(workload.transitions is not None for workload in (*workloads, *held_out))
+    communication = arguments.communication
+    if communication == "auto":
+        communication = "path" if known else "dispatch"
+    for name in ("tokens", "hidden_size", "top_k"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range. Give at least 1.")
+    top_k = _top_k(arguments.top_k, workloads)
+    if arguments.expert_mb is None:
+        topology = topology.without_memory_limits()
+        expert_bytes = 2 * 3 * arguments.hidden_size * arguments.hidden_size // 2
+    elif 0 < arguments.expert_mb < float("inf"):
+        expert_bytes = round(arguments.expert_mb * 1e6)
+    else:
+        raise ConfigError(f"--expert-mb {arguments.expert_mb:g} is no size. Give megabytes above 0.")
+    # In bf16 an expert's products take as many operations a token as it has bytes: two a weight.
+    step = StepShape(
+        float(arguments.tokens * top_k), 2 * arguments.hidden_size, expert_bytes, expert_bytes, communication
+    )
+    problem = Problem(tuple(workloads), topology, step, arguments.replicas, arguments.worst_case)
+    replace(problem, workloads=(*workloads, *held_out))  # held-out workloads must be of the same model
+    return problem, held_out
+
+
+def _workloads(arguments):
+    from moeflow.workloads import read_workload, split_workload
+
+    if arguments.hold_out is None:
+        workloads, held_out = [read_workload(path) for path in arguments.workloads], []
+    else:
+        parts = [split_workload(path, arguments.hold_out) for path in arguments.workloads]
+        workloads, held_out = [seen for seen, _ in parts], [kept for _, kept in parts]
+    return workloads, held_out + [read_workload(path) for path in arguments.validate]
+
+
+def _top_k(given, workloads) -> int:
+    known = {workload.top_k for workload in workloads} - {None}
+    if given is not None and known - {given}:
+        raise ConfigError(f"--top-k {given} contradicts the counts, which say {max(known)}. Leave it out.")
+    return given or max(known, default=TOP_K)
+
+
+def _solve(problem, solvers, arguments):
+    """Solve in a thread of its own: a solver in C would keep Ctrl-C waiting until it is done."""
+    import threading
+
+    from moeflow.placement.all_solvers import solve_all
+    from moeflow.progress import share_progress
+
+    outcome = []
+
+    def solve(progress):
+        try:
+            outcome.append(
+                solve_all(problem, solvers, seed=arguments.seed, time_limit_s=arguments.time_limit, progress=progress)
+            )
+        except BaseException as error:
+            outcome.append(error)
+
+    with share_progress("placing experts") as progress:
+        thread = threading.Thread(target=solve, args=(progress,), daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    attempts = outcome[0]
+    if arguments.solver in attempts.failures:
+        raise MoeflowError(f"{arguments.solver} found no plan: {attempts.failures[arguments.solver]}")
+    return attempts
+
+
+def _export(exports, problem, plan) -> list[dict]:
+    import numpy as np
+
+    from moeflow.placement.exports import export_plan
+
+    load = np.mean([workload.shares() for workload in problem.workloads], axis=0)
+    first_layer = problem.workloads[0].first_layer
+    return [
+        {"kind": kind, "file": file}
+        | export_plan(kind, file, plan, load=load, first_layer=first_layer, most=problem.limits)
+        for kind, file in exports
+    ]
+
+
+def _plot_files(where) -> tuple[Path, ...]:
+    """Return the file of one figure, or of two in a folder."""
+    from moeflow.plots import check_plot_path, require_matplotlib
+
+    path = Path(where)
+    if path.is_dir() or not path.suffix:
+        require_matplotlib()
+        return path / "load.png", path / "traffic.png"
+    check_plot_path(path)
+    return (path,)
+
+
+def _plot(where, problem, attempts) -> list[str]:
+    """Draw load and traffic before, which is contiguous, and after."""
+    from moeflow.place_table import traffic
+
+    if not where:
+        return []
+    from moeflow.placement_plots import load_figure, placement_figure, traffic_figure
+    from moeflow.plots import save_figure
+
+    before = next((s for s in attempts.solutions if s.solver == "contiguous"), attempts.solutions[0])
+    plans = before, attempts.best
+    costs = [problem.costs(solution.plan)[0] for solution in plans]
+    names = tuple(solution.solver for solution in plans)
+    loads = tuple(cost.tokens for cost in costs)
+    sent = tuple(traffic(cost, problem.step.communication) for cost in costs)
+    files = _plot_files(where)
+    try:
+        files[0].parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be made: {error.strerror}. Give a folder of yours.") from error
+    if len(files) == 1:
+        save_figure(placement_figure(loads, sent, names), files[0])
+    else:
+        save_figure(load_figure(*loads, names), files[0])
+        save_figure(traffic_figure(*sent, names), files[1])
+    return [str(file) for file in files]
+
+
+def _headline(arguments, problem) -> str:
+    from moeflow.report import format_bytes
+
+    step = problem.step
+    top_k = round(step.assignments / arguments.tokens)
+    known = any(workload.top_k for workload in problem.workloads) or arguments.top_k
+    size = format_bytes(step.expert_bytes)
+    memory = f"experts of {size}" if arguments.expert_mb else f"memory not checked (--expert-mb; {size} assumed)"
+    return (
+        f"{problem.num_layers} layers x {problem.num_experts} experts on {problem.num_gpus} GPUs "
+        f"({problem.topology.name}), {problem.num_replicas} replicas a layer. A step: {arguments.tokens:,} tokens x "
+        f"{top_k} experts{'' if known else ' (assumed: --top-k)'}, {step.communication}; {memory}."
+    )
+
+
+def _proven(solution) -> str:
+    step = f"a step in {solution.objective * 1000:.4g} ms"
+    if solution.status == "optimal":
+        return f"{step}, proven optimal ({solution.bound_by})"
+    if solution.gap == float("inf"):
+        return f"{step}, nothing proven ({solution.status})"
+    return f"{step}; no plan within these slots is faster than {solution.bound * 1000:.4g} ms ({solution.bound_by})"
