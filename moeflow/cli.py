@@ -11,6 +11,7 @@ from moeflow import __version__
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.loading_cli import add_loading_options, load_model
 from moeflow.parallel_cli import add_parallel_command
+from moeflow.place_cli import add_place_command
 from moeflow.predictor_cli import add_predictor_commands
 from moeflow.quantize_cli import add_quantize_command
 from moeflow.trace_cli import add_trace_commands
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trace_commands(commands)
     add_predictor_commands(commands)
     add_parallel_command(commands)
+    add_place_command(commands)
 
     demo = commands.add_parser("demo-model", help="build the demo model: 480 experts, 1.4 GB, no hub needed")
     demo.add_argument("out", nargs="?", help="folder to write; without it the user's cache directory")
