@@ -23,7 +23,7 @@ from moeflow import hf, load_moe
 from moeflow import parallel as expert_parallel
 from moeflow.placement.plan import Plan
 
-RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def replicated_plan(num_gpus, num_layers=3, num_experts=8):
@@ -244,9 +244,9 @@ def main(folders, out):
         "equal homes": run_equal_homes(mixtral),
         "few": {str(dtype): run_few(mixtral, dtype) for dtype in (torch.float32, torch.bfloat16)},
         "failures": run_failures(mixtral, out),
-        "refusals": run_refusals(mixtral),
-        "leaks": run_leaks(mixtral),
     }
+    if WORLD_SIZE == 2:
+        seen |= {"refusals": run_refusals(mixtral), "leaks": run_leaks(mixtral)}
     torch.save(seen, out / f"rank{RANK}.pt")
     seen = run_death(mixtral)
     torch.save(seen, out / f"death{RANK}.pt")
