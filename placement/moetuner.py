@@ -5,10 +5,10 @@ The first, for each layer, with x[e, g] in {0, 1}:
     minimise the slowest cluster's compute   with   sum_g x[e, g] = replicas of e,   sum_e x[e, g] <= slots[g]
 
 so an expert is in exactly as many clusters as it has replicas, never twice in one, and a cluster never outgrows its
-GPU. Replicas are chosen as EPLB does. It starts from the heaviest-first packing and keeps the best in time. A layer too
-large for one program is improved by small ones: the slowest cluster shares out its experts anew with the fastest few,
-until that no longer helps. The second is `moeflow.placement.cluster_mapping`. The first knows nothing of links: that is
-the scheme, not an omission.
+GPU. Replicas are chosen as EPLB does. A layer starts from the heaviest-first packing; then the slowest and the fastest
+cluster share out their experts anew, a small program, until that no longer helps; then the whole program starts from
+there, unless it is too large to. The second is `moeflow.placement.cluster_mapping`. The first knows nothing of links:
+that is the scheme, not an omission.
 
 Source: MoETuner (arXiv 2502.06643, section 4).
 """
@@ -25,8 +25,7 @@ from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
 
 _GAP = 1e-3  # of a layer's slowest cluster, at which its program may stop
-_MOST_CHOICES = 512  # x of one program
-_FEW_CLUSTERS = 4  # of a small one
+_MOST_CHOICES = 512  # x of a layer's whole program
 _CLUSTERS_SHARE = 0.8  # of the time; the rest is the mapping's
 
 
@@ -65,24 +64,25 @@ def _balance(problem, held, seed, deadline, progress):
 
 def _balance_layer(problem, seconds, clusters, seed, until):
     """seconds [W, E, G]; improves clusters [E, G] in place; returns whether it ended before `until`."""
-    if clusters.size <= _MOST_CHOICES:
-        return _solve(problem, seconds, clusters, np.arange(problem.num_gpus), seed, until)
     while True:
         busy = (seconds * clusters).sum(axis=1)  # [W, G]
         slowest, before = _slowest(problem, busy), clusters.copy()
-        if slowest <= _slowest(problem, busy.mean(axis=1, keepdims=True)) * (1 + _GAP):
+        if slowest <= _slowest(problem, busy.mean(axis=1, keepdims=True)) * (1 + _GAP) and problem.topology.uniform:
             return True
         if time.perf_counter() > until:
             return False
         order = np.argsort((busy / busy.max(axis=1, keepdims=True)).max(axis=0), kind="stable")
-        gpus = np.sort([order[-1], *order[: _FEW_CLUSTERS - 1]])
-        ended = _solve(problem, seconds, clusters, gpus, seed, until)
+        pair = np.sort(order[[0, -1]])
+        ended = _solve(problem, seconds, clusters, pair, seed, until)
         after = (seconds * clusters).sum(axis=1)
-        if _slowest(problem, after) > slowest:
-            clusters[:] = before  # for one workload better, for another worse
-            return ended
-        if _slowest(problem, after[:, gpus]) > _slowest(problem, busy[:, gpus]) * (1 - _GAP / 10):
-            return ended
+        if _slowest(problem, after) > slowest:  # for one workload better, for another worse
+            clusters[:] = before
+            break
+        if _slowest(problem, after[:, pair]) > _slowest(problem, busy[:, pair]) * (1 - _GAP / 10):
+            break
+    if clusters.size > _MOST_CHOICES:
+        return ended
+    return _solve(problem, seconds, clusters, np.arange(problem.num_gpus), seed, until)
 
 
 def _slowest(problem, busy):
