@@ -38,7 +38,7 @@ RANKS = [
         "parallel_group",
         "parallel_routes",
     },
-    {"parallel_traffic", "metrics", "forecast", "switch", "native", "pieces"},
+    {"parallel_traffic", "metrics", "forecast", "switch", "native", "pieces", "placement_plots"},
     {"native_values", "calibration_text"},
     {"cache", "routing", "store", "pool", "streams", "packed", "hf", "dispatch", "dense", "native_records"},
     {
