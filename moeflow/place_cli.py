@@ -183,28 +183,23 @@ def _top_k(given, workloads) -> int:
 def _solve(problem, solvers, arguments):
     """Solve in a thread of its own: a solver in C would keep Ctrl-C waiting until it is done."""
     import threading
+    from concurrent.futures import Future
 
     from moeflow.placement.all_solvers import solve_all
     from moeflow.progress import share_progress
 
-    outcome = []
+    future = Future()
+    options = {"seed": arguments.seed, "time_limit_s": arguments.time_limit}
 
     def solve(progress):
         try:
-            outcome.append(
-                solve_all(problem, solvers, seed=arguments.seed, time_limit_s=arguments.time_limit, progress=progress)
-            )
-        except BaseException as error:
-            outcome.append(error)
+            future.set_result(solve_all(problem, solvers, progress=progress, **options))
+        except BaseException as error:  # handed to the thread that waits, whatever it is
+            future.set_exception(error)
 
     with share_progress("placing experts") as progress:
-        thread = threading.Thread(target=solve, args=(progress,), daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    attempts = outcome[0]
+        threading.Thread(target=solve, args=(progress,), daemon=True).start()
+        attempts = future.result()
     if arguments.solver in attempts.failures:
         raise MoeflowError(f"{arguments.solver} found no plan: {attempts.failures[arguments.solver]}")
     return attempts

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from moeflow.placement.plan_file import read_plan, read_plan_facts
 from moeflow.placement.problem import Problem
 from moeflow.placement.solvers import SOLVERS
 from moeflow.placement.topology import preset
+from moeflow.placement.topology_file import read_topology
 from moeflow.placement.workload import Workload
 from moeflow.routing import TraceFormat, TraceWriter
 from moeflow.workloads import read_workload, split_workload
@@ -290,6 +292,18 @@ def test_interrupted_it_exits_with_130_and_writes_nothing(tmp_path):
     _, error = run.communicate(timeout=60)
     assert (run.returncode, error.strip().splitlines()[-1]) == (130, "moeflow: interrupted")
     assert [file.name for file in tmp_path.iterdir()] == ["c.npz"]
+
+
+def test_the_documentation_names_the_options_there_are_and_its_examples_hold(tmp_path, capsys):
+    text = (ROOT / "docs" / "placement.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["place", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    others = {"--init-expert-location", "--ep-num-redundant-experts", "--plan"}  # of SGLang and moeflow parallel
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known | others
+    assert known - {"--help", "--out", "--seed", "--json"} <= set(re.findall(r"--[a-z][a-z-]+", text))
+    (tmp_path / "t.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
+    assert read_topology(tmp_path / "t.toml").num_gpus == 3
 
 
 def test_the_script_is_the_same_command(tmp_path):
