@@ -265,10 +265,11 @@ def _headline(arguments, problem) -> str:
     step = problem.step
     top_k = round(step.assignments / arguments.tokens)
     known = any(workload.top_k for workload in problem.workloads) or arguments.top_k
+    gpus = f"{problem.num_gpus} GPU{'s' if problem.num_gpus > 1 else ''}"
     size = format_bytes(step.expert_bytes)
     memory = f"experts of {size}" if arguments.expert_mb else f"memory not checked (--expert-mb; {size} assumed)"
     return (
-        f"{problem.num_layers} layers x {problem.num_experts} experts on {problem.num_gpus} GPUs "
+        f"{problem.num_layers} layers x {problem.num_experts} experts on {gpus} "
         f"({problem.topology.name}), {problem.num_replicas} replicas a layer. A step: {arguments.tokens:,} tokens x "
         f"{top_k} experts{'' if known else ' (assumed: --top-k)'}, {step.communication}; {memory}."
     )

@@ -97,7 +97,7 @@ def _table(title, lines, best, communication, *, proven, narrow):
     table.add_column("solver", no_wrap=True)
     for name in (
         "imbalance",
-        "activated",
+        "active",
         "crossing",
         "bytes",
         "step ms",

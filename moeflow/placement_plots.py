@@ -161,7 +161,7 @@ def _unit_of(num_bytes) -> tuple[float, str]:
 
 def _plain(axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)
