@@ -29,10 +29,11 @@ class RankGroup:
                 "expert parallelism runs over torch.distributed, which was not started. Start the ranks with torchrun "
                 'and call torch.distributed.init_process_group("gloo") ("nccl" on GPUs) first.'
             )
-        backend, wanted = dist.get_backend(group), "gloo" if device.type == "cpu" else "nccl"
-        if backend != wanted:
+        backends, wanted = dist.get_backend_config(group), "cpu:gloo" if device.type == "cpu" else "cuda:nccl"
+        if wanted not in backends.split(","):
             raise ConfigError(
-                f"the process group's backend is {backend!r}, and the model runs on {device}. Use {wanted!r} there."
+                f"the process group's backends are {backends}, and the model on {device} needs {wanted}. Name it to "
+                "torch.distributed.init_process_group."
             )
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
