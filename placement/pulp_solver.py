@@ -58,7 +58,7 @@ def found_solution(program: pulp.LpProblem) -> bool:
 def proven_bound(program: pulp.LpProblem) -> float:
     """Return what no solution of a minimised program is below, as its solver proved it; -inf where it says nothing.
 
-    CBC tells pulp no bound, so of CBC only an optimum counts, and that up to the gap it was asked for.
+    CBC tells pulp no bound: where it reached the gap it was asked for, that gap below what it found is one.
     """
     model = getattr(program, "solverModel", None)
     if model is not None:
@@ -66,7 +66,10 @@ def proven_bound(program: pulp.LpProblem) -> float:
         constant = program.objective.constant  # pulp keeps it from HiGHS
         bound = info.mip_dual_bound if program.isMIP() else info.objective_function_value
         return bound + constant if math.isfinite(bound) and found_solution(program) else -math.inf
-    return pulp.value(program.objective) if program.sol_status == pulp.LpSolutionOptimal else -math.inf
+    if program.sol_status != pulp.LpSolutionOptimal:
+        return -math.inf
+    found = pulp.value(program.objective)
+    return found - (program.solver.optionsDict.get("gapRel") or 0.0) * abs(found)
 
 
 def _highs(warm_start):
