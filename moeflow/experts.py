@@ -75,7 +75,7 @@ class OffloadedExperts:
                 f"{self.runtime.device}. Do not move a "
                 "model that load_moe returned: give load_moe the device instead."
             )
-        if top_k_index.shape[0] == 0 and self.spread is None:
+        if top_k_index.shape[0] == 0:
             return torch.zeros_like(hidden_states)
         if self.pruning is not None:
             top_k_index, top_k_weights = self.pruning.apply(

@@ -136,6 +136,23 @@ def run_few(folder, dtype):
 
 
 @torch.no_grad()
+def own_passes(model, rank):
+    """What a rank runs so that ranks are in different layers: rank 0 the last layer alone, others the whole model."""
+    if rank:
+        return [model(prompt).logits for prompt in prompts_of(1, 2)]
+    experts = hf.experts_modules(model)[-1][1]
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(5, 64, generator=generator)
+    top_k_index, weights = torch.randint(0, 8, (5, 2), generator=generator), torch.rand(5, 2, generator=generator)
+    return [experts(hidden_states[:n], top_k_index[:n], weights[:n]) for n in (5, 1, 0, 4)]
+
+
+def run_apart(folder):
+    with (model := load(folder)).moeflow, expert_parallel.apply(model).session():
+        return own_passes(model, RANK)
+
+
+@torch.no_grad()
 def run_failures(folder, out):
     """What every rank raises when one fails, in layers and in reads, and whether all can go on afterwards."""
     folder = shutil.copytree(folder, out / f"own{RANK}")
@@ -236,13 +253,14 @@ def run_death(folder):
 def main(folders, out):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{out}/store", rank=RANK, world_size=WORLD_SIZE, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{out}/store", rank=RANK, world_size=WORLD_SIZE, timeout=timedelta(seconds=180)
     )
     mixtral = folders["mixtral"]
     seen = {
         "families": {name: run_family(folder) for name, folder in folders.items()},
         "equal homes": run_equal_homes(mixtral),
         "few": {str(dtype): run_few(mixtral, dtype) for dtype in (torch.float32, torch.bfloat16)},
+        "apart": run_apart(mixtral),
         "failures": run_failures(mixtral, out),
     }
     if WORLD_SIZE == 2:

@@ -27,7 +27,7 @@ from moeflow.placement.plan import Plan, replica_of
 from moeflow.placement.plan_file import write_plan
 from moeflow.placement.topology import preset
 from moeflow.placement.workload import Workload
-from parallel_ranks import answers, few_of, load, num_new_tokens_of, prompts_of, replicated_plan
+from parallel_ranks import answers, few_of, load, num_new_tokens_of, own_passes, prompts_of, replicated_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = ("contiguous", "replicated")
@@ -143,6 +143,15 @@ def test_few_rows_an_expert_give_the_same_bits(launch, folders, num_ranks, dtype
     with (model := load(folders["mixtral"], dtype=dtype)).moeflow, torch.no_grad():
         for rank in range(num_ranks):
             assert torch.equal(seen[rank]["few"][str(dtype)], model(few_of(rank)).logits)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_need_not_be_in_the_same_layer(launch, folders, num_ranks):
+    seen, _ = launch(num_ranks)
+    with (model := load(folders["mixtral"])).moeflow:
+        for rank in range(num_ranks):
+            for given, expected in zip(seen[rank]["apart"], own_passes(model, rank), strict=True):
+                torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_ranks", "family"), CASES)
