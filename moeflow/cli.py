@@ -14,6 +14,7 @@ from moeflow.parallel_cli import add_parallel_command
 from moeflow.place_cli import add_place_command
 from moeflow.predictor_cli import add_predictor_commands
 from moeflow.quantize_cli import add_quantize_command
+from moeflow.tiers_cli import add_tiers_command
 from moeflow.trace_cli import add_trace_commands
 
 
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add_predictor_commands(commands)
     add_parallel_command(commands)
     add_place_command(commands)
+    add_tiers_command(commands)
 
     demo = commands.add_parser("demo-model", help="build the demo model: 480 experts, 1.4 GB, no hub needed")
     demo.add_argument("out", nargs="?", help="folder to write; without it the user's cache directory")

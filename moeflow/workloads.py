@@ -27,10 +27,27 @@ def read_workload(path: str | Path) -> Workload:
         PlacementError: the file is missing or its counts are no workload's.
         TraceError: the trace is empty, damaged or no trace.
     """
-    if Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir():
+    if is_count_file(path):
         return read_counts(path)
     with opened_routes(path) as trace:
-        return _counted(trace, Path(path).stem, _kept(trace))
+        return counted(trace, Path(path).stem, kept_sequences(trace))
+
+
+def held_out_sequences(trace: RoutingTrace, every: int) -> np.ndarray:
+    """Return the numbers of every n-th sequence that is no duplicate.
+
+    Raises:
+        PlacementError: n below 2, or too few sequences.
+    """
+    if every < 2:
+        raise PlacementError(f"every {every}th sequence cannot be held out. Give 2 or more.")
+    numbers = kept_sequences(trace)
+    if len(numbers) < every:
+        raise PlacementError(
+            f"{trace.name} has {len(numbers)} sequences that are no duplicates, and every {every}th is to be held out. "
+            "Hold out more often, or give a longer trace."
+        )
+    return numbers[every - 1 :: every]
 
 
 def split_workload(path: str | Path, every: int) -> tuple[Workload, Workload]:
@@ -47,21 +64,18 @@ def split_workload(path: str | Path, every: int) -> tuple[Workload, Workload]:
         PlacementError: a count file, n below 2, or too few sequences.
         TraceError: the trace is empty, damaged or no trace.
     """
-    if every < 2:
-        raise PlacementError(f"every {every}th sequence cannot be held out. Give 2 or more.")
-    if Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir():
+    if is_count_file(path):
         raise PlacementError(f"{path} holds counts, which cannot be split. Give a trace, or a second file to judge on.")
     with opened_routes(path) as trace:
-        numbers = _kept(trace)
-        if len(numbers) < every:
-            raise PlacementError(
-                f"{path} has {len(numbers)} sequences that are no duplicates, and every {every}th is to be held out. "
-                "Hold out more often, or give a longer trace."
-            )
-        held_out = numbers[every - 1 :: every]
+        held_out = held_out_sequences(trace, every)
         name = Path(path).stem
-        seen = _counted(trace, name, np.setdiff1d(numbers, held_out))
-        return seen, _counted(trace, f"{name}, held out", held_out)
+        seen = counted(trace, name, np.setdiff1d(kept_sequences(trace), held_out))
+        return seen, counted(trace, f"{name}, held out", held_out)
+
+
+def is_count_file(path: str | Path) -> bool:
+    """Return whether a path is read as a count file, by its name."""
+    return Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir()
 
 
 @contextmanager
@@ -86,8 +100,12 @@ def opened_routes(path: str | Path) -> Iterator[RoutingTrace]:
         yield open_trace(path)
 
 
-def _kept(trace) -> np.ndarray:
-    """The numbers of the sequences that are not marked as duplicates."""
+def kept_sequences(trace: RoutingTrace) -> np.ndarray:
+    """Return the numbers of the sequences that are not marked as duplicates, ascending.
+
+    Raises:
+        PlacementError: there are none.
+    """
     facts, numbers = trace.sequence_facts, trace.sequence_numbers
     kept = [number for number in numbers if not (number < len(facts) and facts[number].get("duplicate"))]
     if not kept:
@@ -97,10 +115,15 @@ def _kept(trace) -> np.ndarray:
     return np.array(kept)
 
 
-def _counted(trace, name, numbers) -> Workload:
+def counted(trace: RoutingTrace, name: str, sequence_numbers: np.ndarray) -> Workload:
+    """Count the routes of some sequences, prefill and decode alike.
+
+    Raises:
+        PlacementError: layers have unequal numbers of experts.
+    """
     if len(set(trace.experts_per_layer)) != 1:
         raise PlacementError(
             f"{trace.name}: layers have {min(trace.experts_per_layer)} to {trace.num_experts} experts. Only models "
             "whose layers have equally many can be placed."
         )
-    return Workload.of_routes(name, trace.select(numbers).experts, trace.num_experts)
+    return Workload.of_routes(name, trace.select(sequence_numbers).experts, trace.num_experts)

@@ -296,12 +296,15 @@ def test_interrupted_it_exits_with_130_and_writes_nothing(tmp_path):
 
 def test_the_documentation_names_the_options_there_are_and_its_examples_hold(tmp_path, capsys):
     text = (ROOT / "docs" / "placement.md").read_text()
-    with pytest.raises(SystemExit):
-        main(["place", "--help"])
-    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    others = {"--init-expert-location", "--ep-num-redundant-experts", "--plan"}  # of SGLang and moeflow parallel
+    options = {}
+    for command in ("place", "tiers", "parallel"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        options[command] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    known = options["place"] | options["tiers"] | options["parallel"]
+    others = {"--init-expert-location", "--ep-num-redundant-experts"}  # of SGLang
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known | others
-    assert known - {"--help", "--out", "--seed", "--json"} <= set(re.findall(r"--[a-z][a-z-]+", text))
+    assert options["place"] - {"--help", "--out", "--seed", "--json"} <= set(re.findall(r"--[a-z][a-z-]+", text))
     (tmp_path / "t.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
     assert read_topology(tmp_path / "t.toml").num_gpus == 3
 
