@@ -2,6 +2,7 @@
 
 from moeflow.placement.baselines import contiguous, greedy, random_placement
 from moeflow.placement.eplb import eplb
+from moeflow.placement.joint import joint
 from moeflow.placement.moetuner import moetuner
 
 SOLVERS = {
@@ -10,4 +11,5 @@ SOLVERS = {
     "greedy": greedy,
     "eplb": eplb,
     "moetuner": moetuner,
+    "joint": joint,
 }

@@ -1,0 +1,213 @@
+"""Simulated annealing of a placement: load and communication in one objective that changes by small sums.
+
+The objective is `Problem.objective`, with one difference: of a layer's transfers the mean over all pairs of GPUs counts
+instead of the slowest pair's. The mean is never above the slowest, so bounds hold for both; and it changes by sums,
+where a maximum would be counted anew. A search ends in `Problem.objective` itself, which judges what it found.
+
+Knows problems and plans. The inner loop is `_anneal.c`, or `anneal_loop.py` where that was not built.
+"""
+
+import ctypes
+import functools
+import logging
+from ctypes import POINTER, byref, c_double, c_int64, c_uint8, c_uint64
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+
+from moeflow.placement import anneal_loop
+from moeflow.placement.plan import Plan
+from moeflow.placement.problem import Problem
+
+_log = logging.getLogger(__name__)
+_MAX_GPUS = 1024  # of the C loop's arrays on the stack
+_TABLES = {
+    "slots": c_int64, "tokens": c_double, "active": c_double, "arithmetic_s": c_double, "reading_s": c_double,
+    "link_s": c_double, "weights": c_double, "traffic": c_double, "traffic_back": c_double, "distance": c_double,
+}  # fmt: skip
+_ARRAYS = {
+    "copy_expert": c_int64, "copy_gpu": c_int64, "holds": c_uint8, "num_copies": c_int64, "used": c_int64,
+    "busy_s": c_double, "pull_s": c_double,
+}  # fmt: skip
+_SIZES = ("layers", "experts", "gpus", "workloads", "copies", "most_copies", "free_slots", "may_replicate")
+
+
+class _CTables(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in _SIZES] + [(name, POINTER(kind)) for name, kind in _TABLES.items()]
+
+
+class _CState(ctypes.Structure):
+    _fields_ = [*((name, POINTER(kind)) for name, kind in _ARRAYS.items()), ("random", c_uint64)]
+
+
+class Tables:
+    """A problem as the loop reads it: W workloads, L layers, E experts, G GPUs.
+
+    Args:
+        problem: what to solve.
+        weights: [W], what each workload counts, sum 1; all alike where None.
+        balance: multiplies compute; 0 looks at traffic alone.
+        may_replicate: whether replicas may go to other experts; else only where copies are changes.
+
+    Attributes:
+        slots: [G]. num_copies, free_slots: of a layer.
+        tokens: [W, L, E] expected assignments a step. active: [W, L, E, R], experts expected active on 1 to R copies.
+        arithmetic_s, reading_s, link_s: [G], seconds a token, an active expert, and a token's transfers take.
+        weights: [W].
+        traffic: [L - 1, E, E], seconds of a transition that crosses a link of distance 1; None by dispatch.
+        traffic_back: the same, each layer transposed.
+        distance: [G, G], seconds a byte less the fastest link's unit; diagonal 0.
+    """
+
+    def __init__(self, problem: Problem, weights: np.ndarray | None = None, balance=1.0, may_replicate=True):
+        step, gpus, num_gpus = problem.step, problem.topology.gpus, problem.num_gpus
+        count = len(problem.workloads)
+        self.problem = problem
+        self.weights = np.full(count, 1 / count) if weights is None else np.ascontiguousarray(weights, np.float64)
+        self.slots = problem.slots.astype(np.int64)
+        self.num_copies = problem.num_experts + problem.num_replicas
+        self.free_slots = int(self.slots.sum()) - self.num_copies
+        self.may_replicate = int(may_replicate and problem.num_replicas > 0)
+        self.tokens = np.stack([workload.shares() * step.assignments for workload in problem.workloads])
+        most = min(num_gpus, problem.num_replicas + 1)
+        self.active = -np.expm1(-self.tokens[..., None] / np.arange(1, most + 1))
+        self.arithmetic_s = np.array([balance * step.expert_flops / gpu.flops_per_s for gpu in gpus])
+        self.reading_s = np.array([balance * step.expert_bytes / gpu.memory_bytes_per_s for gpu in gpus])
+        self.link_s = np.zeros(num_gpus)
+        self.traffic = self.traffic_back = None
+        per_byte = 1 / problem.topology.bandwidth_bytes_per_s  # the diagonal is 0
+        if step.communication == "dispatch":
+            each = per_byte.max(axis=0) + per_byte.max(axis=1)
+            self.link_s = balance * each * step.token_bytes / num_gpus
+            self.distance = per_byte
+        else:
+            unit = float(per_byte.max()) or 1.0
+            self.distance = np.ascontiguousarray(per_byte / unit)
+            pairs = max(num_gpus * (num_gpus - 1), 1)
+            transitions = [
+                weight * workload.transitions / np.maximum(workload.transitions.sum(axis=(1, 2), keepdims=True), 1e-300)
+                for weight, workload in zip(self.weights, problem.workloads, strict=True)
+            ]
+            self.traffic = np.ascontiguousarray(sum(transitions) * step.assignments * step.token_bytes * unit / pairs)
+            self.traffic_back = np.ascontiguousarray(self.traffic.transpose(0, 2, 1))
+
+    def copy_seconds(self, workload: int, layer: int, expert: int, copies: int, gpu: int) -> float:
+        """Return the seconds that one of an expert's copies takes on a GPU."""
+        tokens = float(self.tokens[workload, layer, expert]) / copies
+        arithmetic = tokens * float(self.arithmetic_s[gpu])
+        reading = float(self.active[workload, layer, expert, copies - 1]) * float(self.reading_s[gpu])
+        return max(arithmetic, reading) + tokens * float(self.link_s[gpu])
+
+    def seconds(self, num_copies: np.ndarray) -> np.ndarray:
+        """Return [W, L, E, G], the seconds of a copy on each GPU, where experts have [L, E] copies."""
+        tokens = self.tokens / num_copies
+        active = np.take_along_axis(self.active, (num_copies - 1)[None, :, :, None], axis=3)
+        tokens = tokens[..., None]
+        return np.maximum(tokens * self.arithmetic_s, active * self.reading_s) + tokens * self.link_s
+
+
+class Annealing:
+    """A placement under change.
+
+    Args:
+        tables: the problem.
+        plan: where to begin; as many copies a layer as the problem has slots to fill.
+        seed: of the random numbers.
+
+    Attributes:
+        copy_expert, copy_gpu: [L, C], every copy. holds: [L, E, G]. num_copies: [L, E]. used: [L, G] slots.
+        busy_s: [W, L, G], each GPU's seconds.
+        pull_s: [L, E, G], seconds of traffic if all of an expert were on a GPU.
+    """
+
+    def __init__(self, tables: Tables, plan: Plan, seed: int = 0):
+        self.tables = tables
+        mask = plan.mask()
+        layers, experts, gpus = np.nonzero(mask)
+        assert len(layers) == plan.num_layers * tables.num_copies, "a plan with another number of copies"
+        self.copy_expert = np.ascontiguousarray(experts.reshape(plan.num_layers, -1), np.int64)
+        self.copy_gpu = np.ascontiguousarray(gpus.reshape(plan.num_layers, -1), np.int64)
+        self.holds = np.ascontiguousarray(mask, np.uint8)
+        self.num_copies = np.ascontiguousarray(mask.sum(axis=2), np.int64)
+        self.used = np.ascontiguousarray(mask.sum(axis=1), np.int64)
+        self.random = seed
+        self.busy_s, self.pull_s = self._busy(), self._pull()
+
+    def run(self, num_proposals: int, temperature: float) -> int:
+        """Try changes at one temperature (seconds); return how many were kept."""
+        loop = _c_loop()
+        if loop is None or self.tables.problem.num_gpus > _MAX_GPUS:
+            return anneal_loop.anneal(self.tables, self, num_proposals, temperature)
+        tables, state = _c_tables(self.tables, self.copy_expert.shape[1]), _c_state(self)
+        kept = loop(byref(tables), byref(state), num_proposals, temperature)
+        self.random = state.random
+        return kept
+
+    def objective(self) -> float:
+        """Return the seconds that annealing lowers."""
+        busy = float(self.tables.weights @ self._busy().max(axis=2).sum(axis=1))
+        if self.tables.traffic is None:
+            return busy
+        shares = self.holds / self.num_copies[:, :, None]
+        return busy + 0.5 * float((self._pull() * shares).sum())  # each pair of layers counts on both sides
+
+    def plan(self) -> Plan:
+        """Return the placement as it is now."""
+        return Plan.of_mask(self.holds.astype(bool))
+
+    def check_integrity(self) -> None:
+        """Assert that what is kept by small changes equals what the placement says."""
+        assert (self.holds.sum(axis=2) == self.num_copies).all(), "copies"
+        assert (self.holds.sum(axis=1) == self.used).all(), "used slots"
+        assert (self.used <= self.tables.slots).all(), "slots"
+        layer = np.arange(len(self.holds))[:, None]
+        assert self.holds[layer, self.copy_expert, self.copy_gpu].all(), "the list of copies"
+        assert np.allclose(self.busy_s, self._busy(), rtol=1e-9, atol=1e-15), "busy seconds"
+        assert np.allclose(self.pull_s, self._pull(), rtol=1e-9, atol=1e-15), "traffic"
+
+    def _busy(self) -> np.ndarray:
+        seconds = self.tables.seconds(self.num_copies)
+        return np.ascontiguousarray(np.where(self.holds, seconds, 0.0).sum(axis=2))
+
+    def _pull(self) -> np.ndarray:
+        pull = np.zeros(self.holds.shape)
+        if self.tables.traffic is not None:
+            shares, distance = self.holds / self.num_copies[:, :, None], self.tables.distance
+            for layer, traffic in enumerate(self.tables.traffic):
+                pull[layer] += traffic @ (shares[layer + 1] @ distance.T)
+                pull[layer + 1] += traffic.T @ (shares[layer] @ distance)
+        return pull
+
+
+def _c_tables(tables, num_copies) -> _CTables:
+    out = _CTables(
+        *tables.tokens.shape[1:], len(tables.slots), len(tables.weights), num_copies, tables.active.shape[3],
+        tables.free_slots, tables.may_replicate,
+    )  # fmt: skip
+    for name, kind in _TABLES.items():
+        if (array := getattr(tables, name)) is not None:
+            setattr(out, name, array.ctypes.data_as(POINTER(kind)))
+    return out
+
+
+def _c_state(state) -> _CState:
+    pointers = [getattr(state, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
+    return _CState(*pointers, state.random)
+
+
+@functools.cache
+def _c_loop():
+    folder = Path(__file__).parent
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_anneal{suffix}").is_file()]
+    try:
+        function = ctypes.CDLL(str(built[0])).moeflow_anneal
+    except (IndexError, OSError, AttributeError):
+        _log.warning(
+            "moeflow's compiled annealing was not built: placement searches a hundred times slower. Install moeflow "
+            "again where there is a C compiler."
+        )
+        return None
+    function.argtypes = [POINTER(_CTables), POINTER(_CState), c_int64, c_double]
+    function.restype = c_int64
+    return function

@@ -1,0 +1,175 @@
+"""The annealing's inner loop in plain Python: what each change of a placement means, the oracle of `_anneal.c`, and
+what runs where no compiler was there when moeflow was installed, a hundred times slower.
+
+Knows the arrays of an `Annealing`. Knows nothing of problems, temperatures or plans.
+"""
+
+import math
+from typing import NamedTuple
+
+_MASK = 2**64 - 1
+
+
+class Change(NamedTuple):
+    """A copy of an expert leaves one GPU or joins another, or both: -1 means none."""
+
+    expert: int
+    leaves: int
+    joins: int
+
+
+def anneal(problem, state, num_proposals: int, temperature: float) -> int:
+    """Try changes at one temperature; return how many were kept.
+
+    A change is one of three: two copies change places; a copy moves into a free slot; where replicas may change,
+    another expert takes the place of a copy that is not its expert's last. It is kept if it costs less, and else by
+    chance exp(-cost / temperature).
+
+    Args:
+        problem: `anneal.Tables`.
+        state: `anneal.Annealing`'s arrays, changed in place.
+        num_proposals: how many changes to try.
+        temperature: seconds.
+    """
+    kept = 0
+    for _ in range(num_proposals):
+        proposal = _propose(problem, state)
+        if proposal is None:
+            continue
+        layer, first, second, i, j = proposal
+        changes = [first] if second is None else [first, second]
+        delta, after = 0.0, []
+        for w, weight in enumerate(problem.weights.tolist()):
+            now = state.busy_s[w, layer].tolist()
+            busy = list(now)
+            for change in changes:
+                _add_seconds(problem, state, w, layer, change, busy)
+            after.append(busy)
+            delta += weight * (max(busy) - max(now))
+        if problem.traffic is not None:
+            for change in changes:
+                delta += _traffic_change(problem, state, layer, change)
+        if delta > 0 and not delta < -temperature * math.log(_unit(state)):
+            continue
+        kept += 1
+        for w, busy in enumerate(after):
+            state.busy_s[w, layer] = busy
+        if problem.traffic is not None:
+            for change in changes:
+                _spread_traffic(problem, state, layer, change)
+        for change in changes:
+            _move_copy(state, layer, change)
+        if j is not None:
+            state.copy_gpu[layer, i], state.copy_gpu[layer, j] = first.joins, first.leaves
+        elif second is not None:
+            state.copy_expert[layer, i] = second.expert
+        else:
+            state.copy_gpu[layer, i] = first.joins
+            state.used[layer, first.leaves] -= 1
+            state.used[layer, first.joins] += 1
+    return kept
+
+
+def _propose(problem, state):
+    """Draw a change: (layer, first, second or None, place of the copy, place of the other copy or None), or None."""
+    num_layers, num_copies = state.copy_expert.shape
+    _, num_experts, num_gpus = state.holds.shape
+    layer, kind, i = _below(state, num_layers), _below(state, 4), _below(state, num_copies)
+    expert, gpu = int(state.copy_expert[layer, i]), int(state.copy_gpu[layer, i])
+    holds = state.holds[layer]
+    if kind == 0 and problem.may_replicate:
+        other = _below(state, num_experts)
+        if state.num_copies[layer, expert] < 2 or holds[other, gpu]:
+            return None
+        return layer, Change(expert, gpu, -1), Change(other, -1, gpu), i, None
+    if kind == 1 and problem.free_slots > 0:
+        joins = _below(state, num_gpus)
+        if state.used[layer, joins] >= problem.slots[joins] or holds[expert, joins]:
+            return None
+        return layer, Change(expert, gpu, joins), None, i, None
+    j = _below(state, num_copies)
+    other, joins = int(state.copy_expert[layer, j]), int(state.copy_gpu[layer, j])
+    if holds[expert, joins] or holds[other, gpu]:
+        return None
+    return layer, Change(expert, gpu, joins), Change(other, joins, gpu), i, j
+
+
+def _next_random(state) -> int:
+    """splitmix64."""
+    state.random = (state.random + 0x9E3779B97F4A7C15) & _MASK
+    z = state.random
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _below(state, limit) -> int:
+    return ((_next_random(state) >> 32) * limit) >> 32
+
+
+def _unit(state) -> float:
+    return (float(_next_random(state) >> 11) + 0.5) * 2.0**-53
+
+
+def _copies_after(state, layer, change) -> tuple[int, int]:
+    before = int(state.num_copies[layer, change.expert])
+    return before, before - (change.leaves >= 0) + (change.joins >= 0)
+
+
+def _add_seconds(problem, state, workload, layer, change, busy) -> None:
+    """Change each GPU's seconds as the change will."""
+    expert, (before, after) = change.expert, _copies_after(state, layer, change)
+    if before == after:
+        busy[change.leaves] -= problem.copy_seconds(workload, layer, expert, before, change.leaves)
+        busy[change.joins] += problem.copy_seconds(workload, layer, expert, after, change.joins)
+        return
+    for gpu, held in enumerate(state.holds[layer, expert].tolist()):
+        if held:
+            busy[gpu] -= problem.copy_seconds(workload, layer, expert, before, gpu)
+        if (held and gpu != change.leaves) or gpu == change.joins:
+            busy[gpu] += problem.copy_seconds(workload, layer, expert, after, gpu)
+
+
+def _share_change(state, layer, change) -> list[float]:
+    """[G], how the shares of an expert's tokens change."""
+    before, after = _copies_after(state, layer, change)
+    out = []
+    for gpu, held in enumerate(state.holds[layer, change.expert].tolist()):
+        was = 1.0 / before if held else 0.0
+        now = 1.0 / after if (held and gpu != change.leaves) or gpu == change.joins else 0.0
+        out.append(now - was)
+    return out
+
+
+def _traffic_change(problem, state, layer, change) -> float:
+    pull = state.pull_s[layer, change.expert].tolist()
+    if change.leaves >= 0 and change.joins >= 0:
+        return (pull[change.joins] - pull[change.leaves]) / int(state.num_copies[layer, change.expert])
+    total = 0.0
+    for share, seconds in zip(_share_change(state, layer, change), pull, strict=True):
+        total += share * seconds
+    return total
+
+
+def _spread_traffic(problem, state, layer, change) -> None:
+    """Tell the layers on both sides what their experts' traffic with this one now costs on each GPU."""
+    shares, num_layers = _share_change(state, layer, change), len(state.num_copies)
+    for other in (layer + 1, layer - 1):
+        if not 0 <= other < num_layers:
+            continue
+        after = other > layer
+        reach = [0.0] * len(shares)
+        for gpu in range(len(shares)):
+            for source, share in enumerate(shares):
+                if share != 0:
+                    reach[gpu] += share * float(problem.distance[(source, gpu) if after else (gpu, source)])
+        row = problem.traffic[layer, change.expert] if after else problem.traffic_back[other, change.expert]
+        state.pull_s[other] += row[:, None] * reach
+
+
+def _move_copy(state, layer, change) -> None:
+    if change.leaves >= 0:
+        state.holds[layer, change.expert, change.leaves] = 0
+    if change.joins >= 0:
+        state.holds[layer, change.expert, change.joins] = 1
+    state.num_copies[layer, change.expert] += (change.joins >= 0) - (change.leaves >= 0)

@@ -1,0 +1,123 @@
+"""Load and communication in one objective, with a proven gap: exact where small, else annealing and a relaxation.
+
+What it does by the problem:
+
+- small: an integer program of the whole (`exact.py`), whose optimum is proven.
+- nothing but load (dispatch): a descent from the best of LPT and EPLB, replicas as they are. It stops at half a percent
+  above the bound: the mix of heavy and light experts that heaviest-first packing leaves on each GPU holds where routing
+  drifts, and a search that goes on to the last digit loses it (measured, docs/placement.md).
+- paths of tokens: annealings, each four times as long as the one before, then a descent from the best; and the
+  semidefinite bound of `partition_bound.py` beside the LP's.
+"""
+
+import time
+
+import numpy as np
+
+from moeflow.placement.anneal import Tables
+from moeflow.placement.balance_bound import balance_bound
+from moeflow.placement.baselines import Progress, greedy, random_placement
+from moeflow.placement.eplb import eplb
+from moeflow.placement.exact import exact, is_small
+from moeflow.placement.path_bound import path_bound
+from moeflow.placement.plan import Plan
+from moeflow.placement.problem import Problem, Solution
+from moeflow.placement.search import cool, descend
+
+_ENOUGH = 5e-3  # gap at which a problem of load alone is left as it is
+_PROPOSALS = 500  # of a descent and of the first annealing, for each copy
+_ROUNDS, _LONGER = 4, 4  # annealings, and how many times longer each is
+_EXACT_SHARE, _BOUND_SHARE = 0.5, 0.3  # of the time limit, at most
+
+
+def joint(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None) -> Solution:
+    """Place experts so that slowest GPUs and slowest links together take least time, and prove how near the best it is.
+
+    The same seed gives the same plan unless the time limit strikes; the status says so where it did.
+    """
+    begin = time.perf_counter()
+    end = time.monotonic() + time_limit_s
+    tell = progress or (lambda share, what: None)
+    bound, bound_by = balance_bound(problem), "balance"
+    best, ended = _Best(problem), True
+    for solver in (greedy, eplb):
+        best.take(solver(problem, seed=seed).plan)
+    if is_small(problem):
+        found = exact(problem, start=best.plan, time_limit_s=_EXACT_SHARE * time_limit_s, seed=seed)
+        best.take(found.plan)
+        if found.bound > bound:
+            bound, bound_by = found.bound, "integer program"
+        if best.objective <= bound * (1 + 1e-6):
+            return _solution(problem, best, bound, bound_by, begin, ended)
+    if problem.step.communication == "path" and problem.num_gpus > 1 and problem.num_layers > 1:
+        proven, by = path_bound(
+            problem,
+            time_limit_s=_BOUND_SHARE * time_limit_s,
+            progress=lambda share: tell(_BOUND_SHARE * share, "proving a bound"),
+        )
+        if proven > bound:
+            bound, bound_by = proven, by
+    ended = _improve(problem, best, bound, seed, end, tell)
+    return _solution(problem, best, bound, bound_by, begin, ended)
+
+
+class _Best:
+    """The best plan so far, by the objective itself."""
+
+    def __init__(self, problem: Problem):
+        self.problem, self.plan, self.objective = problem, None, float("inf")
+
+    def take(self, plan: Plan) -> None:
+        """Keep a plan if it is better."""
+        objective = self.problem.objective(plan)
+        if objective < self.objective:
+            self.plan, self.objective = plan, objective
+
+
+def _improve(problem, best, bound, seed, end, tell) -> bool:
+    """Search from what is there; return whether everything that was meant to run did."""
+    weights = np.full(len(problem.workloads), 1 / len(problem.workloads))
+    whole = problem.num_experts + problem.num_replicas
+    copies = problem.num_layers * whole
+    if _copies(best.plan) == copies:
+        found = descend(
+            Tables(problem, weights, may_replicate=False), best.plan, _PROPOSALS * copies, seed=seed, deadline=end
+        )
+        best.take(found.plan)
+        if problem.step.communication == "dispatch" and best.objective <= bound * (1 + _ENOUGH):
+            return found.ended
+    start = best.plan if _copies(best.plan) == copies else random_placement(problem, seed=seed).plan
+    took = 0.0
+    for number in range(_ROUNDS):
+        if time.monotonic() + _LONGER * took > end:
+            return False
+        share = _BOUND_SHARE + (1 - _BOUND_SHARE) * number / _ROUNDS
+        found = cool(
+            Tables(problem, weights),
+            start,
+            _PROPOSALS * _LONGER**number * copies,
+            seed=seed + number,
+            deadline=end,
+            progress=lambda part, share=share: tell(share + (1 - _BOUND_SHARE) * part / _ROUNDS, "annealing"),
+        )
+        best.take(found.plan)
+        if not found.ended:
+            return False
+        took = found.seconds
+        if problem.worst_case:  # what fares worse counts more in the next
+            seconds = np.array([cost.step_s for cost in problem.costs(found.plan)])
+            weights = weights * (seconds / seconds.mean()) ** 8
+            weights /= weights.sum()
+    return True
+
+
+def _copies(plan) -> int:
+    return int(plan.num_replicas.sum())
+
+
+def _solution(problem, best, bound, bound_by, begin, ended):
+    problem.check(best.plan)
+    optimal = best.objective <= bound * (1 + 1e-6)
+    status = "optimal" if optimal else "feasible" if ended else "time limit"
+    seconds = time.perf_counter() - begin
+    return Solution("joint", best.plan, best.objective, min(bound, best.objective), bound_by, seconds, status)
