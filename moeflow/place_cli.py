@@ -40,11 +40,9 @@ def add_place_command(commands) -> None:
         "--hidden-size", type=int, default=HIDDEN_SIZE, metavar="H", help=f"of the model, in bf16 ({HIDDEN_SIZE})"
     )
     step.add_argument(
-        "--expert-mb",
-        type=float,
-        metavar="MB",
-        help="megabytes of one expert in bf16; without it memory is not checked",
+        "--expert-mb", type=float, metavar="MB", help="megabytes of one expert; without it memory is not checked"
     )
+    step.add_argument("--expert-bits", type=float, default=16, metavar="B", help="bits of each weight of them (16)")
     step.add_argument(
         "--communication",
         default="auto",
@@ -148,14 +146,20 @@ def _problem(arguments):
     top_k = _top_k(arguments.top_k, workloads)
     if arguments.expert_mb is None:
         topology = topology.without_memory_limits()
-        expert_bytes = 2 * 3 * arguments.hidden_size * arguments.hidden_size // 2
+        # Three matrices, half as high as wide: between models of many small and of few large experts.
+        expert_bytes = round(3 * arguments.hidden_size * arguments.hidden_size / 2 * arguments.expert_bits / 8)
     elif 0 < arguments.expert_mb < float("inf"):
         expert_bytes = round(arguments.expert_mb * 1e6)
     else:
         raise ConfigError(f"--expert-mb {arguments.expert_mb:g} is no size. Give megabytes above 0.")
-    # In bf16 an expert's products take as many operations a token as it has bytes: two a weight.
+    if not 1 <= arguments.expert_bits <= 32:
+        raise ConfigError(f"--expert-bits {arguments.expert_bits:g} is out of range. Give 1 to 32.")
     step = StepShape(
-        float(arguments.tokens * top_k), 2 * arguments.hidden_size, expert_bytes, expert_bytes, communication
+        assignments=float(arguments.tokens * top_k),
+        token_bytes=2 * arguments.hidden_size,
+        expert_bytes=expert_bytes,
+        expert_flops=round(2 * 8 * expert_bytes / arguments.expert_bits),  # multiply and add for each weight
+        communication=communication,
     )
     problem = Problem(tuple(workloads), topology, step, arguments.replicas, arguments.worst_case)
     replace(problem, workloads=(*workloads, *held_out))  # held-out workloads must be of the same model

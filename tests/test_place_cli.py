@@ -88,11 +88,12 @@ def test_one_bound_serves_every_gap_and_none_is_above_an_objective(tmp_path, cap
 def test_a_trace_is_placed_by_its_transitions_and_judged_on_what_was_held_out(tmp_path, capsys):
     trace = write_trace(tmp_path / "t")
     options = ("--gpus", 2, "--hold-out", 3, "--hidden-size", 2048, "--tokens", 1000, "--expert-mb", 10)
+    options += ("--expert-bits", 4)
     assert place(trace, *options, "-o", tmp_path / "p", "--json") == 0
     out = told(capsys)
     assert (out["communication"], out["memory_checked"]) == ("path", True)
     seen, held_out = split_workload(trace, 3)
-    step = StepShape(1000.0, 4096, 10**7, 10**7)
+    step = StepShape(1000.0, 4096, 10**7, 4 * 10**7)
     for workload, key in ((seen, "in_sample"), (held_out, "out_of_sample")):
         cost = judge(read_plan(tmp_path / "p"), workload, preset("nvlink", 2), step)
         row = next(row for row in out["solvers"] if row["solver"] == out["solver"])
@@ -203,6 +204,7 @@ def test_a_topology_file_gives_the_number_of_gpus_and_their_memory(tmp_path, cap
         (["--gpus", "4", "--hidden-size", "0"], "--hidden-size 0 is out of range"),
         (["--gpus", "4", "--top-k", "0"], "--top-k 0 is out of range"),
         (["--gpus", "4", "--expert-mb", "0"], "--expert-mb 0 is no size"),
+        (["--gpus", "4", "--expert-bits", "0"], "--expert-bits 0 is out of range"),
         (["--gpus", "4", "--expert-mb", "1e6"], "hold 0 experts of each layer"),
         (["--gpus", "4", "--communication", "path"], "counts no transitions"),
         (["--gpus", "4", "--hold-out", "5"], "counts, which cannot be split"),
