@@ -6,9 +6,9 @@ The first, for each layer, with x[e, g] in {0, 1}:
 
 so an expert is in exactly as many clusters as it has replicas, never twice in one, and a cluster never outgrows its
 GPU. Replicas are chosen as EPLB does. A layer starts from the heaviest-first packing; then the slowest and the fastest
-cluster share out their experts anew, a small program, until that no longer helps; then the whole program starts from
-there, unless it is too large to. The second is `moeflow.placement.cluster_mapping`. The first knows nothing of links:
-that is the scheme, not an omission.
+cluster share out their experts anew, a small program, until that no longer helps, nor with the next fastest; then the
+whole program starts from there, unless it is too large to. The second is `moeflow.placement.cluster_mapping`. The first
+knows nothing of links: that is the scheme, not an omission.
 
 Source: MoETuner (arXiv 2502.06643, section 4).
 """
@@ -26,6 +26,7 @@ from moeflow.placement.problem import Problem, Solution
 
 _GAP = 1e-3  # of a layer's slowest cluster, at which its program may stop
 _MOST_CHOICES = 512  # x of a layer's whole program
+_MOST_PARTNERS = 8  # that the slowest cluster of a layer tries
 _CLUSTERS_SHARE = 0.8  # of the time; the rest is the mapping's
 
 
@@ -64,25 +65,37 @@ def _balance(problem, held, seed, deadline, progress):
 
 def _balance_layer(problem, seconds, clusters, seed, until):
     """seconds [W, E, G]; improves clusters [E, G] in place; returns whether it ended before `until`."""
-    while True:
+    alike = len({(gpu.flops_per_s, gpu.memory_bytes_per_s) for gpu in problem.topology.gpus}) == 1
+    improved = True
+    while improved:
         busy = (seconds * clusters).sum(axis=1)  # [W, G]
-        slowest, before = _slowest(problem, busy), clusters.copy()
-        if slowest <= _slowest(problem, busy.mean(axis=1, keepdims=True)) * (1 + _GAP) and problem.topology.uniform:
+        if alike and _slowest(problem, busy) <= _slowest(problem, busy.mean(axis=1, keepdims=True)) * (1 + _GAP):
             return True
-        if time.perf_counter() > until:
-            return False
+        improved = False
         order = np.argsort((busy / busy.max(axis=1, keepdims=True)).max(axis=0), kind="stable")
-        pair = np.sort(order[[0, -1]])
-        ended = _solve(problem, seconds, clusters, pair, seed, until)
-        after = (seconds * clusters).sum(axis=1)
-        if _slowest(problem, after) > slowest:  # for one workload better, for another worse
-            clusters[:] = before
-            break
-        if _slowest(problem, after[:, pair]) > _slowest(problem, busy[:, pair]) * (1 - _GAP / 10):
-            break
+        for partner in order[:-1][:_MOST_PARTNERS]:
+            if time.perf_counter() > until:
+                return False
+            if _improve(problem, seconds, clusters, np.sort([partner, order[-1]]), seed, until):
+                improved = True
+                break
     if clusters.size > _MOST_CHOICES:
-        return ended
+        return True
     return _solve(problem, seconds, clusters, np.arange(problem.num_gpus), seed, until)
+
+
+def _improve(problem, seconds, clusters, pair, seed, until):
+    """Let two clusters share out their experts anew, unless that helps neither them nor the whole."""
+    before, busy = clusters.copy(), (seconds * clusters).sum(axis=1)
+    _solve(problem, seconds, clusters, pair, seed, until)
+    after = (seconds * clusters).sum(axis=1)
+    # With several workloads a pair may gain in one what the whole loses in another.
+    if _slowest(problem, after) <= _slowest(problem, busy) and _slowest(problem, after[:, pair]) < _slowest(
+        problem, busy[:, pair]
+    ) * (1 - _GAP / 10):
+        return True
+    clusters[:] = before
+    return False
 
 
 def _slowest(problem, busy):
