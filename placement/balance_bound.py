@@ -96,14 +96,35 @@ def _kinds(problem, costs):
 
 
 def _layer(costs, least, prices, members, slots):
-    """One layer's dual bound: costs [R, E, K], least and prices [R], members and slots [K]."""
     multipliers, rents = _multipliers(costs, least, prices, members, slots)
+    return max(layer_bound(costs, least, prices, members, slots, multipliers, rents), float(prices @ least))
+
+
+def layer_bound(
+    costs: np.ndarray,
+    least: np.ndarray,
+    prices: np.ndarray,
+    members: np.ndarray,
+    slots: np.ndarray,
+    multipliers: np.ndarray,
+    rents: np.ndarray,
+) -> float:
+    """Return the dual of one layer's program: below its optimum whatever the multipliers and rents.
+
+    Args:
+        costs: [R, E, K], of each resource, what each expert takes on a GPU of each kind.
+        least: [R], what the slowest GPU takes at least.
+        prices: [R], of a resource's slowest GPU.
+        members: [K], GPUs of each kind.
+        slots: [K], of all of a kind together.
+        multipliers: [R, K], 0 or more.
+        rents: [K], of a slot, 0 or more.
+    """
     paid = multipliers @ members  # of each resource at most its price; the rest is paid for the most loaded expert
-    multipliers *= np.minimum(1, prices / np.maximum(paid, 1e-300))[:, None]
+    multipliers = multipliers * np.minimum(1, prices / np.maximum(paid, 1e-300))[:, None]
     rest = np.maximum(prices - multipliers @ members, 0)
     chosen = (np.einsum("rk,rek->ek", multipliers, costs) + rents).min(axis=1)
-    dual = float(chosen.sum() - rents @ slots + rest @ least)
-    return max(dual, float(prices @ least))
+    return float(chosen.sum() - rents @ slots + rest @ least)
 
 
 def _multipliers(costs, least, prices, members, slots):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moeflow.errors import PlacementError
 from moeflow.placement.assignment import assign
-from moeflow.placement.balance_bound import balance_bound
+from moeflow.placement.balance_bound import balance_bound, layer_bound
 from moeflow.placement.baselines import pack
 from moeflow.placement.cluster_mapping import map_clusters
 from moeflow.placement.cost import StepShape
@@ -124,6 +124,28 @@ def test_balance_bound_knows_that_one_expert_cannot_be_cut_without_a_slot():
     assert balance_bound(problem) == pytest.approx(0.98 * 1e5 / 1e6)
     # With slots for two more it may be on all three.
     assert balance_bound(one_layer([98, 1, 1], machine(1, 1, 1), 2)) == pytest.approx(1e5 / 3 / 1e6)
+
+
+def test_balance_bound_knows_that_a_replica_more_may_only_slow_the_busiest_expert_down():
+    # Cut in two, half of it would be on the slow GPU.
+    assert balance_bound(one_layer([98, 1, 1], machine(10, 1), 1)) == pytest.approx(0.98 * 1e5 / 10e6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_any_multipliers_bound_a_layer_from_below(seed):
+    rng = np.random.default_rng(seed)
+    seconds, kinds = rng.random((2, 4, 2)), np.array([0, 0, 1])  # of two resources, on three GPUs of two kinds
+    prices, slots = rng.random(2), np.array([2, 2, 1])
+    best, least = math.inf, np.full(2, math.inf)
+    for gpus in itertools.product(range(3), repeat=4):
+        mask = np.eye(3)[list(gpus)]
+        if (mask.sum(axis=0) <= slots).all():
+            slowest = (seconds[..., kinds] * mask).sum(axis=1).max(axis=1)
+            best, least = min(best, float(prices @ slowest)), np.minimum(least, slowest)
+    multipliers, rents = rng.random((2, 2)) * rng.choice([0.1, 1, 5]), rng.random(2) * rng.choice([0, 0.1, 1])
+    members, rooms = np.array([2, 1]), np.array([4, 1])
+    assert layer_bound(seconds, 0.9 * least, prices, members, rooms, multipliers, rents) <= best
 
 
 def test_balance_bound_is_the_same_by_either_solver(monkeypatch):
