@@ -146,6 +146,9 @@ def test_any_multipliers_bound_a_layer_from_below(seed):
     multipliers, rents = rng.random((2, 2)) * rng.choice([0.1, 1, 5]), rng.random(2) * rng.choice([0, 0.1, 1])
     members, rooms = np.array([2, 1]), np.array([4, 1])
     assert layer_bound(seconds, 0.9 * least, prices, members, rooms, multipliers, rents) <= best
+    even = np.outer(prices, np.ones(2)) / 3  # exactly a resource's price: more of them proves no more
+    once, thrice = (layer_bound(seconds, least, prices, members, rooms, even * n, np.zeros(2)) for n in (1, 3))
+    assert once == pytest.approx(thrice)
 
 
 def test_balance_bound_is_the_same_by_either_solver(monkeypatch):
@@ -220,6 +223,12 @@ def test_replica_whose_gpus_are_full_takes_the_place_of_one_that_can_move():
     seconds = np.array([9.0, 8.0, 1.0])[None, None, :, None] * np.ones(2)
     held = pack(seconds, np.array([[1, 1, 2]]), np.array([3, 1]))
     assert held[0].tolist() == [[True, False], [True, False], [True, True]]
+
+
+def test_place_that_a_moved_replica_took_is_taken():
+    seconds = np.array([9.0, 8.0, 1.0, 0.5])[None, None, :, None] * np.ones(2)
+    held = pack(seconds, np.array([[1, 1, 2, 1]]), np.array([3, 1]))
+    assert held[0].sum(axis=0).tolist() == [3, 1]
 
 
 def test_replica_that_no_gpu_can_take_is_left_out():
