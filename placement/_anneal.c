@@ -27,6 +27,9 @@ typedef struct {
     const double *traffic;  /* [L - 1, E, E], seconds where a transition crosses a link of distance 1; or NULL */
     const double *traffic_back; /* the same, each layer transposed */
     const double *distance; /* [G, G] */
+    const double *transitions; /* [W, L - 1, E, E], each layer's shares of 1, where the slowest link counts; or NULL */
+    const double *transitions_back; /* the same, each layer transposed */
+    const double *crossing_s;  /* [G, G], seconds of a link that all of a layer's transitions cross */
 } Problem;
 
 typedef struct {
@@ -36,6 +39,9 @@ typedef struct {
     int64_t *used;                   /* [L, G] */
     double *busy_s;                  /* [W, L, G] */
     double *pull_s;                  /* [L, E, G]: traffic's seconds if all of an expert were on a GPU */
+    double *inflow, *outflow; /* [W, L, E, G]: shares of transitions to each expert from each GPU, and from it to each */
+    double *flow;             /* [W, L - 1, G, G]: shares of transitions */
+    double *slowest_s;        /* [W, L - 1]: the slowest link */
     uint64_t random;
 } State;
 
@@ -100,6 +106,71 @@ static double traffic_change(const Problem *p, const State *s, int64_t l, Change
     return sum;
 }
 
+/* The slowest link's seconds after a layer, should two changes (the second may be none) be made beside it. `before`
+ * says that they are in the layer after the link, not the one before. */
+static double slowest_after(const Problem *p, const State *s, int64_t w, int64_t link, int before, const Change *changes,
+                            double shares[2][MAX_GPUS]) {
+    int64_t G = p->gpus, l = before ? link + 1 : link, count = changes[1].expert >= 0 ? 2 : 1;
+    const double *flow = s->flow + (w * (p->layers - 1) + link) * G * G, *along[2];
+    double most = 0;
+    for (int64_t k = 0; k < count; k++)
+        along[k] = (before ? s->inflow : s->outflow) + ((w * p->layers + l) * p->experts + changes[k].expert) * G;
+    for (int64_t a = 0; a < G; a++)
+        for (int64_t b = 0; b < G; b++) {
+            double share = flow[a * G + b];
+            for (int64_t k = 0; k < count; k++)
+                share += before ? along[k][a] * shares[k][b] : shares[k][a] * along[k][b];
+            share *= p->crossing_s[a * G + b];
+            most = share > most ? share : most;
+        }
+    return most;
+}
+
+static double slowest_change(const Problem *p, const State *s, int64_t l, const Change *changes,
+                             double shares[2][MAX_GPUS]) {
+    double sum = 0;
+    for (int64_t w = 0; w < p->workloads; w++) {
+        const double *now = s->slowest_s + w * (p->layers - 1);
+        double change = 0;
+        if (l > 0) change += slowest_after(p, s, w, l - 1, 1, changes, shares) - now[l - 1];
+        if (l + 1 < p->layers) change += slowest_after(p, s, w, l, 0, changes, shares) - now[l];
+        sum += p->weights[w] * change;
+    }
+    return sum;
+}
+
+static void spread_flow(const Problem *p, State *s, int64_t l, const Change *changes, double shares[2][MAX_GPUS]) {
+    int64_t E = p->experts, G = p->gpus, links = p->layers - 1, count = changes[1].expert >= 0 ? 2 : 1;
+    for (int64_t w = 0; w < p->workloads; w++) {
+        if (l > 0) s->slowest_s[w * links + l - 1] = slowest_after(p, s, w, l - 1, 1, changes, shares);
+        if (l < links) s->slowest_s[w * links + l] = slowest_after(p, s, w, l, 0, changes, shares);
+        for (int64_t k = 0; k < count; k++) {
+            int64_t e = changes[k].expert;
+            const double *share = shares[k];
+            if (l > 0) {
+                const double *in = s->inflow + ((w * p->layers + l) * E + e) * G;
+                const double *row = p->transitions_back + ((w * links + l - 1) * E + e) * E;
+                double *flow = s->flow + (w * links + l - 1) * G * G;
+                double *out = s->outflow + (w * p->layers + l - 1) * E * G;
+                for (int64_t a = 0; a < G; a++)
+                    for (int64_t b = 0; b < G; b++) flow[a * G + b] += in[a] * share[b];
+                for (int64_t j = 0; j < E; j++)
+                    for (int64_t g = 0; g < G; g++) out[j * G + g] += row[j] * share[g];
+            }
+            if (l < links) {
+                const double *out = s->outflow + ((w * p->layers + l) * E + e) * G;
+                const double *row = p->transitions + ((w * links + l) * E + e) * E;
+                double *flow = s->flow + (w * links + l) * G * G;
+                double *in = s->inflow + (w * p->layers + l + 1) * E * G;
+                for (int64_t a = 0; a < G; a++)
+                    for (int64_t b = 0; b < G; b++) flow[a * G + b] += share[a] * out[b];
+                for (int64_t j = 0; j < E; j++)
+                    for (int64_t g = 0; g < G; g++) in[j * G + g] += row[j] * share[g];
+            }
+        }
+    }
+}
+
 static double peak(const double *busy, int64_t gpus) {
     double most = busy[0];
     for (int64_t g = 1; g < gpus; g++) most = busy[g] > most ? busy[g] : most;
@@ -135,7 +206,7 @@ static void move_copy(const Problem *p, State *s, int64_t l, Change c) {
 /* Try `num_proposals` changes at one temperature (seconds). Returns how many were kept. */
 EXPORTED int64_t moeflow_anneal(const Problem *p, State *s, int64_t num_proposals, double temperature) {
     int64_t E = p->experts, G = p->gpus, C = p->copies, kept = 0;
-    double busy[MAX_GPUS];
+    double busy[MAX_GPUS], shares[2][MAX_GPUS];
     for (int64_t n = 0; n < num_proposals; n++) {
         int64_t l = below(s, p->layers), kind = below(s, 4), i = l * C + below(s, C), j = -1;
         int64_t e = s->copy_expert[i], g = s->copy_gpu[i];
@@ -167,6 +238,11 @@ EXPORTED int64_t moeflow_anneal(const Problem *p, State *s, int64_t num_proposal
             delta += traffic_change(p, s, l, first);
             if (second.expert >= 0) delta += traffic_change(p, s, l, second);
         }
+        const Change changes[2] = {first, second};
+        if (p->transitions) {
+            for (int k = 0; k < 2 && changes[k].expert >= 0; k++) share_change(p, s, l, changes[k], shares[k]);
+            delta += slowest_change(p, s, l, changes, shares);
+        }
         if (delta > 0 && !(delta < -temperature * log(unit(s)))) continue;
         kept++;
         for (int64_t w = 0; w < p->workloads; w++) {
@@ -178,6 +254,7 @@ EXPORTED int64_t moeflow_anneal(const Problem *p, State *s, int64_t num_proposal
             spread_traffic(p, s, l, first);
             if (second.expert >= 0) spread_traffic(p, s, l, second);
         }
+        if (p->transitions) spread_flow(p, s, l, changes, shares);
         move_copy(p, s, l, first);
         if (second.expert >= 0) move_copy(p, s, l, second);
         if (j >= 0) {

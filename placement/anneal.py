@@ -1,8 +1,8 @@
-"""Simulated annealing of a placement: load and communication in one objective that changes by small sums.
+"""Simulated annealing of a placement: load and communication in one objective, changed step by step.
 
-The objective is `Problem.objective`, with one difference: of a layer's transfers the mean over all pairs of GPUs counts
-instead of the slowest pair's. The mean is never above the slowest, so bounds hold for both; and it changes by sums,
-where a maximum would be counted anew. A search ends in `Problem.objective` itself, which judges what it found.
+The objective is `Problem.objective` of the mean over the workloads. Of a layer's transfers either the slowest pair of
+GPUs counts, as there, or the mean over all pairs: never above the slowest, quick to follow, and what a search far from
+its end does better with, since a maximum says nothing of all the pairs below it.
 
 Knows problems and plans. The inner loop is `_anneal.c`, or `anneal_loop.py` where that was not built.
 """
@@ -25,10 +25,12 @@ _MAX_GPUS = 1024  # of the C loop's arrays on the stack
 _TABLES = {
     "slots": c_int64, "tokens": c_double, "active": c_double, "arithmetic_s": c_double, "reading_s": c_double,
     "link_s": c_double, "weights": c_double, "traffic": c_double, "traffic_back": c_double, "distance": c_double,
+    "transitions": c_double, "transitions_back": c_double, "crossing_s": c_double,
 }  # fmt: skip
 _ARRAYS = {
     "copy_expert": c_int64, "copy_gpu": c_int64, "holds": c_uint8, "num_copies": c_int64, "used": c_int64,
-    "busy_s": c_double, "pull_s": c_double,
+    "busy_s": c_double, "pull_s": c_double, "inflow": c_double, "outflow": c_double, "flow": c_double,
+    "slowest_s": c_double,
 }  # fmt: skip
 _SIZES = ("layers", "experts", "gpus", "workloads", "copies", "most_copies", "free_slots", "may_replicate")
 
@@ -49,21 +51,32 @@ class Tables:
         weights: [W], what each workload counts, sum 1; all alike where None.
         balance: multiplies compute; 0 looks at traffic alone.
         may_replicate: whether replicas may go to other experts; else only where copies are changes.
+        slowest: by path, whether the slowest link counts, or the mean over all.
 
     Attributes:
         slots: [G]. num_copies, free_slots: of a layer.
         tokens: [W, L, E] expected assignments a step. active: [W, L, E, R], experts expected active on 1 to R copies.
         arithmetic_s, reading_s, link_s: [G], seconds a token, an active expert, and a token's transfers take.
         weights: [W].
-        traffic: [L - 1, E, E], seconds of a transition that crosses a link of distance 1; None by dispatch.
-        traffic_back: the same, each layer transposed.
-        distance: [G, G], seconds a byte less the fastest link's unit; diagonal 0.
+        traffic: [L - 1, E, E], seconds of a transition that crosses a link of distance 1, where the mean counts.
+        distance: [G, G], seconds a byte in units of the slowest link's; diagonal 0.
+        transitions: [W, L - 1, E, E], shares of 1 in each layer, where the slowest link counts.
+        crossing_s: [G, G], seconds of a link that all of a layer's transitions cross; diagonal 0.
+        traffic_back, transitions_back: the same, each layer transposed. What does not count is None.
     """
 
-    def __init__(self, problem: Problem, weights: np.ndarray | None = None, balance=1.0, may_replicate=True):
+    def __init__(
+        self,
+        problem: Problem,
+        weights: np.ndarray | None = None,
+        *,
+        balance: float = 1.0,
+        may_replicate: bool = True,
+        slowest: bool = False,
+    ):
         step, gpus, num_gpus = problem.step, problem.topology.gpus, problem.num_gpus
         count = len(problem.workloads)
-        self.problem = problem
+        self.problem, self.balance = problem, balance
         self.weights = np.full(count, 1 / count) if weights is None else np.ascontiguousarray(weights, np.float64)
         self.slots = problem.slots.astype(np.int64)
         self.num_copies = problem.num_experts + problem.num_replicas
@@ -75,22 +88,23 @@ class Tables:
         self.arithmetic_s = np.array([balance * step.expert_flops / gpu.flops_per_s for gpu in gpus])
         self.reading_s = np.array([balance * step.expert_bytes / gpu.memory_bytes_per_s for gpu in gpus])
         self.link_s = np.zeros(num_gpus)
-        self.traffic = self.traffic_back = None
+        self.traffic = self.traffic_back = self.transitions = self.transitions_back = None
         per_byte = 1 / problem.topology.bandwidth_bytes_per_s  # the diagonal is 0
+        unit = float(per_byte.max()) or 1.0
+        self.distance = np.ascontiguousarray(per_byte / unit)
+        self.crossing_s = np.ascontiguousarray(per_byte * step.assignments * step.token_bytes)
         if step.communication == "dispatch":
             each = per_byte.max(axis=0) + per_byte.max(axis=1)
             self.link_s = balance * each * step.token_bytes / num_gpus
-            self.distance = per_byte
+            return
+        transitions = np.stack([workload.transitions for workload in problem.workloads])
+        transitions = transitions / np.maximum(transitions.sum(axis=(2, 3), keepdims=True), 1e-300)
+        if slowest:
+            self.transitions, self.transitions_back = transitions, _transposed(transitions)
         else:
-            unit = float(per_byte.max()) or 1.0
-            self.distance = np.ascontiguousarray(per_byte / unit)
-            pairs = max(num_gpus * (num_gpus - 1), 1)
-            transitions = [
-                weight * workload.transitions / np.maximum(workload.transitions.sum(axis=(1, 2), keepdims=True), 1e-300)
-                for weight, workload in zip(self.weights, problem.workloads, strict=True)
-            ]
-            self.traffic = np.ascontiguousarray(sum(transitions) * step.assignments * step.token_bytes * unit / pairs)
-            self.traffic_back = np.ascontiguousarray(self.traffic.transpose(0, 2, 1))
+            per_pair = step.assignments * step.token_bytes * unit / max(num_gpus * (num_gpus - 1), 1)
+            self.traffic = np.tensordot(self.weights, transitions, axes=1) * per_pair
+            self.traffic_back = _transposed(self.traffic)
 
     def copy_seconds(self, workload: int, layer: int, expert: int, copies: int, gpu: int) -> float:
         """Return the seconds that one of an expert's copies takes on a GPU."""
@@ -119,6 +133,8 @@ class Annealing:
         copy_expert, copy_gpu: [L, C], every copy. holds: [L, E, G]. num_copies: [L, E]. used: [L, G] slots.
         busy_s: [W, L, G], each GPU's seconds.
         pull_s: [L, E, G], seconds of traffic if all of an expert were on a GPU.
+        inflow, outflow: [W, L, E, G], shares of transitions to each expert from each GPU, and from it to each.
+        flow: [W, L - 1, G, G], shares of transitions. slowest_s: [W, L - 1], the slowest link.
     """
 
     def __init__(self, tables: Tables, plan: Plan, seed: int = 0):
@@ -133,6 +149,7 @@ class Annealing:
         self.used = np.ascontiguousarray(mask.sum(axis=1), np.int64)
         self.random = seed
         self.busy_s, self.pull_s = self._busy(), self._pull()
+        self.inflow, self.outflow, self.flow, self.slowest_s = self._flows()
 
     def run(self, num_proposals: int, temperature: float) -> int:
         """Try changes at one temperature (seconds); return how many were kept."""
@@ -147,10 +164,9 @@ class Annealing:
     def objective(self) -> float:
         """Return the seconds that annealing lowers."""
         busy = float(self.tables.weights @ self._busy().max(axis=2).sum(axis=1))
-        if self.tables.traffic is None:
-            return busy
-        shares = self.holds / self.num_copies[:, :, None]
-        return busy + 0.5 * float((self._pull() * shares).sum())  # each pair of layers counts on both sides
+        if self.tables.transitions is not None:
+            return busy + float(self.tables.weights @ self._flows()[3].sum(axis=1))
+        return busy + 0.5 * float((self._pull() * self._shares()).sum())  # each pair of layers counts on both sides
 
     def plan(self) -> Plan:
         """Return the placement as it is now."""
@@ -165,6 +181,11 @@ class Annealing:
         assert self.holds[layer, self.copy_expert, self.copy_gpu].all(), "the list of copies"
         assert np.allclose(self.busy_s, self._busy(), rtol=1e-9, atol=1e-15), "busy seconds"
         assert np.allclose(self.pull_s, self._pull(), rtol=1e-9, atol=1e-15), "traffic"
+        for kept, fresh in zip((self.inflow, self.outflow, self.flow, self.slowest_s), self._flows(), strict=True):
+            assert np.allclose(kept, fresh, rtol=1e-9, atol=1e-12), "flows"
+
+    def _shares(self) -> np.ndarray:
+        return self.holds / self.num_copies[:, :, None]
 
     def _busy(self) -> np.ndarray:
         seconds = self.tables.seconds(self.num_copies)
@@ -173,11 +194,27 @@ class Annealing:
     def _pull(self) -> np.ndarray:
         pull = np.zeros(self.holds.shape)
         if self.tables.traffic is not None:
-            shares, distance = self.holds / self.num_copies[:, :, None], self.tables.distance
+            shares, distance = self._shares(), self.tables.distance
             for layer, traffic in enumerate(self.tables.traffic):
                 pull[layer] += traffic @ (shares[layer + 1] @ distance.T)
                 pull[layer + 1] += traffic.T @ (shares[layer] @ distance)
         return pull
+
+    def _flows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        transitions, shares = self.tables.transitions, self._shares()
+        if transitions is None:
+            return tuple(np.zeros(0) for _ in range(4))
+        inflow = np.zeros((len(transitions), *shares.shape))
+        outflow = np.zeros_like(inflow)
+        inflow[:, 1:] = self.tables.transitions_back @ shares[:-1]
+        outflow[:, :-1] = transitions @ shares[1:]
+        flow = np.ascontiguousarray(shares[:-1].transpose(0, 2, 1) @ outflow[:, :-1])
+        slowest = (flow * self.tables.crossing_s).max(axis=(2, 3), initial=0.0)
+        return inflow, outflow, flow, slowest
+
+
+def _transposed(layers) -> np.ndarray:
+    return np.ascontiguousarray(np.swapaxes(layers, -1, -2))
 
 
 def _c_tables(tables, num_copies) -> _CTables:

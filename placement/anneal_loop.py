@@ -7,6 +7,8 @@ Knows the arrays of an `Annealing`. Knows nothing of problems, temperatures or p
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 _MASK = 2**64 - 1
 
 
@@ -49,6 +51,9 @@ def anneal(problem, state, num_proposals: int, temperature: float) -> int:
         if problem.traffic is not None:
             for change in changes:
                 delta += _traffic_change(problem, state, layer, change)
+        shares = [_share_change(state, layer, change) for change in changes] if problem.transitions is not None else []
+        if shares:
+            delta += _slowest_change(problem, state, layer, changes, shares)
         if delta > 0 and not delta < -temperature * math.log(_unit(state)):
             continue
         kept += 1
@@ -57,6 +62,8 @@ def anneal(problem, state, num_proposals: int, temperature: float) -> int:
         if problem.traffic is not None:
             for change in changes:
                 _spread_traffic(problem, state, layer, change)
+        if shares:
+            _spread_flow(problem, state, layer, changes, shares)
         for change in changes:
             _move_copy(state, layer, change)
         if j is not None:
@@ -165,6 +172,47 @@ def _spread_traffic(problem, state, layer, change) -> None:
                     reach[gpu] += share * float(problem.distance[(source, gpu) if after else (gpu, source)])
         row = problem.traffic[layer, change.expert] if after else problem.traffic_back[other, change.expert]
         state.pull_s[other] += row[:, None] * reach
+
+
+def _flow_after(state, workload, link, layer, changes, shares):
+    """[G, G], the shares of a link's transitions, should changes be made in the layer before it or after it."""
+    flow = state.flow[workload, link].copy()
+    for change, share in zip(changes, np.array(shares), strict=True):
+        if layer > link:
+            flow += state.inflow[workload, layer, change.expert][:, None] * share
+        else:
+            flow += share[:, None] * state.outflow[workload, layer, change.expert]
+    return flow
+
+
+def _links(state, layer) -> list[int]:
+    """The links beside a layer: before it and after it."""
+    return [link for link in (layer - 1, layer) if 0 <= link < state.slowest_s.shape[1]]
+
+
+def _slowest_change(problem, state, layer, changes, shares) -> float:
+    total = 0.0
+    for w, weight in enumerate(problem.weights.tolist()):
+        change = 0.0
+        for link in _links(state, layer):
+            slowest = (_flow_after(state, w, link, layer, changes, shares) * problem.crossing_s).max()
+            change += float(slowest) - float(state.slowest_s[w, link])
+        total += weight * change
+    return total
+
+
+def _spread_flow(problem, state, layer, changes, shares) -> None:
+    """Set the flows beside a layer, and tell the layers on both sides where their transitions go and come from."""
+    for w in range(len(problem.weights)):
+        for link in _links(state, layer):
+            state.flow[w, link] = _flow_after(state, w, link, layer, changes, shares)
+            state.slowest_s[w, link] = (state.flow[w, link] * problem.crossing_s).max()
+            for change, share in zip(changes, np.array(shares), strict=True):
+                if layer > link:
+                    row = problem.transitions_back[w, link, change.expert]
+                    state.outflow[w, link] += row[:, None] * share
+                else:
+                    state.inflow[w, layer + 1] += problem.transitions[w, link, change.expert][:, None] * share
 
 
 def _move_copy(state, layer, change) -> None:

@@ -6,8 +6,8 @@ What it does by the problem:
 - nothing but load (dispatch): a descent from the best of LPT and EPLB, replicas as they are. It stops at half a percent
   above the bound: the mix of heavy and light experts that heaviest-first packing leaves on each GPU holds where routing
   drifts, and a search that goes on to the last digit loses it (measured, docs/placement.md).
-- paths of tokens: annealings, each four times as long as the one before, then a descent from the best; and the
-  semidefinite bound of `partition_bound.py` beside the LP's.
+- paths of tokens: annealings of the slowest GPU and slowest link of every layer, each four times as long as the one
+  before, the first from a random placement; and the semidefinite bound of `partition_bound.py` beside the LP's.
 """
 
 import time
@@ -50,13 +50,13 @@ def joint(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progre
         if best.objective <= bound * (1 + 1e-6):
             return _solution(problem, best, bound, bound_by, begin, ended)
     if problem.step.communication == "path" and problem.num_gpus > 1 and problem.num_layers > 1:
-        proven, by = path_bound(
-            problem,
+        proven = path_bound(
+            Tables(problem),
             time_limit_s=_BOUND_SHARE * time_limit_s,
             progress=lambda share: tell(_BOUND_SHARE * share, "proving a bound"),
         )
         if proven > bound:
-            bound, bound_by = proven, by
+            bound, bound_by = proven, "semidefinite relaxation"
     ended = _improve(problem, best, bound, seed, end, tell)
     return _solution(problem, best, bound, bound_by, begin, ended)
 
@@ -77,23 +77,20 @@ class _Best:
 def _improve(problem, best, bound, seed, end, tell) -> bool:
     """Search from what is there; return whether everything that was meant to run did."""
     weights = np.full(len(problem.workloads), 1 / len(problem.workloads))
-    whole = problem.num_experts + problem.num_replicas
-    copies = problem.num_layers * whole
-    if _copies(best.plan) == copies:
-        found = descend(
-            Tables(problem, weights, may_replicate=False), best.plan, _PROPOSALS * copies, seed=seed, deadline=end
-        )
+    copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
+    if int(best.plan.num_replicas.sum()) == copies:  # packing may have found no room for a replica
+        tables = Tables(problem, weights, may_replicate=False, slowest=True)
+        found = descend(tables, best.plan, _PROPOSALS * copies, seed=seed, deadline=end)
         best.take(found.plan)
         if problem.step.communication == "dispatch" and best.objective <= bound * (1 + _ENOUGH):
             return found.ended
-    start = best.plan if _copies(best.plan) == copies else random_placement(problem, seed=seed).plan
-    took = 0.0
+    start, took = random_placement(problem, seed=seed).plan, 0.0
     for number in range(_ROUNDS):
         if time.monotonic() + _LONGER * took > end:
             return False
         share = _BOUND_SHARE + (1 - _BOUND_SHARE) * number / _ROUNDS
         found = cool(
-            Tables(problem, weights),
+            Tables(problem, weights, slowest=True),
             start,
             _PROPOSALS * _LONGER**number * copies,
             seed=seed + number,
@@ -109,10 +106,6 @@ def _improve(problem, best, bound, seed, end, tell) -> bool:
             weights = weights * (seconds / seconds.mean()) ** 8
             weights /= weights.sum()
     return True
-
-
-def _copies(plan) -> int:
-    return int(plan.num_replicas.sum())
 
 
 def _solution(problem, best, bound, bound_by, begin, ended):

@@ -13,20 +13,19 @@ import numpy as np
 from moeflow.placement.anneal import Tables
 from moeflow.placement.balance_bound import balance_bound
 from moeflow.placement.partition_bound import Partition, partition_bound
-from moeflow.placement.problem import Problem
 
 
 def path_bound(
-    problem: Problem, *, time_limit_s: float = float("inf"), progress: Callable[[float], None] | None = None
-) -> tuple[float, str]:
-    """Return seconds of a step that no plan's objective is below, and what proves it.
+    tables: Tables, *, time_limit_s: float = float("inf"), progress: Callable[[float], None] | None = None
+) -> float:
+    """Return seconds that `Annealing.objective` of no plan is below, nor `Problem.objective` where balance is 1.
 
     Args:
-        problem: by path, on two GPUs or more.
+        tables: by path, on two GPUs or more, with the mean over the links.
         time_limit_s: the best bound until then is returned.
         progress: called with the share done.
     """
-    tables = Tables(problem)
+    problem = tables.problem
     alike = len({(gpu.flops_per_s, gpu.memory_bytes_per_s) for gpu in problem.topology.gpus}) == 1
     nodes, within, between = _levels(problem, tables.distance)
     share = 1.0 if between is None else 0.5
@@ -42,7 +41,7 @@ def path_bound(
         progress=progress,
     )
     if not alike:
-        whole += balance_bound(problem)
+        whole += tables.balance * balance_bound(problem)
     if between is not None:
         room = np.array([problem.slots[nodes == node].sum() for node in np.unique(nodes)])
         whole += partition_bound(
@@ -55,7 +54,7 @@ def path_bound(
             ),
             time_limit_s=share * time_limit_s,
         )
-    return whole, "semidefinite relaxation"
+    return whole
 
 
 def _work(tables) -> np.ndarray:

@@ -1,0 +1,203 @@
+"""Fewest transitions that change GPU, with tokens at most so unbalanced: MoETuner's two aims, one bounded.
+
+Crossing + weight * imbalance is annealed for several weights; the plans along the way are a Pareto curve, and the best
+within the limit is the answer. The bound is Lagrange's: where crossing + weight * imbalance is at least J for every
+plan, crossing is at least J - weight * limit for those within it.
+
+Here tokens count, as in tables, not seconds: GPUs and links are taken to be alike.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from moeflow.errors import PlacementError
+from moeflow.placement.anneal import Tables
+from moeflow.placement.baselines import greedy, random_placement
+from moeflow.placement.path_bound import path_bound
+from moeflow.placement.plan import Plan
+from moeflow.placement.problem import Problem
+from moeflow.placement.search import cool
+from moeflow.placement.topology import Topology
+
+_PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and of the last ones to that
+_MOST_WEIGHT = 4.0  # beyond which balance is all that counts
+_HALVINGS = 7
+_BOUND_SHARE = 0.3  # of the time limit
+
+
+class Point(NamedTuple):
+    """A plan on the curve.
+
+    Args:
+        plan: the placement.
+        weight: of imbalance against crossing, where it was found.
+        crossing: share of transitions that change GPU, mean over the workloads.
+        imbalance: tokens of the busiest GPU over the mean, mean over layers and workloads.
+    """
+
+    plan: Plan
+    weight: float
+    crossing: float
+    imbalance: float
+
+
+class LeastCrossing(NamedTuple):
+    """The answer.
+
+    Args:
+        point: the plan with the least crossing found within the limit.
+        bound: no plan within the limit crosses less.
+        seconds: time it took.
+        status: "feasible", or "time limit".
+        curve: other plans that nothing found is better than in both, by rising imbalance.
+    """
+
+    point: Point
+    bound: float
+    seconds: float
+    status: str
+    curve: tuple[Point, ...]
+
+    @property
+    def gap(self) -> float:
+        """(crossing - bound) / bound; infinite where the bound is 0."""
+        return (self.point.crossing - self.bound) / self.bound if self.bound > 0 else float("inf")
+
+
+def least_crossing(
+    problem: Problem,
+    max_imbalance: float,
+    *,
+    seed: int = 0,
+    time_limit_s: float = 60.0,
+    progress: Callable[[float, str], None] | None = None,
+) -> LeastCrossing:
+    """Find the plan with the least crossing whose imbalance is at most a limit.
+
+    Args:
+        problem: workloads with transitions, slots and replicas; speeds and bandwidths are not looked at.
+        max_imbalance: 1 or more.
+        seed: of the random numbers.
+        time_limit_s: the best until then is returned.
+        progress: called with the share done and what is being done.
+
+    Raises:
+        PlacementError: a limit below 1, no transitions, or no plan found within the limit.
+    """
+    if not max_imbalance >= 1:
+        raise PlacementError(f"an imbalance of at most {max_imbalance} was asked for. Even load is 1: give 1 or more.")
+    begin, end = time.monotonic(), time.monotonic() + time_limit_s
+    tell = progress or (lambda share, what: None)
+    curve = _Curve(problem)
+    curve.add(greedy(curve.problem, seed=seed).plan, _MOST_WEIGHT)
+    search_end = end - _BOUND_SHARE * time_limit_s
+    weight = _find_weight(curve, max_imbalance, seed, search_end, tell)
+    for number, factor in enumerate((1.0, 0.92, 1.08)):
+        tell(0.3 + 0.2 * number, "annealing")
+        curve.anneal(factor * weight, _LONGER * _PROPOSALS, seed + number, search_end)
+    within = [point for point in curve.points if point.imbalance <= max_imbalance]
+    if not within:
+        least = min(point.imbalance for point in curve.points)
+        raise PlacementError(
+            f"no plan was found with an imbalance of at most {max_imbalance}; the most even one has {least:.4f}. Allow "
+            "that much, or more replicas or time."
+        )
+    best = min(within, key=lambda point: (point.crossing, point.imbalance))
+    tell(0.9, "proving a bound")
+    bound = curve.bound(weight, max_imbalance, end - time.monotonic())
+    status = "feasible" if time.monotonic() < end else "time limit"
+    return LeastCrossing(best, min(bound, best.crossing), time.monotonic() - begin, status, curve.pareto())
+
+
+def pareto_curve(
+    problem: Problem,
+    weights: Sequence[float],
+    *,
+    seed: int = 0,
+    time_limit_s: float = 600.0,
+    progress: Callable[[float, str], None] | None = None,
+) -> tuple[Point, ...]:
+    """Return plans that nothing found is better than in both crossing and imbalance, by rising imbalance.
+
+    Args:
+        problem: as in `least_crossing`.
+        weights: of imbalance against crossing; each gives a search.
+        seed: of the random numbers.
+        time_limit_s: after which no search begins.
+        progress: called with the share done and what is being done.
+    """
+    curve, end = _Curve(problem), time.monotonic() + time_limit_s
+    for number, weight in enumerate(weights):
+        curve.anneal(weight, 4 * _PROPOSALS, seed + number, end)
+        if progress is not None:
+            progress((number + 1) / len(weights), "annealing")
+    return curve.pareto()
+
+
+class _Curve:
+    """The plans found so far, and the problem with GPUs and links alike, in which they are found."""
+
+    def __init__(self, problem: Problem):
+        if any(workload.transitions is None for workload in problem.workloads):
+            raise PlacementError("crossing needs transitions between layers, and counts have none. Give a trace.")
+        gpus = tuple(replace(gpu, flops_per_s=1e12, memory_bytes_per_s=1e30) for gpu in problem.topology.gpus)
+        alike = Topology("alike", gpus, np.full(2 * (problem.num_gpus,), 1e9))
+        self.problem = replace(problem, topology=alike, step=replace(problem.step, communication="path"))
+        self.points: list[Point] = []
+        tables = Tables(self.problem)
+        self.all_crossing = float(tables.traffic.sum())  # seconds where every transition crosses
+        self.all_even = float((tables.tokens[0].sum() * tables.arithmetic_s[0]) / problem.num_gpus)
+        self.start = random_placement(self.problem).plan
+
+    def tables(self, weight: float) -> Tables:
+        """The problem whose seconds are crossing + weight * imbalance, in units of `all_crossing`."""
+        return Tables(self.problem, balance=weight * self.all_crossing / self.all_even)
+
+    def add(self, plan: Plan, weight: float) -> Point:
+        """Judge a plan and keep it."""
+        costs = self.problem.costs(plan)
+        crossing = float(np.mean([cost.crossing for cost in costs]))
+        self.points.append(Point(plan, weight, crossing, float(np.mean([cost.imbalance for cost in costs]))))
+        return self.points[-1]
+
+    def anneal(self, weight: float, proposals: int, seed: int, end: float) -> Point | None:
+        """Search at one weight; None where no time is left."""
+        if time.monotonic() >= end:
+            return None
+        copies = self.problem.num_layers * (self.problem.num_experts + self.problem.num_replicas)
+        found = cool(self.tables(weight), self.start, proposals * copies, seed=seed, deadline=end)
+        return self.add(found.plan, weight)
+
+    def bound(self, weight: float, max_imbalance: float, time_limit_s: float) -> float:
+        """Return a crossing that no plan within the limit is below."""
+        proven = path_bound(self.tables(weight), time_limit_s=max(time_limit_s, 0.0))
+        return max(proven / self.all_crossing - weight * max_imbalance, 0.0)
+
+    def pareto(self) -> tuple[Point, ...]:
+        """The plans that no other is better than, by rising imbalance."""
+        best, out = float("inf"), []
+        for point in sorted(self.points, key=lambda point: (point.imbalance, point.crossing)):
+            if point.crossing < best:
+                best = point.crossing
+                out.append(point)
+        return tuple(out)
+
+
+def _find_weight(curve, max_imbalance, seed, end, tell) -> float:
+    """Halve the range of weights around the least that keeps to the limit."""
+    free = curve.anneal(0.0, _PROPOSALS, seed, end)
+    if free is None or free.imbalance <= max_imbalance:
+        return 0.0
+    low, high = 0.01, _MOST_WEIGHT
+    for number in range(_HALVINGS):
+        tell(0.3 * number / _HALVINGS, "weighing balance")
+        weight = float(np.sqrt(low * high))
+        point = curve.anneal(weight, _PROPOSALS, seed, end)
+        if point is None:
+            break
+        low, high = (low, weight) if point.imbalance <= max_imbalance else (weight, high)
+    return high
