@@ -24,6 +24,12 @@ def add_place_command(commands) -> None:
         "--topology", default="nvlink", metavar="T", help="nvlink, pcie, two-nodes, or a .json or .toml file (nvlink)"
     )
     place.add_argument("--solver", default="auto", metavar="NAME", help="auto runs all and takes the best (auto)")
+    place.add_argument(
+        "--max-imbalance",
+        type=float,
+        metavar="X",
+        help="take the plan with the least crossing among those whose busiest GPU has at most X times the mean tokens",
+    )
     place.add_argument("--time-limit", type=float, default=60, metavar="S", help="seconds for all solvers (60)")
     place.add_argument("--seed", type=int, default=0, metavar="I", help="seed of the solvers (0)")
     place.add_argument("--worst-case", action="store_true", help="of several workloads, the slowest counts")
@@ -66,25 +72,31 @@ def _place(arguments) -> int:
     from moeflow.placement.plan_file import solution_facts, write_plan
 
     exports = _checked_outputs(arguments)
-    solvers = _solvers(arguments.solver)
+    solvers = _solvers(arguments)
     problem, held_out = _problem(arguments)
     attempts = _solve(problem, solvers, arguments)
-    best = attempts.best
+    best = _chosen(arguments, attempts)
     rows = solver_rows(problem, attempts, held_out)
     facts = solution_facts(problem, best, seed=arguments.seed, held_out=held_out)
     facts |= {"workloads": names_of(problem.workloads), "held_out_workloads": names_of(held_out)}
+    crossing = {}
+    if arguments.max_imbalance is not None:
+        names = ("max_imbalance", "crossing", "crossing_bound")
+        crossing = {name: getattr(best, name) for name in names}
+        facts |= crossing
     write_plan(arguments.out, best.plan, facts)
     exported = _export(exports, problem, best.plan)
-    plots = _plot(arguments.plot, problem, attempts)
+    plots = _plot(arguments.plot, problem, attempts, best)
     if arguments.json:
         told = {"plan": arguments.out, "solver": best.solver, "status": best.status, "objective_s": best.objective}
         told |= {"bound_s": best.bound, "bound_by": best.bound_by, "gap": rows[attempts.solutions.index(best)]["gap"]}
         told |= {"communication": problem.step.communication, "memory_checked": arguments.expert_mb is not None}
+        told |= crossing
         told |= {"exports": exported, "plots": plots, "failures": attempts.failures, "solvers": rows}
         print(json.dumps(told))
         return 0
     print(_headline(arguments, problem))
-    print_tables(rows, attempts, problem)
+    print_tables(rows, attempts, best, problem)
     for export in exported:
         redundant = export.get("num_redundant_experts")
         slots = (
@@ -95,6 +107,11 @@ def _place(arguments) -> int:
     for plot in plots:
         print(f"wrote {plot}")
     print(f"wrote {arguments.out}: {best.solver}, {_proven(best)}")
+    if crossing:
+        print(
+            f"{best.crossing:.3f} of all transitions change GPU; no plan within an imbalance of {best.max_imbalance:g} "
+            f"is below {best.crossing_bound:.3f} (semidefinite relaxation)"
+        )
     return 0
 
 
@@ -115,14 +132,27 @@ def _checked_outputs(arguments) -> list[tuple[str, str]]:
     return exports
 
 
-def _solvers(name) -> dict:
+def _solvers(arguments) -> dict:
     """Return the solvers to run by name: contiguous always, joint last, since it makes most of the time."""
     from moeflow.placement.solvers import SOLVERS
 
+    name = arguments.solver
     if name != "auto" and name not in SOLVERS:
         raise ConfigError(f"--solver {name} is unknown. Allowed: auto, {', '.join(SOLVERS)}.")
     names = SOLVERS if name == "auto" else dict.fromkeys(("contiguous", name))
-    return {name: SOLVERS[name] for name in sorted(names, key=lambda name: name == "joint")}
+    solvers = {name: SOLVERS[name] for name in sorted(names, key=lambda name: name == "joint")}
+    if arguments.max_imbalance is None:
+        return solvers
+    from moeflow.placement.least_crossing import crossing_solver
+
+    return solvers | {"crossing": crossing_solver(arguments.max_imbalance)}
+
+
+def _chosen(arguments, attempts):
+    """The solution to write: the fastest, or the one with the least crossing where a limit was given."""
+    if arguments.max_imbalance is None:
+        return attempts.best
+    return next(solution for solution in attempts.solutions if solution.solver == "crossing")
 
 
 def _problem(arguments):
@@ -204,8 +234,9 @@ def _solve(problem, solvers, arguments):
     with share_progress("placing experts") as progress:
         threading.Thread(target=solve, args=(progress,), daemon=True).start()
         attempts = future.result()
-    if arguments.solver in attempts.failures:
-        raise MoeflowError(f"{arguments.solver} found no plan: {attempts.failures[arguments.solver]}")
+    for name in (arguments.solver, "crossing"):
+        if name in attempts.failures:
+            raise MoeflowError(f"{name} found no plan: {attempts.failures[name]}")
     return attempts
 
 
@@ -235,7 +266,7 @@ def _plot_files(where) -> tuple[Path, ...]:
     return (path,)
 
 
-def _plot(where, problem, attempts) -> list[str]:
+def _plot(where, problem, attempts, best) -> list[str]:
     """Draw load and traffic before, which is contiguous, and after."""
     from moeflow.place_table import traffic
 
@@ -245,7 +276,7 @@ def _plot(where, problem, attempts) -> list[str]:
     from moeflow.plots import save_figure
 
     before = next((s for s in attempts.solutions if s.solver == "contiguous"), attempts.solutions[0])
-    plans = before, attempts.best
+    plans = before, best
     costs = [problem.costs(solution.plan)[0] for solution in plans]
     names = tuple(solution.solver for solution in plans)
     loads = tuple(cost.tokens for cost in costs)

@@ -64,29 +64,31 @@ def traffic(cost: PlacementCost, communication: str):
     return cost.dispatch_bytes.sum(axis=0) + cost.dispatch_bytes.sum(axis=0).T
 
 
-def print_tables(rows: list[dict], attempts: Attempts, problem: Problem) -> None:
+def print_tables(rows: list[dict], attempts: Attempts, best: Solution, problem: Problem) -> None:
     """Print a table in sample, one for each workload out of sample, and why solvers failed."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
-    best, communication = attempts.best.solver, problem.step.communication
+    chosen, communication = best.solver, problem.step.communication
     several = len(problem.workloads) > 1
     name = "the worst of all workloads" if problem.worst_case else "the mean of all workloads"
     title = name if several else next(iter(rows[0]["in_sample"]))
     lines = [(row, _mean(row["in_sample"].values()) | {"step_s": row["objective_s"]}) for row in rows]
-    console.print(_table(f"in sample: {title}", lines, best, communication, proven=True, narrow=console.width < _WIDTH))
+    console.print(
+        _table(f"in sample: {title}", lines, chosen, communication, proven=True, narrow=console.width < _WIDTH)
+    )
     for name in rows[0]["out_of_sample"]:
         lines = [(row, row["out_of_sample"][name]) for row in rows]
         console.print(
-            _table(f"out of sample: {name}", lines, best, communication, proven=False, narrow=console.width < _WIDTH)
+            _table(f"out of sample: {name}", lines, chosen, communication, proven=False, narrow=console.width < _WIDTH)
         )
     for solver, why in attempts.failures.items():
         console.print(f"{solver} found no plan: {why}", markup=False, soft_wrap=True)
 
 
-def _table(title, lines, best, communication, *, proven, narrow):
+def _table(title, lines, chosen, communication, *, proven, narrow):
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -122,7 +124,7 @@ def _table(title, lines, best, communication, *, proven, narrow):
                 else format_percent(row["gap"])
             )
             cells += [gap, row["status"], format_seconds(row["time_s"])]
-        table.add_row(*cells, style="bold" if row["solver"] == best else None)
+        table.add_row(*cells, style="bold" if row["solver"] == chosen else None)
     return table
 
 

@@ -9,17 +9,18 @@ Here tokens count, as in tables, not seconds: GPUs and links are taken to be ali
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from moeflow.errors import PlacementError
 from moeflow.placement.anneal import Tables
+from moeflow.placement.balance_bound import balance_bound
 from moeflow.placement.baselines import greedy, random_placement
 from moeflow.placement.path_bound import path_bound
 from moeflow.placement.plan import Plan
-from moeflow.placement.problem import Problem
+from moeflow.placement.problem import Problem, Solution
 from moeflow.placement.search import cool
 from moeflow.placement.topology import Topology
 
@@ -111,6 +112,44 @@ def least_crossing(
     bound = curve.bound(weight, max_imbalance, end - time.monotonic())
     status = "feasible" if time.monotonic() < end else "time limit"
     return LeastCrossing(best, min(bound, best.crossing), time.monotonic() - begin, status, curve.pareto())
+
+
+@dataclass(frozen=True)
+class CrossingSolution(Solution):
+    """A `Solution` that was sought for its crossing.
+
+    Args:
+        crossing: share of transitions that change GPU.
+        crossing_bound: no plan within the limit of imbalance crosses less.
+        max_imbalance: the limit.
+    """
+
+    crossing: float = 1.0
+    crossing_bound: float = 0.0
+    max_imbalance: float = 1.0
+
+
+def crossing_solver(max_imbalance: float) -> Callable[..., CrossingSolution]:
+    """Return `least_crossing` as a solver among the others, which judges its plan by time too."""
+
+    def crossing(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress=None) -> CrossingSolution:
+        found = least_crossing(problem, max_imbalance, seed=seed, time_limit_s=time_limit_s, progress=progress)
+        bound, objective = balance_bound(problem), problem.objective(found.point.plan)
+        status = "optimal" if objective <= bound * (1 + 1e-9) else found.status
+        return CrossingSolution(
+            "crossing",
+            found.point.plan,
+            objective,
+            min(bound, objective),
+            "balance",
+            found.seconds,
+            status,
+            found.point.crossing,
+            found.bound,
+            max_imbalance,
+        )
+
+    return crossing
 
 
 def pareto_curve(
