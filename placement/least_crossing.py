@@ -109,7 +109,7 @@ def least_crossing(
         )
     best = min(within, key=lambda point: (point.crossing, point.imbalance))
     tell(0.9, "proving a bound")
-    bound = curve.bound(weight, max_imbalance, end - time.monotonic())
+    bound = max(curve.least(weight, end - time.monotonic()) - weight * max_imbalance, 0.0)
     status = "feasible" if time.monotonic() < end else "time limit"
     return LeastCrossing(best, min(bound, best.crossing), time.monotonic() - begin, status, curve.pareto())
 
@@ -177,6 +177,19 @@ def pareto_curve(
     return curve.pareto()
 
 
+def crossing_bounds(problem: Problem, weights: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """Return, for each limit of imbalance, a crossing that no plan within it is below.
+
+    Args:
+        problem: as in `least_crossing`.
+        weights: of imbalance against crossing; each proves a line below the curve, and the highest of them counts.
+        limits: 1 or more each.
+    """
+    curve = _Curve(problem)
+    lines = [(weight, curve.least(weight)) for weight in weights]
+    return [max(least - weight * limit for weight, least in lines) for limit in limits]
+
+
 class _Curve:
     """The plans found so far, and the problem with GPUs and links alike, in which they are found."""
 
@@ -211,10 +224,9 @@ class _Curve:
         found = cool(self.tables(weight), self.start, proposals * copies, seed=seed, deadline=end)
         return self.add(found.plan, weight)
 
-    def bound(self, weight: float, max_imbalance: float, time_limit_s: float) -> float:
-        """Return a crossing that no plan within the limit is below."""
-        proven = path_bound(self.tables(weight), time_limit_s=max(time_limit_s, 0.0))
-        return max(proven / self.all_crossing - weight * max_imbalance, 0.0)
+    def least(self, weight: float, time_limit_s: float = float("inf")) -> float:
+        """Return what crossing + weight * imbalance of no plan is below."""
+        return path_bound(self.tables(weight), time_limit_s=max(time_limit_s, 0.0)) / self.all_crossing
 
     def pareto(self) -> tuple[Point, ...]:
         """The plans that no other is better than, by rising imbalance."""

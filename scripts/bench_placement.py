@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moeflow.placement.cost import StepShape, judge
 from moeflow.placement.count_files import read_counts
 from moeflow.placement.joint import joint
-from moeflow.placement.least_crossing import least_crossing, pareto_curve
+from moeflow.placement.least_crossing import crossing_bounds, least_crossing, pareto_curve
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem
 from moeflow.placement.solvers import SOLVERS
@@ -46,7 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("gpt-oss", "deepseek", "small", "gap", "scale")
 LIMITS = {4: (1.083, 1.12, 1.355), 8: (1.164, 1.2, 1.405)}
 WANTED = {4: (0.54, 1.12, 1.16), 8: (0.72, 1.20, 1.25)}  # crossing, imbalance in sample, imbalance held out
-WEIGHTS = np.geomspace(0.02, 1.5, 16)
+WEIGHTS = np.geomspace(0.05, 1.0, 20)  # of imbalance against crossing, for the curve
+BOUND_WEIGHTS = (0.02, 0.06, 0.1, 0.14, 0.18, 0.25, 0.4, 0.8)
 # gpt-oss-20b: hidden size 2880, three matrices of 2880 x 2880 in 4.25 bits; 8,192 tokens a step.
 GPT_OSS_STEP = StepShape(4 * 8192, 2 * 2880, round(3 * 2880 * 2880 * 4.25 / 8), 6 * 2880 * 2880)
 # Tokens alone: so many that reading weights never counts.
@@ -86,7 +87,7 @@ def bench_gpt_oss(seen: Workload, held_out: Workload, plot: Path | None) -> dict
     for num_gpus, limits in LIMITS.items():
         problem = Problem((seen,), preset("nvlink", num_gpus).without_memory_limits(), GPT_OSS_STEP)
         print(f"\n{num_gpus} GPUs              crossing  imbalance | held out: crossing  imbalance | bound   gap     s")
-        rows = []
+        rows, points = [], []
 
         def show(name, plan, seconds, bound=None, rows=rows, problem=problem):
             costs = [judge(plan, workload, problem.topology, problem.step) for workload in (seen, held_out)]
@@ -106,6 +107,7 @@ def bench_gpt_oss(seen: Workload, held_out: Workload, plot: Path | None) -> dict
         for limit in limits:
             answer = least_crossing(problem, limit, time_limit_s=60)
             show(f"imbalance <= {limit}", answer.point.plan, answer.seconds, answer.bound)
+            points += answer.curve
         crossing, inside, outside = WANTED[num_gpus]
         reached = [
             row["plan"]
@@ -113,16 +115,32 @@ def bench_gpt_oss(seen: Workload, held_out: Workload, plot: Path | None) -> dict
             if row["crossing_in"] <= crossing and row["imbalance_in"] <= inside and row["imbalance_out"] <= outside
         ]
         print(f"wanted: crossing <= {crossing} at imbalance <= {inside} and held out <= {outside}: {reached or 'no'}")
-        curve = pareto_curve(problem, WEIGHTS, time_limit_s=300)
-        points = [(point.imbalance, point.crossing) for point in curve]
-        print("Pareto curve: " + ", ".join(f"{crossing:.3f} at {imbalance:.3f}" for imbalance, crossing in points))
-        out[num_gpus] = {"rows": rows, "reached": reached, "curve": points}
+        curve = _front([*points, *pareto_curve(problem, WEIGHTS, time_limit_s=300)])
+        grid = np.linspace(1, curve[-1].imbalance, 25).tolist()
+        below = list(zip(grid, crossing_bounds(problem, BOUND_WEIGHTS, grid), strict=True))
+        found = [(point.imbalance, point.crossing) for point in curve]
+        print("Pareto curve: " + ", ".join(f"{crossing:.3f} at {imbalance:.3f}" for imbalance, crossing in found))
+        print(
+            "proven: "
+            + ", ".join(f"none below {crossing:.3f} at {imbalance:.3f}" for imbalance, crossing in below[::4])
+        )
+        out[num_gpus] = {"rows": rows, "reached": reached, "curve": found, "bound": below}
         if plot is not None:
-            _plot_curve(plot / f"pareto-{num_gpus}.png", num_gpus, problem, curve, held_out, rows)
+            _plot_curve(plot / f"placement_pareto_{num_gpus}.png", problem, curve, below, held_out, rows)
     return out
 
 
-def _plot_curve(path, num_gpus, problem, curve, held_out, rows):
+def _front(points):
+    """The points that no other is better than in both, by rising imbalance."""
+    best, out = float("inf"), []
+    for point in sorted(points, key=lambda point: (point.imbalance, point.crossing)):
+        if point.crossing < best:
+            best = point.crossing
+            out.append(point)
+    return out
+
+
+def _plot_curve(path, problem, curve, below, held_out, rows):
     from moeflow.placement_plots import pareto_figure
     from moeflow.plots import save_figure
 
@@ -130,10 +148,11 @@ def _plot_curve(path, num_gpus, problem, curve, held_out, rows):
     curves = {
         "least crossing": [(point.imbalance, point.crossing) for point in curve],
         "least crossing, held out": sorted((cost.imbalance, cost.crossing) for cost in outside),
+        "no plan is below": below,
     }
     points = {row["plan"]: (row["imbalance_in"], row["crossing_in"]) for row in rows if row["bound"] is None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(pareto_figure(curves, points, f"gpt-oss-20b on {num_gpus} GPUs"), path)
+    save_figure(pareto_figure(curves, points, f"gpt-oss-20b on {problem.num_gpus} GPUs"), path)
     print(f"wrote {path}")
 
 
