@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 _CHECK_EVERY = 25
+_FEWEST, _FLOPS_PER_S = 60, 1e10  # iterations below which nothing is proven, and what a core does of them
 _ENOUGH = 2e-4  # of the bound: what four checks in a row must gain to go on
 
 
@@ -57,12 +58,14 @@ def partition_bound(
     Args:
         partition: the problem.
         iterations: at most; it ends earlier where the bound stands still.
-        time_limit_s: the best bound until then is returned; it is valid at any time.
+        time_limit_s: the best bound until then is returned; it is valid at any time. Where so many and so large
+            matrices could not get anywhere until then, only the bound without traffic is.
         progress: called with the share of the iterations done.
     """
     end = time.monotonic() + time_limit_s
     scale = float(partition.traffic.sum())
-    if scale == 0:
+    pairs, size = len(partition.traffic), 2 * partition.traffic.shape[1]
+    if scale == 0 or _FEWEST * 10 * pairs * size**3 / _FLOPS_PER_S > time_limit_s:
         return _balance(partition)
     relaxation = _Relaxation(partition, scale)
     best, history = _balance(partition) / scale, []
