@@ -7,6 +7,7 @@ LP. Several workloads count with their mean, which neither their mean time nor t
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def path_bound(
         progress=progress,
     )
     if not alike:
-        whole += tables.balance * balance_bound(problem)
+        whole += tables.balance * balance_bound(replace(problem, worst_case=False))  # the mean, as the traffic's
     if between is not None:
         room = np.array([problem.slots[nodes == node].sum() for node in np.unique(nodes)])
         whole += partition_bound(
