@@ -71,6 +71,7 @@ def _place(arguments) -> int:
     from moeflow.place_table import names_of, print_tables, solver_rows
     from moeflow.placement.plan_file import solution_facts, write_plan
 
+    _check_numbers(arguments)
     exports = _checked_outputs(arguments)
     solvers = _solvers(arguments)
     problem, held_out = _problem(arguments)
@@ -115,20 +116,47 @@ def _place(arguments) -> int:
     return 0
 
 
+def _check_numbers(arguments) -> None:
+    if not 0 <= arguments.time_limit < float("inf"):
+        raise ConfigError(f"--time-limit {arguments.time_limit:g} is no time. Give seconds, 0 or more.")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed {arguments.seed} is out of range. Give 0 or more.")
+    for name in ("tokens", "hidden_size", "top_k"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range. Give at least 1.")
+    if not 1 <= arguments.expert_bits <= 32:
+        raise ConfigError(f"--expert-bits {arguments.expert_bits:g} is out of range. Give 1 to 32.")
+    if arguments.expert_mb is not None and not 0 < arguments.expert_mb < float("inf"):
+        raise ConfigError(f"--expert-mb {arguments.expert_mb:g} is no size. Give megabytes above 0.")
+    if arguments.max_imbalance is not None and not 1 <= arguments.max_imbalance < float("inf"):
+        raise ConfigError(
+            f"--max-imbalance {arguments.max_imbalance:g} is out of range. Even load is 1: give 1 or more."
+        )
+
+
 def _checked_outputs(arguments) -> list[tuple[str, str]]:
     """Refuse, before the work, what could not be written after it; return the exports as (kind, file)."""
     from moeflow.placement.exports import check_export
 
-    if not 0 <= arguments.time_limit < float("inf"):
-        raise ConfigError(f"--time-limit {arguments.time_limit:g} is no time. Give seconds, 0 or more.")
     exports = [tuple(text.partition("=")[::2]) for text in arguments.export]
     for kind, file in exports:
+        if not file:
+            raise ConfigError(f"--export {kind} names no file. Give KIND=FILE, such as sglang=location.json.")
         check_export(kind, file)
-    if arguments.plot:
-        _plot_files(arguments.plot)
-    for file in (arguments.out, *(file for _, file in exports)):
+    files = [arguments.out, *(file for _, file in exports)]
+    for file in files:
         if not Path(file).absolute().parent.is_dir() or Path(file).is_dir():
             raise ConfigError(f"{file} cannot be written: give a file in a folder that is there.")
+    if arguments.plot:
+        files += _plot_files(arguments.plot)
+        if not Path(arguments.plot).absolute().parent.is_dir():
+            raise ConfigError(f"{arguments.plot} cannot be written: give a name in a folder that is there.")
+    taken = {Path(file).resolve() for file in (*arguments.workloads, *arguments.validate, arguments.topology)}
+    for file in files:
+        if Path(file).resolve() in taken:
+            raise ConfigError(f"{file} is named for two things. Give each file that is written a name of its own.")
+        taken.add(Path(file).resolve())
     return exports
 
 
@@ -166,24 +194,21 @@ def _problem(arguments):
     topology = load_topology(arguments.topology, arguments.gpus)
     workloads, held_out = _workloads(arguments)
     known = all(workload.transitions is not None for workload in (*workloads, *held_out))
+    if arguments.max_imbalance is not None and any(workload.transitions is None for workload in workloads):
+        raise ConfigError(
+            "--max-imbalance asks for few transitions between layers, and counts have none. Give a trace, or leave it "
+            "out."
+        )
     communication = arguments.communication
     if communication == "auto":
         communication = "path" if known else "dispatch"
-    for name in ("tokens", "hidden_size", "top_k"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range. Give at least 1.")
     top_k = _top_k(arguments.top_k, workloads)
     if arguments.expert_mb is None:
         topology = topology.without_memory_limits()
         # Three matrices, half as high as wide: between models of many small and of few large experts.
         expert_bytes = round(3 * arguments.hidden_size * arguments.hidden_size / 2 * arguments.expert_bits / 8)
-    elif 0 < arguments.expert_mb < float("inf"):
-        expert_bytes = round(arguments.expert_mb * 1e6)
     else:
-        raise ConfigError(f"--expert-mb {arguments.expert_mb:g} is no size. Give megabytes above 0.")
-    if not 1 <= arguments.expert_bits <= 32:
-        raise ConfigError(f"--expert-bits {arguments.expert_bits:g} is out of range. Give 1 to 32.")
+        expert_bytes = round(arguments.expert_mb * 1e6)
     step = StepShape(
         assignments=float(arguments.tokens * top_k),
         token_bytes=2 * arguments.hidden_size,
@@ -211,7 +236,10 @@ def _top_k(given, workloads) -> int:
     known = {workload.top_k for workload in workloads} - {None}
     if given is not None and known - {given}:
         raise ConfigError(f"--top-k {given} contradicts the counts, which say {max(known)}. Leave it out.")
-    return given or max(known, default=TOP_K)
+    num_experts = workloads[0].num_experts
+    if given is not None and given > num_experts:
+        raise ConfigError(f"--top-k {given} is out of range: a layer has {num_experts} experts.")
+    return given or max(known, default=min(TOP_K, num_experts))
 
 
 def _solve(problem, solvers, arguments):
