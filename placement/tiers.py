@@ -106,6 +106,8 @@ def choose_tiers(
     top_k = workload.top_k if top_k is None else top_k
     if top_k is None:
         raise PlacementError(f"{workload.name} does not say how many experts a token takes: give top_k.")
+    if top_k > workload.num_experts:
+        raise PlacementError(f"top_k is {top_k}, and layers of {workload.name} have {workload.num_experts} experts.")
     rates = {"top_k": top_k, "host_bytes_per_s": host_bytes_per_s}
     if disk_bytes_per_s is not None:
         rates["disk_bytes_per_s"] = disk_bytes_per_s

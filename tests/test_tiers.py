@@ -32,7 +32,7 @@ def test_choice_is_the_brute_force_optimum_and_its_bound_holds(seed, solver):
     rng = np.random.default_rng(seed)
     shape = (2, int(rng.integers(1, 4)))
     sizes = rng.integers(1, 7, shape if rng.random() < 0.6 else (2, 1)) * np.ones(shape)
-    workload = Workload("w", rng.gamma(0.5, size=shape) + 0.01, top_k=2)
+    workload = Workload("w", rng.gamma(0.5, size=shape) + 0.01, top_k=1)
     gpu_bytes, host_bytes = (float(rng.integers(0, sizes.sum() + 2)) for _ in range(2))
     host_bytes = host_bytes if rng.random() < 0.7 else math.inf
     plan = choose_tiers(workload, sizes, gpu_bytes=gpu_bytes, host_bytes=host_bytes, solver=solver, **RATES)
@@ -123,6 +123,7 @@ def test_advice_names_the_cache_that_waits_least_and_what_it_saves():
         ({"expert_bytes": 0}, "above 0 and finite"),
         ({"expert_bytes": [1, 2, 3]}, r"\[2, 1\] or \[2, 2\]"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 3}, "top_k is 3, and layers of w have 2 experts"),
         ({"top_k": None}, "give top_k"),
     ],
 )
