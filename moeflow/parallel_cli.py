@@ -9,7 +9,7 @@ from moeflow.loading_cli import add_loading_options, load_model
 from moeflow.prompts import read_prompts
 from moeflow.report import format_bytes, format_percent
 
-_LAUNCH = "torchrun --nproc-per-node 2 -m moeflow parallel MODEL --plan PLAN PROMPT"
+_LAUNCH = "torchrun --nproc-per-node 2 -m moeflow parallel MODEL PROMPT --plan PLAN"
 
 
 def add_parallel_command(commands) -> None:

@@ -5,6 +5,7 @@ The ranks run `parallel_ranks.py`, every situation in one launch, and write down
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from families import FAMILIES, build_model
+from moeflow.cli import main
 from moeflow.errors import ConfigError
 from moeflow.kernels.cpu_library import instruction_set
 from moeflow.parallel import apply
@@ -259,6 +261,14 @@ def test_nothing_is_leaked(launch):
 def test_processes_must_have_been_started_together(mixtral_folder):
     with (model := load(mixtral_folder)).moeflow, pytest.raises(ConfigError, match="torchrun"):
         apply(model, Plan.of_gpus(1, np.zeros((3, 8), int)))
+
+
+def test_the_command_line_that_its_errors_show_is_one_it_takes(capsys):
+    assert main(["parallel", "MODEL", "PROMPT"]) == 1
+    shown = re.search(r"-m moeflow (parallel .*)", capsys.readouterr().err)[1]
+    assert "PROMPT" in shown
+    assert main(shown.split()) == 1
+    assert "is no rank of several" in capsys.readouterr().err
 
 
 def test_the_command_deals_prompts_out_and_prints_from_rank_0(mixtral_folder, tmp_path):
