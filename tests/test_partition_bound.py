@@ -132,7 +132,7 @@ def test_of_uniform_traffic_all_but_a_part_crosses(experts, parts, layers, equal
 def test_of_hidden_clusters_just_what_goes_between_them_crosses(between, with_work, equal):
     rng = np.random.default_rng(0)
     clusters = [rng.permutation(np.arange(12) % 3) for _ in range(4)]
-    together = np.stack([one[:, None] == other for one, other in zip(clusters[:-1], clusters[1:], strict=True)])
+    together = np.stack([one[:, None] == other for one, other in itertools.pairwise(clusters)])
     traffic = np.where(together, 1.0, between)
     work = np.ones((4, 12)) if with_work else None
     bound = partition_bound(Partition(traffic, work, 3, 4, equal))
