@@ -36,7 +36,7 @@ def test_choice_is_the_brute_force_optimum_and_its_bound_holds(seed, solver):
     gpu_bytes, host_bytes = (float(rng.integers(0, sizes.sum() + 2)) for _ in range(2))
     host_bytes = host_bytes if rng.random() < 0.7 else math.inf
     plan = choose_tiers(workload, sizes, gpu_bytes=gpu_bytes, host_bytes=host_bytes, solver=solver, **RATES)
-    uses = (workload.shares() * 2).ravel()
+    uses = workload.shares().ravel()
     best = by_brute_force(uses, sizes.ravel(), (gpu_bytes, host_bytes), PER_BYTE)
     assert plan.bound <= best * (1 + 1e-9)
     assert best * (1 - 1e-9) <= plan.s_per_token <= best * (1 + 2e-4)
