@@ -28,6 +28,7 @@ _PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and 
 _MOST_WEIGHT = 4.0  # beyond which balance is all that counts
 _HALVINGS = 7
 _BOUND_SHARE = 0.3  # of the time limit
+_ROUNDING = 1 + 1e-9  # even load may come out as a little above 1
 
 
 class Point(NamedTuple):
@@ -100,7 +101,7 @@ def least_crossing(
     for number, factor in enumerate((1.0, 0.92, 1.08)):
         tell(0.3 + 0.2 * number, "annealing")
         curve.anneal(factor * weight, _LONGER * _PROPOSALS, seed + number, search_end)
-    within = [point for point in curve.points if point.imbalance <= max_imbalance]
+    within = [point for point in curve.points if point.imbalance <= max_imbalance * _ROUNDING]
     if not within:
         least = min(point.imbalance for point in curve.points)
         raise PlacementError(
@@ -241,7 +242,7 @@ class _Curve:
 def _find_weight(curve, max_imbalance, seed, end, tell) -> float:
     """Halve the range of weights around the least that keeps to the limit."""
     free = curve.anneal(0.0, _PROPOSALS, seed, end)
-    if free is None or free.imbalance <= max_imbalance:
+    if free is None or free.imbalance <= max_imbalance * _ROUNDING:
         return 0.0
     low, high = 0.01, _MOST_WEIGHT
     for number in range(_HALVINGS):
@@ -250,5 +251,5 @@ def _find_weight(curve, max_imbalance, seed, end, tell) -> float:
         point = curve.anneal(weight, _PROPOSALS, seed, end)
         if point is None:
             break
-        low, high = (low, weight) if point.imbalance <= max_imbalance else (weight, high)
+        low, high = (low, weight) if point.imbalance <= max_imbalance * _ROUNDING else (weight, high)
     return high
