@@ -26,17 +26,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from moeflow.placement.anneal import Tables
 from moeflow.placement.cost import StepShape, judge
 from moeflow.placement.count_files import read_counts
 from moeflow.placement.joint import joint
 from moeflow.placement.least_crossing import crossing_bounds, least_crossing, pareto_curve
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem
+from moeflow.placement.search import cool
 from moeflow.placement.solvers import SOLVERS
 from moeflow.placement.topology import preset
 from moeflow.placement.workload import Workload
@@ -165,9 +168,10 @@ def bench_deepseek(folder: Path) -> dict:
     print("others' excess over 1 against EPLB's (mean of pairs)\n")
     for num_gpus in (8, 16, 32, 64):
         judged, seconds = {}, {}
-        for name in ("contiguous", "greedy", "eplb", "moetuner", "joint"):
+        solvers = {name: SOLVERS[name] for name in ("contiguous", "greedy", "eplb", "moetuner", "joint")}
+        for name, solver in (solvers | {"annealed": _annealed}).items():
             begin = time.perf_counter()
-            table = np.array([_imbalances(SOLVERS[name], num_gpus, planned, workloads) for planned in workloads])
+            table = np.array([_imbalances(solver, num_gpus, planned, workloads) for planned in workloads])
             judged[name], seconds[name] = table, (time.perf_counter() - begin) / len(workloads)
         out[num_gpus] = {}
         for name, table in judged.items():
@@ -192,6 +196,14 @@ def _imbalances(solver, num_gpus, planned, workloads):
     problem = Problem((planned,), preset("nvlink", num_gpus).without_memory_limits(), LOAD_STEP, num_replicas=32)
     plan = solver(problem, time_limit_s=15).plan
     return [judge(plan, workload, problem.topology, problem.step).imbalance for workload in workloads]
+
+
+def _annealed(problem, *, time_limit_s):
+    """What `joint` leaves out for load alone: annealing with replicas free to go to other experts."""
+    start = SOLVERS["random"](problem).plan
+    copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
+    found = cool(Tables(problem), start, 500 * copies, deadline=time.monotonic() + time_limit_s)
+    return SimpleNamespace(plan=found.plan)
 
 
 def bench_small() -> dict:
