@@ -1,6 +1,8 @@
 """`moeflow place`: which GPU holds which expert, how good that is, and the plan as engines take it."""
 
+import atexit
 import json
+import os
 from pathlib import Path
 
 from moeflow.errors import ConfigError, MoeflowError
@@ -260,7 +262,10 @@ def _solve(problem, solvers, arguments):
             future.set_exception(error)
 
     with share_progress("placing experts") as progress:
-        threading.Thread(target=solve, args=(progress,), daemon=True).start()
+        thread = threading.Thread(target=solve, args=(progress,), daemon=True)
+        # HiGHS aborts where the process ends in order while it runs: by then Ctrl-C was told, and nothing was written.
+        atexit.register(lambda: thread.is_alive() and os._exit(130))
+        thread.start()
         attempts = future.result()
     for name in (arguments.solver, "crossing"):
         if name in attempts.failures:

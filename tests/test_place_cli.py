@@ -298,7 +298,7 @@ def test_interrupted_it_exits_with_130_and_writes_nothing(tmp_path):
         text=True,
     )
     for line in run.stderr:
-        if "moetuner" in line:
+        if "moetuner: layer" in line:
             break
     run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=60)
