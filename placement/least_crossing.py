@@ -195,7 +195,7 @@ class _Curve:
     """The plans found so far, and the problem with GPUs and links alike, in which they are found."""
 
     def __init__(self, problem: Problem):
-        if any(workload.transitions is None for workload in problem.workloads):
+        if any(workload.transitions is None or not workload.transitions.any() for workload in problem.workloads):
             raise PlacementError("crossing needs transitions between layers, and counts have none. Give a trace.")
         gpus = tuple(replace(gpu, flops_per_s=1e12, memory_bytes_per_s=1e30) for gpu in problem.topology.gpus)
         alike = Topology("alike", gpus, np.full(2 * (problem.num_gpus,), 1e9))
@@ -227,6 +227,8 @@ class _Curve:
 
     def least(self, weight: float, time_limit_s: float = float("inf")) -> float:
         """Return what crossing + weight * imbalance of no plan is below."""
+        if self.problem.num_gpus == 1:
+            return weight
         return path_bound(self.tables(weight), time_limit_s=max(time_limit_s, 0.0)) / self.all_crossing
 
     def pareto(self) -> tuple[Point, ...]:

@@ -134,6 +134,16 @@ def test_counts_without_transitions_are_refused():
             ask()
 
 
+def test_one_layer_has_no_transitions():
+    with pytest.raises(PlacementError, match="counts have none"):
+        least_crossing(problem_of(np.ones((1, 4)), np.zeros((0, 4, 4)), 2), 1.2)
+
+
+def test_on_one_gpu_nothing_crosses():
+    answer = least_crossing(skewed_problem(num_gpus=1), 1.2)
+    assert (answer.point.crossing, answer.bound, answer.point.imbalance) == (0, 0, pytest.approx(1))
+
+
 def test_speeds_links_and_communication_are_not_looked_at():
     problem = skewed_problem()
     cards = (Gpu(1e12, 1e6, 1e3), Gpu(1e12, 9e6, 1e9))
