@@ -3,9 +3,9 @@
 What it does by the problem:
 
 - small: an integer program of the whole (`exact.py`), whose optimum is proven.
-- nothing but load (dispatch): a descent from the best of LPT and EPLB, replicas as they are. Where that ends within half
-  a percent of the bound nothing is annealed: the mix of heavy and light experts that heaviest-first packing leaves on
-  each GPU holds where routing drifts, and an annealing from a random start loses it (measured, docs/placement.md).
+- nothing but load (dispatch): a descent from the best of LPT and EPLB, replicas as they are. Where that ends within
+  half a percent of the bound nothing is annealed: the mix of heavy and light experts that heaviest-first packing leaves
+  on each GPU holds where routing drifts, and annealing from a random start loses it (measured, docs/placement.md).
 - paths of tokens: annealings of the slowest GPU and slowest link of every layer, each four times as long as the one
   before, the first from a random placement; and the semidefinite bound of `partition_bound.py` beside the LP's.
 """
