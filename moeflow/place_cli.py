@@ -263,14 +263,23 @@ def _solve(problem, solvers, arguments):
 
     with share_progress("placing experts") as progress:
         thread = threading.Thread(target=solve, args=(progress,), daemon=True)
-        # HiGHS aborts where the process ends in order while it runs: by then Ctrl-C was told, and nothing was written.
-        atexit.register(lambda: thread.is_alive() and os._exit(130))
+        atexit.register(_end_solver, thread)
         thread.start()
         attempts = future.result()
     for name in (arguments.solver, "crossing"):
         if name in attempts.failures:
             raise MoeflowError(f"{name} found no plan: {attempts.failures[name]}")
     return attempts
+
+
+def _end_solver(thread) -> None:
+    """End a solver that Ctrl-C left at work: CBC is a process of its own, and HiGHS aborts ours at an orderly end."""
+    import psutil
+
+    if thread.is_alive():
+        for child in psutil.Process().children():
+            child.kill()
+        os._exit(130)
 
 
 def _export(exports, problem, plan) -> list[dict]:
