@@ -131,6 +131,8 @@ def test_deepseek_load_on_32_gpus_is_even_within_2_percent_and_within_nine_slots
     assert problem.costs(solution.plan)[0].imbalance <= 1.02
     assert solution.gap <= 5e-3
     assert solution.plan.copies().max() <= 9
+    packed = SOLVERS["eplb"](problem).plan
+    assert (solution.plan.num_replicas == packed.num_replicas).all()  # replicas stay with whom they were
 
 
 def test_result_is_the_same_where_the_c_loop_was_not_built(monkeypatch):

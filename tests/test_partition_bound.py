@@ -112,6 +112,20 @@ def test_any_multipliers_prove_a_bound_that_holds(seed, size, begun):
     assert is_below(relaxation.bound() * scale, least_cost(partition, slots))
 
 
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
+def test_replicas_of_a_heavy_expert_are_not_forbidden_by_the_bound(shift):
+    # Work wants both experts on both parts, for which X's diagonal and trace are less than one copy's.
+    partition = Partition(0.01 * np.ones((1, 2, 2)), np.array([[9.0, 1], [1, 9]]), 2, 2, False)
+    least, scale = least_cost(partition, [2, 2]), 0.04
+    assert least == pytest.approx(10.02)
+    assert partition_bound(partition) == pytest.approx(least, rel=5e-3)
+    relaxation = _Relaxation(partition, scale)
+    for _ in range(200):
+        relaxation.step()
+    relaxation.multiplier += shift / relaxation.rho * np.eye(4)
+    assert is_below(relaxation.bound() * scale, least)
+
+
 def test_bound_only_rises_with_more_iterations():
     partition, _ = random_partition(5)
     bounds = [partition_bound(partition, iterations=number) for number in (25, 100, 400)]
@@ -221,6 +235,15 @@ def test_no_plan_with_a_replica_on_two_nodes_is_below_the_bound(seed):
     assert is_below(
         path_bound(Tables(problem)), min(problem.objective(plan) for plan in itertools.islice(plans, 0, None, 7))
     )
+
+
+def test_uniform_traffic_on_two_nodes_is_bounded_by_what_it_takes():
+    problem = two_level_problem(0)
+    problem = replace(problem, workloads=(Workload("even", np.ones((2, 4)), np.ones((1, 4, 4))),))
+    tables = Tables(problem)
+    taken = Annealing(tables, random_placement(problem).plan).objective()
+    assert path_bound(tables) == pytest.approx(taken, rel=1e-3)
+    assert is_below(path_bound(tables), taken)
 
 
 def test_worst_workload_on_unequal_gpus_is_not_below_the_bound():
