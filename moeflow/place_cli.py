@@ -192,6 +192,7 @@ def _problem(arguments):
     from moeflow.placement.cost import StepShape
     from moeflow.placement.problem import Problem
     from moeflow.placement.topology_file import load_topology
+    from moeflow.workloads import known_top_k
 
     topology = load_topology(arguments.topology, arguments.gpus)
     workloads, held_out = _workloads(arguments)
@@ -204,7 +205,7 @@ def _problem(arguments):
     communication = arguments.communication
     if communication == "auto":
         communication = "path" if known else "dispatch"
-    top_k = _top_k(arguments.top_k, workloads)
+    top_k = known_top_k(arguments.top_k, workloads) or min(TOP_K, workloads[0].num_experts)
     if arguments.expert_mb is None:
         topology = topology.without_memory_limits()
         # Three matrices, half as high as wide: between models of many small and of few large experts.
@@ -232,16 +233,6 @@ def _workloads(arguments):
         parts = [split_workload(path, arguments.hold_out) for path in arguments.workloads]
         workloads, held_out = [seen for seen, _ in parts], [kept for _, kept in parts]
     return workloads, held_out + [read_workload(path) for path in arguments.validate]
-
-
-def _top_k(given, workloads) -> int:
-    known = {workload.top_k for workload in workloads} - {None}
-    if given is not None and known - {given}:
-        raise ConfigError(f"--top-k {given} contradicts the counts, which say {max(known)}. Leave it out.")
-    num_experts = workloads[0].num_experts
-    if given is not None and given > num_experts:
-        raise ConfigError(f"--top-k {given} is out of range: a layer has {num_experts} experts.")
-    return given or max(known, default=min(TOP_K, num_experts))
 
 
 def _solve(problem, solvers, arguments):
@@ -348,7 +339,8 @@ def _headline(arguments, problem) -> str:
     return (
         f"{problem.num_layers} layers x {problem.num_experts} experts on {gpus} "
         f"({problem.topology.name}), {problem.num_replicas} replicas a layer. A step: {arguments.tokens:,} tokens x "
-        f"{top_k} experts{'' if known else ' (assumed: --top-k)'}, {step.communication}; {memory}."
+        f"{top_k} experts{'' if known else ' (assumed: --top-k)'}, hidden size {arguments.hidden_size:,}, "
+        f"{step.communication}; {memory}."
     )
 
 

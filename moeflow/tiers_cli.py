@@ -26,7 +26,7 @@ def add_tiers_command(commands) -> None:
 
 def _tiers(arguments) -> int:
     from moeflow.placement.tiers import choose_tiers
-    from moeflow.workloads import is_count_file, opened_routes
+    from moeflow.workloads import is_count_file, known_top_k, opened_routes
 
     sizes = _sizes(arguments)
     if arguments.hold_out is not None and is_count_file(arguments.workload):
@@ -34,12 +34,15 @@ def _tiers(arguments) -> int:
     with nullcontext() if is_count_file(arguments.workload) else opened_routes(arguments.workload) as trace:
         workload, judged, numbers = _workloads(arguments, trace)
         gpu_bytes, host_bytes = _budgets(arguments, workload)
+        top_k = known_top_k(arguments.top_k, [workload])
+        if top_k is None:
+            raise ConfigError("the counts do not say how many experts a token takes: give --top-k.")
         plan = choose_tiers(
-            workload, sizes["expert_bytes"], gpu_bytes=gpu_bytes, host_bytes=host_bytes, top_k=arguments.top_k,
+            workload, sizes["expert_bytes"], gpu_bytes=gpu_bytes, host_bytes=host_bytes, top_k=top_k,
             host_bytes_per_s=sizes["host_bytes_per_s"], disk_bytes_per_s=sizes["disk_bytes_per_s"],
         )  # fmt: skip
         if judged is not workload:
-            plan = _judged(plan, judged, arguments.top_k or judged.top_k, sizes)
+            plan = _judged(plan, judged, top_k, sizes)
         slots = int((plan.tier == 0).sum())
         caches = {} if trace is None or plan.hit_rate >= 1 else _replayed(trace, numbers, slots)
     about = _about(plan, sizes, judged, caches)

@@ -24,7 +24,7 @@ def load_topology(name_or_path: str | Path, num_gpus: int | None = None) -> Topo
     """
     if str(name_or_path) in PRESETS:
         if num_gpus is None:
-            raise PlacementError(f"topology {name_or_path} is of any size: say how many GPUs there are.")
+            raise PlacementError(f"topology {name_or_path} is of any size: say how many GPUs there are (--gpus).")
         return preset(str(name_or_path), num_gpus)
     if not Path(name_or_path).exists():
         raise PlacementError(

@@ -102,7 +102,8 @@ def test_counts_alone_give_no_advice_on_caches(tmp_path, capsys):
         (["--gpu-memory", "50%", "--disk-gb-s", "nan"], "--disk-gb-s nan is out of range"),
         (["--gpu-memory", "50%", "--top-k", "0"], "--top-k 0 is out of range"),
         (["--gpu-memory", "50%", "--hold-out", "5"], "holds counts"),
-        (["--gpu-memory", "50%"], "does not say how many experts a token takes"),
+        (["--gpu-memory", "50%"], "the counts do not say how many experts a token takes: give --top-k"),
+        (["--gpu-memory", "50%", "--top-k", "5"], "--top-k 5 is out of range: a layer has 4 experts"),
     ],
 )
 def test_a_bad_option_is_told_in_one_line(tmp_path, capsys, options, told):
@@ -111,6 +112,12 @@ def test_a_bad_option_is_told_in_one_line(tmp_path, capsys, options, told):
     error = capsys.readouterr().err.strip()
     assert error.startswith("moeflow: ")
     assert told in error
+
+
+def test_top_k_of_a_trace_is_not_contradicted(tmp_path, capsys):
+    path = write_trace(tmp_path / "t", [np.stack([np.arange(20) % 4, np.arange(20) % 4 + 4], 1)[:, None]] * 2)
+    assert main(["tiers", path, "--gpu-memory", "50%", "--expert-mb", "10", "--top-k", "1"]) == 1
+    assert "--top-k 1 contradicts the counts, which say 2" in capsys.readouterr().err
 
 
 def test_a_gpu_too_small_for_one_layer_of_a_token_is_refused(tmp_path, capsys):
