@@ -213,7 +213,10 @@ class _Curve:
     def add(self, plan: Plan, weight: float) -> Point:
         """Judge a plan and keep it."""
         costs = self.problem.costs(plan)
-        crossing = float(np.mean([cost.crossing for cost in costs]))
+        # A workload without transitions between two layers counts less, as it does in the traffic that is searched.
+        crossing = float(
+            np.average([cost.crossing for cost in costs], weights=[cost.path_bytes.sum() for cost in costs])
+        )
         self.points.append(Point(plan, weight, crossing, float(np.mean([cost.imbalance for cost in costs]))))
         return self.points[-1]
 
