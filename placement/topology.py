@@ -87,14 +87,6 @@ class Topology:
         """[G], each GPU's node."""
         return tuple(gpu.node for gpu in self.gpus)
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all GPUs are alike, and all links."""
-        links = self.bandwidth_bytes_per_s[~np.eye(self.num_gpus, dtype=bool)]
-        return len({(g.flops_per_s, g.memory_bytes_per_s) for g in self.gpus}) == 1 and (
-            not len(links) or links.min() == links.max()
-        )
-
     def without_memory_limits(self) -> "Topology":
         """Return the same machine with endless memory: for experts whose size is not known."""
         return replace(self, gpus=tuple(replace(gpu, memory_bytes=math.inf) for gpu in self.gpus))
