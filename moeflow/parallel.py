@@ -195,7 +195,8 @@ def _checked_plan(model, plan, world_size: int) -> Plan:
     if runtime.predictor is not None:
         raise ConfigError(
             f"the model has a predictor ({runtime.predictor.name!r}), which foresees what this rank's tokens need, and "
-            "most of that is on other ranks. Load the model with predictor=None to spread its experts."
+            "most of that is on other ranks. Load the model with predictor=None (--predictor none) to spread its "
+            "experts."
         )
     if hf.compiles_decoding(model):
         raise ConfigError(

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from moeflow.errors import ConfigError, MoeflowError
-
-TOKENS, HIDDEN_SIZE, TOP_K = 4096, 4096, 8  # of a step, where nothing is said
+from moeflow.place_problem import add_step_options, read_problem
 
 
 def add_place_command(commands) -> None:
@@ -39,24 +38,7 @@ def add_place_command(commands) -> None:
         "--validate", nargs="+", action="extend", default=[], metavar="OTHER", help="judge the plan on these too"
     )
     place.add_argument("--hold-out", type=int, metavar="N", help="judge on every Nth sequence, plan on the others")
-    step = place.add_argument_group("the step", "what one forward of all GPUs together is")
-    step.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of a step ({TOKENS})")
-    step.add_argument(
-        "--top-k", type=int, metavar="K", help=f"experts a token takes, where counts do not say ({TOP_K})"
-    )
-    step.add_argument(
-        "--hidden-size", type=int, default=HIDDEN_SIZE, metavar="H", help=f"of the model, in bf16 ({HIDDEN_SIZE})"
-    )
-    step.add_argument(
-        "--expert-mb", type=float, metavar="MB", help="megabytes of one expert; without it memory is not checked"
-    )
-    step.add_argument("--expert-bits", type=float, default=16, metavar="B", help="bits of each weight of them (16)")
-    step.add_argument(
-        "--communication",
-        default="auto",
-        choices=("auto", "path", "dispatch"),
-        help="path: tokens go from expert to expert; dispatch: from their GPU and back; auto: path where known (auto)",
-    )
+    add_step_options(place)
     place.add_argument(
         "--export",
         action="append",
@@ -76,7 +58,7 @@ def _place(arguments) -> int:
     _check_numbers(arguments)
     exports = _checked_outputs(arguments)
     solvers = _solvers(arguments)
-    problem, held_out = _problem(arguments)
+    problem, held_out = read_problem(arguments)
     attempts = _solve(problem, solvers, arguments)
     best = _chosen(arguments, attempts)
     rows = solver_rows(problem, attempts, held_out)
@@ -123,14 +105,6 @@ def _check_numbers(arguments) -> None:
         raise ConfigError(f"--time-limit {arguments.time_limit:g} is no time. Give seconds, 0 or more.")
     if arguments.seed < 0:
         raise ConfigError(f"--seed {arguments.seed} is out of range. Give 0 or more.")
-    for name in ("tokens", "hidden_size", "top_k"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range. Give at least 1.")
-    if not 1 <= arguments.expert_bits <= 32:
-        raise ConfigError(f"--expert-bits {arguments.expert_bits:g} is out of range. Give 1 to 32.")
-    if arguments.expert_mb is not None and not 0 < arguments.expert_mb < float("inf"):
-        raise ConfigError(f"--expert-mb {arguments.expert_mb:g} is no size. Give megabytes above 0.")
     if arguments.max_imbalance is not None and not 1 <= arguments.max_imbalance < float("inf"):
         raise ConfigError(
             f"--max-imbalance {arguments.max_imbalance:g} is out of range. Even load is 1: give 1 or more."
@@ -183,56 +157,6 @@ def _chosen(arguments, attempts):
     if arguments.max_imbalance is None:
         return attempts.best
     return next(solution for solution in attempts.solutions if solution.solver == "crossing")
-
-
-def _problem(arguments):
-    """Return the problem, and the workloads that are kept out of it."""
-    from dataclasses import replace
-
-    from moeflow.placement.cost import StepShape
-    from moeflow.placement.problem import Problem
-    from moeflow.placement.topology_file import load_topology
-    from moeflow.workloads import known_top_k
-
-    topology = load_topology(arguments.topology, arguments.gpus)
-    workloads, held_out = _workloads(arguments)
-    known = all(workload.transitions is not None for workload in (*workloads, *held_out))
-    if arguments.max_imbalance is not None and any(workload.transitions is None for workload in workloads):
-        raise ConfigError(
-            "--max-imbalance asks for few transitions between layers, and counts have none. Give a trace, or leave it "
-            "out."
-        )
-    communication = arguments.communication
-    if communication == "auto":
-        communication = "path" if known else "dispatch"
-    top_k = known_top_k(arguments.top_k, workloads) or min(TOP_K, workloads[0].num_experts)
-    if arguments.expert_mb is None:
-        topology = topology.without_memory_limits()
-        # Three matrices, half as high as wide: between models of many small and of few large experts.
-        expert_bytes = round(3 * arguments.hidden_size * arguments.hidden_size / 2 * arguments.expert_bits / 8)
-    else:
-        expert_bytes = round(arguments.expert_mb * 1e6)
-    step = StepShape(
-        assignments=float(arguments.tokens * top_k),
-        token_bytes=2 * arguments.hidden_size,
-        expert_bytes=expert_bytes,
-        expert_flops=round(2 * 8 * expert_bytes / arguments.expert_bits),  # multiply and add for each weight
-        communication=communication,
-    )
-    problem = Problem(tuple(workloads), topology, step, arguments.replicas, arguments.worst_case)
-    replace(problem, workloads=(*workloads, *held_out))  # held-out workloads must be of the same model
-    return problem, held_out
-
-
-def _workloads(arguments):
-    from moeflow.workloads import read_workload, split_workload
-
-    if arguments.hold_out is None:
-        workloads, held_out = [read_workload(path) for path in arguments.workloads], []
-    else:
-        parts = [split_workload(path, arguments.hold_out) for path in arguments.workloads]
-        workloads, held_out = [seen for seen, _ in parts], [kept for _, kept in parts]
-    return workloads, held_out + [read_workload(path) for path in arguments.validate]
 
 
 def _solve(problem, solvers, arguments):

@@ -93,7 +93,8 @@ def _table(title, lines, chosen, communication, *, proven, narrow):
     from rich.table import Table
     from rich.text import Text
 
-    crossing, sent = ("crossing", "path_bytes") if communication == "path" else ("dispatch_crossing", "dispatch_bytes")
+    sent = "path_bytes" if communication == "path" else "dispatch_bytes"
+    crossing = "dispatch_crossing" if any(cost["crossing"] is None for _, cost in lines) else "crossing"
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.padding = (0, 0 if narrow else 1)
     table.add_column("solver", no_wrap=True)

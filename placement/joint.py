@@ -6,8 +6,10 @@ What it does by the problem:
 - nothing but load (dispatch): a descent from the best of LPT and EPLB, replicas as they are. Where that ends within
   half a percent of the bound nothing is annealed: the mix of heavy and light experts that heaviest-first packing leaves
   on each GPU holds where routing drifts, and annealing from a random start loses it (measured, docs/placement.md).
-- paths of tokens: annealings of the slowest GPU and slowest link of every layer, each four times as long as the one
-  before, the first from a random placement; and the semidefinite bound of `partition_bound.py` beside the LP's.
+- paths of tokens: rounds of two annealings from a random placement, each round four times as long as the one before.
+  One counts the slowest link of every layer. The other counts the mean over all links, which finds its way where paths
+  are strongly structured and a maximum says nothing of the links below it, and then descends by the slowest. The
+  semidefinite bound of `path_bound.py` stands beside the LP's.
 """
 
 import time
@@ -22,7 +24,7 @@ from moeflow.placement.exact import exact, is_small
 from moeflow.placement.path_bound import path_bound
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
-from moeflow.placement.search import cool, descend
+from moeflow.placement.search import Found, cool, descend
 
 _ENOUGH = 5e-3  # gap at which a problem of load alone is left as it is
 _PROPOSALS = 500  # of a descent and of the first annealing, for each copy
@@ -85,27 +87,39 @@ def _improve(problem, best, bound, seed, end, tell) -> bool:
         if problem.step.communication == "dispatch" and best.objective <= bound * (1 + _ENOUGH):
             return found.ended
     start, took = random_placement(problem, seed=seed).plan, 0.0
-    for number in range(_ROUNDS):
-        if time.monotonic() + _LONGER * took > end:
+    for turn in range(2 * _ROUNDS):
+        number, mean = divmod(turn, 2)
+        begin = time.monotonic()
+        if begin + (took if mean else _LONGER * took) > end:
             return False
-        share = _BOUND_SHARE + (1 - _BOUND_SHARE) * number / _ROUNDS
-        found = cool(
-            Tables(problem, weights, slowest=True),
+        found = _cool(
+            Tables(problem, weights, slowest=not mean),
             start,
-            _PROPOSALS * _LONGER**number * copies,
-            seed=seed + number,
-            deadline=end,
-            progress=lambda part, share=share: tell(share + (1 - _BOUND_SHARE) * part / _ROUNDS, "annealing"),
+            _PROPOSALS * _LONGER**number * copies // 2,
+            seed + number,
+            end,
+            lambda share, turn=turn: tell(
+                _BOUND_SHARE + (1 - _BOUND_SHARE) * (turn + share) / (2 * _ROUNDS), "annealing"
+            ),
         )
         best.take(found.plan)
         if not found.ended:
             return False
-        took = found.seconds
+        took = time.monotonic() - begin
         if problem.worst_case:  # what fares worse counts more in the next
-            seconds = np.array([cost.step_s for cost in problem.costs(found.plan)])
+            seconds = np.array([cost.step_s for cost in problem.costs(best.plan)])
             weights = weights * (seconds / seconds.mean()) ** 8
             weights /= weights.sum()
     return True
+
+
+def _cool(tables, start, proposals, seed, end, progress) -> Found:
+    """Anneal; where the mean over the links counted, then descend by the slowest."""
+    found = cool(tables, start, proposals, seed=seed, deadline=end, progress=progress)
+    if tables.traffic is None:
+        return found
+    slowest = Tables(tables.problem, tables.weights, slowest=True)
+    return descend(slowest, found.plan, proposals, seed=seed, deadline=end)
 
 
 def _solution(problem, best, bound, bound_by, begin, ended):

@@ -27,6 +27,7 @@ from moeflow.placement.topology import Topology
 _PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and of the last ones to that
 _MOST_WEIGHT = 4.0  # beyond which balance is all that counts
 _HALVINGS = 7
+_EVEN, _LAST_TRIES = 1e3, 20  # a weight by which only balance counts, and searches by it where no plan keeps the limit
 _BOUND_SHARE = 0.3  # of the time limit
 _ROUNDING = 1 + 1e-9  # even load may come out as a little above 1
 
@@ -101,7 +102,13 @@ def least_crossing(
     for number, factor in enumerate((1.0, 0.92, 1.08)):
         tell(0.3 + 0.2 * number, "annealing")
         curve.anneal(factor * weight, _LONGER * _PROPOSALS, seed + number, search_end)
-    within = [point for point in curve.points if point.imbalance <= max_imbalance * _ROUNDING]
+    if problem.num_replicas:  # replicas even out load; where paths are what counts they can be in the way
+        curve.anneal(weight, _LONGER * _PROPOSALS, seed, search_end, replicas=False)
+    for number in range(_LAST_TRIES):
+        if curve.within(max_imbalance):
+            break
+        curve.anneal(_EVEN, _PROPOSALS, seed + number, search_end)
+    within = curve.within(max_imbalance)
     if not within:
         least = min(point.imbalance for point in curve.points)
         raise PlacementError(
@@ -110,7 +117,7 @@ def least_crossing(
         )
     best = min(within, key=lambda point: (point.crossing, point.imbalance))
     tell(0.9, "proving a bound")
-    bound = max(curve.least(weight, end - time.monotonic()) - weight * max_imbalance, 0.0)
+    bound = max(curve.least(weight, end - time.monotonic()) - weight * max_imbalance * _ROUNDING, 0.0)
     status = "feasible" if time.monotonic() < end else "time limit"
     return LeastCrossing(best, min(bound, best.crossing), time.monotonic() - begin, status, curve.pareto())
 
@@ -204,11 +211,10 @@ class _Curve:
         tables = Tables(self.problem)
         self.all_crossing = float(tables.traffic.sum())  # seconds where every transition crosses
         self.all_even = float((tables.tokens[0].sum() * tables.arithmetic_s[0]) / problem.num_gpus)
-        self.start = random_placement(self.problem).plan
 
-    def tables(self, weight: float) -> Tables:
-        """The problem whose seconds are crossing + weight * imbalance, in units of `all_crossing`."""
-        return Tables(self.problem, balance=weight * self.all_crossing / self.all_even)
+    def tables(self, weight: float, problem: Problem) -> Tables:
+        """A problem whose seconds are crossing + weight * imbalance, in units of `all_crossing`."""
+        return Tables(problem, balance=weight * self.all_crossing / self.all_even)
 
     def add(self, plan: Plan, weight: float) -> Point:
         """Judge a plan and keep it."""
@@ -220,19 +226,25 @@ class _Curve:
         self.points.append(Point(plan, weight, crossing, float(np.mean([cost.imbalance for cost in costs]))))
         return self.points[-1]
 
-    def anneal(self, weight: float, proposals: int, seed: int, end: float) -> Point | None:
-        """Search at one weight; None where no time is left."""
+    def anneal(self, weight: float, proposals: int, seed: int, end: float, *, replicas: bool = True) -> Point | None:
+        """Search at one weight, with or without replicas; None where no time is left."""
         if time.monotonic() >= end:
             return None
-        copies = self.problem.num_layers * (self.problem.num_experts + self.problem.num_replicas)
-        found = cool(self.tables(weight), self.start, proposals * copies, seed=seed, deadline=end)
+        problem = self.problem if replicas else replace(self.problem, num_replicas=0)
+        start = random_placement(problem, seed=seed).plan
+        copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
+        found = cool(self.tables(weight, problem), start, proposals * copies, seed=seed, deadline=end)
         return self.add(found.plan, weight)
+
+    def within(self, max_imbalance: float) -> list[Point]:
+        """The plans found that keep to a limit."""
+        return [point for point in self.points if point.imbalance <= max_imbalance * _ROUNDING]
 
     def least(self, weight: float, time_limit_s: float = float("inf")) -> float:
         """Return what crossing + weight * imbalance of no plan is below."""
         if self.problem.num_gpus == 1:
             return weight
-        return path_bound(self.tables(weight), time_limit_s=max(time_limit_s, 0.0)) / self.all_crossing
+        return path_bound(self.tables(weight, self.problem), time_limit_s=max(time_limit_s, 0.0)) / self.all_crossing
 
     def pareto(self) -> tuple[Point, ...]:
         """The plans that no other is better than, by rising imbalance."""

@@ -106,11 +106,17 @@ class Problem:
         return max(seconds) if self.worst_case else sum(seconds) / len(seconds)
 
     def check(self, plan: Plan) -> None:
-        """Refuse a plan that does not keep within the slots.
+        """Refuse a plan that does not keep within the slots, or has more copies than experts and replicas.
 
         Raises:
             PlacementError: names the GPU and layer.
         """
+        copies, allowed = plan.num_replicas.sum(axis=1), self.num_experts + self.num_replicas
+        if copies.max() > allowed:
+            raise PlacementError(
+                f"the plan has {copies.max()} copies in layer {copies.argmax()}, and {allowed} are allowed: "
+                f"{self.num_experts} experts and {self.num_replicas} replicas."
+            )
         over = np.argwhere(plan.copies() > self.slots)
         if len(over):
             layer, gpu = over[0]
@@ -138,7 +144,7 @@ class Solution:
         solver: its name.
         plan: the placement.
         objective: `Problem.objective` of the plan, seconds.
-        bound: no plan within the slots has a lower objective.
+        bound: no plan that `Problem.check` allows has a lower objective.
         bound_by: what proves the bound.
         seconds: time it took.
         status: "optimal" (objective and bound agree), "feasible" (the solver ended), "time limit".

@@ -34,7 +34,7 @@ def pulp_solver(
         raise PlacementError(f"solver {name!r} is unknown. Allowed: {', '.join(SOLVERS)}.")
     highs = importlib.util.find_spec("highspy") is not None
     if name == "highs" and not highs:
-        raise PlacementError("solver 'highs' is not installed. Run `pip install highspy`, or ask for 'cbc'.")
+        raise PlacementError("solver 'highs' is not installed. Run `pip install highspy`, or take 'cbc'.")
     seed, time_limit_s = seed % _MOST_SEED, max(time_limit_s, 1e-3)
     if name == "highs" or (name == "auto" and highs):
         return _highs(warm_start)(msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, random_seed=seed)
@@ -44,8 +44,7 @@ def pulp_solver(
     )
     if not cbc.available():
         raise PlacementError(
-            "solver 'cbc' is not installed: pulp ships none for this machine. Run `pip install highspy` and ask for "
-            "'highs'."
+            "no solver of integer programs is installed: pulp ships no CBC for this machine. Run `pip install highspy`."
         )
     return cbc
 

@@ -279,9 +279,19 @@ def bench_scale(folder: Path) -> dict:
         load = read_counts(counts).shares()
         links = np.random.default_rng(0).gamma(0.1, size=(len(load) - 1, 256, 256))
         np.savez(made_up, load=load, transitions=load[:-1, :, None] * links * load[1:, None, :], top_k=8)
-        for name, path in (("counts", counts), ("with transitions", made_up)):
+        for name, path, way in (("counts", counts, "dispatch"), ("with transitions", made_up, "path")):
             command = [sys.executable, "-m", "moeflow", "place", str(path), "--gpus", "32", "--replicas", "32"]
-            command += ["--tokens", str(2**17), "--time-limit", "100", "--json", "-o", f"{scratch}/plan.json"]
+            command += [
+                "--communication",
+                way,
+                "--tokens",
+                str(2**17),
+                "--time-limit",
+                "100",
+                "--json",
+                "-o",
+                f"{scratch}/plan.json",
+            ]
             begin = time.perf_counter()
             run = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT)
             told, seconds = json.loads(run.stdout), time.perf_counter() - begin

@@ -63,7 +63,7 @@ RANKS = [
     {"mixed_precision", "expert_inputs"},
     {"answer", "folders", "progress", "prompts", "loading_cli"},
     {"report", "predictor_cli", "machine_cli", "quantize_cli"},
-    {"parallel_cli", "screen", "demo_recipe", "demo_source", "trace_report", "place_table"},
+    {"parallel_cli", "screen", "demo_recipe", "demo_source", "trace_report", "place_table", "place_problem"},
     {"conversation", "demo_checkpoint", "replay_cli", "place_cli", "tiers_cli"},
     {"demo_model"},
     {"about", "chat", "trace_cli"},

@@ -90,7 +90,7 @@ def test_one_bound_serves_every_gap_and_none_is_above_an_objective(tmp_path, cap
 def test_a_trace_is_placed_by_its_transitions_and_judged_on_what_was_held_out(tmp_path, capsys):
     trace = write_trace(tmp_path / "t")
     options = ("--gpus", 2, "--hold-out", 3, "--hidden-size", 2048, "--tokens", 1000, "--expert-mb", 10)
-    options += ("--expert-bits", 4)
+    options += ("--expert-bits", 4, "--communication", "path")
     assert place(trace, *options, "-o", tmp_path / "p", "--json") == 0
     out = told(capsys)
     assert (out["communication"], out["memory_checked"]) == ("path", True)
