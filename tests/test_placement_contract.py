@@ -341,6 +341,14 @@ def test_plan_beyond_the_slots_is_refused_by_gpu_and_layer():
         problem.check(Plan.of_gpus(2, np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 1]])))
 
 
+def test_plan_with_more_copies_than_experts_and_replicas_is_refused_though_slots_are_free():
+    problem = Problem((random_workload(0),), machine(1, 1), StepShape())
+    assert problem.slots.tolist() == [3, 3]  # for 5 experts
+    experts = (((0,), (0,), (0, 1), (1,), (1,)), *((((0,), (0,), (0,), (1,), (1,)),) * 2))
+    with pytest.raises(PlacementError, match=r"6 copies in layer 0, and 5 are allowed: 5 experts and 0 replicas"):
+        problem.check(Plan(2, experts))
+
+
 def test_objective_is_the_mean_of_the_workloads_or_the_worst():
     workloads, plan = [random_workload(seed) for seed in range(3)], Plan.of_gpus(2, np.array([[0, 0, 1, 1, 0]] * 3))
     topology = machine(500, 200)

@@ -108,7 +108,7 @@ def test_balance_bound_is_below_every_plan_of_a_tiny_problem(seed):
 def test_balance_bound_is_below_random_plans(seed):
     problem = random_problem(seed)
     plan = random_plan(np.random.default_rng(seed), problem.slots, problem.num_layers, problem.num_experts)
-    problem.check(plan)
+    assert (plan.copies() <= problem.slots).all()
     assert balance_bound(problem) <= problem.objective(plan) * (1 + 1e-12)
 
 
