@@ -21,12 +21,14 @@ from moeflow.placement.baselines import greedy, random_placement
 from moeflow.placement.path_bound import path_bound
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
-from moeflow.placement.search import cool
+from moeflow.placement.search import HOT, cool
 from moeflow.placement.topology import Topology
 
 _PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and of the last ones to that
 _MOST_WEIGHT = 4.0  # beyond which balance is all that counts
 _HALVINGS = 7
+_FACTORS = (1.0, 0.92, 1.08)  # of the weight that short searches find, for the long ones
+_WARM, _LIGHTER, _WALK = 0.1, 0.93, 40  # a temperature that keeps to a plan's neighbourhood; the walk along the curve
 _EVEN, _LAST_TRIES = 1e3, 20  # a weight by which only balance counts, and searches by it where no plan keeps the limit
 _BOUND_SHARE = 0.3  # of the time limit
 _ROUNDING = 1 + 1e-9  # even load may come out as a little above 1
@@ -99,9 +101,10 @@ def least_crossing(
     curve.add(greedy(curve.problem, seed=seed).plan, _MOST_WEIGHT)
     search_end = end - _BOUND_SHARE * time_limit_s
     weight = _find_weight(curve, max_imbalance, seed, search_end, tell)
-    for number, factor in enumerate((1.0, 0.92, 1.08)):
-        tell(0.3 + 0.2 * number, "annealing")
+    for number, factor in enumerate(_FACTORS):
+        tell(0.3 + 0.6 * number / len(_FACTORS), "annealing")
         curve.anneal(factor * weight, _LONGER * _PROPOSALS, seed + number, search_end)
+    _walk(curve, max_imbalance, seed, search_end)
     if problem.num_replicas:  # replicas even out load; where paths are what counts they can be in the way
         curve.anneal(weight, _LONGER * _PROPOSALS, seed, search_end, replicas=False)
     for number in range(_LAST_TRIES):
@@ -226,14 +229,17 @@ class _Curve:
         self.points.append(Point(plan, weight, crossing, float(np.mean([cost.imbalance for cost in costs]))))
         return self.points[-1]
 
-    def anneal(self, weight: float, proposals: int, seed: int, end: float, *, replicas: bool = True) -> Point | None:
-        """Search at one weight, with or without replicas; None where no time is left."""
+    def anneal(
+        self, weight: float, proposals: int, seed: int, end: float, *, replicas: bool = True, start: Plan | None = None
+    ) -> Point | None:
+        """Search at one weight, with or without replicas, near a plan or anywhere; None where no time is left."""
         if time.monotonic() >= end:
             return None
         problem = self.problem if replicas else replace(self.problem, num_replicas=0)
-        start = random_placement(problem, seed=seed).plan
+        hot = HOT if start is None else _WARM
+        start = start or random_placement(problem, seed=seed).plan
         copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
-        found = cool(self.tables(weight, problem), start, proposals * copies, seed=seed, deadline=end)
+        found = cool(self.tables(weight, problem), start, proposals * copies, seed=seed, hot=hot, deadline=end)
         return self.add(found.plan, weight)
 
     def within(self, max_imbalance: float) -> list[Point]:
@@ -254,6 +260,19 @@ class _Curve:
                 best = point.crossing
                 out.append(point)
         return tuple(out)
+
+
+def _walk(curve, max_imbalance, seed, end) -> None:
+    """Give up balance from the best plan on, a little at a time, up to the limit: a way over the curve's jumps."""
+    within = curve.within(max_imbalance)
+    if not within:
+        return
+    point = min(within, key=lambda point: point.crossing)
+    for _ in range(_WALK):
+        weight = point.weight * _LIGHTER
+        point = curve.anneal(weight, _PROPOSALS, seed, end, start=point.plan)
+        if point is None or point not in curve.within(max_imbalance):
+            return
 
 
 def _find_weight(curve, max_imbalance, seed, end, tell) -> float:

@@ -47,6 +47,7 @@ def cool(
     num_proposals: int,
     *,
     seed: int = 0,
+    hot: float = HOT,
     deadline: float = float("inf"),
     progress: Callable[[float], None] | None = None,
 ) -> Found:
@@ -54,16 +55,17 @@ def cool(
 
     Args:
         tables: the problem.
-        plan: where to begin; soon forgotten.
+        plan: where to begin; soon forgotten where it begins as hot as it does by default.
         num_proposals: changes to try.
         seed: of the random numbers.
+        hot: the first temperature.
         deadline: `time.monotonic()` at which to stop. What is hot then descends for a moment longer.
         progress: called with the share done.
     """
     begin = Annealing(tables, plan)
     scale = begin.objective() / begin.copy_expert.size
     return _search(
-        tables, plan, num_proposals, lambda share: scale * HOT * (COLD / HOT) ** share, seed, deadline, progress
+        tables, plan, num_proposals, lambda share: scale * hot * (COLD / hot) ** share, seed, deadline, progress
     )
 
 
