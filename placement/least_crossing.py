@@ -27,8 +27,13 @@ from moeflow.placement.topology import Topology
 _PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and of the last ones to that
 _MOST_WEIGHT = 4.0  # beyond which balance is all that counts
 _HALVINGS = 7
-_FACTORS = (1.0, 0.92, 1.08)  # of the weight that short searches find, for the long ones
-_WARM, _LIGHTER, _WALK = 0.1, 0.93, 40  # a temperature that keeps to a plan's neighbourhood; the walk along the curve
+_FACTORS = (1.0, 0.96, 0.92, 0.88, 1.04, 1.08)  # of the weight that short searches find, for the long ones
+_WARM, _LIGHTER, _WALK, _MISSES = (
+    0.1,
+    0.95,
+    40,
+    5,
+)  # a temperature that keeps to a plan's neighbourhood; the walk along the curve
 _EVEN, _LAST_TRIES = 1e3, 20  # a weight by which only balance counts, and searches by it where no plan keeps the limit
 _BOUND_SHARE = 0.3  # of the time limit
 _ROUNDING = 1 + 1e-9  # even load may come out as a little above 1
@@ -267,12 +272,15 @@ def _walk(curve, max_imbalance, seed, end) -> None:
     within = curve.within(max_imbalance)
     if not within:
         return
-    point = min(within, key=lambda point: point.crossing)
-    for _ in range(_WALK):
-        weight = point.weight * _LIGHTER
-        point = curve.anneal(weight, _PROPOSALS, seed, end, start=point.plan)
-        if point is None or point not in curve.within(max_imbalance):
+    point, missed = min(within, key=lambda point: point.crossing), 0
+    for step in range(_WALK):
+        found = curve.anneal(point.weight * _LIGHTER, _PROPOSALS, seed + step, end, start=point.plan)
+        if found is None or missed == _MISSES:
             return
+        if found in curve.within(max_imbalance) and found.crossing < point.crossing:
+            point, missed = found, 0
+        else:
+            point, missed = point._replace(weight=point.weight * _LIGHTER), missed + 1
 
 
 def _find_weight(curve, max_imbalance, seed, end, tell) -> float:
