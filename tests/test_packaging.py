@@ -37,8 +37,10 @@ RANKS = [
         "placement",
         "parallel_group",
         "parallel_routes",
+        "sampling",
+        "detokenizer",
     },
-    {"parallel_traffic", "metrics", "forecast", "switch", "native", "pieces", "placement_plots"},
+    {"stop_strings", "parallel_traffic", "metrics", "forecast", "switch", "native", "pieces", "placement_plots"},
     {"native_values", "calibration_text"},
     {"cache", "routing", "store", "pool", "streams", "packed", "hf", "dispatch", "dense", "native_records"},
     {
