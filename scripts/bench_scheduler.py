@@ -5,8 +5,8 @@
 Batches are made of gpt-oss-20b's decode steps: sequences of at least 100 tokens that are no duplicates, each at a
 random step of its own. Groups by arrival, at random, by length of the sequence, by ExpertFlow's K-medoids, and by the
 search: given the true routes, and given a guess of them from the sequence's own last 30 tokens (the six experts of each
-layer with the most decayed uses). The bound says what no split can be below. Plans of 2 x 64 tokens with 32 layers of 64
-experts are timed on random routes. One thread. The last line is one JSON object.
+layer with the most decayed uses). The bound says what no split can be below. Plans of 2 x 64 tokens with 32 layers of
+64 experts are timed on random routes. One thread. The last line is one JSON object.
 """
 
 import argparse
