@@ -153,7 +153,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequential[str | list[int]],
-        params: SamplingParams | Sequential[SamplingParams] = SamplingParams(),
+        params: SamplingParams | Sequential[SamplingParams] = _DEFAULT,
     ) -> list[Completion]:
         """Run prompts to their ends and return their completions in the same order.
 
