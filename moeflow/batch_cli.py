@@ -100,7 +100,8 @@ def _answer(arguments, requests, file) -> dict:
 
             def on_step(num_tokens, num_ended):
                 figures.add(num_tokens, num_ended)
-                progress(figures.share, figures.line())
+                if figures.due:
+                    progress(figures.share, figures.line())
 
             num_ahead = _GROUPS_AHEAD * arguments.batch_size
             answer_batch(engine, tokenizer, requests, file, num_ahead=num_ahead, on_step=on_step)

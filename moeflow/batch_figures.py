@@ -19,6 +19,14 @@ class BatchFigures:
         self._num_tokens = self._num_ended = 0
         self._before = model.moeflow.stats()
         self._begin_s = time.perf_counter()
+        self._line_s = None  # when the last line was made
+
+    @property
+    def due(self) -> bool:
+        """Whether a line is worth its milliseconds: at once, half a second after the last, and at the end."""
+        if self._line_s is None or self._num_ended == self._num_requests:
+            return True
+        return time.perf_counter() - self._line_s >= 0.5
 
     @property
     def share(self) -> float:
@@ -50,6 +58,7 @@ class BatchFigures:
 
     def line(self) -> str:
         """Return the figures as one line for a person."""
+        self._line_s = time.perf_counter()
         return self.as_dict()["line"]
 
     def _line(self, figures):
