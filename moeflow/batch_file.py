@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class BatchFile:
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written: {error.strerror}. Give another output.") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise ConfigError(f"{self.path} is no plain file, from which a run could go on. Give another output.")
             _lock(self._descriptor, self.path)
             self._read(retry_failed)
         except BaseException:
@@ -102,16 +105,21 @@ class BatchFile:
 
     def _replace(self, lines):
         """Put a file with these lines in place of the present one."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        path = self.path.resolve()  # a link stays one
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            _lock(descriptor, temporary)
-            _write(descriptor, b"".join(lines))
-            os.fsync(descriptor)
-            os.replace(temporary, self.path)
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                os.fchmod(descriptor, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+                _lock(descriptor, temporary)
+                _write(descriptor, b"".join(lines))
+                os.fsync(descriptor)
+                os.replace(temporary, path)
+            except BaseException:
+                os.close(descriptor)
+                temporary.unlink(missing_ok=True)
+                raise
         except OSError as error:
-            os.close(descriptor)
-            temporary.unlink(missing_ok=True)
             raise ConfigError(f"{self.path} cannot be rewritten: {error.strerror}. It is as it was.") from error
         os.close(self._descriptor)
         self._descriptor = descriptor

@@ -1,7 +1,9 @@
 """Reading requests and writing answers: bad lines stay alone, a killed run leaves nothing half done."""
 
 import json
+import os
 import resource
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -226,6 +228,17 @@ def test_failed_requests_are_tried_again_only_when_asked(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+def test_trying_again_keeps_a_link_and_the_file_s_mode(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
+    with BatchFile(tmp_path / "link") as file:
+        file.append(failure_record(request(1), "disk"))
+    (tmp_path / "out.jsonl").chmod(0o640)
+    BatchFile(tmp_path / "link", retry_failed=True).close()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+    assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     path = tmp_path / "out.jsonl"
     with BatchFile(path) as file:
@@ -259,10 +272,15 @@ def test_an_output_that_cannot_be_opened_is_refused(tmp_path):
         BatchFile(tmp_path / "no" / "such" / "folder")
 
 
+@pytest.mark.parametrize("path", ["/dev/null", "pipe"])
+def test_an_output_from_which_no_run_could_go_on_is_refused(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="no plain file"):
+        BatchFile(tmp_path / path)
+
+
 def test_a_disk_that_is_full_in_the_middle_leaves_whole_lines(tmp_path):
     """A limit on the file's size makes the system refuse the rest of a line, as a full disk does."""
-    import signal
-
     path = tmp_path / "out.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
