@@ -32,7 +32,7 @@ def transformers_scores(logits, prompt_ids, token_ids, options):
             processors.append(processor(options[name]))
     scores = logits[None].clone()
     for processor in processors:
-        scores = processor(torch.tensor([prompt_ids + token_ids]), scores)
+        scores = processor(torch.tensor([prompt_ids + token_ids], dtype=torch.long), scores)
     return scores[0]
 
 
@@ -60,6 +60,13 @@ def test_every_filter_gives_the_scores_of_transformers(options):
         logits = random_logits(seed)
         scores = filtered(penalized(logits, params, PROMPT, ANSWER), params)
         assert torch.equal(scores, transformers_scores(logits, PROMPT, ANSWER, options))
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.5}, {"top_p": 0.25}, {"top_k": 2}, {"min_p": 1.0}])
+def test_of_equally_likely_tokens_as_many_are_kept_as_transformers_keeps(options):
+    params = SamplingParams(temperature=1.0, **options)
+    kept = filtered(torch.zeros(8), params).isfinite().sum()
+    assert kept == transformers_scores(torch.zeros(8), [], [], options).isfinite().sum()
 
 
 def test_presence_counts_once_and_frequency_as_often_as_in_the_answer():

@@ -117,6 +117,26 @@ def test_special_tokens_have_no_text_and_break_no_stop_string():
     assert ("".join(pieces), stopped) == ("a", True)
 
 
+def test_in_a_token_of_several_characters_too_the_stop_string_complete_first_ends_the_text():
+    words = Tokenizer(models.WordLevel({"abcd": 0, "?": 1}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    assert in_pieces(tokenizer, [0], ("abcd", "bc", "c"))[0] == ["a", ""]
+
+
+@pytest.mark.parametrize("num_junk", range(10, 40))
+def test_a_character_anywhere_behind_bytes_that_are_no_text_comes_out_whole(num_junk):
+    token_ids = [BYTES.convert_tokens_to_ids(char) for char in bytes_as_tokens(b"\xff" * num_junk + "😀".encode())]
+    assert "".join(in_pieces(BYTES, token_ids)[0]) == "\ufffd" * num_junk + "😀"
+
+
+def test_tokens_that_all_end_inside_a_character_lose_none():
+    first, second, last = bytes_as_tokens("€".encode())
+    words = Tokenizer(models.BPE({first: 0, second: 1, last: 2, last + first: 3}, []))
+    words.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert "".join(in_pieces(tokenizer, [0, *[1, 3] * 29, 1, 2])[0]) == "€" * 30
+
+
 class CountsTokens:
     """A tokenizer that remembers how many tokens it was given to decode."""
 
