@@ -3,6 +3,7 @@
 The place where tensors meet the schedule: it admits requests, runs packed passes, samples, and says what came of each.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequential
@@ -12,7 +13,7 @@ import torch
 from moeflow import hf
 from moeflow.config import MemorySize, parse_memory
 from moeflow.engine_request import Completion, Progress, Request
-from moeflow.errors import BudgetError, ClosedModelError, ConfigError, ExpertReadError
+from moeflow.errors import BudgetError, ClosedModelError, ConfigError, ExpertReadError, MoeflowError
 from moeflow.key_values import KeyValueSlots
 from moeflow.packed_attention import PackedCache, Segment
 from moeflow.sampling import SamplingParams
@@ -79,7 +80,7 @@ class Engine:
         self._schedule = Schedule(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
         self._requests: dict[str, Request] = {}
         self._unreported: list[Progress] = []
-        self._num_added = 0
+        self._names = map("request-{}".format, itertools.count(1))
         self._closed = False
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "shared_tokens", "new_tokens", "retries"), 0)
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
@@ -102,15 +103,16 @@ class Engine:
         A prompt that cannot be run ends that request with "error" in the next step; others are not touched.
 
         Raises:
-            ConfigError: an id that is under way, or text where the engine has no tokenizer.
+            ConfigError: an id that is under way, text where the engine has no tokenizer, or neither text nor token ids.
             ClosedModelError: the engine was closed.
         """
         self._check_open()
         if id is None:
-            self._num_added += 1
-            id = f"request-{self._num_added}"
+            id = next(name for name in self._names if name not in self._requests)
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
         ids = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
@@ -164,17 +166,22 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(each)} params for {len(prompts)} prompts: give one, or one for each.")
-        ids = [self.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-        completions = {
-            progress.id: progress.completion for progress in self._until(ids) if progress.completion is not None
-        }
+        ids, completions = [], {}
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                ids.append(self.add(prompt, one))
+            for progress in self._until(ids):
+                if progress.completion is not None:
+                    completions[progress.id] = progress.completion
+        finally:
+            self._forget(ids)
         return [completions[id] for id in ids]
 
     def stream(self, prompt: str | list[int], params: SamplingParams = _DEFAULT) -> Iterator[str]:
         """Run one request and yield its text as it comes; what is closed early is cancelled.
 
         Raises:
-            ConfigError: the prompt cannot be run, for the reason in the message.
+            MoeflowError: it ended in an error, for the reason in the message.
         """
         id = self.add(prompt, params)
         try:
@@ -182,10 +189,9 @@ class Engine:
                 if progress.text:
                     yield progress.text
                 if progress.completion is not None and progress.completion.finish_reason == "error":
-                    raise ConfigError(progress.completion.error)
+                    raise MoeflowError(progress.completion.error)
         finally:
-            if self.cancel(id):
-                self._unreported = [progress for progress in self._unreported if progress.id != id]
+            self._forget([id])
 
     def stats(self) -> dict:
         """Return what has happened since the engine was made, with units in the names."""
@@ -242,7 +248,12 @@ class Engine:
         return None
 
     def _admit(self, sequence: Sequence) -> bool:
-        return self._slots.allocate(sequence.id, sequence.num_positions)
+        try:
+            return self._slots.allocate(sequence.id, sequence.num_positions)
+        except RuntimeError as error:  # there is less memory than the budget allows
+            if not self._schedule.running:
+                self._end(self._requests[sequence.id], [], "", "error", f"no memory for keys and values: {error}")
+            return False
 
     def _share(self, donor: Sequence, receiver: Sequence, num_tokens: int) -> None:
         self._slots[receiver.id].copy_from(self._slots[donor.id], num_tokens)
@@ -341,5 +352,13 @@ class Engine:
                     if progress.completion is not None:
                         left.discard(progress.id)
                     yield progress
+                if not any(id in self._requests for id in left):
+                    return  # whoever called step() meanwhile was told the end
         finally:
             self._unreported = others + self._unreported
+
+    def _forget(self, ids: list[str]) -> None:
+        """Cancel what is still under way of these, and report none of them."""
+        for id in ids:
+            self.cancel(id)
+        self._unreported = [progress for progress in self._unreported if progress.id not in ids]

@@ -5,6 +5,7 @@ the functions here stand where transformers looks up an attention function and a
 segments, and call the model's own attention for each with the whole keys and values of its sequence.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,11 +53,15 @@ class PackedCache(hf.KeyValueCache):
         self._returned: dict[int, tuple] = {}  # {id of keys: (layer, keys, values)} of this pass
         self._last_layer = 0
         self._implementations: dict[int, str] = {}
+        self._rows: list[weakref.ref] = []  # the slots of this pass, or of the one before
+        self._same_rows = False  # whether this pass goes on with the sequences of the one before
 
     @contextmanager
     def running(self, model, segments: list[Segment]) -> Iterator[None]:
         """Let the model's passes meanwhile be packed ones over these segments."""
         self.segments = segments
+        rows = [weakref.ref(segment.slot) for segment in segments if segment.slot is not None]
+        self._same_rows, self._rows = rows == self._rows, rows
         token = _cache.set(self)
         try:
             with hf.attention_replaced(model) as self._implementations:
@@ -90,10 +95,11 @@ class PackedCache(hf.KeyValueCache):
     def describe_pass(self, input_ids: torch.Tensor) -> tuple[int, int, torch.Tensor | None]:
         """Tell num_sequences, num_positions and the tokens [num_sequences, num_positions] of the pass under way.
 
-        Only a pass of one token a sequence is a rectangle; any other is told as one row, its tokens as unknown.
+        Only a pass of one token a sequence is a rectangle; any other is told as one row. The tokens are None where they
+        do not go on with the sequences of the pass before, row by row.
         """
         if all(segment.count == 1 and segment.start for segment in self.segments):
-            return len(self.segments), 1, input_ids.reshape(-1, 1)
+            return len(self.segments), 1, input_ids.reshape(-1, 1) if self._same_rows else None
         return 1, input_ids.shape[1], None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):

@@ -14,7 +14,7 @@ from moeflow import load_moe
 from moeflow.config import ExpertsSize
 from moeflow.core import ExpertKey
 from moeflow.engine import Engine
-from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, UnsupportedModelError
+from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
 from moeflow.sampling import SamplingParams
 
 NEW = 8
@@ -286,8 +286,41 @@ def test_a_stream_gives_the_text_of_the_batch_and_loses_nothing_of_others(speaki
 
 
 def test_a_stream_says_why_its_prompt_cannot_be_run(speaking, tokenizer):
-    with pytest.raises(ConfigError, match="empty"):
+    with pytest.raises(MoeflowError, match="empty"):
         list(Engine(speaking, tokenizer).stream(""))
+
+
+def test_a_stream_ends_though_somebody_else_was_told_its_end(speaking, tokenizer):
+    engine = Engine(speaking, tokenizer)
+    stream = engine.stream("The quick", GREEDY)
+    next(stream)
+    while not engine.finished:
+        engine.step()
+    assert list(stream) == []
+    assert_empty(engine)
+
+
+def test_a_batch_of_which_one_is_refused_leaves_nothing_under_way(mixtral):
+    engine = Engine(mixtral)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        engine.generate([PROMPTS[0], "text"], GREEDY)
+    with pytest.raises(ConfigError, match="NoneType"):
+        engine.generate([[], None], GREEDY)
+    with pytest.raises(ConfigError, match="2 params for 1 prompts"):
+        engine.generate([PROMPTS[0]], [GREEDY] * 2)
+    assert_empty(engine)
+
+
+def test_a_sequence_for_which_the_machine_has_no_memory_fails_alone(expected, mixtral):
+    model = tiny_mixtral(max_position_embeddings=10**15)
+    model.load_state_dict(mixtral.state_dict())
+    with Engine(model, kv_memory=10**18) as engine:
+        each = [GREEDY, SamplingParams(max_new_tokens=10**13), GREEDY]
+        first, large, last = engine.generate(PROMPTS[:3], each)
+        assert (first.token_ids, last.token_ids) == (expected[0], expected[2])
+        assert large.finish_reason == "error"
+        assert "no memory for keys and values" in large.error
+        assert_empty(engine)
 
 
 def test_a_stop_string_ends_the_answer_before_it(speaking, tokenizer):
@@ -329,6 +362,43 @@ def test_offloaded_experts_give_the_same_tokens_and_are_fetched_once_a_step(mixt
         assert demands <= steps * 3 * 8
         assert answers(engine, PROMPTS[:1]) == expected[:1]  # generate() and the engine take turns
         assert generated(model, PROMPTS[1]) == expected[1]
+
+
+def test_passes_are_told_by_sequence_only_while_these_stay_the_same(mixtral_folder, monkeypatch):
+    model = load_moe(mixtral_folder, predictor=None)
+    with model.moeflow as runtime:
+        engine, told, begin_forward = Engine(model, max_batch_size=2), [], runtime.begin_forward
+
+        def heard(*shape, continues, token_ids):
+            told.append((*shape, continues, None if token_ids is None else list(token_ids.shape)))
+            begin_forward(*shape, continues=continues, token_ids=token_ids)
+
+        monkeypatch.setattr(runtime, "begin_forward", heard)
+        engine.add([*PREFIX, 5], SamplingParams(max_new_tokens=6, ignore_eos=True))
+        engine.add([9], SamplingParams(max_new_tokens=3, ignore_eos=True))
+        engine.add([*PREFIX, 6], SamplingParams(max_new_tokens=4, ignore_eos=True))
+        while not engine.finished:
+            engine.step()
+    assert told == [
+        (1, 20, False, None),
+        (2, 1, True, [2, 1]),
+        (2, 1, True, [2, 1]),
+        (2, 1, True, None),  # the third took the place of the second
+        (2, 1, True, [2, 1]),
+        (2, 1, True, [2, 1]),
+        (1, 1, True, None),
+    ]
+
+
+@pytest.mark.parametrize("predictor", ["markov", "lookahead"])
+def test_a_predictor_beside_the_engine_neither_fails_nor_changes_a_token(mixtral_folder, expected, predictor):
+    model = load_moe(mixtral_folder, expert_memory="50%", predictor=predictor)
+    with model.moeflow as runtime:
+        assert answers(Engine(model, max_batch_size=3)) == expected
+        prediction = runtime.stats()["prediction"]
+        assert prediction["failure"] is None
+        assert prediction["steps_on"] + prediction["steps_off"] > 0
+        runtime.check_integrity()
 
 
 def test_a_trace_is_not_recorded_from_mixed_passes(mixtral_folder, tmp_path):
