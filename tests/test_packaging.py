@@ -34,6 +34,7 @@ RANKS = [
         "expert_statistics",
         "medoids",
         "regroup_loop",
+        "recent_routes",
         "kernels",
         "predictors",
         "placement",
@@ -57,7 +58,7 @@ RANKS = [
         "placement_plots",
         "regroup",
     },
-    {"native_values", "calibration_text", "regroup_exact", "regroup_bound"},
+    {"native_values", "calibration_text", "regroup_exact", "scheduler", "regroup_bound"},
     {"cache", "routing", "store", "pool", "streams", "packed", "hf", "dispatch", "dense", "native_records"},
     {
         "quantized",
