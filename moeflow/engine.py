@@ -301,7 +301,11 @@ class Engine:
         if logits is None:
             return
         request = self._requests[sequence.id]
-        sampled = request.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids)
+        try:
+            sampled = request.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids)
+        except RuntimeError as error:
+            self._end(request, [], "", "error", f"no token could be chosen from the model's logits: {error}")
+            return
         sequence.token_ids.append(sampled.token_id)
         self._counts["new_tokens"] += 1
         if request.logprobs is not None:
