@@ -118,11 +118,16 @@ class Sampler:
             logits: [V], any float dtype; not changed.
             prompt_ids: the prompt.
             token_ids: the answer so far.
+
+        Raises:
+            RuntimeError: the logits give no distribution, as where the model computed a NaN.
         """
         logits = logits.float()
         scores = penalized(logits, self.params, prompt_ids, token_ids)
         if self.params.temperature == 0:
             token_id = int(scores.argmax())
+            if scores[token_id].isnan():
+                raise RuntimeError("the logits have a NaN")
         else:
             probabilities = filtered(scores, self.params).softmax(-1).cpu()
             token_id = int(torch.multinomial(probabilities, 1, generator=self._generator))

@@ -152,6 +152,14 @@ def test_logprobs_are_the_model_s_own_whatever_is_done_before_the_draw():
     assert [value for _, value in top] == pytest.approx(logprobs.sort(descending=True).values[:4].tolist())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_with_a_nan_choose_no_token(temperature):
+    logits = random_logits(0)
+    logits[7] = math.nan
+    with pytest.raises(RuntimeError, match="(?i)nan"):
+        Sampler(SamplingParams(temperature=temperature)).sample(logits, [], [])
+
+
 def test_logprobs_are_reported_only_where_asked_for():
     assert Sampler(SamplingParams()).sample(random_logits(0), [], [])[1:] == (None, [])
     _, logprob, top = Sampler(SamplingParams(logprobs=0)).sample(random_logits(0), [], [])
