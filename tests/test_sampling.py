@@ -156,7 +156,7 @@ def test_logprobs_are_the_model_s_own_whatever_is_done_before_the_draw():
 def test_logits_with_a_nan_choose_no_token(temperature):
     logits = random_logits(0)
     logits[7] = math.nan
-    with pytest.raises(RuntimeError, match="(?i)nan"):
+    with pytest.raises(RuntimeError, match=r"(?i)nan"):
         Sampler(SamplingParams(temperature=temperature)).sample(logits, [], [])
 
 
