@@ -1,5 +1,6 @@
 """The engine as its users call it: the tokens of generate() whatever runs beside them, and nothing left behind."""
 
+import functools
 import random
 import threading
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.mixtral import modeling_mixtral
 
 from conftest import tiny_mixtral
 from families import FAMILIES, build_model
@@ -136,6 +138,19 @@ def test_tokens_depend_neither_on_pieces_nor_on_sharing_nor_on_who_runs_beside(n
 def test_a_model_the_engine_cannot_run_is_refused_by_its_reason(name, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
         Engine(build_model(FAMILIES[name]))
+
+
+def test_attention_that_cannot_be_cut_is_refused(mixtral, monkeypatch):
+    before = mixtral.config._attn_implementation
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_mixtral, "create_causal_mask", lambda **kwargs: None)
+        with pytest.raises(UnsupportedModelError, match="MixtralAttention makes its attention masks itself"):
+            Engine(mixtral)
+    bias = functools.partialmethod(modeling_mixtral.MixtralAttention.forward, position_bias=torch.zeros(1, 4, 1, 1))
+    monkeypatch.setattr(modeling_mixtral.MixtralAttention, "forward", bias)
+    with pytest.raises(UnsupportedModelError, match="MixtralAttention gives its attention position_bias"):
+        Engine(mixtral)
+    assert mixtral.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
