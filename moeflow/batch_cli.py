@@ -32,6 +32,12 @@ def add_batch_command(commands) -> None:
     batch.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
     batch.add_argument("--batch-size", type=int, default=32, metavar="N", help="most sequences computed at once (32)")
     batch.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="most tokens of a step (512)")
+    batch.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="most sequences in one pass, grouped so that they need few experts; without it all are in one pass",
+    )
     batch.add_argument("--kv-memory", default="auto", metavar="SIZE", help='keys and values: bytes, "2GiB" or "auto"')
     for name, kind, metavar, text in _SAMPLING:
         batch.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
@@ -93,7 +99,7 @@ def _answer(arguments, requests, file) -> dict:
     from moeflow.progress import share_progress
 
     model, tokenizer = load_model(arguments.model, arguments)
-    options = {name: getattr(arguments, name) for name in ("max_step_tokens", "kv_memory")}
+    options = {name: getattr(arguments, name) for name in ("max_step_tokens", "kv_memory", "group_size")}
     with model.moeflow, Engine(model, tokenizer, max_batch_size=arguments.batch_size, **options) as engine:
         figures = BatchFigures(model, len(requests))
         with share_progress(f"answering {arguments.input}") as progress:

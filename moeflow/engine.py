@@ -7,11 +7,14 @@ import itertools
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequential
+from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
 
 from moeflow import hf
 from moeflow.config import MemorySize, parse_memory
+from moeflow.engine_groups import StepGroups
 from moeflow.engine_request import Completion, Progress, Request
 from moeflow.errors import BudgetError, ClosedModelError, ConfigError, ExpertReadError, MoeflowError
 from moeflow.key_values import KeyValueSlots
@@ -34,6 +37,10 @@ class Engine:
         kv_memory: what keys and values of all sequences may take: bytes, "2GiB", or "auto" (what max_batch_size
             sequences of the model's whole context take, at most 2 GiB). It is taken as sequences come.
         share_prefixes: whether equal beginnings of prompts under way are computed once.
+        group_size: most sequences that decode in one pass, where that is to be less than max_batch_size: a step then
+            takes several passes. None: one pass for all, in which every expert is fetched once, the fastest there is.
+        regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
+            the order of arrival. Outputs are the same.
 
     Raises:
         ConfigError: a limit is no positive number, or kv_memory no size.
@@ -49,6 +56,8 @@ class Engine:
         max_step_tokens: int = 512,
         kv_memory: MemorySize = "auto",
         share_prefixes: bool = True,
+        group_size: int | None = None,
+        regrouping: bool = True,
     ):
         for name, value in (("max_batch_size", max_batch_size), ("max_step_tokens", max_step_tokens)):
             if type(value) is not int or value < 1:
@@ -78,11 +87,16 @@ class Engine:
                 budget_bytes = min(max_batch_size * self._context * self._slots.position_bytes, _AUTO_BYTES)
         self._slots.budget_bytes = budget_bytes
         self._schedule = Schedule(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
+        self._groups = None
+        if group_size is not None:
+            if getattr(model, "moeflow", None) is None:
+                raise ConfigError("group_size is for models of load_moe, whose experts are fetched. Leave it out.")
+            self._groups = StepGroups(model, group_size, regrouping=regrouping)
         self._requests: dict[str, Request] = {}
         self._unreported: list[Progress] = []
         self._names = map("request-{}".format, itertools.count(1))
         self._closed = False
-        self._counts = dict.fromkeys(("steps", "prompt_tokens", "shared_tokens", "new_tokens", "retries"), 0)
+        self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "shared_tokens", "new_tokens", "retries"), 0)
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
 
@@ -129,7 +143,7 @@ class Engine:
         return id
 
     def step(self) -> list[Progress]:
-        """Run one pass, and return what it brought to each request that got or ended something.
+        """Run one pass, or one for each group, and return what it brought to each request that got or ended something.
 
         Raises:
             ClosedModelError: the engine or its model was closed.
@@ -139,9 +153,14 @@ class Engine:
         pieces = self._schedule.plan(self._admit, self._share)
         if pieces:
             self._counts["steps"] += 1
-            for piece, logits in self._run(pieces):
-                self._advance(piece, logits)
-            self._step_s += time.perf_counter() - begin
+            for passed in [pieces] if self._groups is None else self._groups.split(pieces):
+                self._counts["passes"] += 1
+                for piece, logits in self._run(passed):
+                    self._advance(piece, logits)
+            step_s = time.perf_counter() - begin
+            self._step_s += step_s
+            if self._groups is not None:
+                self._groups.finish(step_s)
         reported, self._unreported = self._unreported, []
         return reported
 
@@ -205,6 +224,7 @@ class Engine:
             "kv_used_bytes": self._slots.used_bytes,
             "kv_peak_bytes": self._slots.peak_bytes,
             "kv_position_bytes": self._slots.position_bytes,
+            "regrouping": None if self._groups is None else asdict(self._groups.stats),
         }
 
     def check_integrity(self) -> None:
@@ -222,6 +242,8 @@ class Engine:
         for id in list(self._requests):
             self.cancel(id)
         self._unreported.clear()
+        if self._groups is not None:
+            self._groups.close()
         self._closed = True
 
     def _check_open(self) -> None:
@@ -288,7 +310,8 @@ class Engine:
             torch.tensor(values, dtype=torch.long, device=self.model.device)
             for values in (tokens, positions, keep or [len(tokens) - 1])
         )
-        with torch.no_grad(), self._cache.running(self.model, segments):
+        watched = nullcontext() if self._groups is None else self._groups.watching(pieces)
+        with torch.no_grad(), watched, self._cache.running(self.model, segments):
             logits = iter(hf.packed_forward(self.model, ids[None], positions[None], self._cache, places))
         return [(piece, next(logits) if piece.samples else None) for piece in pieces]
 
@@ -332,6 +355,8 @@ class Engine:
         if request.stops is not None:
             text += request.stops.finish()
         del self._requests[sequence.id]
+        if self._groups is not None:
+            self._groups.forget(sequence.id)
         self._reasons[reason] += 1
         completion = Completion(
             sequence.id,

@@ -1,12 +1,16 @@
 """What regrouping tokens is worth on real routing: active experts a layer and group, and the time it takes.
 
-    python scripts/bench_scheduler.py [--data ../shared/data] [--trials 100]
+    python scripts/bench_scheduler.py [--data ../shared/data] [--trials 100] [--live MODEL]
 
 Batches are made of gpt-oss-20b's decode steps: sequences of at least 100 tokens that are no duplicates, each at a
 random step of its own. Groups by arrival, at random, by length of the sequence, by ExpertFlow's K-medoids, and by the
 search: given the true routes, and given a guess of them from the sequence's own last 30 tokens (the six experts of each
 layer with the most decayed uses). The bound says what no split can be below. Plans of 2 x 64 tokens with 32 layers of
-64 experts are timed on random routes. One thread. The last line is one JSON object.
+64 experts are timed on random routes.
+
+With --live the first 32 prompts of Spec-Bench run on a model at 25 % residency, `--new-tokens` each: by `generate`, prompt
+by prompt (the first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode, grouped by
+arrival and by the scheduler. The last line is one JSON object.
 """
 
 import argparse
@@ -39,7 +43,13 @@ def main(argv=None) -> None:
     default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MOEFLOW_TEST_DATA", default)))
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--live", metavar="MODEL", help="folder of a model, such as the demo model")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--generate", type=int, default=4, help="prompts that generate runs one by one")
     arguments = parser.parse_args(argv)
+    if arguments.live:
+        print(json.dumps(bench_live(arguments)))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         convert_trace(arguments.data / "gpt_oss_20b", f"{scratch}/trace")
         trace = open_trace(f"{scratch}/trace")
@@ -104,6 +114,60 @@ def bench_plan() -> float:
         seconds.append(time.perf_counter() - begin)
     print(f"\na plan for 2 x 64 tokens, 32 x 64 experts: {1e3 * statistics.median(seconds):.1f} ms (10 wanted)")
     return 1e3 * statistics.median(seconds)
+
+
+def bench_live(arguments) -> dict:
+    """Tokens a second and active experts a step, by who runs together."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from moeflow import load_moe
+    from moeflow.engine import Engine
+    from moeflow.sampling import SamplingParams
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.live)
+    lines = (arguments.data / "prompts" / "spec_bench.jsonl").read_text(encoding="utf-8").splitlines()[:32]
+    prompts = [tokenizer(json.loads(line)["turns"][0])["input_ids"] for line in lines]
+    params = SamplingParams(max_new_tokens=arguments.new_tokens, ignore_eos=True)
+    found, answers = {}, {}
+    for name, options in (
+        ("generate, prompt by prompt", None),
+        ("engine, one pass", {}),
+        ("engine, 2 x 16 by arrival", {"group_size": 16, "regrouping": False}),
+        ("engine, 2 x 16 regrouped", {"group_size": 16}),
+    ):
+        model = load_moe(arguments.live, expert_memory="25%", predictor=None)
+        with model.moeflow:
+            begin, regrouping = time.perf_counter(), None
+            if options is None:
+                chosen = prompts[: arguments.generate]
+                fixed = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens}
+                for prompt in chosen:
+                    model.generate(torch.tensor([prompt]), do_sample=False, **fixed)
+            else:
+                chosen = prompts
+                with Engine(model, tokenizer, **options) as engine:
+                    answers[name] = [done.token_ids for done in engine.generate(prompts, params)]
+                    regrouping = engine.stats()["regrouping"]
+            seconds, stats = time.perf_counter() - begin, model.moeflow.stats()
+        tokens = len(chosen) * arguments.new_tokens
+        decode = stats["decode"]
+        active = (decode["hits"] + decode["misses"]) / max(decode["forwards"], 1)
+        found[name] = {
+            "tokens_per_s": tokens / seconds, "active_a_pass": active, "hit_rate": decode["hit_rate"],
+            "misses_a_token": (decode["misses"] + stats["prefill"]["misses"]) / tokens, "regrouping": regrouping,
+        }  # fmt: skip
+        print(
+            f"{name:28s} {tokens / seconds:6.2f} tok/s   {active:6.1f} active experts a decode pass   hit rate "
+            f"{decode['hit_rate']:.3f}   {found[name]['misses_a_token']:6.1f} misses a token"
+        )
+    same = len({json.dumps(ids) for ids in answers.values()}) == 1
+    base = found["engine, 2 x 16 by arrival"]["tokens_per_s"]
+    print(f"the engine's tokens are the same in all three: {same}")
+    print(f"regrouped / by arrival {found['engine, 2 x 16 regrouped']['tokens_per_s'] / base:.3f} (1.15 wanted)")
+    ratio = found["engine, one pass"]["tokens_per_s"] / found["generate, prompt by prompt"]["tokens_per_s"]
+    print(f"engine / generate {ratio:.2f} (4 wanted)")
+    return {**found, "same_tokens": same}
 
 
 def _routes(experts, num_experts):

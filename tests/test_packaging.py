@@ -74,7 +74,7 @@ RANKS = [
         "residual",
         "packed_attention",
     },
-    {"lookahead_record", "calibration", "pruning", "workloads", "engine_request"},
+    {"lookahead_record", "calibration", "pruning", "workloads", "engine_request", "engine_groups"},
     {"engine", "host_compute", "prediction_loop", "link_replay", "recorder", "live_predictor"},
     {"runtime", "clairvoyant"},
     {"experts", "pack", "info", "machine_replay"},
