@@ -8,9 +8,9 @@ search: given the true routes, and given a guess of them from the sequence's own
 layer with the most decayed uses). The bound says what no split can be below. Plans of 2 x 64 tokens with 32 layers of
 64 experts are timed on random routes.
 
-With --live the first 32 prompts of Spec-Bench run on a model at 25 % residency, `--new-tokens` each: by `generate`, prompt
-by prompt (the first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode, grouped by
-arrival and by the scheduler. The last line is one JSON object.
+With --live the first 32 prompts of Spec-Bench run on a model at 25 % residency, `--new-tokens` each: by `generate`,
+prompt by prompt (the first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode,
+grouped by arrival and by the scheduler. The last line is one JSON object.
 """
 
 import argparse
