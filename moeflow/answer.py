@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from moeflow.detokenizer import Detokenizer
 from moeflow.errors import ConfigError
 
 
@@ -44,35 +45,26 @@ class _TokenStreamer:
         self.token_ids = []
         self.times_s = []
         self.text = ""
-        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
         self._pieces = pieces
         self._prompt_seen = False
-        # The text of tokens [begin, shown) is out already and is decoded again with each new token, because
-        # what a token reads as (a leading space, half a character) depends on the tokens before it.
-        self._begin = self._shown = 0
 
     def put(self, token_ids):
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        self.token_ids += token_ids.flatten().tolist()
+        token_ids = token_ids.flatten().tolist()
+        self.token_ids += token_ids
         self.times_s.append(time.perf_counter())
-        self._emit(final=False)
+        self._emit(self._detokenizer.push(token_ids))
 
     def end(self):
-        self._emit(final=True)
+        self._emit(self._detokenizer.finish())
 
-    def _emit(self, final):
-        known = self._decode(self.token_ids[self._begin : self._shown])
-        text = self._decode(self.token_ids[self._begin :])
-        if len(text) > len(known) and (final or not text.endswith("\ufffd")):
-            piece = text[len(known) :]
+    def _emit(self, piece):
+        if piece:
             self.text += piece
             self._pieces.put(piece)
-            self._begin, self._shown = self._shown, len(self.token_ids)
-
-    def _decode(self, token_ids):
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class AnswerStream:

@@ -8,6 +8,7 @@ import json
 import sys
 
 from moeflow import __version__
+from moeflow.batch_cli import add_batch_command
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.loading_cli import add_loading_options, load_model
 from moeflow.parallel_cli import add_parallel_command
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--json", action="store_true", help="print one JSON object")
     pack.set_defaults(run=_pack)
 
+    add_batch_command(commands)
     add_quantize_command(commands)
     add_trace_commands(commands)
     add_predictor_commands(commands)

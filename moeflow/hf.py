@@ -1,14 +1,18 @@
 """The door to transformers: every name moeflow uses of it stands in this file.
 
-Three uses: register the function behind the experts interface, load a model without its experts (and the dense weights
-of a quantised checkpoint as plain values), and ask transformers which checkpoint tensor feeds which expert (its own
-conversion mapping, so that no list of architectures is kept here).
+Four uses: register the function behind the experts interface, load a model without its experts (and the dense weights
+of a quantised checkpoint as plain values), ask transformers which checkpoint tensor feeds which expert (its own
+conversion mapping, so that no list of architectures is kept here), and put another attention function before a
+model's own.
 """
 
 import copy
+import inspect
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,9 +32,12 @@ try:
         AutoTokenizer,
         CompileConfig,
     )
+    from transformers.cache_utils import Cache, DynamicCache
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -41,6 +48,10 @@ except ImportError as error:  # pragma: no cover - depends on the installed vers
     ) from error
 
 IMPLEMENTATION = "moeflow"
+KeyValueCache = Cache
+causal_rule = causal_mask_function  # (batch, head, query position, key position) -> bool
+_PACKED = "moeflow_packed"
+_KEY_VALUE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # a dummy keeps nothing
 _TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -438,11 +449,15 @@ def compiles_decoding(model) -> bool:
     return getattr(getattr(model, "generation_config", None), "compile_config", None) is not None
 
 
+def cache_of(kwargs: dict):
+    """Return the key-value cache that a forward pass was called with, None where there is none."""
+    past = kwargs.get("past_key_values")
+    return kwargs.get("cache") if past is None else past  # its name from transformers 5.24 on
+
+
 def continues_cache(kwargs: dict, num_positions: int) -> bool:
     """Tell whether a forward pass called with these arguments continues earlier positions: decode, not prefill."""
-    past = kwargs.get("past_key_values")
-    if past is None:
-        past = kwargs.get("cache")  # its name from transformers 5.24 on
+    past = cache_of(kwargs)
     if hasattr(past, "get_seq_length"):
         return bool(past.get_seq_length() > 0)
     # a cache without a length (state-space models): one position at a time is decode
@@ -459,6 +474,83 @@ def key_value_bytes_per_position(model) -> int:
                 features += sum(projection.out_features for projection in projections)
                 break
     return features * model.dtype.itemsize
+
+
+def register_packed_attention(attention: Callable, mask: Callable) -> None:
+    """Register the functions that `attention_replaced` puts in place of a model's own."""
+    ALL_ATTENTION_FUNCTIONS.register(_PACKED, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_PACKED, mask)
+
+
+@contextmanager
+def attention_replaced(model) -> Iterator[dict[int, str]]:
+    """Let the model's attention be the registered function, and its masks the registered masks.
+
+    Yields:
+        The implementation that each config has otherwise, by the config's id: "sdpa" or "eager".
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    own = {key: name if name == "eager" or not model._supports_sdpa else "sdpa" for key, name in before.items()}
+    own = {key: name if name in ("eager", "sdpa") else "eager" for key, name in own.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = _PACKED
+        yield own
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def attention_function(module, implementation: str) -> Callable:
+    """Return the function that an attention module would call with this implementation."""
+    of_model = sys.modules[type(module).__module__]
+    eager = getattr(of_model, "eager_attention_forward", None)
+    return getattr(of_model, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS).get_interface(implementation, eager)
+
+
+def check_key_value_cache(model) -> None:
+    """Refuse a model that keeps anything else of earlier positions than keys and values.
+
+    Raises:
+        UnsupportedModelError: the message names what it keeps.
+    """
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a decoder that generates token by token.")
+    kept = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - _KEY_VALUE_LAYERS
+    if kept:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps other state than keys and values ({', '.join(sorted(kept))}), of which the "
+            "engine knows nothing. Call model.generate instead."
+        )
+
+
+def packed_forward(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache, keep: torch.Tensor):
+    """Run one pass and return the logits [len(keep), V] of the tokens at these places.
+
+    Args:
+        input_ids: [1, N].
+        position_ids: [1, N].
+        keep: [S], places in 0..N-1.
+    """
+    known = inspect.signature(model.forward).parameters
+    arguments = {"cache" if "cache" in known else "past_key_values": cache}
+    if "logits_to_keep" in known:
+        arguments["logits_to_keep"] = keep
+    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **arguments).logits[0]
+    return logits if "logits_to_keep" in known else logits[keep]
+
+
+def context_positions(model) -> int | None:
+    """Return how many positions the model was made for; None where its config does not say."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def end_tokens(model) -> frozenset[int]:
+    """Return the tokens at which generation ends."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset([found] if isinstance(found, int) else found or ())
 
 
 def _natural_order(name: str) -> list:

@@ -22,6 +22,7 @@ from moeflow.live_predictor import build_predictor
 from moeflow.metrics import PrefetchLedger
 from moeflow.misses import MissSplit
 from moeflow.packed import PACKED_FILE, read_packed
+from moeflow.packed_attention import PackedCache
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop
 from moeflow.prefetch import Prefetcher
@@ -321,12 +322,11 @@ def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
         if ids is None and args:
             ids = args[0]
         if ids is not None:
-            counted().begin_forward(
-                ids.shape[0],
-                ids.shape[1],
-                continues=hf.continues_cache(kwargs, ids.shape[1]),
-                token_ids=ids if ids.dim() == 2 else None,
-            )
+            cache = hf.cache_of(kwargs)
+            shape = ids.shape[0], ids.shape[1], ids if ids.dim() == 2 else None
+            num_sequences, num_positions, tokens = cache.describe_pass(ids) if isinstance(cache, PackedCache) else shape
+            continues = hf.continues_cache(kwargs, num_positions)
+            counted().begin_forward(num_sequences, num_positions, continues=continues, token_ids=tokens)
             if tap is not None:
                 tap.listen(counted().predicting)
 

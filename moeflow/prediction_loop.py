@@ -68,6 +68,9 @@ class PredictionLoop:
         decode = continues and num_positions == 1
         if not continues:
             self._begin_prefill(token_ids, num_sequences, num_positions)
+        elif token_ids is None:  # nobody can tell whose tokens these are, nor those of the next pass
+            self._pause()
+            self._num_sequences = 0
         elif not decode:  # several positions at once, as assisted generation verifies: nobody predicts those
             self._pause()
         else:
@@ -75,7 +78,7 @@ class PredictionLoop:
             self._steps[on] += 1
             if not on:
                 self._pause()
-            elif token_ids is not None:
+            else:
                 self._guarded(self._begin_step, token_ids, num_sequences)
         self._began = begin if decode else None
         stats.predict_s += time.perf_counter() - begin

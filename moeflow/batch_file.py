@@ -1,0 +1,245 @@
+"""The answers of a batch: lines appended as they come, so that a killed run loses none and the next goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from moeflow.errors import ConfigError, MoeflowError
+
+_START = b'{"id": '  # of every line
+
+
+class BatchFile:
+    """An output file that this process alone appends to.
+
+    A last line that a kill cut off is removed. What is left says which requests are done; a request that failed is
+    done as well, unless failed ones are to be tried again: then their lines are removed first.
+
+    Args:
+        path: the file; it is made where it does not exist.
+        retry_failed: forget the lines of failed requests.
+
+    Raises:
+        ConfigError: the file cannot be opened, is being written by another process, or holds other things than the
+            answers of a batch; then it stays as it is.
+    """
+
+    def __init__(self, path: str | Path, *, retry_failed: bool = False):
+        self.path = Path(path)
+        self.finished: dict[str, str | None] = {}  # of each id's line, the error; None for an answer
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be written: {error.strerror}. Give another output.") from error
+        try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise ConfigError(f"{self.path} is no plain file, from which a run could go on. Give another output.")
+            _lock(self._descriptor, self.path)
+            self._read(retry_failed)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def append(self, record: dict) -> None:
+        """Write one line; it is in the file, whole, when this returns.
+
+        Args:
+            record: of `answer_record` or `failure_record`, with an id that is not in the file.
+
+        Raises:
+            MoeflowError: the disk refuses it; the lines before it are kept.
+        """
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        try:
+            _write(self._descriptor, line)
+        except OSError as error:
+            with suppress(OSError):  # else the next start cuts it off
+                os.ftruncate(self._descriptor, end)
+            raise MoeflowError(
+                f"{self.path} cannot be written: {error.strerror}. The {len(self.finished)} lines before are kept; "
+                "the same command goes on from there."
+            ) from error
+        self.finished[_id_of(record)] = _error_of(record)
+
+    def close(self) -> None:
+        """Let other processes write."""
+        os.close(self._descriptor)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def _read(self, retry_failed):
+        """Note what is finished; cut off a torn line."""
+        with open(self.path, "rb") as file:
+            lines = file.readlines()
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        if not torn.startswith(_START) and not _START.startswith(torn):
+            self._refuse(len(lines) + 1)
+        kept = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                name, error = _id_of(record), _error_of(record)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                self._refuse(number)
+            if error is None or not retry_failed:
+                self.finished[name] = error
+                kept.append(line)
+        if len(kept) < len(lines):
+            self._replace(kept)
+        elif torn:
+            os.ftruncate(self._descriptor, sum(map(len, lines)))
+
+    def _refuse(self, number):
+        raise ConfigError(
+            f"{self.path}, line {number} is no answer of a batch. Give another output; nothing was changed."
+        )
+
+    def _replace(self, lines):
+        """Put a file with these lines in place of the present one."""
+        path = self.path.resolve()  # a link stays one
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                os.fchmod(descriptor, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+                _lock(descriptor, temporary)
+                _write(descriptor, b"".join(lines))
+                os.fsync(descriptor)
+                os.replace(temporary, path)
+            except BaseException:
+                os.close(descriptor)
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be rewritten: {error.strerror}. It is as it was.") from error
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+
+
+def answer_record(request, completion, decode) -> dict:
+    """Return the line of a request that was answered, in the form the request has.
+
+    Args:
+        request: the `BatchRequest`.
+        completion: the engine's `Completion`, finished by "stop" or "length".
+        decode: a token id's text, for the log-probabilities of OpenAI's form.
+    """
+    num_prompt, num_new = len(completion.prompt_ids), len(completion.token_ids)
+    if request.url is None:
+        record = {
+            "id": request.id,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_new,
+        }
+        if completion.logprobs is not None:
+            record["logprobs"] = [
+                {"token_id": token_id, "logprob": logprob, "top": top}
+                for token_id, logprob, top in _logprobs(completion)
+            ]
+        return record
+    in_chat = isinstance(request.content, list)
+    choice = {"index": 0, "finish_reason": completion.finish_reason}
+    if in_chat:
+        choice |= {"message": {"role": "assistant", "content": completion.text}}
+    else:
+        choice |= {"text": completion.text}
+    choice["logprobs"] = None
+    if completion.logprobs is not None:
+        choice["logprobs"] = (_chat_logprobs if in_chat else _text_logprobs)(_logprobs(completion), decode)
+    body = {
+        "id": f"cmpl-{request.number}",
+        "object": "chat.completion" if in_chat else "text_completion",
+        "model": request.model,
+        "choices": [choice],
+        "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
+    }
+    return _openai_record(request, {"status_code": 200, "request_id": f"req_{request.number}", "body": body}, None)
+
+
+def failure_record(request, error: str) -> dict:
+    """Return the line of a request that failed, or of a line that was refused.
+
+    Args:
+        request: the `BatchRequest` or `RefusedLine`.
+        error: why.
+    """
+    if request.url is None:
+        return {"id": request.id, "line": request.number, "error": error}
+    return _openai_record(request, None, {"code": "failed", "message": f"line {request.number}: {error}"})
+
+
+def _openai_record(request, response, error):
+    return {"id": f"batch_req_{request.number}", "custom_id": request.id, "response": response, "error": error}
+
+
+def _logprobs(completion):
+    """Return (token id, log-probability, the likeliest tokens with theirs) of each token."""
+    return [
+        (token_id, logprob, top)
+        for token_id, (logprob, top) in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+
+
+def _chat_logprobs(logprobs, decode):
+    def entry(token_id, logprob):
+        return {"token": decode(token_id), "logprob": logprob, "bytes": None}
+
+    return {"content": [{**entry(i, p), "top_logprobs": [entry(*each) for each in top]} for i, p, top in logprobs]}
+
+
+def _text_logprobs(logprobs, decode):
+    return {
+        "tokens": [decode(token_id) for token_id, _, _ in logprobs],
+        "token_logprobs": [logprob for _, logprob, _ in logprobs],
+        "top_logprobs": [{decode(token_id): logprob for token_id, logprob in top} for _, _, top in logprobs],
+    }
+
+
+def _id_of(record) -> str:
+    name = record["custom_id"] if "custom_id" in record else record["id"]
+    if not isinstance(name, str):
+        raise TypeError("an id is a text")
+    return name
+
+
+def _error_of(record) -> str | None:
+    """Return why a line's request failed; None for an answer. KeyError where the line is neither."""
+    if "custom_id" in record:
+        error = record["error"]
+        return error and error["message"]
+    if "error" in record:
+        return record["error"]
+    record["finish_reason"]
+    return None
+
+
+def _write(descriptor, data: bytes) -> None:
+    data = memoryview(data)
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _lock(descriptor, path) -> None:
+    """Keep other processes from appending to the same file at the same time."""
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover - Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unchanged = os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise ConfigError(f"{path} is being written by another process. Wait for it, or give another output.")

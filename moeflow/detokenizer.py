@@ -1,0 +1,59 @@
+"""Text from tokens as they come: a piece is given out once the tokens behind it can no longer change it.
+
+Knows a tokenizer's `decode` and nothing else of a model.
+"""
+
+_MOST_PENDING = 16  # tokens that wait for the rest of a character; one takes at most four
+_UNFINISHED = "\ufffd"
+
+
+class Detokenizer:
+    """Turns the tokens of one text into pieces whose sum is the text of them all.
+
+    A piece costs the decoding of a few tokens, however long the text has become.
+
+    Args:
+        tokenizer: the model's; special tokens have no text.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._token_ids = []
+        # The text of the tokens before `_shown` is out already. They are decoded again with each new token, because
+        # what a token reads as (a leading space, half a character) depends on the tokens before it.
+        self._shown = 0
+
+    def push(self, token_ids: list[int]) -> str:
+        """Take the next tokens; returns the text that is now whole, which may be none."""
+        return self._take(token_ids, final=False)
+
+    def finish(self) -> str:
+        """Return what is left; half a character becomes U+FFFD."""
+        return self._take([], final=True)
+
+    def _take(self, token_ids, final):
+        self._token_ids += token_ids
+        known = self._decode(self._shown)
+        text = self._decode(len(self._token_ids))
+        if len(text) > len(known) and (final or not text.endswith(_UNFINISHED)):
+            self._forget(len(self._token_ids))
+            return text[len(known) :]
+        pending = len(self._token_ids) - self._shown
+        if pending > _MOST_PENDING:
+            # Bytes that are no text, or special tokens only: all but the last four are what they will ever be.
+            end = len(self._token_ids) - 4
+            settled = self._decode(end)
+            if text.startswith(settled):
+                self._forget(end)
+                return settled[len(known) :]
+        return ""
+
+    def _forget(self, shown):
+        """Keep of the tokens that are out only those that went out last, as context of the next."""
+        del self._token_ids[: self._shown]
+        self._shown = shown - self._shown
+
+    def _decode(self, end):
+        return self._tokenizer.decode(
+            self._token_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )

@@ -1,0 +1,113 @@
+"""The passes of an engine's step: one for all, or groups that the token scheduler makes, and what their routers chose.
+
+Stands between the engine, which knows pieces, and the scheduler, which knows ids and routes. Groups are of sequences
+that decode; pieces of prompts go with the last group.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from moeflow import hf
+from moeflow.scheduler import SchedulerStats, TokenScheduler
+from moeflow.sequences import Piece
+
+
+class PassRoutes:
+    """Sits where a trace recorder would, and keeps what the routers of one pass chose.
+
+    Args:
+        num_layers: L.
+        num_experts: E, the largest number of experts in a layer.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int):
+        self._shape = num_layers, num_experts
+        self._chosen: dict[int, np.ndarray] = {}
+
+    def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights=None, hidden_states=None) -> None:
+        """Take in a layer's [tokens, K] choices."""
+        self._chosen[layer] = top_k_index.numpy(force=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def take(self, num_tokens: int) -> np.ndarray:
+        """Return the pass's routes, [tokens, L, E] bool, and forget them."""
+        routes = np.zeros((num_tokens, *self._shape), bool)
+        for layer, chosen in self._chosen.items():
+            if len(chosen) != num_tokens:
+                continue
+            tokens, ranks = np.nonzero(chosen < self._shape[1])
+            routes[tokens, layer, chosen[tokens, ranks]] = True
+        self._chosen.clear()
+        return routes
+
+
+class StepGroups:
+    """How an engine's steps are cut into passes.
+
+    Args:
+        model: of `load_moe`.
+        group_size: most sequences that decode in one pass.
+        regrouping: whether groups are chosen by routes; else by arrival.
+    """
+
+    def __init__(self, model, group_size: int, *, regrouping: bool = True):
+        self._runtime = model.moeflow
+        counts = [source.layout.num_experts for source in self._runtime.store.layers]
+        self._shape = len(counts), max(counts)
+        top_k = hf.num_experts_per_tok(model)
+        self._scheduler = TokenScheduler(*self._shape, top_k, group_size, regrouping=regrouping)
+        self._routes = PassRoutes(*self._shape)
+        self._decoding: list[str] = []
+        self._true: dict[str, np.ndarray] = {}  # of the sequences that decoded in this step, [L, E]
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What regrouping did."""
+        return self._scheduler.stats
+
+    def split(self, pieces: list[Piece]) -> Iterator[list[Piece]]:
+        """Yield the pieces of each pass of a step."""
+        decoding = [piece for piece in pieces if piece.sequence.decoding]
+        prompts = [piece for piece in pieces if not piece.sequence.decoding]
+        self._decoding, self._true = [piece.sequence.id for piece in decoding], {}
+        places = self._scheduler.split(self._decoding, self._runtime.cache.present(*self._shape))
+        for number, group in enumerate(places or [[]]):
+            last = number == max(len(places) - 1, 0)
+            if last and len(places) > 1:
+                self._scheduler.plan_ahead(self._decoding)
+            passed = [decoding[place] for place in group] + (prompts if last else [])
+            if passed:
+                yield passed
+
+    @contextmanager
+    def watching(self, pieces: list[Piece]) -> Iterator[None]:
+        """See what the routers choose in a pass over pieces."""
+        self._runtime.recorder = self._routes
+        try:
+            yield
+        finally:
+            self._runtime.recorder = None
+        routes, begin = self._routes.take(sum(len(piece.tokens) for piece in pieces)), 0
+        for piece in pieces:
+            own = routes[begin : begin + len(piece.tokens)]
+            begin += len(piece.tokens)
+            self._scheduler.observe(piece.sequence.id, own)
+            self._true[piece.sequence.id] = own[-1]
+
+    def finish(self, step_s: float) -> None:
+        """Judge the step, where every sequence that was to decode did."""
+        if self._decoding and all(id in self._true for id in self._decoding):
+            self._scheduler.finish(np.stack([self._true[id] for id in self._decoding]), step_s)
+
+    def forget(self, id: str) -> None:
+        """Drop a sequence that has ended."""
+        self._scheduler.forget(id)
+
+    def close(self) -> None:
+        """End the thread that plans."""
+        self._scheduler.close()

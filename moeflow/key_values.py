@@ -1,0 +1,125 @@
+"""The keys and values of sequences: one slot a sequence, of exactly the positions it may come to have.
+
+Knows nothing of schedules or models: only shapes, and bytes against a budget.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from moeflow.errors import BudgetError
+
+
+class LayerShape(NamedTuple):
+    """What one layer keeps of one position.
+
+    Args:
+        key: [heads, features].
+        value: [heads, features].
+        dtype: of both.
+        device: of both.
+    """
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position."""
+        return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * self.dtype.itemsize
+
+
+class KeyValueSlot:
+    """The keys and values of one sequence.
+
+    Args:
+        layout: the layers that keep any, by their number.
+        num_positions: room for so many.
+    """
+
+    def __init__(self, layout: dict[int, LayerShape], num_positions: int):
+        self.num_positions = num_positions
+        self.keys, self.values = {}, {}  # of each layer, [1, heads, num_positions, features]
+        for layer, shape in layout.items():
+            options = {"dtype": shape.dtype, "device": shape.device}
+            self.keys[layer] = torch.empty(1, shape.key[0], num_positions, shape.key[1], **options)
+            self.values[layer] = torch.empty(1, shape.value[0], num_positions, shape.value[1], **options)
+
+    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values, [1, heads, positions, features], from position `start` on."""
+        end = start + keys.shape[2]
+        assert end <= self.num_positions, f"position {end - 1} of a slot of {self.num_positions}"
+        self.keys[layer][:, :, start:end] = keys
+        self.values[layer][:, :, start:end] = values
+
+    def read(self, layer: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of the first positions' keys and values, [1, heads, num_positions, features]."""
+        return self.keys[layer][:, :, :num_positions], self.values[layer][:, :, :num_positions]
+
+    def copy_from(self, other: "KeyValueSlot", num_positions: int) -> None:
+        """Take over the first positions of another sequence."""
+        for layer in self.keys:
+            self.write(layer, 0, *other.read(layer, num_positions))
+
+
+class KeyValueSlots:
+    """The slots of all sequences, inside one budget.
+
+    Args:
+        layout: the layers that keep keys and values, by their number.
+        budget_bytes: what all slots together may take.
+    """
+
+    def __init__(self, layout: dict[int, LayerShape], budget_bytes: int):
+        self.layout = layout
+        self.budget_bytes = budget_bytes
+        self.used_bytes = self.peak_bytes = 0
+        self.position_bytes = sum(shape.position_bytes for shape in layout.values())
+        self._slots: dict[str, KeyValueSlot] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, id: str) -> KeyValueSlot:
+        return self._slots[id]
+
+    def check_possible(self, num_positions: int) -> None:
+        """Refuse a sequence that would not fit were it alone.
+
+        Raises:
+            BudgetError: so many positions are more than the whole budget.
+        """
+        needed = num_positions * self.position_bytes
+        if needed > self.budget_bytes:
+            raise BudgetError(
+                f"the keys and values of {num_positions:,} positions (prompt and new tokens) take {needed:,} bytes, "
+                f"and kv_memory is {self.budget_bytes:,} bytes. Give more, or ask for fewer new tokens."
+            )
+
+    def allocate(self, id: str, num_positions: int) -> bool:
+        """Give a sequence its slot, if there is room for it now."""
+        assert id not in self._slots, f"{id} has a slot"
+        needed = num_positions * self.position_bytes
+        if self.used_bytes + needed > self.budget_bytes:
+            return False
+        self._slots[id] = KeyValueSlot(self.layout, num_positions)
+        self.used_bytes += needed
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return True
+
+    def free(self, id: str) -> None:
+        """Release a sequence's slot."""
+        self.used_bytes -= self._slots.pop(id).num_positions * self.position_bytes
+
+    def check_integrity(self) -> None:
+        """Assert that what is counted is what the slots' tensors take, and inside the budget."""
+        found = sum(
+            tensor.nbytes
+            for slot in self._slots.values()
+            for tensors in (slot.keys, slot.values)
+            for tensor in tensors.values()
+        )
+        assert found == self.used_bytes, f"slots of {found} bytes are counted as {self.used_bytes}"
+        assert self.used_bytes <= self.budget_bytes, "slots are beyond their budget"

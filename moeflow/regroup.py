@@ -1,0 +1,148 @@
+"""Regrouping: which tokens of a step run together, so that each group activates few experts.
+
+Groups of equal size are sought with the least sum, over groups and layers, of different experts that their tokens take.
+Whatever the groups, each token's own output is the same, so regrouping is exact.
+
+Knows bits. Knows nothing of models, caches or sequences. The inner loop is `_regroup.c`, or `regroup_loop.py` where
+that was not built.
+
+Source: the token scheduler of ExpertFlow (arXiv 2410.17954, section 4.2), there by two-cluster K-medoids.
+"""
+
+import ctypes
+import functools
+import logging
+import math
+from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_uint16, c_uint64
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+
+from moeflow import regroup_loop
+from moeflow.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+HOT, COLD = 3.0, 0.3  # temperatures, in active (layer, expert) pairs
+_SWAPS = 40_000  # to try: some milliseconds, and of 128 tokens as good as ten times as many within 3 %
+_ARRAYS = {
+    "routes": c_uint64, "group": c_int32, "any": c_uint64, "one": c_uint64, "count": c_uint16, "best": c_int32,
+}  # fmt: skip
+
+
+class _CState(ctypes.Structure):
+    _fields_ = [
+        ("tokens", c_int64), ("words", c_int64), *((name, POINTER(kind)) for name, kind in _ARRAYS.items()),
+        ("random", c_uint64),
+    ]  # fmt: skip
+
+
+def regroup(
+    routes: np.ndarray, num_groups: int, *, start: np.ndarray | None = None, num_swaps: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """Split tokens into groups of equal size that activate few experts.
+
+    Args:
+        routes: [tokens, L, E] bool, the experts that each token takes, or is predicted to.
+        num_groups: how many; sizes differ by one at most.
+        start: [tokens] groups to begin from, whose sizes are kept; the order of arrival where None.
+        num_swaps: swaps of two tokens to try; 40,000 where None.
+        seed: of the random numbers; the same gives the same groups.
+
+    Returns:
+        [tokens] int32, the group of each token; never more active pairs than the start has.
+
+    Raises:
+        ConfigError: routes are not [tokens, L, E], or there are more groups than tokens.
+    """
+    search = Search(routes, num_groups, start=start, seed=seed)
+    search.run(_SWAPS if num_swaps is None else num_swaps)
+    return search.best
+
+
+def arrival_groups(num_tokens: int, num_groups: int) -> np.ndarray:
+    """Return [tokens] int32, tokens in their order in groups whose sizes differ by one at most."""
+    return (np.arange(num_tokens) * num_groups // max(num_tokens, 1)).astype(np.int32)
+
+
+def active_pairs(routes: np.ndarray, groups: np.ndarray) -> int:
+    """Count (layer, expert) pairs that are active, summed over the groups.
+
+    Args:
+        routes: [tokens, L, E] bool.
+        groups: [tokens].
+    """
+    return sum(int(routes[groups == group].any(axis=0).sum()) for group in np.unique(groups))
+
+
+class Search:
+    """Groups under change.
+
+    Args:
+        routes: [tokens, L, E] bool.
+        num_groups: G.
+        start: [tokens], see `regroup`.
+        seed: of the random numbers.
+
+    Attributes:
+        routes: [tokens, W] uint64, pairs as bits.
+        group, best: [tokens] int32, as they are and when fewest were active.
+        any, one: [G, W] uint64, pairs that some token of a group activates, and that just one does.
+        count: [G, 64 W] uint16, how many tokens do.
+    """
+
+    def __init__(self, routes: np.ndarray, num_groups: int, *, start: np.ndarray | None = None, seed: int = 0):
+        routes = np.asarray(routes)
+        if routes.ndim != 3 or routes.dtype != bool:
+            raise ConfigError(f"routes are {routes.dtype} {list(routes.shape)}. Give bool [tokens, layers, experts].")
+        tokens = len(routes)
+        if not 1 <= num_groups <= max(tokens, 1):
+            raise ConfigError(f"{num_groups} groups of {tokens} tokens. Give from 1 to as many groups as tokens.")
+        self.group = arrival_groups(tokens, num_groups) if start is None else np.array(start, np.int32)
+        if self.group.shape != (tokens,) or (tokens and not 0 <= self.group.min() <= self.group.max() < num_groups):
+            raise ConfigError(f"the start is not a group from 0 to {num_groups - 1} for each of {tokens} tokens.")
+        flat = routes.reshape(tokens, math.prod(routes.shape[1:]))
+        words = -(-flat.shape[1] // 64)
+        bits = np.zeros((tokens, 64 * words), bool)
+        bits[:, : flat.shape[1]] = flat
+        self.routes = _words(bits)
+        self.count = np.zeros((num_groups, 64 * words), np.uint16)
+        np.add.at(self.count, self.group, bits.astype(np.uint16))
+        self.any, self.one = _words(self.count > 0), _words(self.count == 1)
+        self.best = self.group.copy()
+        self.random = seed
+
+    def run(self, num_swaps: int, hot: float = HOT, cold: float = COLD) -> int:
+        """Try swaps while the temperature falls; return by how many active pairs the best differs from the start."""
+        cooling = (cold / hot) ** (1 / max(num_swaps, 1))
+        loop = _c_loop()
+        if loop is None:
+            return regroup_loop.regroup(self, num_swaps, hot, cooling)
+        pointers = [getattr(self, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
+        state = _CState(*self.routes.shape, *pointers, self.random)
+        change = loop(byref(state), num_swaps, hot, cooling)
+        self.random = state.random
+        return change
+
+
+def _words(bits) -> np.ndarray:
+    """[..., 64 W] bool as [..., W] uint64, bit b of word w being place 64 w + b."""
+    return np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64, copy=False)
+
+
+@functools.cache
+def _c_loop():
+    folder = Path(__file__).parent
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_regroup{suffix}").is_file()]
+    try:
+        function = ctypes.CDLL(str(built[0])).moeflow_regroup
+    except (IndexError, OSError, AttributeError):
+        _log.warning(
+            "moeflow's compiled regrouping was not built: it runs a hundred times slower. Install moeflow again where "
+            "there is a C compiler."
+        )
+        return None
+    function.argtypes = [POINTER(_CState), c_int64, c_double, c_double]
+    function.restype = c_int64
+    return function

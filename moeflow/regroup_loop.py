@@ -1,0 +1,80 @@
+"""The regrouping's inner loop in plain Python: what a swap changes, the oracle of `_regroup.c`, and what runs where no
+compiler was there when moeflow was installed.
+
+Knows the arrays of a `Search`. Knows nothing of routes or schedules.
+"""
+
+import math
+
+import numpy as np
+
+_MASK = 2**64 - 1
+
+
+def regroup(search, num_swaps: int, hot: float, cooling: float) -> int:
+    """Try swaps of two tokens of different groups; return by how many active pairs the best differs from the first.
+
+    A swap is kept if no more pairs are active, and else by chance exp(-more / temperature).
+
+    Args:
+        search: `regroup.Search`, whose arrays are changed in place.
+        num_swaps: how many to try.
+        hot: the first temperature, in pairs.
+        cooling: what it is multiplied by at each swap.
+    """
+    routes = [_whole(row) for row in search.routes]
+    active, single = [_whole(row) for row in search.any], [_whole(row) for row in search.one]
+    change = best = 0
+    temperature = hot
+    for _ in range(num_swaps):
+        a, b = _below(search, len(routes)), _below(search, len(routes))
+        source, target = int(search.group[a]), int(search.group[b])
+        if source != target:
+            leaves, comes = routes[a] & ~routes[b], routes[b] & ~routes[a]
+            more = (comes & ~active[source]).bit_count() + (leaves & ~active[target]).bit_count()
+            fewer = (leaves & single[source]).bit_count() + (comes & single[target]).bit_count()
+            delta = more - fewer
+            if delta <= 0 or delta < -temperature * math.log(_unit(search)):
+                _move(search, a, source, target)
+                _move(search, b, target, source)
+                for group in (source, target):
+                    active[group], single[group] = _whole(search.any[group]), _whole(search.one[group])
+                change += delta
+                if change < best:
+                    best = change
+                    search.best[:] = search.group
+        temperature *= cooling
+    return best
+
+
+def _move(search, token, source, target) -> None:
+    """Take a token from one group to another."""
+    held = np.unpackbits(search.routes[token].view(np.uint8), bitorder="little").astype(bool)
+    search.count[source, held] -= 1
+    search.count[target, held] += 1
+    for group in (source, target):
+        for words, bits in ((search.any, search.count[group] > 0), (search.one, search.count[group] == 1)):
+            words[group] = np.packbits(bits, bitorder="little").view(np.uint64)
+    search.group[token] = target
+
+
+def _whole(words) -> int:
+    """A set of bits as one number."""
+    return int.from_bytes(words.tobytes(), "little")
+
+
+def _next_random(search) -> int:
+    """splitmix64."""
+    search.random = (search.random + 0x9E3779B97F4A7C15) & _MASK
+    z = search.random
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _below(search, limit) -> int:
+    return ((_next_random(search) >> 32) * limit) >> 32
+
+
+def _unit(search) -> float:
+    return (float(_next_random(search) >> 11) + 0.5) * 2.0**-53

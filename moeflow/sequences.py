@@ -1,0 +1,131 @@
+"""Which sequences wait, which run, and what each computes in the next step.
+
+Pure bookkeeping, no tensors: a step takes one token of every sequence that decodes and fills what is left of its token
+budget with pieces of prompts, in the order of arrival.
+Source: Sarathi-Serve (Agrawal et al. 2024, section 4: chunked prefills, stall-free batching).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_LEAST_SHARED = 16  # tokens of a common beginning worth a copy
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request on its way.
+
+    Args:
+        id: its name.
+        prompt_ids: its prompt, at least one token.
+        max_new_tokens: most tokens it may get.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    max_new_tokens: int
+    token_ids: list[int] = field(default_factory=list)  # the answer so far
+    num_computed: int = 0  # positions whose keys and values are there
+
+    @property
+    def num_positions(self) -> int:
+        """Positions it may come to compute: the last new token is never computed."""
+        return len(self.prompt_ids) + self.max_new_tokens - 1
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its prompt is done."""
+        return self.num_computed >= len(self.prompt_ids)
+
+
+class Piece(NamedTuple):
+    """What one sequence computes in a step.
+
+    Args:
+        sequence: whose tokens.
+        tokens: those at positions from `sequence.num_computed` on.
+        samples: whether the last token's logits choose a new token.
+    """
+
+    sequence: Sequence
+    tokens: list[int]
+    samples: bool
+
+
+class Schedule:
+    """All sequences of one engine.
+
+    Args:
+        max_batch_size: most sequences that run at once.
+        max_step_tokens: most tokens in a step, at least max_batch_size.
+        share_prefixes: whether equal beginnings of prompts are computed once.
+    """
+
+    def __init__(self, max_batch_size: int, max_step_tokens: int, *, share_prefixes: bool = True):
+        assert max_step_tokens >= max_batch_size, "every decoding sequence has a token in each step"
+        self.max_batch_size = max_batch_size
+        self.max_step_tokens = max_step_tokens
+        self.share_prefixes = share_prefixes
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of admission
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Take a sequence out, and tell whether it was running."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            return True
+        self.waiting.remove(sequence)
+        return False
+
+    def plan(self, admit: Callable[[Sequence], bool], share: Callable[[Sequence, Sequence, int], None]) -> list[Piece]:
+        """Choose what the next step computes, and admit whom there is room for.
+
+        Args:
+            admit: takes a slot for a sequence; False where there is none now. The first that gets none lets all
+                behind it wait as well.
+            share: (donor, receiver, num_tokens) copies the keys and values of a common beginning.
+
+        Returns:
+            The pieces, decoding sequences first; each sequence has at most one.
+        """
+        while self.waiting and len(self.running) < self.max_batch_size and admit(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+        pieces = [Piece(one, [one.token_ids[-1]], True) for one in self.running if one.decoding]
+        left = self.max_step_tokens - len(pieces)
+        after = {one: one.num_computed for one in self.running}  # what is computed when the step has ended
+        for one in self.running:
+            if one.decoding or not left:
+                continue
+            if not one.num_computed and self.share_prefixes:
+                donor, shared = self._longest(one, after)
+                if donor is not None and shared > donor.num_computed:
+                    continue  # a step later all of it is there
+                if donor is not None:
+                    share(donor, one, shared)
+                    one.num_computed = shared
+            tokens = one.prompt_ids[one.num_computed : one.num_computed + left]
+            after[one] = one.num_computed + len(tokens)
+            left -= len(tokens)
+            pieces.append(Piece(one, tokens, after[one] == len(one.prompt_ids)))
+        return pieces
+
+    def _longest(self, sequence: Sequence, after: dict[Sequence, int]) -> tuple[Sequence | None, int]:
+        """Find who has, or has after this step, most of this prompt's beginning; its last token is never shared."""
+        best, longest = None, _LEAST_SHARED - 1
+        prompt = sequence.prompt_ids[:-1]
+        for other, computed in after.items():
+            limit = min(computed, len(prompt), len(other.prompt_ids))
+            if limit > longest and other.prompt_ids[: longest + 1] == prompt[: longest + 1]:
+                best, longest = other, _common(other.prompt_ids, prompt, limit)
+        return best, longest
+
+
+def _common(one: list[int], other: list[int], limit: int) -> int:
+    """Count the equal tokens at the beginning, at most `limit`."""
+    return next((place for place in range(limit) if one[place] != other[place]), limit)

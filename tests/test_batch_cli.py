@@ -1,0 +1,201 @@
+"""`moeflow batch` as a user runs it: answers, failures by line, interrupted and killed runs that are continued."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from conftest import ROOT
+from moeflow.cli import main
+
+NUM_LONG = 12
+
+
+@pytest.fixture(scope="module")
+def folder(mixtral_folder, tmp_path_factory):
+    """The tiny checkpoint with a letter tokenizer that has a chat template."""
+    folder = shutil.copytree(mixtral_folder, tmp_path_factory.mktemp("batch") / "model")
+    letters = [chr(code) for code in range(32, 127)]
+    words = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token=" "))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.decoder = decoders.Fuse()
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a:"
+    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_input(tmp_path_factory):
+    """Requests enough for a run that can be stopped in its middle."""
+    entries = [{"id": f"r{number}", "prompt": f"prompt {number}"} for number in range(NUM_LONG)]
+    return write(tmp_path_factory.mktemp("input") / "long.jsonl", entries)
+
+
+@pytest.fixture(scope="module")
+def long_answers(folder, long_input, tmp_path_factory):
+    """What a run that nobody stops answers."""
+    out = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    assert main(long_run(folder, long_input, out)) == 0
+    return by_id(out)
+
+
+def long_run(folder, source, out):
+    return batch(folder, source, out, "--batch-size", 2, "--max-new-tokens", 30, "--ignore-eos")
+
+
+def batch(folder, source, out, *options):
+    fixed = ("batch", folder, "--input", source, "--output", out, "--expert-memory", "50%", "--device", "cpu")
+    return [str(argument) for argument in (*fixed, *options)]
+
+
+def write(path, entries):
+    path.write_text("".join((entry if isinstance(entry, str) else json.dumps(entry)) + "\n" for entry in entries))
+    return path
+
+
+def by_id(path):
+    """Return the lines of an output by id; each id may be there once."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {line.get("custom_id", line["id"]): line for line in lines}
+    assert len(found) == len(lines), "an id has two lines"
+    return found
+
+
+def stop_in_the_middle(arguments, out, signal_number):
+    """Start a run, send it a signal when the first answer is there, and return its exit code and last output."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moeflow", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        while not process.stderr.readline().startswith(f"0 of {NUM_LONG}"):
+            assert process.poll() is None, "it ended before its first step"
+        while not out.stat().st_size and process.poll() is None:
+            pass
+        process.send_signal(signal_number)
+        rest = process.stderr.read()
+    return process.returncode, rest
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)], ids=["killed", "Ctrl-C"]
+)
+def test_a_run_stopped_in_the_middle_goes_on_from_there(
+    folder, long_input, long_answers, tmp_path, signal_number, code
+):
+    out = tmp_path / "out.jsonl"
+    returncode, rest = stop_in_the_middle(long_run(folder, long_input, out), out, signal_number)
+    assert returncode == code
+    assert "Traceback" not in rest
+    before = out.read_bytes()
+    assert 0 < before.count(b"\n") < NUM_LONG
+    assert main(long_run(folder, long_input, out)) == 0
+    assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1]), "what was finished stays as it was"
+    assert by_id(out) == long_answers
+
+
+def test_answers_are_those_of_generate(folder, long_answers, mixtral):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for number in (0, 7):
+        inputs = tokenizer(f"prompt {number}", return_tensors="pt")
+        ids = mixtral.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        assert long_answers[f"r{number}"]["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_finished_batch_loads_no_model(tmp_path, long_input, long_answers, capsys):
+    out = write(tmp_path / "out.jsonl", list(long_answers.values()))
+    capsys.readouterr()
+    assert main(batch(tmp_path / "no-model", long_input, out, "--json")) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["requests"], about["finished_before"], about["failed"]) == (NUM_LONG, NUM_LONG, [])
+
+
+def test_failed_lines_are_told_by_number_and_the_others_are_answered(folder, tmp_path, capsys):
+    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "logprobs": True}
+    source = write(
+        tmp_path / "in.jsonl",
+        [
+            {"id": "own", "prompt": "hello", "max_new_tokens": 4},
+            "{torn",
+            {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+            {"id": "own", "prompt": "again"},
+            {"id": "long", "prompt": "x" * 1000},
+            {"id": "hot", "prompt": "x", "temperature": 1.5, "seed": 1, "logprobs": 1},
+        ],
+    )
+    out = tmp_path / "out.jsonl"
+    assert main(batch(folder, source, out, "--max-new-tokens", 4, "--ignore-eos", "--json")) == 1
+    captured = capsys.readouterr()
+    about = json.loads(captured.out)
+    assert [entry["line"] for entry in about["failed"]] == [2, 4, 5]
+    assert "3 of 6 requests" in captured.err
+    assert "line 5: the prompt has 1,000 tokens" in captured.err
+    assert about["new_tokens"] == 4 + 3 + 4
+    assert about["tokens_per_s"] > 0
+    assert 0 <= about["hit_rate"] <= 1
+    assert 0 < about["experts_per_step"] <= 24
+    lines = by_id(out)
+    assert set(lines) == {"own", "#2", "chat", "#4", "long", "hot"}
+    assert lines["own"]["completion_tokens"] == 4
+    assert len(lines["hot"]["logprobs"]) == 4
+    assert lines["chat"]["response"]["body"]["usage"]["completion_tokens"] == 3
+    assert len(lines["chat"]["response"]["body"]["choices"][0]["logprobs"]["content"]) == 3
+    source.write_text(source.read_text().replace("x" * 1000, "short"))
+    assert main(batch(folder, source, out, "--max-new-tokens", 4)) == 1
+    assert "error" in by_id(out)["long"], "a failed line is not tried again"
+    assert main(batch(folder, source, out, "--max-new-tokens", 4, "--retry-failed")) == 1
+    assert by_id(out)["long"]["text"]
+    assert by_id(out)["own"] == lines["own"]
+
+
+def test_a_stop_string_and_a_seed_hold_for_lines_that_leave_them_open(folder, tmp_path):
+    entries = [{"prompt": "hello"}, {"prompt": "hello"}, {"prompt": "hello", "stop": []}]
+    source = write(tmp_path / "in.jsonl", entries)
+    options = ("--max-new-tokens", 20, "--temperature", 2, "--ignore-eos", "--seed", 5)
+    answers = []
+    for number in range(2):
+        assert main(batch(folder, source, tmp_path / f"{number}.jsonl", *options)) == 0
+        answers.append(by_id(tmp_path / f"{number}.jsonl"))
+    assert answers[0] == answers[1]
+    assert answers[0]["#1"]["text"] != answers[0]["#2"]["text"]
+    stop = answers[0]["#1"]["text"][5]
+    assert main(batch(folder, source, tmp_path / "stop.jsonl", *options, "--stop", stop)) == 0
+    stopped = by_id(tmp_path / "stop.jsonl")
+    assert stopped["#1"]["text"] == answers[0]["#1"]["text"].split(stop)[0]
+    assert stopped["#1"]["finish_reason"] == "stop"
+    assert stopped["#3"] == answers[0]["#3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--batch-size", 0), "--batch-size is 0"),
+        (("--max-step-tokens", -1), "--max-step-tokens is -1"),
+        (("--temperature", -1), "temperature is -1"),
+        (("--stop", ""), "none of them empty"),
+        (("--input", "missing.jsonl"), "missing.jsonl cannot be read"),
+        (("--output", "no/such/folder/out.jsonl"), "cannot be written"),
+        (("--output", "INPUT"), "is the input too"),
+        (("--kv-memory", "nothing"), "kv_memory"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line_and_exit_code_1(folder, tmp_path, capsys, options, match):
+    source = write(tmp_path / "in.jsonl", [{"prompt": "hello"}])
+    options = [source if option == "INPUT" else option for option in options]
+    assert main(batch(folder, source, tmp_path / "out.jsonl", *options)) == 1
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.startswith("moeflow: ")
+    assert len(error.strip().splitlines()) == 1
+    assert source.read_text() == '{"prompt": "hello"}\n'

@@ -1,0 +1,119 @@
+"""Groups in an engine's step: the same tokens whoever shares a pass, and nothing left behind."""
+
+import threading
+
+import pytest
+import torch
+
+from moeflow import load_moe
+from moeflow.config import ExpertsSize
+from moeflow.engine import Engine
+from moeflow.engine_groups import PassRoutes
+from moeflow.errors import ConfigError, ExpertReadError
+from moeflow.sampling import SamplingParams
+
+NEW = 10
+PROMPTS = [
+    torch.randint(3, 120, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 14, 6, 7)
+]
+
+
+@pytest.fixture(scope="module")
+def expected(mixtral):
+    out = []
+    for prompt in PROMPTS:
+        ids = mixtral.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        out.append(ids[0, len(prompt) :].tolist())
+    return out
+
+
+@pytest.fixture
+def offloaded(mixtral_folder):
+    with torch.no_grad():
+        probe = load_moe(mixtral_folder, predictor=None)
+    layouts = [source.layout for source in probe.moeflow.store.layers]
+    probe.moeflow.close()
+    model = load_moe(mixtral_folder, expert_memory=2 * ExpertsSize.of(layouts, 2).min_bytes, predictor=None)
+    yield model
+    model.moeflow.close()
+
+
+def answers(engine):
+    return [done.token_ids for done in engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW, ignore_eos=True))]
+
+
+@pytest.mark.parametrize("regrouping", [True, False])
+@pytest.mark.parametrize("group_size", [1, 2, 4, 6, 100])
+def test_tokens_do_not_depend_on_groups(offloaded, expected, group_size, regrouping):
+    with Engine(offloaded, group_size=group_size, max_step_tokens=40, regrouping=regrouping) as engine:
+        assert answers(engine) == expected
+        stats = engine.stats()
+        engine.check_integrity()
+    assert stats["passes"] >= stats["steps"]
+    assert (stats["passes"] > stats["steps"]) == (group_size < 6)
+    assert (stats["regrouping"]["planned"] > 0) == (regrouping and group_size < 6)
+    assert offloaded.moeflow.recorder is None
+
+
+def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(offloaded, monkeypatch):
+    with Engine(offloaded, group_size=2) as engine:
+        passes, forward = [], engine._forward
+
+        def seen(pieces):
+            passes.append([piece.sequence.id for piece in pieces if piece.sequence.decoding])
+            return forward(pieces)
+
+        monkeypatch.setattr(engine, "_forward", seen)
+        for prompt in PROMPTS:
+            engine.add(prompt, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+        while not engine.finished:
+            passes.clear()
+            decoding = [one.id for one in engine._schedule.running if one.decoding]
+            engine.step()
+            assert sorted(id for group in passes for id in group) == sorted(decoding)
+            assert all(len(group) <= 2 for group in passes)
+
+
+def test_a_pass_that_fails_leaves_the_recorders_seat_free_and_others_go_on(offloaded, expected, monkeypatch):
+    with Engine(offloaded, group_size=2) as engine:
+        forward, failed = engine._forward, []
+
+        def once(pieces):
+            if len(pieces) > 1 and not failed:
+                failed.append(True)
+                with engine._groups.watching(pieces):
+                    raise ExpertReadError("a disk that stumbles")
+            return forward(pieces)
+
+        monkeypatch.setattr(engine, "_forward", once)
+        assert answers(engine) == expected
+        assert failed
+        assert offloaded.moeflow.recorder is None
+
+
+def test_a_closed_engine_leaves_no_thread_and_remembers_no_sequence(offloaded):
+    before = set(threading.enumerate())
+    engine = Engine(offloaded, group_size=2)
+    answers(engine)
+    assert len(engine._groups._scheduler._recent) == 0
+    engine.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_groups_are_for_models_whose_experts_are_fetched(mixtral, offloaded):
+    with pytest.raises(ConfigError, match="group_size is for models of load_moe"):
+        Engine(mixtral, group_size=2)
+    with pytest.raises(ConfigError, match="group_size=0"):
+        Engine(offloaded, group_size=0)
+
+
+def test_routes_of_a_pass_are_what_its_routers_chose_and_padding_is_none():
+    routes = PassRoutes(2, 4)
+    routes.observe(0, torch.tensor([[0, 3], [1, 4]]))
+    routes.observe(1, torch.tensor([[2, 1], [2, 3]]))
+    taken = routes.take(2)
+    assert [[set(layer.nonzero()[0].tolist()) for layer in token] for token in taken] == [
+        [{0, 3}, {1, 2}],
+        [{1}, {2, 3}],
+    ]
+    assert not routes.take(2).any()
