@@ -77,6 +77,8 @@ class Engine:
         self.tokenizer = tokenizer
         self._context = hf.context_positions(model)
         self._end_tokens = hf.end_tokens(model)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:  # where chat models name their end of turn
+            self._end_tokens |= {tokenizer.eos_token_id}
         self._vocab_size = model.get_input_embeddings().weight.shape[0]
         self._cache = PackedCache()
         self._cache.learn(model)

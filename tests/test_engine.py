@@ -262,6 +262,16 @@ def test_the_end_token_ends_an_answer_unless_it_is_to_be_ignored(mixtral, expect
     assert ignoring.token_ids == expected[1]
 
 
+def test_the_end_of_turn_that_only_the_tokenizer_names_ends_an_answer(speaking, tokenizer, monkeypatch):
+    with Engine(speaking, tokenizer) as engine:
+        first = engine.generate([PROMPTS[2]], GREEDY)[0].token_ids
+    monkeypatch.setattr(type(tokenizer), "eos_token_id", first[3], raising=False)
+    with Engine(speaking, tokenizer) as engine:
+        done = engine.generate([PROMPTS[2]], SamplingParams(max_new_tokens=NEW))[0]
+    assert done.finish_reason == "stop"
+    assert done.token_ids == first[: first.index(first[3]) + 1]
+
+
 def test_a_cancelled_request_frees_its_slot_and_keeps_what_it_had(mixtral, expected):
     engine = Engine(mixtral, max_batch_size=2)
     ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
