@@ -45,6 +45,7 @@ def main(argv=None) -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--live", metavar="MODEL", help="folder of a model, such as the demo model")
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", help="of the live model; in bfloat16 near ties may fall otherwise")
     parser.add_argument("--generate", type=int, default=4, help="prompts that generate runs one by one")
     arguments = parser.parse_args(argv)
     if arguments.live:
@@ -136,7 +137,7 @@ def bench_live(arguments) -> dict:
         ("engine, 2 x 16 by arrival", {"group_size": 16, "regrouping": False}),
         ("engine, 2 x 16 regrouped", {"group_size": 16}),
     ):
-        model = load_moe(arguments.live, expert_memory="25%", predictor=None)
+        model = load_moe(arguments.live, expert_memory="25%", predictor=None, dtype=arguments.dtype)
         with model.moeflow:
             begin, regrouping = time.perf_counter(), None
             if options is None:
