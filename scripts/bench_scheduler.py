@@ -45,7 +45,7 @@ def main(argv=None) -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--live", metavar="MODEL", help="folder of a model, such as the demo model")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--dtype", default="float32", help="of the live model; in bfloat16 near ties may fall otherwise")
+    parser.add_argument("--dtype", default="float32", help="of the live model; in bfloat16 near ties may differ")
     parser.add_argument("--generate", type=int, default=4, help="prompts that generate runs one by one")
     arguments = parser.parse_args(argv)
     if arguments.live:
