@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from contextlib import contextmanager
 
 from moeflow.errors import ConfigError
@@ -34,11 +35,19 @@ def _parallel(arguments) -> int:
         model, tokenizer = load_model(arguments.model, arguments)
         with model.moeflow:
             answers, traffic = _answer(model, tokenizer, prompts, rank, num_ranks, arguments)
-    if rank:
-        return 0
+    if not rank:
+        _print(arguments, answers, traffic)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is said and closed. An orderly end of the interpreter was seen to abort now and then, in the C++ of
+    # the process group, and torchrun would take that for a failed rank.
+    os._exit(0)
+
+
+def _print(arguments, answers, traffic) -> None:
     if arguments.json:
         print(json.dumps({"answers": answers, "traffic": traffic.as_dict()}))
-        return 0
+        return
     from rich.console import Console
 
     for answer in answers:
@@ -46,7 +55,6 @@ def _parallel(arguments) -> int:
     console = Console(stderr=True)
     console.print(_table(traffic))
     console.print(_summary(traffic))
-    return 0
 
 
 def _answer(model, tokenizer, prompts, rank, num_ranks, arguments):

@@ -272,3 +272,5 @@ def main(folders, out):
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # as `moeflow parallel` ends
