@@ -19,12 +19,10 @@ class Found(NamedTuple):
 
     Args:
         plan: the placement.
-        seconds: time it took.
         ended: whether it came to its end before the deadline.
     """
 
     plan: Plan
-    seconds: float
     ended: bool
 
 
@@ -70,7 +68,6 @@ def cool(
 
 
 def _search(tables, plan, num_proposals, temperature, seed, deadline, progress) -> Found:
-    begin = time.monotonic()
     annealing = Annealing(tables, plan, seed)
     each, step = max(num_proposals // _STEPS, 1), 0
     while step < _STEPS and time.monotonic() < deadline:
@@ -80,4 +77,4 @@ def _search(tables, plan, num_proposals, temperature, seed, deadline, progress) 
             progress(step / _STEPS)
     if step < _STEPS or temperature(1.0) > 0:
         annealing.run(4 * each, 0.0)
-    return Found(annealing.plan(), time.monotonic() - begin, step == _STEPS)
+    return Found(annealing.plan(), step == _STEPS)
