@@ -75,11 +75,15 @@ class StepGroups:
         decoding = [piece for piece in pieces if piece.sequence.decoding]
         prompts = [piece for piece in pieces if not piece.sequence.decoding]
         self._decoding, self._true = [piece.sequence.id for piece in decoding], {}
-        places = self._scheduler.split(self._decoding, self._runtime.cache.present(*self._shape))
+        fed = [piece.tokens[0] for piece in decoding]
+        places = self._scheduler.split(self._decoding, fed, self._runtime.cache.present(*self._shape))
         for number, group in enumerate(places or [[]]):
             last = number == max(len(places) - 1, 0)
             if last and len(places) > 1:
-                self._scheduler.plan_ahead(self._decoding)
+                chosen = [piece.sequence.token_ids[-1] for piece in decoding]
+                for place in group:
+                    chosen[place] = None  # until this pass has run
+                self._scheduler.plan_ahead(self._decoding, chosen)
             passed = [decoding[place] for place in group] + (prompts if last else [])
             if passed:
                 yield passed
@@ -96,7 +100,7 @@ class StepGroups:
         for piece in pieces:
             own = routes[begin : begin + len(piece.tokens)]
             begin += len(piece.tokens)
-            self._scheduler.observe(piece.sequence.id, own)
+            self._scheduler.observe(piece.sequence.id, piece.tokens, own)
             self._true[piece.sequence.id] = own[-1]
 
     def finish(self, step_s: float) -> None:

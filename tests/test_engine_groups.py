@@ -95,7 +95,7 @@ def test_a_closed_engine_leaves_no_thread_and_remembers_no_sequence(offloaded):
     before = set(threading.enumerate())
     engine = Engine(offloaded, group_size=2)
     answers(engine)
-    assert len(engine._groups._scheduler._recent) == 0
+    assert len(engine._groups._scheduler._likely) == 0
     engine.close()
     assert set(threading.enumerate()) == before
 

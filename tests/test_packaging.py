@@ -34,7 +34,7 @@ RANKS = [
         "expert_statistics",
         "medoids",
         "regroup_loop",
-        "recent_routes",
+        "likely_routes",
         "kernels",
         "predictors",
         "placement",
