@@ -8,19 +8,15 @@ Knows problems and plans. The inner loop is `_anneal.c`, or `anneal_loop.py` whe
 """
 
 import ctypes
-import functools
-import logging
 from ctypes import POINTER, byref, c_double, c_int64, c_uint8, c_uint64
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import numpy as np
 
+from moeflow.compiled import c_function
 from moeflow.placement import anneal_loop
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem
 
-_log = logging.getLogger(__name__)
 _MAX_GPUS = 1024  # of the C loop's arrays on the stack
 _TABLES = {
     "slots": c_int64, "tokens": c_double, "active": c_double, "arithmetic_s": c_double, "reading_s": c_double,
@@ -238,18 +234,6 @@ def _c_state(state) -> _CState:
     return _CState(*pointers, state.random)
 
 
-@functools.cache
 def _c_loop():
-    folder = Path(__file__).parent
-    built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_anneal{suffix}").is_file()]
-    try:
-        function = ctypes.CDLL(str(built[0])).moeflow_anneal
-    except (IndexError, OSError, AttributeError):
-        _log.warning(
-            "moeflow's compiled annealing was not built: placement searches a hundred times slower. Install moeflow "
-            "again where there is a C compiler."
-        )
-        return None
-    function.argtypes = [POINTER(_CTables), POINTER(_CState), c_int64, c_double]
-    function.restype = c_int64
-    return function
+    argtypes = (POINTER(_CTables), POINTER(_CState), c_int64, c_double)
+    return c_function("anneal", __file__, argtypes, c_int64, without="placement searches a hundred times slower")
