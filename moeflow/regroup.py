@@ -18,6 +18,7 @@ import numpy as np
 from moeflow import regroup_loop
 from moeflow.compiled import c_function
 from moeflow.errors import ConfigError
+from moeflow.random_bits import RandomBits
 
 HOT, COLD = 3.0, 0.3  # temperatures, in active (layer, expert) pairs
 _SWAPS = 40_000  # to try: some milliseconds, and of 128 tokens as good as ten times as many within 3 %
@@ -106,7 +107,7 @@ class Search:
         np.add.at(self.count, self.group, bits.astype(np.uint16))
         self.any, self.one = _words(self.count > 0), _words(self.count == 1)
         self.best = self.group.copy()
-        self.random = seed
+        self.random = RandomBits(seed)
 
     def run(self, num_swaps: int, hot: float = HOT, cold: float = COLD) -> int:
         """Try swaps while the temperature falls; return by how many active pairs the best differs from the start."""
@@ -115,9 +116,9 @@ class Search:
         if loop is None:
             return regroup_loop.regroup(self, num_swaps, hot, cooling)
         pointers = [getattr(self, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
-        state = _CState(*self.routes.shape, *pointers, self.random)
+        state = _CState(*self.routes.shape, *pointers, self.random.state)
         change = loop(byref(state), num_swaps, hot, cooling)
-        self.random = state.random
+        self.random.state = state.random
         return change
 
 

@@ -16,6 +16,7 @@ from moeflow.compiled import c_function
 from moeflow.placement import anneal_loop
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem
+from moeflow.random_bits import RandomBits
 
 _MAX_GPUS = 1024  # of the C loop's arrays on the stack
 _TABLES = {
@@ -143,7 +144,7 @@ class Annealing:
         self.holds = np.ascontiguousarray(mask, np.uint8)
         self.num_copies = np.ascontiguousarray(mask.sum(axis=2), np.int64)
         self.used = np.ascontiguousarray(mask.sum(axis=1), np.int64)
-        self.random = seed
+        self.random = RandomBits(seed)
         self.busy_s, self.pull_s = self._busy(), self._pull()
         self.inflow, self.outflow, self.flow, self.slowest_s = self._flows()
 
@@ -154,7 +155,7 @@ class Annealing:
             return anneal_loop.anneal(self.tables, self, num_proposals, temperature)
         tables, state = _c_tables(self.tables, self.copy_expert.shape[1]), _c_state(self)
         kept = loop(byref(tables), byref(state), num_proposals, temperature)
-        self.random = state.random
+        self.random.state = state.random
         return kept
 
     def objective(self) -> float:
@@ -231,7 +232,7 @@ def _c_tables(tables, num_copies) -> _CTables:
 
 def _c_state(state) -> _CState:
     pointers = [getattr(state, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
-    return _CState(*pointers, state.random)
+    return _CState(*pointers, state.random.state)
 
 
 def _c_loop():
