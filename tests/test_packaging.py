@@ -17,7 +17,7 @@ FOLDERS = ("kernels", "placement", "predictors")
 
 # Who may import whom: a module imports only from rows above its own, or from its own row's neighbours named here.
 RANKS = [
-    {"core", "errors", "dtypes", "compiled", "random_bits"},
+    {"core", "errors", "dtypes", "compiled", "random_bits", "route_observer"},
     {
         "config",
         "layers",
@@ -75,8 +75,8 @@ RANKS = [
         "packed_attention",
     },
     {"lookahead_record", "calibration", "pruning", "workloads", "engine_request", "engine_groups"},
-    {"engine", "host_compute", "prediction_loop", "link_replay", "recorder", "live_predictor"},
-    {"runtime", "clairvoyant"},
+    {"host_compute", "prediction_loop", "link_replay", "recorder", "live_predictor"},
+    {"runtime", "clairvoyant", "engine"},
     {"experts", "pack", "info", "machine_replay"},
     {"quantize", "parallel_round"},
     {"model", "parallel"},
