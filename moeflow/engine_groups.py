@@ -16,7 +16,7 @@ from moeflow.sequences import Piece
 
 
 class PassRoutes:
-    """Sits where a trace recorder would, and keeps what the routers of one pass chose.
+    """Observes a runtime during one pass, and keeps what the routers chose.
 
     Args:
         num_layers: L.
@@ -32,7 +32,8 @@ class PassRoutes:
         self._chosen[layer] = top_k_index.numpy(force=True)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Forget what was seen."""
+        self._chosen.clear()
 
     def take(self, num_tokens: int) -> np.ndarray:
         """Return the pass's routes, [tokens, L, E] bool, and forget them."""
@@ -91,11 +92,11 @@ class StepGroups:
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
         """See what the routers choose in a pass over pieces."""
-        self._runtime.recorder = self._routes
+        self._runtime.observers.append(self._routes)
         try:
             yield
         finally:
-            self._runtime.recorder = None
+            self._runtime.observers.remove(self._routes)
         routes, begin = self._routes.take(sum(len(piece.tokens) for piece in pieces)), 0
         for piece in pieces:
             own = routes[begin : begin + len(piece.tokens)]

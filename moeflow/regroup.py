@@ -10,19 +10,15 @@ Source: the token scheduler of ExpertFlow (arXiv 2410.17954, section 4.2), there
 """
 
 import ctypes
-import functools
-import logging
 import math
 from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_uint16, c_uint64
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import numpy as np
 
 from moeflow import regroup_loop
+from moeflow.compiled import c_function
 from moeflow.errors import ConfigError
-
-_log = logging.getLogger(__name__)
+from moeflow.random_bits import RandomBits
 
 HOT, COLD = 3.0, 0.3  # temperatures, in active (layer, expert) pairs
 _SWAPS = 40_000  # to try: some milliseconds, and of 128 tokens as good as ten times as many within 3 %
@@ -118,7 +114,7 @@ class Search:
         np.add.at(self.count, self.group, bits.astype(np.uint16))
         self.any, self.one = _words(self.count > 0), _words(self.count == 1)
         self.best = self.group.copy()
-        self.random = seed
+        self.random = RandomBits(seed)
 
     def run(self, num_swaps: int, hot: float = HOT, cold: float = COLD) -> int:
         """Try swaps while the temperature falls; return by how many active pairs the best differs from the start."""
@@ -127,9 +123,9 @@ class Search:
         if loop is None:
             return regroup_loop.regroup(self, num_swaps, hot, cooling)
         pointers = [getattr(self, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
-        state = _CState(*self.routes.shape, *pointers, self.random)
+        state = _CState(*self.routes.shape, *pointers, self.random.state)
         change = loop(byref(state), num_swaps, hot, cooling)
-        self.random = state.random
+        self.random.state = state.random
         return change
 
 
@@ -138,18 +134,6 @@ def _words(bits) -> np.ndarray:
     return np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64, copy=False)
 
 
-@functools.cache
 def _c_loop():
-    folder = Path(__file__).parent
-    built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_regroup{suffix}").is_file()]
-    try:
-        function = ctypes.CDLL(str(built[0])).moeflow_regroup
-    except (IndexError, OSError, AttributeError):
-        _log.warning(
-            "moeflow's compiled regrouping was not built: it runs a hundred times slower. Install moeflow again where "
-            "there is a C compiler."
-        )
-        return None
-    function.argtypes = [POINTER(_CState), c_int64, c_double, c_double]
-    function.restype = c_int64
-    return function
+    argtypes = (POINTER(_CState), c_int64, c_double, c_double)
+    return c_function("regroup", __file__, argtypes, c_int64, without="it runs a hundred times slower")
