@@ -79,6 +79,13 @@ def active_pairs(routes: np.ndarray, groups: np.ndarray) -> int:
     return sum(int(routes[groups == group].any(axis=0).sum()) for group in np.unique(groups))
 
 
+def route_words(bits: np.ndarray) -> np.ndarray:
+    """Return [rows, pairs] bool as [rows, W] uint64: pair 64 w + b is bit b of word w."""
+    padded = np.zeros((len(bits), -(-bits.shape[1] // 64) * 64), bool)
+    padded[:, : bits.shape[1]] = bits
+    return np.packbits(padded, axis=1, bitorder="little").view("<u8").astype(np.uint64, copy=False)
+
+
 class Search:
     """Groups under change.
 
@@ -106,13 +113,11 @@ class Search:
         if self.group.shape != (tokens,) or (tokens and not 0 <= self.group.min() <= self.group.max() < num_groups):
             raise ConfigError(f"the start is not a group from 0 to {num_groups - 1} for each of {tokens} tokens.")
         flat = routes.reshape(tokens, math.prod(routes.shape[1:]))
-        words = -(-flat.shape[1] // 64)
-        bits = np.zeros((tokens, 64 * words), bool)
-        bits[:, : flat.shape[1]] = flat
-        self.routes = _words(bits)
-        self.count = np.zeros((num_groups, 64 * words), np.uint16)
-        np.add.at(self.count, self.group, bits.astype(np.uint16))
-        self.any, self.one = _words(self.count > 0), _words(self.count == 1)
+        self.routes = route_words(flat)
+        self.count = np.zeros((num_groups, 64 * self.routes.shape[1]), np.uint16)
+        for group in range(num_groups):
+            self.count[group, : flat.shape[1]] = flat[self.group == group].sum(axis=0, dtype=np.uint16)
+        self.any, self.one = route_words(self.count > 0), route_words(self.count == 1)
         self.best = self.group.copy()
         self.random = RandomBits(seed)
 
@@ -127,11 +132,6 @@ class Search:
         change = loop(byref(state), num_swaps, hot, cooling)
         self.random.state = state.random
         return change
-
-
-def _words(bits) -> np.ndarray:
-    """[..., 64 W] bool as [..., W] uint64, bit b of word w being place 64 w + b."""
-    return np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64, copy=False)
 
 
 def _c_loop():

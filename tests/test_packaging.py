@@ -59,7 +59,7 @@ RANKS = [
         "regroup",
     },
     {"native_values", "calibration_text", "regroup_exact", "scheduler", "regroup_bound"},
-    {"cache", "routing", "store", "pool", "streams", "packed", "hf", "dispatch", "dense", "native_records"},
+    {"cache", "routing", "store", "best_split", "pool", "streams", "packed", "hf", "dispatch", "dense", "native_records"},
     {
         "quantized",
         "compute",
