@@ -16,7 +16,7 @@ from moeflow.sequences import Piece
 
 
 class PassRoutes:
-    """Observes a runtime during one pass, and keeps what the routers chose.
+    """Sits among a runtime's observers for a pass, and keeps what its routers chose.
 
     Args:
         num_layers: L.
@@ -24,27 +24,25 @@ class PassRoutes:
     """
 
     def __init__(self, num_layers: int, num_experts: int):
-        self._shape = num_layers, num_experts
+        self._num_layers, self._num_experts = num_layers, num_experts
         self._chosen: dict[int, np.ndarray] = {}
 
     def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights=None, hidden_states=None) -> None:
         """Take in a layer's [tokens, K] choices."""
-        self._chosen[layer] = top_k_index.numpy(force=True)
+        self._chosen[layer] = top_k_index.numpy(force=True).copy()
 
     def close(self) -> None:
-        """Forget what was seen."""
-        self._chosen.clear()
+        """Nothing is held."""
 
     def take(self, num_tokens: int) -> np.ndarray:
-        """Return the pass's routes, [tokens, L, E] bool, and forget them."""
-        routes = np.zeros((num_tokens, *self._shape), bool)
+        """Return what the pass's tokens chose, [tokens, L, K] with E for none, and forget it."""
+        top_k = max((chosen.shape[1] for chosen in self._chosen.values()), default=0)
+        taken = np.full((num_tokens, self._num_layers, top_k), self._num_experts, np.int64)
         for layer, chosen in self._chosen.items():
-            if len(chosen) != num_tokens:
-                continue
-            tokens, ranks = np.nonzero(chosen < self._shape[1])
-            routes[tokens, layer, chosen[tokens, ranks]] = True
+            if len(chosen) == num_tokens:
+                taken[:, layer, : chosen.shape[1]] = np.minimum(chosen, self._num_experts)
         self._chosen.clear()
-        return routes
+        return taken
 
 
 class StepGroups:
@@ -62,9 +60,9 @@ class StepGroups:
         self._shape = len(counts), max(counts)
         top_k = hf.num_experts_per_tok(model)
         self._scheduler = TokenScheduler(*self._shape, top_k, group_size, regrouping=regrouping)
-        self._routes = PassRoutes(*self._shape)
+        self._routes = PassRoutes(*self._shape) if regrouping else None
         self._decoding: list[str] = []
-        self._true: dict[str, np.ndarray] = {}  # of the sequences that decoded in this step, [L, E]
+        self._true: dict[str, np.ndarray] = {}  # [L, K] of those that decoded in this step
 
     @property
     def stats(self) -> SchedulerStats:
@@ -91,15 +89,18 @@ class StepGroups:
 
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
-        """See what the routers choose in a pass over pieces."""
+        """See what the routers choose in a pass over pieces, where groups depend on it."""
+        if self._routes is None:
+            yield
+            return
         self._runtime.observers.append(self._routes)
         try:
             yield
         finally:
             self._runtime.observers.remove(self._routes)
-        routes, begin = self._routes.take(sum(len(piece.tokens) for piece in pieces)), 0
+        chosen, begin = self._routes.take(sum(len(piece.tokens) for piece in pieces)), 0
         for piece in pieces:
-            own = routes[begin : begin + len(piece.tokens)]
+            own = chosen[begin : begin + len(piece.tokens)]
             begin += len(piece.tokens)
             self._scheduler.observe(piece.sequence.id, piece.tokens, own)
             self._true[piece.sequence.id] = own[-1]

@@ -10,8 +10,9 @@ worth to a regrouping, beside true ones.
 import numpy as np
 
 _DECAY = 0.9  # of a sequence's uses, a token later
-_SPAN = 4  # uses of a token that its mean route goes back, about
-_DOUBT = 0.5  # uses that a token's mean is short of: one use alone counts for 2/3
+_LASTING = 64  # tokens after which nothing is left of a use
+_SPAN = 4  # uses of a token that are remembered
+_DOUBT = 0.5  # uses that a token is short of: of one use alone, each expert counts for 2/3
 _MEMORY_BYTES = 64 << 20  # of tokens' routes; those fed longest ago go first
 
 
@@ -26,33 +27,36 @@ class LikelyRoutes:
     """
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int, *, memory_bytes: int = _MEMORY_BYTES):
-        self._shape = num_layers, num_experts
-        self._top_k = min(max(top_k, 1), num_experts)
-        self._most_tokens = max(memory_bytes // (2 * num_layers * num_experts), 1)
-        self._tokens: dict[int, tuple[np.ndarray, int]] = {}  # the mean of their routes, float16, and their uses
-        self._recent: dict[str, np.ndarray] = {}  # decayed mean of a sequence's routes
+        self._num_experts, self._top_k = num_experts, min(max(top_k, 1), num_experts)
+        self._kind = np.uint8 if num_experts < 256 else np.uint16
+        self._shape = num_layers, num_experts + 1  # the last column takes in what stands for none
+        self._layers = np.arange(num_layers)[:, None]
+        self._most_tokens = max(memory_bytes // (_SPAN * num_layers * top_k * np.dtype(self._kind).itemsize), 1)
+        self._tokens: dict[int, list[np.ndarray]] = {}  # their last routes, [L, K] each, by when they were fed last
+        self._recent: dict[str, np.ndarray] = {}  # decayed mean of a sequence's routes, [L, E + 1]
 
     def __len__(self) -> int:
         return len(self._recent)
 
-    def observe(self, sequence: str, tokens: list[int], routes: np.ndarray) -> None:
+    def observe(self, sequence: str, tokens: list[int], chosen: np.ndarray) -> None:
         """Take in what a sequence's next tokens took.
 
         Args:
             sequence: its id.
             tokens: their ids, in their order.
-            routes: [tokens, L, E] bool.
+            chosen: [tokens, L, K] ids of experts; E or more stands for none.
         """
-        for token, route in zip(tokens, routes, strict=True):
-            mean, uses = self._tokens.pop(token, (np.zeros(self._shape, np.float16), 0))
-            self._tokens[token] = mean + (route - mean) / np.float16(min(uses + 1, _SPAN)), uses + 1
+        chosen = np.minimum(chosen, self._num_experts)
+        for token, route in zip(tokens, chosen.astype(self._kind), strict=True):
+            self._tokens[token] = [*self._tokens.pop(token, ())[1 - _SPAN :], route]
         while len(self._tokens) > self._most_tokens:
             del self._tokens[next(iter(self._tokens))]
-        left = _DECAY ** np.arange(len(routes) - 1, -1, -1, dtype=np.float32)
-        recent = np.tensordot((1 - _DECAY) * left, routes.astype(np.float32), axes=1)
-        if sequence in self._recent:
-            recent += np.float32(_DECAY ** len(routes)) * self._recent[sequence]
-        self._recent[sequence] = recent
+        recent = self._recent.get(sequence)
+        if recent is None:
+            recent = self._recent[sequence] = np.zeros(self._shape, np.float32)
+        recent *= _DECAY ** len(chosen)
+        for age, route in enumerate(chosen[: -_LASTING - 1 : -1]):
+            recent[self._layers, route] += (1 - _DECAY) * _DECAY**age
 
     def forget(self, sequence: str) -> None:
         """Drop a sequence; one that is not known is no error. What its tokens took stays known."""
@@ -67,11 +71,12 @@ class LikelyRoutes:
         """
         scores = np.zeros((len(sequences), *self._shape), np.float32)
         for score, sequence, token in zip(scores, sequences, tokens, strict=True):
-            if token in self._tokens:
-                mean, uses = self._tokens[token]
-                score += mean * np.float16(uses / (uses + _DOUBT))
             if sequence in self._recent:
                 score += self._recent[sequence]
+            routes = self._tokens.get(token, ())
+            for route in routes:
+                score[self._layers, route] += 1 / (len(routes) + _DOUBT)
+        scores = scores[:, :, :-1]
         best = np.argpartition(-scores, self._top_k - 1, axis=2)[:, :, : self._top_k]
         chosen = np.zeros(scores.shape, bool)
         np.put_along_axis(chosen, best, True, axis=2)

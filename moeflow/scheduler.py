@@ -19,6 +19,7 @@ import numpy as np
 
 from moeflow.errors import ConfigError
 from moeflow.likely_routes import LikelyRoutes
+from moeflow.predictors.odds import multi_hot
 from moeflow.regroup import active_pairs, amended_groups, arrival_groups, regroup
 
 _TRIAL_STEPS = 8  # steps that a judgement rests on
@@ -94,8 +95,7 @@ class TokenScheduler:
             groups = self._planned(sequences, likely, num_groups)
             order = _order(likely, groups, num_groups, resident)
             self.stats.planned += 1
-            self.stats.waited_s += time.perf_counter() - begin
-            self._trial[2] += time.perf_counter() - begin
+            self._waited(time.perf_counter() - begin)
             self._split = sequences, groups
         else:
             order = range(num_groups)
@@ -110,28 +110,31 @@ class TokenScheduler:
         """
         num_groups = -(-len(sequences) // self.group_size)
         if self._regrouping and num_groups > 1 and self._rest == 0:
+            begin = time.perf_counter()
             likely = self._likely.likely(sequences, tokens)
             self._ahead = sequences, self._threads.submit(self._plan, likely, num_groups)
+            self._waited(time.perf_counter() - begin)
 
-    def observe(self, sequence: str, tokens: list[int], routes: np.ndarray) -> None:
-        """Take in the true routes of a sequence's tokens: [tokens, L, E] bool."""
-        self._likely.observe(sequence, tokens, routes)
+    def observe(self, sequence: str, tokens: list[int], chosen: np.ndarray) -> None:
+        """Take in what a sequence's tokens took: [tokens, L, K] ids of experts, E or more for none."""
+        self._likely.observe(sequence, tokens, chosen)
 
     def forget(self, sequence: str) -> None:
         """Drop a sequence that has ended."""
         self._likely.forget(sequence)
 
-    def finish(self, routes: np.ndarray, step_s: float) -> None:
+    def finish(self, chosen: np.ndarray, step_s: float) -> None:
         """Judge the step that `split` began.
 
         Args:
-            routes: [sequences, L, E] bool, the true routes, in the order that `split` was given.
+            chosen: [sequences, L, K], the true routes, in the order that `split` was given.
             step_s: seconds that the step took.
         """
         if self._split is None:
             return
         sequences, groups = self._split
-        assert len(routes) == len(sequences), "routes of another step"
+        assert len(chosen) == len(sequences), "routes of another step"
+        routes = multi_hot(chosen, self._shape[1]) > 0
         active = active_pairs(routes, groups)
         arrival = active_pairs(routes, arrival_groups(len(sequences), int(groups.max()) + 1))
         self.stats.active += active
@@ -150,6 +153,10 @@ class TokenScheduler:
     def _due(self) -> bool:
         self._rest = max(self._rest - 1, 0)
         return self._rest == 0
+
+    def _waited(self, seconds) -> None:
+        self.stats.waited_s += seconds
+        self._trial[2] += seconds
 
     def _judge(self, active) -> None:
         """Rest where what was saved, at most a pair's part of the step each, is not worth the waiting for plans."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moeflow.errors import ConfigError
+from moeflow.predictors.odds import multi_hot
 from moeflow.regroup import active_pairs, arrival_groups
 from moeflow.scheduler import TokenScheduler
 
@@ -13,12 +14,14 @@ NAMES = [f"s{number}" for number in range(8)]
 FED = list(range(100, 108))  # tokens that nobody has seen
 
 
+def chosen_of(kinds):
+    """[tokens, 2, 4] ids: kind 0 takes the lower experts, kind 1 the upper."""
+    return np.broadcast_to(4 * np.array(kinds)[:, None, None] + np.arange(4), (len(kinds), 2, 4))
+
+
 def routes_of(kinds):
-    """[tokens, 2, 8] bool: kind 0 takes the lower experts, kind 1 the upper."""
-    out = np.zeros((len(kinds), 2, 8), bool)
-    for token, kind in enumerate(kinds):
-        out[token, :, 4 * kind : 4 * kind + 4] = True
-    return out
+    """The same as [tokens, 2, 8] bool."""
+    return multi_hot(chosen_of(kinds), 8) > 0
 
 
 KINDS = [0, 1, 0, 1, 0, 1, 0, 1]
@@ -32,15 +35,15 @@ def scheduler():
 
 
 def seen(scheduler, kinds=KINDS):
-    for name, routes in zip(NAMES, routes_of(kinds), strict=True):
-        scheduler.observe(name, [0], routes[None])
+    for name, chosen in zip(NAMES, chosen_of(kinds), strict=True):
+        scheduler.observe(name, [0], chosen[None])
 
 
 def test_sequences_of_one_kind_share_a_group_and_the_gain_is_known_exactly(scheduler):
     seen(scheduler)
     groups = scheduler.split(NAMES, FED)
     assert sorted(map(sorted, groups)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    scheduler.finish(routes_of(KINDS), step_s=1.0)
+    scheduler.finish(chosen_of(KINDS), step_s=1.0)
     assert (scheduler.stats.active, scheduler.stats.active_by_arrival) == (16, 32)
 
 
@@ -48,7 +51,7 @@ def test_gain_is_counted_on_true_routes_not_on_likely_ones(scheduler):
     seen(scheduler)
     groups = scheduler.split(NAMES, FED)
     true = routes_of([0, 0, 0, 0, 1, 1, 1, 1])  # arrival order would have been the best
-    scheduler.finish(true, step_s=1.0)
+    scheduler.finish(chosen_of([0, 0, 0, 0, 1, 1, 1, 1]), step_s=1.0)
     of = np.empty(8, int)
     for number, places in enumerate(groups):
         of[places] = number
@@ -75,7 +78,7 @@ def test_the_group_that_needs_what_is_resident_runs_first(scheduler):
 
 def test_a_plan_made_ahead_is_amended_by_the_tokens_that_came_since(scheduler):
     for token, kind in ((1, 0), (2, 1)):
-        scheduler.observe("earlier", [token] * 4, routes_of([kind] * 4))
+        scheduler.observe("earlier", [token] * 4, chosen_of([kind] * 4))
     scheduler.forget("earlier")
     scheduler.plan_ahead(NAMES, [None] * 8)
     fed = [1, 2, 2, 1, 2, 1, 1, 2]
@@ -103,7 +106,7 @@ def test_fewer_groups_than_planned_ahead_are_filled_all_the_same(scheduler):
 
 
 def test_where_nothing_is_gained_it_rests_ever_longer_and_groups_by_arrival(scheduler):
-    same = routes_of([0] * 8)
+    same = chosen_of([0] * 8)
     planned = []
     for _ in range(200):
         seen(scheduler, [0] * 8)
@@ -122,7 +125,7 @@ def test_where_much_is_gained_it_never_rests(scheduler):
     for _ in range(100):
         seen(scheduler)
         scheduler.split(NAMES, FED)
-        scheduler.finish(routes_of(KINDS), step_s=1000.0)
+        scheduler.finish(chosen_of(KINDS), step_s=1000.0)
     assert scheduler.stats.planned == 100
 
 
@@ -130,7 +133,7 @@ def test_off_means_arrival_and_no_planning():
     scheduler = TokenScheduler(2, 8, 4, group_size=4, regrouping=False)
     seen(scheduler)
     assert scheduler.split(NAMES, FED) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    scheduler.finish(routes_of(KINDS), step_s=1.0)
+    scheduler.finish(chosen_of(KINDS), step_s=1.0)
     assert scheduler.stats.planned == 0
     scheduler.close()
 
