@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 
-from moeflow import hf
+from moeflow import hf_decoding
 from moeflow.config import MemorySize, parse_memory
 from moeflow.engine_groups import StepGroups
 from moeflow.engine_request import Completion, Progress, Request
@@ -71,14 +71,14 @@ class Engine:
         if isinstance(kv_memory, str) and kv_memory.endswith("%"):
             raise ConfigError(f'kv_memory={kv_memory!r} is a share of nothing: give bytes, "2GiB" or "auto".')
         budget_bytes = None if kv_memory == "auto" else parse_memory(kv_memory, name="kv_memory", whole_bytes=0)
-        hf.check_key_value_cache(model)
+        hf_decoding.check_key_value_cache(model)
         observers = getattr(getattr(model, "moeflow", None), "observers", ())
         if any(isinstance(observer, TraceRecorder) for observer in observers):
             raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
         self.model = model
         self.tokenizer = tokenizer
-        self._context = hf.context_positions(model)
-        self._end_tokens = hf.end_tokens(model)
+        self._context = hf_decoding.context_positions(model)
+        self._end_tokens = hf_decoding.end_tokens(model)
         if tokenizer is not None and tokenizer.eos_token_id is not None:  # where chat models name their end of turn
             self._end_tokens |= {tokenizer.eos_token_id}
         self._vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -316,7 +316,7 @@ class Engine:
         )
         watched = nullcontext() if self._groups is None else self._groups.watching(pieces)
         with torch.no_grad(), watched, self._cache.running(self.model, segments):
-            logits = iter(hf.packed_forward(self.model, ids[None], positions[None], self._cache, places))
+            logits = iter(hf_decoding.packed_forward(self.model, ids[None], positions[None], self._cache, places))
         return [(piece, next(logits) if piece.samples else None) for piece in pieces]
 
     def _advance(self, piece: Piece, logits: torch.Tensor | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeflow import hf, load_moe
+from moeflow import hf_experts, load_moe
 from moeflow.cache import POLICIES, ExpertCache
 from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.errors import ExpertReadError
@@ -472,7 +472,7 @@ def test_a_model_whose_experts_are_computed_in_both_places_gives_the_same_logits
         host=host,
         misses=split,
     ) as runtime:
-        for layer, (_, module) in enumerate(hf.experts_modules(model)):
+        for layer, (_, module) in enumerate(hf_experts.experts_modules(model)):
             module._moeflow = OffloadedExperts(runtime, layer, module)
         for _ in range(3):
             with torch.no_grad():
