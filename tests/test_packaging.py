@@ -61,7 +61,7 @@ RANKS = [
         "hf_experts",
         "hf_decoding",
     },
-    {"native_values", "calibration_text", "regroup_exact", "scheduler", "regroup_bound"},
+    {"native_values", "calibration_text", "regroup_exact", "scheduler", "regroup_bound", "engine_prompts"},
     {"cache", "routing", "store", "pool", "streams", "packed", "dispatch", "dense", "native_records", "hf_quantizer"},
     {
         "quantized",
@@ -78,7 +78,7 @@ RANKS = [
         "packed_attention",
         "hf",
     },
-    {"lookahead_record", "calibration", "pruning", "workloads", "engine_request", "engine_groups"},
+    {"lookahead_record", "calibration", "pruning", "workloads", "engine_request", "engine_groups", "engine_pass"},
     {"host_compute", "prediction_loop", "link_replay", "recorder", "live_predictor"},
     {"runtime", "clairvoyant", "engine"},
     {"experts", "pack", "info", "machine_replay"},
