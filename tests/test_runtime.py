@@ -227,7 +227,7 @@ def test_host_slot_is_not_overwritten_while_a_copy_reads_it(experts_file, monkey
     streams.release()
     transfers.wait_completed()
     record = runtime.records(0)[0]
-    assert torch.equal(runtime._pool.views(runtime.cache.slot(first), record)["w"], values[0, 1])
+    assert torch.equal(runtime._residency.pool.views(runtime.cache.slot(first), record)["w"], values[0, 1])
     runtime.close()
 
 
@@ -239,8 +239,7 @@ def in_host_memory(runtime, weights):
 
 def empty_device(runtime):
     """Let every copy end, and leave no expert on the device."""
-    while len(runtime._transfers):
-        runtime._settle(runtime._transfers.wait_completed(), wanted=())
+    runtime._residency.settle_all()
     runtime.check_integrity()
     runtime.cache.clear()
 
