@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from moeflow import hf
+from moeflow import hf_experts
 from moeflow.scheduler import SchedulerStats, TokenScheduler
 from moeflow.sequences import Piece
 
@@ -58,7 +58,7 @@ class StepGroups:
         self._runtime = model.moeflow
         counts = [source.layout.num_experts for source in self._runtime.store.layers]
         self._shape = len(counts), max(counts)
-        top_k = hf.num_experts_per_tok(model)
+        top_k = hf_experts.num_experts_per_tok(model)
         self._scheduler = TokenScheduler(*self._shape, top_k, group_size, regrouping=regrouping)
         self._routes = PassRoutes(*self._shape) if regrouping else None
         self._decoding: list[str] = []

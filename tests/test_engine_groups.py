@@ -57,13 +57,13 @@ def test_tokens_do_not_depend_on_groups(offloaded, expected, group_size, regroup
 
 def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(offloaded, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        passes, forward = [], engine._forward
+        passes, forward = [], engine._passes._forward
 
         def seen(pieces):
             passes.append([piece.sequence.id for piece in pieces if piece.sequence.decoding])
             return forward(pieces)
 
-        monkeypatch.setattr(engine, "_forward", seen)
+        monkeypatch.setattr(engine._passes, "_forward", seen)
         for prompt in PROMPTS:
             engine.add(prompt, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
         while not engine.finished:
@@ -76,7 +76,7 @@ def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(off
 
 def test_a_pass_that_fails_leaves_no_observer_and_others_go_on(offloaded, expected, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        forward, failed = engine._forward, []
+        forward, failed = engine._passes._forward, []
 
         def once(pieces):
             if len(pieces) > 1 and not failed:
@@ -85,7 +85,7 @@ def test_a_pass_that_fails_leaves_no_observer_and_others_go_on(offloaded, expect
                     raise ExpertReadError("a disk that stumbles")
             return forward(pieces)
 
-        monkeypatch.setattr(engine, "_forward", once)
+        monkeypatch.setattr(engine._passes, "_forward", once)
         assert answers(engine) == expected
         assert failed
         assert not offloaded.moeflow.observers
