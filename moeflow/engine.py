@@ -127,6 +127,8 @@ class Engine:
             id = next(name for name in self._names if name not in self._requests)
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
+        if self._schedule.kept is not None and self._schedule.kept.id == id:
+            self._drop_kept()  # a slot has one name
         ids = self._prompts.token_ids(prompt, params)
         sequence = Sequence(id, ids, self._prompts.most_new_tokens(ids, params))
         request = self._requests[id] = Request(sequence, params, self.tokenizer)
@@ -154,6 +156,7 @@ class Engine:
                 self._counts["passes"] += 1
                 for computed in self._passes.run(passed):
                     self._advance(*computed)
+            self._drop_unwanted()
             step_s = time.perf_counter() - begin
             self._step_s += step_s
             if self._groups is not None:
@@ -226,10 +229,11 @@ class Engine:
         }
 
     def check_integrity(self) -> None:
-        """Assert that every running sequence, and nobody else, has a slot, and that bytes are counted rightly."""
+        """Assert that running sequences and the kept one, and nobody else, have slots, and that bytes are right."""
         running, waiting = self._schedule.running, self._schedule.waiting
-        assert len(running) == len(self._slots), f"{len(self._slots)} slots for {len(running)} running sequences"
-        for sequence in running:
+        holders = running if self._schedule.kept is None else [*running, self._schedule.kept]
+        assert len(holders) == len(self._slots), f"{len(self._slots)} slots for {len(holders)} sequences"
+        for sequence in holders:
             assert self._slots[sequence.id].num_positions == sequence.num_positions, f"{sequence.id} has another's slot"
         assert len(running) + len(waiting) == len(self._requests), "a request neither waits nor runs"
         assert {*running, *waiting} == {request.sequence for request in self._requests.values()}
@@ -250,7 +254,11 @@ class Engine:
 
     def _admit(self, sequence: Sequence) -> bool:
         try:
-            return self._slots.allocate(sequence.id, sequence.num_positions)
+            while not self._slots.allocate(sequence.id, sequence.num_positions):
+                if self._schedule.kept is None:
+                    return False
+                self._drop_kept()
+            return True
         except RuntimeError as error:  # there is less memory than the budget allows
             if not self._schedule.running:
                 self._end(self._requests[sequence.id], [], "", "error", f"no memory for keys and values: {error}")
@@ -284,10 +292,25 @@ class Engine:
             self._end(request, [token_id], text, reason)
 
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
-        """Take a request out of the schedule, free its slot and report it."""
-        if self._schedule.remove(request.sequence):
-            self._slots.free(request.sequence.id)
+        """Take a request out of the schedule, free its slot unless somebody may share it, and report it."""
+        sequence = request.sequence
+        if self._schedule.remove(sequence):
+            if reason in ("stop", "length") and self._schedule.wants(sequence):
+                self._drop_kept()
+                self._schedule.kept = sequence
+            else:
+                self._slots.free(sequence.id)
+        self._drop_unwanted()
         self._report(request, token_ids, text, reason, error)
+
+    def _drop_unwanted(self) -> None:
+        if self._schedule.kept is not None and not self._schedule.wants(self._schedule.kept):
+            self._drop_kept()
+
+    def _drop_kept(self) -> None:
+        if self._schedule.kept is not None:
+            self._slots.free(self._schedule.kept.id)
+            self._schedule.kept = None
 
     def _report(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None) -> None:
         rest, completion = request.finish(reason, error)
