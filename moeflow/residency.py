@@ -13,9 +13,10 @@ from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, Tier
 from moeflow.pool import Resident, SlotPool
 from moeflow.prediction_loop import PredictionLoop
+from moeflow.reading import Transfer
 from moeflow.stats import Stats
 from moeflow.streams import Streams
-from moeflow.transfer import Transfer, Transfers
+from moeflow.transfer import Transfers
 
 _MAX_PREFETCHES = 2  # copies under way while nobody waits: more would only stand before a demand
 

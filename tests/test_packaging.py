@@ -44,6 +44,7 @@ RANKS = [
         "parallel_routes",
         "sampling",
         "detokenizer",
+        "reading",
         "batch_file",
         "hf_version",
     },
