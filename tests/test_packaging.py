@@ -45,6 +45,7 @@ RANKS = [
         "sampling",
         "detokenizer",
         "batch_file",
+        "batch_share",
     },
     {
         "stop_strings",
@@ -81,8 +82,10 @@ RANKS = [
     {"quantize", "parallel_round"},
     {"model", "parallel"},
     {"mixed_precision", "expert_inputs"},
-    {"answer", "folders", "progress", "prompts", "loading_cli"},
-    {"report", "predictor_cli", "machine_cli", "quantize_cli"},
+    {"answer", "folders", "prompts", "loading_cli"},
+    {"report"},
+    {"progress"},
+    {"predictor_cli", "machine_cli", "quantize_cli"},
     {
         "parallel_cli",
         "batch_figures",
