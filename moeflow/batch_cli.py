@@ -212,10 +212,10 @@ def _tell_failures(arguments, about):
     failed = about["failed"]
     if not failed:
         return
-    shown = "; ".join(f"line {entry['line']}: {entry['error']}" for entry in failed[:_MOST_SHOWN])
-    more = f"; and {len(failed) - _MOST_SHOWN} more" if len(failed) > _MOST_SHOWN else ""
+    shown = "; ".join(f"line {entry['line']}: {entry['error'].rstrip('.')}" for entry in failed[:_MOST_SHOWN])
+    more = f"; and {len(failed) - _MOST_SHOWN:,} more" if len(failed) > _MOST_SHOWN else ""
     print(
-        f"moeflow: {len(failed)} of {about['requests']} requests of {arguments.input} failed: {shown}{more}. "
-        "--retry-failed tries them again.",
+        f"moeflow: {len(failed):,} of {about['requests']:,} requests of {arguments.input} failed: {shown}{more}. "
+        "--retry-failed tries them again, once the cause is gone.",
         file=sys.stderr,
     )

@@ -83,7 +83,7 @@ def read_batch(
         answered_by: what else the answers depend on.
 
     Raises:
-        ConfigError: the file cannot be read, or has no line.
+        ConfigError: the file cannot be read, or has no line that is a request.
     """
     requests, refused, line_of = [], [], {}
     try:
@@ -96,6 +96,12 @@ def read_batch(
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a file of JSON lines.") from error
     if not requests and not refused:
         raise ConfigError(f'{path} is empty. Give one request a line, as in {{"prompt": "Hello"}}.')
+    if not requests:  # another file, or one object over many lines
+        first = refused[0]
+        raise ConfigError(
+            f"{path} has no request in {len(refused):,} lines: line {first.number}: {first.error}. Give one request a "
+            'line, as in {"prompt": "Hello"}.'
+        )
     return requests, refused
 
 

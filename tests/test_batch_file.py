@@ -144,10 +144,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert [one.content for one in read_batch(path, DEFAULTS)[0]] == ["x", "y"]
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "."])
-def test_a_file_without_lines_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "array.json", "."])
+def test_a_file_without_a_request_is_refused(tmp_path, name):
     (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
-    with pytest.raises(ConfigError, match=r"JSON lines|one request a line"):
+    (tmp_path / "array.json").write_text(json.dumps([{"prompt": "x"}, {"prompt": "y"}], indent=1))
+    with pytest.raises(ConfigError, match=r"JSON lines|one request a line|no request in 8 lines: line 1: .*JSON"):
         read_batch(tmp_path / name, DEFAULTS)
 
 
