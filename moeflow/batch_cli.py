@@ -24,7 +24,7 @@ _MOST_SHOWN = 5
 _GROUPS_AHEAD = 4  # batches that the engine holds, so that it can choose what to compute together
 
 
-_EPILOG = """\
+EXAMPLES = """\
 a line of the input, in either form:
   {"prompt": "The capital of France is", "max_new_tokens": 20}
   {"id": "a", "messages": [{"role": "user", "content": "Name three rivers."}], "temperature": 0.7}
@@ -37,7 +37,7 @@ def add_batch_command(commands) -> None:
     batch = commands.add_parser(
         "batch",
         help="answer a file of prompts together; a killed run is continued",
-        epilog=_EPILOG,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     batch.add_argument("model", help="hub id or folder")

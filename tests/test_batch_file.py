@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
+from moeflow.batch_cli import EXAMPLES
 from moeflow.batch_file import BatchFile, answer_record, failure_record
 from moeflow.batch_request import CHAT_URL, TEXT_URL, BatchRequest, RefusedLine, read_batch
 from moeflow.errors import ConfigError, MoeflowError
@@ -316,3 +319,16 @@ def test_a_digest_tells_content_sampling_id_and_model_apart_and_nothing_else():
     assert len({each.digest for each in [one, *others]}) == 6
     assert BatchRequest(9, "id-1", CHAT_URL, "hi", DEFAULTS, model="m").digest == one.digest
     assert one.digest == "56d16c75cad760ce", "answers in files would be taken for those of others"
+
+
+def test_requests_that_documentation_and_help_show_are_requests(tmp_path):
+    page = (ROOT / "docs" / "batch.md").read_text()
+    shown = re.findall(r"^(\{.*\})$", page.partition("## Answers")[0], re.MULTILINE)
+    shown = [line for line in shown if '"finish_reason"' not in line]
+    written = EXAMPLES.replace("[...]", '[{"role": "user", "content": "x"}]')
+    shown += [line.strip() for line in written.splitlines()[1:-1]]
+    shown.append(re.search(r"^echo '(\{.*\})' >", (ROOT / "README.md").read_text(), re.MULTILINE)[1])
+    assert len(shown) == 9
+    for number, line in enumerate(shown):
+        path = write(tmp_path / f"{number}.jsonl", line.encode())
+        assert read_batch(path, DEFAULTS)[1] == [], line
