@@ -19,6 +19,7 @@ from moeflow.engine_request import Completion, Progress, Request
 from moeflow.errors import BudgetError, ClosedModelError, ConfigError, ExpertReadError, MoeflowError
 from moeflow.key_values import KeyValueSlots
 from moeflow.packed_attention import PackedCache, Segment
+from moeflow.recorder import TraceRecorder
 from moeflow.sampling import SamplingParams
 from moeflow.sequences import Piece, Schedule, Sequence
 
@@ -71,7 +72,8 @@ class Engine:
             raise ConfigError(f'kv_memory={kv_memory!r} is a share of nothing: give bytes, "2GiB" or "auto".')
         budget_bytes = None if kv_memory == "auto" else parse_memory(kv_memory, name="kv_memory", whole_bytes=0)
         hf.check_key_value_cache(model)
-        if getattr(getattr(model, "moeflow", None), "recorder", None) is not None:
+        observers = getattr(getattr(model, "moeflow", None), "observers", ())
+        if any(isinstance(observer, TraceRecorder) for observer in observers):
             raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
         self.model = model
         self.tokenizer = tokenizer

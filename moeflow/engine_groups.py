@@ -16,7 +16,7 @@ from moeflow.sequences import Piece
 
 
 class PassRoutes:
-    """Sits where a trace recorder would, and keeps what the routers of one pass chose.
+    """Observes a runtime during one pass, and keeps what the routers chose.
 
     Args:
         num_layers: L.
@@ -32,7 +32,8 @@ class PassRoutes:
         self._chosen[layer] = top_k_index.numpy(force=True)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Forget what was seen."""
+        self._chosen.clear()
 
     def take(self, num_tokens: int) -> np.ndarray:
         """Return the pass's routes, [tokens, L, E] bool, and forget them."""
@@ -75,11 +76,15 @@ class StepGroups:
         decoding = [piece for piece in pieces if piece.sequence.decoding]
         prompts = [piece for piece in pieces if not piece.sequence.decoding]
         self._decoding, self._true = [piece.sequence.id for piece in decoding], {}
-        places = self._scheduler.split(self._decoding, self._runtime.cache.present(*self._shape))
+        fed = [piece.tokens[0] for piece in decoding]
+        places = self._scheduler.split(self._decoding, fed, self._runtime.cache.present(*self._shape))
         for number, group in enumerate(places or [[]]):
             last = number == max(len(places) - 1, 0)
             if last and len(places) > 1:
-                self._scheduler.plan_ahead(self._decoding)
+                chosen = [piece.sequence.token_ids[-1] for piece in decoding]
+                for place in group:
+                    chosen[place] = None  # until this pass has run
+                self._scheduler.plan_ahead(self._decoding, chosen)
             passed = [decoding[place] for place in group] + (prompts if last else [])
             if passed:
                 yield passed
@@ -87,16 +92,16 @@ class StepGroups:
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
         """See what the routers choose in a pass over pieces."""
-        self._runtime.recorder = self._routes
+        self._runtime.observers.append(self._routes)
         try:
             yield
         finally:
-            self._runtime.recorder = None
+            self._runtime.observers.remove(self._routes)
         routes, begin = self._routes.take(sum(len(piece.tokens) for piece in pieces)), 0
         for piece in pieces:
             own = routes[begin : begin + len(piece.tokens)]
             begin += len(piece.tokens)
-            self._scheduler.observe(piece.sequence.id, own)
+            self._scheduler.observe(piece.sequence.id, piece.tokens, own)
             self._true[piece.sequence.id] = own[-1]
 
     def finish(self, step_s: float) -> None:

@@ -332,7 +332,7 @@ def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> Trac
         )
 
     recorder.hooks.append(model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True))
-    runtime.recorder = recorder
+    runtime.observers.append(recorder)
     return recorder
 
 

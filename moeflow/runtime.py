@@ -23,7 +23,7 @@ from moeflow.misses import MissSplit
 from moeflow.pool import Resident, SlotPool
 from moeflow.prediction_loop import PredictionLoop, Routes
 from moeflow.predictors.protocol import Predictor
-from moeflow.recorder import TraceRecorder
+from moeflow.route_observer import RouteObserver
 from moeflow.stats import Stats
 from moeflow.store import ExpertStore
 from moeflow.streams import Streams
@@ -82,7 +82,7 @@ class ExpertRuntime:
         self.store = store
         self.cache = cache
         self.device = pool.device
-        self.recorder: TraceRecorder | None = None
+        self.observers: list[RouteObserver] = []
         self.parallel = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
@@ -141,8 +141,8 @@ class ExpertRuntime:
         with self._lock:
             self._release()
             self._pool = None
-            if self.recorder is not None:
-                self.recorder.close()
+            for observer in self.observers:
+                observer.close()
 
     def begin_forward(
         self, num_sequences: int, num_positions: int, *, continues: bool, token_ids: torch.Tensor | None = None

@@ -367,7 +367,7 @@ def fresh(monkeypatch):
 
 
 def test_without_a_compiler_there_are_no_kernels_and_it_is_said_once(fresh, caplog):
-    fresh.setattr(cpu_library, "EXTENSION_SUFFIXES", [])
+    fresh.setattr("moeflow.compiled.EXTENSION_SUFFIXES", [])
     with caplog.at_level(logging.WARNING):
         assert cpu_library.instruction_set() is None
         assert cpu_library.instruction_set() is None

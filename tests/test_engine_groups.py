@@ -52,7 +52,7 @@ def test_tokens_do_not_depend_on_groups(offloaded, expected, group_size, regroup
     assert stats["passes"] >= stats["steps"]
     assert (stats["passes"] > stats["steps"]) == (group_size < 6)
     assert (stats["regrouping"]["planned"] > 0) == (regrouping and group_size < 6)
-    assert offloaded.moeflow.recorder is None
+    assert not offloaded.moeflow.observers
 
 
 def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(offloaded, monkeypatch):
@@ -74,7 +74,7 @@ def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(off
             assert all(len(group) <= 2 for group in passes)
 
 
-def test_a_pass_that_fails_leaves_the_recorders_seat_free_and_others_go_on(offloaded, expected, monkeypatch):
+def test_a_pass_that_fails_leaves_no_observer_and_others_go_on(offloaded, expected, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
         forward, failed = engine._forward, []
 
@@ -88,14 +88,34 @@ def test_a_pass_that_fails_leaves_the_recorders_seat_free_and_others_go_on(offlo
         monkeypatch.setattr(engine, "_forward", once)
         assert answers(engine) == expected
         assert failed
-        assert offloaded.moeflow.recorder is None
+        assert not offloaded.moeflow.observers
+
+
+def test_groups_leave_other_observers_in_place_and_these_see_every_layer(offloaded, expected):
+    class Layers:
+        def __init__(self):
+            self.seen = []
+
+        def observe(self, layer, top_k_index, top_k_weights, hidden_states):
+            self.seen.append(layer)
+
+        def close(self):
+            pass
+
+    layers = Layers()
+    with Engine(offloaded, group_size=2) as engine:
+        offloaded.moeflow.observers.append(layers)
+        assert answers(engine) == expected
+        num_layers = offloaded.config.num_hidden_layers
+        assert layers.seen == list(range(num_layers)) * engine.stats()["passes"]
+    assert offloaded.moeflow.observers == [layers]
 
 
 def test_a_closed_engine_leaves_no_thread_and_remembers_no_sequence(offloaded):
     before = set(threading.enumerate())
     engine = Engine(offloaded, group_size=2)
     answers(engine)
-    assert len(engine._groups._scheduler._recent) == 0
+    assert len(engine._groups._scheduler._likely) == 0
     engine.close()
     assert set(threading.enumerate()) == before
 
