@@ -47,6 +47,7 @@ RANKS = [
         "reading",
         "batch_file",
         "hf_version",
+        "batch_share",
     },
     {
         "stop_strings",
@@ -100,8 +101,10 @@ RANKS = [
     {"parallel_round"},
     {"model", "parallel"},
     {"mixed_precision", "expert_inputs"},
-    {"answer", "folders", "progress", "prompts", "loading_cli"},
-    {"report", "predictor_cli", "machine_cli", "quantize_cli"},
+    {"answer", "folders", "prompts", "loading_cli"},
+    {"report"},
+    {"progress"},
+    {"predictor_cli", "machine_cli", "quantize_cli"},
     {
         "parallel_cli",
         "batch_figures",
