@@ -2,14 +2,12 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from conftest import ROOT
 from moeflow.cli import main
@@ -18,16 +16,8 @@ NUM_LONG = 12
 
 
 @pytest.fixture(scope="module")
-def folder(mixtral_folder, tmp_path_factory):
-    """The tiny checkpoint with a letter tokenizer that has a chat template."""
-    folder = shutil.copytree(mixtral_folder, tmp_path_factory.mktemp("batch") / "model")
-    letters = [chr(code) for code in range(32, 127)]
-    words = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token=" "))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    words.decoder = decoders.Fuse()
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a:"
-    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template).save_pretrained(folder)
-    return folder
+def folder(speaking_folder):
+    return speaking_folder
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import threading
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.models.mixtral import modeling_mixtral
 
 from conftest import tiny_mixtral
@@ -18,6 +16,7 @@ from moeflow.core import ExpertKey
 from moeflow.engine import Engine
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
 from moeflow.sampling import SamplingParams
+from small_tokenizers import byte_tokenizer
 
 NEW = 8
 IN_EVERY_WAY = ("mixtral", "deepseek_v3", "gpt_oss", "gemma4")  # plain, latent, sinks, two shapes and shared keys
@@ -89,14 +88,6 @@ def assert_empty(engine):
 @pytest.fixture(scope="module")
 def expected(mixtral):
     return [generated(mixtral, prompt) for prompt in PROMPTS]
-
-
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={char: number for number, char in enumerate(alphabet)}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 @pytest.fixture(scope="module")
