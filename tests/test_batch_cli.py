@@ -9,6 +9,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
+from batch_command import batch, by_id, write
 from conftest import ROOT
 from moeflow.cli import main
 
@@ -37,24 +38,6 @@ def long_answers(folder, long_input, tmp_path_factory):
 
 def long_run(folder, source, out):
     return batch(folder, source, out, "--batch-size", 2, "--max-new-tokens", 30, "--ignore-eos")
-
-
-def batch(folder, source, out, *options):
-    fixed = ("batch", folder, "--input", source, "--output", out, "--expert-memory", "50%", "--device", "cpu")
-    return [str(argument) for argument in (*fixed, *options)]
-
-
-def write(path, entries):
-    path.write_text("".join((entry if isinstance(entry, str) else json.dumps(entry)) + "\n" for entry in entries))
-    return path
-
-
-def by_id(path):
-    """Return the lines of an output by id; each id may be there once."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {line.get("custom_id", line["id"]): line for line in lines}
-    assert len(found) == len(lines), "an id has two lines"
-    return found
 
 
 def stop_in_the_middle(arguments, out, signal_number):
