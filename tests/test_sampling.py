@@ -221,6 +221,7 @@ def test_logprobs_are_reported_only_where_asked_for():
     _, logprob, top = Sampler(SamplingParams(logprobs=0)).sample(random_logits(0), [], [])
     assert logprob < 0
     assert top == []
+    assert len(Sampler(SamplingParams(logprobs=VOCAB + 1)).sample(random_logits(0), [], []).top) == VOCAB
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,7 @@ def test_logprobs_are_reported_only_where_asked_for():
         ("presence_penalty", math.inf, "finite"),
         ("frequency_penalty", None, "finite"),
         ("seed", -1, "2\\*\\*63"),
+        ("seed", 2**63, "2\\*\\*63"),
         ("logprobs", -1, "0 or more"),
         ("stop", "end", "tuple or list"),
         ("stop", ("",), "none of them empty"),

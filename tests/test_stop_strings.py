@@ -109,9 +109,10 @@ def test_special_tokens_have_no_text_and_break_no_stop_string():
 
 
 def test_in_a_token_of_several_characters_too_the_stop_string_complete_first_ends_the_text():
-    words = Tokenizer(models.WordLevel({"abcd": 0, "?": 1}, unk_token="?"))
+    words = Tokenizer(models.WordLevel({"abcd": 0, "?": 1, "abab": 2}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     assert in_pieces(tokenizer, [0], ("abcd", "bc", "c"))[0] == ["a", ""]
+    assert in_pieces(tokenizer, [2], ("b",))[0] == ["a", ""]
 
 
 @pytest.mark.parametrize("num_junk", range(10, 40))
