@@ -42,6 +42,7 @@ def test_each_failed_line_says_why_and_every_other_one_is_answered(speaking_fold
             {"custom_id": "first", "url": "/v1/completions", "body": {"prompt": "and in the other form"}},
             {"id": "memory", "prompt": "too much", "max_new_tokens": 100},
             {"id": "stopped", "prompt": "stopped", "stop": ["no such text", stop]},
+            {"id": "large", "prompt": "large", "temperature": 10**30, "seed": 0, "presence_penalty": -(10**30)},
             {"id": "last", "prompt": "last"},
         ],
     )
@@ -62,7 +63,8 @@ def test_each_failed_line_says_why_and_every_other_one_is_answered(speaking_fold
         message = error if isinstance(error, str) else error["message"]
         assert reason in message
         assert number > 6 or f"line {number}: " in told
-    assert "6 of 9 requests" in told
+    assert "6 of 10 requests" in told
+    assert lines.pop("large")["completion_tokens"] == NEW
     assert {name: line["text"] for name, line in lines.items()} == {
         "first": whole("first"),
         "stopped": whole("stopped").split(stop)[0],

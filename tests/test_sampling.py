@@ -234,6 +234,7 @@ def test_logprobs_are_reported_only_where_asked_for():
         ("temperature", 1e-9, "0 \\(greedy\\)"),
         ("temperature", math.nan, "finite"),
         ("temperature", "hot", "finite"),
+        ("temperature", 10**400, "finite"),
         ("top_k", -1, "0 \\(all tokens\\)"),
         ("top_p", 0, "above 0"),
         ("top_p", 1.1, "at most 1"),
@@ -252,6 +253,15 @@ def test_logprobs_are_reported_only_where_asked_for():
 def test_a_value_out_of_range_is_refused_by_name(field, value, allowed):
     with pytest.raises(ConfigError, match=f"^{field} is .*{allowed}"):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_a_number_written_without_a_point_is_the_same_however_large(field):
+    tokens = [
+        Sampler(SamplingParams(**{"temperature": 1, "seed": 0, field: value})).sample(random_logits(0), PROMPT, ANSWER)
+        for value in (10**30, 1e30)
+    ]
+    assert tokens[0] == tokens[1]
 
 
 def test_a_list_of_stop_strings_becomes_a_tuple():
