@@ -144,6 +144,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n\r\n{"prompt": "y"}')
     assert [one.content for one in read_batch(path, DEFAULTS)[0]] == ["x", "y"]
+    path.write_bytes(b'\xef\xbb\xbf\n{"prompt": "x"}')
+    assert read_batch(path, DEFAULTS)[1] == []
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "."])
