@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 
 from moeflow import hf_decoding
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import ExpertReadError, UnsupportedModelError
 from moeflow.key_values import KeyValueSlot, LayerShape
 
 _cache: ContextVar["PackedCache"] = ContextVar("_cache")  # of the pass under way
 _PER_PASS = {"position_ids", "cache_position"}  # tensors an attention function gets and does not use
 _PER_HEAD = {"s_aux"}  # and such as say the same of every token
+_TRIED_TOKENS = 8  # by which a model is learnt, where experts that the first ones need cannot be read
 
 
 class Segment(NamedTuple):
@@ -76,11 +77,17 @@ class PackedCache(hf_decoding.KeyValueCache):
 
         Raises:
             UnsupportedModelError: it cannot, for the reason in the message.
+            ExpertReadError: nor can any of a few other tokens be run, since experts cannot be read.
         """
-        ids, name = torch.zeros(1, 1, dtype=torch.long, device=model.device), type(model).__name__
+        name = type(model).__name__
         try:
-            with torch.no_grad(), self.running(model, [Segment(None, 0, 1)]):
-                hf_decoding.packed_forward(model, ids, ids, self, ids[0])
+            for token in range(_TRIED_TOKENS):
+                try:
+                    self._run_alone(model, token)
+                    break
+                except ExpertReadError:
+                    if token == _TRIED_TOKENS - 1:
+                        raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise UnsupportedModelError(
                 f"{name} cannot run a pass of one token alone ({type(error).__name__}: {error}): the engine gives it "
@@ -91,6 +98,12 @@ class PackedCache(hf_decoding.KeyValueCache):
                 f"{name} does not call transformers' attention interface in each layer that keeps keys and values "
                 f"({self.num_attentions} calls, {len(self.shapes)} layers). Call model.generate instead."
             )
+
+    def _run_alone(self, model, token: int) -> None:
+        position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.num_attentions = 0
+        with torch.no_grad(), self.running(model, [Segment(None, 0, 1)]):
+            hf_decoding.packed_forward(model, torch.full_like(position, token), position, self, position[0])
 
     def describe_pass(self, input_ids: torch.Tensor) -> tuple[int, int, torch.Tensor | None]:
         """Tell num_sequences, num_positions and the tokens [num_sequences, num_positions] of the pass under way.

@@ -7,6 +7,7 @@ with a generator of its own, so that what it gets depends neither on the batch i
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ class SamplingParams:
             "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         ):  # fmt: skip
             self._check(name, _is_number, "a finite number")
+            object.__setattr__(self, name, float(getattr(self, name)))  # torch takes no integers beyond 64 bits
         self._check("max_new_tokens", lambda value: value >= 1, "at least 1")
         self._check(
             "temperature", lambda value: value == 0 or value >= _MIN_TEMPERATURE, "0 (greedy), or 0.00001 and more"
@@ -189,7 +191,7 @@ def _is_int(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 def _is_texts(value) -> bool:

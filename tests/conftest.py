@@ -1,6 +1,7 @@
 """Shared fixtures: small real checkpoints on disk, and where test data made by others lies."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,4 +60,15 @@ def mixtral_folder(mixtral, tmp_path_factory) -> Path:
     """A sharded checkpoint, experts of one layer spread over shards. Tests must not change it."""
     folder = tmp_path_factory.mktemp("mixtral") / "model"
     mixtral.save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def speaking_folder(mixtral_folder, tmp_path_factory) -> Path:
+    """The same checkpoint with a tokenizer that has a chat template, as commands need it. Tests must not change it."""
+    from small_tokenizers import letter_tokenizer
+
+    folder = shutil.copytree(mixtral_folder, tmp_path_factory.mktemp("speaking") / "model")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a:"
+    letter_tokenizer(chat_template=template).save_pretrained(folder)
     return folder

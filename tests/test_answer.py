@@ -4,22 +4,18 @@ import threading
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moeflow.answer import stream_answer
 from moeflow.errors import ConfigError
+from small_tokenizers import byte_tokenizer
 
 EOS = "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token=EOS, pad_token="<|pad|>")
+    return byte_tokenizer(eos_token=EOS, pad_token="<|pad|>")
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
+from batch_command import batch, by_id, write
 from conftest import ROOT
 from moeflow.cli import main
 
@@ -18,16 +18,8 @@ NUM_LONG = 12
 
 
 @pytest.fixture(scope="module")
-def folder(mixtral_folder, tmp_path_factory):
-    """The tiny checkpoint with a letter tokenizer that has a chat template."""
-    folder = shutil.copytree(mixtral_folder, tmp_path_factory.mktemp("batch") / "model")
-    letters = [chr(code) for code in range(32, 127)]
-    words = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token=" "))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    words.decoder = decoders.Fuse()
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a:"
-    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template).save_pretrained(folder)
-    return folder
+def folder(speaking_folder):
+    return speaking_folder
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +39,6 @@ def long_answers(folder, long_input, tmp_path_factory):
 
 def long_run(folder, source, out):
     return batch(folder, source, out, "--batch-size", 2, "--max-new-tokens", 30, "--ignore-eos")
-
-
-def batch(folder, source, out, *options):
-    fixed = ("batch", folder, "--input", source, "--output", out, "--expert-memory", "50%", "--device", "cpu")
-    return [str(argument) for argument in (*fixed, *options)]
-
-
-def write(path, entries):
-    path.write_text("".join((entry if isinstance(entry, str) else json.dumps(entry)) + "\n" for entry in entries))
-    return path
-
-
-def by_id(path):
-    """Return the lines of an output by id; each id may be there once."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {line.get("custom_id", line["id"]): line for line in lines}
-    assert len(found) == len(lines), "an id has two lines"
-    return found
 
 
 def stop_in_the_middle(arguments, out, signal_number):

@@ -1,5 +1,6 @@
 """Reading requests and writing answers: bad lines stay alone, a killed run leaves nothing half done."""
 
+import fcntl
 import json
 import os
 import re
@@ -139,12 +140,15 @@ def test_lines_without_a_seed_get_one_each_from_the_default(tmp_path):
     path = write(tmp_path / "in.jsonl", {"prompt": "x"}, {"prompt": "x"}, {"prompt": "x", "seed": 9})
     requests, _ = read_batch(path, SamplingParams(seed=100))
     assert [one.params.seed for one in requests] == [101, 102, 9]
+    assert [one.params.seed for one in read_batch(path, SamplingParams(seed=2**63 - 2))[0]] == [2**63 - 1, 0, 9]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n\r\n{"prompt": "y"}')
     assert [one.content for one in read_batch(path, DEFAULTS)[0]] == ["x", "y"]
+    path.write_bytes(b'\xef\xbb\xbf\n{"prompt": "x"}')
+    assert read_batch(path, DEFAULTS)[1] == []
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "array.json", "."])
@@ -255,6 +259,20 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
         with pytest.raises(ConfigError, match="being written by another process"):
             BatchFile(path)
     BatchFile(path).close()
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch):
+    """As by a run with `retry_failed` that ends in this moment: what is appended would be lost with the old file."""
+    path, lock = tmp_path / "out.jsonl", fcntl.flock
+    (tmp_path / "new").touch()
+
+    def replaced(descriptor, how):
+        os.replace(tmp_path / "new", path)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with pytest.raises(ConfigError, match="being written by another process"):
+        BatchFile(path)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ from string import ascii_lowercase
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from conftest import ROOT
 from moeflow import load_moe
 from moeflow.chat import run_chat, run_prompt
 from moeflow.errors import ConfigError, MoeflowError
+from small_tokenizers import byte_tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -53,11 +53,7 @@ sys.exit(run_chat(model, AutoTokenizer.from_pretrained(folder), temperature=0, n
 def folder(tmp_path_factory):
     """A checkpoint that says small letters and spaces without end."""
     folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<|im_end|>", pad_token="<|pad|>")
+    tokenizer = byte_tokenizer(eos_token="<|im_end|>", pad_token="<|pad|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)

@@ -2,13 +2,10 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from conftest import ROOT
 
@@ -26,16 +23,8 @@ def moeflow(*arguments, stdin=None, **environment):
 
 
 @pytest.fixture(scope="module")
-def folder(mixtral_folder, tmp_path_factory):
-    """The tiny checkpoint with a byte tokenizer that has a chat template."""
-    folder = shutil.copytree(mixtral_folder, tmp_path_factory.mktemp("cli") / "model")
-    letters = [chr(code) for code in range(32, 127)]
-    words = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token=" "))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    words.decoder = decoders.Fuse()
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a:"
-    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template).save_pretrained(folder)
-    return folder
+def folder(speaking_folder):
+    return speaking_folder
 
 
 def test_version_and_help_answer():

@@ -6,8 +6,6 @@ import threading
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.models.mixtral import modeling_mixtral
 
 from conftest import tiny_mixtral
@@ -18,8 +16,10 @@ from moeflow.core import ExpertKey
 from moeflow.engine import Engine
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
 from moeflow.sampling import SamplingParams
+from small_tokenizers import byte_tokenizer, letter_tokenizer
 
 NEW = 8
+POSITION_BYTES = 3 * 2 * 2 * 16 * 4  # of the tiny Mixtral: layers, keys and values, heads, features, float32
 IN_EVERY_WAY = ("mixtral", "deepseek_v3", "gpt_oss", "gemma4")  # plain, latent, sinks, two shapes and shared keys
 WITHOUT_GENERATE = {"qwen3_omni_moe"}  # its config lacks what generate() asks for
 REFUSED = {  # family: what the message names
@@ -89,14 +89,6 @@ def assert_empty(engine):
 @pytest.fixture(scope="module")
 def expected(mixtral):
     return [generated(mixtral, prompt) for prompt in PROMPTS]
-
-
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={char: number for number, char in enumerate(alphabet)}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +196,7 @@ def test_equal_prompts_compute_their_last_token_each(mixtral):
 def test_budgets_that_hold_only_some_sequences_make_the_others_wait(mixtral, expected):
     with Engine(mixtral) as engine:
         position = engine.stats()["kv_position_bytes"]
-    assert position == 3 * 2 * 2 * 16 * 4
+    assert position == POSITION_BYTES
     longest = max(map(len, PROMPTS)) + NEW - 1
     with Engine(mixtral, kv_memory=longest * position, max_step_tokens=32) as engine:
         assert answers(engine) == expected
@@ -391,6 +383,36 @@ def test_a_stop_string_ends_the_answer_before_it(speaking, tokenizer):
     assert "".join(engine.stream("The quick", SamplingParams(max_new_tokens=24, stop=(stop,)))) == cut.text
 
 
+def test_stop_strings_end_an_answer_at_the_token_where_those_of_generate_do():
+    letters = letter_tokenizer()
+    model = tiny_mixtral(vocab_size=len(letters))
+    inputs = letters("The quick", return_tensors="pt")
+    engine, options = Engine(model, letters), {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 20}
+    (whole,) = engine.generate(["The quick"], SamplingParams(max_new_tokens=20))
+    ends = set()
+    for begin, length in ((2, 1), (4, 2), (7, 3), (12, 4)):
+        stop = whole.text[begin : begin + length]
+        out = model.generate(**inputs, stop_strings=[stop], tokenizer=letters, **options)[0, 9:].tolist()
+        (cut,) = engine.generate(["The quick"], SamplingParams(max_new_tokens=20, stop=(stop,)))
+        assert (cut.token_ids, cut.finish_reason) == (out, "stop")
+        assert cut.text == whole.text[: whole.text.find(stop)]
+        ends.add(len(out))
+    assert len(ends) > 2
+
+
+def test_logprobs_are_those_of_the_logits_of_generate(mixtral):
+    prompt = PROMPTS[2]
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    out = mixtral.generate(torch.tensor([prompt]), output_logits=True, return_dict_in_generate=True, **options)
+    params = SamplingParams(max_new_tokens=NEW, ignore_eos=True, logprobs=3)
+    completion = Engine(mixtral).generate([PROMPTS[1], prompt], [GREEDY, params])[1]
+    for token, (logprob, top), logits in zip(completion.token_ids, completion.logprobs, out.logits, strict=True):
+        likeliest = logits[0].log_softmax(-1).topk(3)
+        assert [id for id, _ in top] == likeliest.indices.tolist()
+        assert [value for _, value in top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
+        assert (token, logprob) == top[0]
+
+
 def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(mixtral):
     params = SamplingParams(max_new_tokens=NEW, temperature=1.0, seed=7, logprobs=2, ignore_eos=True)
     with Engine(mixtral, share_prefixes=False) as engine:
@@ -420,6 +442,43 @@ def test_offloaded_experts_give_the_same_tokens_and_are_fetched_once_a_step(mixt
         assert demands <= steps * 3 * 8
         assert answers(engine, PROMPTS[:1]) == expected[:1]  # generate() and the engine take turns
         assert generated(model, PROMPTS[1]) == expected[1]
+
+
+@pytest.mark.parametrize("groups", [{}, {"group_size": 2}], ids=["one pass", "groups"])
+def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_once(
+    mixtral_folder, expected, monkeypatch, groups
+):
+    model = load_moe(mixtral_folder, expert_memory="50%", predictor=None)  # more slots than a layer has experts
+    with model.moeflow as runtime, Engine(model, max_batch_size=6, **groups) as engine:
+        cache, serve, read, fetched, layers = runtime.cache, runtime.serve, runtime.store.read, [], []
+
+        def reading(key, record):
+            fetched.append(key)
+            return read(key, record)
+
+        def watched(layer, experts, *rest):
+            keys, order, under_way = [ExpertKey(layer, expert) for expert in experts], [], []
+            resident = {key.expert for key in keys if key in cache}
+            fetched.clear()
+            for batch in serve(layer, experts, *rest):
+                order += [one.expert for one in batch]
+                under_way.append(sum(key in cache.slots and key not in cache for key in keys))
+                yield batch
+            missing = set(experts) - resident
+            assert set(order[: len(resident)]) == resident
+            assert sorted(order) == sorted(experts)
+            assert sorted(fetched) == [ExpertKey(layer, expert) for expert in sorted(missing)]
+            assert not (resident and missing) or under_way[0], "no miss was on its way beside compute"
+            layers.append(bool(resident and missing))
+
+        monkeypatch.setattr(runtime.store, "read", reading)
+        monkeypatch.setattr(runtime, "serve", watched)
+        runtime.reset_stats()
+        assert answers(engine) == expected
+        assert len(layers) == 3 * engine.stats()["passes"]
+        stats = runtime.stats()
+        hidden = sum(stats[phase]["decisions"]["went_on_with_resident"] for phase in ("prefill", "decode"))
+        assert hidden == sum(layers) > 10
 
 
 def test_passes_are_told_by_sequence_only_while_these_stay_the_same(mixtral_folder, monkeypatch):
@@ -497,40 +556,73 @@ def test_an_expert_that_cannot_be_read_fails_only_who_needs_it(mixtral_folder, e
         assert answers(engine) == expected
 
 
-def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtral):
+def test_an_engine_starts_though_experts_of_the_first_tokens_cannot_be_read(mixtral_folder, expected, monkeypatch):
+    model = load_moe(mixtral_folder, predictor=None)
+    with model.moeflow as runtime, torch.no_grad():
+        model(torch.tensor([[0]]))
+        broken = {key for key in runtime.cache.resident() if key.layer == 1}
+    model = load_moe(mixtral_folder, predictor=None)
+    with model.moeflow as runtime:
+        read = runtime.store.read
+
+        def failing(key, record):
+            if key in broken:
+                raise ExpertReadError("the disk failed")
+            return read(key, record)
+
+        monkeypatch.setattr(runtime.store, "read", failing)
+        with torch.no_grad(), pytest.raises(ExpertReadError):
+            model(torch.tensor([[0]]))
+        engine, broken = Engine(model), set()
+        assert answers(engine) == expected
+    model = load_moe(mixtral_folder, predictor=None)
+    with model.moeflow as runtime:
+        broken = {ExpertKey(2, expert) for expert in range(8)}
+        read = runtime.store.read
+        monkeypatch.setattr(runtime.store, "read", failing)
+        with pytest.raises(ExpertReadError, match="the disk failed"):
+            Engine(model)
+
+
+@pytest.mark.parametrize("groups", [{}, {"group_size": 4}], ids=["one pass", "groups"])
+def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtral, mixtral_folder, groups):
     torch.set_num_threads(1)
     rng = random.Random(0)
-    threads = threading.active_count()
-    with Engine(mixtral, max_batch_size=16, max_step_tokens=64) as measured:
-        position = measured.stats()["kv_position_bytes"]
-    engine = Engine(mixtral, max_batch_size=16, max_step_tokens=64, kv_memory=300 * position)
     pool = [tokens(rng.randrange(1, 30), seed) for seed in range(6)]
-    wanted = {}
-    added, ended, cancelled, complete = 0, 0, 0, {}
-    while added < 500 or not engine.finished:
-        for _ in range(min(rng.randrange(12), 500 - added)):
-            place, num_new = rng.randrange(6), rng.randrange(1, 6)
-            prompt = pool[place] + pool[(place + 1) % 6] if rng.random() < 0.3 else pool[place]
-            engine.add(prompt, SamplingParams(max_new_tokens=num_new, ignore_eos=True), id=str(added))
-            wanted[str(added)] = prompt
-            added += 1
-        if rng.random() < 0.5 and added:
-            cancelled += engine.cancel(str(rng.randrange(added)))
-        for progress in engine.step():
-            if progress.completion is not None:
-                ended += 1
-                complete[progress.id] = progress.completion
+    pool += [pool[place] + pool[(place + 1) % 6] for place in range(6)]
+    whole = answers(Engine(mixtral), pool, SamplingParams(max_new_tokens=5, ignore_eos=True))
+    threads = set(threading.enumerate())
+    model = load_moe(mixtral_folder, expert_memory="50%", predictor=None) if groups else mixtral
+    engine = Engine(model, max_batch_size=16, max_step_tokens=64, kv_memory=300 * POSITION_BYTES, **groups)
+    wanted, cancelled = {}, set()
+    while len(wanted) < 500 or not engine.finished:
+        for _ in range(min(rng.randrange(12), 500 - len(wanted))):
+            place, num_new = rng.randrange(6) + 6 * (rng.random() < 0.3), rng.randrange(1, 6)
+            id = engine.add(pool[place], SamplingParams(max_new_tokens=num_new, ignore_eos=True), id=str(len(wanted)))
+            wanted[id] = whole[place][:num_new]
+        if rng.random() < 0.5 and wanted:
+            id = str(rng.randrange(len(wanted)))
+            cancelled |= {id} if engine.cancel(id) else set()
+        for _, _, _, completion in engine.step():
+            if completion is not None:
+                expected = wanted[completion.id]
+                assert (completion.finish_reason == "cancelled") == (completion.id in cancelled)
+                assert completion.token_ids == expected[: len(completion.token_ids)]
+                assert completion.id in cancelled or completion.token_ids == expected
         engine.check_integrity()
-    assert ended == 500
-    assert engine.stats()["finished"]["cancelled"] == cancelled > 10
-    assert engine.stats()["finished"]["error"] == 0
-    longest = {}
-    for id, completion in complete.items():
-        known = longest.setdefault(tuple(wanted[id]), completion.token_ids)
-        common = min(len(known), len(completion.token_ids))
-        assert known[:common] == completion.token_ids[:common]
+        if groups:
+            assert len(engine._groups._scheduler._likely) <= engine.stats()["running"]
+            model.moeflow.check_integrity()
+    reasons = engine.stats()["finished"]
+    assert reasons == {"stop": 0, "length": 500 - len(cancelled), "cancelled": len(cancelled), "error": 0}
+    assert len(cancelled) > 10
     assert_empty(engine)
-    assert threading.active_count() == threads
+    if groups:
+        assert engine.stats()["regrouping"]["planned"] > 10
+        assert len(engine._groups._scheduler._likely) == 0
+        model.moeflow.close()
+    engine.close()
+    assert set(threading.enumerate()) == threads
 
 
 def test_a_closed_engine_has_released_everything_and_the_model_goes_on(mixtral, expected):

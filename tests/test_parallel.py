@@ -6,7 +6,6 @@ The ranks run `parallel_ranks.py`, every situation in one launch, and write down
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from families import FAMILIES, build_model
 from moeflow.cli import main
@@ -271,12 +268,7 @@ def test_the_command_line_that_its_errors_show_is_one_it_takes(capsys):
     assert "is no rank of several" in capsys.readouterr().err
 
 
-def test_the_command_deals_prompts_out_and_prints_from_rank_0(mixtral_folder, tmp_path):
-    folder = shutil.copytree(mixtral_folder, tmp_path / "model")
-    letters = Tokenizer(models.BPE({chr(code): code - 32 for code in range(32, 127)}, [], unk_token=" "))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    letters.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+def test_the_command_deals_prompts_out_and_prints_from_rank_0(speaking_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("hello\nto all\nof you\n")
     write_plan(tmp_path / "plan.json", replicated_plan(2))
     with socket.socket() as free:
@@ -284,7 +276,7 @@ def test_the_command_deals_prompts_out_and_prints_from_rank_0(mixtral_folder, tm
         port = free.getsockname()[1]
     options = ("--prompts", tmp_path / "prompts.txt", "--plan", tmp_path / "plan.json", "--max-new-tokens", 4, "--json")
     codes, (first, second) = run_ranks(
-        2, ["-m", "moeflow", "parallel", folder, *options], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        2, ["-m", "moeflow", "parallel", speaking_folder, *options], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     assert codes == [0, 0], first + second
     said = json.loads(first.splitlines()[-1])
@@ -292,7 +284,7 @@ def test_the_command_deals_prompts_out_and_prints_from_rank_0(mixtral_folder, tm
     assert [answer["prompt"] for answer in said["answers"]] == ["hello", "to all", "of you"]
     assert [answer["rank"] for answer in said["answers"]] == [0, 1, 0]
     assert sum(map(sum, said["traffic"]["assignments"])) == (5 + 3 + 6 + 3 + 6 + 3) * 2 * 3
-    with (model := load(folder)).moeflow:
+    with (model := load(speaking_folder)).moeflow:
         for answer in said["answers"]:
             ids = torch.tensor([[ord(letter) - 32 for letter in answer["prompt"]]])
             tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :].tolist()

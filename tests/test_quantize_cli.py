@@ -4,21 +4,17 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moeflow import load_moe
 from moeflow.calibration_text import varied_windows
 from moeflow.cli import main
+from small_tokenizers import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<|im_end|>", pad_token="<|pad|>")
+    return byte_tokenizer(eos_token="<|im_end|>", pad_token="<|pad|>")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -12,6 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from moeflow.engine import Engine
 from moeflow.errors import ConfigError
 from moeflow.sampling import Sampler, SamplingParams, filtered, penalized
 
@@ -60,6 +63,59 @@ def test_every_filter_gives_the_scores_of_transformers(options):
         logits = random_logits(seed)
         scores = filtered(penalized(logits, params, PROMPT, ANSWER), params)
         assert torch.equal(scores, transformers_scores(logits, PROMPT, ANSWER, options))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    repetition_penalty=st.floats(0.5, 2),
+    temperature=st.floats(0.2, 3),
+    top_k=st.integers(1, 2 * VOCAB),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 1),
+)
+def test_all_filters_together_give_the_scores_of_transformers(seed, **options):
+    params, logits = SamplingParams(**options), random_logits(seed)
+    scores = filtered(penalized(logits, params, PROMPT, ANSWER), params)
+    assert torch.equal(scores, transformers_scores(logits, PROMPT, ANSWER, options))
+
+
+@torch.no_grad()
+def sampled_alone(model, prompt, num_new, *, temperature, presence_penalty=0, frequency_penalty=0, seed=0, **options):
+    """Sample one sequence with transformers' processors, and OpenAI's formula for the two penalties it has not."""
+    token_ids, generator = [], torch.Generator().manual_seed(seed)
+    for _ in range(num_new):
+        logits = model(torch.tensor([prompt + token_ids])).logits[0, -1]
+        counts = torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(logits))
+        logits = logits - frequency_penalty * counts - presence_penalty * (counts > 0)
+        scores = transformers_scores(logits, prompt, token_ids, {**options, "temperature": temperature or 1.0})
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+        token_ids.append(int(drawn if temperature else scores.argmax()))
+    return token_ids
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch_size": 3, "max_step_tokens": 5}], ids=["together", "in turn"])
+def test_each_request_of_a_batch_is_sampled_as_transformers_samples_it_alone(mixtral, limits):
+    num_new, drawn = 10, {"temperature": 2.0, "seed": 3}
+    each = [
+        {"temperature": 0},
+        drawn,
+        {**drawn, "seed": 4},
+        {**drawn, "temperature": 0.9},
+        {**drawn, "top_k": 2},
+        {**drawn, "top_p": 0.3},
+        {**drawn, "min_p": 0.3},
+        {"temperature": 0, "repetition_penalty": 0.3},
+        {"temperature": 0, "presence_penalty": -4.0},
+        {"temperature": 0, "frequency_penalty": -9.0},
+        {"temperature": 1.2, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.4, "seed": 5},
+    ]
+    prompt = [5, 77, 30, 5, 91, 8, 12]
+    params = [SamplingParams(max_new_tokens=num_new, ignore_eos=True, **options) for options in each]
+    with Engine(mixtral, **limits) as engine:
+        found = [completion.token_ids for completion in engine.generate([prompt] * len(each), params)]
+    assert found == [sampled_alone(mixtral, prompt, num_new, **options) for options in each]
+    assert len({tuple(token_ids) for token_ids in found}) == len(each), "a parameter changed nothing"
 
 
 @pytest.mark.parametrize("options", [{"top_p": 0.5}, {"top_p": 0.25}, {"top_k": 2}, {"min_p": 1.0}])
@@ -165,6 +221,7 @@ def test_logprobs_are_reported_only_where_asked_for():
     _, logprob, top = Sampler(SamplingParams(logprobs=0)).sample(random_logits(0), [], [])
     assert logprob < 0
     assert top == []
+    assert len(Sampler(SamplingParams(logprobs=VOCAB + 1)).sample(random_logits(0), [], []).top) == VOCAB
 
 
 @pytest.mark.parametrize(
@@ -177,6 +234,7 @@ def test_logprobs_are_reported_only_where_asked_for():
         ("temperature", 1e-9, "0 \\(greedy\\)"),
         ("temperature", math.nan, "finite"),
         ("temperature", "hot", "finite"),
+        ("temperature", 10**400, "finite"),
         ("top_k", -1, "0 \\(all tokens\\)"),
         ("top_p", 0, "above 0"),
         ("top_p", 1.1, "at most 1"),
@@ -185,6 +243,7 @@ def test_logprobs_are_reported_only_where_asked_for():
         ("presence_penalty", math.inf, "finite"),
         ("frequency_penalty", None, "finite"),
         ("seed", -1, "2\\*\\*63"),
+        ("seed", 2**63, "2\\*\\*63"),
         ("logprobs", -1, "0 or more"),
         ("stop", "end", "tuple or list"),
         ("stop", ("",), "none of them empty"),
@@ -194,6 +253,15 @@ def test_logprobs_are_reported_only_where_asked_for():
 def test_a_value_out_of_range_is_refused_by_name(field, value, allowed):
     with pytest.raises(ConfigError, match=f"^{field} is .*{allowed}"):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_a_number_written_without_a_point_is_the_same_however_large(field):
+    tokens = [
+        Sampler(SamplingParams(**{"temperature": 1, "seed": 0, field: value})).sample(random_logits(0), PROMPT, ANSWER)
+        for value in (10**30, 1e30)
+    ]
+    assert tokens[0] == tokens[1]
 
 
 def test_a_list_of_stop_strings_becomes_a_tuple():

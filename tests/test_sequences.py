@@ -74,6 +74,24 @@ def test_a_beginning_of_a_few_tokens_is_not_waited_for():
     assert len(schedule.plan(lambda sequence: True, never_share)) == 2
 
 
+def test_of_several_beginnings_the_longest_is_shared_and_of_an_answer_nothing():
+    schedule = Schedule(4, 64)
+    short, long = Sequence("short", LONG[:20], 9), Sequence("long", [*LONG[:30], 1], 9)
+    for sequence in (short, long):
+        schedule.add(sequence)
+    for _ in range(3):
+        run(schedule.plan(lambda sequence: True, lambda *sharing: None))
+    shared = []
+    for sequence in (Sequence("first", LONG, 9), Sequence("second", [*LONG[:20], 7, 7, 7], 9)):
+        schedule.add(sequence)
+        schedule.plan(lambda sequence: True, lambda *sharing: shared.append(sharing))
+        schedule.remove(sequence)
+    assert [(donor.id, receiver.id, count) for donor, receiver, count in shared] == [
+        ("long", "first", 30),
+        ("short", "second", 20),
+    ]
+
+
 PROMPT = st.builds(
     lambda shared, own: LONG[:shared] + own, st.integers(0, 40), st.lists(st.integers(0, 3), min_size=1, max_size=6)
 )
@@ -104,7 +122,8 @@ def test_every_token_of_every_prompt_is_computed_or_shared_once_and_all_end(prom
         pieces = schedule.plan(lambda sequence: True, take_over)
         assert pieces, "a step without work, and not all have ended"
         assert sum(len(piece.tokens) for piece in pieces) <= schedule.max_step_tokens
-        assert len({piece.sequence for piece in pieces}) == len(pieces)
+        assert len({piece.sequence for piece in pieces}) == len(pieces) <= len(schedule.running) <= max_batch_size
+        assert all(piece.tokens for piece in pieces)
         assert {sequence for sequence in schedule.running if sequence.decoding} <= {piece.sequence for piece in pieces}
         for sequence, tokens, samples in pieces:
             have[sequence] += tokens

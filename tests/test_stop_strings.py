@@ -3,25 +3,16 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moeflow.detokenizer import Detokenizer
 from moeflow.stop_strings import StopStrings
+from small_tokenizers import byte_tokenizer
 
 TEXT = st.text(alphabet="ab \n<é€漢😀", max_size=30)
 STOPS = st.lists(st.text(alphabet="ab \n<é😀", min_size=1, max_size=4), max_size=3).map(tuple)
 END = "<|end|>"
-
-
-def byte_level_tokenizer():
-    """One token a byte, as the smallest pieces of GPT-2's kind, and one that is no text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={char: number for number, char in enumerate(alphabet)}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    words.add_special_tokens([AddedToken(END)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END)
 
 
 def byte_fallback_tokenizer():
@@ -37,7 +28,7 @@ def byte_fallback_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
 
 
-TOKENIZERS = {"byte level": byte_level_tokenizer(), "byte fallback": byte_fallback_tokenizer()}
+TOKENIZERS = {"byte level": byte_tokenizer(eos_token=END), "byte fallback": byte_fallback_tokenizer()}
 BYTES = TOKENIZERS["byte level"]
 
 
@@ -118,9 +109,10 @@ def test_special_tokens_have_no_text_and_break_no_stop_string():
 
 
 def test_in_a_token_of_several_characters_too_the_stop_string_complete_first_ends_the_text():
-    words = Tokenizer(models.WordLevel({"abcd": 0, "?": 1}, unk_token="?"))
+    words = Tokenizer(models.WordLevel({"abcd": 0, "?": 1, "abab": 2}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     assert in_pieces(tokenizer, [0], ("abcd", "bc", "c"))[0] == ["a", ""]
+    assert in_pieces(tokenizer, [2], ("b",))[0] == ["a", ""]
 
 
 @pytest.mark.parametrize("num_junk", range(10, 40))
