@@ -133,3 +133,18 @@ def test_routes_of_a_pass_are_what_its_routers_chose_and_padding_is_none():
     routes.observe(1, torch.tensor([[2, 1], [2, 3]]))
     assert routes.take(2).tolist() == [[[0, 3], [2, 1]], [[1, 4], [2, 3]]]
     assert routes.take(2).size == 0
+
+
+def test_what_is_remembered_of_a_token_is_what_its_routers_chose(offloaded):
+    prompts = [list(range(start, start + 5)) for start in range(10, 40, 5)]
+    routes = PassRoutes(len(offloaded.moeflow.store.layers), offloaded.moeflow.store.layers[0].layout.num_experts)
+    chosen = {}
+    offloaded.moeflow.observers.append(routes)
+    for prompt in prompts:
+        offloaded(torch.tensor([prompt]))
+        chosen |= dict(zip(prompt, routes.take(len(prompt)).tolist(), strict=True))
+    offloaded.moeflow.observers.remove(routes)
+    with Engine(offloaded, group_size=2, max_batch_size=6, max_step_tokens=12) as engine:  # prompts in pieces, several in a pass
+        engine.generate(prompts, SamplingParams(max_new_tokens=1))
+        seen = engine._groups._scheduler._likely._tokens
+        assert {token: route[-1].tolist() for token, route in seen.items()} == chosen
