@@ -144,7 +144,7 @@ def test_what_is_remembered_of_a_token_is_what_its_routers_chose(offloaded):
         offloaded(torch.tensor([prompt]))
         chosen |= dict(zip(prompt, routes.take(len(prompt)).tolist(), strict=True))
     offloaded.moeflow.observers.remove(routes)
-    with Engine(offloaded, group_size=2, max_batch_size=6, max_step_tokens=12) as engine:  # prompts in pieces, several in a pass
+    with Engine(offloaded, group_size=2, max_batch_size=6, max_step_tokens=12) as engine:  # several pieces in a pass
         engine.generate(prompts, SamplingParams(max_new_tokens=1))
         seen = engine._groups._scheduler._likely._tokens
         assert {token: route[-1].tolist() for token, route in seen.items()} == chosen
