@@ -20,8 +20,9 @@ from moeflow.compiled import c_function
 from moeflow.errors import ConfigError
 from moeflow.random_bits import RandomBits
 
-HOT, COLD = 3.0, 0.3  # temperatures, in active (layer, expert) pairs
-_SWAPS = 40_000  # to try: some milliseconds, and of 128 tokens as good as ten times as many within 3 %
+HOT, COLD = 6.0, 0.3  # temperatures, in active (layer, expert) pairs
+_SWAPS = 40_000  # to try: some milliseconds, within .1 % of the fewest pairs there are of 32 tokens
+_SWAPS_A_TOKEN = 500  # below which a search begins half as hot, since it has no time to cool from more
 _ARRAYS = {
     "routes": c_uint64, "group": c_int32, "any": c_uint64, "one": c_uint64, "count": c_uint16, "best": c_int32,
 }  # fmt: skip
@@ -121,8 +122,10 @@ class Search:
         self.best = self.group.copy()
         self.random = RandomBits(seed)
 
-    def run(self, num_swaps: int, hot: float = HOT, cold: float = COLD) -> int:
+    def run(self, num_swaps: int, hot: float | None = None, cold: float = COLD) -> int:
         """Try swaps while the temperature falls; return by how many active pairs the best differs from the start."""
+        if hot is None:
+            hot = HOT if num_swaps >= _SWAPS_A_TOKEN * len(self.group) else HOT / 2
         cooling = (cold / hot) ** (1 / max(num_swaps, 1))
         loop = _c_loop()
         if loop is None:
