@@ -149,6 +149,7 @@ def test_where_waiting_costs_more_than_is_saved_it_rests_and_plans_nothing_ahead
         scheduler.plan_ahead(NAMES, FED)
         scheduler.split(NAMES, FED)
         scheduler.finish(chosen_of(KINDS), step_s=1e-9)
+    scheduler.close()  # what was submitted has run
     assert (scheduler.stats.planned, scheduler.stats.plan_s) == (planned, plan_s) == (8, plan_s)
 
 
