@@ -3,6 +3,7 @@
 import functools
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -594,7 +595,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
     threads = set(threading.enumerate())
     model = load_moe(mixtral_folder, expert_memory="50%", predictor=None) if groups else mixtral
     engine = Engine(model, max_batch_size=16, max_step_tokens=64, kv_memory=300 * POSITION_BYTES, **groups)
-    wanted, cancelled = {}, set()
+    wanted, cancelled, slots = {}, set(), weakref.WeakSet()
     while len(wanted) < 500 or not engine.finished:
         for _ in range(min(rng.randrange(12), 500 - len(wanted))):
             place, num_new = rng.randrange(6) + 6 * (rng.random() < 0.3), rng.randrange(1, 6)
@@ -603,7 +604,9 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
         if rng.random() < 0.5 and wanted:
             id = str(rng.randrange(len(wanted)))
             cancelled |= {id} if engine.cancel(id) else set()
-        for _, _, _, completion in engine.step():
+        reported = engine.step()
+        slots.update(engine._slots[sequence.id] for sequence in engine._schedule.running)
+        for _, _, _, completion in reported:
             if completion is not None:
                 expected = wanted[completion.id]
                 assert (completion.finish_reason == "cancelled") == (completion.id in cancelled)
@@ -617,6 +620,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
     assert reasons == {"stop": 0, "length": 500 - len(cancelled), "cancelled": len(cancelled), "error": 0}
     assert len(cancelled) > 10
     assert_empty(engine)
+    assert not slots, "somebody holds keys and values of what has ended"
     if groups:
         assert engine.stats()["regrouping"]["planned"] > 10
         assert len(engine._groups._scheduler._recent) == 0
