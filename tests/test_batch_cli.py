@@ -64,15 +64,17 @@ def stop_in_the_middle(arguments, out, signal_number):
     ("signal_number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)], ids=["killed", "Ctrl-C"]
 )
 def test_a_run_stopped_in_the_middle_goes_on_from_there(
-    folder, long_input, long_answers, tmp_path, signal_number, code
+    folder, long_input, long_answers, tmp_path, capsys, signal_number, code
 ):
     out = tmp_path / "out.jsonl"
     returncode, rest = stop_in_the_middle(long_run(folder, long_input, out), out, signal_number)
     assert returncode == code
     assert "Traceback" not in rest
     before = out.read_bytes()
-    assert 0 < before.count(b"\n") < NUM_LONG
+    num_before = before.count(b"\n")
+    assert 0 < num_before < NUM_LONG
     assert main(long_run(folder, long_input, out)) == 0
+    assert f"{num_before} of them finished before" in capsys.readouterr().out
     assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1]), "what was finished stays as it was"
     assert by_id(out) == long_answers
 
