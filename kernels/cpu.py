@@ -2,107 +2,21 @@
 
 Every result has the same bits for any number of threads and for any way of sharing experts out over calls: an output is
 one sum in float32 in an order that depends on format, in features, instruction set, and whether its expert has few or
-many tokens. Knows tensors and records. Knows nothing of caches or models.
+many tokens. Knows tensors and descriptions. Knows nothing of caches or models.
 """
 
 import ctypes
 import threading
 import time
-from ctypes import c_float, c_int32, c_int64, c_void_p
-from functools import lru_cache
+from ctypes import c_int64, c_void_p
 
 import numpy as np
 import torch
 
-from moeflow.core import RecordLayout
 from moeflow.errors import ConfigError
-from moeflow.kernels.activations import ACTIVATIONS, Activation
 from moeflow.kernels.cpu_library import library
-from moeflow.kernels.formats import FORMAT_OF_DTYPE, WeightFormat, find_format
-
-# In the order of the enums in _cpu.h.
-_FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8")
-_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-_GATES = ("none", "concatenated", "interleaved")
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Dtypes of activations, by number."""
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("codes", "scale", "zero", "bias")] + [
-        (name, c_int32)
-        for name in (
-            "format",
-            "bias_format",
-            "num_rows",
-            "in_features",
-            "group_size",
-            "padded",
-            "transposed",
-            "reserved",
-        )
-    ]
-
-
-class _Activation(ctypes.Structure):
-    _fields_ = [("kind", c_int32), ("gate", c_int32)] + [
-        (name, c_float) for name in ("alpha", "gate_limit", "activated_limit", "up_limit", "up_offset")
-    ] + [("reserved", c_int32)]  # fmt: skip
-
-
-class _Expert(ctypes.Structure):
-    _fields_ = [("first", _Matrix), ("down", _Matrix), ("activation", _Activation)]
-
-
-class ExpertKernel:
-    """How one layout of record is computed from. Immutable; `build` makes one.
-
-    Args:
-        expert: the C description.
-        num_features: H.
-        intermediate_features: I.
-    """
-
-    def __init__(self, expert: _Expert, num_features: int, intermediate_features: int):
-        self._expert = expert
-        self.pointer = ctypes.addressof(expert)
-        self.num_features = num_features
-        self.intermediate_features = intermediate_features
-
-    @classmethod
-    def build(cls, record: RecordLayout, activation: Activation, *, is_transposed: bool) -> "ExpertKernel | None":
-        """Describe a record: "gate_up_proj" or "up_proj", "down_proj", and biases under their names with "_bias".
-
-        Args:
-            record: what is stored.
-            activation: between the matrices.
-            is_transposed: whether float matrices that are plain tensors lie [in, out].
-
-        Returns:
-            The kernel; None where there is none for such a record.
-        """
-        names = {spec.name for spec in record.tensors} | {matrix.name for matrix in record.matrices}
-        first_name = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
-        first = _matrix(record, first_name, is_transposed)
-        down = _matrix(record, "down_proj", is_transposed)
-        halves = 1 if activation.gate == "none" else 2
-        if first is None or down is None or first.num_rows != halves * down.in_features:
-            return None
-        if down.num_rows != first.in_features:
-            return None
-        terms = ACTIVATIONS[activation.kind]
-        unlimited = float("inf")
-        formula = _Activation(
-            _KINDS.index(terms.act),
-            _GATES.index(activation.gate),
-            activation.alpha,
-            activation.limit if terms.limits_gate else unlimited,
-            activation.limit if terms.limits_activated else unlimited,
-            activation.limit if terms.limits_up else unlimited,
-            terms.up_offset,
-        )
-        return cls(_Expert(first, down, formula), first.in_features, down.in_features)
+from moeflow.kernels.cpu_structs import DTYPES, ExpertKernel, described_matrix, float_matrix, parts_of
+from moeflow.kernels.formats import WeightFormat
 
 
 def run_experts(
@@ -218,9 +132,9 @@ class LinearKernel:
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], name: str, spec: WeightFormat, shape: tuple[int, int]):
-        places = {part: tensors[part].data_ptr() for part in (name, *_parts(name)) if part in tensors}
+        places = {part: tensors[part].data_ptr() for part in (name, *parts_of(name)) if part in tensors}
         bias = tensors.get(f"{name}_bias")
-        matrix = _described(spec, shape, places, name, None if bias is None else bias.dtype)
+        matrix = described_matrix(spec, shape, places, name, None if bias is None else bias.dtype)
         if matrix is None:
             raise ConfigError(f"there is no CPU kernel for a matrix in {spec.name}. Allowed: all formats but float64.")
         self._tensors = tensors
@@ -248,7 +162,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         out: [..., N], contiguous, of the dtype of x.
     """
     bias_at, bias_format = (-1, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
-    matrix = _float_matrix(weight.data_ptr(), bias_at, DTYPES[weight.dtype], bias_format, *weight.shape)
+    matrix = float_matrix(weight.data_ptr(), bias_at, DTYPES[weight.dtype], bias_format, *weight.shape)
     _multiply(ctypes.addressof(matrix), x, out, 0)
 
 
@@ -298,14 +212,6 @@ def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
     return num_bytes / best
 
 
-@lru_cache(maxsize=8192)
-def _float_matrix(address, bias, format, bias_format, num_rows, in_features) -> _Matrix:
-    """Describe a matrix of floats. It is known by all that the description says, so none is ever out of date."""
-    return _Matrix(
-        address, -1, -1, bias, format, bias_format, num_rows, in_features, in_features, in_features
-    )  # fmt: skip
-
-
 def _multiply(pointer, x, out, activation_bits):
     x, in_features = x.contiguous(), x.shape[-1]
     failed = library().held.moeflow_cpu_linear(
@@ -329,40 +235,3 @@ def _arrays(num_experts):
     if arrays is None:
         arrays = _cached.__dict__[num_experts] = ((c_void_p * num_experts)(), (c_void_p * num_experts)())
     return arrays
-
-
-def _parts(name):
-    return f"{name}_scale", f"{name}_zero", f"{name}_bias"
-
-
-_BIAS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def _matrix(record, name, is_transposed):
-    """Describe one matrix of a record; None where it is not there or no kernel knows it."""
-    tensors = {spec.name: spec for spec in record.tensors}
-    places = {part: tensors[part].offset for part in (name, *_parts(name)) if part in tensors}
-    bias = tensors.get(f"{name}_bias")
-    bias_dtype = None if bias is None else _BIAS_DTYPES.get(bias.dtype, torch.float64)
-    for matrix in record.matrices:
-        if matrix.name == name:
-            return _described(find_format(matrix.format), matrix.shape, places, name, bias_dtype)
-    spec = tensors.get(name)
-    if spec is None or spec.dtype not in FORMAT_OF_DTYPE or len(spec.shape) != 2:
-        return None
-    shape = spec.shape[::-1] if is_transposed else spec.shape
-    return _described(FORMAT_OF_DTYPE[spec.dtype], shape, places, name, bias_dtype, is_transposed)
-
-
-def _described(spec, shape, places, name, bias_dtype, is_transposed=False):
-    """Fill in the C description of a matrix whose tensors lie at `places`; None where no kernel knows it."""
-    kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1"}.get(spec.kind, spec.name)
-    if kind not in _FORMATS or (bias_dtype is not None and bias_dtype not in DTYPES):
-        return None
-    num_rows, in_features = shape
-    padded = spec.padded(in_features)
-    scale, zero, bias = (places.get(part, -1) for part in _parts(name))
-    return _Matrix(
-        places[name], scale, zero, bias, _FORMATS.index(kind), DTYPES.get(bias_dtype, 0), num_rows, in_features,
-        spec.group_size or padded, padded, is_transposed,
-    )  # fmt: skip

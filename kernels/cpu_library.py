@@ -8,12 +8,12 @@ import logging
 import os
 from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from moeflow.compiled import built_library
 from moeflow.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -52,13 +52,12 @@ def library() -> Library | None:
             f"{VARIABLE}={wanted} is no instruction set. Allowed: {', '.join(INSTRUCTION_SETS)} or off; without it the "
             "best that this processor has."
         )
-    folder = Path(__file__).parent
-    built = [str(path) for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").is_file()]
     try:
-        held, free = ctypes.PyDLL(built[0]), ctypes.CDLL(built[0])
+        path = built_library("_cpu", __file__)
+        held, free = ctypes.PyDLL(path), ctypes.CDLL(path)
         held.moeflow_cpu_use.restype = c_char_p
         name = held.moeflow_cpu_use(wanted.encode()).decode()
-    except (IndexError, OSError, AttributeError):
+    except (OSError, AttributeError):
         _log.warning(
             "moeflow's compiled kernels were not built: experts run in torch, several times slower. Install moeflow "
             "again where there is a C++ compiler."

@@ -21,7 +21,7 @@ def answer_batch(
     file: BatchFile,
     *,
     num_ahead: int,
-    on_step: Callable[[int, int], None],
+    on_step: Callable[[dict[str, int], list[str]], None],
 ) -> None:
     """Answer requests in whatever order they end; one that fails is written with its error and the others go on.
 
@@ -31,7 +31,7 @@ def answer_batch(
         requests: those whose ids are not in the file.
         file: where the answers go.
         num_ahead: most requests that the engine holds at once, running or waiting.
-        on_step: called with (new tokens, requests ended) after each step.
+        on_step: called after each step with the number of new tokens of each id that got some, and the ids that ended.
 
     Raises:
         MoeflowError: the file cannot be written, or the engine cannot go on; what is in the file is kept.
@@ -39,26 +39,26 @@ def answer_batch(
     coming = iter(requests)
     held: dict[str, BatchRequest] = {}
     while True:
-        num_refused = 0
+        refused = []
         while len(held) < num_ahead and (request := next(coming, None)) is not None:
             try:
                 engine.add(_prompt(tokenizer, request.content), request.params, id=request.id)
             except MoeflowError as error:
                 file.append(failure_record(request, str(error)))
-                num_refused += 1
+                refused.append(request.id)
             else:
                 held[request.id] = request
-        if num_refused:
-            on_step(0, num_refused)
+        if refused:
+            on_step({}, refused)
         if not held:
             return
-        num_tokens = num_ended = 0
+        num_new, ended = {}, []
         for progress in engine.step():
-            num_tokens += len(progress.token_ids)
+            num_new[progress.id] = len(progress.token_ids)
             if progress.completion is not None:
                 file.append(_record(held.pop(progress.id), progress.completion, tokenizer))
-                num_ended += 1
-        on_step(num_tokens, num_ended)
+                ended.append(progress.id)
+        on_step(num_new, ended)
 
 
 def _prompt(tokenizer, content) -> str | list[int]:

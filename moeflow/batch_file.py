@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,21 +18,20 @@ _START = b'{"id": '  # of every line
 class BatchFile:
     """An output file that this process alone appends to.
 
-    A last line that a kill cut off is removed. What is left says which requests are done; a request that failed is
-    done as well, unless failed ones are to be tried again: then their lines are removed first.
+    A last line that a kill cut off is removed. What is left says which requests are done; one that failed is done too.
 
     Args:
         path: the file; it is made where it does not exist.
-        retry_failed: forget the lines of failed requests.
 
     Raises:
         ConfigError: the file cannot be opened, is being written by another process, or holds other things than the
             answers of a batch; then it stays as it is.
     """
 
-    def __init__(self, path: str | Path, *, retry_failed: bool = False):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.finished: dict[str, str | None] = {}  # of each id's line, the error; None for an answer
+        self.digests: dict[str, str] = {}  # of each answer, that of the request
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -39,7 +40,7 @@ class BatchFile:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise ConfigError(f"{self.path} is no plain file, from which a run could go on. Give another output.")
             _lock(self._descriptor, self.path)
-            self._read(retry_failed)
+            self._read()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -64,7 +65,20 @@ class BatchFile:
                 f"{self.path} cannot be written: {error.strerror}. The {len(self.finished)} lines before are kept; "
                 "the same command goes on from there."
             ) from error
-        self.finished[_id_of(record)] = _error_of(record)
+        self._note(record)
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Remove the lines of some ids, so that they can be answered anew.
+
+        Raises:
+            ConfigError: the file cannot be rewritten; it is as it was.
+        """
+        if not ids:
+            return
+        self._replace([line for line in self.path.read_bytes().splitlines(True) if _id_of(json.loads(line)) not in ids])
+        for name in ids:
+            self.finished.pop(name, None)
+            self.digests.pop(name, None)
 
     def close(self) -> None:
         """Let other processes write."""
@@ -76,26 +90,25 @@ class BatchFile:
     def __exit__(self, *exc_info):
         self.close()
 
-    def _read(self, retry_failed):
+    def _note(self, record):
+        name, error = _id_of(record), _error_of(record)
+        if error is None:
+            self.digests[name] = _digest_of(record)
+        self.finished[name] = error
+
+    def _read(self):
         """Note what is finished; cut off a torn line."""
         with open(self.path, "rb") as file:
             lines = file.readlines()
         torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
         if not torn.startswith(_START) and not _START.startswith(torn):
             self._refuse(len(lines) + 1)
-        kept = []
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-                name, error = _id_of(record), _error_of(record)
-            except (ValueError, KeyError, TypeError, RecursionError):
+                self._note(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self._refuse(number)
-            if error is None or not retry_failed:
-                self.finished[name] = error
-                kept.append(line)
-        if len(kept) < len(lines):
-            self._replace(kept)
-        elif torn:
+        if torn:
             os.ftruncate(self._descriptor, sum(map(len, lines)))
 
     def _refuse(self, number):
@@ -141,6 +154,7 @@ def answer_record(request, completion, decode) -> dict:
             "finish_reason": completion.finish_reason,
             "prompt_tokens": num_prompt,
             "completion_tokens": num_new,
+            "request": request.digest,
         }
         if completion.logprobs is not None:
             record["logprobs"] = [
@@ -160,11 +174,12 @@ def answer_record(request, completion, decode) -> dict:
     body = {
         "id": f"cmpl-{request.number}",
         "object": "chat.completion" if in_chat else "text_completion",
+        "created": int(time.time()),
         "model": request.model,
         "choices": [choice],
         "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
     }
-    return _openai_record(request, {"status_code": 200, "request_id": f"req_{request.number}", "body": body}, None)
+    return _openai_record(request, {"status_code": 200, "request_id": f"req_{request.digest}", "body": body}, None)
 
 
 def failure_record(request, error: str) -> dict:
@@ -176,7 +191,7 @@ def failure_record(request, error: str) -> dict:
     """
     if request.url is None:
         return {"id": request.id, "line": request.number, "error": error}
-    return _openai_record(request, None, {"code": "failed", "message": f"line {request.number}: {error}"})
+    return _openai_record(request, None, {"code": "failed", "message": error, "line": request.number})
 
 
 def _openai_record(request, response, error):
@@ -222,6 +237,11 @@ def _error_of(record) -> str | None:
         return record["error"]
     record["finish_reason"]
     return None
+
+
+def _digest_of(record) -> str:
+    """Return the digest of the request that a line answers; KeyError where it tells none."""
+    return record["response"]["request_id"].removeprefix("req_") if "custom_id" in record else record["request"]
 
 
 def _write(descriptor, data: bytes) -> None:

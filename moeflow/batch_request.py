@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ class BatchRequest:
         content: the prompt as it is, or messages with "role" and "content", which a chat template is for.
         params: the request's sampling.
         model: what an OpenAI-style line calls the model; it is repeated in the answer and chooses nothing.
+        answered_by: what else the answer depends on, such as the name of the model that is asked.
     """
 
     number: int
@@ -41,6 +43,16 @@ class BatchRequest:
     content: str | list[dict]
     params: SamplingParams
     model: str | None = None
+    answered_by: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Content, sampling and who answers in 16 hexadecimal digits, by which an answer tells what it answers."""
+        # What is as by default is left out, so that an option that a later version adds changes no digest.
+        given = ((field, getattr(self.params, field.name)) for field in fields(SamplingParams))
+        sampling = {field.name: value for field, value in given if value != field.default}
+        written = json.dumps([self.id, self.content, sampling, self.answered_by], sort_keys=True)
+        return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -60,31 +72,40 @@ class RefusedLine:
     error: str
 
 
-def read_batch(path: str | Path, defaults: SamplingParams) -> tuple[list[BatchRequest], list[RefusedLine]]:
+def read_batch(
+    path: str | Path, defaults: SamplingParams, answered_by: str = ""
+) -> tuple[list[BatchRequest], list[RefusedLine]]:
     """Read the requests of a file; a line that is none is told apart and the others go on.
 
     Args:
         path: JSON lines, UTF-8. Blank lines are skipped.
         defaults: the sampling of what a line leaves open; its seed, where there is one, has the line's number added.
+        answered_by: what else the answers depend on.
 
     Raises:
-        ConfigError: the file cannot be read, or has no line.
+        ConfigError: the file cannot be read, or has no line that is a request.
     """
     requests, refused, line_of = [], [], {}
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    found = _read_line(number, line, defaults, line_of)
+                    found = _read_line(number, line, defaults, answered_by, line_of)
                     (requests if isinstance(found, BatchRequest) else refused).append(found)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a file of JSON lines.") from error
     if not requests and not refused:
         raise ConfigError(f'{path} is empty. Give one request a line, as in {{"prompt": "Hello"}}.')
+    if not requests:  # another file, or one object over many lines
+        first = refused[0]
+        raise ConfigError(
+            f"{path} has no request in {len(refused):,} lines: line {first.number}: {first.error}. Give one request a "
+            'line, as in {"prompt": "Hello"}.'
+        )
     return requests, refused
 
 
-def _read_line(number, line, defaults, line_of) -> BatchRequest | RefusedLine:
+def _read_line(number, line, defaults, answered_by, line_of) -> BatchRequest | RefusedLine:
     """Read one line, and note its id in `line_of`."""
     own_id, url = f"#{number}", None
     try:
@@ -102,13 +123,13 @@ def _read_line(number, line, defaults, line_of) -> BatchRequest | RefusedLine:
             defaults = replace(defaults, seed=(defaults.seed + number) % 2**63)
         if not in_openai_style:
             _refuse_unknown(entry, ("id", "prompt", "messages", *_SAMPLING))
-            return BatchRequest(number, own_id, None, _content(entry), _params(entry, defaults))
+            content, params = _content(entry), _params(entry, defaults)
+            return BatchRequest(number, own_id, None, content, params, answered_by=answered_by)
         body = _body(entry, number)
         wanted = "messages" if url == CHAT_URL else "prompt"
         _refuse_unknown(body, (wanted, *_OPENAI))
-        sampling = _openai_sampling(body, url)
-        model = body.get("model")
-        return BatchRequest(number, own_id, url, _content(body), _params(sampling, defaults), model and str(model))
+        content, params, model = _content(body), _params(_openai_sampling(body, url), defaults), body.get("model")
+        return BatchRequest(number, own_id, url, content, params, model and str(model), answered_by)
     except ConfigError as error:
         return RefusedLine(number, own_id, url, str(error))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from moeflow import hf
+from moeflow import hf_experts
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
 from moeflow.errors import ConfigError
 from moeflow.expert_statistics import ExpertStatistics
@@ -60,7 +60,7 @@ def measure_experts(
             f"calibration windows are {sorted(lengths)} tokens long. Give at least one window, all of one length."
         )
     specs = [find_format(name) for name in formats]
-    modules = [module for _, module in hf.experts_modules(model)]
+    modules = [module for _, module in hf_experts.experts_modules(model)]
     shape, probes = (len(windows), lengths.pop()), windows[:num_probes]
     survey = _Survey(model, specs, "hqq" if method == "gptq" else method, shape, len(probes), progress)
     handles = [
@@ -88,13 +88,15 @@ class _Survey:
         self._specs, self._method, self._progress = specs, method, progress
         self._num_tokens, self._probed, self._num_probes = shape[0] * shape[1], num_probes * shape[1], num_probes
         self._probe = next((j for j, spec in enumerate(specs) if spec.bits == _PROBE_BITS), len(specs) // 2)
-        self._weights = [_reader(model, layer, module) for layer, (_, module) in enumerate(hf.experts_modules(model))]
+        self._weights = [
+            _reader(model, layer, module) for layer, (_, module) in enumerate(hf_experts.experts_modules(model))
+        ]
         self._layers: list[dict] = [{} for _ in self._weights]
         self._total = self._done = 0
 
     def hook(self, layer: int):
         def measure(module, args, kwargs, output):
-            hidden_states, index, weights = hf.experts_arguments(args, kwargs)
+            hidden_states, index, weights = hf_experts.experts_arguments(args, kwargs)
             return self._measure(layer, module, hidden_states, index, weights, output)
 
         return measure

@@ -15,6 +15,7 @@ from moeflow.dispatch import Dispatch
 from moeflow.kernels import cpu
 from moeflow.kernels.activations import Activation, recognise
 from moeflow.kernels.cpu_library import instruction_set
+from moeflow.kernels.cpu_structs import DTYPES, ExpertKernel
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.expert_mlp import combine, expert_mlp
 from moeflow.kernels.formats import find_format
@@ -102,7 +103,7 @@ class CpuCompute:
         self._activation = activation
         self._is_transposed = is_transposed
         self._bits = activation_bits
-        self._kernels: dict[int, cpu.ExpertKernel | None] = {}  # by the record's identity: equal ones are one object
+        self._kernels: dict[int, ExpertKernel | None] = {}  # by the record's identity: equal ones are one object
 
     def can_run(self, records: list[RecordLayout]) -> bool:
         """Whether there is a kernel for each of these."""
@@ -149,7 +150,7 @@ class CpuCompute:
     def _kernel(self, record):
         key = id(record)
         if key not in self._kernels:
-            self._kernels[key] = cpu.ExpertKernel.build(record, self._activation, is_transposed=self._is_transposed)
+            self._kernels[key] = ExpertKernel.build(record, self._activation, is_transposed=self._is_transposed)
         return self._kernels[key]
 
 
@@ -240,7 +241,7 @@ def choose_compute(
         dtype: of the hidden states.
     """
     activation = None
-    if not getattr(module, "has_post_expert_norm", False) and dtype in cpu.DTYPES:
+    if not getattr(module, "has_post_expert_norm", False) and dtype in DTYPES:
         apply = module._apply_gate if module.has_gate else module.act_fn
         activation = recognise(apply, module.has_gate)
     if activation is None:

@@ -3,6 +3,7 @@
 Knows nothing about experts or checkpoints: prompts and source files go in, lists of token ids come out.
 """
 
+import inspect
 import logging
 import random
 import sysconfig
@@ -189,12 +190,13 @@ def sample_continuations(
     rows = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])  # left padding: [B, longest]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     temperature = torch.linspace(0.6, 1.0, 5)[torch.arange(len(prompts)) % 5, None]
-    cache = DynamicCache(config=model.config)
+    known = inspect.signature(model.forward).parameters  # transformers 5.24 renamed the argument, and warns
+    cache = {"cache" if "cache" in known else "past_key_values": DynamicCache(config=model.config)}
     step, positions, sampled = rows, (mask.cumsum(1) - 1).clamp(min=0), []
     with torch.inference_mode():
         for _ in range(num_new_tokens):
             logits = model(
-                input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                input_ids=step, attention_mask=mask, position_ids=positions, logits_to_keep=1, **cache
             ).logits[:, -1]
             values, ids = logits.float().topk(min(100, logits.shape[-1]))
             choice = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)

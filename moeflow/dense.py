@@ -11,6 +11,7 @@ import torch
 
 from moeflow.kernels import cpu
 from moeflow.kernels.cpu_library import instruction_set
+from moeflow.kernels.cpu_structs import DTYPES
 
 # Up to here the row-by-row kernel is ahead of torch's matrix product.
 MAX_TOKENS = 16
@@ -89,7 +90,7 @@ def speed_up_dense(model: torch.nn.Module) -> None:
     norms: dict[type, type] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in cpu.DTYPES:
+        if not isinstance(weight, torch.nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in DTYPES:
             continue
         if type(module) is torch.nn.Linear:
             module.__class__ = FewTokensLinear

@@ -1,6 +1,6 @@
 """Many requests on one model: each step runs one pass over the new tokens of all of them.
 
-The place where tensors meet the schedule: it admits requests, runs packed passes, samples, and says what came of each.
+The place where requests meet the schedule: it admits them, lets passes run, and says what came of each.
 """
 
 import itertools
@@ -12,13 +12,14 @@ from dataclasses import asdict
 
 import torch
 
-from moeflow import hf
+from moeflow import hf_decoding
 from moeflow.config import MemorySize, parse_memory
 from moeflow.engine_groups import StepGroups
+from moeflow.engine_pass import PackedPasses
+from moeflow.engine_prompts import Prompts
 from moeflow.engine_request import Completion, Progress, Request
-from moeflow.errors import BudgetError, ClosedModelError, ConfigError, ExpertReadError, MoeflowError
-from moeflow.key_values import KeyValueSlots
-from moeflow.packed_attention import PackedCache, Segment
+from moeflow.errors import ClosedModelError, ConfigError, MoeflowError
+from moeflow.recorder import TraceRecorder
 from moeflow.sampling import SamplingParams
 from moeflow.sequences import Piece, Schedule, Sequence
 
@@ -70,35 +71,34 @@ class Engine:
         if isinstance(kv_memory, str) and kv_memory.endswith("%"):
             raise ConfigError(f'kv_memory={kv_memory!r} is a share of nothing: give bytes, "2GiB" or "auto".')
         budget_bytes = None if kv_memory == "auto" else parse_memory(kv_memory, name="kv_memory", whole_bytes=0)
-        hf.check_key_value_cache(model)
-        if getattr(getattr(model, "moeflow", None), "recorder", None) is not None:
+        hf_decoding.check_key_value_cache(model)
+        observers = getattr(getattr(model, "moeflow", None), "observers", ())
+        if any(isinstance(observer, TraceRecorder) for observer in observers):
             raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
         self.model = model
         self.tokenizer = tokenizer
-        self._context = hf.context_positions(model)
-        self._end_tokens = hf.end_tokens(model)
+        self._prompts = Prompts(model, tokenizer)
+        self._end_tokens = hf_decoding.end_tokens(model)
         if tokenizer is not None and tokenizer.eos_token_id is not None:  # where chat models name their end of turn
             self._end_tokens |= {tokenizer.eos_token_id}
-        self._vocab_size = model.get_input_embeddings().weight.shape[0]
-        self._cache = PackedCache()
-        self._cache.learn(model)
-        self._slots = KeyValueSlots(self._cache.shapes, 0)
-        if budget_bytes is None:
-            budget_bytes = _AUTO_BYTES
-            if self._context is not None:
-                budget_bytes = min(max_batch_size * self._context * self._slots.position_bytes, _AUTO_BYTES)
-        self._slots.budget_bytes = budget_bytes
-        self._schedule = Schedule(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
         self._groups = None
         if group_size is not None:
             if getattr(model, "moeflow", None) is None:
                 raise ConfigError("group_size is for models of load_moe, whose experts are fetched. Leave it out.")
             self._groups = StepGroups(model, group_size, regrouping=regrouping)
+        self._passes = PackedPasses(model, nullcontext if self._groups is None else self._groups.watching)
+        self._slots = self._passes.slots
+        if budget_bytes is None:
+            budget_bytes = _AUTO_BYTES
+            if self._prompts.context is not None:
+                budget_bytes = min(max_batch_size * self._prompts.context * self._slots.position_bytes, _AUTO_BYTES)
+        self._slots.budget_bytes = budget_bytes
+        self._schedule = Schedule(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
         self._requests: dict[str, Request] = {}
         self._unreported: list[Progress] = []
         self._names = map("request-{}".format, itertools.count(1))
         self._closed = False
-        self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "shared_tokens", "new_tokens", "retries"), 0)
+        self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "shared_tokens", "new_tokens"), 0)
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
 
@@ -127,21 +127,18 @@ class Engine:
             id = next(name for name in self._names if name not in self._requests)
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
-        if not isinstance(prompt, (str, list, tuple)):
-            raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")
-        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
-        ids = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
-        most = params.max_new_tokens
-        if self._context is not None:
-            most = min(most, self._context - len(ids) + 1)
-        request = Request(Sequence(id, ids, most), params, self.tokenizer)
-        self._requests[id] = request
-        error = self._refuse(request.sequence)
-        if error is None:
-            self._schedule.add(request.sequence)
+        if self._schedule.kept is not None and self._schedule.kept.id == id:
+            self._drop_kept()  # a slot has one name
+        ids = self._prompts.token_ids(prompt, params)
+        sequence = Sequence(id, ids, self._prompts.most_new_tokens(ids, params))
+        request = self._requests[id] = Request(sequence, params, self.tokenizer)
+        try:
+            self._prompts.check(ids)
+            self._slots.check_possible(sequence.num_positions)
+        except ConfigError as error:
+            self._report(request, [], "", "error", str(error))
         else:
-            self._report(request, [], "", "error", error)
+            self._schedule.add(sequence)
         return id
 
     def step(self) -> list[Progress]:
@@ -157,8 +154,9 @@ class Engine:
             self._counts["steps"] += 1
             for passed in [pieces] if self._groups is None else self._groups.split(pieces):
                 self._counts["passes"] += 1
-                for piece, logits in self._run(passed):
-                    self._advance(piece, logits)
+                for computed in self._passes.run(passed):
+                    self._advance(*computed)
+            self._drop_unwanted()
             step_s = time.perf_counter() - begin
             self._step_s += step_s
             if self._groups is not None:
@@ -218,6 +216,7 @@ class Engine:
         """Return what has happened since the engine was made, with units in the names."""
         return {
             **self._counts,
+            "retries": self._passes.num_retries,
             "step_s": self._step_s,
             "waiting": len(self._schedule.waiting),
             "running": len(self._schedule.running),
@@ -230,10 +229,11 @@ class Engine:
         }
 
     def check_integrity(self) -> None:
-        """Assert that every running sequence, and nobody else, has a slot, and that bytes are counted rightly."""
+        """Assert that running sequences and the kept one, and nobody else, have slots, and that bytes are right."""
         running, waiting = self._schedule.running, self._schedule.waiting
-        assert len(running) == len(self._slots), f"{len(self._slots)} slots for {len(running)} running sequences"
-        for sequence in running:
+        holders = running if self._schedule.kept is None else [*running, self._schedule.kept]
+        assert len(holders) == len(self._slots), f"{len(self._slots)} slots for {len(holders)} sequences"
+        for sequence in holders:
             assert self._slots[sequence.id].num_positions == sequence.num_positions, f"{sequence.id} has another's slot"
         assert len(running) + len(waiting) == len(self._requests), "a request neither waits nor runs"
         assert {*running, *waiting} == {request.sequence for request in self._requests.values()}
@@ -252,28 +252,13 @@ class Engine:
         if self._closed:
             raise ClosedModelError("this engine was closed: make another.")
 
-    def _refuse(self, sequence: Sequence) -> str | None:
-        """Say why a prompt cannot be run; None where it can."""
-        ids = sequence.prompt_ids
-        if not ids:
-            return "the prompt is empty: give at least one token."
-        wrong = [token for token in ids if type(token) is not int or not 0 <= token < self._vocab_size]
-        if wrong:
-            return f"the prompt has {wrong[0]!r}, which is no token id: they are 0 to {self._vocab_size - 1}."
-        if self._context is not None and len(ids) > self._context:
-            return (
-                f"the prompt has {len(ids):,} tokens, the model's context {self._context:,} positions. Shorten the "
-                "prompt, or take a model with a longer context."
-            )
-        try:
-            self._slots.check_possible(sequence.num_positions)
-        except BudgetError as error:
-            return str(error)
-        return None
-
     def _admit(self, sequence: Sequence) -> bool:
         try:
-            return self._slots.allocate(sequence.id, sequence.num_positions)
+            while not self._slots.allocate(sequence.id, sequence.num_positions):
+                if self._schedule.kept is None:
+                    return False
+                self._drop_kept()
+            return True
         except RuntimeError as error:  # there is less memory than the budget allows
             if not self._schedule.running:
                 self._end(self._requests[sequence.id], [], "", "error", f"no memory for keys and values: {error}")
@@ -283,93 +268,57 @@ class Engine:
         self._slots[receiver.id].copy_from(self._slots[donor.id], num_tokens)
         self._counts["shared_tokens"] += num_tokens
 
-    def _run(self, pieces: list[Piece]) -> list[tuple[Piece, torch.Tensor | None]]:
-        """Compute the pieces; where that fails, each alone, so that only those fail which cannot be computed."""
-        failed = (ExpertReadError, OSError, RuntimeError)
-        try:
-            return self._forward(pieces)
-        except failed:
-            self._counts["retries"] += 1
-        done = []
-        for piece in pieces:
-            try:
-                done += self._forward([piece])
-            except failed as error:
-                request = self._requests[piece.sequence.id]
-                self._end(request, [], "", "error", f"{type(error).__name__}: {error}")
-        return done
-
-    def _forward(self, pieces: list[Piece]) -> list[tuple[Piece, torch.Tensor | None]]:
-        segments, tokens, positions, keep = [], [], [], []
-        for sequence, new, samples in pieces:
-            segment = Segment(self._slots[sequence.id], sequence.num_computed, len(new))
-            segments.append(segment)
-            tokens += new
-            positions += range(segment.start, segment.end)
-            if samples:
-                keep.append(len(tokens) - 1)
-        ids, positions, places = (
-            torch.tensor(values, dtype=torch.long, device=self.model.device)
-            for values in (tokens, positions, keep or [len(tokens) - 1])
-        )
-        watched = nullcontext() if self._groups is None else self._groups.watching(pieces)
-        with torch.no_grad(), watched, self._cache.running(self.model, segments):
-            logits = iter(hf.packed_forward(self.model, ids[None], positions[None], self._cache, places))
-        return [(piece, next(logits) if piece.samples else None) for piece in pieces]
-
-    def _advance(self, piece: Piece, logits: torch.Tensor | None) -> None:
+    def _advance(self, piece: Piece, logits: torch.Tensor | None, error: str | None) -> None:
         """Enter what was computed, and the token that it leads to."""
         sequence = piece.sequence
+        request = self._requests[sequence.id]
+        if error is not None:
+            self._end(request, [], "", "error", error)
+            return
         in_prompt = not sequence.decoding
         sequence.num_computed += len(piece.tokens)
         self._counts["prompt_tokens"] += len(piece.tokens) * in_prompt
         if logits is None:
             return
-        request = self._requests[sequence.id]
         try:
-            sampled = request.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids)
+            token_id, text, reason = request.choose(logits, self._end_tokens)
         except RuntimeError as error:
             self._end(request, [], "", "error", f"no token could be chosen from the model's logits: {error}")
             return
-        sequence.token_ids.append(sampled.token_id)
         self._counts["new_tokens"] += 1
-        if request.logprobs is not None:
-            request.logprobs.append((sampled.logprob, sampled.top))
-        text, stopped = "", sampled.token_id in self._end_tokens and not request.params.ignore_eos
-        if not stopped and request.stops is not None:
-            text, stopped = request.stops.push(sampled.token_id)
-        if stopped:
-            self._end(request, [sampled.token_id], text, "stop")
-        elif len(sequence.token_ids) == sequence.max_new_tokens:
-            self._end(request, [sampled.token_id], text, "length")
+        if reason is None:
+            self._unreported.append(Progress(sequence.id, [token_id], text, None))
         else:
-            request.text += text
-            self._unreported.append(Progress(sequence.id, [sampled.token_id], text, None))
+            self._end(request, [token_id], text, reason)
 
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
-        """Take a request out of the schedule, free its slot and report it."""
-        if self._schedule.remove(request.sequence):
-            self._slots.free(request.sequence.id)
+        """Take a request out of the schedule, free its slot unless somebody may share it, and report it."""
+        sequence = request.sequence
+        if self._schedule.remove(sequence):
+            if reason in ("stop", "length") and self._schedule.wants(sequence):
+                self._drop_kept()
+                self._schedule.kept = sequence
+            else:
+                self._slots.free(sequence.id)
+        self._drop_unwanted()
         self._report(request, token_ids, text, reason, error)
 
-    def _report(self, request, token_ids, text, reason, error) -> None:
-        sequence = request.sequence
-        if request.stops is not None:
-            text += request.stops.finish()
-        del self._requests[sequence.id]
+    def _drop_unwanted(self) -> None:
+        if self._schedule.kept is not None and not self._schedule.wants(self._schedule.kept):
+            self._drop_kept()
+
+    def _drop_kept(self) -> None:
+        if self._schedule.kept is not None:
+            self._slots.free(self._schedule.kept.id)
+            self._schedule.kept = None
+
+    def _report(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None) -> None:
+        rest, completion = request.finish(reason, error)
+        del self._requests[completion.id]
         if self._groups is not None:
-            self._groups.forget(sequence.id)
+            self._groups.forget(completion.id)
         self._reasons[reason] += 1
-        completion = Completion(
-            sequence.id,
-            sequence.prompt_ids,
-            sequence.token_ids,
-            request.text + text,
-            reason,
-            error,
-            request.logprobs,
-        )
-        self._unreported.append(Progress(sequence.id, token_ids, text, completion))
+        self._unreported.append(Progress(completion.id, token_ids, text + rest, completion))
 
     def _until(self, ids: list[str]) -> Iterator[Progress]:
         """Step until these have ended, and yield what they got; what others got is kept for the next step()."""

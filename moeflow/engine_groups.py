@@ -10,13 +10,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from moeflow import hf
+from moeflow import hf_experts
 from moeflow.scheduler import SchedulerStats, TokenScheduler
 from moeflow.sequences import Piece
 
 
 class PassRoutes:
-    """Sits where a trace recorder would, and keeps what the routers of one pass chose.
+    """Sits among a runtime's observers for a pass, and keeps what its routers chose.
 
     Args:
         num_layers: L.
@@ -24,26 +24,25 @@ class PassRoutes:
     """
 
     def __init__(self, num_layers: int, num_experts: int):
-        self._shape = num_layers, num_experts
+        self._num_layers, self._num_experts = num_layers, num_experts
         self._chosen: dict[int, np.ndarray] = {}
 
     def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights=None, hidden_states=None) -> None:
         """Take in a layer's [tokens, K] choices."""
-        self._chosen[layer] = top_k_index.numpy(force=True)
+        self._chosen[layer] = top_k_index.numpy(force=True).copy()
 
     def close(self) -> None:
         """Nothing is held."""
 
     def take(self, num_tokens: int) -> np.ndarray:
-        """Return the pass's routes, [tokens, L, E] bool, and forget them."""
-        routes = np.zeros((num_tokens, *self._shape), bool)
+        """Return what the pass's tokens chose, [tokens, L, K] with E for none, and forget it."""
+        top_k = max((chosen.shape[1] for chosen in self._chosen.values()), default=0)
+        taken = np.full((num_tokens, self._num_layers, top_k), self._num_experts, np.int64)
         for layer, chosen in self._chosen.items():
-            if len(chosen) != num_tokens:
-                continue
-            tokens, ranks = np.nonzero(chosen < self._shape[1])
-            routes[tokens, layer, chosen[tokens, ranks]] = True
+            if len(chosen) == num_tokens:
+                taken[:, layer, : chosen.shape[1]] = np.minimum(chosen, self._num_experts)
         self._chosen.clear()
-        return routes
+        return taken
 
 
 class StepGroups:
@@ -59,11 +58,11 @@ class StepGroups:
         self._runtime = model.moeflow
         counts = [source.layout.num_experts for source in self._runtime.store.layers]
         self._shape = len(counts), max(counts)
-        top_k = hf.num_experts_per_tok(model)
+        top_k = hf_experts.num_experts_per_tok(model)
         self._scheduler = TokenScheduler(*self._shape, top_k, group_size, regrouping=regrouping)
-        self._routes = PassRoutes(*self._shape)
+        self._routes = PassRoutes(*self._shape) if regrouping else None
         self._decoding: list[str] = []
-        self._true: dict[str, np.ndarray] = {}  # of the sequences that decoded in this step, [L, E]
+        self._true: dict[str, np.ndarray] = {}  # [L, K] of those that decoded in this step
 
     @property
     def stats(self) -> SchedulerStats:
@@ -75,28 +74,35 @@ class StepGroups:
         decoding = [piece for piece in pieces if piece.sequence.decoding]
         prompts = [piece for piece in pieces if not piece.sequence.decoding]
         self._decoding, self._true = [piece.sequence.id for piece in decoding], {}
-        places = self._scheduler.split(self._decoding, self._runtime.cache.present(*self._shape))
+        fed = [piece.tokens[0] for piece in decoding]
+        places = self._scheduler.split(self._decoding, fed, self._runtime.cache.present(*self._shape))
         for number, group in enumerate(places or [[]]):
             last = number == max(len(places) - 1, 0)
             if last and len(places) > 1:
-                self._scheduler.plan_ahead(self._decoding)
+                chosen = [piece.sequence.token_ids[-1] for piece in decoding]
+                for place in group:
+                    chosen[place] = None  # until this pass has run
+                self._scheduler.plan_ahead(self._decoding, chosen)
             passed = [decoding[place] for place in group] + (prompts if last else [])
             if passed:
                 yield passed
 
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
-        """See what the routers choose in a pass over pieces."""
-        self._runtime.recorder = self._routes
+        """See what the routers choose in a pass over pieces, where groups depend on it."""
+        if self._routes is None:
+            yield
+            return
+        self._runtime.observers.append(self._routes)
         try:
             yield
         finally:
-            self._runtime.recorder = None
-        routes, begin = self._routes.take(sum(len(piece.tokens) for piece in pieces)), 0
+            self._runtime.observers.remove(self._routes)
+        chosen, begin = self._routes.take(sum(len(piece.tokens) for piece in pieces)), 0
         for piece in pieces:
-            own = routes[begin : begin + len(piece.tokens)]
+            own = chosen[begin : begin + len(piece.tokens)]
             begin += len(piece.tokens)
-            self._scheduler.observe(piece.sequence.id, own)
+            self._scheduler.observe(piece.sequence.id, piece.tokens, own)
             self._true[piece.sequence.id] = own[-1]
 
     def finish(self, step_s: float) -> None:

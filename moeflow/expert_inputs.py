@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from moeflow import hf
+from moeflow import hf, hf_experts
 from moeflow.calibration_text import cut_windows
 from moeflow.kernels.expert_mlp import hidden_activations
 from moeflow.model import load_moe
@@ -78,12 +78,12 @@ def record_inputs(
         windows: token ids of pieces of text, all of one length.
         progress: called with (windows done, windows in all).
     """
-    modules = [module for _, module in hf.experts_modules(model)]
+    modules = [module for _, module in hf_experts.experts_modules(model)]
     found = ExpertInputs(hashlib.sha256(json.dumps(windows).encode()).hexdigest(), modules)
 
     def watch(layer):
         def hook(module, args, kwargs):
-            hidden_states, top_k_index, _ = hf.experts_arguments(args, kwargs)
+            hidden_states, top_k_index, _ = hf_experts.experts_arguments(args, kwargs)
             found.add(layer, hidden_states, top_k_index)
 
         return hook

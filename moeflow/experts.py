@@ -81,8 +81,8 @@ class OffloadedExperts:
             top_k_index, top_k_weights = self.pruning.apply(
                 hidden_states, top_k_index, top_k_weights, num_experts=self._num_experts
             )
-        if self.runtime.recorder is not None:
-            self.runtime.recorder.observe(self.layer, top_k_index, top_k_weights, hidden_states)
+        for observer in self.runtime.observers:
+            observer.observe(self.layer, top_k_index, top_k_weights, hidden_states)
         if self.spread is not None:
             outputs = self.spread(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
             return self._compute(hidden_states.dtype).end(hidden_states, outputs, top_k_weights)

@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from moeflow import hf
+from moeflow import hf_experts
 
 
 @torch.no_grad()
@@ -24,13 +24,13 @@ def model_fingerprint(model) -> str:
         UnsupportedModelError: the model has no routed experts.
     """
     config = model.config.get_text_config(decoder=True)
-    found = hf.experts_modules(model)
+    found = hf_experts.experts_modules(model)
     counts = [_num_experts(module) for _, module in found]
     shape = [
         model.config.model_type,
         len(found),
         counts,
-        hf.num_experts_per_tok(model),
+        hf_experts.num_experts_per_tok(model),
         getattr(config, "hidden_size", None),
         getattr(config, "vocab_size", None),
     ]

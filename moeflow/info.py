@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moeflow import hardware, hf
+from moeflow import hardware, hf, hf_experts
 from moeflow.checkpoint import open_checkpoint
 from moeflow.config import ExpertsSize
 from moeflow.packed import PACKED_FILE, read_packed
@@ -31,7 +31,7 @@ def describe_model(model: str | Path) -> dict:
     packed = (folder / PACKED_FILE).is_file()
     layers = read_packed(folder, map_layouts(empty)) if packed else map_experts(empty, checkpoint.tensors)
     feeding = set() if packed else expert_tensor_names(empty, checkpoint.tensors)
-    size = ExpertsSize.of([source.layout for source in layers], hf.num_experts_per_tok(empty))
+    size = ExpertsSize.of([source.layout for source in layers], hf_experts.num_experts_per_tok(empty))
     dense = sum(entry.num_bytes for name, entry in checkpoint.tensors.items() if name not in feeding)
     counts = sorted({source.layout.num_experts for source in layers})
     records = {record for source in layers for record in source.layout.variants or (source.layout.record,)}

@@ -7,8 +7,12 @@ from moeflow.errors import MoeflowError
 _MEMORY_HELP = 'bytes, "6GiB", "600MB", "25%%" of all experts, or "auto"'
 
 
-def add_loading_options(parser) -> None:
-    """Add the options of load_moe, and --json, to a command."""
+def add_loading_options(parser, *, compiles: bool = True) -> None:
+    """Add the options of load_moe, and --json, to a command.
+
+    Args:
+        compiles: whether --compile has an effect on what the command does.
+    """
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
     parser.add_argument("--dtype", default="auto", help='"auto", "float32", "bfloat16" or "float16"')
     parser.add_argument("--expert-memory", default="auto", metavar="SIZE", help=_MEMORY_HELP)
@@ -30,7 +34,10 @@ def add_loading_options(parser) -> None:
         metavar="SHARE",
         help="leave out this share of experts behind the first; lossy",
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster decoding")
+    if compiles:
+        parser.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster decoding")
+    else:
+        parser.set_defaults(compile=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moeflow import hardware, hf
+from moeflow import hardware, hf, hf_decoding, hf_experts
 from moeflow.cache import POLICIES, ExpertCache
 from moeflow.calibration_text import cut_windows
 from moeflow.checkpoint import open_checkpoint
@@ -156,9 +156,11 @@ def load_moe(
             plan.layers = map_experts(empty, checkpoint.tensors)
         if quantization is not None:
             formats = [[quantization] * source.layout.num_experts for source in plan.layers]
-            plan.layers = quantize_sources(plan.layers, formats, hf.transposed(empty))
+            plan.layers = quantize_sources(plan.layers, formats, hf_experts.transposed(empty))
         plan.size = ExpertsSize.of(
-            [source.layout for source in plan.layers], hf.num_experts_per_tok(empty), whole_slots=device.type != "cpu"
+            [source.layout for source in plan.layers],
+            hf_experts.num_experts_per_tok(empty),
+            whole_slots=device.type != "cpu",
         )
         if expert_memory != "auto":  # refuse before anything large is read
             plan.size.slots_for(parse_memory(expert_memory, name="expert_memory", whole_bytes=plan.size.all_bytes))
@@ -185,7 +187,7 @@ def load_moe(
     if prune:
         _calibrate_pruning(loaded, folder, prune)
     if compile:
-        hf.compile_decoding(loaded)
+        hf_decoding.compile_decoding(loaded)
     if trace is not None:
         try:
             attach_recorder(loaded, trace)
@@ -221,7 +223,9 @@ def _resolve_device(device) -> torch.device:
 def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model, predictor, miss) -> ExpertRuntime:
     size, governor = plan.size, None
     reserve = (
-        _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * hf.key_value_bytes_per_position(model)
+        _RESERVE_BYTES
+        + _READ_THREADS * size.slot_bytes
+        + _RESERVE_POSITIONS * hf_decoding.key_value_bytes_per_position(model)
     )
     if expert_memory == "auto":
         free = hardware.available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
@@ -303,13 +307,13 @@ def _calibrate_pruning(model, folder: Path, share: float) -> None:
         model.moeflow.close()
         raise
     model.moeflow.reset_stats()
-    for (_, module), threshold in zip(hf.experts_modules(model), thresholds, strict=True):
+    for (_, module), threshold in zip(hf_experts.experts_modules(model), thresholds, strict=True):
         module._moeflow.pruning = threshold
 
 
 def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
     """Put the runtime behind the model's experts modules and count its passes."""
-    for layer, (_, module) in enumerate(hf.experts_modules(model)):
+    for layer, (_, module) in enumerate(hf_experts.experts_modules(model)):
         module._moeflow = OffloadedExperts(runtime, layer, module, tap)
     model.moeflow = runtime
     counted = weakref.ref(runtime)
@@ -322,10 +326,10 @@ def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
         if ids is None and args:
             ids = args[0]
         if ids is not None:
-            cache = hf.cache_of(kwargs)
+            cache = hf_decoding.cache_of(kwargs)
             shape = ids.shape[0], ids.shape[1], ids if ids.dim() == 2 else None
             num_sequences, num_positions, tokens = cache.describe_pass(ids) if isinstance(cache, PackedCache) else shape
-            continues = hf.continues_cache(kwargs, num_positions)
+            continues = hf_decoding.continues_cache(kwargs, num_positions)
             counted().begin_forward(num_sequences, num_positions, continues=continues, token_ids=tokens)
             if tap is not None:
                 tap.listen(counted().predicting)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from moeflow import hf
+from moeflow import hf_decoding
 from moeflow.errors import ExpertReadError, UnsupportedModelError
 from moeflow.key_values import KeyValueSlot, LayerShape
 
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
         return self.start + self.count
 
 
-class PackedCache(hf.KeyValueCache):
+class PackedCache(hf_decoding.KeyValueCache):
     """What a packed pass hands to the model as its key-value cache."""
 
     def __init__(self):
@@ -65,7 +65,7 @@ class PackedCache(hf.KeyValueCache):
         self._same_rows, self._rows = rows == self._rows, rows
         token = _cache.set(self)
         try:
-            with hf.attention_replaced(model) as self._implementations:
+            with hf_decoding.attention_replaced(model) as self._implementations:
                 yield
         finally:
             _cache.reset(token)
@@ -103,7 +103,7 @@ class PackedCache(hf.KeyValueCache):
         position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.num_attentions = 0
         with torch.no_grad(), self.running(model, [Segment(None, 0, 1)]):
-            hf.packed_forward(model, torch.full_like(position, token), position, self, position[0])
+            hf_decoding.packed_forward(model, torch.full_like(position, token), position, self, position[0])
 
     def describe_pass(self, input_ids: torch.Tensor) -> tuple[int, int, torch.Tensor | None]:
         """Tell num_sequences, num_positions and the tokens [num_sequences, num_positions] of the pass under way.
@@ -193,7 +193,7 @@ class _Mask:
         return self._made[key]
 
     def _make(self, segment, query, eager):
-        causal = self._allowed is hf.causal_rule
+        causal = self._allowed is hf_decoding.causal_rule
         if causal and (segment.count == 1 or (segment.start == 0 and not eager)):
             return None  # sdpa masks what comes later where it gets as many queries as keys
         queries = torch.arange(segment.start, segment.end, device=query.device)[:, None]
@@ -206,7 +206,7 @@ class _Mask:
         return allowed[None, None]
 
 
-def _mask(batch_size, q_length, mask_function=hf.causal_rule, device=None, **kwargs) -> torch.Tensor:
+def _mask(batch_size, q_length, mask_function=hf_decoding.causal_rule, device=None, **kwargs) -> torch.Tensor:
     """Stand in for transformers' mask functions: a tensor that models pass on, with the rule on it."""
     carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
     carrier.rule = _Mask(mask_function)
@@ -229,7 +229,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
             f"{type(module).__name__} {found}, which the engine cannot cut into sequences. Call model.generate instead."
         )
     implementation = cache.implementation(module)
-    attend, outputs = hf.attention_function(module, implementation), []
+    attend, outputs = hf_decoding.attention_function(module, implementation), []
     queries = query.split([segment.count for segment in cache.segments], 2)
     kwargs = {name: argument for name, argument in kwargs.items() if name not in _PER_PASS}
     for index, (segment, (keys, values)) in enumerate(zip(cache.segments, cache.whole(key, value), strict=True)):
@@ -238,4 +238,4 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     return torch.cat(outputs, 1), None
 
 
-hf.register_packed_attention(_attention, _mask)
+hf_decoding.register_packed_attention(_attention, _mask)

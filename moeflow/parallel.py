@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moeflow import hf
+from moeflow import hf_decoding, hf_experts
 from moeflow.errors import ConfigError, MoeflowError, ParallelError, PlacementError
 from moeflow.experts import OffloadedExperts
 from moeflow.fingerprint import model_fingerprint
@@ -86,7 +86,7 @@ def apply(model, plan: Plan | str | Path | None = None, group=None) -> "ExpertPa
                 f"rank {rank} has another model, dtype, quantisation or plan than rank {ranks.rank}. Load the same "
                 "checkpoint with the same options on all ranks, and give all the same plan."
             )
-    experts = [module._moeflow for _, module in hf.experts_modules(model)]
+    experts = [module._moeflow for _, module in hf_experts.experts_modules(model)]
     runtime.parallel = ExpertParallel(experts, plan, ranks)
     for layer, served in enumerate(experts):
         served.spread = partial(runtime.parallel.outputs, layer)
@@ -198,7 +198,7 @@ def _checked_plan(model, plan, world_size: int) -> Plan:
             "most of that is on other ranks. Load the model with predictor=None (--predictor none) to spread its "
             "experts."
         )
-    if hf.compiles_decoding(model):
+    if hf_decoding.compiles_decoding(model):
         raise ConfigError(
             "compiled decode steps were never tried over several ranks. Load the model with compile=False."
         )

@@ -1,8 +1,13 @@
 """Progress of long work on standard error: a bar in a terminal, a line now and then elsewhere."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from moeflow.report import format_seconds
+
+_LINE_EVERY_S = 60.0  # without a terminal, where a tenth takes longer
 
 
 @contextmanager
@@ -49,8 +54,8 @@ def share_progress(title: str) -> Iterator[Callable[[float, str], None]]:
     """
     from rich.progress import TextColumn
 
-    with _progress(title, TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}")) as show:
-        yield lambda share, text: show(round(1000 * share), 1000, text)
+    with _progress(title, TextColumn("{task.percentage:>3.0f} %")) as show:
+        yield lambda share, text: show(round(10_000 * share), 10_000, text)
 
 
 @contextmanager
@@ -58,18 +63,36 @@ def _progress(title: str, *figures) -> Iterator[Callable[[int, int], None]]:
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
-        columns = (TextColumn(title), BarColumn(), *figures, TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        class Bar(Progress):
+            """A bar, and what is going on below it: beside it a narrow terminal would have room for neither."""
+
+            def get_renderables(self):
+                yield from super().get_renderables()
+                yield from (Text(task.description) for task in self.tasks if task.description != title)
+
+        literal = title.replace("{", "{{").replace("}", "}}")  # a file may be called so
+        columns = (TextColumn(literal, markup=False), BarColumn(), *figures, TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total, text=title: bar.update(task, completed=done, total=total, description=text)
     else:
-        shown = [-1]
+        begin_s = time.monotonic()
+        shown_tenth, shown_s = -1, begin_s
 
         def line(done: int, total: int, text: str = title) -> None:
-            tenth = 10 * done // total if total else 10
-            if tenth > shown[0]:
-                shown[0] = tenth
-                print(f"{text}: {10 * tenth} %", file=sys.stderr)
+            nonlocal shown_tenth, shown_s
+            now_s, tenth = time.monotonic(), 10 * done // total if total else 10
+            if tenth <= shown_tenth and now_s - shown_s < _LINE_EVERY_S:
+                return
+            shown_tenth, shown_s = max(tenth, shown_tenth), now_s
+            parts = [f"{title}: {100 * done // total if total else 100} %"]
+            if text != title:
+                parts.append(text)
+            left_s = (now_s - begin_s) * (total - done) / done if done else 0.0
+            if left_s >= 1:
+                parts.append(f"about {format_seconds(left_s)} left")
+            print(" · ".join(parts), file=sys.stderr, flush=True)
 
         yield line

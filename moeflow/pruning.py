@@ -2,7 +2,7 @@
 
 import torch
 
-from moeflow import hf
+from moeflow import hf_experts
 from moeflow.kernels.pruning import PruningThreshold, find_threshold
 
 
@@ -31,11 +31,13 @@ def calibrate_pruning(
     found: list[PruningThreshold] = []
 
     def watch(module, args, kwargs):
-        hidden_states, _, weights = hf.experts_arguments(args, kwargs)
+        hidden_states, _, weights = hf_experts.experts_arguments(args, kwargs)
         shares = {"skipped_share": skipped_share, "protected_share": protected_share}
         found.append(find_threshold(hidden_states, weights, **shares))
 
-    handles = [module.register_forward_pre_hook(watch, with_kwargs=True) for _, module in hf.experts_modules(model)]
+    handles = [
+        module.register_forward_pre_hook(watch, with_kwargs=True) for _, module in hf_experts.experts_modules(model)
+    ]
     try:
         rows = torch.tensor(windows, device=next(model.parameters()).device)
         model(input_ids=rows, use_cache=False, logits_to_keep=1)

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from moeflow import hf
+from moeflow import hf, hf_experts
 from moeflow.checkpoint import open_checkpoint
 from moeflow.errors import ConfigError
 from moeflow.layers import LayerSource
@@ -66,7 +66,7 @@ def quantize_model(
     sources = map_experts(empty, checkpoint.tensors)
     if isinstance(formats, str):
         formats = [[writable_format(formats).name] * source.layout.num_experts for source in sources]
-    layers = quantize_sources(sources, formats, hf.transposed(empty), method=method, calibration=calibration)
+    layers = quantize_sources(sources, formats, hf_experts.transposed(empty), method=method, calibration=calibration)
     feeding = expert_tensor_names(empty, checkpoint.tensors)
     settings = method if calibration is None else f"{method} {calibration.fingerprint}"
     write_packed(checkpoint, layers, feeding, out, settings=settings, progress=progress)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moeflow import hf
+from moeflow import hf_decoding, hf_experts
 from moeflow.errors import TraceError
 from moeflow.fingerprint import model_fingerprint
 from moeflow.lookahead_record import LookaheadRecord
@@ -284,7 +284,7 @@ def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> Trac
     """
     runtime = model.moeflow
     experts_per_layer = tuple(source.layout.num_experts for source in runtime.store.layers)
-    top_k = hf.num_experts_per_tok(model)
+    top_k = hf_experts.num_experts_per_tok(model)
     format = TraceFormat(
         experts_per_layer,
         top_k,
@@ -326,13 +326,13 @@ def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> Trac
             ids if ids is not None and ids.dim() == 2 else None,
             tokens.shape[0],
             tokens.shape[1],
-            continues=hf.continues_cache(kwargs, tokens.shape[1]),
+            continues=hf_decoding.continues_cache(kwargs, tokens.shape[1]),
             attention_mask=kwargs.get("attention_mask"),
             cache=cache if cache is not None else kwargs.get("cache"),
         )
 
     recorder.hooks.append(model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True))
-    runtime.recorder = recorder
+    runtime.observers.append(recorder)
     return recorder
 
 

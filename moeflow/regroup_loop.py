@@ -8,8 +8,6 @@ import math
 
 import numpy as np
 
-_MASK = 2**64 - 1
-
 
 def regroup(search, num_swaps: int, hot: float, cooling: float) -> int:
     """Try swaps of two tokens of different groups; return by how many active pairs the best differs from the first.
@@ -27,14 +25,14 @@ def regroup(search, num_swaps: int, hot: float, cooling: float) -> int:
     change = best = 0
     temperature = hot
     for _ in range(num_swaps):
-        a, b = _below(search, len(routes)), _below(search, len(routes))
+        a, b = search.random.below(len(routes)), search.random.below(len(routes))
         source, target = int(search.group[a]), int(search.group[b])
         if source != target:
             leaves, comes = routes[a] & ~routes[b], routes[b] & ~routes[a]
             more = (comes & ~active[source]).bit_count() + (leaves & ~active[target]).bit_count()
             fewer = (leaves & single[source]).bit_count() + (comes & single[target]).bit_count()
             delta = more - fewer
-            if delta <= 0 or delta < -temperature * math.log(_unit(search)):
+            if delta <= 0 or delta < -temperature * math.log(search.random.unit()):
                 _move(search, a, source, target)
                 _move(search, b, target, source)
                 for group in (source, target):
@@ -61,20 +59,3 @@ def _move(search, token, source, target) -> None:
 def _whole(words) -> int:
     """A set of bits as one number."""
     return int.from_bytes(words.tobytes(), "little")
-
-
-def _next_random(search) -> int:
-    """splitmix64."""
-    search.random = (search.random + 0x9E3779B97F4A7C15) & _MASK
-    z = search.random
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-def _below(search, limit) -> int:
-    return ((_next_random(search) >> 32) * limit) >> 32
-
-
-def _unit(search) -> float:
-    return (float(_next_random(search) >> 11) + 0.5) * 2.0**-53

@@ -5,21 +5,17 @@ the experts it demands are resident, and this event does not evict them. Within 
 number: that is the order in which what ties goes. Nothing is prefetched and nothing costs time.
 """
 
-import ctypes
-import logging
 import math
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
+from ctypes import c_int, c_int64, c_uint64
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from moeflow.compiled import c_function
 from moeflow.errors import ConfigError
 from moeflow.replay_loop import replay_loop
 from moeflow.routing import RoutingTrace
-
-_log = logging.getLogger(__name__)
 
 # In the order of the enum in _replay.c.
 REPLAY_POLICIES = ("lru", "lfu", "lfru", "static", "popularity", "belady", "random")
@@ -226,32 +222,24 @@ def _replay(ordered, num_experts, starts, num_slots, policy, per_layer, warm, se
     return result
 
 
-@cache
 def _compiled_loop():
-    """Return the compiled loop, called like `replay_loop`; None, with one warning, where it was not built."""
-    folder = Path(__file__).parent
-    built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_replay{suffix}").is_file()]
-    try:
-        function = ctypes.CDLL(str(built[0])).moeflow_replay
-    except (IndexError, OSError, AttributeError):
-        _log.warning(
-            "moeflow's compiled replay was not built: replays run in Python, about a hundred times slower. Install "
-            "moeflow again where there is a C compiler."
-        )
-        return None
+    """Return the compiled loop, called like `replay_loop`; None where it was not built."""
     words, counts = np.ctypeslib.ndpointer(np.uint16, flags="C"), np.ctypeslib.ndpointer(np.int64, flags="C")
-    integer, long = ctypes.c_int, ctypes.c_int64
-    function.argtypes = [words, long, integer, integer, counts, long, *[integer] * 4, ctypes.c_uint64, counts, counts]
+    function = c_function(
+        "replay", __file__,
+        (words, c_int64, c_int, c_int, counts, c_int64, *[c_int] * 4, c_uint64, counts, counts), c_int,
+        without="replays run in Python, about a hundred times slower",
+    )  # fmt: skip
+    return None if function is None else partial(_run_compiled, function)
 
-    def loop(experts, num_experts, starts, num_slots, policy, *, warm, num_fixed, seed):
-        num_layers, top_k = experts.shape[1:]
-        hits, accesses = np.zeros(num_layers, np.int64), np.zeros(num_layers, np.int64)
-        failed = function(
-            experts, num_layers, top_k, num_experts, starts, len(starts) - 1, num_slots,
-            REPLAY_POLICIES.index(policy), warm, num_fixed, seed % 2**64, hits, accesses,
-        )  # fmt: skip
-        if failed:
-            raise MemoryError(f"no memory to replay {len(experts)} rows")
-        return hits, accesses
 
-    return loop
+def _run_compiled(function, experts, num_experts, starts, num_slots, policy, *, warm, num_fixed, seed):
+    num_layers, top_k = experts.shape[1:]
+    hits, accesses = np.zeros(num_layers, np.int64), np.zeros(num_layers, np.int64)
+    failed = function(
+        experts, num_layers, top_k, num_experts, starts, len(starts) - 1, num_slots,
+        REPLAY_POLICIES.index(policy), warm, num_fixed, seed % 2**64, hits, accesses,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory to replay {len(experts)} rows")
+    return hits, accesses

@@ -9,8 +9,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from moeflow.random_bits import RandomBits
+
 _NEVER = 2**31 - 1
-_MASK = 2**64 - 1
 
 
 class ReplayCache:
@@ -31,7 +32,7 @@ class ReplayCache:
     def __init__(self, num_layers, num_slots, policy, *, num_fixed, popularity, seed):
         self.num_layers, self.num_slots, self.policy, self.num_fixed = num_layers, num_slots, policy, num_fixed
         self.popularity = popularity
-        self._random_state = seed
+        self._random = RandomBits(seed)
         self.empty()
 
     def empty(self) -> None:
@@ -86,19 +87,12 @@ class ReplayCache:
     def _victim(self, event_begin):
         if self.policy == "random":
             while True:
-                slot = self._next_random() % len(self.key_of)
+                slot = self._random.next() % len(self.key_of)
                 if self.last_touch[slot] < event_begin:
                     return slot
         score, last_touch = SCORES[self.policy], self.last_touch
         evictable = [slot for slot in range(len(self.key_of)) if last_touch[slot] < event_begin]
         return min(evictable, key=lambda slot: (score(self, slot), last_touch[slot]))
-
-    def _next_random(self):
-        """Return the next 64 random bits (splitmix64)."""
-        z = self._random_state = (self._random_state + 0x9E3779B97F4A7C15) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        return z ^ (z >> 31)
 
 
 def _lfru(cache: ReplayCache, slot: int) -> float:
@@ -150,7 +144,7 @@ def replay_loop(
     for layer in range(num_layers):
         uses = np.bincount(rows[:, layer].ravel(), minlength=num_experts)
         popularity[layer] = uses[:num_experts]
-    cache = ReplayCache(num_layers, num_slots, policy, num_fixed=num_fixed, popularity=popularity, seed=seed & _MASK)
+    cache = ReplayCache(num_layers, num_slots, policy, num_fixed=num_fixed, popularity=popularity, seed=seed)
     hits, accesses = np.zeros(num_layers, np.int64), np.zeros(num_layers, np.int64)
     spans = [(starts[0], starts[-1])] if warm else list(pairwise(starts))
     for begin, end in spans:

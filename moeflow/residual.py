@@ -8,7 +8,7 @@ import weakref
 
 import torch
 
-from moeflow import hf
+from moeflow import hf_experts
 from moeflow.predictors.lookahead import Lookahead
 
 
@@ -22,7 +22,9 @@ class ResidualTap:
     def __init__(self, model: torch.nn.Module):
         self._latest: dict[int, dict] = {}  # layer -> {norm: (its input, its output)} of the pass under way
         self._hooks: list = []
-        self.norms = {layer: _norms_around(model, path) for layer, (path, _) in enumerate(hf.experts_modules(model))}
+        self.norms = {
+            layer: _norms_around(model, path) for layer, (path, _) in enumerate(hf_experts.experts_modules(model))
+        }
 
     def listen(self, wanted: bool) -> None:
         """Put the hooks on, or take them off: even an idle hook costs a layer some 20 us."""
@@ -67,8 +69,8 @@ def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:
     the right one.
     """
     routers, biases, eps = [], [], []
-    for path, _ in hf.experts_modules(model):
-        weight, bias = hf.router_parameters(model.get_submodule(path.rpartition(".")[0]))
+    for path, _ in hf_experts.experts_modules(model):
+        weight, bias = hf_experts.router_parameters(model.get_submodule(path.rpartition(".")[0]))
         norms = _norms_around(model, path)
         if weight is not None:  # a norm of attention heads, or one without a weight, is not what feeds a router
             norms = [norm for norm in norms if getattr(norm, "weight", None) is not None]

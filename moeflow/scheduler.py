@@ -1,9 +1,10 @@
 """The token scheduler: which of the sequences that decode share a pass, when not all of them fit into one.
 
-Groups are planned by the routes that each sequence is likely to take (`recent_routes`), beside the compute of the step
-before where the same sequences go on. After a step the true routes are known, and with them what groups by arrival
-would have activated: so the scheduler knows its gain exactly, and stands aside where that is not worth the waiting for
-plans, to look again ever more rarely.
+Groups are planned by the routes that each sequence is likely to take (`likely_routes`). Most of a plan is made beside
+the last pass of the step before, without the tokens which that pass has yet to choose; once they are known the plan is
+amended. After a step the true routes are known, and with them what groups by arrival would have activated: so the
+scheduler knows its gain exactly, and stands aside where that is not worth the waiting for plans, to look again ever
+more rarely.
 
 Knows routes and ids. Knows nothing of tensors, models or slots.
 
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeflow.errors import ConfigError
-from moeflow.recent_routes import RecentRoutes
-from moeflow.regroup import active_pairs, arrival_groups, regroup
+from moeflow.likely_routes import LikelyRoutes
+from moeflow.predictors.odds import multi_hot
+from moeflow.regroup import active_pairs, amended_groups, arrival_groups, regroup
 
 _TRIAL_STEPS = 8  # steps that a judgement rests on
 _FIRST_REST, _LONGEST_REST = 32, 1024  # steps without planning after one that did not pay
@@ -63,18 +65,19 @@ class TokenScheduler:
         self.stats = SchedulerStats()
         self._regrouping = regrouping
         self._shape = num_layers, num_experts
-        self._recent = RecentRoutes(num_layers, num_experts, top_k)
+        self._likely = LikelyRoutes(num_layers, num_experts, top_k)
         self._threads = ThreadPoolExecutor(1, "moeflow-scheduler")
-        self._ahead: tuple[list[str], Future] | None = None
+        self._ahead: tuple[list[str], Future] | None = None  # of these sequences, [sequences] groups
         self._split: tuple[list[str], np.ndarray] | None = None  # the step under way, if it was planned
         self._rest, self._next_rest = 0, _FIRST_REST
         self._trial = [0, 0, 0.0, 0.0]  # steps, pairs saved, seconds waited, seconds of steps
 
-    def split(self, sequences: list[str], resident: np.ndarray | None = None) -> list[list[int]]:
+    def split(self, sequences: list[str], tokens: list[int], resident: np.ndarray | None = None) -> list[list[int]]:
         """Split a step's sequences into as few groups as there can be, of sizes that differ by one at most.
 
         Args:
             sequences: ids, in the order of arrival.
+            tokens: the token that each is fed.
             resident: [L, E] bool, what lies in memory; groups that need it come first. None where not known.
 
         Returns:
@@ -88,42 +91,50 @@ class TokenScheduler:
         groups = arrival_groups(len(sequences), num_groups)
         if self._regrouping and self._due():
             begin = time.perf_counter()
-            groups, likely = self._planned(sequences, num_groups)
+            likely = self._likely.likely(sequences, tokens)
+            groups = self._planned(sequences, likely, num_groups)
             order = _order(likely, groups, num_groups, resident)
             self.stats.planned += 1
-            self.stats.waited_s += time.perf_counter() - begin
-            self._trial[2] += time.perf_counter() - begin
+            self._waited(time.perf_counter() - begin)
             self._split = sequences, groups
         else:
             order = range(num_groups)
         return [np.flatnonzero(groups == group).tolist() for group in order]
 
-    def plan_ahead(self, sequences: list[str]) -> None:
-        """Plan the next step beside what computes now, should the same sequences come again."""
+    def plan_ahead(self, sequences: list[str], tokens: list[int | None]) -> None:
+        """Begin to plan the next step beside what computes now.
+
+        Args:
+            sequences: ids of those that are likely to go on.
+            tokens: the token that each will be fed; None where it is not chosen yet.
+        """
         num_groups = -(-len(sequences) // self.group_size)
         if self._regrouping and num_groups > 1 and self._rest == 0:
-            likely = self._recent.likely(sequences)
+            begin = time.perf_counter()
+            likely = self._likely.likely(sequences, tokens)
             self._ahead = sequences, self._threads.submit(self._plan, likely, num_groups)
+            self._waited(time.perf_counter() - begin)
 
-    def observe(self, sequence: str, routes: np.ndarray) -> None:
-        """Take in the true routes of a sequence's tokens: [tokens, L, E] bool."""
-        self._recent.observe(sequence, routes)
+    def observe(self, sequence: str, tokens: list[int], chosen: np.ndarray) -> None:
+        """Take in what a sequence's tokens took: [tokens, L, K] ids of experts, E or more for none."""
+        self._likely.observe(sequence, tokens, chosen)
 
     def forget(self, sequence: str) -> None:
         """Drop a sequence that has ended."""
-        self._recent.forget(sequence)
+        self._likely.forget(sequence)
 
-    def finish(self, routes: np.ndarray, step_s: float) -> None:
+    def finish(self, chosen: np.ndarray, step_s: float) -> None:
         """Judge the step that `split` began.
 
         Args:
-            routes: [sequences, L, E] bool, the true routes, in the order that `split` was given.
+            chosen: [sequences, L, K], the true routes, in the order that `split` was given.
             step_s: seconds that the step took.
         """
         if self._split is None:
             return
         sequences, groups = self._split
-        assert len(routes) == len(sequences), "routes of another step"
+        assert len(chosen) == len(sequences), "routes of another step"
+        routes = multi_hot(chosen, self._shape[1]) > 0
         active = active_pairs(routes, groups)
         arrival = active_pairs(routes, arrival_groups(len(sequences), int(groups.max()) + 1))
         self.stats.active += active
@@ -143,6 +154,10 @@ class TokenScheduler:
         self._rest = max(self._rest - 1, 0)
         return self._rest == 0
 
+    def _waited(self, seconds) -> None:
+        self.stats.waited_s += seconds
+        self._trial[2] += seconds
+
     def _judge(self, active) -> None:
         """Rest where what was saved, at most a pair's part of the step each, is not worth the waiting for plans."""
         steps, saved, waited_s, step_s = self._trial
@@ -153,18 +168,38 @@ class TokenScheduler:
             self._next_rest = _FIRST_REST
         self._trial = [0, 0, 0.0, 0.0]
 
-    def _planned(self, sequences, num_groups):
-        """The plan made ahead if it is of these sequences, else one made now."""
+    def _planned(self, sequences, likely, num_groups):
+        """The plan made ahead, amended; where there is none, one made now."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == sequences:
-            return ahead[1].result()
-        return self._plan(self._recent.likely(sequences), num_groups)
+        if ahead is None:
+            return self._plan(likely, num_groups)
+        planned = ahead[1].result()
+        begin = time.perf_counter()
+        start = _carried(dict(zip(ahead[0], planned.tolist(), strict=True)), sequences, num_groups)
+        groups = amended_groups(likely, num_groups, start)
+        self.stats.plan_s += time.perf_counter() - begin
+        return groups
 
     def _plan(self, likely, num_groups):
         begin = time.perf_counter()
         groups = regroup(likely, num_groups)
         self.stats.plan_s += time.perf_counter() - begin
-        return groups, likely
+        return groups
+
+
+def _carried(planned: dict[str, int], sequences, num_groups) -> np.ndarray:
+    """Return [sequences] groups of the usual sizes: the planned ones where there is room, else whatever has most."""
+    room = np.bincount(arrival_groups(len(sequences), num_groups), minlength=num_groups)
+    groups = np.full(len(sequences), -1, np.int32)
+    for place, sequence in enumerate(sequences):
+        group = planned.get(sequence, num_groups)
+        if group < num_groups and room[group]:
+            groups[place] = group
+            room[group] -= 1
+    for place in np.flatnonzero(groups < 0):
+        groups[place] = room.argmax()
+        room[groups[place]] -= 1
+    return groups
 
 
 def _order(likely, groups, num_groups, resident) -> list[int]:

@@ -5,6 +5,7 @@ budget with pieces of prompts, in the order of arrival.
 Source: Sarathi-Serve (Agrawal et al. 2024, section 4: chunked prefills, stall-free batching).
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ class Sequence:
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
     @property
+    def begun(self) -> bool:
+        """Whether any of its positions is computed."""
+        return self.num_computed > 0
+
+    @property
     def decoding(self) -> bool:
         """Whether its prompt is done."""
         return self.num_computed >= len(self.prompt_ids)
@@ -61,6 +67,10 @@ class Schedule:
         max_batch_size: most sequences that run at once.
         max_step_tokens: most tokens in a step, at least max_batch_size.
         share_prefixes: whether equal beginnings of prompts are computed once.
+
+    Attributes:
+        waiting, running: sequences in the order of arrival, and of admission.
+        kept: one that has ended, whose keys and values are there still, since somebody who is to begin may share them.
     """
 
     def __init__(self, max_batch_size: int, max_step_tokens: int, *, share_prefixes: bool = True):
@@ -69,7 +79,8 @@ class Schedule:
         self.max_step_tokens = max_step_tokens
         self.share_prefixes = share_prefixes
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order of admission
+        self.running: list[Sequence] = []
+        self.kept: Sequence | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -82,6 +93,17 @@ class Schedule:
             return True
         self.waiting.remove(sequence)
         return False
+
+    def wants(self, ended: Sequence) -> bool:
+        """Tell whether a sequence that begins soon could share the prompt of one that has ended."""
+        if not self.share_prefixes:
+            return False
+        soon = [*itertools.islice(self.waiting, self.max_batch_size), *(one for one in self.running if not one.begun)]
+        return any(
+            min(len(ended.prompt_ids), len(one.prompt_ids) - 1) >= _LEAST_SHARED
+            and _common(ended.prompt_ids, one.prompt_ids, _LEAST_SHARED) == _LEAST_SHARED
+            for one in soon
+        )
 
     def plan(self, admit: Callable[[Sequence], bool], share: Callable[[Sequence, Sequence, int], None]) -> list[Piece]:
         """Choose what the next step computes, and admit whom there is room for.
@@ -98,11 +120,12 @@ class Schedule:
             self.running.append(self.waiting.popleft())
         pieces = [Piece(one, [one.token_ids[-1]], True) for one in self.running if one.decoding]
         left = self.max_step_tokens - len(pieces)
-        after = {one: one.num_computed for one in self.running}  # what is computed when the step has ended
+        donors = self.running if self.kept is None else [*self.running, self.kept]
+        after = {one: one.num_computed for one in donors}  # what is computed when the step has ended
         for one in self.running:
             if one.decoding or not left:
                 continue
-            if not one.num_computed and self.share_prefixes:
+            if not one.begun and self.share_prefixes:
                 donor, shared = self._longest(one, after)
                 if donor is not None and shared > donor.num_computed:
                     continue  # a step later all of it is there

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from moeflow import hf
+from moeflow import hf_experts, hf_quantizer
 from moeflow.checkpoint import TensorEntry
 from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
 from moeflow.dtypes import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
@@ -34,13 +34,15 @@ def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
         UnsupportedModelError: the checkpoint needs a conversion that mixes experts.
     """
     scheme, stored = _quantised(model, tensors)
-    collected = hf.collect_expert_tensors(model, stand_ins(tensors, stored))
-    return [_layer_source(path, module, collected, stored, scheme) for path, module in hf.experts_modules(model)]
+    collected = hf_experts.collect_expert_tensors(model, stand_ins(tensors, stored))
+    return [
+        _layer_source(path, module, collected, stored, scheme) for path, module in hf_experts.experts_modules(model)
+    ]
 
 
 def map_layouts(model) -> list[LayerLayout]:
     """Return how each layer's unquantised experts lie in a slot, from the empty model alone."""
-    return [_layout(path, module) for path, module in hf.experts_modules(model)]
+    return [_layout(path, module) for path, module in hf_experts.experts_modules(model)]
 
 
 def _layout(path, module) -> LayerLayout:
@@ -63,14 +65,14 @@ def _layout(path, module) -> LayerLayout:
 def expert_tensor_names(model, tensors: dict[str, TensorEntry]) -> set[str]:
     """Return the names of the checkpoint tensors that feed routed experts."""
     _, stored = _quantised(model, tensors)
-    collected = hf.collect_expert_tensors(model, stand_ins(tensors, stored)).values()
+    collected = hf_experts.collect_expert_tensors(model, stand_ins(tensors, stored)).values()
     keys = {key for _, groups, _ in collected for members in groups.values() for key, _ in members}
     pieces = {name for key in keys & stored.keys() for name, _ in stored[key].pieces.values()}
     return pieces | (keys - stored.keys())
 
 
 def _quantised(model, tensors) -> tuple[NativeScheme | None, dict[str, StoredMatrix]]:
-    scheme = hf.native_scheme(model.config)
+    scheme = hf_quantizer.native_scheme(model.config)
     return scheme, find_matrices(tensors, scheme) if scheme is not None else {}
 
 

@@ -27,7 +27,7 @@ class TraceFormat:
     Args:
         experts_per_layer: [L], routed experts of each MoE layer.
         top_k: K, ranks a row holds.
-        fingerprint: which model, see hf.model_fingerprint; other sources use the model's name.
+        fingerprint: which model, see fingerprint.model_fingerprint; other sources use the model's name.
         has_weights: whether rows hold the ranks' weights.
         ranked: whether rank 0 has the highest weight; else the order of the ranks says nothing.
         lookahead: (D, M), layers ahead and expert ids each of what a predictor said at every layer; None without.

@@ -1,18 +1,15 @@
 """Copies of experts towards the device: from disk, or from the host tier, one completion each.
 
-Owns the reading threads and the table of copies in flight, which is what keeps anybody from starting a second copy of
-an expert. All methods are called by one thread at a time (the runtime's lock); only reads run elsewhere.
+Owns the table of copies in flight, which is what keeps anybody from starting a second copy of an expert. All methods
+are called by one thread at a time (the runtime's lock); only reads run elsewhere.
 """
 
-import queue
-import threading
-import time
 from collections import deque
 
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, Tier
-from moeflow.errors import ExpertReadError, MoeflowError
 from moeflow.pool import SlotPool
+from moeflow.reading import ReadingThreads, Transfer
 from moeflow.store import ExpertStore
 from moeflow.streams import Streams
 
@@ -32,54 +29,6 @@ class HostTier:
         self.cache = cache
         # The end of the last copy out of each slot: the slot may not be overwritten before it.
         self.last_copy: list[object] = [None] * pool.num_slots
-
-
-class Transfer:
-    """One expert on its way into one device slot.
-
-    Args:
-        key: the expert.
-        slot: the device slot.
-        source: the tier its bytes come from.
-    """
-
-    __slots__ = (
-        "_work",
-        "beside",
-        "error",
-        "event",
-        "host_slot",
-        "key",
-        "num_bytes",
-        "prefetch",
-        "seconds",
-        "slot",
-        "source",
-    )
-
-    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
-        self.key = key
-        self.prefetch = prefetch  # nobody waits for it yet
-        self.slot = slot
-        self.source = source
-        self.host_slot = host_slot
-        self.event: object = None
-        self.error: Exception | None = None
-        self.num_bytes = 0
-        self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
-        self.beside = False  # whether the CPU computed an expert while it was under way
-        self._work: list = []
-
-    def give(self, work: tuple) -> None:
-        """Attach what a reading thread has to run: a function and its arguments."""
-        self._work.append(work)
-
-    def claim(self) -> tuple | None:
-        """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
-        try:
-            return self._work.pop()
-        except IndexError:
-            return None
 
 
 class Transfers:
@@ -112,7 +61,7 @@ class Transfers:
         self._copying: list[Transfer] = []  # handed out, and the device may still run them
         self._copied: deque[Transfer] = deque(maxlen=_MEASURED)
         self._copy_s = 0.0
-        self._start_threads()
+        self._threads = ReadingThreads(num_threads)
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -164,7 +113,8 @@ class Transfers:
                 transfer = Transfer(key, slot, Tier.HOST, host_slot, prefetch=prefetch)
                 transfer.num_bytes = num_bytes
                 self._in_flight[key] = transfer
-                _run(self._completed, _copy_to_device, self._pool, host.pool, self._streams, transfer, num_bytes, after)
+                copy = (_copy_to_device, self._pool, host.pool, self._streams, transfer, num_bytes, after)
+                self._threads.run_here(transfer, copy)
                 return transfer
             host_slot = host.cache.reserve(key)
             assert host_slot is not None, "more copies in flight than host slots"
@@ -173,8 +123,7 @@ class Transfers:
                     host.last_copy[host_slot])  # fmt: skip
         transfer.give(work)
         self._in_flight[key] = transfer
-        (self._prefetches if prefetch else self._demands).put(transfer)
-        self._tickets.put(True)
+        self._threads.put(transfer)
         return transfer
 
     def demand(self, key: ExpertKey) -> None:
@@ -182,8 +131,7 @@ class Transfers:
         transfer = self._in_flight[key]
         if transfer.prefetch:
             transfer.prefetch = False
-            self._demands.put(transfer)  # whoever finds it second finds its work taken
-            self._tickets.put(True)
+            self._threads.put(transfer)  # whoever finds it second finds its work taken
 
     def drop(self, key: ExpertKey) -> bool:
         """Forget a prefetch that has not begun; return whether it could be. Its slot is the caller's again."""
@@ -215,20 +163,19 @@ class Transfers:
 
     def wait_completed(self) -> Transfer:
         """Block until a copy has ended, and return it; its `error` says whether it failed."""
-        return self._settle(self._completed.get())
+        return self._settle(self._threads.wait())
 
     def poll_completed(self) -> Transfer | None:
         """Return a copy that has ended, or None."""
-        try:
-            return self._settle(self._completed.get_nowait())
-        except queue.Empty:
-            return None
+        transfer = self._threads.poll()
+        return None if transfer is None else self._settle(transfer)
 
     def close(self) -> None:
         """Let running copies end, drop waiting ones, stop the threads."""
-        self._stop_threads()
+        for waiting in self._in_flight.values():
+            waiting.claim()
+        self._threads.stop()
         self._streams.finish()
-        self._completed = queue.SimpleQueue()
         self._in_flight.clear()
         self._copying.clear()
         self._copied.clear()
@@ -238,36 +185,7 @@ class Transfers:
         self.close()
         if self._host is not None:
             self._host.cache.clear()
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        # Not a ThreadPoolExecutor: an interrupt inside its submit() leaves a lock held for ever.
-        # One ticket an entry of the two queues; a thread that holds one looks among the demands first.
-        self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._demands: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
-        self._prefetches: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
-        self._completed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(
-                target=_serve_work,
-                args=(self._tickets, (self._demands, self._prefetches), self._completed),
-                name="moeflow-read",
-                daemon=True,
-            )
-            for _ in range(self.num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _stop_threads(self) -> None:
-        for waiting in self._in_flight.values():
-            waiting.claim()
-        for _ in self._threads:
-            self._tickets.put(False)
-        for thread in self._threads:
-            # The garbage collector may run this inside a reading thread, which cannot wait for itself.
-            if thread.ident is not None and thread is not threading.current_thread():
-                thread.join()
+        self._threads.start()
 
     def _settle(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.key]
@@ -305,38 +223,6 @@ class Transfers:
             if transfer.source is Tier.HOST:
                 self._copied.append(transfer)
         self._copying = running
-
-
-def _serve_work(tickets, queues, completed) -> None:
-    """Run what is queued, demands first, until a ticket says no more: the life of a reading thread."""
-    while tickets.get():
-        for waiting in queues:
-            try:
-                transfer = waiting.get_nowait()
-                break
-            except queue.Empty:
-                continue
-        work = transfer.claim()
-        del transfer  # while this thread waits, it holds nothing of the runtime's
-        if work is not None:
-            _run(completed, *work)
-        del work
-
-
-def _run(completed, work, *args) -> None:
-    """Run one read and always report its end: whoever waits would otherwise wait for ever."""
-    transfer, begin = next(arg for arg in args if isinstance(arg, Transfer)), time.perf_counter()
-    try:
-        work(*args)
-    except MoeflowError as error:
-        transfer.error = error
-    except Exception as error:
-        transfer.error = ExpertReadError(
-            f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} could not be copied to the device: {error}"
-        )
-        transfer.error.__cause__ = error
-    transfer.seconds = time.perf_counter() - begin
-    completed.put(transfer)
 
 
 def _read_to_device(store, pool, transfer, num_bytes) -> None:

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-_MASK = 2**64 - 1
-
 
 class Change(NamedTuple):
     """A copy of an expert leaves one GPU or joins another, or both: -1 means none."""
@@ -54,7 +52,7 @@ def anneal(problem, state, num_proposals: int, temperature: float) -> int:
         shares = [_share_change(state, layer, change) for change in changes] if problem.transitions is not None else []
         if shares:
             delta += _slowest_change(problem, state, layer, changes, shares)
-        if delta > 0 and not delta < -temperature * math.log(_unit(state)):
+        if delta > 0 and not delta < -temperature * math.log(state.random.unit()):
             continue
         kept += 1
         for w, busy in enumerate(after):
@@ -81,41 +79,24 @@ def _propose(problem, state):
     """Draw a change: (layer, first, second or None, place of the copy, place of the other copy or None), or None."""
     num_layers, num_copies = state.copy_expert.shape
     _, num_experts, num_gpus = state.holds.shape
-    layer, kind, i = _below(state, num_layers), _below(state, 4), _below(state, num_copies)
+    layer, kind, i = state.random.below(num_layers), state.random.below(4), state.random.below(num_copies)
     expert, gpu = int(state.copy_expert[layer, i]), int(state.copy_gpu[layer, i])
     holds = state.holds[layer]
     if kind == 0 and problem.may_replicate:
-        other = _below(state, num_experts)
+        other = state.random.below(num_experts)
         if state.num_copies[layer, expert] < 2 or holds[other, gpu]:
             return None
         return layer, Change(expert, gpu, -1), Change(other, -1, gpu), i, None
     if kind == 1 and problem.free_slots > 0:
-        joins = _below(state, num_gpus)
+        joins = state.random.below(num_gpus)
         if state.used[layer, joins] >= problem.slots[joins] or holds[expert, joins]:
             return None
         return layer, Change(expert, gpu, joins), None, i, None
-    j = _below(state, num_copies)
+    j = state.random.below(num_copies)
     other, joins = int(state.copy_expert[layer, j]), int(state.copy_gpu[layer, j])
     if holds[expert, joins] or holds[other, gpu]:
         return None
     return layer, Change(expert, gpu, joins), Change(other, joins, gpu), i, j
-
-
-def _next_random(state) -> int:
-    """splitmix64."""
-    state.random = (state.random + 0x9E3779B97F4A7C15) & _MASK
-    z = state.random
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-def _below(state, limit) -> int:
-    return ((_next_random(state) >> 32) * limit) >> 32
-
-
-def _unit(state) -> float:
-    return (float(_next_random(state) >> 11) + 0.5) * 2.0**-53
 
 
 def _copies_after(state, layer, change) -> tuple[int, int]:

@@ -153,7 +153,7 @@ def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
     """Return seconds a decode step of an uncompiled model spends in experts, dense linears and everything else."""
     import torch
 
-    from moeflow.hf import experts_modules
+    from moeflow.hf_experts import experts_modules
 
     spent, watched = {"experts": 0.0, "dense linears": 0.0}, []
     experts = {module for _, module in experts_modules(model)}
@@ -189,7 +189,7 @@ def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
 
 def bytes_a_token(model) -> int:
     """Return the weights a decode step reads: top-k experts of every layer, and the dense parameters but embeddings."""
-    from moeflow.hf import num_experts_per_tok
+    from moeflow.hf_experts import num_experts_per_tok
 
     experts = sum(source.layout.record.num_bytes for source in model.moeflow.store.layers) * num_experts_per_tok(model)
     embedding = model.get_input_embeddings().weight

@@ -1,19 +1,23 @@
-"""What regrouping tokens is worth on real routing: active experts a layer and group, and the time it takes.
+"""What regrouping tokens is worth: active experts on real routing, and tokens a second on a model.
 
-    python scripts/bench_scheduler.py [--data ../shared/data] [--trials 100] [--live MODEL]
+    python scripts/bench_scheduler.py [--data ../shared/data] [--trials 100]
+    python scripts/bench_scheduler.py --live MODEL [--new-tokens 64] [--pairs 3]
 
 Batches are made of gpt-oss-20b's decode steps: sequences of at least 100 tokens that are no duplicates, each at a
-random step of its own. Groups by arrival, at random, by length of the sequence, by ExpertFlow's K-medoids, and by the
-search: given the true routes, and given a guess of them from the sequence's own last 30 tokens (the six experts of each
-layer with the most decayed uses). The bound says what no split can be below. Plans of 2 x 64 tokens with 32 layers of
-64 experts are timed on random routes.
+random step of its own. Given the true routes: groups by arrival, at random, by length of the sequence, by ExpertFlow's
+K-medoids, by the search, the best split there is (2 x 16, proven), and the eigenvalue bound below every split. Given
+likely routes, on batches of every other sequence: by what the sequences' last tokens took alone, by the tokens that are
+fed as well with a memory that has seen nothing but these sequences, and with one that has seen the other half. Plans of
+2 x 64 tokens with 32 layers of 64 experts are timed on random routes.
 
-With --live the first 32 prompts of Spec-Bench run on a model at 25 % residency, `--new-tokens` each: by `generate`,
-prompt by prompt (the first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode,
-grouped by arrival and by the scheduler. The last line is one JSON object.
+With --live the first 32 prompts of Spec-Bench run on a model at 25 % residency: by `generate` prompt by prompt (the
+first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode, by arrival and regrouped
+(--pairs times, in turn). Each step's true routes say what the best order could save. Then 32 copies of one prompt with
+all experts resident, where nothing can be gained: steps of both engines in turn. The last line is one JSON object.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -26,7 +30,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from moeflow.best_split import best_split
+from moeflow.likely_routes import LikelyRoutes
 from moeflow.medoids import medoid_groups
+from moeflow.predictors.odds import multi_hot
 from moeflow.regroup import active_pairs, arrival_groups, regroup
 from moeflow.regroup_bound import regroup_bound
 from moeflow.routing import open_trace
@@ -34,49 +41,79 @@ from moeflow.trace_sources import convert_trace
 
 SHAPES = ((2, 16), (4, 16), (2, 64))
 WANTED = {(2, 16): 0.13, (4, 16): 0.18, (2, 64): 0.075}
-_RECENT, _DECAY, _GUESSED = 30, 0.9, 6
+_PROOF_STEPS = 100_000_000  # of a best split's search, some seconds
 
 
 def main(argv=None) -> None:
-    """Print the table and one JSON object."""
+    """Print the tables and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MOEFLOW_TEST_DATA", default)))
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--live", metavar="MODEL", help="folder of a model, such as the demo model")
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32", help="of the live model; in bfloat16 near ties may differ")
     parser.add_argument("--generate", type=int, default=4, help="prompts that generate runs one by one")
+    parser.add_argument("--pairs", type=int, default=3, help="runs by arrival and regrouped")
     arguments = parser.parse_args(argv)
     if arguments.live:
-        print(json.dumps(bench_live(arguments)))
+        print(json.dumps({**bench_live(arguments), "nothing_to_gain": bench_nothing_to_gain(arguments)}))
         return
     with tempfile.TemporaryDirectory() as scratch:
         convert_trace(arguments.data / "gpt_oss_20b", f"{scratch}/trace")
-        trace = open_trace(f"{scratch}/trace")
-        found = {f"{groups} x {size}": bench_shape(trace, groups, size, arguments.trials) for groups, size in SHAPES}
+        steps = Steps(open_trace(f"{scratch}/trace"))
+        found = {f"{groups} x {size}": bench_shape(steps, groups, size, arguments.trials) for groups, size in SHAPES}
     found["plan_ms"] = bench_plan()
     print(json.dumps(found))
 
 
-def bench_shape(trace, num_groups: int, size: int, trials: int) -> dict:
+class Steps:
+    """Decode steps of a trace, and a memory of every other sequence."""
+
+    def __init__(self, trace):
+        self.trace, self.facts = trace, trace.sequence_facts
+        self.rows = [slice(rows.start, rows.stop) for rows in trace.sequences()]
+        long = [rows.stop - rows.start >= 100 for rows in self.rows]
+        self.eligible = [i for i, fact in enumerate(self.facts) if long[i] and not fact["duplicate"]]
+        self.memory = LikelyRoutes(trace.num_layers, trace.num_experts, trace.top_k)
+        for number in range(0, len(self.rows), 2):
+            self.feed(self.memory, number, self.rows[number].stop)
+            self.memory.forget(number)
+
+    def draw(self, rng, count: int, eligible: list[int]) -> list[tuple[int, int]]:
+        """Choose (sequence, step) of so many different sequences."""
+        chosen = [eligible[i] for i in rng.choice(len(eligible), count, replace=False)]
+        return [(number, int(rng.integers(self.rows[number].start + 1, self.rows[number].stop))) for number in chosen]
+
+    def routes(self, rows) -> np.ndarray:
+        """Return [rows, L, E] bool."""
+        return multi_hot(self.trace.experts[rows], self.trace.num_experts) > 0
+
+    def feed(self, memory, number: int, stop: int) -> None:
+        """Let a memory see a sequence up to a step."""
+        rows = slice(self.rows[number].start, stop)
+        memory.observe(number, self.trace.token_ids[rows].tolist(), self.trace.experts[rows])
+
+    def likely(self, memory, drawn, *, tokens: bool = True) -> np.ndarray:
+        """Return [tokens, L, E] bool: what a memory expects that has seen all drawn sequences up to their steps."""
+        memory = copy.deepcopy(memory)
+        for number, step in drawn:
+            self.feed(memory, number, step)
+        fed = [int(self.trace.token_ids[step]) if tokens else None for _, step in drawn]
+        return memory.likely([number for number, _ in drawn], fed)
+
+
+def bench_shape(steps: Steps, num_groups: int, size: int, trials: int) -> dict:
     """Active experts a layer and group by every order."""
-    facts = trace.sequence_facts
-    sequences = [
-        rows
-        for rows, fact in zip(trace.sequences(), facts, strict=True)
-        if rows.stop - rows.start >= 100 and not fact["duplicate"]
-    ]
     rng = np.random.default_rng(0)
-    totals, seconds = {}, []
+    seconds, proven, totals = [], 0, {}
     for _ in range(trials):
-        chosen = [sequences[i] for i in rng.choice(len(sequences), num_groups * size, replace=False)]
-        steps = [int(rng.integers(rows.start + 1, rows.stop)) for rows in chosen]
-        true = _routes(trace.experts[steps], trace.num_experts)
-        guess = np.stack([_guess(trace, rows, step) for rows, step in zip(chosen, steps, strict=True)])
+        drawn = steps.draw(rng, num_groups * size, steps.eligible)
+        true = steps.routes([step for _, step in drawn])
         arrival = arrival_groups(len(true), num_groups)
         by_length = np.empty_like(arrival)
-        by_length[np.argsort([rows.stop - rows.start for rows in chosen], kind="stable")] = arrival
+        lengths = [steps.rows[number].stop - steps.rows[number].start for number, _ in drawn]
+        by_length[np.argsort(lengths, kind="stable")] = arrival
         begin = time.perf_counter()
         searched = regroup(true, num_groups)
         seconds.append(time.perf_counter() - begin)
@@ -86,22 +123,56 @@ def bench_shape(trace, num_groups: int, size: int, trials: int) -> dict:
             "by length": by_length,
             "K-medoids": medoid_groups(true, num_groups),
             "search": searched,
-            "K-medoids, guessed routes": medoid_groups(guess, num_groups),
-            "search, guessed routes": regroup(guess, num_groups),
         }
+        if (num_groups, size) == (2, 16):
+            orders["best split"], is_best = best_split(true, num_steps=_PROOF_STEPS)
+            proven += is_best
         for name, groups in orders.items():
             totals[name] = totals.get(name, 0) + active_pairs(true, groups)
         totals["bound"] = totals.get("bound", 0) + regroup_bound(true, num_groups)
-    each = trials * num_groups * trace.num_layers
-    milliseconds = 1e3 * statistics.median(seconds)
+    each, milliseconds = trials * num_groups * steps.trace.num_layers, 1e3 * statistics.median(seconds)
     print(f"\n{num_groups} x {size} tokens, {trials} batches, a plan in {milliseconds:.1f} ms (median)")
-    for name, total in totals.items():
-        print(
-            f"  {name:28s} {total / each:6.2f} experts a layer and group   {1 - total / totals['arrival']:6.1%} fewer"
-        )
+    gains = print_gains(totals, each)
     print(f"  wanted {WANTED[num_groups, size]:.1%} fewer with true routes")
+    if proven:
+        print(f"  the best split is proven to be the best in {proven} of {trials} batches")
+    likely = bench_likely(steps, num_groups, size, trials)
+    experts = {name: total / each for name, total in totals.items()}
+    return {"experts": experts, "gain": gains, "likely": likely, "plan_ms": milliseconds, "proven": proven}
+
+
+def bench_likely(steps: Steps, num_groups: int, size: int, trials: int) -> dict:
+    """The same of groups chosen by likely routes, on the half of the sequences that the memory has not seen."""
+    rng, totals = np.random.default_rng(1), {}
+    empty = LikelyRoutes(steps.trace.num_layers, steps.trace.num_experts, steps.trace.top_k)
+    for _ in range(trials):
+        drawn = steps.draw(rng, num_groups * size, [number for number in steps.eligible if number % 2])
+        true = steps.routes([step for _, step in drawn])
+        cold, warm = steps.likely(empty, drawn), steps.likely(steps.memory, drawn)
+        orders = {
+            "arrival": arrival_groups(len(true), num_groups),
+            "true routes": regroup(true, num_groups),
+            "last tokens' routes": regroup(steps.likely(empty, drawn, tokens=False), num_groups),
+            "likely, new memory": regroup(cold, num_groups),
+            "likely, memory": regroup(warm, num_groups),
+            "likely, memory, K-medoids": medoid_groups(warm, num_groups),
+        }
+        for name, groups in orders.items():
+            totals[name] = totals.get(name, 0) + active_pairs(true, groups)
+    print("  of every other sequence")
+    gains = print_gains(totals, trials * num_groups * steps.trace.num_layers)
+    shares = {name: gain / gains["true routes"] for name, gain in gains.items() if name.startswith("likely")}
+    print("  of the gain with true routes: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    print("  wanted 50%")
+    return {"gain": gains, "share_of_true": shares}
+
+
+def print_gains(totals: dict, each: int) -> dict:
+    """Print a line for each order; return how much fewer than by arrival."""
     gains = {name: 1 - total / totals["arrival"] for name, total in totals.items()}
-    return {"experts": {name: total / each for name, total in totals.items()}, "gain": gains, "plan_ms": milliseconds}
+    for name, total in totals.items():
+        print(f"  {name:28s} {total / each:6.2f} experts a layer and group   {gains[name]:6.1%} fewer")
+    return gains
 
 
 def bench_plan() -> float:
@@ -117,74 +188,176 @@ def bench_plan() -> float:
     return 1e3 * statistics.median(seconds)
 
 
-def bench_live(arguments) -> dict:
-    """Tokens a second and active experts a step, by who runs together."""
-    import torch
-    from transformers import AutoTokenizer
+class RouteLog:
+    """Sits among a runtime's observers and keeps what the routers of each pass chose, [tokens, L, E] bool."""
 
-    from moeflow import load_moe
-    from moeflow.engine import Engine
-    from moeflow.sampling import SamplingParams
+    def __init__(self, num_layers: int, num_experts: int):
+        self.passes: list[np.ndarray] = []
+        self._shape = num_layers, num_experts
+
+    def observe(self, layer, top_k_index, top_k_weights, hidden_states) -> None:
+        """Take in a layer of a pass."""
+        if layer == 0:
+            self.passes.append(np.zeros((len(top_k_index), *self._shape), bool))
+        np.put_along_axis(self.passes[-1][:, layer], top_k_index.numpy(force=True), True, 1)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def bench_live(arguments) -> dict:
+    """Tokens a second and active experts a pass, by who runs together."""
+    prompts = live_prompts(arguments)
+    log = []
+    runs = {
+        "generate, prompt by prompt": [run_generate(arguments, prompts[: arguments.generate])],
+        "engine, one pass": [run_engine(arguments, prompts, log)],
+        "engine, 2 x 16 by arrival": [],
+        "engine, 2 x 16 regrouped": [],
+    }
+    for _ in range(arguments.pairs):
+        runs["engine, 2 x 16 by arrival"].append(run_engine(arguments, prompts, group_size=16, regrouping=False))
+        runs["engine, 2 x 16 regrouped"].append(run_engine(arguments, prompts, group_size=16))
+    for name, of_name in runs.items():
+        speeds, first = [run["tokens_per_s"] for run in of_name], of_name[0]
+        print(
+            f"{name:28s} {statistics.median(speeds):6.2f} tok/s ({min(speeds):.2f} to {max(speeds):.2f})   "
+            f"{first['active_a_pass']:6.1f} active experts a decode pass   hit rate {first['hit_rate']:.3f}   "
+            f"{first['misses_a_token']:6.1f} misses a token"
+        )
+    by_arrival, regrouped = runs["engine, 2 x 16 by arrival"], runs["engine, 2 x 16 regrouped"]
+    ratios = [b["tokens_per_s"] / a["tokens_per_s"] for a, b in zip(by_arrival, regrouped, strict=True)]
+    engine = runs["engine, one pass"][0]["tokens_per_s"] / runs["generate, prompt by prompt"][0]["tokens_per_s"]
+    same = len({json.dumps(run["answers"]) for of_name in list(runs.values())[1:] for run in of_name}) == 1
+    bound = bound_live([routes for routes in log if len(routes) == len(prompts)])
+    print(f"the engine's tokens are the same in all its runs: {same}")
+    print(
+        f"regrouped / by arrival {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}; 1.15 wanted)"
+    )
+    print(f"engine / generate {engine:.2f} (4 wanted)")
+    print(
+        f"given true routes the best split of a step has {bound['best'] / bound['arrival']:.3f} of the active experts "
+        f"by arrival (proven in {bound['proven']} of {bound['steps']} steps): where each costs the same, no order is "
+        f"faster than {bound['arrival'] / bound['best']:.2f} times"
+    )
+    for of_name in runs.values():
+        for run in of_name:
+            run.pop("answers", None)
+    return {"runs": runs, "regrouped_to_arrival": ratios, "engine_to_generate": engine, "same": same, "bound": bound}
+
+
+def live_prompts(arguments) -> list[list[int]]:
+    """Token ids of the first 32 prompts of Spec-Bench."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.live)
     lines = (arguments.data / "prompts" / "spec_bench.jsonl").read_text(encoding="utf-8").splitlines()[:32]
-    prompts = [tokenizer(json.loads(line)["turns"][0])["input_ids"] for line in lines]
-    params = SamplingParams(max_new_tokens=arguments.new_tokens, ignore_eos=True)
-    found, answers = {}, {}
-    for name, options in (
-        ("generate, prompt by prompt", None),
-        ("engine, one pass", {}),
-        ("engine, 2 x 16 by arrival", {"group_size": 16, "regrouping": False}),
-        ("engine, 2 x 16 regrouped", {"group_size": 16}),
-    ):
-        model = load_moe(arguments.live, expert_memory="25%", predictor=None, dtype=arguments.dtype)
-        with model.moeflow:
-            begin, regrouping = time.perf_counter(), None
-            if options is None:
-                chosen = prompts[: arguments.generate]
-                fixed = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens}
-                for prompt in chosen:
-                    model.generate(torch.tensor([prompt]), do_sample=False, **fixed)
-            else:
-                chosen = prompts
-                with Engine(model, tokenizer, **options) as engine:
-                    answers[name] = [done.token_ids for done in engine.generate(prompts, params)]
-                    regrouping = engine.stats()["regrouping"]
-            seconds, stats = time.perf_counter() - begin, model.moeflow.stats()
-        tokens = len(chosen) * arguments.new_tokens
-        decode = stats["decode"]
-        active = (decode["hits"] + decode["misses"]) / max(decode["forwards"], 1)
-        found[name] = {
-            "tokens_per_s": tokens / seconds, "active_a_pass": active, "hit_rate": decode["hit_rate"],
-            "misses_a_token": (decode["misses"] + stats["prefill"]["misses"]) / tokens, "regrouping": regrouping,
-        }  # fmt: skip
-        print(
-            f"{name:28s} {tokens / seconds:6.2f} tok/s   {active:6.1f} active experts a decode pass   hit rate "
-            f"{decode['hit_rate']:.3f}   {found[name]['misses_a_token']:6.1f} misses a token"
-        )
-    same = len({json.dumps(ids) for ids in answers.values()}) == 1
-    base = found["engine, 2 x 16 by arrival"]["tokens_per_s"]
-    print(f"the engine's tokens are the same in all three: {same}")
-    print(f"regrouped / by arrival {found['engine, 2 x 16 regrouped']['tokens_per_s'] / base:.3f} (1.15 wanted)")
-    ratio = found["engine, one pass"]["tokens_per_s"] / found["generate, prompt by prompt"]["tokens_per_s"]
-    print(f"engine / generate {ratio:.2f} (4 wanted)")
-    return {**found, "same_tokens": same}
+    return [tokenizer(json.loads(line)["turns"][0])["input_ids"] for line in lines]
 
 
-def _routes(experts, num_experts):
-    """[tokens, L, K] ids as [tokens, L, E] bool."""
-    routes = np.zeros((*experts.shape[:2], num_experts), bool)
-    np.put_along_axis(routes, experts.astype(np.int64), True, 2)
-    return routes
+def load(arguments, expert_memory="25%"):
+    """The model, without a predictor."""
+    from moeflow import load_moe
+
+    return load_moe(arguments.live, expert_memory=expert_memory, predictor=None, dtype=arguments.dtype)
 
 
-def _guess(trace, rows, step):
-    """[L, E] bool, a guess of a step's routes from the tokens before it."""
-    recent = _routes(trace.experts[max(rows.start, step - _RECENT) : step], trace.num_experts)
-    uses = np.einsum("t,tle->le", _DECAY ** np.arange(len(recent))[::-1], recent)
-    guess = np.zeros(uses.shape, bool)
-    np.put_along_axis(guess, np.argsort(-uses, axis=1)[:, :_GUESSED], True, 1)
-    return guess
+def run_generate(arguments, prompts) -> dict:
+    """Figures of `generate`, one prompt after the other."""
+    import torch
+
+    model = load(arguments)
+    fixed = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens, "do_sample": False}
+    with model.moeflow:
+        begin = time.perf_counter()
+        for prompt in prompts:
+            model.generate(torch.tensor([prompt]), **fixed)
+        return figures(model, time.perf_counter() - begin, len(prompts) * arguments.new_tokens)
+
+
+def run_engine(arguments, prompts, log: list | None = None, **options) -> dict:
+    """Figures of the engine; the routes of its passes go to `log`."""
+    from moeflow.engine import Engine
+    from moeflow.sampling import SamplingParams
+
+    model = load(arguments)
+    if log is not None:
+        counts = [source.layout.num_experts for source in model.moeflow.store.layers]
+        routes = RouteLog(len(counts), max(counts))
+        model.moeflow.observers.append(routes)
+    with model.moeflow, Engine(model, **options) as engine:
+        begin = time.perf_counter()
+        params = SamplingParams(max_new_tokens=arguments.new_tokens, ignore_eos=True)
+        answers = [done.token_ids for done in engine.generate(prompts, params)]
+        found = figures(model, time.perf_counter() - begin, len(prompts) * arguments.new_tokens)
+        found |= {"answers": answers, "regrouping": engine.stats()["regrouping"]}
+    if log is not None:
+        log += routes.passes
+    return found
+
+
+def figures(model, seconds: float, tokens: int) -> dict:
+    """Figures of a run."""
+    stats = model.moeflow.stats()
+    decode = stats["decode"]
+    return {
+        "tokens_per_s": tokens / seconds,
+        "active_a_pass": (decode["hits"] + decode["misses"]) / max(decode["forwards"], 1),
+        "hit_rate": decode["hit_rate"],
+        "misses_a_token": (decode["misses"] + stats["prefill"]["misses"]) / tokens,
+    }
+
+
+def bound_live(steps: list[np.ndarray]) -> dict:
+    """Active pairs of all steps by arrival, by the search and by the best split, given true routes."""
+    found = {"steps": len(steps), "arrival": 0, "search": 0, "best": 0, "proven": 0}
+    for true in steps:
+        best, proven = best_split(true, num_steps=_PROOF_STEPS)
+        found["arrival"] += active_pairs(true, arrival_groups(len(true), 2))
+        found["search"] += active_pairs(true, regroup(true, 2))
+        found["best"] += active_pairs(true, best)
+        found["proven"] += proven
+    return found
+
+
+def bench_nothing_to_gain(arguments) -> dict:
+    """Seconds of a step with and without a scheduler where all sequences are the same, step by step in turn."""
+    from moeflow.engine import Engine
+    from moeflow.sampling import SamplingParams
+
+    prompt, model = live_prompts(arguments)[0], load(arguments, "100%")
+    seconds = {True: [], False: []}
+    with model.moeflow:
+        engines = {on: Engine(model, group_size=16, regrouping=on) for on in (True, False)}
+        for engine in engines.values():
+            for _ in range(32):
+                engine.add(prompt, SamplingParams(max_new_tokens=2 * arguments.new_tokens, ignore_eos=True))
+            while engine.stats()["passes"] == engine.stats()["steps"]:  # until all decode, in two passes
+                engine.step()
+        order = [True, False]
+        while not engines[True].finished and not engines[False].finished:
+            for on in order:
+                begin = time.perf_counter()
+                engines[on].step()
+                seconds[on].append(time.perf_counter() - begin)
+            order.reverse()
+        stats = engines[True].stats()["regrouping"]
+        for engine in engines.values():
+            engine.close()
+    ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
+    found = {
+        "steps": len(ratios),
+        "step_ms": 1e3 * statistics.median(seconds[False]),
+        "planned": stats["planned"],
+        "median": statistics.median(ratios),
+        "sum": sum(seconds[True]) / sum(seconds[False]),
+    }
+    print(
+        f"nothing to gain, {found['steps']} steps of {found['step_ms']:.0f} ms in turn, {found['planned']} of them "
+        f"planned: {found['median']:.3f} times as long with the scheduler (median), {found['sum']:.3f} (sum); "
+        "1.02 wanted"
+    )
+    return found
 
 
 if __name__ == "__main__":

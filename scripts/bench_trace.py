@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, trace: Path) -> dict:
                 times[side], tokens = decode_s(model, prompt, args.tokens)
                 if side:
                     recorder.close()
-                    runtime.recorder = None
+                    runtime.observers.remove(recorder)
                 assert torch.equal(tokens, expected), "recording changed the answer"
             pairs.append(times)
             say(f"pair {len(pairs)}: {1e3 * times[False]:.2f} ms without, {1e3 * times[True]:.2f} ms with")

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moeflow import hf
+from moeflow import hf_experts
 from moeflow.calibration import measure_experts
 from moeflow.calibration_text import cut_windows, varied_windows
 from moeflow.expert_statistics import ExpertStatistics
@@ -63,7 +63,7 @@ class Rounded:
 
     def __init__(self, model, method: str):
         self.model, self.method = model, method
-        self.modules = [module for _, module in hf.experts_modules(model)]
+        self.modules = [module for _, module in hf_experts.experts_modules(model)]
         self.exact = [{n: p.detach().clone() for n, p in m._parameters.items()} for m in self.modules]
         self._stored: dict[tuple, dict] = {}  # quantised once for all choices
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moeflow import hf, load_moe
+from moeflow import hf_experts, load_moe
 from moeflow import parallel as expert_parallel
 from moeflow.placement.plan import Plan
 
@@ -75,10 +75,10 @@ def counted_calls(model):
     """Collect [E] counts of every call of each experts module; a number of E or more is no expert."""
     (num_layers, num_experts), hooks = sizes(model), []
     calls = [[] for _ in range(num_layers)]
-    for layer, (_, module) in enumerate(hf.experts_modules(model)):
+    for layer, (_, module) in enumerate(hf_experts.experts_modules(model)):
 
         def count(module, args, kwargs, layer=layer):
-            _, top_k_index, _ = hf.experts_arguments(args, kwargs)
+            _, top_k_index, _ = hf_experts.experts_arguments(args, kwargs)
             calls[layer].append(torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts])
 
         hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
@@ -140,7 +140,7 @@ def own_passes(model, rank):
     """What a rank runs so that ranks are in different layers: rank 0 the last layer alone, others the whole model."""
     if rank:
         return [model(prompt).logits for prompt in prompts_of(1, 2)]
-    experts = hf.experts_modules(model)[-1][1]
+    experts = hf_experts.experts_modules(model)[-1][1]
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(5, 64, generator=generator)
     top_k_index, weights = torch.randint(0, 8, (5, 2), generator=generator), torch.rand(5, 2, generator=generator)

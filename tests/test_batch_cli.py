@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,23 +42,23 @@ def long_run(folder, source, out):
 
 
 def stop_in_the_middle(arguments, out, signal_number):
-    """Start a run, send it a signal when the first answer is there, and return its exit code and last output."""
+    """Start a run, send it a signal when the first answer is there; returns exit code, output and last progress."""
     process = subprocess.Popen(
         [sys.executable, "-m", "moeflow", *arguments],
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     with process:
-        while not process.stderr.readline().startswith(f"0 of {NUM_LONG}"):
+        while f" 0 of {NUM_LONG} done" not in process.stderr.readline():
             assert process.poll() is None, "it ended before its first step"
         while not out.stat().st_size and process.poll() is None:
             pass
         process.send_signal(signal_number)
-        rest = process.stderr.read()
-    return process.returncode, rest
+        rest, output = process.stderr.read(), process.stdout.read()
+    return process.returncode, output, rest
 
 
 @pytest.mark.parametrize(
@@ -67,14 +68,23 @@ def test_a_run_stopped_in_the_middle_goes_on_from_there(
     folder, long_input, long_answers, tmp_path, capsys, signal_number, code
 ):
     out = tmp_path / "out.jsonl"
-    returncode, rest = stop_in_the_middle(long_run(folder, long_input, out), out, signal_number)
+    arguments = [*long_run(folder, long_input, out), "--json"]
+    returncode, output, rest = stop_in_the_middle(arguments, out, signal_number)
     assert returncode == code
     assert "Traceback" not in rest
     before = out.read_bytes()
-    num_before = before.count(b"\n")
-    assert 0 < num_before < NUM_LONG
+    assert 0 < before.count(b"\n") < NUM_LONG
+    if signal_number == signal.SIGINT:
+        about = json.loads(output)
+        assert about["interrupted"]
+        assert about["finished"] == before.count(b"\n")
+        assert about["new_tokens"] > 0
+        assert "the same command goes on from there" in rest.splitlines()[-1]
+    capsys.readouterr()
     assert main(long_run(folder, long_input, out)) == 0
-    assert f"{num_before} of them finished before" in capsys.readouterr().out
+    num_before = before.count(b"\n")
+    told = f"{out} has {num_before} of {NUM_LONG} requests already; {NUM_LONG - num_before} are left."
+    assert capsys.readouterr().err.startswith(told)
     assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1]), "what was finished stays as it was"
     assert by_id(out) == long_answers
 
@@ -88,10 +98,11 @@ def test_answers_are_those_of_generate(folder, long_answers, mixtral):
         assert long_answers[f"r{number}"]["text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_a_finished_batch_loads_no_model(tmp_path, long_input, long_answers, capsys):
+def test_a_finished_batch_loads_no_model(folder, tmp_path, long_input, long_answers, capsys):
     out = write(tmp_path / "out.jsonl", list(long_answers.values()))
     capsys.readouterr()
-    assert main(batch(tmp_path / "no-model", long_input, out, "--json")) == 0
+    nowhere = tmp_path / folder.name
+    assert main([*long_run(nowhere, long_input, out), "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert (about["requests"], about["finished_before"], about["failed"]) == (NUM_LONG, NUM_LONG, [])
 
@@ -107,29 +118,31 @@ def test_failed_lines_are_told_by_number_and_the_others_are_answered(folder, tmp
             {"id": "own", "prompt": "again"},
             {"id": "long", "prompt": "x" * 1000},
             {"id": "hot", "prompt": "x", "temperature": 1.5, "seed": 1, "logprobs": 1},
+            {"custom_id": "none", "method": "POST", "url": "/v1/chat/completions", "body": {**chat, "max_tokens": 0}},
         ],
     )
     out = tmp_path / "out.jsonl"
     assert main(batch(folder, source, out, "--max-new-tokens", 4, "--ignore-eos", "--json")) == 1
     captured = capsys.readouterr()
     about = json.loads(captured.out)
-    assert [entry["line"] for entry in about["failed"]] == [2, 4, 5]
-    assert "3 of 6 requests" in captured.err
+    assert [entry["line"] for entry in about["failed"]] == [2, 4, 5, 7]
+    assert about["failed"][3]["error"] == "max_new_tokens is 0; it must be at least 1"
+    assert "4 of 7 requests" in captured.err
     assert "line 5: the prompt has 1,000 tokens" in captured.err
     assert about["new_tokens"] == 4 + 3 + 4
     assert about["tokens_per_s"] > 0
     assert 0 <= about["hit_rate"] <= 1
     assert 0 < about["experts_per_step"] <= 24
     lines = by_id(out)
-    assert set(lines) == {"own", "#2", "chat", "#4", "long", "hot"}
+    assert set(lines) == {"own", "#2", "chat", "#4", "long", "hot", "none"}
     assert lines["own"]["completion_tokens"] == 4
     assert len(lines["hot"]["logprobs"]) == 4
     assert lines["chat"]["response"]["body"]["usage"]["completion_tokens"] == 3
     assert len(lines["chat"]["response"]["body"]["choices"][0]["logprobs"]["content"]) == 3
     source.write_text(source.read_text().replace("x" * 1000, "short"))
-    assert main(batch(folder, source, out, "--max-new-tokens", 4)) == 1
+    assert main(batch(folder, source, out, "--max-new-tokens", 4, "--ignore-eos")) == 1
     assert "error" in by_id(out)["long"], "a failed line is not tried again"
-    assert main(batch(folder, source, out, "--max-new-tokens", 4, "--retry-failed")) == 1
+    assert main(batch(folder, source, out, "--max-new-tokens", 4, "--ignore-eos", "--retry-failed")) == 1
     assert by_id(out)["long"]["text"]
     assert by_id(out)["own"] == lines["own"]
 
@@ -157,12 +170,14 @@ def test_a_stop_string_and_a_seed_hold_for_lines_that_leave_them_open(folder, tm
     [
         (("--batch-size", 0), "--batch-size is 0"),
         (("--max-step-tokens", -1), "--max-step-tokens is -1"),
+        (("--max-step-tokens", 8), "at least --batch-size, 32"),
+        (("--group-size", 0), "--group-size is 0"),
         (("--temperature", -1), "temperature is -1"),
         (("--stop", ""), "none of them empty"),
         (("--input", "missing.jsonl"), "missing.jsonl cannot be read"),
         (("--output", "no/such/folder/out.jsonl"), "cannot be written"),
         (("--output", "INPUT"), "is the input too"),
-        (("--kv-memory", "nothing"), "kv_memory"),
+        (("--kv-memory", "nothing"), "--kv-memory"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line_and_exit_code_1(folder, tmp_path, capsys, options, match):
@@ -174,3 +189,46 @@ def test_an_option_that_cannot_be_is_one_line_and_exit_code_1(folder, tmp_path, 
     assert error.startswith("moeflow: ")
     assert len(error.strip().splitlines()) == 1
     assert source.read_text() == '{"prompt": "hello"}\n'
+
+
+def test_an_output_of_other_requests_stops_the_run_unless_it_is_to_be_kept_or_redone(folder, tmp_path, capsys):
+    entries = [{"id": "a", "prompt": "hello"}, {"id": "b", "prompt": "world"}, {"id": "c", "prompt": ""}]
+    source, out = write(tmp_path / "in.jsonl", entries), tmp_path / "out.jsonl"
+    options = ("--max-new-tokens", 4, "--ignore-eos")
+    assert main(batch(folder, source, out, *options)) == 1
+    before, answers = out.read_bytes(), by_id(out)
+    write(source, [{"id": "a", "prompt": "hello"}, {"id": "b", "prompt": "word"}, {"id": "c", "prompt": "now"}])
+    capsys.readouterr()
+    assert main(batch(folder, source, out, *options)) == 1
+    error = capsys.readouterr().err
+    assert "for 1 of 3 requests; the first is line 2, id 'b'" in error
+    assert len(error.splitlines()) == 1
+    assert main(batch(folder, source, out, "--max-new-tokens", 5, "--ignore-eos")) == 1
+    assert "for 2 of 3 requests" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "other")
+    assert main(batch(tmp_path / "other", source, out, *options)) == 1
+    assert "for 2 of 3 requests" in capsys.readouterr().err
+    assert main(batch(folder, source, out, *options, "--changed", "keep")) == 1
+    assert out.read_bytes() == before
+    assert main(batch(folder, source, out, *options, "--changed", "redo", "--retry-failed")) == 0
+    redone = by_id(out)
+    assert redone["a"] == answers["a"]
+    assert redone["b"]["request"] != answers["b"]["request"]
+    assert redone["c"]["text"]
+    assert main(batch(folder, source, out, *options)) == 0
+
+
+def test_experts_a_step_are_those_of_all_its_passes(folder, tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [{"prompt": text} for text in ("first", "second", "third")])
+    found = {}
+    for size in (1, 3):
+        options = ("--max-new-tokens", 8, "--ignore-eos", "--group-size", size, "--json")
+        assert main(batch(folder, source, tmp_path / f"{size}.jsonl", *options)) == 0
+        found[size] = json.loads(capsys.readouterr().out)
+    assert by_id(tmp_path / "1.jsonl") == by_id(tmp_path / "3.jsonl")
+    assert found[1]["engine"]["steps"] == found[3]["engine"]["steps"] == 8
+    for about in found.values():
+        phases = [about["moeflow"][name] for name in ("prefill", "decode")]
+        demanded = sum(phase["hits"] + phase["misses"] for phase in phases)
+        assert about["experts_per_step"] * about["engine"]["steps"] == pytest.approx(demanded)
+    assert found[1]["experts_per_step"] > found[3]["experts_per_step"]

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import resource
 import signal
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
+from moeflow.batch_cli import EXAMPLES
 from moeflow.batch_file import BatchFile, answer_record, failure_record
 from moeflow.batch_request import CHAT_URL, TEXT_URL, BatchRequest, RefusedLine, read_batch
 from moeflow.errors import ConfigError, MoeflowError
@@ -148,10 +151,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert read_batch(path, DEFAULTS)[1] == []
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "."])
-def test_a_file_without_lines_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "array.json", "."])
+def test_a_file_without_a_request_is_refused(tmp_path, name):
     (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
-    with pytest.raises(ConfigError, match=r"JSON lines|one request a line"):
+    (tmp_path / "array.json").write_text(json.dumps([{"prompt": "x"}, {"prompt": "y"}], indent=1))
+    with pytest.raises(ConfigError, match=r"JSON lines|one request a line|no request in 8 lines: line 1: .*JSON"):
         read_batch(tmp_path / name, DEFAULTS)
 
 
@@ -160,6 +164,7 @@ def test_answers_have_the_form_of_their_requests():
     own = answer_record(request(), completion(logprobs=logprobs), str)
     assert own == {
         "id": "id-1", "text": "ok", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2,
+        "request": request().digest,
         "logprobs": [
             {"token_id": 4, "logprob": -0.5, "top": [(4, -0.5), (9, -1.0)]},
             {"token_id": 5, "logprob": -0.25, "top": [(5, -0.25), (9, -2.0)]},
@@ -183,7 +188,7 @@ def test_failures_say_line_and_reason():
     assert failure_record(RefusedLine(4, "#4", None, "x"), "not JSON") == {"id": "#4", "line": 4, "error": "not JSON"}
     failed = failure_record(request(5, CHAT_URL), "too long")
     assert (failed["custom_id"], failed["response"]) == ("id-5", None)
-    assert failed["error"]["message"] == "line 5: too long"
+    assert failed["error"] == {"code": "failed", "message": "too long", "line": 5}
 
 
 def test_what_was_appended_is_finished_in_the_next_run(tmp_path):
@@ -193,7 +198,8 @@ def test_what_was_appended_is_finished_in_the_next_run(tmp_path):
         file.append(failure_record(request(2, CHAT_URL), "too long"))
         assert len(records(path)) == 2, "each line is there before the file is closed"
     with BatchFile(path) as file:
-        assert file.finished == {"id-1": None, "id-2": "line 2: too long"}
+        assert file.finished == {"id-1": None, "id-2": "too long"}
+        assert file.digests == {"id-1": request(1).digest}
         file.append(answer(3))
     assert [record.get("custom_id", record["id"]) for record in records(path)] == ["id-1", "id-2", "id-3"]
     assert records(path)[0]["text"] == "é\u2028漢\n"
@@ -218,12 +224,14 @@ def test_a_file_cut_anywhere_goes_on_with_its_whole_lines(tmp_path_factory, data
     assert path.read_bytes() == whole
 
 
-def test_failed_requests_are_tried_again_only_when_asked(tmp_path):
+def test_lines_that_are_forgotten_can_be_written_anew(tmp_path):
     path = tmp_path / "out.jsonl"
     with BatchFile(path) as file:
         for record in (answer(1), failure_record(request(2), "disk"), answer(3)):
             file.append(record)
-    with BatchFile(path, retry_failed=True) as file:
+    with BatchFile(path) as file:
+        assert list(file.finished) == ["id-1", "id-2", "id-3"]
+        file.forget({"id-2"})
         assert list(file.finished) == ["id-1", "id-3"]
         with pytest.raises(ConfigError, match="another process"):
             BatchFile(path)
@@ -232,12 +240,13 @@ def test_failed_requests_are_tried_again_only_when_asked(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_trying_again_keeps_a_link_and_the_file_s_mode(tmp_path):
+def test_forgetting_keeps_a_link_and_the_file_s_mode(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
     with BatchFile(tmp_path / "link") as file:
         file.append(failure_record(request(1), "disk"))
     (tmp_path / "out.jsonl").chmod(0o640)
-    BatchFile(tmp_path / "link", retry_failed=True).close()
+    with BatchFile(tmp_path / "link") as file:
+        file.forget({"id-1"})
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "out.jsonl").read_bytes() == b""
     assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o640
@@ -274,14 +283,16 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path, monkeyp
         b'{"id": "a", "prompt": "an input"}\n',
         b'[1]\n{"id": "x',
         b'{"id": 5, "error": "x"}\n',
+        b'{"id": "a", "text": "x", "finish_reason": "stop"}\n',
+        b'{"id": "a", "custom_id": "b", "response": 1, "error": null}\n',
+        b'{"id": "a", "custom_id": "b", "response": {"request_id": null}, "error": null}\n',
     ],
 )
-@pytest.mark.parametrize("retry_failed", [False, True])
-def test_a_file_of_something_else_is_refused_and_stays_as_it_was(tmp_path, content, retry_failed):
+def test_a_file_of_something_else_is_refused_and_stays_as_it_was(tmp_path, content):
     path = tmp_path / "notes"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="line 1 is no answer of a batch"):
-        BatchFile(path, retry_failed=retry_failed)
+        BatchFile(path)
     assert path.read_bytes() == content
 
 
@@ -316,3 +327,26 @@ def test_a_disk_that_is_full_in_the_middle_leaves_whole_lines(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert [record["id"] for record in records(path)] == ["id-1", "id-2"]
+
+
+def test_a_digest_tells_content_sampling_id_and_model_apart_and_nothing_else():
+    one = request()
+    sampled = BatchRequest(1, "id-1", None, "hi", SamplingParams(max_new_tokens=8))
+    others = [request(content="ho"), request(content=[{"role": "user", "content": "hi"}]), request(2), sampled]
+    others.append(request(answered_by="another"))
+    assert len({each.digest for each in [one, *others]}) == 6
+    assert BatchRequest(9, "id-1", CHAT_URL, "hi", DEFAULTS, model="m").digest == one.digest
+    assert one.digest == "56d16c75cad760ce", "answers in files would be taken for those of others"
+
+
+def test_requests_that_documentation_and_help_show_are_requests(tmp_path):
+    page = (ROOT / "docs" / "batch.md").read_text()
+    shown = re.findall(r"^(\{.*\})$", page.partition("## Answers")[0], re.MULTILINE)
+    shown = [line for line in shown if '"finish_reason"' not in line]
+    written = EXAMPLES.replace("[...]", '[{"role": "user", "content": "x"}]')
+    shown += [line.strip() for line in written.splitlines()[1:-1]]
+    shown.append(re.search(r"^echo '(\{.*\})' >", (ROOT / "README.md").read_text(), re.MULTILINE)[1])
+    assert len(shown) == 9
+    for number, line in enumerate(shown):
+        path = write(tmp_path / f"{number}.jsonl", line.encode())
+        assert read_batch(path, DEFAULTS)[1] == [], line

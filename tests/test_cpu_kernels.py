@@ -11,6 +11,7 @@ from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.errors import ConfigError
 from moeflow.kernels import cpu, cpu_library
 from moeflow.kernels.activations import Activation
+from moeflow.kernels.cpu_structs import DTYPES, ExpertKernel
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.formats import FORMATS, find_format
 
@@ -112,7 +113,7 @@ class Expert:
 
     @property
     def kernel(self):
-        return cpu.ExpertKernel.build(self.record, self.activation, is_transposed=self.is_transposed)
+        return ExpertKernel.build(self.record, self.activation, is_transposed=self.is_transposed)
 
     def expected(self, x):
         first, down = (self._product(name) for name in self.shapes)
@@ -246,7 +247,7 @@ def test_float_matrices_have_the_same_bits_for_any_number_of_tokens(forced, form
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", list(cpu.DTYPES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("activation_bits", [0, 16])
 def test_one_token_in_one_call_has_the_bits_of_experts_and_combine(forced, dtype, activation_bits):
     experts = [Expert(seed, form, (160, 96)) for seed, form in enumerate(("int4-g64", "bfloat16", "int8", "fp8"))]
@@ -311,7 +312,7 @@ def test_not_a_number_stays_in_its_token(forced, form):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", list(cpu.DTYPES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 16, 100])
 def test_linear_agrees_with_torch(forced, dtype, num_tokens):
     generator = torch.Generator().manual_seed(0)
@@ -325,7 +326,7 @@ def test_linear_agrees_with_torch(forced, dtype, num_tokens):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", list(cpu.DTYPES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("num_features", [8, 64, 77, 576, 1000, 4096])
 def test_norm_has_torch_bits(forced, dtype, num_features):
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -354,7 +355,7 @@ def test_float16_of_any_bits_is_read_and_written_as_torch_does(forced):
 def test_unknown_records_have_no_kernel():
     assert Expert(0, "float64", (8, 4)).kernel is None
     expert = Expert(0, "float32", (8, 4))
-    assert cpu.ExpertKernel.build(expert.record, Activation("silu", "none"), is_transposed=False) is None
+    assert ExpertKernel.build(expert.record, Activation("silu", "none"), is_transposed=False) is None
 
 
 @pytest.fixture
@@ -367,7 +368,7 @@ def fresh(monkeypatch):
 
 
 def test_without_a_compiler_there_are_no_kernels_and_it_is_said_once(fresh, caplog):
-    fresh.setattr(cpu_library, "EXTENSION_SUFFIXES", [])
+    fresh.setattr("moeflow.compiled.EXTENSION_SUFFIXES", [])
     with caplog.at_level(logging.WARNING):
         assert cpu_library.instruction_set() is None
         assert cpu_library.instruction_set() is None

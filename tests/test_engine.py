@@ -16,7 +16,7 @@ from moeflow.config import ExpertsSize
 from moeflow.core import ExpertKey
 from moeflow.engine import Engine
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
-from moeflow.hf import KeyValueCache
+from moeflow.hf_decoding import KeyValueCache
 from moeflow.sampling import SamplingParams
 from small_tokenizers import byte_tokenizer, letter_tokenizer
 
@@ -635,7 +635,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
                 assert completion.id in cancelled or completion.token_ids == expected
         engine.check_integrity()
         if groups:
-            assert len(engine._groups._scheduler._recent) <= engine.stats()["running"]
+            assert len(engine._groups._scheduler._likely) <= engine.stats()["running"]
             model.moeflow.check_integrity()
     reasons = engine.stats()["finished"]
     assert reasons == {"stop": 0, "length": 500 - len(cancelled), "cancelled": len(cancelled), "error": 0}
@@ -644,7 +644,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
     assert not slots, "somebody holds keys and values of what has ended"
     if groups:
         assert engine.stats()["regrouping"]["planned"] > 10
-        assert len(engine._groups._scheduler._recent) == 0
+        assert len(engine._groups._scheduler._likely) == 0
         model.moeflow.close()
     engine.close()
     assert set(threading.enumerate()) == threads

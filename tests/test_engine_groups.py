@@ -2,7 +2,6 @@
 
 import threading
 
-import numpy as np
 import pytest
 import torch
 
@@ -56,18 +55,18 @@ def test_tokens_do_not_depend_on_groups(offloaded, expected, group_size, regroup
     assert stats["passes"] >= stats["steps"]
     assert (stats["passes"] > stats["steps"]) == (group_size < 6)
     assert (stats["regrouping"]["planned"] > 0) == (regrouping and group_size < 6)
-    assert offloaded.moeflow.recorder is None
+    assert not offloaded.moeflow.observers
 
 
 def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(offloaded, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        passes, forward = [], engine._forward
+        passes, forward = [], engine._passes._forward
 
         def seen(pieces):
             passes.append([piece.sequence.id for piece in pieces if piece.sequence.decoding])
             return forward(pieces)
 
-        monkeypatch.setattr(engine, "_forward", seen)
+        monkeypatch.setattr(engine._passes, "_forward", seen)
         for prompt in PROMPTS:
             engine.add(prompt, GREEDY)
         while not engine.finished:
@@ -78,9 +77,9 @@ def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(off
             assert all(len(group) <= 2 for group in passes)
 
 
-def test_a_pass_that_fails_leaves_the_recorders_seat_free_and_others_go_on(offloaded, expected, monkeypatch):
+def test_a_pass_that_fails_leaves_no_observer_and_others_go_on(offloaded, expected, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        forward, failed = engine._forward, []
+        forward, failed = engine._passes._forward, []
 
         def once(pieces):
             if len(pieces) > 1 and not failed:
@@ -89,22 +88,42 @@ def test_a_pass_that_fails_leaves_the_recorders_seat_free_and_others_go_on(offlo
                     raise ExpertReadError("a disk that stumbles")
             return forward(pieces)
 
-        monkeypatch.setattr(engine, "_forward", once)
+        monkeypatch.setattr(engine._passes, "_forward", once)
         assert answers(engine) == expected
         assert failed
-        assert offloaded.moeflow.recorder is None
+        assert not offloaded.moeflow.observers
+
+
+def test_groups_leave_other_observers_in_place_and_these_see_every_layer(offloaded, expected):
+    class Layers:
+        def __init__(self):
+            self.seen = []
+
+        def observe(self, layer, top_k_index, top_k_weights, hidden_states):
+            self.seen.append(layer)
+
+        def close(self):
+            pass
+
+    layers = Layers()
+    with Engine(offloaded, group_size=2) as engine:
+        offloaded.moeflow.observers.append(layers)
+        assert answers(engine) == expected
+        num_layers = offloaded.config.num_hidden_layers
+        assert layers.seen == list(range(num_layers)) * engine.stats()["passes"]
+    assert offloaded.moeflow.observers == [layers]
 
 
 def test_a_sequence_that_fails_while_it_decodes_fails_alone(offloaded, expected, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        forward, completions = engine._forward, {}
+        forward, completions = engine._passes._forward, {}
 
         def failing(pieces):
             if any(piece.sequence.id == "2" and piece.sequence.decoding for piece in pieces):
                 raise ExpertReadError("a disk that stumbles")
             return forward(pieces)
 
-        monkeypatch.setattr(engine, "_forward", failing)
+        monkeypatch.setattr(engine._passes, "_forward", failing)
         for place, prompt in enumerate(PROMPTS):
             engine.add(prompt, GREEDY, id=str(place))
         while not engine.finished:
@@ -114,28 +133,11 @@ def test_a_sequence_that_fails_while_it_decodes_fails_alone(offloaded, expected,
         assert engine.stats()["regrouping"]["planned"] > 0
 
 
-def test_the_scheduler_is_told_of_each_sequence_what_its_own_tokens_took(offloaded, monkeypatch):
-    def told(places, **options):
-        routes = {}
-        with Engine(offloaded, **options) as engine:
-            scheduler = engine._groups._scheduler
-            monkeypatch.setattr(scheduler, "observe", lambda id, taken: routes.setdefault(id, []).append(taken))
-            for place in places:
-                engine.add(PROMPTS[place], GREEDY, id=str(place))
-            while not engine.finished:
-                engine.step()
-        return {id: np.concatenate(taken).tolist() for id, taken in routes.items()}
-
-    together = told(range(6), group_size=2, max_batch_size=6, max_step_tokens=12)
-    assert together == {str(place): told([place], group_size=1)[str(place)] for place in range(6)}
-    assert [len(together[str(place)]) for place in range(6)] == [len(prompt) + NEW - 1 for prompt in PROMPTS]
-
-
 def test_a_closed_engine_leaves_no_thread_and_remembers_no_sequence(offloaded):
     before = set(threading.enumerate())
     engine = Engine(offloaded, group_size=2)
     answers(engine)
-    assert len(engine._groups._scheduler._recent) == 0
+    assert len(engine._groups._scheduler._likely) == 0
     engine.close()
     assert set(threading.enumerate()) == before
 
@@ -151,12 +153,23 @@ def test_routes_of_a_pass_are_what_its_routers_chose_and_padding_is_none():
     routes = PassRoutes(2, 4)
     routes.observe(0, torch.tensor([[0, 3], [1, 4]]))
     routes.observe(1, torch.tensor([[2, 1], [2, 3]]))
-    taken = routes.take(2)
-    assert [[set(layer.nonzero()[0].tolist()) for layer in token] for token in taken] == [
-        [{0, 3}, {1, 2}],
-        [{1}, {2, 3}],
-    ]
-    assert not routes.take(2).any()
+    assert routes.take(2).tolist() == [[[0, 3], [2, 1]], [[1, 4], [2, 3]]]
+    assert routes.take(2).size == 0
     routes.observe(0, torch.tensor([[0, 3]]))  # a layer that was given other tokens than the pass has
     routes.observe(1, torch.tensor([[2, 1], [2, 3]]))
-    assert routes.take(2).any(axis=(0, 2)).tolist() == [False, True]
+    assert routes.take(2).tolist() == [[[4, 4], [2, 1]], [[4, 4], [2, 3]]]
+
+
+def test_what_is_remembered_of_a_token_is_what_its_routers_chose(offloaded):
+    prompts = [list(range(start, start + 5)) for start in range(10, 40, 5)]
+    routes = PassRoutes(len(offloaded.moeflow.store.layers), offloaded.moeflow.store.layers[0].layout.num_experts)
+    chosen = {}
+    offloaded.moeflow.observers.append(routes)
+    for prompt in prompts:
+        offloaded(torch.tensor([prompt]))
+        chosen |= dict(zip(prompt, routes.take(len(prompt)).tolist(), strict=True))
+    offloaded.moeflow.observers.remove(routes)
+    with Engine(offloaded, group_size=2, max_batch_size=6, max_step_tokens=12) as engine:  # several pieces in a pass
+        engine.generate(prompts, SamplingParams(max_new_tokens=1))
+        seen = engine._groups._scheduler._likely._tokens
+        assert {token: route[-1].tolist() for token, route in seen.items()} == chosen

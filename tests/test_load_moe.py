@@ -253,7 +253,7 @@ def test_close_and_garbage_collection_leave_no_thread_file_or_slot(mixtral_folde
         logits(model)
         assert len(readers()) > before
         assert open_shards(mixtral_folder)
-        arena = weakref.ref(model.moeflow._pool.bytes)
+        arena = weakref.ref(model.moeflow._residency.pool.bytes)
         if close:
             with model.moeflow:
                 pass

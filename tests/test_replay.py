@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moeflow import replay as module
 from moeflow.cache import ExpertCache
+from moeflow.compiled import c_function
 from moeflow.core import ExpertKey
 from moeflow.errors import ConfigError
 from moeflow.replay import REPLAY_POLICIES, replay, replay_trace, slots_of
@@ -40,11 +41,11 @@ def compiled():
 @pytest.fixture
 def python_only(monkeypatch):
     """An installation without a compiler."""
-    monkeypatch.setattr(module, "EXTENSION_SUFFIXES", [])
-    module._compiled_loop.cache_clear()
+    monkeypatch.setattr("moeflow.compiled.EXTENSION_SUFFIXES", [])
+    c_function.cache_clear()
     yield
     monkeypatch.undo()
-    module._compiled_loop.cache_clear()
+    c_function.cache_clear()
 
 
 def random_routing(seed, num_tokens=60, num_layers=3, num_experts=8, top_k=2):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeflow import hf, load_moe
+from moeflow import hf_experts, load_moe
 from moeflow.cache import POLICIES, ExpertCache
 from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.errors import ExpertReadError
@@ -227,7 +227,7 @@ def test_host_slot_is_not_overwritten_while_a_copy_reads_it(experts_file, monkey
     streams.release()
     transfers.wait_completed()
     record = runtime.records(0)[0]
-    assert torch.equal(runtime._pool.views(runtime.cache.slot(first), record)["w"], values[0, 1])
+    assert torch.equal(runtime._residency.pool.views(runtime.cache.slot(first), record)["w"], values[0, 1])
     runtime.close()
 
 
@@ -239,8 +239,7 @@ def in_host_memory(runtime, weights):
 
 def empty_device(runtime):
     """Let every copy end, and leave no expert on the device."""
-    while len(runtime._transfers):
-        runtime._settle(runtime._transfers.wait_completed(), wanted=())
+    runtime._residency.settle_all()
     runtime.check_integrity()
     runtime.cache.clear()
 
@@ -472,7 +471,7 @@ def test_a_model_whose_experts_are_computed_in_both_places_gives_the_same_logits
         host=host,
         misses=split,
     ) as runtime:
-        for layer, (_, module) in enumerate(hf.experts_modules(model)):
+        for layer, (_, module) in enumerate(hf_experts.experts_modules(model)):
             module._moeflow = OffloadedExperts(runtime, layer, module)
         for _ in range(3):
             with torch.no_grad():

@@ -1,0 +1,52 @@
+"""C libraries built when moeflow was installed: found beside the module that calls them, loaded by ctypes.
+
+Where no compiler was there they are absent, and their callers do without. Knows files and names. Knows nothing of what
+a library computes.
+"""
+
+import ctypes
+import logging
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+
+def built_library(name: str, beside: str) -> str:
+    """Return the path of a library in a module's folder.
+
+    Args:
+        name: of the library, "_replay".
+        beside: the `__file__` of a module in the same folder.
+
+    Raises:
+        FileNotFoundError: it was not built.
+    """
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(beside).with_name(name + suffix)
+        if path.is_file():
+            return str(path)
+    raise FileNotFoundError(f"{name} was not built beside {beside}")
+
+
+@cache
+def c_function(name: str, beside: str, argtypes: tuple, restype: type, *, without: str):
+    """Return the function `moeflow_<name>` of the library `_<name>`; None, said once, where that was not built.
+
+    Args:
+        name: of both, "replay".
+        beside: the `__file__` of a module in the library's folder.
+        argtypes: ctypes of its arguments.
+        restype: ctype of what it returns.
+        without: what happens where it is absent, for the warning.
+    """
+    try:
+        function = getattr(ctypes.CDLL(built_library(f"_{name}", beside)), f"moeflow_{name}")
+    except (OSError, AttributeError):
+        _log.warning(
+            "moeflow's compiled %s was not built: %s. Install moeflow again where there is a C compiler.", name, without
+        )
+        return None
+    function.argtypes, function.restype = argtypes, restype
+    return function

@@ -1,0 +1,83 @@
+"""Which experts a sequence is likely to take next: those that its next token took before, and that its last ones took.
+
+The token to be fed is known before its pass, and says most of its route in every layer, in whatever sequence it was fed
+before; the rest is what the sequence is about. Nothing is trained: every pass adds to the memory.
+
+Knows routes and token ids. Knows nothing of models or schedules. scripts/bench_scheduler.py shows what such routes are
+worth to a regrouping, beside true ones.
+"""
+
+import numpy as np
+
+_DECAY = 0.9  # of a sequence's uses, a token later
+_LASTING = 64  # tokens after which nothing is left of a use
+_SPAN = 4  # uses of a token that are remembered
+_DOUBT = 0.5  # uses that a token is short of: of one use alone, each expert counts for 2/3
+_MEMORY_BYTES = 64 << 20  # of tokens' routes; those fed longest ago go first
+
+
+class LikelyRoutes:
+    """What was seen of tokens and of sequences.
+
+    Args:
+        num_layers: L.
+        num_experts: E, the largest number of experts in a layer.
+        top_k: K, the most experts that a token takes in a layer.
+        memory_bytes: what routes of tokens may take, for at least one token.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, *, memory_bytes: int = _MEMORY_BYTES):
+        self._num_experts, self._top_k = num_experts, min(max(top_k, 1), num_experts)
+        self._kind = np.uint8 if num_experts < 256 else np.uint16
+        self._shape = num_layers, num_experts + 1  # the last column takes in what stands for none
+        self._layers = np.arange(num_layers)[:, None]
+        self._most_tokens = max(memory_bytes // (_SPAN * num_layers * top_k * np.dtype(self._kind).itemsize), 1)
+        self._tokens: dict[int, list[np.ndarray]] = {}  # their last routes, [L, K] each, by when they were fed last
+        self._recent: dict[str, np.ndarray] = {}  # decayed mean of a sequence's routes, [L, E + 1]
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def observe(self, sequence: str, tokens: list[int], chosen: np.ndarray) -> None:
+        """Take in what a sequence's next tokens took.
+
+        Args:
+            sequence: its id.
+            tokens: their ids, in their order.
+            chosen: [tokens, L, K] ids of experts; E or more stands for none.
+        """
+        chosen = np.minimum(chosen, self._num_experts)
+        for token, route in zip(tokens, chosen.astype(self._kind), strict=True):
+            self._tokens[token] = [*self._tokens.pop(token, ())[1 - _SPAN :], route]
+        while len(self._tokens) > self._most_tokens:
+            del self._tokens[next(iter(self._tokens))]
+        recent = self._recent.get(sequence)
+        if recent is None:
+            recent = self._recent[sequence] = np.zeros(self._shape, np.float32)
+        recent *= _DECAY ** len(chosen)
+        for age, route in enumerate(chosen[: -_LASTING - 1 : -1]):
+            recent[self._layers, route] += (1 - _DECAY) * _DECAY**age
+
+    def forget(self, sequence: str) -> None:
+        """Drop a sequence; one that is not known is no error. What its tokens took stays known."""
+        self._recent.pop(sequence, None)
+
+    def likely(self, sequences: list[str], tokens: list[int | None]) -> np.ndarray:
+        """Return [sequences, L, E] bool: what each one's next token may take; none where nothing is known.
+
+        Args:
+            sequences: their ids.
+            tokens: the token that each will be fed; None where that is not known yet.
+        """
+        scores = np.zeros((len(sequences), *self._shape), np.float32)
+        for score, sequence, token in zip(scores, sequences, tokens, strict=True):
+            if sequence in self._recent:
+                score += self._recent[sequence]
+            routes = self._tokens.get(token, ())
+            for route in routes:
+                score[self._layers, route] += 1 / (len(routes) + _DOUBT)
+        scores = scores[:, :, :-1]
+        best = np.argpartition(-scores, self._top_k - 1, axis=2)[:, :, : self._top_k]
+        chosen = np.zeros(scores.shape, bool)
+        np.put_along_axis(chosen, best, True, axis=2)
+        return chosen & (scores > 0)

@@ -1,0 +1,153 @@
+"""Reading experts: one on its way, and the threads that do the work, what somebody waits for first.
+
+Knows work as a function and its arguments. Knows nothing of files or of who sits in which slot.
+"""
+
+import queue
+import threading
+import time
+
+from moeflow.core import ExpertKey, Tier
+from moeflow.errors import ExpertReadError, MoeflowError
+
+
+class Transfer:
+    """One expert on its way into one device slot.
+
+    Args:
+        key: the expert.
+        slot: the device slot.
+        source: the tier its bytes come from.
+    """
+
+    __slots__ = (
+        "_work",
+        "beside",
+        "error",
+        "event",
+        "host_slot",
+        "key",
+        "num_bytes",
+        "prefetch",
+        "seconds",
+        "slot",
+        "source",
+    )
+
+    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
+        self.key = key
+        self.prefetch = prefetch  # nobody waits for it yet
+        self.slot = slot
+        self.source = source
+        self.host_slot = host_slot
+        self.event: object = None
+        self.error: Exception | None = None
+        self.num_bytes = 0
+        self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
+        self.beside = False  # whether the CPU computed an expert while it was under way
+        self._work: list = []
+
+    def give(self, work: tuple) -> None:
+        """Attach what a reading thread has to run: a function and its arguments."""
+        self._work.append(work)
+
+    def claim(self) -> tuple | None:
+        """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
+        try:
+            return self._work.pop()
+        except IndexError:
+            return None
+
+
+class ReadingThreads:
+    """Run the work of transfers and report the end of each, failed or not.
+
+    Args:
+        num_threads: reads at once.
+    """
+
+    def __init__(self, num_threads: int):
+        self._num_threads = num_threads
+        self.start()
+
+    def start(self) -> None:
+        """Begin, with nothing queued and nothing reported."""
+        # Not a ThreadPoolExecutor: an interrupt inside its submit() leaves a lock held for ever.
+        # One ticket an entry of the two queues; a thread that holds one looks among the demands first.
+        self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._demands: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._prefetches: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(
+                target=_serve_work,
+                args=(self._tickets, (self._demands, self._prefetches), self._ended),
+                name="moeflow-read",
+                daemon=True,
+            )
+            for _ in range(self._num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, transfer: Transfer) -> None:
+        """Queue a transfer that was given work, among those that somebody waits for unless it is a prefetch."""
+        (self._prefetches if transfer.prefetch else self._demands).put(transfer)
+        self._tickets.put(True)
+
+    def run_here(self, transfer: Transfer, work: tuple) -> None:
+        """Run work in the calling thread; its end is reported as any."""
+        _run(self._ended, transfer, work)
+
+    def wait(self) -> Transfer:
+        """Block until a transfer has ended, and return it; its `error` says whether it failed."""
+        return self._ended.get()
+
+    def poll(self) -> Transfer | None:
+        """Return a transfer that has ended, or None."""
+        try:
+            return self._ended.get_nowait()
+        except queue.Empty:
+            return None
+
+    def stop(self) -> None:
+        """Let running work end, stop the threads, and forget what was queued and reported."""
+        for _ in self._threads:
+            self._tickets.put(False)
+        for thread in self._threads:
+            # The garbage collector may run this inside a reading thread, which cannot wait for itself.
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join()
+        self._ended = queue.SimpleQueue()
+
+
+def _serve_work(tickets, queues, ended) -> None:
+    """Run what is queued, demands first, until a ticket says no more: the life of a reading thread."""
+    while tickets.get():
+        for waiting in queues:
+            try:
+                transfer = waiting.get_nowait()
+                break
+            except queue.Empty:
+                continue
+        work = transfer.claim()
+        if work is not None:
+            _run(ended, transfer, work)
+        del transfer, work  # while this thread waits, it holds nothing of the runtime's
+
+
+def _run(ended, transfer, work) -> None:
+    """Run one read and always report its end: whoever waits would otherwise wait for ever."""
+    function, *arguments = work
+    begin = time.perf_counter()
+    try:
+        function(*arguments)
+    except MoeflowError as error:
+        transfer.error = error
+    except Exception as error:
+        transfer.error = ExpertReadError(
+            f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} could not be copied to the device: {error}"
+        )
+        transfer.error.__cause__ = error
+    transfer.seconds = time.perf_counter() - begin
+    ended.put(transfer)

@@ -1,0 +1,29 @@
+"""Who is shown what the routers of a running model chose."""
+
+from typing import Protocol
+
+import torch
+
+
+class RouteObserver(Protocol):
+    """Sits in a runtime's `observers`: a trace recorder for good, others for a pass.
+
+    Sees and never changes. Called in the order of the list, by the thread that runs the pass.
+    """
+
+    def observe(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_states: torch.Tensor
+    ) -> None:
+        """Take in one layer of a pass, before its experts run.
+
+        Args:
+            layer: number among the MoE layers.
+            top_k_index: [T, K], expert numbers; a number of num_experts or more means none.
+            top_k_weights: [T, K].
+            hidden_states: [T, H], what the router saw.
+
+        All are valid during the call only: a compiled graph uses the memory of its tensors again.
+        """
+
+    def close(self) -> None:
+        """End what the observer keeps: the runtime is closed."""
