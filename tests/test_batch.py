@@ -24,7 +24,7 @@ def requests_of(*contents):
     return [BatchRequest(number, f"r{number}", None, content, PARAMS) for number, content in enumerate(contents, 1)]
 
 
-def answered(engine, tokenizer, requests, path, on_step=lambda num_tokens, num_ended: None, num_ahead=2):
+def answered(engine, tokenizer, requests, path, on_step=lambda num_new, ended: None, num_ahead=2):
     """Run a batch, and return its lines in their order and what was told of each step."""
     told = []
 
@@ -43,10 +43,12 @@ def test_every_request_has_one_line_and_steps_add_up(mixtral, tokenizer, tmp_pat
     requests = requests_of("one", "two", "three", "four", "five")
     engine = Engine(mixtral, tokenizer)
     lines, told = answered(engine, tokenizer, requests, tmp_path / "out.jsonl")
-    assert sorted(line["id"] for line in lines) == ["r1", "r2", "r3", "r4", "r5"]
-    assert [sum(column) for column in zip(*told, strict=True)] == [5 * 6, 5]
+    names = ["r1", "r2", "r3", "r4", "r5"]
+    assert sorted(line["id"] for line in lines) == names
+    assert {name: sum(num_new.get(name, 0) for num_new, _ in told) for name in names} == dict.fromkeys(names, 6)
+    assert sorted(name for _, ended in told for name in ended) == names
     texts = [done.text for done in engine.generate([request.content for request in requests], PARAMS)]
-    assert {line["id"]: line["text"] for line in lines} == dict(zip(["r1", "r2", "r3", "r4", "r5"], texts, strict=True))
+    assert {line["id"]: line["text"] for line in lines} == dict(zip(names, texts, strict=True))
 
 
 def test_the_engine_holds_no_more_requests_than_it_is_to(mixtral, tokenizer, tmp_path):
@@ -64,7 +66,7 @@ def test_messages_that_the_template_refuses_fail_alone(mixtral, tokenizer, tmp_p
     lines, told = answered(
         Engine(mixtral, tokenizer), tokenizer, requests_of(turns, turns[:1], "last"), tmp_path / "out.jsonl"
     )
-    assert told[0] == (0, 1)
+    assert told[0] == ({}, ["r1"])
     assert lines[0]["id"] == "r1"
     assert "template refuses this conversation: one turn only" in lines[0]["error"]
     assert {line["id"]: len(line["text"]) > 0 for line in lines[1:]} == {"r2": True, "r3": True}

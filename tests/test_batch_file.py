@@ -262,7 +262,7 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch):
-    """As by a run with `retry_failed` that ends in this moment: what is appended would be lost with the old file."""
+    """As by a run that forgets lines and ends in this moment: what is appended would be lost with the old file."""
     path, lock = tmp_path / "out.jsonl", fcntl.flock
     (tmp_path / "new").touch()
 
