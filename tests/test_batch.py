@@ -72,6 +72,14 @@ def test_messages_that_the_template_refuses_fail_alone(mixtral, tokenizer, tmp_p
     assert {line["id"]: len(line["text"]) > 0 for line in lines[1:]} == {"r2": True, "r3": True}
 
 
+def test_a_system_message_is_said_once_and_before_the_others(mixtral, tmp_path):
+    roles = letter_tokenizer(chat_template="{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}")
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    engine = Engine(mixtral, roles)
+    (line,), _ = answered(engine, roles, requests_of(messages), tmp_path / "out.jsonl")
+    assert line["text"] == engine.generate(["system be brief user hi "], PARAMS)[0].text
+
+
 def test_a_request_cancelled_in_the_middle_has_a_line_that_says_so(mixtral, tokenizer, tmp_path):
     engine = Engine(mixtral, tokenizer)
     whole, _ = answered(engine, tokenizer, requests_of("one", "two", "three"), tmp_path / "whole.jsonl")

@@ -3,6 +3,7 @@
 import functools
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moeflow.config import ExpertsSize
 from moeflow.core import ExpertKey
 from moeflow.engine import Engine
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
+from moeflow.hf_decoding import KeyValueCache
 from moeflow.sampling import SamplingParams
 from small_tokenizers import byte_tokenizer, letter_tokenizer
 
@@ -145,13 +147,26 @@ def test_attention_that_cannot_be_cut_is_refused(mixtral, monkeypatch):
     assert mixtral.config._attn_implementation == before
 
 
+def test_attention_past_the_interface_is_refused(mixtral, monkeypatch):
+    def forward(self, hidden_states, **kwargs):
+        cache = next(value for value in kwargs.values() if isinstance(value, KeyValueCache))
+        cache.update(hidden_states[:, None], hidden_states[:, None], self.layer_idx)
+        return hidden_states, None
+
+    monkeypatch.setattr(modeling_mixtral.MixtralAttention, "forward", forward)
+    with pytest.raises(UnsupportedModelError, match=r"does not call transformers' .* \(0 calls, 3 layers\)"):
+        Engine(mixtral)
+
+
+@pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_both_attention_implementations_give_the_tokens_of_generate(mixtral, expected, implementation):
-    model = tiny_mixtral(attn_implementation=implementation, sliding_window=6)
+def test_both_attention_implementations_give_the_tokens_of_generate(mixtral, expected, implementation, window):
+    model = tiny_mixtral(attn_implementation=implementation, sliding_window=window)
     model.load_state_dict(mixtral.state_dict())
     with Engine(model, max_step_tokens=32, max_batch_size=3) as engine:
         assert answers(engine) == [generated(model, prompt) for prompt in PROMPTS]
-    assert answers(Engine(model)) != expected, "the window cuts nothing here"
+        assert engine.stats()["shared_tokens"] > 0
+    assert (answers(Engine(model)) == expected) == (window is None), "the window cuts nothing here"
 
 
 def test_a_step_has_every_decoding_sequence_and_no_more_tokens_than_allowed(mixtral):
@@ -196,6 +211,7 @@ def test_equal_prompts_compute_their_last_token_each(mixtral):
 def test_budgets_that_hold_only_some_sequences_make_the_others_wait(mixtral, expected):
     with Engine(mixtral) as engine:
         position = engine.stats()["kv_position_bytes"]
+        assert engine.stats()["kv_budget_bytes"] == 32 * 256 * position, "as much as all can come to have"
     assert position == POSITION_BYTES
     longest = max(map(len, PROMPTS)) + NEW - 1
     with Engine(mixtral, kv_memory=longest * position, max_step_tokens=32) as engine:
@@ -398,6 +414,8 @@ def test_stop_strings_end_an_answer_at_the_token_where_those_of_generate_do():
         assert cut.text == whole.text[: whole.text.find(stop)]
         ends.add(len(out))
     assert len(ends) > 2
+    (begun,) = engine.generate(["The quick"], SamplingParams(max_new_tokens=20, stop=(whole.text[-2:] + "!",)))
+    assert (begun.text, begun.finish_reason) == (whole.text, "length"), "the beginning of a stop string is text"
 
 
 def test_logprobs_are_those_of_the_logits_of_generate(mixtral):
@@ -496,6 +514,8 @@ def test_passes_are_told_by_sequence_only_while_these_stay_the_same(mixtral_fold
         engine.add([*PREFIX, 6], SamplingParams(max_new_tokens=4, ignore_eos=True))
         while not engine.finished:
             engine.step()
+        for prompts in ([[9, 8]], [[9], [8]]):
+            answers(engine, prompts, SamplingParams(max_new_tokens=1))
     assert told == [
         (1, 20, False, None),
         (2, 1, True, [2, 1]),
@@ -504,6 +524,8 @@ def test_passes_are_told_by_sequence_only_while_these_stay_the_same(mixtral_fold
         (2, 1, True, [2, 1]),
         (2, 1, True, [2, 1]),
         (1, 1, True, None),
+        (1, 2, False, None),
+        (1, 2, False, None),
     ]
 
 
@@ -594,7 +616,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
     threads = set(threading.enumerate())
     model = load_moe(mixtral_folder, expert_memory="50%", predictor=None) if groups else mixtral
     engine = Engine(model, max_batch_size=16, max_step_tokens=64, kv_memory=300 * POSITION_BYTES, **groups)
-    wanted, cancelled = {}, set()
+    wanted, cancelled, slots = {}, set(), weakref.WeakSet()
     while len(wanted) < 500 or not engine.finished:
         for _ in range(min(rng.randrange(12), 500 - len(wanted))):
             place, num_new = rng.randrange(6) + 6 * (rng.random() < 0.3), rng.randrange(1, 6)
@@ -603,7 +625,9 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
         if rng.random() < 0.5 and wanted:
             id = str(rng.randrange(len(wanted)))
             cancelled |= {id} if engine.cancel(id) else set()
-        for _, _, _, completion in engine.step():
+        reported = engine.step()
+        slots.update(engine._slots[sequence.id] for sequence in engine._schedule.running)
+        for _, _, _, completion in reported:
             if completion is not None:
                 expected = wanted[completion.id]
                 assert (completion.finish_reason == "cancelled") == (completion.id in cancelled)
@@ -617,6 +641,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
     assert reasons == {"stop": 0, "length": 500 - len(cancelled), "cancelled": len(cancelled), "error": 0}
     assert len(cancelled) > 10
     assert_empty(engine)
+    assert not slots, "somebody holds keys and values of what has ended"
     if groups:
         assert engine.stats()["regrouping"]["planned"] > 10
         assert len(engine._groups._scheduler._likely) == 0
@@ -630,6 +655,7 @@ def test_a_closed_engine_has_released_everything_and_the_model_goes_on(mixtral, 
     engine.add(PROMPTS[0], GREEDY)
     engine.step()
     engine.close()
+    assert engine.finished
     assert engine.stats()["kv_used_bytes"] == 0
     with pytest.raises(ClosedModelError):
         engine.step()

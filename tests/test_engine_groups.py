@@ -16,6 +16,7 @@ NEW = 10
 PROMPTS = [
     torch.randint(3, 120, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 14, 6, 7)
 ]
+GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,15 @@ def offloaded(mixtral_folder):
 
 
 def answers(engine):
-    return [done.token_ids for done in engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW, ignore_eos=True))]
+    return [done.token_ids for done in engine.generate(PROMPTS, GREEDY)]
 
 
 @pytest.mark.parametrize("regrouping", [True, False])
 @pytest.mark.parametrize("group_size", [1, 2, 4, 6, 100])
 def test_tokens_do_not_depend_on_groups(offloaded, expected, group_size, regrouping):
-    with Engine(offloaded, group_size=group_size, max_step_tokens=40, regrouping=regrouping) as engine:
+    with Engine(
+        offloaded, group_size=group_size, max_batch_size=6, max_step_tokens=12, regrouping=regrouping
+    ) as engine:
         assert answers(engine) == expected
         stats = engine.stats()
         engine.check_integrity()
@@ -65,7 +68,7 @@ def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(off
 
         monkeypatch.setattr(engine._passes, "_forward", seen)
         for prompt in PROMPTS:
-            engine.add(prompt, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+            engine.add(prompt, GREEDY)
         while not engine.finished:
             passes.clear()
             decoding = [one.id for one in engine._schedule.running if one.decoding]
@@ -111,6 +114,25 @@ def test_groups_leave_other_observers_in_place_and_these_see_every_layer(offload
     assert offloaded.moeflow.observers == [layers]
 
 
+def test_a_sequence_that_fails_while_it_decodes_fails_alone(offloaded, expected, monkeypatch):
+    with Engine(offloaded, group_size=2) as engine:
+        forward, completions = engine._passes._forward, {}
+
+        def failing(pieces):
+            if any(piece.sequence.id == "2" and piece.sequence.decoding for piece in pieces):
+                raise ExpertReadError("a disk that stumbles")
+            return forward(pieces)
+
+        monkeypatch.setattr(engine._passes, "_forward", failing)
+        for place, prompt in enumerate(PROMPTS):
+            engine.add(prompt, GREEDY, id=str(place))
+        while not engine.finished:
+            completions |= {one.id: one.completion for one in engine.step() if one.completion}
+        assert completions.pop("2").error == "ExpertReadError: a disk that stumbles"
+        assert [completions[id].token_ids for id in "01345"] == [*expected[:2], *expected[3:]]
+        assert engine.stats()["regrouping"]["planned"] > 0
+
+
 def test_a_closed_engine_leaves_no_thread_and_remembers_no_sequence(offloaded):
     before = set(threading.enumerate())
     engine = Engine(offloaded, group_size=2)
@@ -133,6 +155,9 @@ def test_routes_of_a_pass_are_what_its_routers_chose_and_padding_is_none():
     routes.observe(1, torch.tensor([[2, 1], [2, 3]]))
     assert routes.take(2).tolist() == [[[0, 3], [2, 1]], [[1, 4], [2, 3]]]
     assert routes.take(2).size == 0
+    routes.observe(0, torch.tensor([[0, 3]]))  # a layer that was given other tokens than the pass has
+    routes.observe(1, torch.tensor([[2, 1], [2, 3]]))
+    assert routes.take(2).tolist() == [[[4, 4], [2, 1]], [[4, 4], [2, 3]]]
 
 
 def test_what_is_remembered_of_a_token_is_what_its_routers_chose(offloaded):
