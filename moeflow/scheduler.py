@@ -175,7 +175,7 @@ class TokenScheduler:
             return self._plan(likely, num_groups)
         planned = ahead[1].result()
         begin = time.perf_counter()
-        start = _carried(dict(zip(ahead[0], planned.tolist(), strict=True)), sequences, num_groups)
+        start = carried_groups(dict(zip(ahead[0], planned.tolist(), strict=True)), sequences, num_groups)
         groups = amended_groups(likely, num_groups, start)
         self.stats.plan_s += time.perf_counter() - begin
         return groups
@@ -187,8 +187,14 @@ class TokenScheduler:
         return groups
 
 
-def _carried(planned: dict[str, int], sequences, num_groups) -> np.ndarray:
-    """Return [sequences] groups of the usual sizes: the planned ones where there is room, else whatever has most."""
+def carried_groups(planned: dict[str, int], sequences: list[str], num_groups: int) -> np.ndarray:
+    """Return [sequences] groups of the usual sizes: the planned ones where there is room, else whatever has most.
+
+    Args:
+        planned: the group of each sequence that was planned for.
+        sequences: those that are there now.
+        num_groups: how many groups there are now.
+    """
     room = np.bincount(arrival_groups(len(sequences), num_groups), minlength=num_groups)
     groups = np.full(len(sequences), -1, np.int32)
     for place, sequence in enumerate(sequences):

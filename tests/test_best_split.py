@@ -38,10 +38,11 @@ def test_no_split_of_all_is_better(seed, tokens, share):
 
 def test_a_program_finds_no_better_one_where_the_search_alone_does_not_get_there(monkeypatch):
     monkeypatch.setattr(best_split_module, "regroup", lambda routes, num_groups: regroup(routes, 2, num_swaps=0))
-    for seed in range(3):
-        routes = random_routes(seed, 14, layers=4, experts=9, share=0.2)
+    for seed in range(10):
+        routes = random_routes(seed, 11 + seed % 2, layers=4, experts=9, share=0.2)
         groups, proven = best_split(routes)
         assert proven
+        assert np.bincount(groups).tolist() == [6, len(routes) - 6]
         assert active_pairs(routes, groups) == active_pairs(routes, exact_groups(routes, 2)[0])
 
 

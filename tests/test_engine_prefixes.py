@@ -78,15 +78,28 @@ def test_nothing_is_kept_once_nobody_waits_for_it(mixtral):
         assert_empty(engine)
 
 
-def test_a_name_may_be_used_again_while_its_slot_is_kept(mixtral, expected):
+def test_nothing_is_kept_once_who_waited_has_begun(mixtral):
     with Engine(mixtral, max_batch_size=1) as engine:
-        engine.add(PROMPTS[0], PARAMS, id="name")
-        engine.add(PROMPTS[1], PARAMS, id="sharer")
+        for id in ("first", "sharer"):
+            engine.add(PROMPTS[0], PARAMS, id=id)
+        while "first" in engine._requests:
+            engine.step()
+        assert engine._schedule.kept.id == "first"
+        engine.step()
+        assert engine.stats()["running"] == 1
+        assert engine._schedule.kept is None
+
+
+def test_a_name_may_be_used_again_while_its_slot_is_kept(mixtral, expected):
+    with Engine(mixtral, max_batch_size=2) as engine:
+        for id, prompt in (("name", PROMPTS[0]), ("other", [9, 8, 7]), ("sharer", PROMPTS[1])):
+            engine.add(prompt, PARAMS, id=id)
         while "name" in engine._requests:
             engine.step()
         assert engine._schedule.kept.id == "name"
         engine.add(PROMPTS[2], PARAMS, id="name")
-        assert run(engine) == {"sharer": expected[1], "name": expected[2]}
+        answers = run(engine)
+        assert (answers["sharer"], answers["name"]) == (expected[1], expected[2])
         assert_empty(engine)
 
 

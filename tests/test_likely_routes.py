@@ -67,3 +67,18 @@ def test_tokens_fed_longest_ago_are_forgotten_first_when_memory_ends():
     for token in (1, 2, 1, 3):
         routes.observe("a", [token], took(token % 4))
     assert [likely(routes, "b", token) for token in (1, 2, 3)] == [{1}, set(), {3}]
+
+
+def test_a_token_seen_once_counts_less_than_what_a_sequence_takes_all_the_time():
+    for tokens, expected in ((8, {3}), (30, {0})):
+        routes = LikelyRoutes(1, 4, 1)
+        routes.observe("b", [7], took(3))
+        routes.observe("a", list(range(100, 100 + tokens)), took(*[0] * tokens))
+        assert likely(routes, "a", 7) == expected
+
+
+def test_what_tokens_took_stays_within_the_memory_however_often_they_are_fed():
+    routes = LikelyRoutes(3, 10, 2, memory_bytes=200)
+    for token in range(200):
+        routes.observe("a", [token % 7], np.ones((1, 3, 2), int))
+    assert 0 < sum(route.nbytes for kept in routes._tokens.values() for route in kept) <= 200

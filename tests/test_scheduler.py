@@ -8,7 +8,7 @@ import pytest
 from moeflow.errors import ConfigError
 from moeflow.predictors.odds import multi_hot
 from moeflow.regroup import active_pairs, arrival_groups
-from moeflow.scheduler import TokenScheduler
+from moeflow.scheduler import TokenScheduler, carried_groups
 
 NAMES = [f"s{number}" for number in range(8)]
 FED = list(range(100, 108))  # tokens that nobody has seen
@@ -76,6 +76,24 @@ def test_the_group_that_needs_what_is_resident_runs_first(scheduler):
         assert {KINDS[place] for place in first} == {kind}
 
 
+def test_consecutive_groups_share_with_one_another():
+    scheduler = TokenScheduler(1, 12, 4, group_size=2)
+    kinds = [[0, 1, 2, 3], [3, 4, 5, 11], [6, 7, 8, 9]]  # the first shares with the second, the third with memory
+    for number, name in enumerate(NAMES[:6]):
+        scheduler.observe(name, [0], np.array([[kinds[number % 3]]]))
+    resident = np.isin(np.arange(12), [0, 1, 2, 6])[None]
+    groups = scheduler.split(NAMES[:6], FED[:6], resident)
+    assert [{place % 3 for place in group} for group in groups] == [{0}, {1}, {2}]
+    scheduler.close()
+
+
+def test_who_was_planned_for_stays_in_the_group_and_sizes_stay_equal():
+    planned = dict(zip("abcdef", [1, 0, 1, 0, 1, 0], strict=True))
+    assert carried_groups(planned, list("abcdef"), 2).tolist() == [1, 0, 1, 0, 1, 0]
+    assert carried_groups(planned, list("acxe"), 2).tolist() == [1, 1, 0, 0]  # no room for the third
+    assert carried_groups(planned | {"b": 2}, list("ba"), 2).tolist() == [0, 1]  # there is no third group now
+
+
 def test_a_plan_made_ahead_is_amended_by_the_tokens_that_came_since(scheduler):
     for token, kind in ((1, 0), (2, 1)):
         scheduler.observe("earlier", [token] * 4, chosen_of([kind] * 4))
@@ -119,6 +137,20 @@ def test_where_nothing_is_gained_it_rests_ever_longer_and_groups_by_arrival(sche
     rests = [len(rest) for rest in "".join("x" if on else "." for on in planned).split("x") if rest]
     assert rests[:2] == [31, 63]
     assert sum(planned) <= 32
+
+
+def test_where_waiting_costs_more_than_is_saved_it_rests_and_plans_nothing_ahead(scheduler):
+    for _ in range(8):
+        seen(scheduler)
+        scheduler.split(NAMES, FED)
+        scheduler.finish(chosen_of(KINDS), step_s=1e-9)
+    planned, plan_s = scheduler.stats.planned, scheduler.stats.plan_s
+    for _ in range(20):
+        scheduler.plan_ahead(NAMES, FED)
+        scheduler.split(NAMES, FED)
+        scheduler.finish(chosen_of(KINDS), step_s=1e-9)
+    scheduler.close()  # what was submitted has run
+    assert (scheduler.stats.planned, scheduler.stats.plan_s) == (planned, plan_s) == (8, plan_s)
 
 
 def test_where_much_is_gained_it_never_rests(scheduler):
