@@ -254,15 +254,15 @@ class Engine:
 
     def _admit(self, sequence: Sequence) -> bool:
         try:
-            while not self._slots.allocate(sequence.id, sequence.num_positions):
-                if self._schedule.kept is None:
-                    return False
-                self._drop_kept()
-            return True
+            if self._slots.allocate(sequence.id, sequence.num_positions):
+                return True
         except RuntimeError as error:  # there is less memory than the budget allows
-            if not self._schedule.running:
+            if self._schedule.kept is None and not self._schedule.running:
                 self._end(self._requests[sequence.id], [], "", "error", f"no memory for keys and values: {error}")
+        if self._schedule.kept is None:
             return False
+        self._drop_kept()
+        return self._admit(sequence)
 
     def _share(self, donor: Sequence, receiver: Sequence, num_tokens: int) -> None:
         self._slots[receiver.id].copy_from(self._slots[donor.id], num_tokens)

@@ -389,6 +389,41 @@ def test_a_sequence_for_which_the_machine_has_no_memory_fails_alone(expected, mi
         assert_empty(engine)
 
 
+def test_a_sequence_gets_the_memory_of_one_that_is_kept_to_be_shared(mixtral, monkeypatch):
+    prompts = [[*PREFIX, 5], [*PREFIX, 6]]
+    with Engine(mixtral, max_batch_size=1) as engine:
+        allocate = engine._slots.allocate
+
+        def machine_without_room_for_two(id, num_positions):
+            if len(engine._slots):
+                raise RuntimeError("there is no memory")
+            return allocate(id, num_positions)
+
+        monkeypatch.setattr(engine._slots, "allocate", machine_without_room_for_two)
+        assert answers(engine, prompts) == [generated(mixtral, prompt) for prompt in prompts]
+        assert_empty(engine)
+
+
+def test_an_id_is_free_again_while_its_beginning_is_kept_to_be_shared(mixtral):
+    with Engine(mixtral, max_batch_size=2) as engine:
+        done = {}
+
+        def step():
+            done.update((one.id, one.completion.token_ids) for one in engine.step() if one.completion)
+            engine.check_integrity()
+
+        for id, prompt in (("a", [*PREFIX, 5]), ("c", tokens(len(PREFIX) + 1, 9)), ("b", [*PREFIX, 6])):
+            engine.add(prompt, GREEDY, id=id)
+        while not done:
+            step()
+        del done["c"]  # it ended with the first, so that two come in at once
+        assert engine._schedule.kept.id == "a"
+        engine.add([*PREFIX, 7], GREEDY, id="a")
+        while not engine.finished:
+            step()
+        assert done == {"a": generated(mixtral, [*PREFIX, 7]), "b": generated(mixtral, [*PREFIX, 6])}
+
+
 def test_a_stop_string_ends_the_answer_before_it(speaking, tokenizer):
     engine = Engine(speaking, tokenizer)
     (whole,) = engine.generate(["The quick"], SamplingParams(max_new_tokens=24, ignore_eos=True))
