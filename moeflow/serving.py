@@ -89,9 +89,9 @@ class Serving:
                 begin = time.perf_counter()
                 yield served
                 stats.compute_s += time.perf_counter() - begin
-                for key in batch:
-                    held.remove(key)  # before it is unpinned: an interrupt in between must not let it be unpinned twice
                 residency.end_use(batch)
+                for key in batch:
+                    held.remove(key)
                 if to_start:
                     residency.start(to_start)
                 else:
