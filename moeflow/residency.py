@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 
 from moeflow.cache import ExpertCache
 from moeflow.core import ExpertKey, Tier
+from moeflow.errors import ExpertReadError
 from moeflow.pool import Resident, SlotPool
 from moeflow.prediction_loop import PredictionLoop
 from moeflow.reading import Transfer
@@ -125,8 +126,12 @@ class Residency:
         prediction, transfers, arrived = self._prediction, self.transfers, []
         if prediction is None or not prediction.active:
             return arrived
-        while (transfer := transfers.poll_completed()) is not None:
-            arrived += self.settle(transfer, waiting)
+        try:
+            while (transfer := transfers.poll_completed()) is not None:
+                arrived += self.settle(transfer, waiting)
+        except ExpertReadError:
+            self.end_use(arrived)  # whoever waits hears of the failure only
+            raise
         for key in prediction.overdue(transfers.prefetches()):
             if transfers.drop(key):
                 self.cache.abort(key)

@@ -99,13 +99,13 @@ class Serving:
             stats.decisions.layers_waited += stats.stall_s > stall_s
             stats.decisions.went_on_with_resident += went_on
             stats.decisions.hidden_behind_resident += went_on and stats.stall_s == stall_s
-        except ExpertReadError:
-            # Let the other copies end too: one that fails later must not be blamed on the next call.
-            residency.settle_all()
+        except (GeneratorExit, ExpertReadError) as end:
+            # These come where pins and `held` agree. An interrupt may come between the two: what it leaves is cleared.
+            if isinstance(end, ExpertReadError):
+                residency.settle_all()  # a copy that fails later must not be blamed on the next call
+            residency.end_use(held)
             raise
         finally:
-            if held:
-                residency.end_use(held)
             if self._host_compute is not None:
                 self._host_compute.release()
 

@@ -231,6 +231,27 @@ def test_host_slot_is_not_overwritten_while_a_copy_reads_it(experts_file, monkey
     runtime.close()
 
 
+def test_an_interrupt_while_experts_are_unpinned_comes_out_as_it_is(experts_file, monkeypatch):
+    path, values = experts_file
+    runtime = build(path, 4)
+    serve(runtime, 0, [0, 1, 2], values)
+    unpin, struck = runtime.cache.unpin, []
+
+    def interrupted(key):
+        unpin(key)
+        if not struck:
+            struck.append(key)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime.cache, "unpin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(runtime.serve(0, [0, 1, 2]))
+    serve(runtime, 0, [2, 1, 0], values)
+    runtime.check_integrity()
+    runtime.close()
+
+
 def in_host_memory(runtime, weights):
     """Whether served weights are a view of the host tier's slots."""
     begin = runtime._host.pool.tensor.data_ptr()
