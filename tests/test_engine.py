@@ -424,6 +424,26 @@ def test_an_id_is_free_again_while_its_beginning_is_kept_to_be_shared(mixtral):
         assert done == {"a": generated(mixtral, [*PREFIX, 7]), "b": generated(mixtral, [*PREFIX, 6])}
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_a_beginning_is_kept_as_long_as_somebody_is_to_share_it(mixtral, share):
+    one = (len(PREFIX) + NEW) * POSITION_BYTES
+    for cancelled in (True, False):
+        engine, done = Engine(mixtral, max_batch_size=1, share_prefixes=share), []
+        for id, last in (("a", 5), ("b", 6)):
+            engine.add([*PREFIX, last], GREEDY, id=id)
+        while not done:
+            done = [progress for progress in engine.step() if progress.completion]
+        assert engine.stats()["kv_used_bytes"] == one * share
+        if cancelled:
+            engine.cancel("b")
+            assert engine.stats()["kv_used_bytes"] == 0
+        else:
+            engine.step()
+            assert engine.stats()["kv_used_bytes"] == one
+            assert engine.stats()["shared_tokens"] == len(PREFIX) * share
+        engine.close()
+
+
 def test_a_stop_string_ends_the_answer_before_it(speaking, tokenizer):
     engine = Engine(speaking, tokenizer)
     (whole,) = engine.generate(["The quick"], SamplingParams(max_new_tokens=24, ignore_eos=True))
