@@ -1,7 +1,7 @@
 """What regrouping tokens is worth: active experts on real routing, and tokens a second on a model.
 
     python scripts/bench_scheduler.py [--data ../shared/data] [--trials 100]
-    python scripts/bench_scheduler.py --live MODEL [--new-tokens 64] [--pairs 3]
+    python scripts/bench_scheduler.py --live MODEL [--new-tokens 64]
 
 Batches are made of gpt-oss-20b's decode steps: sequences of at least 100 tokens that are no duplicates, each at a
 random step of its own. Given the true routes: groups by arrival, at random, by length of the sequence, by ExpertFlow's
@@ -11,9 +11,10 @@ fed as well with a memory that has seen nothing but these sequences, and with on
 2 x 64 tokens with 32 layers of 64 experts are timed on random routes.
 
 With --live the first 32 prompts of Spec-Bench run on a model at 25 % residency: by `generate` prompt by prompt (the
-first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode, by arrival and regrouped
-(--pairs times, in turn). Each step's true routes say what the best order could save. Then 32 copies of one prompt with
-all experts resident, where nothing can be gained: steps of both engines in turn. The last line is one JSON object.
+first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode, by arrival and
+regrouped, whose steps run in turn, each on a model of its own, so that both meet the same machine. Each step's true
+routes say what the best order could save. Then 32 copies of one prompt with all experts resident, where nothing can be
+gained: steps of both engines in turn. The last line is one JSON object.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,6 @@ def main(argv=None) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32", help="of the live model; in bfloat16 near ties may differ")
     parser.add_argument("--generate", type=int, default=4, help="prompts that generate runs one by one")
-    parser.add_argument("--pairs", type=int, default=3, help="runs by arrival and regrouped")
     arguments = parser.parse_args(argv)
     if arguments.live:
         print(json.dumps({**bench_live(arguments), "nothing_to_gain": bench_nothing_to_gain(arguments)}))
@@ -210,42 +211,34 @@ def bench_live(arguments) -> dict:
     prompts = live_prompts(arguments)
     log = []
     runs = {
-        "generate, prompt by prompt": [run_generate(arguments, prompts[: arguments.generate])],
-        "engine, one pass": [run_engine(arguments, prompts, log)],
-        "engine, 2 x 16 by arrival": [],
-        "engine, 2 x 16 regrouped": [],
+        "generate, prompt by prompt": run_generate(arguments, prompts[: arguments.generate]),
+        "engine, one pass": run_engines(arguments, prompts, [{}], log)[0],
     }
-    for _ in range(arguments.pairs):
-        runs["engine, 2 x 16 by arrival"].append(run_engine(arguments, prompts, group_size=16, regrouping=False))
-        runs["engine, 2 x 16 regrouped"].append(run_engine(arguments, prompts, group_size=16))
-    for name, of_name in runs.items():
-        speeds, first = [run["tokens_per_s"] for run in of_name], of_name[0]
+    in_groups = [{"group_size": 16, "regrouping": False}, {"group_size": 16}]
+    by_arrival, regrouped = run_engines(arguments, prompts, in_groups)
+    runs |= {"engine, 2 x 16 by arrival": by_arrival, "engine, 2 x 16 regrouped": regrouped}
+    for name, run in runs.items():
         print(
-            f"{name:28s} {statistics.median(speeds):6.2f} tok/s ({min(speeds):.2f} to {max(speeds):.2f})   "
-            f"{first['active_a_pass']:6.1f} active experts a decode pass   hit rate {first['hit_rate']:.3f}   "
-            f"{first['misses_a_token']:6.1f} misses a token"
+            f"{name:28s} {run['tokens_per_s']:6.2f} tok/s   {run['active_a_pass']:6.1f} active experts a decode pass   "
+            f"hit rate {run['hit_rate']:.3f}   {run['misses_a_token']:6.1f} misses a token"
         )
-    by_arrival, regrouped = runs["engine, 2 x 16 by arrival"], runs["engine, 2 x 16 regrouped"]
-    ratios = [b["tokens_per_s"] / a["tokens_per_s"] for a, b in zip(by_arrival, regrouped, strict=True)]
-    engine = runs["engine, one pass"][0]["tokens_per_s"] / runs["generate, prompt by prompt"][0]["tokens_per_s"]
-    same = len({json.dumps(run["answers"]) for of_name in list(runs.values())[1:] for run in of_name}) == 1
+    ratio = regrouped["tokens_per_s"] / by_arrival["tokens_per_s"]
+    engine = runs["engine, one pass"]["tokens_per_s"] / runs["generate, prompt by prompt"]["tokens_per_s"]
+    same = len({json.dumps(run["answers"]) for run in list(runs.values())[1:]}) == 1
     bound = bound_live([routes for routes in log if len(routes) == len(prompts)])
     print(f"the engine's tokens are the same in all its runs: {same}")
-    print(
-        f"regrouped / by arrival {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}; 1.15 wanted)"
-    )
+    print(f"regrouped / by arrival, steps in turn {ratio:.3f} (1.15 wanted)")
     print(f"engine / generate {engine:.2f} (4 wanted)")
-    share, left = statistics.median(run["expert_share"] for run in by_arrival), bound["best"] / bound["arrival"]
+    share, left = by_arrival["expert_share"], bound["best"] / bound["arrival"]
     ceiling = bound["ceiling"] = 1 / (1 - share * (1 - left))
     print(
         f"given true routes the best split of a step has {left:.3f} of the active experts by arrival (proven in "
         f"{bound['proven']} of {bound['steps']} steps); by arrival {share:.2f} of the time goes into experts of decode "
         f"passes: where each costs the same, no order is faster than {ceiling:.2f} times"
     )
-    for of_name in runs.values():
-        for run in of_name:
-            run.pop("answers", None)
-    return {"runs": runs, "regrouped_to_arrival": ratios, "engine_to_generate": engine, "same": same, "bound": bound}
+    for run in runs.values():
+        run.pop("answers", None)
+    return {"runs": runs, "regrouped_to_arrival": ratio, "engine_to_generate": engine, "same": same, "bound": bound}
 
 
 def live_prompts(arguments) -> list[list[int]]:
@@ -277,25 +270,44 @@ def run_generate(arguments, prompts) -> dict:
         return figures(model, time.perf_counter() - begin, len(prompts) * arguments.new_tokens)
 
 
-def run_engine(arguments, prompts, log: list | None = None, **options) -> dict:
-    """Figures of the engine; the routes of its passes go to `log`."""
+def run_engines(arguments, prompts, options: list[dict], log: list | None = None) -> list[dict]:
+    """Figures of engines that run the same prompts, each on its own model, step by step in turn.
+
+    Args:
+        options: of each engine.
+        log: gets the routes of the passes of the last one.
+    """
     from moeflow.engine import Engine
     from moeflow.sampling import SamplingParams
 
-    model = load(arguments)
-    if log is not None:
-        counts = [source.layout.num_experts for source in model.moeflow.store.layers]
-        routes = RouteLog(len(counts), max(counts))
-        model.moeflow.observers.append(routes)
-    with model.moeflow, Engine(model, **options) as engine:
-        begin = time.perf_counter()
-        params = SamplingParams(max_new_tokens=arguments.new_tokens, ignore_eos=True)
-        answers = [done.token_ids for done in engine.generate(prompts, params)]
-        found = figures(model, time.perf_counter() - begin, len(prompts) * arguments.new_tokens)
-        found |= {"answers": answers, "regrouping": engine.stats()["regrouping"]}
-    if log is not None:
-        log += routes.passes
-    return found
+    params = SamplingParams(max_new_tokens=arguments.new_tokens, ignore_eos=True)
+    with ExitStack() as stack:
+        engines = []
+        for of_one in options:
+            model = load(arguments)
+            stack.enter_context(model.moeflow)
+            engines.append(stack.enter_context(Engine(model, **of_one)))
+        if log is not None:
+            counts = [source.layout.num_experts for source in model.moeflow.store.layers]
+            log_routes = RouteLog(len(counts), max(counts))
+            model.moeflow.observers.append(log_routes)
+        ids = [[engine.add(prompt, params) for prompt in prompts] for engine in engines]
+        seconds, answers = [0.0] * len(engines), [{} for _ in engines]
+        turns = list(range(len(engines)))
+        while not all(engine.finished for engine in engines):
+            for turn in turns:
+                begin = time.perf_counter()
+                progress = engines[turn].step()
+                seconds[turn] += time.perf_counter() - begin
+                answers[turn] |= {one.id: one.completion.token_ids for one in progress if one.completion}
+            turns.reverse()
+        if log is not None:
+            log += log_routes.passes
+        return [
+            figures(engine.model, seconds[turn], len(prompts) * arguments.new_tokens)
+            | {"answers": [answers[turn][id] for id in ids[turn]], "regrouping": engine.stats()["regrouping"]}
+            for turn, engine in enumerate(engines)
+        ]
 
 
 def figures(model, seconds: float, tokens: int) -> dict:
