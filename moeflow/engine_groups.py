@@ -60,7 +60,7 @@ class StepGroups:
         self._shape = len(counts), max(counts)
         top_k = hf_experts.num_experts_per_tok(model)
         self._scheduler = TokenScheduler(*self._shape, top_k, group_size, regrouping=regrouping)
-        self._routes = PassRoutes(*self._shape) if regrouping else None
+        self._routes = PassRoutes(*self._shape)
         self._decoding: list[str] = []
         self._true: dict[str, np.ndarray] = {}  # [L, K] of those that decoded in this step
 
@@ -89,8 +89,8 @@ class StepGroups:
 
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
-        """See what the routers choose in a pass over pieces, where groups depend on it."""
-        if self._routes is None:
+        """See what the routers choose in a pass over pieces, where groups will depend on it."""
+        if not self._scheduler.wants_routes:
             yield
             return
         self._runtime.observers.append(self._routes)

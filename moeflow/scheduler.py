@@ -24,6 +24,7 @@ from moeflow.regroup import active_pairs, amended_groups, arrival_groups, regrou
 
 _TRIAL_STEPS = 8  # steps that a judgement rests on
 _FIRST_REST, _LONGEST_REST = 32, 1024  # steps without planning after one that did not pay
+_WARM_STEPS = 8  # before planning again, in which routes are taken in
 
 
 @dataclass
@@ -71,6 +72,11 @@ class TokenScheduler:
         self._split: tuple[list[str], np.ndarray] | None = None  # the step under way, if it was planned
         self._rest, self._next_rest = 0, _FIRST_REST
         self._trial = [0, 0, 0.0, 0.0]  # steps, pairs saved, seconds waited, seconds of steps
+
+    @property
+    def wants_routes(self) -> bool:
+        """Whether routes that are observed in this step will be of use: not while a long rest has just begun."""
+        return self._regrouping and self._rest <= _WARM_STEPS
 
     def split(self, sequences: list[str], tokens: list[int], resident: np.ndarray | None = None) -> list[list[int]]:
         """Split a step's sequences into as few groups as there can be, of sizes that differ by one at most.

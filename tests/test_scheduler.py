@@ -153,6 +153,24 @@ def test_where_waiting_costs_more_than_is_saved_it_rests_and_plans_nothing_ahead
     assert (scheduler.stats.planned, scheduler.stats.plan_s) == (planned, plan_s) == (8, plan_s)
 
 
+def test_routes_are_wanted_while_it_plans_and_shortly_before_it_plans_again(scheduler):
+    wanted, planned = [], []
+    for _ in range(60):
+        seen(scheduler, [0] * 8)
+        before = scheduler.stats.planned
+        scheduler.split(NAMES, FED)
+        planned.append(scheduler.stats.planned > before)
+        wanted.append(scheduler.wants_routes)
+        scheduler.finish(chosen_of([0] * 8), step_s=1.0)
+    again = planned.index(True, 8)
+    assert planned[:8] == [True] * 8
+    assert wanted[:8] == [True] * 8
+    assert wanted[8 : again + 1] == [False] * (again - 16) + [True] * 9
+    arrival = TokenScheduler(2, 8, 4, group_size=4, regrouping=False)
+    assert not arrival.wants_routes
+    arrival.close()
+
+
 def test_where_much_is_gained_it_never_rests(scheduler):
     for _ in range(100):
         seen(scheduler)
