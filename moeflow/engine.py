@@ -39,7 +39,7 @@ class Engine:
             sequences of the model's whole context take, at most 2 GiB). It is taken as sequences come.
         share_prefixes: whether equal beginnings of prompts under way are computed once.
         group_size: most sequences that decode in one pass, where that is to be less than max_batch_size: a step then
-            takes several passes. None: one pass for all, in which every expert is fetched once, the fastest there is.
+            takes several passes. None: one pass for all, in which every expert is fetched once a step.
         regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
             the order of arrival. Outputs are the same.
 
