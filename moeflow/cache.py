@@ -13,7 +13,6 @@ from moeflow.errors import ConfigError
 from moeflow.forecast import Forecast
 
 _FREE, _LOADING, _RESIDENT = 0, 1, 2
-_SELDOM = 0.01  # uses that stand for none
 
 
 class ExpertCache:

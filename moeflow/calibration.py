@@ -13,13 +13,13 @@ import torch
 
 from moeflow import hf_experts
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
+from moeflow.dtypes import tensors_of
 from moeflow.errors import ConfigError
 from moeflow.expert_statistics import ExpertStatistics
 from moeflow.kernels.dequantize import dequantize
 from moeflow.kernels.expert_mlp import expert_mlp
 from moeflow.kernels.formats import WeightFormat, find_format
 from moeflow.kernels.quantize import quantize
-from moeflow.pool import tensors_of
 from moeflow.residual import ResidualTap
 
 _TOKENS_OF_EXPERT = 256  # that an expert's error is measured on, besides those of the copied windows

@@ -22,7 +22,6 @@ from moeflow.live_predictor import build_predictor
 from moeflow.metrics import PrefetchLedger
 from moeflow.misses import MissSplit
 from moeflow.packed import PACKED_FILE, read_packed
-from moeflow.packed_attention import PackedCache
 from moeflow.pool import SlotPool
 from moeflow.prediction_loop import PredictionLoop
 from moeflow.prefetch import Prefetcher
@@ -328,7 +327,8 @@ def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
         if ids is not None:
             cache = hf_decoding.cache_of(kwargs)
             shape = ids.shape[0], ids.shape[1], ids if ids.dim() == 2 else None
-            num_sequences, num_positions, tokens = cache.describe_pass(ids) if isinstance(cache, PackedCache) else shape
+            describe = getattr(cache, "describe_pass", None)  # a cache that holds many sequences knows better
+            num_sequences, num_positions, tokens = shape if describe is None else describe(ids)
             continues = hf_decoding.continues_cache(kwargs, num_positions)
             counted().begin_forward(num_sequences, num_positions, continues=continues, token_ids=tokens)
             if tap is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moeflow.core import PAGE_BYTES, RecordLayout, align_up
-from moeflow.dtypes import TORCH_DTYPES
+from moeflow.dtypes import tensors_of
 from moeflow.errors import BudgetError
 
 # Pages come from the system as experts arrive; where these differ in size, never as many as there is room for.
@@ -22,14 +22,6 @@ _ARENA_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESE
 def slot_bytes(record_bytes: int) -> int:
     """Return the bytes a slot takes for records of this size: whole pages, as direct reads need."""
     return align_up(record_bytes, PAGE_BYTES)
-
-
-def tensors_of(raw: torch.Tensor, record: RecordLayout) -> dict[str, torch.Tensor]:
-    """Return the tensors of the record that lies in `raw`, uint8 [>= record.num_bytes], by name, without a copy."""
-    return {
-        spec.name: raw[spec.offset : spec.offset + spec.num_bytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
-        for spec in record.tensors
-    }
 
 
 class SlotPool:

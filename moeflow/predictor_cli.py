@@ -35,10 +35,10 @@ def _train(arguments) -> int:
     from moeflow.prediction import train_predictor
     from moeflow.predictors.training import TrainingOptions
     from moeflow.progress import share_progress
-    from moeflow.routing import open_trace
+    from moeflow.routing import RoutingTrace
 
     options = TrainingOptions(seed=arguments.seed, epochs=arguments.epochs, device=arguments.device)
-    trace = open_trace(arguments.trace)
+    trace = RoutingTrace.open(arguments.trace)
     with share_progress(f"training {arguments.kind}") as progress:
         card = train_predictor(
             trace, arguments.kind, arguments.out, hold_out=arguments.hold_out, options=options, progress=progress
@@ -54,9 +54,9 @@ def _train(arguments) -> int:
 def _evaluate(arguments) -> int:
     from moeflow.prediction import evaluate_predictor, open_predictor, split_sequences
     from moeflow.progress import share_progress
-    from moeflow.routing import open_trace
+    from moeflow.routing import RoutingTrace
 
-    trace = open_trace(arguments.trace)
+    trace = RoutingTrace.open(arguments.trace)
     predictor, hold_out = open_predictor(arguments.predictor, trace)
     places = list(range(len(trace.sequences()))) if arguments.all else split_sequences(trace, hold_out)[1]
     with share_progress("evaluating") as progress:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
+from moeflow.dtypes import tensors_of
 from moeflow.errors import ConfigError
 from moeflow.kernels.formats import WRITABLE, WeightFormat, find_format
 from moeflow.kernels.quantize import quantize
 from moeflow.layers import Conversion, LayerSource
-from moeflow.pool import tensors_of
 
 
 class Calibration(Protocol):

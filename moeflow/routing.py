@@ -13,7 +13,7 @@ import numpy as np
 from moeflow.errors import TraceError
 from moeflow.trace_format import DECODE, PREFILL, TraceFormat, TraceHeader, read_trace_header
 
-__all__ = ["DECODE", "PREFILL", "RoutingTrace", "TraceFormat", "TraceWriter", "open_trace"]
+__all__ = ["DECODE", "PREFILL", "RoutingTrace", "TraceFormat", "TraceWriter"]
 
 
 class RoutingTrace:
@@ -160,9 +160,6 @@ class RoutingTrace:
             first, last = int(rows[0]), int(rows[-1])
             groups.append(slice(first, last + 1) if last - first + 1 == len(rows) else rows)
         return sorted_numbers[starts], groups
-
-
-open_trace = RoutingTrace.open
 
 
 class TraceWriter:

@@ -94,9 +94,9 @@ def _convert(arguments) -> int:
 
 
 def _info(arguments) -> int:
-    from moeflow.routing import DECODE, open_trace
+    from moeflow.routing import DECODE, RoutingTrace
 
-    trace = open_trace(arguments.trace)
+    trace = RoutingTrace.open(arguments.trace)
     num_decode = int((trace.phase == DECODE).sum())
     about = {
         "trace": arguments.trace,

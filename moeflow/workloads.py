@@ -10,7 +10,7 @@ import numpy as np
 from moeflow.errors import PlacementError
 from moeflow.placement.count_files import SUFFIXES, read_counts
 from moeflow.placement.workload import Workload
-from moeflow.routing import RoutingTrace, open_trace
+from moeflow.routing import RoutingTrace
 from moeflow.trace_sources import convert_trace
 
 
@@ -111,9 +111,9 @@ def opened_routes(path: str | Path) -> Iterator[RoutingTrace]:
     if path.is_dir() or path.suffix.lower() == ".jsonl":
         with tempfile.TemporaryDirectory(prefix="moeflow-") as folder:
             convert_trace(path, Path(folder) / "trace")
-            yield open_trace(Path(folder) / "trace")
+            yield RoutingTrace.open(Path(folder) / "trace")
     else:
-        yield open_trace(path)
+        yield RoutingTrace.open(path)
 
 
 def kept_sequences(trace: RoutingTrace) -> np.ndarray:

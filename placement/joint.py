@@ -16,7 +16,6 @@ import time
 
 import numpy as np
 
-from moeflow.placement.anneal import Tables
 from moeflow.placement.balance_bound import balance_bound
 from moeflow.placement.baselines import Progress, greedy, random_placement
 from moeflow.placement.eplb import eplb
@@ -25,6 +24,7 @@ from moeflow.placement.path_bound import path_bound
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
 from moeflow.placement.search import Found, cool, descend
+from moeflow.placement.tables import Tables
 
 _ENOUGH = 5e-3  # gap at which a problem of load alone is left as it is
 _PROPOSALS = 500  # of a descent and of the first annealing, for each copy

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from moeflow.errors import PlacementError
-from moeflow.placement.anneal import Tables
 from moeflow.placement.balance_bound import balance_bound
 from moeflow.placement.baselines import greedy, random_placement
 from moeflow.placement.path_bound import path_bound
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
 from moeflow.placement.search import HOT, cool
+from moeflow.placement.tables import Tables
 from moeflow.placement.topology import Topology
 
 _PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and of the last ones to that

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeflow.placement.anneal import Tables
 from moeflow.placement.balance_bound import balance_bound
 from moeflow.placement.partition_bound import Partition, partition_bound
+from moeflow.placement.tables import Tables
 
 
 def path_bound(

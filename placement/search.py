@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moeflow.placement.anneal import Annealing, Tables
+from moeflow.placement.anneal import Annealing
 from moeflow.placement.plan import Plan
+from moeflow.placement.tables import Tables
 
 HOT, COLD = 0.7, 0.02  # where most changes are kept, and where hardly any is
 _STEPS = 200  # of a search: temperatures, and how often it looks at the clock

@@ -32,7 +32,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moeflow.placement.anneal import Tables
 from moeflow.placement.cost import StepShape, judge
 from moeflow.placement.count_files import read_counts
 from moeflow.placement.joint import joint
@@ -41,6 +40,7 @@ from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem
 from moeflow.placement.search import cool
 from moeflow.placement.solvers import SOLVERS
+from moeflow.placement.tables import Tables
 from moeflow.placement.topology import preset
 from moeflow.placement.workload import Workload
 from moeflow.workloads import split_workload

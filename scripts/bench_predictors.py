@@ -35,7 +35,7 @@ from moeflow.predictors.sequence_net import SequenceNet, SequenceShape  # noqa: 
 from moeflow.predictors.token_table import TokenTable  # noqa: E402
 from moeflow.predictors.training import TrainingOptions  # noqa: E402
 from moeflow.progress import share_progress  # noqa: E402
-from moeflow.routing import RoutingTrace, open_trace  # noqa: E402
+from moeflow.routing import RoutingTrace  # noqa: E402
 from moeflow.trace_sources import convert_trace  # noqa: E402
 
 NAMES = ("popularity", "markov", "path", "sequence", "ensemble")
@@ -95,7 +95,7 @@ def open_source(source: Path, scratch: Path) -> RoutingTrace:
     if source.is_dir():
         convert_trace(source, scratch / "trace")
         source = scratch / "trace"
-    return open_trace(source)
+    return RoutingTrace.open(source)
 
 
 def repeats(trace: RoutingTrace, place: int) -> bool:

@@ -38,7 +38,7 @@ from moeflow.medoids import medoid_groups
 from moeflow.predictors.odds import multi_hot
 from moeflow.regroup import active_pairs, arrival_groups, regroup
 from moeflow.regroup_bound import regroup_bound
-from moeflow.routing import open_trace
+from moeflow.routing import RoutingTrace
 from moeflow.trace_sources import convert_trace
 
 SHAPES = ((2, 16), (4, 16), (2, 64))
@@ -62,7 +62,7 @@ def main(argv=None) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         convert_trace(arguments.data / "gpt_oss_20b", f"{scratch}/trace")
-        steps = Steps(open_trace(f"{scratch}/trace"))
+        steps = Steps(RoutingTrace.open(f"{scratch}/trace"))
         found = {f"{groups} x {size}": bench_shape(steps, groups, size, arguments.trials) for groups, size in SHAPES}
     found["plan_ms"] = bench_plan()
     print(json.dumps(found))

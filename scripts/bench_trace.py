@@ -17,7 +17,7 @@ import torch
 from moeflow.demo_model import default_demo_path
 from moeflow.model import load_moe
 from moeflow.recorder import attach_recorder
-from moeflow.routing import open_trace
+from moeflow.routing import RoutingTrace
 
 
 def decode_s(model, prompt: torch.Tensor, num_tokens: int) -> tuple[float, torch.Tensor]:
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace, trace: Path) -> dict:
             pairs.append(times)
             say(f"pair {len(pairs)}: {1e3 * times[False]:.2f} ms without, {1e3 * times[True]:.2f} ms with")
     ratios = sorted(times[True] / times[False] for times in pairs)
-    recorded = len(open_trace(trace))
+    recorded = len(RoutingTrace.open(trace))
     assert recorded == len(pairs) * (args.prompt_tokens + args.tokens - 1), f"{recorded} tokens were recorded"
     return {
         "model": str(args.model),

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeflow.placement import anneal, anneal_loop
-from moeflow.placement.anneal import Annealing, Tables
+from moeflow.placement.anneal import Annealing
 from moeflow.placement.baselines import random_placement
 from moeflow.placement.cost import StepShape
 from moeflow.placement.problem import Problem
 from moeflow.placement.search import cool, descend
+from moeflow.placement.tables import Tables
 from moeflow.placement.topology import Gpu, Topology
 from moeflow.placement.workload import Workload
 from test_placement_solvers import EXPERT_BYTES, machine, random_problem

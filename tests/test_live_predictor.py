@@ -14,7 +14,7 @@ from moeflow.fingerprint import model_fingerprint
 from moeflow.live_predictor import NAMES
 from moeflow.predictors.files import save_predictor
 from moeflow.predictors.markov import Markov
-from moeflow.routing import open_trace
+from moeflow.routing import RoutingTrace
 
 PROMPT = torch.arange(1, 30).unsqueeze(0)
 
@@ -180,4 +180,4 @@ def test_prediction_and_recording_go_together(mixtral_folder, tmp_path):
     model = load_moe(mixtral_folder, expert_memory="50%", trace=tmp_path / "t")
     generate(model)
     model.moeflow.close()
-    assert len(open_trace(tmp_path / "t")) == PROMPT.shape[1] + 23
+    assert len(RoutingTrace.open(tmp_path / "t")) == PROMPT.shape[1] + 23

@@ -10,7 +10,7 @@ from moeflow.model import load_moe
 from moeflow.prediction import open_predictor
 from moeflow.recorder import attach_recorder
 from moeflow.residual import ResidualTap, build_lookahead
-from moeflow.routing import DECODE, open_trace
+from moeflow.routing import DECODE, RoutingTrace
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 REACH, RANKS = 2, 4  # of a model with 3 layers and top-2
@@ -52,7 +52,7 @@ def test_recorded_ids_are_what_the_routers_say_early(model, mixtral, tmp_path):
     attach_recorder(model, tmp_path / "t", lookahead=True)
     tokens = generate(model)
     model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert trace.format.lookahead == (REACH, RANKS)
     np.testing.assert_array_equal(trace.lookahead, routers_asked_early(mixtral, tokens[:, :-1]))
 
@@ -74,7 +74,7 @@ def test_replayed_ids_are_what_the_live_predictor_said(model, tmp_path):
         block.mlp.experts.register_forward_pre_hook(ask(layer))
     generate(model)
     model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     decoded = trace.experts[trace.phase == DECODE]
     recorded = trace.lookahead[trace.phase == DECODE]
     assert any(one is not None for one in said)

@@ -15,7 +15,7 @@ from moeflow.link_replay import LinkModel, replay_link
 from moeflow.machine_replay import replay_machine, replayed_places
 from moeflow.realised import read_realised
 from moeflow.replay import replay, replay_trace
-from moeflow.routing import TraceWriter, open_trace
+from moeflow.routing import RoutingTrace, TraceWriter
 from scripts import bench_prefetch
 from test_link_replay import LINK, E, K, L, trace_of
 
@@ -119,7 +119,7 @@ def test_a_clairvoyant_says_what_comes():
 
 
 def test_demand_rows_agree_with_the_plain_replay(trace_file):
-    trace = open_trace(trace_file)
+    trace = RoutingTrace.open(trace_file)
     for plain in replay_trace(trace, [25, 50], ["lru", "lfu", "lfru", "belady"]):
         row = replay_machine(trace, plain["residency"], plain["policy"], LINK)
         assert {name: row[name] for name in plain} == plain
@@ -138,7 +138,7 @@ def test_the_command_adds_a_predictors_row_and_costs(trace_file, capsys):
     options = [*MACHINE, "--residency", "25,50", "--policy", "lru,best-order", "--predictor", "clairvoyant"]
     rows = replay_json(capsys, trace_file, *options)
     assert [row["policy"] for row in rows] == ["lru"] * 2 + ["best-order"] * 2 + ["forecast"] * 2
-    trace = open_trace(trace_file)
+    trace = RoutingTrace.open(trace_file)
     for row in rows:
         predictor = "clairvoyant" if row["policy"] == "forecast" else None
         link = LinkModel(2_000_000, 1e9, 3e-3)
@@ -149,8 +149,8 @@ def test_the_command_adds_a_predictors_row_and_costs(trace_file, capsys):
 def test_a_predictor_is_measured_on_held_out_sequences_alone(trace_file, capsys):
     row = replay_json(capsys, trace_file, *MACHINE, "--residency", "50", "--predictor", "markov")[-1]
     assert row["tokens"] == 16  # the fifth sequence
-    assert replayed_places(open_trace(trace_file), "clairvoyant", None) == list(range(6))
-    assert replayed_places(open_trace(trace_file), None, 3, 1) == [2]
+    assert replayed_places(RoutingTrace.open(trace_file), "clairvoyant", None) == list(range(6))
+    assert replayed_places(RoutingTrace.open(trace_file), None, 3, 1) == [2]
     assert replay_json(capsys, trace_file, "--hold-out", "3")[0]["accesses"] == (14 + 17) * L * K
     assert replay_json(capsys, trace_file, "--limit", "1")[0]["accesses"] == 12 * L * K
 
@@ -185,7 +185,7 @@ def test_options_that_do_not_go_together_are_refused(trace_file, capsys, options
 
 def test_unknown_policies_are_refused_in_python_too(trace_file):
     with pytest.raises(ConfigError, match="Allowed: lru"):
-        replay_machine(open_trace(trace_file), 50, "best", LINK)
+        replay_machine(RoutingTrace.open(trace_file), 50, "best", LINK)
 
 
 def test_the_table_shows_costs(trace_file, capsys):

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeflow.placement.anneal import Annealing, Tables
+from moeflow.placement.anneal import Annealing
 from moeflow.placement.baselines import random_placement
 from moeflow.placement.cost import StepShape
 from moeflow.placement.partition_bound import Partition, _Relaxation, partition_bound
 from moeflow.placement.path_bound import path_bound
 from moeflow.placement.problem import Problem
 from moeflow.placement.search import cool
+from moeflow.placement.tables import Tables
 from moeflow.placement.topology import Gpu, Topology
 from moeflow.placement.workload import Workload
 from test_placement_solvers import machine, plans_within, random_problem

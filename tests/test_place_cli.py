@@ -321,12 +321,3 @@ def test_the_documentation_names_the_options_there_are_and_its_examples_hold(tmp
     assert options["place"] - {"--help", "--out", "--seed", "--json"} <= set(re.findall(r"--[a-z][a-z-]+", text))
     (tmp_path / "t.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
     assert read_topology(tmp_path / "t.toml").num_gpus == 3
-
-
-def test_the_script_is_the_same_command(tmp_path):
-    counts = write_counts(tmp_path / "c.json")
-    command = [sys.executable, str(ROOT / "scripts" / "plan_placement.py"), counts, "--gpus", "4", "--solver", "greedy"]
-    run = subprocess.run([*command, "-o", str(tmp_path / "p")], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1].startswith(f"wrote {tmp_path / 'p'}: greedy, a step in ")
-    assert read_plan(tmp_path / "p").num_gpus == 4

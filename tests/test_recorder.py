@@ -11,7 +11,7 @@ from moeflow.errors import TraceError
 from moeflow.fingerprint import model_fingerprint
 from moeflow.model import load_moe
 from moeflow.recorder import TraceRecorder
-from moeflow.routing import DECODE, PREFILL, TraceFormat, open_trace
+from moeflow.routing import DECODE, PREFILL, RoutingTrace, TraceFormat
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 
@@ -54,7 +54,7 @@ def test_recorded_routes_are_what_the_resident_models_routers_chose(load, mixtra
     model = load(trace=tmp_path / "t")
     tokens = generate(model)
     model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     experts, weights = routes_of(mixtral, tokens[:, :-1])
     np.testing.assert_array_equal(trace.experts, experts)
     np.testing.assert_allclose(trace.weights, weights, rtol=2e-3)
@@ -78,7 +78,7 @@ def test_padding_is_left_out_and_each_row_of_a_batch_is_a_sequence(load, mixtral
     mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
     tokens = generate(model, batch, attention_mask=mask)
     model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     first, second = trace.sequences()
     assert trace.token_ids[first].tolist() == tokens[0, :-1].tolist()
     assert trace.token_ids[second].tolist() == tokens[1, 3:-1].tolist()
@@ -91,7 +91,7 @@ def test_the_padding_an_ended_sequence_is_fed_is_left_out(tmp_path):
         recorder.begin_pass(torch.tensor(tokens), 2, 1, continues=continues)
         recorder.observe(0, torch.tensor([[0], [1]]), torch.ones(2, 1))
     recorder.close()
-    assert open_trace(tmp_path / "t").token_ids.tolist() == [1, 9, 2]
+    assert RoutingTrace.open(tmp_path / "t").token_ids.tolist() == [1, 9, 2]
 
 
 def test_a_new_prefill_starts_a_new_sequence(load, tmp_path):
@@ -99,7 +99,7 @@ def test_a_new_prefill_starts_a_new_sequence(load, tmp_path):
     generate(model)
     generate(model, PROMPT[:, :3])
     model.moeflow.close()
-    assert [len(range(14 + 10)[rows]) for rows in open_trace(tmp_path / "t").sequences()] == [14, 10]
+    assert [len(range(14 + 10)[rows]) for rows in RoutingTrace.open(tmp_path / "t").sequences()] == [14, 10]
 
 
 def test_sequences_are_known_by_their_cache(load, tmp_path):
@@ -112,7 +112,7 @@ def test_sequences_are_known_by_their_cache(load, tmp_path):
             for cache in caches:
                 model(tokens, past_key_values=cache, use_cache=True)
     model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert trace.sequence[trace.phase == DECODE].tolist() == [0, 1, 0, 1]
 
 
@@ -121,7 +121,7 @@ def test_loading_again_appends(load, tmp_path):
         model = load(trace=tmp_path / "t")
         generate(model)
         model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     first, second = trace.sequences()
     np.testing.assert_array_equal(trace.experts[first], trace.experts[second])
 
@@ -149,7 +149,7 @@ def test_passes_that_end_early_or_skip_layers_are_dropped(tmp_path, caplog):
     run([0, 1], num_tokens=3)
     run([0, 1])
     recorder.close()
-    assert open_trace(tmp_path / "t").experts[:, :, 0].tolist() == [[0, 1], [0, 1]]
+    assert RoutingTrace.open(tmp_path / "t").experts[:, :, 0].tolist() == [[0, 1], [0, 1]]
     assert recorder.dropped_tokens == 4
     assert "4 tokens" in caplog.text
 
@@ -169,7 +169,7 @@ def test_an_interrupted_generation_leaves_whole_tokens(load, tmp_path):
     hook.remove()
     generate(model)
     model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert [len(range(100)[rows]) for rows in trace.sequences()] == [8, 14]
 
 
@@ -179,7 +179,7 @@ def test_ids_that_stand_for_none_come_last_with_no_weight(tmp_path):
     recorder.observe(0, torch.tensor([[4, 1, 3]]), torch.tensor([[0.9, 0.2, 0.3]]))
     recorder.observe(1, torch.tensor([[1]]), torch.tensor([[1.0]]))
     recorder.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert trace.experts[0].tolist() == [[3, 1, 255], [1, 255, 255]]
     np.testing.assert_allclose(trace.weights[0], [[0.3, 0.2, 0], [1, 0, 0]], rtol=1e-3)
 
@@ -189,9 +189,9 @@ def test_long_recordings_are_on_disk_before_they_are_closed(tmp_path):
     for step in range(700):
         recorder.begin_pass(torch.tensor([[step]]), 1, 1, continues=step > 0)
         recorder.observe(0, torch.tensor([[step % 4]]), torch.ones(1, 1))
-    assert 400 < len(open_trace(tmp_path / "t")) < 700
+    assert 400 < len(RoutingTrace.open(tmp_path / "t")) < 700
     recorder.close()
-    assert open_trace(tmp_path / "t").token_ids.tolist() == list(range(700))
+    assert RoutingTrace.open(tmp_path / "t").token_ids.tolist() == list(range(700))
 
 
 def test_a_model_that_is_dropped_unclosed_leaves_its_trace(load, mixtral_folder, tmp_path):
@@ -199,7 +199,7 @@ def test_a_model_that_is_dropped_unclosed_leaves_its_trace(load, mixtral_folder,
     generate(model)
     del model
     gc.collect()
-    assert len(open_trace(tmp_path / "t")) == 14
+    assert len(RoutingTrace.open(tmp_path / "t")) == 14
 
 
 def test_the_compiled_model_records_the_same_routes(load, tmp_path):
@@ -208,7 +208,7 @@ def test_the_compiled_model_records_the_same_routes(load, tmp_path):
         model(PROMPT)
         torch.compile(model, backend="aot_eager")(PROMPT)
     model.moeflow.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     first, second = trace.sequences()
     np.testing.assert_array_equal(trace.experts[first], trace.experts[second])
 

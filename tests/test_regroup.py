@@ -13,7 +13,7 @@ from moeflow.medoids import medoid_groups
 from moeflow.regroup import Search, active_pairs, arrival_groups, regroup
 from moeflow.regroup_bound import regroup_bound
 from moeflow.regroup_exact import exact_groups
-from moeflow.routing import open_trace
+from moeflow.routing import RoutingTrace
 from moeflow.trace_sources import convert_trace
 
 
@@ -147,7 +147,7 @@ def test_no_tokens_and_tokens_without_experts_are_no_trouble():
 
 def test_real_routes_activate_fewer_experts_than_by_medoids_or_arrival(data_folder, tmp_path):
     convert_trace(data_folder / "gpt_oss_20b", tmp_path / "t")
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     rng, totals = np.random.default_rng(0), np.zeros(4)
     long = [rows for rows in trace.sequences() if rows.stop - rows.start >= 100]
     for _ in range(10):

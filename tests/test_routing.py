@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from moeflow.errors import TraceError
-from moeflow.routing import DECODE, PREFILL, RoutingTrace, TraceFormat, TraceWriter, open_trace
+from moeflow.routing import DECODE, PREFILL, RoutingTrace, TraceFormat, TraceWriter
 
 FORMAT = TraceFormat((8, 8, 6), 2, "0123456789abcdef", source="a test")
 
@@ -35,7 +35,7 @@ def written(tmp_path):
 
 def test_what_is_written_is_read_back(written):
     path, rows = written
-    trace = open_trace(path)
+    trace = RoutingTrace.open(path)
     assert trace.format == FORMAT
     assert len(trace) == 10
     assert (trace.num_layers, trace.num_experts, trace.experts_per_layer, trace.top_k) == (3, 8, (8, 8, 6), 2)
@@ -50,7 +50,7 @@ def test_what_is_written_is_read_back(written):
 
 
 def test_arrays_are_views_of_the_file(written):
-    trace = open_trace(written[0])
+    trace = RoutingTrace.open(written[0])
     assert trace.experts.strides[0] == trace.weights.strides[0] == FORMAT.dtype.itemsize
     with pytest.raises(ValueError, match="read-only"):
         trace.experts[0] = 0
@@ -69,7 +69,7 @@ def test_append_goes_on_after_the_last_sequence(written):
         assert (writer.next_sequence, writer.num_rows) == (2, 10)
         more = random_rows(writer, 4, seed=1)
         writer.write(more)
-    trace = open_trace(path)
+    trace = RoutingTrace.open(path)
     np.testing.assert_array_equal(trace.experts, np.concatenate([rows["experts"], more["experts"]]))
     assert trace.sequence_numbers.tolist() == [0, 1, 2, 3]
 
@@ -78,11 +78,11 @@ def test_killed_append_is_read_to_where_it_was_complete_and_continued(written):
     path, rows = written
     with open(path, "ab") as file:
         file.write(b"\xff" * (FORMAT.dtype.itemsize * 3 + 5))
-    np.testing.assert_array_equal(open_trace(path).experts, rows["experts"])
+    np.testing.assert_array_equal(RoutingTrace.open(path).experts, rows["experts"])
     with TraceWriter(path, FORMAT, append=True) as writer:
         more = random_rows(writer, 1, seed=1)
         writer.write(more)
-    trace = open_trace(path)
+    trace = RoutingTrace.open(path)
     np.testing.assert_array_equal(trace.experts, np.concatenate([rows["experts"], more["experts"]]))
     with safe_open(path, "numpy") as file:  # the rest of the killed append is gone
         assert file.get_tensor("rows").shape[0] == 11
@@ -91,7 +91,7 @@ def test_killed_append_is_read_to_where_it_was_complete_and_continued(written):
 def test_rows_are_readable_before_the_writer_closes(tmp_path):
     writer = TraceWriter(tmp_path / "t", FORMAT)
     writer.write(random_rows(writer, 3))
-    assert len(open_trace(tmp_path / "t")) == 3
+    assert len(RoutingTrace.open(tmp_path / "t")) == 3
     writer.close()
 
 
@@ -112,7 +112,7 @@ def test_an_existing_file_is_not_overwritten(written):
 def test_truncated_rows_are_refused(written, cut):
     os.truncate(written[0], written[0].stat().st_size - cut)
     with pytest.raises(TraceError, match="truncated"):
-        open_trace(written[0])
+        RoutingTrace.open(written[0])
     with pytest.raises(TraceError, match="truncated"):
         TraceWriter(written[0], FORMAT, append=True)
 
@@ -121,23 +121,23 @@ def test_truncated_rows_are_refused(written, cut):
 def test_truncated_header_is_refused(written, size):
     os.truncate(written[0], size)
     with pytest.raises(TraceError, match=r"truncated|corrupt"):
-        open_trace(written[0])
+        RoutingTrace.open(written[0])
 
 
 def test_empty_traces_are_refused(tmp_path):
     TraceWriter(tmp_path / "t", FORMAT).close()
     with pytest.raises(TraceError, match="empty"):
-        open_trace(tmp_path / "t")
+        RoutingTrace.open(tmp_path / "t")
     (tmp_path / "nothing").touch()
     with pytest.raises(TraceError, match="empty"):
-        open_trace(tmp_path / "nothing")
+        RoutingTrace.open(tmp_path / "nothing")
 
 
 def test_appending_to_a_trace_without_rows_begins_it(tmp_path):
     TraceWriter(tmp_path / "t", FORMAT).close()
     with TraceWriter(tmp_path / "t", FORMAT, append=True) as writer:
         writer.write(random_rows(writer, 2))
-    assert len(open_trace(tmp_path / "t")) == 2
+    assert len(RoutingTrace.open(tmp_path / "t")) == 2
 
 
 def test_foreign_files_are_refused(tmp_path, mixtral_folder):
@@ -145,18 +145,18 @@ def test_foreign_files_are_refused(tmp_path, mixtral_folder):
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TraceError, match="not a routing trace"):
-            open_trace(tmp_path / name)
+            RoutingTrace.open(tmp_path / name)
     with pytest.raises(TraceError, match="not a routing trace"):
-        open_trace(next(mixtral_folder.glob("*.safetensors")))
+        RoutingTrace.open(next(mixtral_folder.glob("*.safetensors")))
     with pytest.raises(TraceError, match="cannot be read"):
-        open_trace(tmp_path / "absent")
+        RoutingTrace.open(tmp_path / "absent")
 
 
 def test_a_newer_version_is_refused(written):
     data = written[0].read_bytes()
     written[0].write_bytes(data.replace(b'"version":"1"', b'"version":"2"', 1))
     with pytest.raises(TraceError, match="version 2"):
-        open_trace(written[0])
+        RoutingTrace.open(written[0])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_corrupt_header_is_refused(written, old, new):
     assert old in data
     written[0].write_bytes(data.replace(old, new))
     with pytest.raises(TraceError, match="corrupt"):
-        open_trace(written[0])
+        RoutingTrace.open(written[0])
 
 
 def test_another_models_trace_is_refused_by_name(written):
@@ -176,8 +176,8 @@ def test_another_models_trace_is_refused_by_name(written):
     with pytest.raises(TraceError, match=r"0123456789abcdef.*fedcba9876543210"):
         TraceWriter(written[0], other, append=True)
     with pytest.raises(TraceError, match=r"0123456789abcdef.*fedcba9876543210"):
-        open_trace(written[0]).require_fingerprint("fedcba9876543210")
-    open_trace(written[0]).require_fingerprint("0123456789abcdef")
+        RoutingTrace.open(written[0]).require_fingerprint("fedcba9876543210")
+    RoutingTrace.open(written[0]).require_fingerprint("0123456789abcdef")
 
 
 def test_rows_of_another_shape_are_refused(written):
@@ -187,7 +187,7 @@ def test_rows_of_another_shape_are_refused(written):
 
 def test_sequences_are_found_where_rows_interleave(written):
     path, rows = written
-    trace = open_trace(path)
+    trace = RoutingTrace.open(path)
     assert [np.arange(10)[group].tolist() for group in trace.sequences()] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     chosen = trace.select([1])
     np.testing.assert_array_equal(chosen.experts, rows["experts"][1::2])
@@ -198,7 +198,7 @@ def test_sequences_are_found_where_rows_interleave(written):
 
 
 def test_decode_leaves_prefill_out(written):
-    trace = open_trace(written[0]).decode()
+    trace = RoutingTrace.open(written[0]).decode()
     assert len(trace) == 8
     assert (trace.phase == DECODE).all()
     assert trace.decode() is trace
@@ -211,7 +211,7 @@ def test_many_experts_need_two_bytes_and_none_is_never_an_expert(tmp_path):
         rows = writer.new_rows(1)
         rows["experts"][0, 1, :3] = [0, 255, 7]
         writer.write(rows)
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert trace.experts[0, 1].tolist() == [0, 255, 7] + 5 * [65535]
     assert trace.weights is None
     assert not trace.format.ranked

@@ -7,7 +7,7 @@ import pytest
 
 from moeflow.cli import main
 from moeflow.replay import replay, sequence_rows
-from moeflow.routing import TraceFormat, TraceWriter, open_trace
+from moeflow.routing import RoutingTrace, TraceFormat, TraceWriter
 from moeflow.workloads import counted, held_out_sequences
 
 
@@ -65,7 +65,7 @@ def test_a_trace_with_hot_experts_is_given_a_fixed_choice(tmp_path, capsys):
 def test_what_is_held_out_is_judged_alone(tmp_path, capsys):
     path = write_trace(tmp_path / "t", drifting())
     about = tiers(capsys, path, "--gpu-memory", "60MB", "--hold-out", 4, "--host-gb-s", 10, "--disk-gb-s", 5)
-    trace = open_trace(path)
+    trace = RoutingTrace.open(path)
     numbers = held_out_sequences(trace, 4)
     held_out = counted(trace, "held out", numbers)
     resident = np.array(about["tiers"]) == "gpu"

@@ -15,7 +15,7 @@ from conftest import ROOT
 from moeflow.cli import main
 from moeflow.errors import ConfigError, TraceError
 from moeflow.prompts import read_prompts
-from moeflow.routing import DECODE, open_trace
+from moeflow.routing import DECODE, RoutingTrace
 from moeflow.trace_sources import convert_trace
 
 FEW_TOKENS = ("--max-new-tokens", "4", "--expert-memory", "50%")
@@ -41,7 +41,7 @@ def test_record_writes_a_sequence_a_prompt_in_the_chat_template(folder, tmp_path
     (tmp_path / "p.txt").write_text("hello\n\nabc\nnever read\n")
     assert record(folder, tmp_path / "p.txt", tmp_path / "t", "--limit", "2", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert told == {"trace": str(tmp_path / "t"), "prompts": 2, "tokens": len(trace)}
     first, second = trace.sequences()
     letters = "".join(chr(32 + token) for token in trace.token_ids[first])
@@ -58,7 +58,7 @@ def test_record_appends_only_when_asked(folder, tmp_path, capsys):
     assert "--append" in capsys.readouterr().err
     assert (tmp_path / "t").read_bytes() == before
     assert record(folder, tmp_path / "p.jsonl", tmp_path / "t", "--append") == 0
-    assert open_trace(tmp_path / "t").sequence_numbers.tolist() == [0, 1]
+    assert RoutingTrace.open(tmp_path / "t").sequence_numbers.tolist() == [0, 1]
 
 
 def test_lookahead_that_was_recorded_can_be_replayed(folder, tmp_path, capsys):
@@ -97,13 +97,13 @@ def test_a_killed_recording_leaves_what_is_written(folder, tmp_path):
     run.kill()
     run.wait()
     run.stderr.close()
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert {rows.stop - rows.start for rows in trace.sequences()} == {10 + 1}  # whole answers
 
 
 def _has_rows(path):
     try:
-        return len(open_trace(path)) > 0
+        return len(RoutingTrace.open(path)) > 0
     except TraceError:
         return False
 
@@ -169,7 +169,7 @@ def write_gpt_oss(folder, **changes):
 def test_a_gpt_oss_folder_is_converted_whole(tmp_path):
     arrays = write_gpt_oss(tmp_path / "g")
     assert convert_trace(tmp_path / "g", tmp_path / "t") == 6
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     np.testing.assert_array_equal(trace.experts, arrays["expert_ids"])
     np.testing.assert_array_equal(trace.weights, arrays["weights"])
     np.testing.assert_array_equal(trace.token_ids, arrays["token_index"])
@@ -184,7 +184,7 @@ def test_a_gpt_oss_folder_is_converted_whole(tmp_path):
 def test_the_real_gpt_oss_folder_is_converted_whole(data_folder, tmp_path):
     source = data_folder / "gpt_oss_20b"
     convert_trace(source, tmp_path / "t")
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     with np.load(source / "gpt_oss_20b_topk.npz") as arrays:
         assert np.array_equal(trace.experts, arrays["expert_ids"])
         assert np.array_equal(trace.weights, arrays["weights"])
@@ -200,7 +200,7 @@ def test_the_real_olmoe_lines_are_converted_whole(data_folder, tmp_path, capsys)
     source = data_folder / "olmoe_trace" / "trace_olmoe_299.jsonl"
     assert main(["trace", "convert", str(source), "-o", str(tmp_path / "t"), "--fingerprint", "olmoe", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 299
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert trace.experts.tolist() == [json.loads(line)["layers"] for line in source.read_text().splitlines()]
     assert (trace.num_experts, trace.top_k, trace.fingerprint) == (64, 8, "olmoe")
     assert trace.weights is None
@@ -212,7 +212,7 @@ def test_lines_begin_a_sequence_where_the_count_starts_again(tmp_path):
     lines = [(1, [[0, 1], [2, 3]]), (2, [[0], [1, 2]]), (1, [[1, 2], [3]])]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"tok": t, "layers": e}) + "\n" for t, e in lines))
     convert_trace(tmp_path / "a.jsonl", tmp_path / "t", num_experts=8)
-    trace = open_trace(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
     assert trace.sequence.tolist() == [0, 0, 1]
     assert trace.experts[1].tolist() == [[0, 255], [1, 2]]
     assert (trace.num_experts, trace.fingerprint) == (8, "a")
