@@ -19,7 +19,7 @@ del _checkout
 
 def __getattr__(name):
     if name == "load_moe":
-        from moeflow.model import load_moe
+        from moeflow.loading.load_moe import load_moe
 
         return load_moe
     if name == "MoeflowError":

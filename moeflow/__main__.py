@@ -2,6 +2,6 @@
 
 import sys
 
-from moeflow.cli import main
+from moeflow.cli.main import main
 
 sys.exit(main())

@@ -59,7 +59,7 @@ class TensorSpec(NamedTuple):
 
 
 class MatrixSpec(NamedTuple):
-    """A matrix of an expert that is stored in a weight format (`moeflow.kernels.formats`).
+    """A matrix of an expert that is stored in a weight format (`moeflow.kernels.quantization.formats`).
 
     Args:
         name: parameter name on the experts module; its codes, scales and zeros are tensors of the record.

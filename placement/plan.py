@@ -1,7 +1,8 @@
 """A plan: which GPUs hold which expert, and which of them serves which token.
 
 Replicas of an expert share its tokens equally: the i-th (token, expert) assignment that comes from GPU h goes to
-replica (h + i) mod r of its r. The same rule counts bytes here and routes tokens in `moeflow.parallel`.
+replica (h + i) mod r of its r. The same rule counts bytes here and routes tokens in
+`moeflow.expert_parallel.expert_parallel`.
 """
 
 from collections.abc import Sequence

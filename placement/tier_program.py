@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pulp
 
-from moeflow.placement.pulp_solver import found_solution, proven_bound, pulp_solver
+from moeflow.integer_program import found_solution, proven_bound, pulp_solver
 
 _GAP = 1e-4  # at which to stop
 
@@ -48,7 +48,7 @@ def improve_tiers(
         start: [N] tiers; may be on a third tier that there is not.
         seed: of the solver.
         time_limit_s: of relaxation and program together.
-        solver: see `moeflow.placement.pulp_solver`.
+        solver: see `moeflow.integer_program`.
 
     Returns:
         [N] tiers, the start's or better; a bound; and whether the search ended before the time limit.

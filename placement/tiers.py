@@ -96,7 +96,7 @@ def choose_tiers(
         top_k: experts a token takes in a layer; the workload's where it knows.
         seed: of the solver.
         time_limit_s: of the solver, should one be needed.
-        solver: see `moeflow.placement.pulp_solver`.
+        solver: see `moeflow.integer_program`.
 
     Raises:
         PlacementError: a size, budget or rate that cannot be, top_k is not known, or no disk where one is needed.

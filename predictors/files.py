@@ -13,13 +13,13 @@ from safetensors.numpy import save
 
 from moeflow.errors import PredictorError
 from moeflow.predictors.markov import Markov
-from moeflow.predictors.path import PathPredictor
-from moeflow.predictors.path_net import PathNet, PathShape
+from moeflow.predictors.path.net import PathNet, PathShape
+from moeflow.predictors.path.predictor import PathPredictor
 from moeflow.predictors.popularity import Popularity
 from moeflow.predictors.protocol import Predictor
-from moeflow.predictors.sequence import SequencePredictor
-from moeflow.predictors.sequence_net import SequenceNet, SequenceShape
-from moeflow.predictors.token_table import TokenTable
+from moeflow.predictors.sequence.net import SequenceNet, SequenceShape
+from moeflow.predictors.sequence.predictor import SequencePredictor
+from moeflow.predictors.sequence.token_table import TokenTable
 
 FORMAT, VERSION = "moeflow-predictor", 1
 

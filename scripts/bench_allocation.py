@@ -10,15 +10,11 @@ the program. The bound is checked by a search over prices of a byte, apart from 
 import argparse
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from moeflow.kernels.bit_allocation import allocate, dual_bound, relative_gap
-from moeflow.kernels.formats import find_format
+from moeflow.convert.bit_allocation import allocate, dual_bound, relative_gap
+from moeflow.kernels.quantization.formats import find_format
 
 WIDTHS = (1, 2, 3, 4, 8)
 SHAPES = ((4096, 7168), (7168, 2048))  # gate and up, down: an expert of DeepSeek-V3

@@ -15,17 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from moeflow.checkpoint import open_checkpoint  # noqa: E402
-from moeflow.config import parse_memory  # noqa: E402
-from moeflow.demo_model import default_demo_path  # noqa: E402
-from moeflow.errors import MoeflowError  # noqa: E402
-from scripts.bench_engines import ModelSize, plain_bandwidth, work  # noqa: E402
-from scripts.bench_report import describe, find_ratios, print_card, print_ratios, print_table, spread  # noqa: E402
-from scripts.cgroup import CgroupUnavailable, MemoryCgroup, drop_page_cache, run_process  # noqa: E402
+from bench.cgroup import CgroupUnavailable, MemoryCgroup, drop_page_cache, run_process
+from bench.engines import ModelSize, plain_bandwidth, work
+from bench.report import describe, find_ratios, print_card, print_ratios, print_table, spread
+from moeflow.checkpoint.headers import open_checkpoint
+from moeflow.demo.model import default_demo_path
+from moeflow.errors import MoeflowError
+from moeflow.memory_size import parse_memory
 
 ENGINES = ("moeflow", "transformers", "accelerate", "llama")
 
@@ -164,7 +160,7 @@ class Bench:
         """Make the GGUF file; return why llama.cpp cannot run, if so."""
         if importlib.util.find_spec("llama_cpp") is None:
             return "not installed"
-        from scripts.gguf_export import ExportError, export_gguf
+        from bench.gguf_export import ExportError, export_gguf
 
         say("writing the GGUF file for llama.cpp, unless it is there")
         try:

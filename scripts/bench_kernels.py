@@ -13,10 +13,6 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
 FORMATS = (
     "float32", "bfloat16", "int8", "int8-g64", "int4-g32", "int4-g64", "int4-g128", "int3-g64", "int2-g64", "int1-g64",
     "mxfp4", "fp8",
@@ -52,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from moeflow.kernels.cpu_library import instruction_set
-    from scripts.bench_machine import describe, print_card
-    from scripts.bench_matrices import WrongResult
+    from bench.machine import describe, print_card
+    from bench.matrices import WrongResult
+    from moeflow.kernels.cpu.library import instruction_set
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -87,10 +83,10 @@ def measure_gemv(arguments) -> list[dict]:
     """Measure one token by a matrix, for each format; print the table."""
     import torch
 
-    from moeflow.kernels import cpu
-    from scripts.bench_machine import last_level_cache_bytes
-    from scripts.bench_matrices import ACTIVATION_BITS, Copies, torch_linear
-    from scripts.bench_rounds import Case, quotients, ranged, spread, take_turns
+    from bench.machine import last_level_cache_bytes
+    from bench.matrices import ACTIVATION_BITS, Copies, torch_linear
+    from bench.rounds import Case, quotients, ranged, spread, take_turns
+    from moeflow.kernels.cpu import ops as cpu
 
     shape = tuple(int(n) for n in arguments.shape.split("x"))
     working_set = arguments.working_set_mb << 20 if arguments.working_set_mb else 4 * last_level_cache_bytes()
@@ -146,10 +142,10 @@ def measure_gemv(arguments) -> list[dict]:
 
 def measure_block(arguments) -> list[dict]:
     """Measure the experts of all layers, transformers' against ours; print the table."""
-    from moeflow.kernels.formats import find_format
-    from scripts.bench_blocks import Block, Routes, Size, implementations, transformers_case
-    from scripts.bench_matrices import random_matrix
-    from scripts.bench_rounds import quotients, ranged, spread, take_turns
+    from bench.blocks import Block, Routes, Size, implementations, transformers_case
+    from bench.matrices import random_matrix
+    from bench.rounds import quotients, ranged, spread, take_turns
+    from moeflow.kernels.quantization.formats import find_format
 
     size = (
         Size(num_layers=2, num_experts=4, num_features=64, intermediate=96)
@@ -215,9 +211,9 @@ def measure_gemm(arguments) -> list[dict]:
     """Measure many tokens by a matrix, for each format; print the table."""
     import torch
 
-    from scripts.bench_machine import peak
-    from scripts.bench_matrices import Copies, torch_linear
-    from scripts.bench_rounds import quotients, ranged, spread, take_turns
+    from bench.machine import peak
+    from bench.matrices import Copies, torch_linear
+    from bench.rounds import quotients, ranged, spread, take_turns
 
     shape = tuple(int(n) for n in arguments.shape.split("x"))
     num_tokens = max(int(n) for n in arguments.tokens.split(","))

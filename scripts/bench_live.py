@@ -11,16 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from moeflow.checkpoint import open_checkpoint  # noqa: E402
-from moeflow.config import parse_memory  # noqa: E402
-from moeflow.demo_model import default_demo_path  # noqa: E402
-from scripts.bench_engines import ModelSize, plain_bandwidth  # noqa: E402
-from scripts.bench_report import spread  # noqa: E402
-from scripts.cgroup import drop_page_cache, run_process  # noqa: E402
+from bench.cgroup import drop_page_cache, run_process
+from bench.engines import ModelSize, plain_bandwidth
+from bench.report import spread
+from moeflow.checkpoint.headers import open_checkpoint
+from moeflow.demo.model import default_demo_path
+from moeflow.memory_size import parse_memory
 
 WANTED_GAIN, WANTED_FLOOR, WANTED_PREDICTION = 1.25, 0.97, 0.05
 PROMPTS = (

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 _IMPORT = "import time; b = time.perf_counter(); import {name}; print(time.perf_counter() - b)"
 _HELP = """
@@ -27,7 +27,7 @@ print(time.perf_counter() - begin)
 _PYTHON = _HELP.replace('"-m", "moeflow", "--help"', '"-c", ""')
 _OPEN = """
 import sys, time
-from moeflow.checkpoint import open_checkpoint
+from moeflow.checkpoint.headers import open_checkpoint
 begin = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 print(time.perf_counter() - begin)
@@ -37,11 +37,11 @@ print(process_memory_bytes()[1])
 _MAP = """
 import sys, time
 from transformers import DeepseekV3Config
-from moeflow import hf
-from moeflow.checkpoint import open_checkpoint
+from moeflow.hf import pretrained
+from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.hardware import process_memory_bytes
-from moeflow.sources import map_experts
-empty = hf.empty_model(DeepseekV3Config())
+from moeflow.hf.expert_sources import map_experts
+empty = pretrained.empty_model(DeepseekV3Config())
 before = process_memory_bytes()[1]
 begin = time.perf_counter()
 map_experts(empty, open_checkpoint(sys.argv[1]).tensors)

@@ -30,20 +30,18 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from moeflow.placement.cost import StepShape, judge
-from moeflow.placement.count_files import read_counts
-from moeflow.placement.joint import joint
-from moeflow.placement.least_crossing import crossing_bounds, least_crossing, pareto_curve
+from moeflow.placement.files.counts import read_counts
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem
-from moeflow.placement.search import cool
 from moeflow.placement.solvers import SOLVERS
+from moeflow.placement.solvers.joint import joint
+from moeflow.placement.solvers.least_crossing import crossing_bounds, least_crossing, pareto_curve
+from moeflow.placement.solvers.search import cool
 from moeflow.placement.tables import Tables
 from moeflow.placement.topology import preset
 from moeflow.placement.workload import Workload
-from moeflow.workloads import split_workload
+from moeflow.trace.workloads import split_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("gpt-oss", "deepseek", "small", "gap", "scale")
@@ -144,8 +142,8 @@ def _front(points):
 
 
 def _plot_curve(path, problem, curve, below, held_out, rows):
-    from moeflow.placement_plots import pareto_figure
-    from moeflow.plots import save_figure
+    from moeflow.cli.place_plots import pareto_figure
+    from moeflow.replay.plots import save_figure
 
     outside = [judge(point.plan, held_out, problem.topology, problem.step) for point in curve]
     curves = {

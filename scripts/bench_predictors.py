@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,23 +19,20 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: live predict
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from moeflow.prediction import evaluate_predictor, open_predictor, split_sequences, train_predictor  # noqa: E402
-from moeflow.predictors.ensemble import Ensemble  # noqa: E402
-from moeflow.predictors.markov import Markov  # noqa: E402
-from moeflow.predictors.path import PathPredictor  # noqa: E402
-from moeflow.predictors.path_net import PathNet, PathShape  # noqa: E402
-from moeflow.predictors.popularity import Popularity  # noqa: E402
-from moeflow.predictors.routes import Routes  # noqa: E402
-from moeflow.predictors.sequence import SequencePredictor  # noqa: E402
-from moeflow.predictors.sequence_net import SequenceNet, SequenceShape  # noqa: E402
-from moeflow.predictors.token_table import TokenTable  # noqa: E402
-from moeflow.predictors.training import TrainingOptions  # noqa: E402
-from moeflow.progress import share_progress  # noqa: E402
-from moeflow.routing import RoutingTrace  # noqa: E402
-from moeflow.trace_sources import convert_trace  # noqa: E402
+from moeflow.cli.progress import share_progress
+from moeflow.predictors.ensemble import Ensemble
+from moeflow.predictors.markov import Markov
+from moeflow.predictors.path.net import PathNet, PathShape
+from moeflow.predictors.path.predictor import PathPredictor
+from moeflow.predictors.popularity import Popularity
+from moeflow.predictors.routes import Routes
+from moeflow.predictors.sequence.net import SequenceNet, SequenceShape
+from moeflow.predictors.sequence.predictor import SequencePredictor
+from moeflow.predictors.sequence.token_table import TokenTable
+from moeflow.predictors.training import TrainingOptions
+from moeflow.trace.convert import convert_trace
+from moeflow.trace.trace import RoutingTrace
+from moeflow.trace.train_predictor import evaluate_predictor, open_predictor, split_sequences, train_predictor
 
 NAMES = ("popularity", "markov", "path", "sequence", "ensemble")
 KEYS = ("recall@4", "recall@6", "recall@8", "precision@4")

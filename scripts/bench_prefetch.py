@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +18,12 @@ from typing import NamedTuple
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: one process a core, not one thread each of many
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moeflow.link_replay import LinkModel
-from moeflow.machine_replay import FORECAST, replay_machine, replayed_places
-from moeflow.prediction import evaluate_predictor, open_predictor
-from moeflow.progress import count_progress
-from moeflow.routing import RoutingTrace
+from moeflow.cli.progress import count_progress
+from moeflow.replay.link import LinkModel
+from moeflow.replay.machine import FORECAST, replay_machine, replayed_places
+from moeflow.trace.trace import RoutingTrace
+from moeflow.trace.train_predictor import evaluate_predictor, open_predictor
 
 DEMAND = ("lru", "lfu", "lfru", "belady")
 CLAIRVOYANT = "clairvoyant"

@@ -10,15 +10,12 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from moeflow import replay as compiled
-from moeflow.replay_loop import replay_loop
-from moeflow.routing import RoutingTrace
+from moeflow.replay import demand as compiled
+from moeflow.replay.demand_loop import replay_loop
+from moeflow.trace.trace import RoutingTrace
 
 FIRST = 500  # tokens that the Python loop replays
 LIMIT_S = 20

@@ -12,10 +12,6 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
 
 
@@ -36,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     from moeflow import load_moe
-    from moeflow.demo_model import default_demo_path
-    from moeflow.kernels import cpu
-    from moeflow.kernels.cpu_library import instruction_set
+    from moeflow.demo.model import default_demo_path
+    from moeflow.kernels.cpu import ops as cpu
+    from moeflow.kernels.cpu.library import instruction_set
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -153,7 +149,7 @@ def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
     """Return seconds a decode step of an uncompiled model spends in experts, dense linears and everything else."""
     import torch
 
-    from moeflow.hf_experts import experts_modules
+    from moeflow.hf.experts_interface import experts_modules
 
     spent, watched = {"experts": 0.0, "dense linears": 0.0}, []
     experts = {module for _, module in experts_modules(model)}
@@ -189,7 +185,7 @@ def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
 
 def bytes_a_token(model) -> int:
     """Return the weights a decode step reads: top-k experts of every layer, and the dense parameters but embeddings."""
-    from moeflow.hf_experts import num_experts_per_tok
+    from moeflow.hf.experts_interface import num_experts_per_tok
 
     experts = sum(source.layout.record.num_bytes for source in model.moeflow.store.layers) * num_experts_per_tok(model)
     embedding = model.get_input_embeddings().weight

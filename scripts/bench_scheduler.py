@@ -22,7 +22,6 @@ import copy
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -30,16 +29,14 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from moeflow.best_split import best_split
-from moeflow.likely_routes import LikelyRoutes
-from moeflow.medoids import medoid_groups
+from moeflow.engine.regrouping.likely_routes import LikelyRoutes
+from moeflow.engine.regrouping.oracles.best_split import best_split
+from moeflow.engine.regrouping.oracles.bound import regroup_bound
+from moeflow.engine.regrouping.oracles.medoids import medoid_groups
+from moeflow.engine.regrouping.search import active_pairs, arrival_groups, regroup
 from moeflow.predictors.odds import multi_hot
-from moeflow.regroup import active_pairs, arrival_groups, regroup
-from moeflow.regroup_bound import regroup_bound
-from moeflow.routing import RoutingTrace
-from moeflow.trace_sources import convert_trace
+from moeflow.trace.convert import convert_trace
+from moeflow.trace.trace import RoutingTrace
 
 SHAPES = ((2, 16), (4, 16), (2, 64))
 WANTED = {(2, 16): 0.13, (4, 16): 0.18, (2, 64): 0.075}
@@ -277,8 +274,8 @@ def run_engines(arguments, prompts, options: list[dict], log: list | None = None
         options: of each engine.
         log: gets the routes of the passes of the last one.
     """
-    from moeflow.engine import Engine
-    from moeflow.sampling import SamplingParams
+    from moeflow.engine.engine import Engine
+    from moeflow.engine.sampling import SamplingParams
 
     params = SamplingParams(max_new_tokens=arguments.new_tokens, ignore_eos=True)
     with ExitStack() as stack:
@@ -337,8 +334,8 @@ def bound_live(steps: list[np.ndarray]) -> dict:
 
 def bench_nothing_to_gain(arguments) -> dict:
     """Seconds of a step with and without a scheduler where all sequences are the same, step by step in turn."""
-    from moeflow.engine import Engine
-    from moeflow.sampling import SamplingParams
+    from moeflow.engine.engine import Engine
+    from moeflow.engine.sampling import SamplingParams
 
     prompt, model = live_prompts(arguments)[0], load(arguments, "100%")
     seconds = {True: [], False: []}

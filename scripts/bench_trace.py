@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from moeflow.demo_model import default_demo_path
-from moeflow.model import load_moe
-from moeflow.recorder import attach_recorder
-from moeflow.routing import RoutingTrace
+from moeflow.demo.model import default_demo_path
+from moeflow.loading.load_moe import load_moe
+from moeflow.trace.recorder import attach_recorder
+from moeflow.trace.trace import RoutingTrace
 
 
 def decode_s(model, prompt: torch.Tensor, num_tokens: int) -> tuple[float, torch.Tensor]:

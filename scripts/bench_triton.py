@@ -9,21 +9,16 @@ import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+import torch
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-from moeflow.core import PAGE_BYTES, MatrixSpec, RecordLayout, align_up  # noqa: E402
-from moeflow.kernels.activations import Activation  # noqa: E402
-from moeflow.kernels.dequantize import dequantize  # noqa: E402
-from moeflow.kernels.expert_mlp import combine  # noqa: E402
-from moeflow.kernels.formats import find_format  # noqa: E402
-from moeflow.kernels.triton_experts import TritonExperts, available  # noqa: E402
+from moeflow.core import PAGE_BYTES, MatrixSpec, RecordLayout, align_up
+from moeflow.kernels.activations import Activation
+from moeflow.kernels.expert_mlp import combine
+from moeflow.kernels.quantization.dequantize import dequantize
+from moeflow.kernels.quantization.formats import find_format
+from moeflow.kernels.triton.experts import TritonExperts, available
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 DEFAULT_FORMATS = ["bfloat16", "int8", "int4-g64", "int3-g64", "int2-g64", "int1-g64", "mxfp4", "fp8"]

@@ -13,7 +13,6 @@ import argparse
 import json
 import lzma
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -21,17 +20,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from moeflow import hf_experts
-from moeflow.calibration import measure_experts
-from moeflow.calibration_text import cut_windows, varied_windows
-from moeflow.expert_statistics import ExpertStatistics
-from moeflow.kernels.bit_allocation import allocate
-from moeflow.kernels.dequantize import dequantize
-from moeflow.kernels.formats import find_format
-from moeflow.kernels.quantize import quantize
-from moeflow.mixed_precision import WIDTHS, allocate_formats, default_widths
+from moeflow.calibration.expert_statistics import ExpertStatistics
+from moeflow.calibration.sensitivity import measure_experts
+from moeflow.calibration.windows import cut_windows, varied_windows
+from moeflow.convert.bit_allocation import allocate
+from moeflow.convert.mixed_precision import WIDTHS, allocate_formats, default_widths
+from moeflow.hf import experts_interface
+from moeflow.kernels.quantization.dequantize import dequantize
+from moeflow.kernels.quantization.formats import find_format
+from moeflow.kernels.quantization.quantize import quantize
 
 
 def read_text(file: str) -> str:
@@ -63,7 +60,7 @@ class Rounded:
 
     def __init__(self, model, method: str):
         self.model, self.method = model, method
-        self.modules = [module for _, module in hf_experts.experts_modules(model)]
+        self.modules = [module for _, module in experts_interface.experts_modules(model)]
         self.exact = [{n: p.detach().clone() for n, p in m._parameters.items()} for m in self.modules]
         self._stored: dict[tuple, dict] = {}  # quantised once for all choices
 

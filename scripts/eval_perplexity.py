@@ -19,19 +19,16 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+from moeflow.demo.model import default_demo_path
+from moeflow.errors import ConfigError, MoeflowError
+from moeflow.kernels.quantization.dequantize import dequantize
+from moeflow.kernels.quantization.formats import WRITABLE, find_format
+from moeflow.kernels.quantization.quantize import quantize
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-from moeflow.demo_model import default_demo_path  # noqa: E402
-from moeflow.errors import ConfigError, MoeflowError  # noqa: E402
-from moeflow.kernels.dequantize import dequantize  # noqa: E402
-from moeflow.kernels.formats import WRITABLE, find_format  # noqa: E402
-from moeflow.kernels.quantize import quantize  # noqa: E402
-
 BASELINE = "bfloat16"
 TEXTS = {"wikitext2": "wikitext2/valid.txt", "books": "books/books_valid.txt.xz"}
 _BOOK_END = "<|endoftext|>"
@@ -247,6 +244,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of computing (1)")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
     if args.tokens < 2 or args.window < 2 or args.threads < 1:
         parser.error("--tokens and --window must be at least 2, --threads at least 1")
     args.formats = [label.strip() for label in args.formats.split(",") if label.strip()]

@@ -10,28 +10,23 @@ last column is the standard error of the perplexity's change, over windows.
 import argparse
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from eval_mixed import log_likelihood, read_text, text_windows
-
-from moeflow import hf_experts
-from moeflow.calibration_text import cut_windows
+from moeflow.calibration.pruning_thresholds import calibrate_pruning
+from moeflow.calibration.windows import cut_windows
+from moeflow.hf import experts_interface
 from moeflow.kernels.pruning import PruningThreshold, protected_tokens, prune
-from moeflow.pruning import calibrate_pruning
 
 
 class Pruned:
     """Prunes a model's routes as they pass, and counts them."""
 
     def __init__(self, model, thresholds: list[PruningThreshold]):
-        modules = [module for _, module in hf_experts.experts_modules(model)]
+        modules = [module for _, module in experts_interface.experts_modules(model)]
         self.calls = self.skipped = 0
         self._hooks = [
             module.register_forward_pre_hook(self._hook(threshold), with_kwargs=True)
@@ -40,7 +35,7 @@ class Pruned:
 
     def _hook(self, threshold):
         def change(module, args, kwargs):
-            hidden_states, index, weights = hf_experts.experts_arguments(args, kwargs)
+            hidden_states, index, weights = experts_interface.experts_arguments(args, kwargs)
             protected = protected_tokens(hidden_states, threshold.norm)
             kept, weights = prune(index, weights, threshold.ratio, protected, num_experts=module.num_experts)
             self.calls += index.numel()

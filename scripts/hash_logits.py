@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "nemotron_h",
@@ -58,8 +58,8 @@ def hash_family(name: str) -> dict[str, str]:
     """Hash one family's logits: of a batch, and of a single token."""
     import torch
 
-    from families import FAMILIES as KNOWN
-    from families import build_model, inputs
+    from helpers.families import FAMILIES as KNOWN
+    from helpers.families import build_model, inputs
 
     family, hashes = KNOWN[name], {}
     for dtype in DTYPES:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
+from helpers.small_models import tiny_mixtral
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
 
 # A shell's background jobs ignore Ctrl-C, and so would every command that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -32,28 +34,6 @@ def data_folder() -> Path:
     return folder
 
 
-def tiny_mixtral(**overrides):
-    """Build a random Mixtral of 3 layers x 8 experts, of which a token takes 2."""
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    values = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 128,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-    }
-    return MixtralForCausalLM(MixtralConfig(**{**values, **overrides})).eval()
-
-
 @pytest.fixture(scope="session")
 def mixtral():
     """The model whose checkpoint `mixtral_folder` is."""
@@ -71,7 +51,7 @@ def mixtral_folder(mixtral, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def speaking_folder(mixtral_folder, tmp_path_factory) -> Path:
     """The same checkpoint with a tokenizer that has a chat template, as commands need it. Tests must not change it."""
-    from small_tokenizers import letter_tokenizer
+    from helpers.small_tokenizers import letter_tokenizer
 
     folder = shutil.copytree(mixtral_folder, tmp_path_factory.mktemp("speaking") / "model")
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a:"

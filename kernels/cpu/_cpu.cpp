@@ -1,0 +1,332 @@
+/* Routed experts, linears and norms on the CPU: the C ABI that kernels/cpu/ops.py calls by ctypes, and who computes what.
+ *
+ * The arithmetic is in _cpu_kernels.h, compiled for several instruction sets. Pieces of work are whole outputs, so which
+ * thread takes which never shows in a result. Knows nothing of Python, torch or where records come from.
+ */
+#include <stdlib.h>
+
+#include "_cpu.h"
+#include "_cpu_threads.h"
+
+#ifdef _WIN32
+#define EXPORTED extern "C" __declspec(dllexport)
+#else
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace moeflow;
+
+namespace {
+
+const Arithmetic *arithmetic = nullptr;
+
+constexpr int64_t ROWS_OF_ROUND = 2048; /* (token, expert) pairs at a time: bounds the memory */
+constexpr int64_t SERIAL_VALUES = 1 << 14; /* weights times tokens, under which waking threads takes longer */
+
+/* The calling thread's memory between calls. */
+class Workspace {
+  public:
+    ~Workspace() { free(data_); }
+    char *get(int64_t num_bytes) {
+        if (num_bytes > size_) {
+            free(data_);
+            size_ = (num_bytes + 4095) / 4096 * 4096;
+            data_ = (char *)aligned_alloc(64, size_);
+            if (!data_) size_ = 0;
+        }
+        return data_;
+    }
+
+  private:
+    char *data_ = nullptr;
+    int64_t size_ = 0;
+};
+thread_local Workspace workspace;
+
+int64_t align(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+bool supported(const char *name) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(name, "avx2")) return avx2;
+    if (!strcmp(name, "avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
+#endif
+    return !strcmp(name, "portable");
+}
+
+/* What a matrix asks of the rows it is multiplied with. */
+void ask(const Matrix &m, bool is_rounded, Rows &rows) {
+    const bool has_zeros = m.format == UINT4 || m.format == UINT3 || m.format == UINT2;
+    if (has_zeros) rows.sums[m.group_size / 64] = 0;
+    if (is_rounded && m.format > FLOAT16 && m.format != FP8) rows.is_rounded = 1;
+}
+Rows no_rows(int num_features) {
+    Rows rows{};
+    rows.num_features = num_features;
+    rows.padded = (int32_t)align(num_features, 128);
+    for (int64_t &sums : rows.sums) sums = -1;
+    return rows;
+}
+/* Lays a row out; returns whether there is anything to prepare in it. */
+bool lay_out(Rows &rows) {
+    rows.stride = 4 * rows.padded;
+    bool is_asked = rows.is_rounded;
+    for (int slot = 0; slot < 3; ++slot) {
+        if (rows.sums[slot] < 0) continue;
+        is_asked = true;
+        rows.sums[slot] = rows.stride;
+        rows.stride += 4 * arithmetic->lanes * (rows.padded / (32 << slot));
+    }
+    if (rows.is_rounded) {
+        rows.codes = rows.stride, rows.deltas = rows.stride + 2 * rows.padded;
+        rows.stride += 2 * rows.padded + 4 * (rows.padded / 128);
+    }
+    /* Rows a power of two apart would meet in the same cache sets. */
+    rows.stride = align(rows.stride, 128) + 64;
+    return is_asked;
+}
+
+int64_t bytes_of(int format) { return format == FLOAT32 ? 4 : 2; }
+void fill(const Rows &rows, int64_t row, const void *from, int format) {
+    arithmetic->convert(from, format, rows.num_features, (float *)(rows.data + row * rows.stride), rows.padded);
+}
+void clear_padding(const Rows &rows, int64_t row) {
+    float *values = (float *)(rows.data + row * rows.stride);
+    memset(values + rows.num_features, 0, sizeof(float) * (rows.padded - rows.num_features));
+}
+
+/* Long pieces read memory best, but every thread is to have several. */
+int rows_at_once(int num_rows, int num_threads) {
+    return num_rows >= 2 * num_threads * ROWS_AT_ONCE ? ROWS_AT_ONCE : LEAST_ROWS_AT_ONCE;
+}
+
+/* How one call's experts are laid out. */
+struct Plan {
+    Rows input, hidden;
+    bool prepares_input, prepares_hidden;
+    int first_at_once, down_at_once;
+    int64_t first_pieces, down_pieces; /* of a segment */
+    int num_outputs;
+
+    Plan(const Expert *const *experts, int num_experts, bool is_rounded, int num_threads) {
+        const Expert &any = *experts[0];
+        input = no_rows(any.first.in_features), hidden = no_rows(any.down.in_features);
+        bool first_columns = true, down_columns = true;
+        for (int e = 0; e < num_experts; ++e) {
+            ask(experts[e]->first, is_rounded, input), ask(experts[e]->down, is_rounded, hidden);
+            first_columns &= experts[e]->first.is_transposed != 0;
+            down_columns &= experts[e]->down.is_transposed != 0;
+        }
+        prepares_input = lay_out(input), prepares_hidden = lay_out(hidden);
+        num_outputs = any.down.num_rows;
+        first_at_once = first_columns ? COLUMNS_AT_ONCE : rows_at_once(hidden.num_features, num_threads);
+        down_at_once = down_columns ? COLUMNS_AT_ONCE : rows_at_once(num_outputs, num_threads);
+        first_pieces = (hidden.num_features + first_at_once - 1) / first_at_once;
+        down_pieces = (num_outputs + down_at_once - 1) / down_at_once;
+    }
+    int threads(int wanted, int64_t num_rows) const {
+        return num_rows * input.num_features * hidden.num_features < SERIAL_VALUES ? 1 : wanted;
+    }
+};
+
+int least(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+
+} // namespace
+
+/* Chooses the best instruction set from `wanted` down; returns its name. */
+EXPORTED const char *moeflow_cpu_use(const char *wanted) {
+    bool is_reached = false;
+    const Arithmetic *const candidates[] = {AVX512, AVX2, PORTABLE};
+    for (const Arithmetic *candidate : candidates) {
+        if (!candidate) continue;
+        is_reached |= !*wanted || !strcmp(candidate->name, wanted);
+        if (is_reached && supported(candidate->name)) return (arithmetic = candidate)->name;
+    }
+    return (arithmetic = PORTABLE)->name;
+}
+
+EXPORTED void moeflow_cpu_openmp(void *parallel, void *thread_num, void *num_threads) {
+    openmp.parallel = (decltype(openmp.parallel))parallel;
+    openmp.thread_num = (decltype(openmp.thread_num))thread_num;
+    openmp.num_threads = (decltype(openmp.num_threads))num_threads;
+}
+
+/* Writes each expert's outputs for its tokens to their places; nonzero: no memory. */
+EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const *records, const int64_t *starts,
+                                 int num_experts, const int64_t *tokens, const int64_t *places,
+                                 const char *hidden_states, int format, float *outputs, int activation_bits,
+                                 int num_threads) {
+    const int64_t num_places = num_experts ? starts[num_experts] : 0;
+    if (!num_places) return 0;
+    Plan plan(experts, num_experts, activation_bits == 16, num_threads);
+    const int64_t num_rows = least(num_places, ROWS_OF_ROUND);
+    int64_t num_segments = 0;
+    for (int e = 0; e < num_experts; ++e)
+        num_segments += (starts[e + 1] - starts[e] + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+    const int64_t segments_bytes = align(num_segments * (int64_t)sizeof(Segment), 64);
+    char *memory = workspace.get(segments_bytes + num_rows * (plan.input.stride + plan.hidden.stride) +
+                                 num_threads * SCRATCH_BYTES);
+    if (!memory) return 1;
+    Segment *segments = (Segment *)memory;
+    plan.input.data = memory + segments_bytes;
+    plan.hidden.data = plan.input.data + num_rows * plan.input.stride;
+    char *scratch = plan.hidden.data + num_rows * plan.hidden.stride;
+
+    num_segments = 0;
+    for (int e = 0; e < num_experts; ++e)
+        for (int64_t from = starts[e]; from < starts[e + 1]; from += TOKENS_AT_ONCE) {
+            const int count = least(TOKENS_AT_ONCE, starts[e + 1] - from), total = (int)(starts[e + 1] - starts[e]);
+            segments[num_segments++] = {experts[e], records[e], tokens + from, places + from, count, total, 0, 0};
+        }
+    in_parallel(plan.threads(num_threads, num_places), [&](Team &team, int thread) {
+        char *own = scratch + thread * SCRATCH_BYTES;
+        for (int64_t begin = 0, end = begin; begin < num_segments; begin = end) {
+            int64_t rows = 0;
+            for (; end < num_segments && rows + segments[end].count <= num_rows; ++end) rows += segments[end].count;
+            team.share(end - begin, [&](int64_t i) {
+                Segment &segment = segments[begin + i];
+                int64_t row = 0;
+                for (int64_t before = begin; before < begin + i; ++before) row += segments[before].count;
+                segment.input_row = segment.hidden_row = row;
+                for (int t = 0; t < segment.count; ++t) {
+                    const int64_t offset = segment.tokens[t] * plan.input.num_features * bytes_of(format);
+                    fill(plan.input, row + t, hidden_states + offset, format);
+                    if (plan.prepares_input) arithmetic->prepare(plan.input, row + t);
+                    clear_padding(plan.hidden, row + t);
+                }
+            });
+            team.share((end - begin) * plan.first_pieces, [&](int64_t i) {
+                const int first = (int)(i % plan.first_pieces) * plan.first_at_once;
+                arithmetic->hidden(segments[begin + i / plan.first_pieces], plan.input, plan.hidden, first,
+                                   least(plan.first_at_once, plan.hidden.num_features - first), own);
+            });
+            if (plan.prepares_hidden)
+                team.share(rows, [&](int64_t row) { arithmetic->prepare(plan.hidden, row); });
+            team.share((end - begin) * plan.down_pieces, [&](int64_t i) {
+                const int first = (int)(i % plan.down_pieces) * plan.down_at_once;
+                arithmetic->down(segments[begin + i / plan.down_pieces], plan.hidden, outputs, plan.num_outputs,
+                                 first, least(plan.down_at_once, plan.num_outputs - first), own);
+            });
+        }
+    });
+    return 0;
+}
+
+/* One token through its experts, summed by weight: the same bits as moeflow_cpu_experts and moeflow_cpu_combine. */
+EXPORTED int moeflow_cpu_token(const Expert *const *experts, const char *const *records, int num_experts,
+                               const void *hidden_states, const void *weights, int weights_format, void *out,
+                               int format, int activation_bits, int num_threads) {
+    if (num_experts > TOKEN_EXPERTS) return 2;
+    Plan plan(experts, num_experts, activation_bits == 16, num_threads);
+    char *memory = workspace.get(plan.input.stride + num_experts * plan.hidden.stride + num_threads * SCRATCH_BYTES);
+    if (!memory) return 1;
+    plan.input.data = memory;
+    plan.hidden.data = memory + plan.input.stride;
+    char *scratch = plan.hidden.data + num_experts * plan.hidden.stride;
+    fill(plan.input, 0, hidden_states, format);
+    if (plan.prepares_input) arithmetic->prepare(plan.input, 0);
+    float factors[TOKEN_EXPERTS];
+    arithmetic->convert(weights, weights_format, num_experts, factors, num_experts);
+    Segment segments[TOKEN_EXPERTS];
+    for (int e = 0; e < num_experts; ++e) {
+        segments[e] = {experts[e], records[e], nullptr, nullptr, 1, 1, 0, e};
+        clear_padding(plan.hidden, e);
+    }
+    in_parallel(plan.threads(num_threads, num_experts), [&](Team &team, int thread) {
+        char *own = scratch + thread * SCRATCH_BYTES;
+        team.share(num_experts * plan.first_pieces, [&](int64_t i) {
+            const int first = (int)(i % plan.first_pieces) * plan.first_at_once;
+            arithmetic->hidden(segments[i / plan.first_pieces], plan.input, plan.hidden, first,
+                               least(plan.first_at_once, plan.hidden.num_features - first), own);
+        });
+        if (plan.prepares_hidden)
+            team.share(num_experts, [&](int64_t e) { arithmetic->prepare(plan.hidden, e); });
+        team.share(plan.down_pieces, [&](int64_t i) {
+            const int first = (int)i * plan.down_at_once;
+            arithmetic->down_token(segments, num_experts, factors, plan.hidden, out, format, first,
+                                   least(plan.down_at_once, plan.num_outputs - first), own);
+        });
+    });
+    return 0;
+}
+
+/* Sums float32 outputs [T * K, H] by router weight [T, K], in the order of K, and rounds once. */
+EXPORTED int moeflow_cpu_combine(const float *outputs, const void *weights, int weights_format, int64_t num_tokens,
+                                 int top_k, int num_features, char *out, int format, int num_threads) {
+    float *factors = (float *)workspace.get(sizeof(float) * num_tokens * top_k);
+    if (num_tokens && !factors) return 1;
+    arithmetic->convert(weights, weights_format, (int)(num_tokens * top_k), factors, (int)(num_tokens * top_k));
+    in_parallel(num_tokens * num_features < SERIAL_VALUES ? 1 : num_threads, [&](Team &team, int) {
+        team.share(num_tokens, [&](int64_t t) {
+            arithmetic->combine(outputs + t * top_k * num_features, factors + t * top_k, top_k, num_features,
+                                out + t * num_features * bytes_of(format), format);
+        });
+    });
+    return 0;
+}
+
+/* out [T, N] = x [T, K] times a matrix [N, K], plus its bias. */
+EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const char *x, int format,
+                                int64_t stride_bytes, int num_tokens, void *out, int activation_bits,
+                                int num_threads) {
+    Rows input = no_rows(matrix->in_features);
+    ask(*matrix, activation_bits == 16, input);
+    const bool prepares = lay_out(input);
+    char *memory = workspace.get(num_tokens * input.stride + num_threads * SCRATCH_BYTES);
+    if (!memory) return 1;
+    input.data = memory;
+    char *scratch = memory + num_tokens * input.stride;
+    for (int t = 0; t < num_tokens; ++t) {
+        fill(input, t, x + t * stride_bytes, format);
+        if (prepares) arithmetic->prepare(input, t);
+    }
+    const int at_once = matrix->is_transposed ? COLUMNS_AT_ONCE : rows_at_once(matrix->num_rows, num_threads);
+    const int64_t pieces = (matrix->num_rows + at_once - 1) / at_once;
+    const bool is_small = (int64_t)num_tokens * matrix->num_rows * matrix->in_features < SERIAL_VALUES;
+    in_parallel(is_small ? 1 : num_threads, [&](Team &team, int thread) {
+        team.share(pieces, [&](int64_t i) {
+            const int first = (int)i * at_once;
+            arithmetic->linear(*matrix, record, input, num_tokens, out, format, first,
+                               least(at_once, matrix->num_rows - first), scratch + thread * SCRATCH_BYTES);
+        });
+    });
+    return 0;
+}
+
+/* transformers' RMSNorm of rows [T, H]; sum_lanes: floats in the vectors that torch's sums use here. */
+EXPORTED int moeflow_cpu_rms_norm(const char *x, int64_t stride_bytes, const void *weight, float eps,
+                                  int64_t num_tokens, int num_features, char *out, int format, int sum_lanes) {
+    char *scratch = workspace.get(sizeof(float) * 3 * align(num_features, 16));
+    if (!scratch) return 1;
+    for (int64_t t = 0; t < num_tokens; ++t)
+        arithmetic->rms_norm(x + t * stride_bytes, weight, eps, num_features,
+                             out + t * num_features * bytes_of(format), format, sum_lanes, scratch);
+    return 0;
+}
+
+/* Reads a block of memory and gives the exclusive or of its words: how fast that goes is what no kernel can beat. Four
+ * streams with prefetch, for one stream leaves a core waiting for a third of the time and more. */
+EXPORTED uint64_t moeflow_cpu_read(const char *block, int64_t num_bytes, int num_threads) {
+    typedef uint64_t Words __attribute__((vector_size(16)));
+    constexpr int64_t STREAM = 1 << 18, PIECE = 4 * STREAM, AHEAD = 1024;
+    std::atomic<uint64_t> all{0};
+    in_parallel(num_threads, [&](Team &team, int) {
+        team.share(num_bytes / PIECE, [&](int64_t i) {
+            Words a = {}, b = {}, c = {}, d = {}, words;
+            for (int64_t at = i * PIECE; at < i * PIECE + STREAM; at += 64)
+                for (const char *from = block + at, *end = from + PIECE; from < end; from += STREAM) {
+                    const auto read = [&](int offset) { return memcpy(&words, from + offset, sizeof words), words; };
+                    __builtin_prefetch(from + AHEAD);
+                    a ^= read(0), b ^= read(16), c ^= read(32), d ^= read(48);
+                }
+            a ^= b ^ c ^ d;
+            all ^= a[0] ^ a[1];
+        });
+    });
+    return all;
+}

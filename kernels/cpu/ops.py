@@ -1,0 +1,237 @@
+"""The compiled CPU kernels: routed experts, linears and norms straight from memory, called by ctypes.
+
+Every result has the same bits for any number of threads and for any way of sharing experts out over calls: an output is
+one sum in float32 in an order that depends on format, in features, instruction set, and whether its expert has few or
+many tokens. Knows tensors and descriptions. Knows nothing of caches or models.
+"""
+
+import ctypes
+import threading
+import time
+from ctypes import c_int64, c_void_p
+
+import numpy as np
+import torch
+
+from moeflow.errors import ConfigError
+from moeflow.kernels.cpu.library import library
+from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel, described_matrix, float_matrix, parts_of
+from moeflow.kernels.quantization.formats import WeightFormat
+
+
+def run_experts(
+    hidden_states: torch.Tensor,
+    kernels: list[ExpertKernel],
+    addresses: list[int],
+    starts: list[int],
+    tokens: list[int],
+    places: list[int],
+    outputs: torch.Tensor,
+    *,
+    activation_bits: int = 0,
+) -> None:
+    """Run experts on the tokens routed to them.
+
+    Args:
+        hidden_states: [T, H], float32, bfloat16 or float16.
+        kernels: [E], how each expert's record is computed from; all of the same H and I.
+        addresses: [E], where each record starts in memory.
+        starts: [E + 1], where each expert's part of `tokens` and `places` starts.
+        tokens: [n], rows of hidden_states.
+        places: [n], rows of `outputs`, no two the same.
+        outputs: [places, H] float32, contiguous; only `places` are written.
+        activation_bits: 0: exact. 16: where an expert has few tokens, activations are rounded to int16 in blocks of 128
+            before they meet matrices of integer codes, which is nearly twice as fast; what that costs is far below
+            the rounding of bfloat16.
+
+    Raises:
+        MemoryError: no memory for the activations.
+    """
+    hidden_states = hidden_states.contiguous()
+    num_experts = len(kernels)
+    rows = np.array((tokens, places), dtype=np.int64)
+    failed = library().free.moeflow_cpu_experts(
+        (c_void_p * num_experts)(*[kernel.pointer for kernel in kernels]),
+        (c_void_p * num_experts)(*addresses),
+        (c_int64 * (num_experts + 1))(*starts),
+        num_experts,
+        rows[0].ctypes.data,
+        rows[1].ctypes.data,
+        hidden_states.data_ptr(),
+        DTYPES[hidden_states.dtype],
+        outputs.data_ptr(),
+        activation_bits,
+        torch.get_num_threads(),
+    )
+    _check(failed, f"{len(tokens)} rows of experts")
+
+
+def run_token(
+    hidden_states: torch.Tensor,
+    kernels: list[ExpertKernel],
+    addresses: list[int],
+    top_k_weights: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    activation_bits: int = 0,
+) -> None:
+    """Run one token's experts and sum them: the bits of `run_experts` and `combine`, in one call.
+
+    Args:
+        hidden_states: [1, H], contiguous.
+        kernels: [K].
+        addresses: [K].
+        top_k_weights: [1, K], contiguous.
+        out: [1, H], contiguous, of the dtype of hidden_states.
+        activation_bits: as `run_experts` has it.
+    """
+    num_experts = len(kernels)
+    arrays = _arrays(num_experts)
+    arrays[0][:] = [kernel.pointer for kernel in kernels]
+    arrays[1][:] = addresses
+    failed = library().held.moeflow_cpu_token(
+        arrays[0],
+        arrays[1],
+        num_experts,
+        hidden_states.data_ptr(),
+        top_k_weights.data_ptr(),
+        DTYPES[top_k_weights.dtype],
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        activation_bits,
+        torch.get_num_threads(),
+    )
+    _check(failed, f"{num_experts} experts of one token (at most 64)")
+
+
+def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum each token's outputs by router weight, in float32 and in the order of K, and round once.
+
+    Args:
+        outputs: [T * K, H] float32, contiguous.
+        top_k_weights: [T, K].
+        out: [T, H], contiguous.
+    """
+    num_tokens, top_k = top_k_weights.shape
+    weights = top_k_weights.contiguous()
+    failed = library().held.moeflow_cpu_combine(
+        outputs.data_ptr(), weights.data_ptr(), DTYPES[weights.dtype], num_tokens, top_k, out.shape[-1],
+        out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _check(failed, f"{num_tokens} tokens")
+
+
+class LinearKernel:
+    """A matrix [N, K] in memory, kept alive by this object, ready to be multiplied with.
+
+    Args:
+        tensors: the stored tensors of the matrix by name, with "<name>_bias" where there is one.
+        name: of the matrix.
+        spec: its format.
+        shape: [N, K].
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], name: str, spec: WeightFormat, shape: tuple[int, int]):
+        places = {part: tensors[part].data_ptr() for part in (name, *parts_of(name)) if part in tensors}
+        bias = tensors.get(f"{name}_bias")
+        matrix = described_matrix(spec, shape, places, name, None if bias is None else bias.dtype)
+        if matrix is None:
+            raise ConfigError(f"there is no CPU kernel for a matrix in {spec.name}. Allowed: all formats but float64.")
+        self._tensors = tensors
+        self._matrix = matrix
+        self._pointer = ctypes.addressof(matrix)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, *, activation_bits: int = 0) -> None:
+        """Multiply.
+
+        Args:
+            x: [..., K].
+            out: [..., N], contiguous, of the dtype of x: summed in float32 and rounded once.
+            activation_bits: as `run_experts` has it.
+        """
+        _multiply(self._pointer, x, out, activation_bits)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Multiply with a float matrix where it lies.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], contiguous.
+        bias: [N] or None.
+        out: [..., N], contiguous, of the dtype of x.
+    """
+    bias_at, bias_format = (-1, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
+    matrix = float_matrix(weight.data_ptr(), bias_at, DTYPES[weight.dtype], bias_format, *weight.shape)
+    _multiply(ctypes.addressof(matrix), x, out, 0)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """Normalise rows as transformers' RMSNorm does, in torch's own order of summation.
+
+    Args:
+        x: [..., H].
+        weight: [H], of the dtype of x.
+        eps: added to the mean square.
+        out: [..., H], contiguous, of the dtype of x.
+    """
+    x = x.contiguous()
+    num_features = x.shape[-1]
+    failed = library().held.moeflow_cpu_rms_norm(
+        x.data_ptr(), num_features * x.element_size(), weight.data_ptr(), eps, x.numel() // num_features,
+        num_features, out.data_ptr(), DTYPES[x.dtype], library().sum_lanes,
+    )  # fmt: skip
+    _check(failed, f"a norm of {num_features} features")
+
+
+def read(block: torch.Tensor) -> int:
+    """Read a contiguous block of memory, whole pieces of 1 MiB of it, and return the exclusive or of its words."""
+    return library().free.moeflow_cpu_read(
+        block.data_ptr(), block.numel() * block.element_size(), torch.get_num_threads()
+    )
+
+
+def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
+    """Measure what torch's threads read at most of memory that no cache holds: the ceiling of every kernel here.
+
+    Without the compiled library torch's own sum reads, which may take several times as long.
+
+    Args:
+        num_bytes: of the block that is read; a multiple of the last-level cache.
+        repeats: readings, of which the fastest counts.
+
+    Returns:
+        Bytes a second.
+    """
+    block, best = torch.ones(num_bytes // 8, dtype=torch.int64), float("inf")
+    scan = torch.sum if library() is None else read
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        scan(block)
+        best = min(best, time.perf_counter() - begin)
+    return num_bytes / best
+
+
+def _multiply(pointer, x, out, activation_bits):
+    x, in_features = x.contiguous(), x.shape[-1]
+    failed = library().held.moeflow_cpu_linear(
+        pointer, None, x.data_ptr(), DTYPES[x.dtype], in_features * x.element_size(), x.numel() // in_features,
+        out.data_ptr(), activation_bits, torch.get_num_threads(),
+    )  # fmt: skip
+    _check(failed, f"{list(x.shape)} of a linear")
+
+
+def _check(failed, what):
+    if failed:
+        raise MemoryError(f"no memory for {what}")
+
+
+_cached = threading.local()
+
+
+def _arrays(num_experts):
+    """Return two arrays of pointers, this thread's own."""
+    arrays = _cached.__dict__.get(num_experts)
+    if arrays is None:
+        arrays = _cached.__dict__[num_experts] = ((c_void_p * num_experts)(), (c_void_p * num_experts)())
+    return arrays

@@ -1,0 +1,159 @@
+"""How matrices and experts in memory are described to the compiled CPU kernels: C structures, and what has one.
+
+The structures are those of `_cpu.h`. Knows records and formats. Knows nothing of the library: describing needs none.
+"""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64
+from functools import lru_cache
+
+import torch
+
+from moeflow.core import RecordLayout
+from moeflow.kernels.activations import ACTIVATIONS, Activation
+from moeflow.kernels.quantization.formats import FORMAT_OF_DTYPE, WeightFormat, find_format
+
+# In the order of the enums in _cpu.h.
+_FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8")
+_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_GATES = ("none", "concatenated", "interleaved")
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of activations, by number."""
+
+_BIAS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("codes", "scale", "zero", "bias")] + [
+        (name, c_int32)
+        for name in (
+            "format",
+            "bias_format",
+            "num_rows",
+            "in_features",
+            "group_size",
+            "padded",
+            "transposed",
+            "reserved",
+        )
+    ]
+
+
+class _Activation(ctypes.Structure):
+    _fields_ = [("kind", c_int32), ("gate", c_int32)] + [
+        (name, c_float) for name in ("alpha", "gate_limit", "activated_limit", "up_limit", "up_offset")
+    ] + [("reserved", c_int32)]  # fmt: skip
+
+
+class _Expert(ctypes.Structure):
+    _fields_ = [("first", Matrix), ("down", Matrix), ("activation", _Activation)]
+
+
+class ExpertKernel:
+    """How one layout of record is computed from. Immutable; `build` makes one.
+
+    Args:
+        expert: the C description.
+        num_features: H.
+        intermediate_features: I.
+    """
+
+    def __init__(self, expert: _Expert, num_features: int, intermediate_features: int):
+        self._expert = expert
+        self.pointer = ctypes.addressof(expert)
+        self.num_features = num_features
+        self.intermediate_features = intermediate_features
+
+    @classmethod
+    def build(cls, record: RecordLayout, activation: Activation, *, is_transposed: bool) -> "ExpertKernel | None":
+        """Describe a record: "gate_up_proj" or "up_proj", "down_proj", and biases under their names with "_bias".
+
+        Args:
+            record: what is stored.
+            activation: between the matrices.
+            is_transposed: whether float matrices that are plain tensors lie [in, out].
+
+        Returns:
+            The kernel; None where there is none for such a record.
+        """
+        names = {spec.name for spec in record.tensors} | {matrix.name for matrix in record.matrices}
+        first_name = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
+        first = _matrix(record, first_name, is_transposed)
+        down = _matrix(record, "down_proj", is_transposed)
+        halves = 1 if activation.gate == "none" else 2
+        if first is None or down is None or first.num_rows != halves * down.in_features:
+            return None
+        if down.num_rows != first.in_features:
+            return None
+        terms = ACTIVATIONS[activation.kind]
+        unlimited = float("inf")
+        formula = _Activation(
+            _KINDS.index(terms.act),
+            _GATES.index(activation.gate),
+            activation.alpha,
+            activation.limit if terms.limits_gate else unlimited,
+            activation.limit if terms.limits_activated else unlimited,
+            activation.limit if terms.limits_up else unlimited,
+            terms.up_offset,
+        )
+        return cls(_Expert(first, down, formula), first.in_features, down.in_features)
+
+
+def described_matrix(
+    spec: WeightFormat,
+    shape: tuple[int, int],
+    places: dict[str, int],
+    name: str,
+    bias_dtype: torch.dtype | None,
+    is_transposed: bool = False,
+) -> Matrix | None:
+    """Describe a matrix; None where no kernel knows it.
+
+    Args:
+        spec: its format.
+        shape: [out, in].
+        places: where each of its tensors begins, by its name: an address, or bytes from the start of a record.
+        name: of the matrix.
+        bias_dtype: None where it has no bias.
+        is_transposed: whether it lies [in, out].
+    """
+    kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1"}.get(spec.kind, spec.name)
+    if kind not in _FORMATS or (bias_dtype is not None and bias_dtype not in DTYPES):
+        return None
+    num_rows, in_features = shape
+    padded = spec.padded(in_features)
+    scale, zero, bias = (places.get(part, -1) for part in parts_of(name))
+    return Matrix(
+        places[name], scale, zero, bias, _FORMATS.index(kind), DTYPES.get(bias_dtype, 0), num_rows, in_features,
+        spec.group_size or padded, padded, is_transposed,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8192)
+def float_matrix(address: int, bias: int, format: int, bias_format: int, num_rows: int, in_features: int) -> Matrix:
+    """Describe a matrix of floats. It is known by all that the description says, so none is ever out of date."""
+    return Matrix(
+        address, -1, -1, bias, format, bias_format, num_rows, in_features, in_features, in_features
+    )  # fmt: skip
+
+
+def parts_of(name: str) -> tuple[str, str, str]:
+    """Return the names of a matrix's scale, zero and bias."""
+    return f"{name}_scale", f"{name}_zero", f"{name}_bias"
+
+
+def _matrix(record, name, is_transposed):
+    """Describe one matrix of a record; None where it is not there or no kernel knows it."""
+    tensors = {spec.name: spec for spec in record.tensors}
+    places = {part: tensors[part].offset for part in (name, *parts_of(name)) if part in tensors}
+    bias = tensors.get(f"{name}_bias")
+    bias_dtype = None if bias is None else _BIAS_DTYPES.get(bias.dtype, torch.float64)
+    for matrix in record.matrices:
+        if matrix.name == name:
+            return described_matrix(find_format(matrix.format), matrix.shape, places, name, bias_dtype)
+    spec = tensors.get(name)
+    if spec is None or spec.dtype not in FORMAT_OF_DTYPE or len(spec.shape) != 2:
+        return None
+    shape = spec.shape[::-1] if is_transposed else spec.shape
+    return described_matrix(FORMAT_OF_DTYPE[spec.dtype], shape, places, name, bias_dtype, is_transposed)

@@ -1,0 +1,228 @@
+"""Routed experts on a GPU: kernels in Triton that read packed records where they lie in the device's slots.
+
+Every call is also a `torch.library` op, so that torch.compile takes a model whole. Under `TRITON_INTERPRET=1` the same
+kernels run on CPU tensors, slowly: that is how they are tested. Knows nothing of caches, files or models.
+"""
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+from moeflow.core import RecordLayout
+from moeflow.kernels.activations import ACTIVATIONS, Activation
+from moeflow.kernels.triton.matrix import MatrixPlan
+
+# Row `number` is what the ops know a TritonExperts by: a graph holds numbers, no objects.
+_BUILT: list["TritonExperts"] = []
+# Tokens of a whole call -> tokens of a tile. Whole calls only: bits must not depend on which experts are here already.
+_TILE_TOKENS = ((128, 16), (512, 32), (2048, 64))
+_LARGEST_TILE = 128
+
+
+def available() -> bool:
+    """Tell whether the kernels can run here: Triton is installed, and there is a GPU or the interpreter is on."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonExperts:
+    """The kernels for one record layout and activation. Make it with `build`.
+
+    Decode (`decode`, `pairs`): everything in float32 from the values as stored to the combined sum; only the result is
+    rounded, to the dtype of `hidden_states`. Prefill: weights, and what lies between the two matrices, are rounded to
+    that dtype, which is what tensor cores take; sums are float32.
+
+    Args:
+        first: the gate and up matrix, or the up matrix.
+        down: the down matrix.
+        activation: what stands between them.
+    """
+
+    def __init__(self, first: MatrixPlan, down: MatrixPlan, activation: Activation):
+        from moeflow.kernels.triton.activation import constants
+
+        self.first, self.down, self.step = first, down, constants(activation)
+        self.number = len(_BUILT)
+        _BUILT.append(self)
+
+    @classmethod
+    @cache
+    def build(
+        cls, record: RecordLayout, activation: Activation, *, is_transposed: bool = False
+    ) -> "TritonExperts | None":
+        """Return the kernels for experts stored like this; the same object for the same arguments.
+
+        Args:
+            record: layout of every expert of a call.
+            activation: what stands between the two matrices.
+            is_transposed: whether the module stores matrices [in, out].
+
+        Returns:
+            The kernels, or None where they cannot: no Triton, a dtype, an activation or tensors they do not know.
+        """
+        if not available() or activation.kind not in ACTIVATIONS:
+            return None
+        names = {tensor.name for tensor in record.tensors}
+        first_name = "up_proj" if activation.gate == "none" else "gate_up_proj"
+        first = MatrixPlan.find(record, first_name, is_transposed=is_transposed)
+        down = MatrixPlan.find(record, "down_proj", is_transposed=is_transposed)
+        known = {f"{name}{part}" for name in (first_name, "down_proj") for part in ("", "_scale", "_zero", "_bias")}
+        if first is None or down is None or not names <= known:
+            return None
+        if first.num_rows != down.in_features * (1 if activation.gate == "none" else 2):
+            return None
+        return cls(first, down, activation)
+
+    def decode(
+        self, hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the routed experts of few tokens. The same bits as `pairs` and `combine` in any number of calls.
+
+        Args:
+            hidden_states: [T, H].
+            arena: uint8 [num_slots, slot_bytes], rows at multiples of 64 bytes.
+            slots: int32 [T, K], on the device, where each chosen expert lies; -1 adds nothing.
+            top_k_weights: [T, K].
+
+        Returns:
+            [T, H] in the dtype of `hidden_states`.
+        """
+        run = torch.ops.moeflow.triton_experts_decode if torch.compiler.is_compiling() else _decode
+        return run(hidden_states, arena, slots, top_k_weights, self.number)
+
+    def pairs(
+        self, hidden_states: torch.Tensor, arena: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Run experts on tokens, pair by pair: for experts that arrive later than others.
+
+        Args:
+            hidden_states: [T, H].
+            arena: uint8 [num_slots, slot_bytes].
+            tokens: int32 [P], the token of each pair.
+            slots: int32 [P], where its expert lies; -1 gives zeros.
+
+        Returns:
+            [P, H] float32, not yet weighted.
+        """
+        run = torch.ops.moeflow.triton_experts_pairs if torch.compiler.is_compiling() else _pairs
+        return run(hidden_states, arena, tokens, slots, self.number)
+
+    def prefill(
+        self,
+        hidden_states: torch.Tensor,
+        arena: torch.Tensor,
+        slots: torch.Tensor,
+        tokens: torch.Tensor,
+        offsets: torch.Tensor,
+        places: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """Run some experts on all their tokens; a row's bits do not depend on which other experts are in the call.
+
+        Args:
+            hidden_states: [T, H].
+            arena: uint8 [num_slots, slot_bytes].
+            slots: int32 [E'], where each expert lies; -1 leaves its outputs as they are.
+            tokens: int32 [S], the token of each entry, sorted by expert.
+            offsets: int32 [E' + 1], where each expert's entries begin.
+            places: int32 [S], row of `outputs` of each entry.
+            outputs: [T * K, H] float32, written at `places`; sum it with `combine`.
+        """
+        run = torch.ops.moeflow.triton_experts_prefill if torch.compiler.is_compiling() else _prefill
+        run(hidden_states, arena, slots, tokens, offsets, places, outputs, self.number)
+
+    @staticmethod
+    def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Sum each token's outputs, [T * K, H] float32, by router weight, in the order of K. Returns [T, H]."""
+        run = torch.ops.moeflow.triton_experts_combine if torch.compiler.is_compiling() else _combine
+        return run(outputs, top_k_weights, dtype)
+
+
+def _decode(
+    hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor, number: int
+) -> torch.Tensor:
+    flat = slots.reshape(-1)
+    outputs = _run_pairs(_BUILT[number], hidden_states, arena, flat, pairs_per_row=slots.shape[1])
+    return _combine(outputs, top_k_weights, hidden_states.dtype)
+
+
+def _pairs(
+    hidden_states: torch.Tensor, arena: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor, number: int
+) -> torch.Tensor:
+    return _run_pairs(_BUILT[number], hidden_states, arena, slots.contiguous(), tokens=tokens.contiguous())
+
+
+def _run_pairs(experts, hidden_states, arena, slots, **rows):
+    from moeflow.kernels.triton.activation import LINEAR
+    from moeflow.kernels.triton.decode import multiply_pairs
+
+    _check(experts, hidden_states, arena)
+    inner = multiply_pairs(hidden_states.contiguous(), arena, slots, experts.first, experts.step, **rows)
+    return multiply_pairs(inner, arena, slots, experts.down, LINEAR)
+
+
+def _prefill(
+    hidden_states: torch.Tensor,
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    places: torch.Tensor,
+    outputs: torch.Tensor,
+    number: int,
+) -> None:
+    from moeflow.kernels.triton.activation import LINEAR
+    from moeflow.kernels.triton.prefill import multiply_groups
+
+    experts = _BUILT[number]
+    _check(experts, hidden_states, arena)
+    assert outputs.dtype == torch.float32, outputs.dtype
+    assert outputs.is_contiguous(), outputs.stride()
+    num_tokens, num_entries = hidden_states.shape[0], tokens.numel()
+    tile = next((tile for most, tile in _TILE_TOKENS if num_tokens <= most), _LARGEST_TILE)
+    common = {"num_entries": num_entries, "block_tokens": tile}
+    inner = hidden_states.new_empty(num_entries, experts.down.in_features)
+    slots, offsets = slots.contiguous(), offsets.contiguous()
+    multiply_groups(
+        hidden_states.contiguous(), inner, arena, slots, offsets, experts.first, experts.step,
+        sources=tokens.contiguous(), **common,
+    )  # fmt: skip
+    multiply_groups(
+        inner, outputs, arena, slots, offsets, experts.down, LINEAR, places=places.contiguous(), **common
+    )  # fmt: skip
+
+
+def _combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    from moeflow.kernels.triton.combine import combine_pairs
+
+    return combine_pairs(outputs, top_k_weights, dtype)
+
+
+def _check(experts, hidden_states, arena):
+    assert arena.dtype == torch.uint8, arena.dtype
+    assert arena.stride(1) == 1 and not arena.stride(0) % 64, f"slots lie at multiples of 64 bytes: {arena.stride()}"  # noqa: PT018
+    assert hidden_states.shape[-1] == experts.first.in_features, (hidden_states.shape, experts.first.in_features)
+    assert hidden_states.dtype in (torch.float32, torch.bfloat16, torch.float16), hidden_states.dtype
+
+
+def _register(name, function, fake, mutates_args=()):
+    torch.library.custom_op(f"moeflow::{name}", function, mutates_args=mutates_args).register_fake(fake)
+
+
+_register("triton_experts_decode", _decode, lambda hidden_states, *_: torch.empty_like(hidden_states))
+_register(
+    "triton_experts_pairs",
+    _pairs,
+    lambda hidden_states, arena, tokens, slots, number: hidden_states.new_empty(
+        slots.shape[0], hidden_states.shape[1], dtype=torch.float32
+    ),
+)
+_register("triton_experts_prefill", _prefill, lambda *_: None, mutates_args=("outputs",))
+_register(
+    "triton_experts_combine",
+    _combine,
+    lambda outputs, top_k_weights, dtype: outputs.new_empty(top_k_weights.shape[0], outputs.shape[1], dtype=dtype),
+)

@@ -1,0 +1,146 @@
+"""A stored matrix as the Triton kernels are told of it: constants of one compiled kernel, and its block sizes.
+
+Knows formats and record layouts. Knows nothing of Triton itself, which may be absent.
+"""
+
+from typing import NamedTuple
+
+from moeflow.core import RecordLayout
+from moeflow.kernels.quantization.formats import BLOCK, FORMAT_OF_DTYPE, WeightFormat, find_format
+
+FLOAT_DTYPES = ("F32", "BF16", "F16")
+
+# Blocks by kind and bits: rows of the matrix a program takes, blocks of 32 in features a step takes. One entry a
+# format, never tuned at run time: the order in which products are summed, and so every bit, depends on it.
+_DECODE_BLOCKS = {
+    ("float", 32): (8, 8),
+    ("float", 16): (8, 16),
+    ("int", 8): (8, 16),
+    ("fp8", 8): (8, 16),
+    ("uint", 4): (16, 16),
+    ("mxfp4", 4): (16, 16),
+    ("uint", 3): (16, 16),
+    ("uint", 2): (16, 16),
+    ("sign", 1): (16, 8),
+}
+_PREFILL_BLOCKS = {
+    ("float", 32): (64, 1),
+    ("float", 16): (64, 2),
+    ("int", 8): (64, 2),
+    ("fp8", 8): (64, 2),
+    ("uint", 4): (64, 4),
+    ("mxfp4", 4): (64, 2),
+    ("uint", 3): (64, 4),
+    ("uint", 2): (64, 4),
+    ("sign", 1): (64, 2),
+}
+# A matrix stored [in, out] is contiguous along its rows: a program takes as many as fill a cache line.
+_TRANSPOSED_DECODE_BLOCKS = (64, 2)
+# Runs of neighbours a block of 32 values is unpacked in: one shift of the loaded bytes each.
+_PLANES = {("uint", 4): 2, ("uint", 3): 4, ("uint", 2): 4}
+# Without tensor cores, as float32 activations are multiplied, larger tiles than these spill registers.
+_EXACT_ROWS, EXACT_TILE_TOKENS = 32, 32
+
+
+class MatrixPlan(NamedTuple):
+    """Where a matrix lies in a record and how it is read.
+
+    Args:
+        num_rows: N, out features.
+        in_features: K.
+        spec: its format.
+        is_transposed: whether it lies [K, N]; float formats only.
+        codes_at: bytes from the start of the record; likewise the next three, -1 where there is no such tensor.
+        scale_at: its scales.
+        zero_at: its zeros.
+        bias_at: its bias.
+        bias_dtype: safetensors dtype name of the bias.
+    """
+
+    num_rows: int
+    in_features: int
+    spec: WeightFormat
+    is_transposed: bool
+    codes_at: int
+    scale_at: int = -1
+    zero_at: int = -1
+    bias_at: int = -1
+    bias_dtype: str = "F32"
+
+    @classmethod
+    def find(cls, record: RecordLayout, name: str, *, is_transposed: bool) -> "MatrixPlan | None":
+        """Plan the matrix called `name`.
+
+        Args:
+            record: of the expert.
+            name: of the matrix.
+            is_transposed: whether the module stores matrices [in, out]; those in a format never are.
+
+        Returns:
+            The plan, or None where the kernels cannot read it.
+        """
+        tensors = {tensor.name: tensor for tensor in record.tensors}
+        codes, bias = tensors.get(name), tensors.get(f"{name}_bias")
+        if codes is None or (bias is not None and bias.dtype not in FLOAT_DTYPES):
+            return None
+        matrix = next((matrix for matrix in record.matrices if matrix.name == name), None)
+        if matrix is not None:
+            spec, (num_rows, in_features), is_transposed = find_format(matrix.format), matrix.shape, False
+        elif codes.dtype in FORMAT_OF_DTYPE and len(codes.shape) == 2:
+            spec = FORMAT_OF_DTYPE[codes.dtype]
+            num_rows, in_features = codes.shape[::-1] if is_transposed else codes.shape
+        else:
+            return None
+        if (spec.kind, spec.bits) not in _DECODE_BLOCKS:
+            return None
+        offsets = {f"{part}_at": tensors[f"{name}_{part}"].offset for part in ("scale", "zero") if _has(spec, part)}
+        if bias is not None:
+            offsets |= {"bias_at": bias.offset, "bias_dtype": bias.dtype}
+        return cls(num_rows, in_features, spec, is_transposed, codes.offset, **offsets)
+
+    def constants(self) -> dict:
+        """Return what every kernel that reads the matrix is compiled for."""
+        return {
+            "N": self.num_rows,
+            "K": self.in_features,
+            "PADDED_K": self.spec.padded(self.in_features),
+            "KIND": self.spec.kind,
+            "BITS": self.spec.bits,
+            "GROUP": self.spec.group_size or self.spec.padded(self.in_features),
+            "PLANES": self.num_planes,
+            "DTYPE": self.spec.dtype,
+            "IS_TRANSPOSED": self.is_transposed,
+            "CODES_AT": self.codes_at,
+            "SCALE_AT": self.scale_at,
+            "ZERO_AT": self.zero_at,
+            "BIAS_AT": self.bias_at,
+            "BIAS_DTYPE": self.bias_dtype,
+        }
+
+    def decode_blocks(self) -> tuple[int, int]:
+        """Return (rows, blocks of 32 in features) for one token."""
+        rows, blocks = _DECODE_BLOCKS[self.spec.kind, self.spec.bits]
+        if self.is_transposed:
+            rows, blocks = _TRANSPOSED_DECODE_BLOCKS
+        return rows, self._at_most(blocks)
+
+    def prefill_blocks(self, *, is_exact: bool) -> tuple[int, int]:
+        """Return (rows, blocks of 32 in features) for a tile of tokens; `is_exact` for float32 activations."""
+        rows, blocks = _PREFILL_BLOCKS[self.spec.kind, self.spec.bits]
+        fewest = 2 if self.num_planes > 2 else 1  # a tile product takes at least 16 in features a run
+        if is_exact:
+            return _EXACT_ROWS, fewest
+        return rows, max(fewest, self._at_most(blocks))
+
+    @property
+    def num_planes(self) -> int:
+        """Runs a block of 32 values is unpacked in."""
+        return _PLANES.get((self.spec.kind, self.spec.bits), 1)
+
+    def _at_most(self, blocks):
+        num_blocks = -(-self.in_features // BLOCK)
+        return min(blocks, 1 << (num_blocks - 1).bit_length())
+
+
+def _has(spec, part):
+    return spec.has_zeros if part == "zero" else spec.kind != "float"

@@ -1,0 +1,4 @@
+"""A file of prompts in, a file of answers out, written as answers end and continued after a kill.
+
+Knows the engine and requests. Knows nothing of the terminal or of HTTP. Only `cli/` imports it.
+"""

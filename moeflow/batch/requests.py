@@ -1,0 +1,243 @@
+"""The requests of a batch: one JSON object a line, in moeflow's own form or in that of OpenAI's batch files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from moeflow.engine.sampling import SamplingParams
+from moeflow.errors import ConfigError
+
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
+_NOT_IN_OPENAI = ("max_new_tokens", "logprobs")  # of another name or meaning there
+_WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier")
+_OPENAI = (
+    *(name for name in _SAMPLING if name not in _NOT_IN_OPENAI),
+    *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "n", "stream"),
+    *_WITHOUT_EFFECT,
+)
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """One line that asks for an answer.
+
+    Args:
+        number: the line, from 1.
+        id: "id" or "custom_id"; "#" and the line's number where the line has none.
+        url: what an OpenAI-style line asks for; None for moeflow's own form.
+        content: the prompt as it is, or messages with "role" and "content", which a chat template is for.
+        params: the request's sampling.
+        model: what an OpenAI-style line calls the model; it is repeated in the answer and chooses nothing.
+        answered_by: what else the answer depends on, such as the name of the model that is asked.
+    """
+
+    number: int
+    id: str
+    url: str | None
+    content: str | list[dict]
+    params: SamplingParams
+    model: str | None = None
+    answered_by: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Content, sampling and who answers in 16 hexadecimal digits, by which an answer tells what it answers."""
+        # What is as by default is left out, so that an option that a later version adds changes no digest.
+        given = ((field, getattr(self.params, field.name)) for field in fields(SamplingParams))
+        sampling = {field.name: value for field, value in given if value != field.default}
+        written = json.dumps([self.id, self.content, sampling, self.answered_by], sort_keys=True)
+        return hashlib.sha256(written.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RefusedLine:
+    """One line that cannot be answered.
+
+    Args:
+        number: the line, from 1.
+        id: as in a request; "#" and the line's number where it has none, or that of another line.
+        url: not None for a line in OpenAI's form.
+        error: what is wrong with it.
+    """
+
+    number: int
+    id: str
+    url: str | None
+    error: str
+
+
+def read_batch(
+    path: str | Path, defaults: SamplingParams, answered_by: str = ""
+) -> tuple[list[BatchRequest], list[RefusedLine]]:
+    """Read the requests of a file; a line that is none is told apart and the others go on.
+
+    Args:
+        path: JSON lines, UTF-8. Blank lines are skipped.
+        defaults: the sampling of what a line leaves open; its seed, where there is one, has the line's number added.
+        answered_by: what else the answers depend on.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no line that is a request.
+    """
+    requests, refused, line_of = [], [], {}
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    found = _read_line(number, line, defaults, answered_by, line_of)
+                    (requests if isinstance(found, BatchRequest) else refused).append(found)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a file of JSON lines.") from error
+    if not requests and not refused:
+        raise ConfigError(f'{path} is empty. Give one request a line, as in {{"prompt": "Hello"}}.')
+    if not requests:  # another file, or one object over many lines
+        first = refused[0]
+        raise ConfigError(
+            f"{path} has no request in {len(refused):,} lines: line {first.number}: {first.error}. Give one request a "
+            'line, as in {"prompt": "Hello"}.'
+        )
+    return requests, refused
+
+
+def _read_line(number, line, defaults, answered_by, line_of) -> BatchRequest | RefusedLine:
+    """Read one line, and note its id in `line_of`."""
+    own_id, url = f"#{number}", None
+    try:
+        entry = _parse(line)
+        in_openai_style = "custom_id" in entry or "body" in entry
+        if in_openai_style:
+            url = str(entry.get("url", ""))
+        given_id = _given_id(entry.get("custom_id" if in_openai_style else "id"))
+        if given_id is not None:
+            if given_id in line_of:
+                raise ConfigError(f"its id {given_id!r} is that of line {line_of[given_id]} too; give it another")
+            own_id = given_id
+            line_of[given_id] = number
+        if defaults.seed is not None:
+            defaults = replace(defaults, seed=(defaults.seed + number) % 2**63)
+        if not in_openai_style:
+            _refuse_unknown(entry, ("id", "prompt", "messages", *_SAMPLING))
+            content, params = _content(entry), _params(entry, defaults)
+            return BatchRequest(number, own_id, None, content, params, answered_by=answered_by)
+        body = _body(entry, number)
+        wanted = "messages" if url == CHAT_URL else "prompt"
+        _refuse_unknown(body, (wanted, *_OPENAI))
+        content, params, model = _content(body), _params(_openai_sampling(body, url), defaults), body.get("model")
+        return BatchRequest(number, own_id, url, content, params, model and str(model), answered_by)
+    except ConfigError as error:
+        return RefusedLine(number, own_id, url, str(error))
+
+
+def _parse(line: bytes) -> dict:
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"it is not JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise ConfigError(f'it is JSON but no object; write {{"prompt": ...}}, found {type(entry).__name__}')
+    return entry
+
+
+def _given_id(value) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"its id is {value!r}; it must be a text")
+    if value[0] == "#" and value[1:].isdigit():
+        raise ConfigError(f"its id is {value!r}; # and a number stand for lines without an id, so give it another")
+    return _text(value, "its id")
+
+
+def _body(entry, number) -> dict:
+    _refuse_unknown(entry, ("custom_id", "method", "url", "body"))
+    if not isinstance(entry.get("custom_id"), str):
+        raise ConfigError(f"it has no custom_id; give each line a text of its own, such as request-{number}")
+    if entry.get("method", "POST") != "POST":
+        raise ConfigError(f"its method is {entry['method']!r}; it must be POST")
+    if entry.get("url") not in (CHAT_URL, TEXT_URL):
+        raise ConfigError(f"its url is {entry.get('url')!r}; it must be {CHAT_URL} or {TEXT_URL}")
+    if not isinstance(entry.get("body"), dict):
+        raise ConfigError("its body is no object")
+    return entry["body"]
+
+
+def _refuse_unknown(entry, allowed):
+    unknown = [name for name in entry if name not in allowed]
+    if unknown:
+        raise ConfigError(f"it has {', '.join(map(repr, unknown))}; known are {', '.join(allowed)}")
+
+
+def _content(entry) -> str | list[dict]:
+    prompt, messages = entry.get("prompt"), entry.get("messages")
+    if (prompt is None) == (messages is None):
+        raise ConfigError("it must have a prompt or messages, one of them")
+    if messages is None:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigError(f"its prompt is {_short(prompt)}; it must be a text that is not empty")
+        return _text(prompt, "its prompt")
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f'its messages are {_short(messages)}; they must be a list of {{"role", "content"}}')
+    messages = [_message(place, message) for place, message in enumerate(messages, 1)]
+    if all(message["role"] != "user" or not message["content"].strip() for message in messages):
+        raise ConfigError("its messages have none of a user with text in it")
+    return messages
+
+
+def _message(place, message) -> dict:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise ConfigError(f"message {place} has no role out of {', '.join(_ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ConfigError(f"message {place} has {_short(content)} as content; only text can be read")
+    return {"role": message["role"], "content": _text(content, f"message {place}")}
+
+
+def _openai_sampling(body, url) -> dict[str, Any]:
+    """Return a body's sampling under the names of SamplingParams."""
+    for name, only in (("n", 1), ("stream", False)):
+        if body.get(name, only) not in (only, None):
+            raise ConfigError(f"{name} is {body[name]!r}; a batch has only {only!r}")
+    sampling = {name: body[name] for name in _SAMPLING if name not in _NOT_IN_OPENAI and name in body}
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name) is not None:
+            sampling["max_new_tokens"] = body[name]
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = [sampling["stop"]]
+    if url == CHAT_URL:
+        if body.get("logprobs") not in (None, True, False):
+            raise ConfigError(f"logprobs is {body['logprobs']!r}; for {CHAT_URL} it must be true or false")
+        if body.get("logprobs"):
+            sampling["logprobs"] = body.get("top_logprobs") or 0
+    else:
+        sampling["logprobs"] = body.get("logprobs")
+    return sampling
+
+
+def _params(entry, defaults) -> SamplingParams:
+    given = {name: entry[name] for name in _SAMPLING if entry.get(name) is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = (given["stop"],)
+    return replace(defaults, **given)
+
+
+def _text(value: str, what: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what} has half of a surrogate pair, which is no text") from None
+    return value
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

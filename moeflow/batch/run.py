@@ -1,0 +1,77 @@
+"""A batch: the engine answers requests, and each answer is in the file as soon as it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moeflow.batch.requests import BatchRequest
+from moeflow.batch.results import BatchFile, answer_record, failure_record
+from moeflow.chat.conversation import Conversation
+from moeflow.errors import MoeflowError
+
+if TYPE_CHECKING:
+    from moeflow.engine.engine import Engine
+
+
+def answer_batch(
+    engine: Engine,
+    tokenizer,
+    requests: list[BatchRequest],
+    file: BatchFile,
+    *,
+    num_ahead: int,
+    on_step: Callable[[dict[str, int], list[str]], None],
+) -> None:
+    """Answer requests in whatever order they end; one that fails is written with its error and the others go on.
+
+    Args:
+        engine: with nothing else to do.
+        tokenizer: the model's.
+        requests: those whose ids are not in the file.
+        file: where the answers go.
+        num_ahead: most requests that the engine holds at once, running or waiting.
+        on_step: called after each step with the number of new tokens of each id that got some, and the ids that ended.
+
+    Raises:
+        MoeflowError: the file cannot be written, or the engine cannot go on; what is in the file is kept.
+    """
+    coming = iter(requests)
+    held: dict[str, BatchRequest] = {}
+    while True:
+        refused = []
+        while len(held) < num_ahead and (request := next(coming, None)) is not None:
+            try:
+                engine.add(_prompt(tokenizer, request.content), request.params, id=request.id)
+            except MoeflowError as error:
+                file.append(failure_record(request, str(error)))
+                refused.append(request.id)
+            else:
+                held[request.id] = request
+        if refused:
+            on_step({}, refused)
+        if not held:
+            return
+        num_new, ended = {}, []
+        for progress in engine.step():
+            num_new[progress.id] = len(progress.token_ids)
+            if progress.completion is not None:
+                file.append(_record(held.pop(progress.id), progress.completion, tokenizer))
+                ended.append(progress.id)
+        on_step(num_new, ended)
+
+
+def _prompt(tokenizer, content) -> str | list[int]:
+    """Return a prompt as it is, or the tokens of messages as the chat template writes them."""
+    if isinstance(content, str):
+        return content
+    has_system = content[0]["role"] == "system"
+    conversation = Conversation(content[0]["content"] if has_system else None)
+    conversation.turns = content[has_system:]
+    return conversation.encode(tokenizer)[0].tolist()
+
+
+def _record(request, completion, tokenizer) -> dict:
+    if completion.finish_reason in ("error", "cancelled"):
+        return failure_record(request, completion.error or completion.finish_reason)
+    return answer_record(request, completion, lambda token_id: tokenizer.decode([token_id]))

@@ -1,0 +1,67 @@
+"""What a model is calibrated on: windows of tokens, cut from a text, or from texts that are at hand everywhere."""
+
+from collections.abc import Callable
+
+from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
+from moeflow.errors import ConfigError
+
+_WINDOW_TOKENS = 256
+_VARIED_TOKENS = 128  # shorter: more topics for the same work
+_CHARACTERS_OF_TOKEN = 8  # more than any text takes on average: a window is cut from that many
+_SEED = 0
+
+
+def cut_windows(tokenizer, text: str | None, num_tokens: int) -> list[list[int]]:
+    """Cut windows of 256 tokens, evenly spread over a text; None takes the Python standard library's.
+
+    Raises:
+        ConfigError: the text is shorter than one window.
+    """
+    count = max(num_tokens // _WINDOW_TOKENS, 1)
+    if text is None:
+        windows = library_texts(tokenizer, count * _WINDOW_TOKENS, _WINDOW_TOKENS)
+    else:
+        span = _WINDOW_TOKENS * _CHARACTERS_OF_TOKEN
+        count = max(min(count, len(text) // span), 1)
+        starts = [max(len(text) - span, 0) * i // max(count - 1, 1) for i in range(count)]
+        pieces = [tokenizer(text[s : s + span], add_special_tokens=False)["input_ids"] for s in starts]
+        windows = [piece[:_WINDOW_TOKENS] for piece in pieces if len(piece) >= _WINDOW_TOKENS]
+    if not windows:
+        raise ConfigError(
+            f"the calibration text has fewer than {_WINDOW_TOKENS} tokens. Give a longer one; some 100 kB are enough."
+        )
+    return windows
+
+
+def varied_windows(
+    model, tokenizer, num_tokens: int, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[list[int]]:
+    """Return windows of 128 tokens: half of what the model writes itself, half of the Python standard library, in turn.
+
+    What the model writes begins with chat requests and openings of plain text on many topics, so it is of the kinds the
+    model was trained on, as one domain's text is not.
+
+    Args:
+        model: a causal language model whose experts are exact.
+        tokenizer: the model's.
+        num_tokens: tokens of all windows.
+        progress: called with (tokens written a prompt, of how many).
+    """
+    count = max(num_tokens // _VARIED_TOKENS, 2)
+    prompts = calibration_prompts(tokenizer, count - count // 2, _SEED)
+    prompts = [prompt[: _VARIED_TOKENS // 2] for prompt in prompts]
+    new_tokens = _VARIED_TOKENS - min(map(len, prompts))
+    done = 0
+
+    def on_token():
+        nonlocal done
+        done += 1
+        progress(done, new_tokens)
+
+    # Past its end-of-text token a model begins another text: fine, and every window is full.
+    written = sample_continuations(model, prompts, new_tokens, None, _SEED, on_token)
+    library = library_texts(tokenizer, count // 2 * _VARIED_TOKENS, _VARIED_TOKENS)
+    windows = []
+    for place, text in enumerate(written):
+        windows += [text[:_VARIED_TOKENS], *library[place : place + 1]]
+    return windows

@@ -1,0 +1,234 @@
+"""One streamed answer: `generate` in a thread, its text piece by piece, and how long it took.
+
+Knows nothing about conversations, terminals or experts: any transformers causal language model works.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from moeflow.engine.detokenizer import Detokenizer
+from moeflow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one `generate` call.
+
+    Args:
+        text: the decoded answer without special tokens.
+        num_prompt_tokens: tokens of the prompt.
+        num_new_tokens: tokens generated, the end-of-sequence token included.
+        ttft_s: seconds from the call to the first token.
+        decode_s: seconds from the first token to the last.
+        tokens_per_s: decode rate, the tokens after the first over `decode_s`; None for a single token.
+        stopped: "eos", "length" or "user".
+    """
+
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    ttft_s: float
+    decode_s: float
+    tokens_per_s: float | None
+    stopped: str
+
+
+class _TokenStreamer:
+    """The streamer `generate` puts tokens into: notes the time, decodes, queues text as soon as it is whole."""
+
+    def __init__(self, tokenizer, pieces):
+        self.token_ids = []
+        self.times_s = []
+        self.text = ""
+        self._detokenizer = Detokenizer(tokenizer)
+        self._pieces = pieces
+        self._prompt_seen = False
+
+    def put(self, token_ids):
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        token_ids = token_ids.flatten().tolist()
+        self.token_ids += token_ids
+        self.times_s.append(time.perf_counter())
+        self._emit(self._detokenizer.push(token_ids))
+
+    def end(self):
+        self._emit(self._detokenizer.finish())
+
+    def _emit(self, piece):
+        if piece:
+            self.text += piece
+            self._pieces.put(piece)
+
+
+class AnswerStream:
+    """Iterate over an answer's text while it is generated; `answer` holds the figures once it has ended.
+
+    Leaving the `with` block, `close()`, or dropping the last reference stops the generation after the token it
+    is working on. An error in the generating thread is raised by the iteration, or by `close()`.
+    """
+
+    def __init__(self, generate, streamer, pieces, closed, describe):
+        self.answer: Answer | None = None
+        self._closed = closed
+        self._describe = describe
+        self._streamer = streamer
+        self._pieces = pieces
+        self._finished = False
+        self._begin_s = time.perf_counter()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeflow-answer")
+        self._future = self._executor.submit(generate)
+        self._future.add_done_callback(lambda _: pieces.put(None))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        if self._finished:
+            raise StopIteration
+        piece = self._pieces.get()
+        if piece is None:
+            self._finish()
+            raise StopIteration
+        return piece
+
+    def close(self):
+        """Stop generating and wait for the thread to end."""
+        if not self._finished:
+            self._closed.set()
+            self._finish()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __del__(self):
+        self._closed.set()
+
+    def _finish(self):
+        self._finished = True
+        self._executor.shutdown(wait=True)
+        self._future.result()
+        self.answer = self._describe(self._streamer, self._begin_s)
+
+
+def stream_answer(
+    model,
+    tokenizer,
+    input_ids,
+    *,
+    max_new_tokens: int,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop_event: threading.Event | None = None,
+) -> AnswerStream:
+    """Start generating an answer and return the iterator over its text.
+
+    Args:
+        model: a transformers model with `generate`.
+        tokenizer: its tokenizer.
+        input_ids: [1, num_prompt_tokens], the prompt.
+        max_new_tokens: most tokens to generate, at least 1.
+        temperature: 0 decodes greedily; None leaves the checkpoint's own generation settings in charge.
+        top_p: share of the probability sampled from, above 0 and at most 1; None as above.
+        top_k: number of tokens sampled from, 0 for all; None as above.
+        seed: seeds torch's generators, which the whole process shares; None leaves them as they are.
+        stop_event: setting it ends the answer after the token in progress.
+
+    Returns:
+        The iterator. After the last piece its `answer` is an `Answer`.
+
+    Raises:
+        ConfigError: an argument is out of its range. What goes wrong while generating is raised by the iterator.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ConfigError(f"input_ids has shape {list(input_ids.shape)}; it must be [1, num_prompt_tokens], not empty")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    sampling = _sampling_options(temperature, top_p, top_k)
+    eos_token_ids = _eos_token_ids(model, tokenizer)
+    stop_event = stop_event or threading.Event()
+    closed = threading.Event()
+    pieces = SimpleQueue()
+    streamer = _TokenStreamer(tokenizer, pieces)
+    input_ids = input_ids.to(model.device)
+
+    def stop_requested(generated_ids, scores, **kwargs):
+        stop = stop_event.is_set() or closed.is_set()
+        return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
+
+    options = {"max_new_tokens": max_new_tokens, "num_beams": 1, **sampling}
+    if eos_token_ids:
+        pad_token_id = tokenizer.pad_token_id
+        options["eos_token_id"] = eos_token_ids
+        options["pad_token_id"] = eos_token_ids[0] if pad_token_id is None else pad_token_id
+
+    def generate():
+        if seed is not None:
+            torch.manual_seed(seed)
+        model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop_requested]),
+            **options,
+        )
+
+    def describe(streamer, begin_s):
+        num_new_tokens = len(streamer.token_ids)
+        decode_s = streamer.times_s[-1] - streamer.times_s[0]
+        if streamer.token_ids[-1] in eos_token_ids:
+            stopped = "eos"
+        elif num_new_tokens >= max_new_tokens:
+            stopped = "length"
+        else:
+            # Neither asked to stop nor at the limit: a stop string of the checkpoint's generation settings.
+            stopped = "user" if stop_event.is_set() or closed.is_set() else "eos"
+        return Answer(
+            text=streamer.text,
+            num_prompt_tokens=input_ids.shape[1],
+            num_new_tokens=num_new_tokens,
+            ttft_s=streamer.times_s[0] - begin_s,
+            decode_s=decode_s,
+            tokens_per_s=(num_new_tokens - 1) / decode_s if decode_s > 0 else None,
+            stopped=stopped,
+        )
+
+    return AnswerStream(generate, streamer, pieces, closed, describe)
+
+
+def _sampling_options(temperature, top_p, top_k):
+    if temperature is not None and temperature < 0:
+        raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if top_k is not None and top_k < 0:
+        raise ConfigError(f"top_k is {top_k}; it must be 0 (all tokens) or more")
+    if temperature == 0:
+        # transformers' neutral values, or it warns about the checkpoint's sampling settings it is not to use.
+        return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}
+
+
+def _eos_token_ids(model, tokenizer):
+    """Collect what ends an answer: chat models often name their end of turn only in the tokenizer."""
+    eos = model.generation_config.eos_token_id
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids

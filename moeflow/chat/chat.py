@@ -1,0 +1,330 @@
+"""The terminal chat: the loop and its commands, and one answer for a prompt that comes from a pipe.
+
+Any transformers causal language model will do; figures about experts appear when it has a `moeflow` handle.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from moeflow.chat.answer import stream_answer
+from moeflow.chat.conversation import Conversation
+from moeflow.chat.screen import Screen, echo_off, write_pieces
+from moeflow.errors import ConfigError, MoeflowError
+from moeflow.formatting import answer_figures, stats_line, stats_table
+from moeflow.paths import cache_folder
+
+_LEAVING = "Ctrl-D or /exit leaves"
+_NO_TEMPLATE = "this tokenizer has no chat template: the model continues the text instead of answering it"
+
+
+class Chat:
+    """One interactive session: reads lines, runs commands, has the model answer the rest."""
+
+    def __init__(self, stdin, model, tokenizer, screen, conversation, max_new_tokens, sampling):
+        self.stdin = stdin
+        self.model = model
+        self.tokenizer = tokenizer
+        self.screen = screen
+        self.conversation = conversation
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.stop_event = threading.Event()
+        self.commands = {
+            "/reset": (self._reset, "", "forget the conversation, keep the system prompt"),
+            "/system": (self._system, " TEXT", "set the system prompt; without TEXT remove it"),
+            "/save": (self._save, " FILE", "write the conversation to FILE as JSON"),
+            "/load": (self._load, " FILE", "continue the conversation in FILE"),
+            "/stats": (self._stats, "", "show what the experts did since the model was loaded"),
+            "/help": (self._help, "", "show this list"),
+            "/exit": (None, "", "leave, like Ctrl-D"),
+        }
+
+    def run(self, session) -> int:
+        """Read and answer until the user leaves.
+
+        Args:
+            session: a prompt_toolkit session.
+        """
+        # For the whole session, not only while answering: a second Ctrl-C just after the first must not end it.
+        previous_handler = signal.signal(signal.SIGINT, lambda *_: self.stop_event.set())
+        try:
+            while self._turn(session):
+                pass
+        finally:
+            signal.signal(signal.SIGINT, previous_handler)
+        return 0
+
+    def _turn(self, session):
+        """Read one message and deal with it; returns whether to go on."""
+        try:
+            line = session.prompt("> ")
+        except KeyboardInterrupt:
+            self.screen.note(f"line cleared; {_LEAVING}")
+            return True
+        except EOFError:
+            return False
+        word, _, argument = line.strip().partition(" ")
+        if line.startswith("/") and word == "/exit":
+            return False
+        try:
+            if line.startswith("/"):
+                self._command(word, argument.strip())
+            elif line.strip():
+                self._answer(line.strip())
+        except MoeflowError as error:
+            self.screen.note(f"error: {error}", style="red")
+        return True
+
+    def _command(self, word, argument):
+        if word not in self.commands:
+            raise MoeflowError(f"there is no command {word}; /help lists them, a space before / sends it as text")
+        run, wanted, _ = self.commands[word]
+        if wanted == " FILE" and not argument:
+            raise MoeflowError(f"{word} needs a file: {word}{wanted}")
+        run(argument)
+
+    def _answer(self, text):
+        turns = self.conversation.turns
+        turns.append({"role": "user", "content": text})
+        self.stop_event.clear()
+        try:
+            with echo_off(self.stdin):
+                answer, before, after = _answer_once(
+                    self.model, self.tokenizer, self.conversation, self.max_new_tokens, self.sampling, self.stop_event,
+                    show=lambda pieces: self.screen.show(pieces, self.stop_event), note=self.screen.note,
+                )  # fmt: skip
+        except (MoeflowError, RuntimeError, OSError) as error:
+            # Out of memory, a failing disk: the conversation so far is worth more than the program's end.
+            turns.pop()
+            raise MoeflowError(f"{error} (this message is not part of the conversation)") from error
+        turns.append({"role": "assistant", "content": answer.text})
+        self.screen.note(stats_line(before, after, answer) + "\n")
+
+    def _reset(self, argument):
+        self.conversation.turns.clear()
+        self.screen.note("conversation forgotten")
+
+    def _system(self, argument):
+        self.conversation.system = argument or None
+        self.screen.note("system prompt set" if argument else "system prompt removed")
+
+    def _save(self, argument):
+        path = Path(argument).expanduser()
+        self.conversation.save(path)
+        self.screen.note(f"{len(self.conversation.messages)} messages saved to {path}")
+
+    def _load(self, argument):
+        path = Path(argument).expanduser()
+        self.conversation = Conversation.load(path)
+        self.screen.note(f"{len(self.conversation.messages)} messages loaded from {path}")
+
+    def _stats(self, argument):
+        stats = _stats(self.model)
+        if stats is None:
+            raise MoeflowError("this model runs without moeflow, so nothing was counted")
+        self.screen.console.print(stats_table(stats))
+
+    def _help(self, argument):
+        for name, (_, wanted, meaning) in self.commands.items():
+            self.screen.note(f"{name + wanted:<14}{meaning}", style="")
+        self.screen.note(
+            f"Alt-Enter or a \\ at the end begins a new line; Ctrl-C stops an answer; {_LEAVING}", style=""
+        )
+
+
+def run_prompt(
+    model,
+    tokenizer,
+    prompt: str,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    as_json: bool = False,
+    stdout=None,
+    stderr=None,
+) -> int:
+    """Answer one prompt: the answer alone goes to stdout, its figures to stderr.
+
+    Args:
+        model: a transformers model, with or without a `moeflow` handle.
+        tokenizer: its tokenizer.
+        prompt: the user's message.
+        system: the system prompt.
+        max_new_tokens: most tokens of the answer.
+        temperature: 0 decodes greedily; this, top_p and top_k follow the checkpoint where None.
+        top_p: share of the probability sampled from.
+        top_k: number of tokens sampled from.
+        seed: seed of the sampling.
+        as_json: print one JSON object with the answer and its figures instead.
+        stdout: where the answer goes.
+        stderr: where figures and notes go.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        MoeflowError: the prompt is empty or does not fit the model's context, or the model failed.
+    """
+    stdout, stderr = stdout or sys.stdout, stderr or sys.stderr
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty; type one, or pipe text in")
+    if not tokenizer.chat_template:
+        print(_NO_TEMPLATE, file=stderr)
+    conversation = Conversation(system)
+    conversation.turns.append({"role": "user", "content": prompt})
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    answer, before, after = _answer_once(
+        model, tokenizer, conversation, max_new_tokens, sampling, threading.Event(),
+        show=list if as_json else lambda pieces: write_pieces(pieces, stdout),
+        note=lambda text: print(text, file=stderr),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(answer_figures(before, after, answer), ensure_ascii=stdout.isatty()), file=stdout)
+    else:
+        print(stats_line(before, after, answer), file=stderr)
+    return 0
+
+
+def run_chat(
+    model,
+    tokenizer,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stdin=None,
+    stdout=None,
+    plain: bool | None = None,
+    as_json: bool = False,
+    name: str = "model",
+) -> int:
+    """Chat in the terminal, or answer the one prompt that a pipe delivers. Call it from the main thread.
+
+    Args:
+        model: a transformers model, with or without a `moeflow` handle.
+        tokenizer: its tokenizer.
+        system: the system prompt.
+        max_new_tokens: most tokens of one answer.
+        temperature: 0 decodes greedily; this, top_p and top_k follow the checkpoint where None.
+        top_p: share of the probability sampled from.
+        top_k: number of tokens sampled from.
+        seed: seed of the sampling; the same messages then get the same answers.
+        stdin: where messages come from; a terminal makes the chat interactive.
+        stdout: where answers go.
+        plain: True for text without markup or colour; None decides by the terminal and NO_COLOR.
+        as_json: print a piped prompt's answer as one JSON object.
+        name: what to call the model.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        MoeflowError: a piped prompt is empty or not text, does not fit, or the model failed.
+    """
+    stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    if not stdin.isatty():
+        try:
+            prompt = stdin.read().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the prompt on stdin is not text: {error}") from error
+        return run_prompt(
+            model, tokenizer, prompt,
+            system=system, max_new_tokens=max_new_tokens, as_json=as_json, stdout=stdout, **sampling,
+        )  # fmt: skip
+    if as_json:
+        raise ConfigError("JSON output is for one prompt: pipe it in, as in `echo hello | moeflow chat ... --json`")
+    screen = Screen(stdout, plain)
+    screen.note(f"{name} · /help lists the commands · {_LEAVING}")
+    if not tokenizer.chat_template:
+        screen.note(_NO_TEMPLATE)
+    chat = Chat(stdin, model, tokenizer, screen, Conversation(system), max_new_tokens, sampling)
+    return chat.run(_prompt_session(stdin, stdout, list(chat.commands)))
+
+
+def _answer_once(model, tokenizer, conversation, max_new_tokens, sampling, stop_event, show, note):
+    """Answer the conversation's last message; returns the answer and the model's counters around it."""
+    input_ids, num_free, num_forgotten = conversation.fit(model, tokenizer, max_new_tokens)
+    if num_forgotten:
+        note(f"the context is full: forgot the oldest {num_forgotten} exchange{'s' * (num_forgotten > 1)}")
+    if num_free < max_new_tokens:
+        note(f"the context has room for {num_free} more tokens")
+    if sampling["seed"] is not None:
+        sampling = {**sampling, "seed": sampling["seed"] + len(conversation.turns)}
+    before = _stats(model)
+    with stream_answer(
+        model, tokenizer, input_ids, max_new_tokens=num_free, stop_event=stop_event, **sampling
+    ) as stream:
+        show(stream)
+    return stream.answer, before, _stats(model)
+
+
+def _stats(model):
+    handle = getattr(model, "moeflow", None)
+    return None if handle is None else handle.stats()
+
+
+def _prompt_session(stdin, stdout, commands):
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.input import create_input
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.output import create_output
+    from prompt_toolkit.utils import is_dumb_terminal
+
+    keys = KeyBindings()
+
+    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))
+    def accept(event):
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))
+    @keys.add("escape", "c-j", filter=has_focus(DEFAULT_BUFFER))
+    def new_line(event):
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        input=create_input(stdin),
+        # On a dumb terminal prompt_toolkit reads plain lines, but only where the output is left to it.
+        output=None if is_dumb_terminal() else create_output(stdout if stdout.isatty() else sys.stderr),
+        history=_open_history(),
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+        completer=WordCompleter(commands, sentence=True),
+        complete_while_typing=False,
+        enable_suspend=True,
+    )
+
+
+def _open_history():
+    """Keep what was typed in the user's cache folder, readable by the user alone; in memory where that fails."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = cache_folder() / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        with path.open("r+b"):
+            return FileHistory(str(path))
+    except OSError:
+        return InMemoryHistory()

@@ -1,0 +1,64 @@
+"""Piece tables: where one piece of every expert of a layer lies, from tensors that a conversion mapping has grouped.
+
+Per-expert tensors and stacked ones become the same thing, a file and an offset for each expert.
+"""
+
+from array import array
+
+from moeflow.checkpoint.headers import TensorEntry
+from moeflow.checkpoint.layer_source import PieceTable
+from moeflow.errors import CheckpointError
+
+
+def source_order(groups: dict[str, list], converter) -> list[str]:
+    """Return the source patterns in the order in which their tensors follow one another in the parameter."""
+    return [pattern for pattern in converter.source_patterns if pattern in groups] if converter else list(groups)
+
+
+def piece_tables(
+    name: str, groups: dict[str, list[tuple[str, TensorEntry]]], num_experts: int, place: int, converter
+) -> list[PieceTable]:
+    """Build one table per source pattern, in the converter's order; stacked tensors are sliced along the expert.
+
+    Args:
+        name: of the parameter that is fed, for errors.
+        groups: {source pattern: [(tensor name, entry)]}.
+        num_experts: how many the parameter has.
+        place: of the parameter among the converter's targets.
+        converter: transformers' rule, or None.
+
+    Raises:
+        CheckpointError: another number of experts, or experts that differ.
+    """
+    splits_list = converter is not None and len(converter.target_patterns) > 1
+    tables = []
+    for pattern in source_order(groups, converter):
+        members = groups[pattern]
+        per_expert = "*" in pattern
+        if splits_list and per_expert:  # one list of experts feeds several modules, in equal parts
+            size = -(-len(members) // len(converter.target_patterns))
+            members = members[place * size : (place + 1) * size]
+        entries = [entry for _, entry in members]
+        first = entries[0]
+        if per_expert:
+            if len(entries) != num_experts:
+                raise CheckpointError(
+                    f"{name} has {num_experts} experts, the checkpoint holds {len(entries)} tensors {pattern!r} for "
+                    "it. Download the checkpoint again."
+                )
+            odd = [key for key, entry in members if entry.shape != first.shape or entry.dtype != first.dtype]
+            if odd:
+                raise CheckpointError(f"{odd[0]} differs in shape or dtype from the other experts of {name}.")
+            files, begins = array("H", [e.file for e in entries]), array("Q", [e.begin for e in entries])
+            tables.append(PieceTable(first.dtype, first.shape, first.num_bytes, files, begins))
+        else:
+            if len(entries) != 1 or not first.shape or first.shape[0] != num_experts:
+                raise CheckpointError(
+                    f"{name} has {num_experts} experts, the checkpoint's {members[0][0]} has shape "
+                    f"{list(first.shape)}. Its config.json is of another model."
+                )
+            stride = first.num_bytes // num_experts
+            begins = array("Q", range(first.begin, first.begin + first.num_bytes, stride))
+            files = array("H", [first.file]) * num_experts
+            tables.append(PieceTable(first.dtype, first.shape[1:], stride, files, begins))
+    return tables

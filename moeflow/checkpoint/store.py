@@ -1,0 +1,241 @@
+"""The far tier: experts on disk, read whole, several at a time, past the page cache where the filesystem allows.
+
+Knows files and bytes. Knows nothing of models, caches or devices; torch is not imported here.
+"""
+
+import errno
+import mmap
+import os
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.core import PAGE_BYTES, ExpertKey, align_up
+from moeflow.errors import ClosedModelError, ExpertReadError
+
+# Two pieces of one file this close are read in one go: the gap costs less than a second request.
+COALESCE_GAP_BYTES = 128 * 1024
+
+
+class Extent(NamedTuple):
+    """One contiguous read: file number and absolute byte range."""
+
+    file: int
+    begin: int
+    end: int
+
+
+class ExpertStore:
+    """Reads one expert's record into memory the caller owns. Safe to call from many threads.
+
+    Args:
+        files: the files the layers' piece tables number.
+        layers: [num_layers], where each expert's bytes come from.
+        direct: read with O_DIRECT where the filesystem takes it.
+    """
+
+    def __init__(self, files: list[Path], layers: list[LayerSource], *, direct: bool = True):
+        self.files = [Path(file) for file in files]
+        self.layers = layers
+        self._lock = threading.Lock()
+        self._staging = threading.local()
+        self._staging_bytes = 0
+        self._reads = self._bytes_read = 0
+        self._read_s = 0.0
+        self._verified: set[ExpertKey] = set()
+        self._fds: list[int | None] = [None] * len(self.files)
+        self._direct = [direct and hasattr(os, "O_DIRECT")] * len(self.files)
+        self._retired: list[int] = []
+        self._closed = False
+
+    @property
+    def mode(self) -> str:
+        """How files are read: "direct", "buffered", or "direct and buffered" where filesystems differ."""
+        used = {direct for direct, fd in zip(self._direct, self._fds, strict=True) if fd is not None} or set(
+            self._direct
+        )
+        return " and ".join(name for flag, name in ((True, "direct"), (False, "buffered")) if flag in used)
+
+    def stats(self) -> dict:
+        """Return counts since the store was opened; times are summed over reading threads, in seconds."""
+        return {"mode": self.mode, "reads": self._reads, "bytes": self._bytes_read, "read_s": self._read_s}
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of read buffers held by the reading threads."""
+        return self._staging_bytes
+
+    def read(self, key: ExpertKey, record: np.ndarray) -> int:
+        """Fill `record` with one expert.
+
+        Args:
+            key: the expert.
+            record: uint8 [>= layout.num_bytes], contiguous; aligned to a page and with room up to the next page
+                it is read into without a copy.
+
+        Returns:
+            Bytes taken from the disk.
+
+        Raises:
+            ExpertReadError: the disk failed, the file became shorter, or a checksum does not agree.
+            ClosedModelError: the store was closed.
+        """
+        source = self.layers[key.layer]
+        try:
+            begin = time.perf_counter()
+            extents, places = self._plan(source, key.expert)
+            if self._lands_in_place(source, extents, record):
+                num_bytes, raw = self._read_in_place(extents[0], record), None
+            else:
+                num_bytes, raw = self._read_staged(extents)
+            taken = time.perf_counter() - begin
+            if raw is not None:
+                sizes = [table.bytes_of(key.expert) for table in source.pieces()]
+                pieces = [
+                    raw[number][offset : offset + size] for (number, offset), size in zip(places, sizes, strict=True)
+                ]
+                source.fill(key.expert, pieces, record)
+        except OSError as error:
+            raise ExpertReadError(
+                f"expert {key.expert} of {source.layout.name} could not be read from "
+                f"{self.files[self._file_of(source, key.expert)]}: {error.strerror or error}. The model stays usable: "
+                "check the disk and call again."
+            ) from error
+        self._check(source, key, record)
+        with self._lock:
+            self._reads += len(extents)
+            self._bytes_read += num_bytes
+            self._read_s += taken
+        return num_bytes
+
+    def close(self) -> None:
+        """Close the files. Reads that come later raise ClosedModelError."""
+        with self._lock:
+            self._closed = True
+            fds, self._fds, self._retired = self._fds + self._retired, [None] * len(self.files), []
+        for fd in fds:
+            if fd is not None:
+                os.close(fd)
+
+    @staticmethod
+    def _file_of(source, expert):
+        return next(source.pieces()).files[expert]
+
+    def _plan(self, source, expert):
+        """Merge an expert's pieces into few extents; also tell where each piece lies (extent, offset)."""
+        pieces = [(t.files[expert], t.begins[expert], t.bytes_of(expert)) for t in source.pieces()]
+        extents: list[Extent] = []
+        for file, begin, num_bytes in sorted(pieces):
+            last = extents[-1] if extents else None
+            if last and last.file == file and begin - last.end <= COALESCE_GAP_BYTES:
+                extents[-1] = Extent(file, last.begin, max(last.end, begin + num_bytes))
+            else:
+                extents.append(Extent(file, begin, begin + num_bytes))
+        places = []
+        for file, begin, _ in pieces:
+            number = next(i for i, e in enumerate(extents) if e.file == file and e.begin <= begin < e.end)
+            places.append((number, begin - extents[number].begin))
+        return extents, places
+
+    @staticmethod
+    def _lands_in_place(source, extents, record) -> bool:
+        return (
+            len(extents) == 1
+            and len(source.copies) == 1
+            and not source.conversions
+            and extents[0].begin % PAGE_BYTES == 0
+            and record.ctypes.data % PAGE_BYTES == 0
+            and record.nbytes >= align_up(extents[0].end - extents[0].begin, PAGE_BYTES)
+        )
+
+    def _read_in_place(self, extent, record) -> int:
+        return self._pread(extent, memoryview(record)[: align_up(extent.end - extent.begin, PAGE_BYTES)], extent.begin)
+
+    def _read_staged(self, extents):
+        """Read every extent into this thread's page-aligned buffer; return the bytes and a view per extent."""
+        starts = [extent.begin - extent.begin % PAGE_BYTES for extent in extents]
+        sizes = [align_up(extent.end - start, PAGE_BYTES) for extent, start in zip(extents, starts, strict=True)]
+        buffer, views, offset, num_bytes = self._buffer(sum(sizes)), [], 0, 0
+        for extent, start, size in zip(extents, starts, sizes, strict=True):
+            num_bytes += self._pread(extent, memoryview(buffer)[offset : offset + size], start)
+            first = offset + extent.begin - start
+            views.append(buffer[first : first + extent.end - extent.begin])
+            offset += size
+        return num_bytes, views
+
+    def _buffer(self, num_bytes: int) -> np.ndarray:
+        buffer = getattr(self._staging, "buffer", None)
+        if buffer is None or buffer.nbytes < num_bytes:
+            with self._lock:
+                self._staging_bytes += num_bytes - (buffer.nbytes if buffer is not None else 0)
+            buffer = self._staging.buffer = np.frombuffer(
+                mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8
+            )
+        return buffer
+
+    def _pread(self, extent: Extent, view: memoryview, start: int) -> int:
+        """Read from `start` until the extent's end is in `view`, which may be a little longer."""
+        fd, needed, done = self._open(extent.file), extent.end - start, 0
+        while done < needed:
+            try:
+                count = os.preadv(fd, [view[done:]], start + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct[extent.file]:
+                    raise
+                fd = self._reopen_buffered(extent.file)
+                continue
+            end = done + count
+            if end < needed:
+                end -= end % PAGE_BYTES  # a direct read goes on at a page
+                if end <= done:
+                    raise OSError(errno.EIO, f"the file ends {needed - done - count} bytes early, it was truncated")
+            done = end
+        return needed
+
+    def _open(self, file: int) -> int:
+        fd = self._fds[file]
+        if fd is not None:
+            return fd
+        with self._lock:
+            if self._closed:
+                raise ClosedModelError("the model was closed: load it again to use it.")
+            if self._fds[file] is None:
+                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+                if self._direct[file]:
+                    try:
+                        self._fds[file] = os.open(self.files[file], flags | os.O_DIRECT)
+                    except OSError as error:
+                        if error.errno != errno.EINVAL:
+                            raise
+                        self._direct[file] = False
+                if self._fds[file] is None:
+                    self._fds[file] = os.open(self.files[file], flags)
+            return self._fds[file]
+
+    def _reopen_buffered(self, file: int) -> int:
+        """Give up direct reads of one file: some filesystems take the flag and refuse the read."""
+        with self._lock:
+            if self._direct[file]:
+                fd = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._retired.append(self._fds[file])  # another thread may be reading from it
+                self._direct[file], self._fds[file] = False, fd
+            return self._fds[file]
+
+    def _check(self, source, key, record) -> None:
+        """Compare a record with its checksum the first time it is read."""
+        if source.crc32 is None or key in self._verified:
+            return
+        found = zlib.crc32(record[: source.layout.record_of(key.expert).num_bytes])
+        if found != source.crc32[key.expert]:
+            raise ExpertReadError(
+                f"expert {key.expert} of {source.layout.name} is corrupt in "
+                f"{self.files[self._file_of(source, key.expert)]}: "
+                f"checksum {found:08x}, expected {source.crc32[key.expert]:08x}. Write the file again "
+                "with moeflow pack."
+            )
+        self._verified.add(key)

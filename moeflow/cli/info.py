@@ -1,0 +1,87 @@
+"""What `moeflow info` shows: this installation and machine, or a model's sizes as tables."""
+
+import importlib.metadata
+import platform
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from moeflow import __version__, hardware
+from moeflow.demo.model import default_demo_path
+from moeflow.formatting import format_bytes
+from moeflow.kernels.quantization import formats
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def describe_installation() -> dict:
+    """Describe versions, memory and GPUs without importing torch."""
+    demo = default_demo_path()
+    return {
+        "moeflow": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _LIBRARIES},
+        "memory_limit_bytes": hardware.memory_limit_bytes(),
+        "memory_available_bytes": hardware.available_memory_bytes(),
+        "gpus": hardware.gpu_names(),
+        "cpu_kernels_built": any(Path(formats.__file__).parents[1].glob("cpu/_cpu*" + EXTENSION_SUFFIXES[-1])),
+        "demo_model": str(demo),
+        "demo_model_built": demo.is_dir(),
+    }
+
+
+def installation_text(about: dict):
+    """Lay `describe_installation()` out as a rich table."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in about.items():
+        if name.endswith("_bytes"):
+            name, value = name.removesuffix("_bytes"), format_bytes(value)
+        elif name == "gpus":
+            value = "; ".join(value) or "none"
+        elif name == "cpu_kernels_built":
+            value = "yes" if value else "no: experts run in torch. Install moeflow again where there is a C++ compiler"
+        elif name == "demo_model_built":
+            value = "yes" if value else "no, moeflow chat builds it"
+        table.add_row(name.replace("_", " "), str(value))
+    return table
+
+
+def model_text(about: dict):
+    """Lay `describe_model()` out as rich tables."""
+    from rich.console import Group
+    from rich.table import Table
+
+    facts = Table(show_header=False, box=None)
+    machine = about["machine"]
+    expert = about["expert_bytes"]
+    largest = max(expert) if isinstance(expert, list) else expert
+    for name, value in (
+        ("model", f"{about['model']} ({about['model_type']}{', packed' if about['packed'] else ''})"),
+        ("layers", f"{about['layers']}, of which {about['moe_layers']} have routed experts"),
+        (
+            "experts",
+            f"{about['num_experts']} ({about['experts_per_layer']} a layer, {about['num_experts_per_tok']} a token)",
+        ),
+        ("an expert", f"{format_bytes(largest)} ({about['dtype']})"),
+        ("all experts", format_bytes(about["experts_bytes"])),
+        ("everything else", format_bytes(about["dense_bytes"])),
+        ("smallest budget", f"{format_bytes(about['minimum_bytes'])} ({about['minimum_bytes']:,} bytes)"),
+        ("memory free here", format_bytes(machine["memory_available_bytes"])),
+        ("GPUs", "; ".join(machine["gpus"]) or "none"),
+    ):
+        facts.add_row(name, str(value))
+    budgets = Table(
+        "budget", "bytes", "slots", "experts a layer", title="what expert_memory buys", title_justify="left"
+    )
+    for row in about["budgets"]:
+        per_layer = f"{row['resident_experts_per_layer']:g}" if row["runs"] else "too small"
+        budgets.add_row(f"{row['share_percent']:g}%", format_bytes(row["bytes"]), str(row["slots"]), per_layer)
+    return Group(facts, "", budgets)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,98 @@
+"""Progress of long work on standard error: a bar in a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from moeflow.formatting import format_seconds
+
+_LINE_EVERY_S = 60.0  # without a terminal, where a tenth takes longer
+
+
+@contextmanager
+def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how many bytes are done.
+
+    Args:
+        title: what is being done.
+
+    Yields:
+        A function of (bytes done, bytes in all).
+    """
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    with _progress(title, DownloadColumn(), TransferSpeedColumn()) as show:
+        yield show
+
+
+@contextmanager
+def count_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how many things are done.
+
+    Args:
+        title: what is being done.
+
+    Yields:
+        A function of (things done, things in all).
+    """
+    from rich.progress import MofNCompleteColumn
+
+    with _progress(title, MofNCompleteColumn()) as show:
+        yield show
+
+
+@contextmanager
+def share_progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """Show what share is done and what is going on.
+
+    Args:
+        title: what is being done.
+
+    Yields:
+        A function of (share done, 0 to 1, what is going on).
+    """
+    from rich.progress import TextColumn
+
+    with _progress(title, TextColumn("{task.percentage:>3.0f} %")) as show:
+        yield lambda share, text: show(round(10_000 * share), 10_000, text)
+
+
+@contextmanager
+def _progress(title: str, *figures) -> Iterator[Callable[[int, int], None]]:
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        class Bar(Progress):
+            """A bar, and what is going on below it: beside it a narrow terminal would have room for neither."""
+
+            def get_renderables(self):
+                yield from super().get_renderables()
+                yield from (Text(task.description) for task in self.tasks if task.description != title)
+
+        literal = title.replace("{", "{{").replace("}", "}}")  # a file may be called so
+        columns = (TextColumn(literal, markup=False), BarColumn(), *figures, TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total, text=title: bar.update(task, completed=done, total=total, description=text)
+    else:
+        begin_s = time.monotonic()
+        shown_tenth, shown_s = -1, begin_s
+
+        def line(done: int, total: int, text: str = title) -> None:
+            nonlocal shown_tenth, shown_s
+            now_s, tenth = time.monotonic(), 10 * done // total if total else 10
+            if tenth <= shown_tenth and now_s - shown_s < _LINE_EVERY_S:
+                return
+            shown_tenth, shown_s = max(tenth, shown_tenth), now_s
+            parts = [f"{title}: {100 * done // total if total else 100} %"]
+            if text != title:
+                parts.append(text)
+            left_s = (now_s - begin_s) * (total - done) / done if done else 0.0
+            if left_s >= 1:
+                parts.append(f"about {format_seconds(left_s)} left")
+            print(" · ".join(parts), file=sys.stderr, flush=True)
+
+        yield line

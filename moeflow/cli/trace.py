@@ -1,0 +1,133 @@
+"""`moeflow trace`: record, convert and look at routing traces; replays have their own file."""
+
+import json
+from pathlib import Path
+
+from moeflow.cli.options import add_loading_options, load_model
+from moeflow.cli.replay import add_replay_commands
+from moeflow.errors import TraceError
+
+
+def add_trace_commands(commands) -> None:
+    """Add `trace` and its commands to the parser's commands."""
+    trace = commands.add_parser("trace", help="routing traces: which experts every token is routed to")
+    below = trace.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    record = below.add_parser("record", help="answer prompts and write which experts each token took")
+    record.add_argument("model", help="hub id or folder")
+    record.add_argument("--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl")
+    record.add_argument("-o", "--out", required=True, metavar="T", help="trace to write")
+    record.add_argument("--append", action="store_true", help="go on with a trace of the same model")
+    record.add_argument("--lookahead", action="store_true", help="write too what the next layers' routers say early")
+    record.add_argument("--limit", type=int, metavar="N", help="most prompts to take; without it all")
+    record.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens of an answer (128)")
+    add_loading_options(record)
+    record.set_defaults(run=_record)
+
+    convert = below.add_parser("convert", help="make a trace of a recording in another form")
+    convert.add_argument("source", help="folder with an .npz and sequences.json (gpt-oss-20b), or a .jsonl file")
+    convert.add_argument("-o", "--out", required=True, metavar="T", help="trace to write")
+    convert.add_argument("--fingerprint", metavar="NAME", help="which model it is of; without it, the source's name")
+    convert.add_argument("--num-experts", type=int, metavar="N", help="experts a layer, where the source is .jsonl")
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
+    convert.set_defaults(run=_convert)
+
+    info = below.add_parser("info", help="what a trace holds")
+    info.add_argument("trace", help="a trace file")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+
+    add_replay_commands(below)
+
+
+def _record(arguments) -> int:
+    from moeflow.chat.answer import stream_answer
+    from moeflow.cli.progress import count_progress
+    from moeflow.cli.prompts import read_prompts
+    from moeflow.trace.recorder import attach_recorder
+
+    prompts = read_prompts(arguments.prompts, limit=arguments.limit)
+    out = Path(arguments.out)
+    if out.exists() and not arguments.append:
+        raise TraceError(f"{out} exists already. Give --append to go on with it, or another name.")
+    model, tokenizer = load_model(arguments.model, arguments)
+    with model.moeflow, count_progress("recording") as progress:
+        recorder = attach_recorder(model, out, lookahead=arguments.lookahead)
+        before = recorder.num_tokens
+        for number, prompt in enumerate(prompts):
+            progress(number, len(prompts))
+            input_ids = _input_ids(tokenizer, prompt)
+            options = {"max_new_tokens": arguments.max_new_tokens, "temperature": 0}
+            with stream_answer(model, tokenizer, input_ids, **options) as stream:
+                for _ in stream:
+                    pass
+            recorder.flush()
+        progress(len(prompts), len(prompts))
+        num_tokens = recorder.num_tokens - before
+    if arguments.json:
+        print(json.dumps({"trace": str(out), "prompts": len(prompts), "tokens": num_tokens}))
+    else:
+        print(f"wrote {out}: {num_tokens:,} tokens of {len(prompts):,} prompts")
+    return 0
+
+
+def _input_ids(tokenizer, prompt: str):
+    """Return a prompt's tokens [1, T], as a user's turn where the tokenizer has a chat template."""
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
+def _convert(arguments) -> int:
+    from moeflow.trace.convert import convert_trace
+
+    num_tokens = convert_trace(
+        arguments.source, arguments.out, fingerprint=arguments.fingerprint, num_experts=arguments.num_experts
+    )
+    if arguments.json:
+        print(json.dumps({"trace": arguments.out, "tokens": num_tokens}))
+    else:
+        print(f"wrote {arguments.out}: {num_tokens:,} tokens")
+    return 0
+
+
+def _info(arguments) -> int:
+    from moeflow.trace.trace import DECODE, RoutingTrace
+
+    trace = RoutingTrace.open(arguments.trace)
+    num_decode = int((trace.phase == DECODE).sum())
+    about = {
+        "trace": arguments.trace,
+        "fingerprint": trace.fingerprint,
+        "source": trace.format.source,
+        "num_layers": trace.num_layers,
+        "num_experts": list(trace.experts_per_layer),
+        "top_k": trace.top_k,
+        "tokens": len(trace),
+        "prefill_tokens": len(trace) - num_decode,
+        "decode_tokens": num_decode,
+        "sequences": len(trace.sequence_numbers),
+        "sequence_facts": len(trace.sequence_facts),
+        "has_weights": trace.format.has_weights,
+        "ranked": trace.format.ranked,
+        "lookahead": trace.format.lookahead,
+        "bytes": Path(arguments.trace).stat().st_size,
+    }
+    if arguments.json:
+        print(json.dumps(about))
+        return 0
+    counts = sorted(set(trace.experts_per_layer))
+    experts = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
+    weights = "with weights" if trace.format.has_weights else "without weights"
+    print(f"model      {trace.fingerprint}")
+    print(f"source     {trace.format.source}")
+    print(f"layers     {trace.num_layers}, {experts} experts each, {trace.top_k} of them a token")
+    print(f"tokens     {len(trace):,}: {len(trace) - num_decode:,} prefill, {num_decode:,} decode")
+    print(f"sequences  {len(trace.sequence_numbers):,}, facts of {len(trace.sequence_facts):,}")
+    print(f"ranks      {'by falling weight' if trace.format.ranked else 'in no order'}, {weights}")
+    if trace.format.lookahead is not None:
+        print(f"lookahead  {trace.format.lookahead[0]} layers, {trace.format.lookahead[1]} experts each")
+    print(f"bytes      {about['bytes']:,}")
+    return 0

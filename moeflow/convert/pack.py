@@ -1,0 +1,32 @@
+"""Packs a checkpoint: the same weights, experts as one aligned, checksummed record each."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moeflow.checkpoint.headers import open_checkpoint
+from moeflow.checkpoint.packed_writer import check_output, write_packed
+from moeflow.hf import pretrained
+from moeflow.hf.expert_sources import expert_tensor_names, map_experts
+
+
+def pack_model(model: str | Path, out: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Write `model` as a folder that load_moe reads faster: one aligned read an expert, no conversion.
+
+    Args:
+        model: a hub id or a checkpoint folder.
+        out: the folder to write; must not exist.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: `out` exists, or its disk is too small.
+        MoeflowError: the disk became full or failed; `out` is not there, `OUT.partial` continues on the next run.
+    """
+    folder, out = pretrained.resolve_folder(model), Path(out)
+    check_output(folder, out)
+    checkpoint = open_checkpoint(folder)
+    empty = pretrained.empty_model(pretrained.load_config(folder))
+    feeding = expert_tensor_names(empty, checkpoint.tensors)
+    return write_packed(checkpoint, map_experts(empty, checkpoint.tensors), feeding, out, progress=progress)

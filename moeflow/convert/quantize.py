@@ -1,0 +1,84 @@
+"""Write a model with its experts in weight formats: one for all, or one chosen for each under a budget of bytes."""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from moeflow.checkpoint.headers import open_checkpoint
+from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.packed_writer import Progress, check_output, write_packed
+from moeflow.checkpoint.quantized_source import Calibration, quantize_sources, writable_format
+from moeflow.errors import ConfigError
+from moeflow.hf import experts_interface, pretrained
+from moeflow.hf.expert_sources import expert_tensor_names, map_experts
+
+METHODS = ("hqq", "rtn", "gptq")
+
+
+class Written(NamedTuple):
+    """What was written.
+
+    Args:
+        folder: where.
+        expert_bytes: bytes of all experts' records.
+        bits_per_weight: those bytes, scales and zeros included, over the experts' weights.
+        formats: how many experts have each format.
+    """
+
+    folder: Path
+    expert_bytes: int
+    bits_per_weight: float
+    formats: dict[str, int]
+
+
+def quantize_model(
+    model: str | Path,
+    out: str | Path,
+    formats: str | list[list[str]],
+    *,
+    method: str = "hqq",
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Write `model` as a packed folder whose experts are quantised; load_moe(out) reads it. Lossy.
+
+    Args:
+        model: a hub id or a checkpoint folder with float experts.
+        out: the folder to write; must not exist. A killed run is continued by the next with the same arguments.
+        formats: a format's name, or one for every expert, [num_layers][num_experts].
+        method: "hqq" (zeros optimised, no data), "rtn" (round to nearest), or "gptq" (needs calibration).
+        calibration: what experts see, for "gptq": see `moeflow.calibration.expert_inputs`.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        ConfigError: `out` exists, an unknown format or method, experts that are quantised already, or a disk too small.
+        CheckpointError: weights that are no numbers; names the expert.
+        MoeflowError: the disk failed; `OUT.partial` continues on the next run.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r} is unknown. Allowed: {', '.join(METHODS)}.")
+    if method == "gptq" and calibration is None:
+        raise ConfigError('method="gptq" learns from what experts see: give a calibration, or use "hqq".')
+    folder, out = pretrained.resolve_folder(model), Path(out)
+    check_output(folder, out)
+    checkpoint = open_checkpoint(folder)
+    empty = pretrained.empty_model(pretrained.load_config(folder))
+    sources = map_experts(empty, checkpoint.tensors)
+    if isinstance(formats, str):
+        formats = [[writable_format(formats).name] * source.layout.num_experts for source in sources]
+    layers = quantize_sources(
+        sources, formats, experts_interface.transposed(empty), method=method, calibration=calibration
+    )
+    feeding = expert_tensor_names(empty, checkpoint.tensors)
+    settings = method if calibration is None else f"{method} {calibration.fingerprint}"
+    write_packed(checkpoint, layers, feeding, out, settings=settings, progress=progress)
+    num_bytes, num_weights = _size(layers)
+    counts = Counter(name for names in formats for name in names)
+    return Written(out, num_bytes, 8 * num_bytes / num_weights, dict(counts))
+
+
+def _size(layers: list[LayerSource]) -> tuple[int, int]:
+    """Return bytes of all records, and how many weights they stand for."""
+    records = [source.layout.record_of(e) for source in layers for e in range(source.layout.num_experts)]
+    weights = sum(spec.shape[0] * spec.shape[1] for record in records for spec in record.matrices)
+    return sum(record.num_bytes for record in records), weights

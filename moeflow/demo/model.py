@@ -1,0 +1,334 @@
+"""Build a small real mixture of experts on the user's machine: no hub, no training, a few minutes.
+
+A dense SmolLM2-135M-Instruct comes out of a wheel on the package index, `demo_recipe` splits its feed-forward
+layers into experts, and a Mixtral checkpoint in the hub's layout appears under the final name only when complete.
+Knows nothing about running the result.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
+from moeflow.demo.checkpoint import mixtral_config, read_layer, write_layer, write_shards, write_text
+from moeflow.demo.recipe import Recipe, Stream, replay_layer, split_layer
+from moeflow.demo.source import (
+    GGUF_BYTES,
+    GGUF_SHA256,
+    WHEEL,
+    WHEEL_BYTES,
+    DemoModelError,
+    fetch_gguf,
+    load_dense_model,
+)
+from moeflow.paths import cache_folder
+
+__all__ = ["DemoModelCard", "DemoModelError", "build_demo_model", "default_demo_path", "describe_demo_model"]
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_BYTES = 1_385_000_000
+NUM_SHARDS = 4
+# Layer files, one shard being gathered from them, and wheel and GGUF side by side.
+DISK_BYTES = CHECKPOINT_BYTES + CHECKPOINT_BYTES // NUM_SHARDS + WHEEL_BYTES + GGUF_BYTES + 100_000_000
+FORMAT = 1  # raise it when a partial build of an older moeflow must not be continued
+
+
+@dataclass(frozen=True)
+class DemoModelCard:
+    """What building the demo model costs, to be shown before the first build.
+
+    Args:
+        source: what is fetched, and its licence.
+        download_bytes: size of the download.
+        disk_bytes: free disk space the build needs at its peak.
+        checkpoint_bytes: size of the finished checkpoint.
+        memory_bytes: memory the build stays under.
+        expected_minutes: typical build time on two cores, from and to.
+        path: where the checkpoint goes unless the caller says otherwise.
+    """
+
+    source: str
+    download_bytes: int
+    disk_bytes: int
+    checkpoint_bytes: int
+    memory_bytes: int
+    expected_minutes: tuple[int, int]
+    path: Path
+
+
+def describe_demo_model() -> DemoModelCard:
+    """Return what the demo model is made from and what building it costs."""
+    return DemoModelCard(
+        source=f"SmolLM2-135M-Instruct (Apache-2.0), from the package index: {WHEEL}",
+        download_bytes=WHEEL_BYTES,
+        disk_bytes=DISK_BYTES,
+        checkpoint_bytes=CHECKPOINT_BYTES,
+        memory_bytes=3_200_000_000,
+        expected_minutes=(5, 8),
+        path=default_demo_path(),
+    )
+
+
+def default_demo_path() -> Path:
+    """Return where the demo model lives: in moeflow's cache folder."""
+    return cache_folder() / "demo-model"
+
+
+def build_demo_model(out: Path | None = None, *, progress: bool = True, source: Path | None = None) -> Path:
+    """Build the demo model, or continue a build that was interrupted, or return at once when it is there.
+
+    Args:
+        out: folder of the finished checkpoint; `default_demo_path()` when None.
+        progress: show the stages on stderr.
+        source: the wheel or the GGUF file, when it is already on this machine.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        DemoModelError: the wheel cannot be fetched, a checksum differs, the disk is too small, or `out` is taken.
+    """
+
+    def load_dense(work: Path) -> tuple:
+        return load_dense_model(fetch_gguf(work / "source", source))
+
+    out = default_demo_path() if out is None else Path(out)
+    return build_checkpoint(load_dense, out, Recipe(), GGUF_SHA256, disk_bytes=DISK_BYTES, stages=Stages(progress))
+
+
+def build_checkpoint(
+    load_dense: Callable[[Path], tuple],
+    out: Path,
+    recipe: Recipe,
+    source_id: str,
+    disk_bytes: int,
+    stages: "Stages",
+) -> Path:
+    """Convert a dense Llama into a Mixtral checkpoint, continuing where an earlier run of the same inputs stopped.
+
+    Everything unfinished lies in `out` + ".partial"; each piece there appears by rename, and so does `out`.
+
+    Args:
+        load_dense: gives (model, tokenizer) when called with the work folder.
+        out: folder of the finished checkpoint.
+        recipe: sizes and constants.
+        source_id: names the dense weights; a partial build of other weights is discarded.
+        disk_bytes: disk space that a build from scratch needs at its peak.
+        stages: where progress goes.
+
+    Raises:
+        DemoModelError: the disk is too small or fills up, or `out` holds something else.
+    """
+    out = out.expanduser().absolute()
+    inputs = {"format": FORMAT, "source": source_id, "recipe": asdict(recipe)}
+    if _is_complete(out):
+        return out
+    work = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(out.with_name(out.name + ".lock")):
+            if not _is_complete(out):  # another process may have finished it while this one waited
+                _open_work_folder(work, inputs)
+                _check_disk(work, disk_bytes)
+                _build(load_dense, work, recipe, stages)
+                write_text(work / "checkpoint" / "demo_model.json", json.dumps(inputs, indent=2) + "\n")
+                os.rename(work / "checkpoint", out)
+                shutil.rmtree(work)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            message = f"the disk filled up while building in {work}; free space and run it again: it continues there"
+        else:
+            message = f"cannot build the demo model in {work}: {error}; choose a folder that can be written"
+        raise DemoModelError(message) from error
+    finally:
+        stages.close()
+    return out
+
+
+def _build(load_dense, work: Path, recipe: Recipe, stages: "Stages") -> None:
+    """Bring every piece in the work folder that is missing."""
+    import torch
+
+    stages.start("fetch")
+    model, tokenizer = load_dense(work)
+    _return_freed_memory()
+    with torch.inference_mode():
+        texts = _calibration_texts(model, tokenizer, work / "texts.json", recipe, stages)
+        layer_files = [work / f"layer-{i:04d}.safetensors" for i in range(model.config.num_hidden_layers)]
+        checkpoint = work / "checkpoint"
+        if not checkpoint.is_dir():
+            _split_layers(Stream(model, texts), layer_files, recipe, stages)
+            checkpoint.mkdir()  # from here on, layer files may go away as shards take them over
+        stages.start("write", NUM_SHARDS)
+        config = mixtral_config(model.config, recipe)
+        config.save_pretrained(checkpoint)
+        _generation_config(config).save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
+        write_shards(checkpoint, layer_files, model, NUM_SHARDS, stages.advance)
+
+
+def _calibration_texts(model, tokenizer, path: Path, recipe: Recipe, stages: "Stages") -> list[list[int]]:
+    if path.is_file():
+        return json.loads(path.read_text())
+    stages.start("sample", recipe.num_new_tokens)
+    prompts = calibration_prompts(tokenizer, recipe.num_prompts, recipe.seed)
+    texts = sample_continuations(
+        model, prompts, recipe.num_new_tokens, tokenizer.eos_token_id, recipe.seed, stages.advance
+    )
+    _return_freed_memory()
+    texts += library_texts(tokenizer, recipe.num_library_tokens)
+    write_text(path, json.dumps(texts))
+    return texts
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system: glibc would keep the sampling cache, 1.8 GB, beside what comes next."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _split_layers(stream: Stream, layer_files: list[Path], recipe: Recipe, stages: "Stages") -> None:
+    stages.start("layers", len(layer_files))
+    for layer, path in enumerate(layer_files):
+        if path.is_file():
+            replay_layer(stream, read_layer(path, layer, recipe.num_experts), recipe)
+        else:
+            write_layer(path, layer, stream.model.layers[layer], split_layer(stream, recipe))
+        stages.advance()
+
+
+def _generation_config(config):
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+
+def _is_complete(out: Path) -> bool:
+    if (out / "demo_model.json").is_file():  # written last, and `out` appears by rename
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        missing = [name for name in set(index["weight_map"].values()) if not (out / name).is_file()]
+        if not missing:
+            return True
+        raise DemoModelError(f"{out} lacks {', '.join(sorted(missing))}; delete the folder and build it again")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DemoModelError(f"{out} exists and is not a demo model; name another folder or move it away")
+    return False
+
+
+def _open_work_folder(work: Path, inputs: dict) -> None:
+    """Keep a partial build of the same inputs, discard any other, and drop files that were being written."""
+    stamp = work / "inputs.json"
+    if work.exists() and (not stamp.is_file() or json.loads(stamp.read_text()) != inputs):
+        logger.warning("%s was made from other inputs; starting again", work)
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    write_text(stamp, json.dumps(inputs))
+    for arriving in work.rglob("*.tmp"):
+        arriving.unlink()
+
+
+def _check_disk(work: Path, disk_bytes: int) -> None:
+    present = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    free = shutil.disk_usage(work).free
+    if free < disk_bytes - present:
+        raise DemoModelError(
+            f"{work.parent} has {free / 1e9:.1f} GB free, the build needs {(disk_bytes - present) / 1e9:.1f} GB more; "
+            "free space or name a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file; a second process waits for it. The kernel drops the lock when its holder dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        logger.warning("no file locks on this system; do not build in two processes at once")
+        yield
+        return
+    while True:
+        with open(path, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("another process builds %s; waiting for it", path.with_suffix(""))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                continue  # the holder before us removed the file; a newcomer would lock another one
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+class Stages:
+    """Progress on stderr: a bar on a terminal, a line each quarter of a stage elsewhere, nothing when not enabled."""
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+        self.seconds: dict[str, float] = {}
+        self._name = ""
+        self._bar = None
+
+    def start(self, name: str, total: int | None = None) -> None:
+        """End the stage before and begin one of `total` steps, or of unknown length."""
+        self._end()
+        self._name, self._begin, self._total, self._done = name, time.monotonic(), total, 0
+        if not self.enabled:
+            return
+        if not sys.stderr.isatty():
+            print(f"demo model: {name}", file=sys.stderr, flush=True)
+            return
+        if self._bar is None:
+            self._bar = _rich_bar()
+            self._bar.start()
+        self._task = self._bar.add_task(name, total=total)
+
+    def advance(self) -> None:
+        """Count one step of the running stage."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.advance(self._task)
+        elif self.enabled and self._done * 4 // self._total > (self._done - 1) * 4 // self._total:
+            print(f"demo model: {self._name} {self._done} of {self._total}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the last stage and leave the terminal as it was."""
+        self._end()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _end(self) -> None:
+        if not self._name:
+            return
+        self.seconds[self._name] = time.monotonic() - self._begin
+        if self._bar is not None:
+            if self._total is None:
+                self._bar.update(self._task, total=1, completed=1)
+            self._bar.stop_task(self._task)
+        elif self.enabled:
+            print(f"demo model: {self._name} took {self.seconds[self._name]:.0f} s", file=sys.stderr, flush=True)
+        self._name = ""
+
+
+def _rich_bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))

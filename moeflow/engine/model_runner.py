@@ -1,0 +1,87 @@
+"""Passes of an engine: pieces of many sequences through the model, one behind the other.
+
+Knows tensors and slots. Knows nothing of requests: what a pass brings goes back with its piece.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from moeflow.engine.kv_cache import KeyValueSlots
+from moeflow.engine.scheduler import Piece
+from moeflow.engine.varlen_attention import PackedCache, Segment
+from moeflow.errors import ExpertReadError
+from moeflow.hf import forward
+
+_FAILED = (ExpertReadError, OSError, RuntimeError)
+
+
+class Computed(NamedTuple):
+    """What a pass brought to one piece.
+
+    Args:
+        piece: what was to be computed.
+        logits: [V] of its last token, where the piece samples.
+        error: why it could not be computed.
+    """
+
+    piece: Piece
+    logits: torch.Tensor | None
+    error: str | None = None
+
+
+class PackedPasses:
+    """Runs pieces, and keeps the keys and values of their sequences.
+
+    Args:
+        model: whose passes these are.
+        watching: stands around each pass, called with its pieces.
+
+    Attributes:
+        slots: where keys and values lie; their budget is the engine's to set.
+        num_retries: passes that failed, whose pieces then ran one by one.
+
+    Raises:
+        UnsupportedModelError: the model attends in a way of its own.
+    """
+
+    def __init__(self, model, watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext):
+        self._model = model
+        self._watching = watching
+        self._cache = PackedCache()
+        self._cache.learn(model)
+        self.slots = KeyValueSlots(self._cache.shapes, 0)
+        self.num_retries = 0
+
+    def run(self, pieces: list[Piece]) -> list[Computed]:
+        """Compute the pieces; where that fails, each alone, so that only those fail which cannot be computed."""
+        try:
+            return self._forward(pieces)
+        except _FAILED:
+            self.num_retries += 1
+        computed = []
+        for piece in pieces:
+            try:
+                computed += self._forward([piece])
+            except _FAILED as error:
+                computed.append(Computed(piece, None, f"{type(error).__name__}: {error}"))
+        return computed
+
+    def _forward(self, pieces: list[Piece]) -> list[Computed]:
+        segments, tokens, positions, keep = [], [], [], []
+        for sequence, new, samples in pieces:
+            segment = Segment(self.slots[sequence.id], sequence.num_computed, len(new))
+            segments.append(segment)
+            tokens += new
+            positions += range(segment.start, segment.end)
+            if samples:
+                keep.append(len(tokens) - 1)
+        ids, positions, places = (
+            torch.tensor(values, dtype=torch.long, device=self._model.device)
+            for values in (tokens, positions, keep or [len(tokens) - 1])
+        )
+        with torch.no_grad(), self._watching(pieces), self._cache.running(self._model, segments):
+            logits = iter(forward.packed_forward(self._model, ids[None], positions[None], self._cache, places))
+        return [Computed(piece, next(logits) if piece.samples else None) for piece in pieces]

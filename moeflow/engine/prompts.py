@@ -1,0 +1,58 @@
+"""What an engine takes as a prompt: token ids that its model knows, within the model's context."""
+
+from moeflow.engine.sampling import SamplingParams
+from moeflow.errors import ConfigError
+from moeflow.hf import forward
+
+
+class Prompts:
+    """The prompts of one model.
+
+    Args:
+        model: tells its tokens and its context.
+        tokenizer: the model's; None where prompts are token ids.
+
+    Attributes:
+        context: positions the model was made for; None where its config does not say.
+    """
+
+    def __init__(self, model, tokenizer):
+        self._tokenizer = tokenizer
+        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.context = forward.context_positions(model)
+
+    def token_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        """Return a prompt's token ids, unchecked.
+
+        Raises:
+            ConfigError: neither text nor token ids, or text or stop strings without a tokenizer.
+        """
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")
+        if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
+            raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
+        return list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+
+    def most_new_tokens(self, ids: list[int], params: SamplingParams) -> int:
+        """Return how many of the tokens that are wanted the context has room for."""
+        wanted = params.max_new_tokens
+        return wanted if self.context is None else min(wanted, self.context - len(ids) + 1)
+
+    def check(self, ids: list[int]) -> None:
+        """Refuse token ids that the model cannot run.
+
+        Raises:
+            ConfigError: none at all, one that is no token, or more than the context has positions.
+        """
+        if not ids:
+            raise ConfigError("the prompt is empty: give at least one token.")
+        wrong = [token for token in ids if type(token) is not int or not 0 <= token < self._vocab_size]
+        if wrong:
+            raise ConfigError(
+                f"the prompt has {wrong[0]!r}, which is no token id: they are 0 to {self._vocab_size - 1}."
+            )
+        if self.context is not None and len(ids) > self.context:
+            raise ConfigError(
+                f"the prompt has {len(ids):,} tokens, the model's context {self.context:,} positions. Shorten the "
+                "prompt, or take a model with a longer context."
+            )

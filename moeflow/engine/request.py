@@ -1,0 +1,95 @@
+"""What an engine's users give and get: one request, what a step brought it, and how it ended."""
+
+from collections.abc import Set
+from typing import NamedTuple
+
+import torch
+
+from moeflow.engine.sampling import Sampler, SamplingParams
+from moeflow.engine.scheduler import Sequence
+from moeflow.engine.stop_strings import StopStrings
+
+
+class Completion(NamedTuple):
+    """A request that ended.
+
+    Args:
+        id: its name.
+        prompt_ids: its prompt.
+        token_ids: what was generated, the end-of-sequence token included.
+        text: of these, up to a stop string; empty where the engine has no tokenizer.
+        finish_reason: "stop" (the model ended, or a stop string came), "length", "cancelled" or "error".
+        error: what went wrong, for "error".
+        logprobs: (logprob, [(token id, logprob)]) of each token; None where not asked for.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    error: str | None
+    logprobs: list | None
+
+
+class Progress(NamedTuple):
+    """What a step brought to one request.
+
+    Args:
+        id: which.
+        token_ids: new tokens.
+        text: new text; may come later than its tokens.
+        completion: set where it ended.
+    """
+
+    id: str
+    token_ids: list[int]
+    text: str
+    completion: Completion | None
+
+
+class Request:
+    """A sequence and what its user wants of it."""
+
+    def __init__(self, sequence: Sequence, params: SamplingParams, tokenizer):
+        self.sequence = sequence
+        self.params = params
+        self.sampler = Sampler(params)
+        self.stops = None if tokenizer is None else StopStrings(tokenizer, params.stop)
+        self.text = ""  # what is certain of the answer so far
+        self.logprobs = None if params.logprobs is None else []
+
+    def choose(self, logits: torch.Tensor, end_tokens: Set[int]) -> tuple[int, str, str | None]:
+        """Choose the next token and enter it.
+
+        Args:
+            logits: [V], of the last token.
+            end_tokens: those at which the model ends an answer.
+
+        Returns:
+            The token, the text that is now certain, and the reason if the answer ends with it.
+
+        Raises:
+            RuntimeError: nothing can be drawn from these logits.
+        """
+        sequence = self.sequence
+        sampled = self.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids)
+        sequence.token_ids.append(sampled.token_id)
+        if self.logprobs is not None:
+            self.logprobs.append((sampled.logprob, sampled.top))
+        text, stopped = "", sampled.token_id in end_tokens and not self.params.ignore_eos
+        if not stopped and self.stops is not None:
+            text, stopped = self.stops.push(sampled.token_id)
+            self.text += text
+        reason = "stop" if stopped else "length" if len(sequence.token_ids) == sequence.max_new_tokens else None
+        return sampled.token_id, text, reason
+
+    def finish(self, reason: str, error: str | None) -> tuple[str, Completion]:
+        """Return the text that was held back until now, and what became of the request."""
+        rest = "" if self.stops is None else self.stops.finish()
+        self.text += rest
+        sequence = self.sequence
+        completion = Completion(
+            sequence.id, sequence.prompt_ids, sequence.token_ids, self.text, reason, error, self.logprobs
+        )
+        return rest, completion

@@ -1,0 +1,241 @@
+"""One forward pass over new tokens of several sequences, one behind the other, without padding.
+
+Everything in a model but attention treats each token alone, so that only attention must know which tokens are whose:
+the functions here stand where transformers looks up an attention function and a mask function, cut the pass into its
+segments, and call the model's own attention for each with the whole keys and values of its sequence.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from moeflow.engine.kv_cache import KeyValueSlot, LayerShape
+from moeflow.errors import ExpertReadError, UnsupportedModelError
+from moeflow.hf import forward
+
+_cache: ContextVar["PackedCache"] = ContextVar("_cache")  # of the pass under way
+_PER_PASS = {"position_ids", "cache_position"}  # tensors an attention function gets and does not use
+_PER_HEAD = {"s_aux"}  # and such as say the same of every token
+_TRIED_TOKENS = 8  # by which a model is learnt, where experts that the first ones need cannot be read
+
+
+class Segment(NamedTuple):
+    """The new tokens of one sequence in a pass.
+
+    Args:
+        slot: where its keys and values lie; None in a pass that keeps none.
+        start: the position of its first new token.
+        count: new tokens.
+    """
+
+    slot: KeyValueSlot | None
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """Positions it has after the pass."""
+        return self.start + self.count
+
+
+class PackedCache(forward.KeyValueCache):
+    """What a packed pass hands to the model as its key-value cache."""
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.segments: list[Segment] = []
+        self.shapes: dict[int, LayerShape] = {}  # of each layer that keeps keys and values, learnt as passes run
+        self.num_attentions = 0
+        self._latent: set[int] = set()  # layers that make keys and values anew of what is kept
+        self._returned: dict[int, tuple] = {}  # {id of keys: (layer, keys, values)} of this pass
+        self._last_layer = 0
+        self._implementations: dict[int, str] = {}
+        self._rows: list[weakref.ref] = []  # the slots of this pass, or of the one before
+        self._same_rows = False  # whether this pass goes on with the sequences of the one before
+
+    @contextmanager
+    def running(self, model, segments: list[Segment]) -> Iterator[None]:
+        """Let the model's passes meanwhile be packed ones over these segments."""
+        self.segments = segments
+        rows = [weakref.ref(segment.slot) for segment in segments if segment.slot is not None]
+        self._same_rows, self._rows = rows == self._rows, rows
+        token = _cache.set(self)
+        try:
+            with forward.attention_replaced(model) as self._implementations:
+                yield
+        finally:
+            _cache.reset(token)
+            self._returned.clear()
+            self.segments = []
+
+    def learn(self, model) -> None:
+        """Run one token, to learn what the model keeps of a position and whether its attention can be cut.
+
+        Raises:
+            UnsupportedModelError: it cannot, for the reason in the message.
+            ExpertReadError: nor can any of a few other tokens be run, since experts cannot be read.
+        """
+        name = type(model).__name__
+        try:
+            for token in range(_TRIED_TOKENS):
+                try:
+                    self._run_alone(model, token)
+                    break
+                except ExpertReadError:
+                    if token == _TRIED_TOKENS - 1:
+                        raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise UnsupportedModelError(
+                f"{name} cannot run a pass of one token alone ({type(error).__name__}: {error}): the engine gives it "
+                "token ids, positions and a cache only. Call model.generate instead."
+            ) from error
+        if not self.shapes or self.num_attentions < len(self.shapes):
+            raise UnsupportedModelError(
+                f"{name} does not call transformers' attention interface in each layer that keeps keys and values "
+                f"({self.num_attentions} calls, {len(self.shapes)} layers). Call model.generate instead."
+            )
+
+    def _run_alone(self, model, token: int) -> None:
+        position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.num_attentions = 0
+        with torch.no_grad(), self.running(model, [Segment(None, 0, 1)]):
+            forward.packed_forward(model, torch.full_like(position, token), position, self, position[0])
+
+    def describe_pass(self, input_ids: torch.Tensor) -> tuple[int, int, torch.Tensor | None]:
+        """Tell num_sequences, num_positions and the tokens [num_sequences, num_positions] of the pass under way.
+
+        Only a pass of one token a sequence is a rectangle; any other is told as one row. The tokens are None where they
+        do not go on with the sequences of the pass before, row by row.
+        """
+        if all(segment.count == 1 and segment.start for segment in self.segments):
+            return len(self.segments), 1, input_ids.reshape(-1, 1) if self._same_rows else None
+        return 1, input_ids.shape[1], None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Keep new keys and values, [1, heads, tokens, features]; what comes back goes to attention.
+
+        Returns:
+            Of a layer that hands it on as it is, the new ones: attention looks up the others where they lie. Of a
+            latent layer, those of all positions of all sequences, one sequence behind the other.
+        """
+        if layer_idx not in self.shapes:
+            shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in (key_states, value_states)]
+            self.shapes[layer_idx] = LayerShape(*shapes, key_states.dtype, key_states.device)
+        counts = [segment.count for segment in self.segments]
+        pieces = zip(key_states.split(counts, 2), value_states.split(counts, 2), strict=True)
+        for segment, (keys, values) in zip(self.segments, pieces, strict=True):
+            if segment.slot is not None:
+                segment.slot.write(layer_idx, segment.start, keys, values)
+        if layer_idx in self._latent and any(segment.start for segment in self.segments):
+            whole = [segment.slot.read(layer_idx, segment.end) for segment in self.segments]
+            return tuple(torch.cat(parts, 2) for parts in zip(*whole, strict=True))
+        self._last_layer = layer_idx
+        self._returned[id(key_states)] = (layer_idx, key_states, value_states)
+        return key_states, value_states
+
+    def whole(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return each segment's keys and values of all positions, given what attention was called with.
+
+        Raises:
+            UnsupportedModelError: these are not of the tokens of this pass.
+        """
+        layer, keys, values = self._returned.get(id(key), (None, None, None))
+        if keys is key and values is value and self.segments[0].slot is not None:
+            return [segment.slot.read(layer, segment.end) for segment in self.segments]
+        if keys is not key or values is not value:
+            self._latent.add(self._last_layer)
+        ends = [segment.end for segment in self.segments]
+        if not key.shape[2] == value.shape[2] == sum(ends):
+            raise UnsupportedModelError(
+                f"attention was called with {key.shape[2]} keys where the sequences have {sum(ends)} positions: this "
+                "model does more with its keys than the engine knows. Call model.generate instead."
+            )
+        return list(zip(key.split(ends, 2), value.split(ends, 2), strict=True))
+
+    def implementation(self, module: torch.nn.Module) -> str:
+        """Name the attention implementation that this module has outside of packed passes."""
+        return self._implementations[id(module.config)]
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: every pass has another shape."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the most positions that a sequence had which now decodes; 0 where none does."""
+        return max((segment.start for segment in self.segments if segment.count == 1), default=0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return what transformers hands to the mask function, which does not look at it."""
+        return query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: there is no most."""
+        return -1
+
+
+class _Mask:
+    """A mask by its rule, from which each segment's tensor is made once a pass."""
+
+    def __init__(self, allowed):
+        self._allowed = allowed  # (batch, head, query position, key position) -> bool
+        self._made: dict[tuple[int, bool], torch.Tensor | None] = {}
+
+    def of(self, index: int, segment: Segment, query: torch.Tensor, eager: bool) -> torch.Tensor | None:
+        """Return a segment's mask [1, 1, count, end], floats to add for eager, else bool; None where all is allowed."""
+        key = index, eager
+        if key not in self._made:
+            self._made[key] = self._make(segment, query, eager)
+        return self._made[key]
+
+    def _make(self, segment, query, eager):
+        causal = self._allowed is forward.causal_rule
+        if causal and (segment.count == 1 or (segment.start == 0 and not eager)):
+            return None  # sdpa masks what comes later where it gets as many queries as keys
+        queries = torch.arange(segment.start, segment.end, device=query.device)[:, None]
+        keys = torch.arange(segment.end, device=query.device)[None, :]
+        allowed = self._allowed(0, 0, queries, keys)
+        if segment.count == 1 and bool(allowed.all()):
+            return None
+        if eager:
+            allowed = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
+        return allowed[None, None]
+
+
+def _mask(batch_size, q_length, mask_function=forward.causal_rule, device=None, **kwargs) -> torch.Tensor:
+    """Stand in for transformers' mask functions: a tensor that models pass on, with the rule on it."""
+    carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
+    carrier.rule = _Mask(mask_function)
+    return carrier
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    """Stand in for transformers' attention functions: the model's own, segment by segment."""
+    cache = _cache.get()
+    cache.num_attentions += 1
+    rule = getattr(attention_mask, "rule", None)
+    unknown = [
+        name
+        for name, argument in kwargs.items()
+        if isinstance(argument, torch.Tensor) and name not in _PER_PASS | _PER_HEAD
+    ]
+    if rule is None or unknown:
+        found = f"gives its attention {unknown[0]}" if unknown else "makes its attention masks itself"
+        raise UnsupportedModelError(
+            f"{type(module).__name__} {found}, which the engine cannot cut into sequences. Call model.generate instead."
+        )
+    implementation = cache.implementation(module)
+    attend, outputs = forward.attention_function(module, implementation), []
+    queries = query.split([segment.count for segment in cache.segments], 2)
+    kwargs = {name: argument for name, argument in kwargs.items() if name not in _PER_PASS}
+    for index, (segment, (keys, values)) in enumerate(zip(cache.segments, cache.whole(key, value), strict=True)):
+        mask = rule.of(index, segment, query, implementation == "eager")
+        outputs.append(attend(module, queries[index], keys, values, mask, **kwargs)[0])
+    return torch.cat(outputs, 1), None
+
+
+forward.register_packed_attention(_attention, _mask)

@@ -1,0 +1,229 @@
+"""One round of expert parallelism: what ranks ask of each other, and the three exchanges that answer it.
+
+Knows experts that can run rows, and the group. Knows nothing of plans, sessions or models;
+`moeflow.expert_parallel.expert_parallel` has the protocol.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from moeflow.errors import ParallelError
+from moeflow.expert_parallel.ranks import RankGroup
+from moeflow.expert_parallel.traffic import Traffic
+from moeflow.moe.experts import OffloadedExperts
+
+ASKS, DONE, FAILED = range(3)
+"""What a rank says of itself at the beginning of a round."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MARK_BYTES = 16  # a whole alignment, so that the rows behind it keep theirs
+
+
+class Request(NamedTuple):
+    """What one rank asks of the others in a round.
+
+    Args:
+        layer: whose experts.
+        rows: [n, H], hidden states, in the order of rank, then expert.
+        counts: [G, E], rows for each rank and expert.
+        outputs_dtype: what outputs shall come back in.
+    """
+
+    layer: int
+    rows: torch.Tensor
+    counts: torch.Tensor
+    outputs_dtype: torch.dtype
+
+
+class Header(NamedTuple):
+    """What one rank says to another at the beginning of a round; a row of whole numbers on the wire.
+
+    Args:
+        state: ASKS, DONE or FAILED; the rest means something where it asks.
+        layer: whose experts.
+        num_features: H.
+        dtype: of hidden states, a number in _DTYPES.
+        outputs_dtype: likewise.
+        counts: [E], rows for each of the receiver's experts.
+    """
+
+    state: int
+    layer: int
+    num_features: int
+    dtype: int
+    outputs_dtype: int
+    counts: list[int]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a hidden state."""
+        return self.num_features * _DTYPES[self.dtype].itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of an output."""
+        return self.num_features * _DTYPES[self.outputs_dtype].itemsize
+
+
+class Rounds:
+    """Meets the other ranks, runs this rank's experts for all, and counts what it sends.
+
+    Args:
+        experts: [L], the model's.
+        num_experts: E, of each layer.
+        ranks: the group.
+    """
+
+    def __init__(self, experts: list[OffloadedExperts], num_experts: int, ranks: RankGroup):
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.sent = Traffic(len(experts), ranks.world_size)
+        self.failure: str | None = None  # what all ranks were told since it was last set to None
+        self._experts = [weakref.ref(served) for served in experts]  # they hold this object, not the other way round
+        self._num_experts = num_experts
+        self._ranks = ranks
+        self._device = experts[0].runtime.device
+
+    def meet(self, state: int, request: Request | None = None) -> torch.Tensor | None:
+        """Meet the other ranks once.
+
+        Args:
+            state: ASKS with a request, else DONE.
+            request: what this rank wants.
+
+        Returns:
+            [n, H], the outputs of the request's rows, no rows without a request; None where all ranks are done.
+
+        Raises:
+            ParallelError: another rank failed or was lost.
+            ExpertReadError: one of this rank's experts could not be read.
+        """
+        ranks = self._ranks
+        ranks.in_step = False  # until the round has ended: an interrupt may come between
+        headers = self._exchange_headers(state, request)
+        states = {header.state for header in headers}
+        if FAILED in states:
+            self._hear(None)
+            raise ParallelError(self.failure)
+        if states == {DONE}:
+            ranks.in_step = True
+            return None
+        received = self._dispatch(request, headers)
+        failure, answers = None, None
+        try:
+            answers = self._answer(headers, received)
+        except BaseException as error:  # whatever it is, the others wait for outputs
+            failure = error
+        outputs, all_well = self._combine(request, headers, answers)
+        if not all_well:
+            self._hear(failure)
+            raise failure or ParallelError(self.failure)
+        ranks.in_step = True
+        return outputs
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the others, wherever they meet next, that this rank has failed between two rounds.
+
+        Raises:
+            ParallelError: the others were lost.
+        """
+        self._ranks.in_step = False
+        self._exchange_headers(FAILED, None)
+        self._hear(error)
+
+    def _hear(self, error: BaseException | None) -> None:
+        """Exchange what went wrong: this rank's error, or None where another failed."""
+        told = self._ranks.texts("" if error is None else f"{type(error).__name__}: {error}")
+        self._ranks.in_step = True
+        rank, text = next((rank, text) for rank, text in enumerate(told) if text)
+        self.failure = f"rank {rank} failed, so all stop. It said: {text}"
+
+    def _exchange_headers(self, state, request) -> list[Header]:
+        """Say to each rank what this one wants; return [G], what they want of this one."""
+        rows = torch.zeros(self.world_size, 5 + self._num_experts, dtype=torch.int64)
+        rows[:, 0] = state
+        if request is not None:
+            dtypes = (_DTYPES.index(request.rows.dtype), _DTYPES.index(request.outputs_dtype))
+            rows[:, 1:5] = torch.tensor([request.layer, request.rows.shape[1], *dtypes])
+            rows[:, 5:] = request.counts
+        self.sent.rounds += 1
+        self.sent.metadata_bytes[self.rank] += rows[0].nbytes
+        return [Header(*row[:5], row[5:]) for row in self._ranks.rows(rows).tolist()]
+
+    def _dispatch(self, request, headers) -> torch.Tensor:
+        """Send hidden states to the ranks that hold their experts; return what came, as bytes."""
+        send_bytes = [0] * self.world_size
+        sent = torch.empty(0, dtype=torch.uint8, device=self._device)
+        if request is not None:
+            counts = request.counts.sum(dim=1)
+            sent = _as_bytes(request.rows)
+            send_bytes = (counts * request.rows.shape[1] * request.rows.dtype.itemsize).tolist()
+            self.sent.assignments[request.layer, self.rank] += counts.numpy()
+            self.sent.dispatch_bytes[request.layer, self.rank] += send_bytes
+        return self._ranks.exchange(sent, send_bytes, [header.num_rows * header.row_bytes for header in headers])
+
+    def _answer(self, headers, received) -> list[torch.Tensor]:
+        """Run this rank's experts on what came.
+
+        Returns:
+            [G], the outputs for each rank as bytes.
+        """
+        pieces = received.split([header.num_rows * header.row_bytes for header in headers])
+        alike: dict[tuple, list[int]] = {}  # ranks by how their rows look: usually one group
+        for rank, header in enumerate(headers):
+            if header.num_rows:
+                alike.setdefault(header[1:5], []).append(rank)
+        answers = [received[:0]] * self.world_size
+        for (layer, num_features, dtype, outputs_dtype), sources in alike.items():
+            rows = torch.cat([pieces[rank] for rank in sources]).view(_DTYPES[dtype]).view(-1, num_features)
+            experts = torch.cat(
+                [
+                    torch.arange(self._num_experts).repeat_interleave(torch.tensor(headers[rank].counts))
+                    for rank in sources
+                ]
+            )
+            outputs = self._experts[layer]().run_rows(rows, experts).to(_DTYPES[outputs_dtype])
+            for rank, part in zip(sources, outputs.split([headers[rank].num_rows for rank in sources]), strict=True):
+                answers[rank] = _as_bytes(part)
+        return answers
+
+    def _combine(self, request, headers, answers) -> tuple[torch.Tensor | None, bool]:
+        """Send outputs back, each rank's behind a mark of success.
+
+        Args:
+            answers: [G], bytes; None where running them failed.
+
+        Returns:
+            The outputs of the request's rows, and whether all ranks succeeded.
+        """
+        send_bytes = [header.num_rows * header.output_bytes for header in headers]
+        mark = torch.full((_MARK_BYTES,), answers is not None, dtype=torch.uint8, device=self._device)
+        if answers is None:
+            answers = [mark.new_zeros(num_bytes) for num_bytes in send_bytes]
+        receive_bytes = [0] * self.world_size
+        if request is not None:
+            row_bytes = request.rows.shape[1] * request.outputs_dtype.itemsize
+            receive_bytes = (request.counts.sum(dim=1) * row_bytes).tolist()
+        for rank, header in enumerate(headers):
+            self.sent.combine_bytes[header.layer, self.rank, rank] += send_bytes[rank]
+        self.sent.metadata_bytes[self.rank] += _MARK_BYTES
+        received = self._ranks.exchange(
+            torch.cat([part for answer in answers for part in (mark, answer)]),
+            [num_bytes + _MARK_BYTES for num_bytes in send_bytes],
+            [num_bytes + _MARK_BYTES for num_bytes in receive_bytes],
+        )
+        pieces = received.split([num_bytes + _MARK_BYTES for num_bytes in receive_bytes])
+        all_well = all(bool(piece[0]) for piece in pieces)
+        if request is None:
+            return received[:0], all_well
+        outputs = torch.cat([piece[_MARK_BYTES:] for piece in pieces])
+        return outputs.view(request.outputs_dtype).view(-1, request.rows.shape[1]), all_well
+
+
+def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """[n, H] of any dtype as [n * H * itemsize] uint8."""
+    return rows.contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,111 @@
+"""The model's dense parts on the CPU: linears and norms that run moeflow's own kernels while tokens are few.
+
+torch's kernels for one token reach a quarter to a half of the memory's bandwidth, and eager transformers spends more
+time between kernels than in them. Which kernel runs depends on the number of tokens alone, so bits do not depend on a
+budget. Every call is a torch.library op, so that torch.compile takes the model whole.
+"""
+
+import inspect
+
+import torch
+
+from moeflow.kernels.cpu import ops as cpu
+from moeflow.kernels.cpu.library import instruction_set
+from moeflow.kernels.cpu.structs import DTYPES
+
+# Up to here the row-by-row kernel is ahead of torch's matrix product.
+MAX_TOKENS = 16
+
+_LIBRARY = torch.library.Library("moeflow", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Multiply few tokens with a float matrix on the CPU.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], contiguous, of the dtype of x.
+        bias: [N] or None.
+
+    Returns:
+        [..., N], summed in float32 and rounded once.
+    """
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    cpu.linear(x, weight, bias, out)
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise [..., H] as transformers' RMSNorm does."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    cpu.rms_norm(x, weight, eps, out)
+    return out
+
+
+_LIBRARY.impl("linear", linear, "CPU")
+_LIBRARY.impl("rms_norm", rms_norm, "CPU")
+
+
+@torch.library.register_fake("moeflow::linear")
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("moeflow::rms_norm")
+def _(x, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _few(x: torch.Tensor) -> bool:
+    return 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+class FewTokensLinear(torch.nn.Linear):
+    """A torch linear whose product with few tokens is moeflow's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        if not _few(x) or x.dtype != weight.dtype or not weight.is_contiguous():
+            return super().forward(x)
+        if torch.compiler.is_compiling():
+            return torch.ops.moeflow.linear(x, weight, self.bias)
+        return linear(x, weight, self.bias)
+
+
+def _norm_forward(self, x):
+    if not _few(x) or x.dtype != self.weight.dtype:
+        return self._transformers_forward(x)
+    if torch.compiler.is_compiling():
+        return torch.ops.moeflow.rms_norm(x, self.weight, self.variance_epsilon)
+    return rms_norm(x, self.weight, self.variance_epsilon)
+
+
+@torch.no_grad()
+def speed_up_dense(model: torch.nn.Module) -> None:
+    """Give a model on the CPU moeflow's linears and norms; a module that is not exactly as known stays as it is."""
+    if instruction_set() is None:
+        return
+    norms: dict[type, type] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in DTYPES:
+            continue
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FewTokensLinear
+        elif hasattr(module, "variance_epsilon") and _is_known_norm(module):
+            kind = type(module)
+            if kind not in norms:
+                body = {"forward": _norm_forward, "_transformers_forward": kind.forward}
+                norms[kind] = type(kind.__name__, (kind,), body)
+            module.__class__ = norms[kind]
+
+
+def _is_known_norm(module) -> bool:
+    """Whether a norm computes what `rms_norm` does, bit for bit, on a sample."""
+    if module.weight.dim() != 1 or len(inspect.signature(module.forward).parameters) != 1:
+        return False  # those with a gate take two
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(3, module.weight.shape[0], generator=generator).to(module.weight.dtype)
+    return torch.equal(module(sample), rms_norm(sample, module.weight, module.variance_epsilon))

@@ -1,0 +1,214 @@
+"""Where each expert of a checkpoint lies: transformers' conversion rules, applied to one expert at a time.
+
+transformers tells which tensors feed which parameter and by which operations; here that becomes byte ranges, and for
+the few layouts that are not stored as the module wants them, a conversion of one expert alone.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from moeflow.checkpoint.headers import TensorEntry
+from moeflow.checkpoint.layer_source import Conversion, LayerSource
+from moeflow.checkpoint.pieces import piece_tables
+from moeflow.checkpoint.prequantized import NativeScheme, StoredMatrix, find_matrices, stand_ins
+from moeflow.checkpoint.prequantized_records import native_record, place_matrix
+from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
+from moeflow.dtypes import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
+from moeflow.errors import CheckpointError, UnsupportedModelError
+from moeflow.hf import experts_interface, quantizer
+
+
+def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
+    """Find every expert's bytes in a checkpoint, by transformers' own conversion mapping.
+
+    Experts that the checkpoint holds quantised get records in a weight format.
+
+    Args:
+        model: the empty model, experts still on it; their dtype is the dtype that unquantised records get.
+        tensors: the checkpoint's tensors by their names in the checkpoint.
+
+    Raises:
+        CheckpointError: an expert's tensor is missing or has another shape than the model's.
+        UnsupportedModelError: the checkpoint needs a conversion that mixes experts.
+    """
+    scheme, stored = _quantised(model, tensors)
+    collected = experts_interface.collect_expert_tensors(model, stand_ins(tensors, stored))
+    return [
+        _layer_source(path, module, collected, stored, scheme)
+        for path, module in experts_interface.experts_modules(model)
+    ]
+
+
+def map_layouts(model) -> list[LayerLayout]:
+    """Return how each layer's unquantised experts lie in a slot, from the empty model alone."""
+    return [_layout(path, module) for path, module in experts_interface.experts_modules(model)]
+
+
+def _layout(path, module) -> LayerLayout:
+    parameters = {name: value for name, value in module._parameters.items() if value is not None}
+    num_experts = next(iter(parameters.values())).shape[0]
+    for name, value in parameters.items():
+        if value.shape[0] != num_experts or not value.dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"{path}.{name} is {value.dtype} {list(value.shape)}: moeflow needs float experts "
+                "stacked along the first "
+                f"dimension, here {num_experts}."
+            )
+    return LayerLayout(
+        path,
+        num_experts,
+        RecordLayout.pack([(n, DTYPE_NAMES[p.dtype], tuple(p.shape[1:])) for n, p in parameters.items()]),
+    )
+
+
+def expert_tensor_names(model, tensors: dict[str, TensorEntry]) -> set[str]:
+    """Return the names of the checkpoint tensors that feed routed experts."""
+    _, stored = _quantised(model, tensors)
+    collected = experts_interface.collect_expert_tensors(model, stand_ins(tensors, stored)).values()
+    keys = {key for _, groups, _ in collected for members in groups.values() for key, _ in members}
+    pieces = {name for key in keys & stored.keys() for name, _ in stored[key].pieces.values()}
+    return pieces | (keys - stored.keys())
+
+
+def _quantised(model, tensors) -> tuple[NativeScheme | None, dict[str, StoredMatrix]]:
+    scheme = quantizer.native_scheme(model.config)
+    return scheme, find_matrices(tensors, scheme) if scheme is not None else {}
+
+
+def _layer_source(path, module, collected, stored, scheme) -> LayerSource:
+    layout = _layout(path, module)
+    floats = layout.record
+    missing = [spec.name for spec in floats.tensors if f"{path}.{spec.name}" not in collected]
+    if missing:
+        raise CheckpointError(
+            f"no tensor of the checkpoint feeds {path}.{missing[0]}. The checkpoint is incomplete or of another model: "
+            "compare its config.json with its weights, or download it again."
+        )
+    matrices = _native_matrices(path, module, floats, collected, stored, scheme)
+    layout = layout._replace(record=native_record(floats, list(matrices.values())) if matrices else floats)
+    places = {spec.name: spec for spec in layout.record.tensors}
+    copies, conversions = [], []
+    for spec in floats.tensors:
+        full_name = f"{path}.{spec.name}"
+        if spec.name in matrices:
+            found = place_matrix(
+                full_name, matrices[spec.name], layout.record, collected[full_name], stored, scheme, layout.num_experts
+            )
+        else:
+            found = _place_floats(full_name, places[spec.name], collected[full_name], layout.num_experts)
+        copies += found[0]
+        conversions += found[1]
+    return LayerSource(layout, tuple(copies), tuple(conversions))
+
+
+def _native_matrices(path, module, floats, collected, stored, scheme) -> dict[str, MatrixSpec]:
+    """Return the parameters that the checkpoint holds quantised; a layer has all its matrices so, or none."""
+    found = {}
+    for spec in floats.tensors:
+        _, groups, _ = collected[f"{path}.{spec.name}"]
+        keys = {key for members in groups.values() for key, _ in members}
+        if keys & stored.keys():
+            if keys - stored.keys():
+                raise UnsupportedModelError(
+                    f"{path}.{spec.name} is quantised in part: {min(keys - stored.keys())} is not. Use the model's "
+                    "float32, bfloat16 or float16 checkpoint."
+                )
+            found[spec.name] = MatrixSpec(
+                spec.name, scheme.format, spec.shape[::-1] if module.is_transposed else spec.shape
+            )
+    unquantised = [spec.name for spec in floats.tensors if len(spec.shape) == 2 and spec.name not in found]
+    if found and unquantised:
+        raise UnsupportedModelError(
+            f"{path} is quantised in part: {unquantised[0]} is not. Use the model's float32, bfloat16 or float16 "
+            "checkpoint."
+        )
+    return found
+
+
+def _place_floats(full_name, spec, feeding, num_experts) -> tuple[list, list]:
+    """Return the copies and conversions that fill one float tensor of every expert."""
+    converter, groups, place = feeding
+    for key, entry in (member for members in groups.values() for member in members):
+        if entry.dtype not in FLOAT_DTYPES:
+            raise UnsupportedModelError(
+                f"{key} is stored as {entry.dtype}, which this version does not read yet. "
+                "Use the model's float32, bfloat16 or float16 checkpoint."
+            )
+    copies, conversions = [], []
+    operations = list(converter.operations) if converter is not None else []
+    tables = piece_tables(full_name, groups, num_experts, place, converter)
+    steps = _per_expert_steps(full_name, operations, tables, spec.shape)
+    if not steps and all(table.dtype == spec.dtype for table in tables):
+        offset = spec.offset
+        for table in tables:
+            copies.append((table, offset))
+            offset += table.num_bytes
+        written = offset - spec.offset
+    else:
+        conversions.append(Conversion(tuple(tables), _converter(converter, steps, tables, list(groups), spec)))
+        written = sum(table.num_bytes * TORCH_DTYPES[spec.dtype].itemsize // TORCH_DTYPES[table.dtype].itemsize
+                      for table in tables)  # fmt: skip
+    if written != spec.num_bytes:
+        raise CheckpointError(
+            f"{full_name} needs {spec.num_bytes} bytes an expert, the checkpoint has {written} "
+            f"({', '.join(f'{t.dtype} {list(t.shape)}' for t in tables)}). Its config.json is of another model."
+        )
+    return copies, conversions
+
+
+def _per_expert_steps(name, operations, tables, shape) -> list:
+    """Return the operations one expert's bytes still need, none if they only have to follow one another."""
+    steps, moves_only = [], True
+    for operation in operations:
+        kind = type(operation).__name__
+        if kind == "MergeModulelist" and operation.dim == 0:
+            continue  # an expert is already one element of the list
+        if kind == "ErnieFuseAndSplitTextVisionExperts" and (operation.stack_dim, operation.concat_dim) == (0, 1):
+            continue  # the list was split in piece_tables; what remains is a concatenation
+        if kind == "Concatenate" and operation.dim == 1:
+            steps.append(operation)  # rows of one expert follow one another
+            continue
+        if kind == "Transpose" and getattr(operation, "check_dims", False):
+            if tables[0].shape == shape:
+                continue
+            operation = copy.copy(operation)
+            operation.check_dims = False
+        dims = [getattr(operation, dim) for dim in ("dim", "dim0", "dim1") if hasattr(operation, dim)]
+        if kind not in ("Transpose", "Interleave", "Concatenate") or not dims or min(dims) < 1:
+            raise UnsupportedModelError(
+                f"{name} is stored in a form that needs {kind}, which cannot be done for one expert "
+                "alone. Write the model "
+                "anew with from_pretrained(...).save_pretrained(...) on a large machine, or report "
+                "the model to moeflow."
+            )
+        steps.append(operation)
+        moves_only = False
+    return [] if moves_only else steps
+
+
+def _converter(converter, steps, tables, patterns, spec) -> Callable:
+    """Build the function that turns one expert's raw pieces into its tensor inside the record."""
+    target_dtype = TORCH_DTYPES[spec.dtype]
+    shapes = [(TORCH_DTYPES[table.dtype], table.shape) for table in tables]
+    target = converter.target_patterns[:1] if converter else ["tensor"]
+    concatenates = len(tables) > 1 and not any(type(step).__name__ == "Concatenate" for step in steps)
+
+    def convert(expert, pieces, record):
+        tensors = [
+            torch.from_numpy(piece).view(dtype).view(1, *shape)
+            for piece, (dtype, shape) in zip(pieces, shapes, strict=True)
+        ]
+        if concatenates:
+            tensors = [torch.cat(tensors, dim=1)]
+        values = dict(zip(patterns if len(tensors) > 1 else target, tensors, strict=True))
+        for step in steps:
+            values = step.convert(values, source_patterns=list(values), target_patterns=target)
+        (value,) = values.values()
+        out = (
+            torch.from_numpy(record[spec.offset : spec.offset + spec.num_bytes]).view(target_dtype).view(1, *spec.shape)
+        )
+        out.copy_(value)
+
+    return convert

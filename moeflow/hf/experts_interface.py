@@ -1,0 +1,158 @@
+"""Routed experts as transformers has them: the door through which it calls them, and the tensors that feed them.
+
+Every family runs its experts through one interface, and here the function behind it is registered. Which checkpoint
+tensor feeds which expert is asked of transformers' own conversion mapping, so that no list of architectures is kept.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from moeflow.checkpoint.headers import TensorEntry
+from moeflow.errors import UnsupportedModelError
+from moeflow.hf.version import parts_of_transformers
+
+with parts_of_transformers():
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+IMPLEMENTATION = "moeflow"
+_TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k",
+)
+
+
+def _experts_forward(module, hidden_states, top_k_index, top_k_weights):
+    return module._moeflow(hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+
+
+def experts_modules(model) -> list[tuple[str, torch.nn.Module]]:
+    """List the modules transformers runs through its experts interface, in the model's order.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    marks = ("is_transposed", "has_bias", "has_gate", "_apply_gate")
+    found = [(name, module) for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no routed experts that transformers runs through its experts "
+            "interface: it is a "
+            "dense model, or a family that cannot be offloaded. Load it with AutoModelForCausalLM.from_pretrained."
+        )
+    return found
+
+
+def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what an experts module was called with, as its hooks see it: hidden_states, top_k_index, top_k_weights."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    return (*args, *(kwargs[name] for name in names[len(args) :]))
+
+
+def activation_of(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what an experts module does between its matrices: [n, 2I] or [n, I] in, [n, I] out."""
+    return module._apply_gate if module.has_gate else module.act_fn
+
+
+def has_post_norm(module: torch.nn.Module) -> bool:
+    """Tell whether an experts module normalises each expert's output."""
+    return getattr(module, "has_post_expert_norm", False)
+
+
+def post_norm(module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """Return an expert's output [n, H] as its module hands it on: normalised where the family has a norm there."""
+    return module.post_expert_norm(output) if has_post_norm(module) else output
+
+
+def gated_hidden(mlp: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return what a dense gated MLP multiplies its down projection with: [T, H] in, [T, I] out."""
+    return mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
+
+
+def transposed(model) -> list[bool]:
+    """Tell for each experts module whether it stores its matrices [in, out]."""
+    return [bool(module.is_transposed) for _, module in experts_modules(model)]
+
+
+def num_experts_per_tok(model) -> int:
+    """Return the largest number of experts a token is routed to, as the routers and the config name it."""
+    owners = [model.config, model.config.get_text_config(decoder=True)]
+    for path, module in experts_modules(model):
+        block = model.get_submodule(path.rpartition(".")[0])
+        owners += [module, getattr(module, "config", None), block, *block.children()]
+    found = [getattr(owner, name, None) for owner in owners for name in _TOP_K_NAMES]
+    found = [value for entry in found for value in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    return max((value for value in found if type(value) is int), default=1)
+
+
+def router_parameters(block) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Find a MoE block's router: its weight [E, H] and bias [E], each None where there is no single such parameter."""
+    experts = next((module for module in block.children() if hasattr(module, "_apply_gate")), None)
+    num_experts = getattr(experts, "num_experts", None)
+    found = {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if "shared" not in name and parameter.dim() == 2 and parameter.shape[0] == num_experts
+    }
+    if len(found) != 1:
+        return None, None
+    ((name, weight),) = found.items()
+    bias = dict(block.named_parameters()).get(name.removesuffix("weight") + "bias")
+    return weight, bias if bias is not None and bias.shape == weight.shape[:1] else None
+
+
+def conversions(model) -> tuple[list, list]:
+    """Return transformers' rules for this model's checkpoints: renamings, and converters."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+
+def collect_expert_tensors(model, tensors: dict[str, TensorEntry]) -> dict[str, tuple]:
+    """Group a checkpoint's tensors by the expert parameter they feed, by transformers' own conversion mapping.
+
+    Args:
+        model: the empty model, experts still on it.
+        tensors: the checkpoint's tensors by their names in the checkpoint.
+
+    Returns:
+        {parameter: (converter or None, {source pattern: [(tensor name, entry)]}, place among the converter's targets)}
+    """
+    parameters = model.state_dict()
+    expert_names = {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
+    renamings, converters = conversions(model)
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    collected = {}
+    for key in sorted(tensors, key=_natural_order):
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if renamed not in parameters and key in parameters:
+            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
+        converter = by_pattern[pattern] if pattern is not None else None
+        targets = [renamed]
+        if converter is not None and len(converter.target_patterns) > 1:
+            first = converter.target_patterns[0]
+            targets = [renamed.replace(first, target) for target in converter.target_patterns]
+        if not expert_names.intersection(targets):
+            continue
+        for place, target in enumerate(targets):
+            _, groups, _ = collected.setdefault(target, (converter, {}, place))
+            groups.setdefault(pattern or key, []).append((key, tensors[key]))
+    for name, stored in model.all_tied_weights_keys.items():  # experts used from two places are stored once
+        if name not in collected and stored in collected:
+            collected[name] = collected[stored]
+    return collected
+
+
+def _natural_order(name: str) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

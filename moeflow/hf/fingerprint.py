@@ -1,0 +1,50 @@
+"""Which model a trace or a predictor belongs to, in 16 hexadecimal digits."""
+
+import hashlib
+import json
+
+import torch
+
+from moeflow.hf import experts_interface
+
+
+@torch.no_grad()
+def model_fingerprint(model) -> str:
+    """Hash what makes a model route as it does: its shape and its routers' weights, rounded to bfloat16.
+
+    A checkpoint in bfloat16 has the same fingerprint loaded as float32 or as bfloat16, with its experts or without.
+
+    Args:
+        model: a transformers model with routed experts, its weights loaded.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
+
+    Raises:
+        UnsupportedModelError: the model has no routed experts.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = experts_interface.experts_modules(model)
+    counts = [_num_experts(module) for _, module in found]
+    shape = [
+        model.config.model_type,
+        len(found),
+        counts,
+        experts_interface.num_experts_per_tok(model),
+        getattr(config, "hidden_size", None),
+        getattr(config, "vocab_size", None),
+    ]
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    for (path, _), num_experts in zip(found, counts, strict=True):
+        block, _, experts = path.rpartition(".")
+        for name, parameter in sorted(model.get_submodule(block).named_parameters()):
+            is_router = parameter.dim() == 2 and tuple(parameter.shape) == (num_experts, shape[4])
+            if is_router and not name.startswith(f"{experts}."):
+                digest.update(parameter.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _num_experts(module) -> int:
+    """Return how many experts a module holds; where they were taken off, stubs of their shape are left."""
+    held = (*module.parameters(recurse=False), *vars(module).values())
+    return next(tensor.shape[0] for tensor in held if isinstance(tensor, torch.Tensor))

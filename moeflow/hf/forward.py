@@ -1,0 +1,143 @@
+"""Passes of a model as transformers runs them: the cache they go on from, the attention in them, where decoding ends.
+
+For those who run passes themselves, and for those who watch what `generate` runs.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moeflow.errors import UnsupportedModelError
+from moeflow.hf.version import parts_of_transformers
+
+with parts_of_transformers():
+    from transformers import CompileConfig
+    from transformers.cache_utils import Cache, DynamicCache
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+KeyValueCache = Cache
+causal_rule = causal_mask_function  # (batch, head, query position, key position) -> bool
+_PACKED = "moeflow_packed"
+_KEY_VALUE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # a dummy keeps nothing
+
+
+def cache_of(kwargs: dict):
+    """Return the key-value cache that a forward pass was called with, None where there is none."""
+    past = kwargs.get("past_key_values")
+    return kwargs.get("cache") if past is None else past  # its name from transformers 5.24 on
+
+
+def continues_cache(kwargs: dict, num_positions: int) -> bool:
+    """Tell whether a forward pass called with these arguments continues earlier positions: decode, not prefill."""
+    past = cache_of(kwargs)
+    if hasattr(past, "get_seq_length"):
+        return bool(past.get_seq_length() > 0)
+    # a cache without a length (state-space models): one position at a time is decode
+    return past is not None and num_positions == 1
+
+
+def key_value_bytes_per_position(model) -> int:
+    """Estimate the key-value cache of one position, from the attention modules' projections."""
+    features = 0
+    for module in model.modules():
+        for names in (("k_proj", "v_proj"), ("kv_b_proj",), ("qkv_proj",), ("query_key_value",)):
+            projections = [getattr(module, name, None) for name in names]
+            if all(isinstance(projection, torch.nn.Linear) for projection in projections):
+                features += sum(projection.out_features for projection in projections)
+                break
+    return features * model.dtype.itemsize
+
+
+def check_key_value_cache(model) -> None:
+    """Refuse a model that keeps anything else of earlier positions than keys and values.
+
+    Raises:
+        UnsupportedModelError: the message names what it keeps.
+    """
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a decoder that generates token by token.")
+    kept = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - _KEY_VALUE_LAYERS
+    if kept:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps other state than keys and values ({', '.join(sorted(kept))}), of which the "
+            "engine knows nothing. Call model.generate instead."
+        )
+
+
+def context_positions(model) -> int | None:
+    """Return how many positions the model was made for; None where its config does not say."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def end_tokens(model) -> frozenset[int]:
+    """Return the tokens at which generation ends."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset([found] if isinstance(found, int) else found or ())
+
+
+def packed_forward(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache, keep: torch.Tensor):
+    """Run one pass and return the logits [len(keep), V] of the tokens at these places.
+
+    Args:
+        input_ids: [1, N].
+        position_ids: [1, N].
+        keep: [S], places in 0..N-1.
+    """
+    known = inspect.signature(model.forward).parameters
+    arguments = {"cache" if "cache" in known else "past_key_values": cache}
+    if "logits_to_keep" in known:
+        arguments["logits_to_keep"] = keep
+    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **arguments).logits[0]
+    return logits if "logits_to_keep" in known else logits[keep]
+
+
+def register_packed_attention(attention: Callable, mask: Callable) -> None:
+    """Register the functions that `attention_replaced` puts in place of a model's own."""
+    ALL_ATTENTION_FUNCTIONS.register(_PACKED, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_PACKED, mask)
+
+
+@contextmanager
+def attention_replaced(model) -> Iterator[dict[int, str]]:
+    """Let the model's attention be the registered function, and its masks the registered masks.
+
+    Yields:
+        The implementation that each config has otherwise, by the config's id: "sdpa" or "eager".
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    own = {key: name if name == "eager" or not model._supports_sdpa else "sdpa" for key, name in before.items()}
+    own = {key: name if name in ("eager", "sdpa") else "eager" for key, name in own.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = _PACKED
+        yield own
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def attention_function(module, implementation: str) -> Callable:
+    """Return the function that an attention module would call with this implementation."""
+    of_model = sys.modules[type(module).__module__]
+    eager = getattr(of_model, "eager_attention_forward", None)
+    return getattr(of_model, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS).get_interface(implementation, eager)
+
+
+def compile_decoding(model) -> None:
+    """Let generate() compile its decode steps, on any device: a static key-value cache, and torch.compile."""
+    # Checks of what the compiler itself has allocated would take as long as the smaller kernels.
+    compiling = CompileConfig(mode=None, fullgraph=False, options={"size_asserts": False})
+    compiling._compile_all_devices = True  # without it transformers compiles on accelerators only
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = compiling
+
+
+def compiles_decoding(model) -> bool:
+    """Tell whether `compile_decoding` was called."""
+    return getattr(getattr(model, "generation_config", None), "compile_config", None) is not None

@@ -1,0 +1,214 @@
+"""A model from its folder, by transformers: config, tokenizer, the empty model, and the model without its experts.
+
+All that moeflow uses of transformers' internals stands in this file and in those named after it: `hf_experts` (the
+interface of routed experts), `hf_quantizer` (how a model is loaded without them), `hf_decoding` (passes, caches and
+attention) and `hf_version` (which version has it all).
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moeflow.checkpoint.headers import open_checkpoint
+from moeflow.checkpoint.prequantized import StoredMatrix, find_matrices
+from moeflow.errors import CheckpointError, ModelSourceError, UnsupportedModelError
+from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
+from moeflow.hf.quantizer import WithoutExperts, native_scheme
+from moeflow.hf.version import parts_of_transformers
+
+with parts_of_transformers():
+    import transformers
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.core_model_loading import rename_source_key
+
+
+def resolve_folder(model: str | Path, **download_kwargs) -> Path:
+    """Return the local folder of `model`, fetching it from the hub when it is an id.
+
+    Raises:
+        ModelSourceError: neither a folder nor an id the hub (or its local cache) can serve.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise ModelSourceError(
+            f"{model} is not a folder. Give a folder with a checkpoint, or a hub id such as org/name."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(model),
+                allow_patterns=["*.json", "*.safetensors", "*.moeflow", "*.jinja", "*.model", "*.txt", "*.py"],
+                ignore_patterns=["original/*", "consolidated*"],
+                **download_kwargs,
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(
+            f"{model} is not a folder here and could not be fetched from the hub ({type(error).__name__}: {error}). "
+            "Check the name and the network, or download the model and give its folder."
+        ) from error
+
+
+def load_config(folder: Path, **config_kwargs):
+    """Read config.json and refuse what this version cannot run.
+
+    Raises:
+        CheckpointError: no or a corrupt config.json.
+        UnsupportedModelError: an unknown architecture, or a checkpoint quantised by a method that is not read.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json. Give a folder written by save_pretrained or the hub.")
+    try:
+        json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}). Download it again.") from None
+    try:
+        config = AutoConfig.from_pretrained(folder, **config_kwargs)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} does not know the model in {folder}: {error} "
+            "A newer transformers may (pip install -U transformers)."
+        ) from error
+    native_scheme(config, str(folder))
+    return config
+
+
+def load_tokenizer(folder: Path):
+    """Return the model's tokenizer.
+
+    Raises:
+        CheckpointError: there is none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can load ({error}). Download it again."
+        ) from error
+
+
+def model_class(config):
+    """Return the transformers class that loads this config: causal LM first, then what its architecture says."""
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return AutoModel
+
+
+def empty_model(config, dtype: torch.dtype | None = None):
+    """Build the model on the meta device, with experts and without any weight."""
+    cls = model_class(config)
+    config = copy.deepcopy(config)
+    dtype = dtype or getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
+    with torch.device("meta"):
+        return cls.from_config(config, dtype=dtype) if hasattr(cls, "from_config") else cls(config).to(dtype)
+
+
+def load_without_experts(folder: Path, config, on_skeleton: Callable, **hf_kwargs):
+    """Run `from_pretrained` for everything but the routed experts.
+
+    Args:
+        on_skeleton: called with the empty model; takes the experts off it (see `take_experts_off`).
+
+    Returns:
+        The model, its dense weights unquantised, and transformers' loading info.
+
+    Raises:
+        CheckpointError: a piece of a quantised dense weight is missing or does not fit.
+        UnsupportedModelError: a quantised dense weight that is not the model's as it is.
+    """
+    cls, scheme = model_class(config), native_scheme(config, str(folder))
+    stored = {}
+    if scheme is not None:
+        stored = find_matrices(open_checkpoint(folder).tensors, scheme)
+        config = copy.deepcopy(config)  # the checkpoint's own quantiser must not see it
+        for part in (config, config.get_text_config(decoder=True)):
+            part.__dict__.pop("quantization_config", None)
+
+    def check_and_strip(empty):
+        _check_dense(empty, stored)
+        on_skeleton(empty)
+
+    loading = WithoutExperts(check_and_strip, scheme)
+    loaded = cls.from_pretrained(
+        folder,
+        config=config,
+        quantization_config=loading,
+        experts_implementation=IMPLEMENTATION,
+        use_safetensors=True,
+        output_loading_info=True,
+        **hf_kwargs,
+    )
+    if loading.problems:
+        raise CheckpointError(
+            f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."
+        )
+    return loaded
+
+
+def _check_dense(model, stored: dict[str, StoredMatrix]) -> None:
+    """Refuse quantised dense weights that cannot be loaded one by one, before anything large is read."""
+    if not stored:
+        return
+    parameters, renamings, converters = model.state_dict(), *conversions(model)
+    for name, matrix in stored.items():
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        parameter = parameters.get(target)
+        if parameter is None or parameter.dim() == 3:  # stacked experts
+            continue
+        if pattern is not None:
+            raise UnsupportedModelError(
+                f"{name} is quantised, and {type(model).__name__} has it in another form ({target}), into which "
+                "moeflow does not bring quantised dense weights. Use the model's float32 or bfloat16 checkpoint."
+            )
+        if tuple(parameter.shape) != matrix.shape:
+            raise CheckpointError(
+                f"{target} is {list(parameter.shape)}, the checkpoint's {name} {list(matrix.shape)} (out, in "
+                "features). Its config.json is of another model, or names another quantisation."
+            )
+
+
+def take_experts_off(model) -> None:
+    """Remove the routed experts' parameters from an empty model and keep the loader quiet about them."""
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    scheme = native_scheme(model.config)
+    if scheme is not None and scheme.method == "gptq":
+        ignored.add(r"\.bias$")  # some tools write a bias of zeros beside every matrix
+    for path, module in experts_modules(model):
+        tail = path.removeprefix(f"{model.base_model_prefix}.")
+        if scheme is not None:  # the pieces have other names than the parameters
+            ignored.add(r"(^|\.)" + re.escape(f"{tail}."))
+        for name in list(module._parameters):
+            # What stays is an attribute of the right shape without memory: some families' init code looks at it.
+            stub = module._parameters.pop(name)
+            if stub is not None:
+                stub._is_hf_initialized = True
+            module.__dict__[name] = stub
+            ignored.add(r"(^|\.)" + re.escape(f"{tail}.{name}") + "$")
+            for submodule in model.modules():
+                getattr(submodule, "all_tied_weights_keys", {}).pop(f"{path}.{name}", None)
+        module._is_hf_initialized = True
+    model._keys_to_ignore_on_load_unexpected = ignored
+
+
+def own_dense_weights(model) -> None:
+    """Move parameters and buffers on the CPU out of the checkpoint's memory mapping, one at a time.
+
+    Mapped weights would be paged out under memory pressure, and lie at whatever offset the file has, on which the
+    last bit of a matrix product depends.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()

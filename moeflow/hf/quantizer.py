@@ -1,0 +1,143 @@
+"""The quantiser through which transformers loads a model without its experts.
+
+transformers lets a quantiser change the empty model before weights are loaded, and make each weight of what the
+checkpoint has. This one lets the caller take the experts off, and makes plain dense weights of a quantised
+checkpoint's pieces. The model that comes out knows nothing of it.
+"""
+
+import re
+
+import torch
+
+from moeflow.checkpoint.prequantized import NativeScheme, read_scheme
+from moeflow.checkpoint.prequantized_values import values
+from moeflow.hf.experts_interface import IMPLEMENTATION
+from moeflow.hf.version import parts_of_transformers
+
+with parts_of_transformers():
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+@register_quantization_config(IMPLEMENTATION)
+class WithoutExperts(QuantizationConfigMixin):
+    """Carries a callback into `from_pretrained`; it is gone from the model when that returns.
+
+    Args:
+        on_skeleton: called with the empty model.
+        scheme: how the checkpoint is quantised, in place of its own quantization_config; None where it is not.
+    """
+
+    def __init__(self, on_skeleton=None, scheme: NativeScheme | None = None, **kwargs):
+        self.quant_method = IMPLEMENTATION
+        self.on_skeleton = on_skeleton
+        self.scheme = scheme
+        self.problems: list[str] = []  # with dense weights: transformers would only log what is raised meanwhile
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def to_dict(self):
+        return {"quant_method": IMPLEMENTATION}
+
+
+@register_quantizer(IMPLEMENTATION)
+class _ExpertsRemover(HfQuantizer):
+    """Takes the experts' parameters off the empty model, so that their checkpoint entries stay unread.
+
+    The dense weights of a quantised checkpoint become plain values, each as it is loaded.
+    """
+
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.scheme is not None  # else transformers casts codes to floats
+
+    def get_weight_conversions(self):
+        scheme = self.quantization_config.scheme
+        if scheme is None or scheme.method == "mxfp4":  # of experts only
+            return []
+        operation = _Dequantize(scheme, self.quantization_config.problems)
+        return [WeightConverter(list(operation.endings), ".weight", [operation])]
+
+    def update_weight_conversions(self, weight_conversions, *args):
+        return weight_conversions + self.get_weight_conversions()
+
+    def get_new_dtype(self, converter, param, dtype):
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, _Dequantize):
+                operation.dtype = dtype  # of its own target: every target has its own converter
+                return None
+        return dtype
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        self.quantization_config.on_skeleton(model)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(module, "config") and getattr(module.config, "_is_quantized", False):
+                module.config._is_quantized = False
+        return model
+
+    def is_serializable(self):
+        return False
+
+    @property
+    def is_trainable(self):
+        return False
+
+
+class _Dequantize(ConversionOps):
+    """Makes a dense weight of its quantised pieces, or passes on one that is not quantised.
+
+    Args:
+        scheme: how the checkpoint is quantised.
+        problems: gets a sentence for every weight that could not be made.
+    """
+
+    def __init__(self, scheme: NativeScheme, problems: list[str]):
+        self.scheme = scheme
+        self.problems = problems
+        self.dtype = None
+        stem = "" if scheme.stands_for else ".weight"  # what the names of all pieces begin with
+        self.endings = {re.escape(stem + ending) + "$": ending for ending in (scheme.codes, *scheme.companions)}
+
+    def __deepcopy__(self, memo):
+        return _Dequantize(self.scheme, self.problems)
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        pieces = {
+            self.endings[pattern]: value[0] if isinstance(value, list) else value
+            for pattern, value in input_dict.items()
+        }
+        parameter = model.get_parameter(full_layer_name)
+        dtype = self.dtype or parameter.dtype
+        if len(pieces) == 1:
+            (value,) = pieces.values()
+            return {full_layer_name: value.to(dtype)}
+        try:
+            return {full_layer_name: values(pieces, self.scheme, tuple(parameter.shape), dtype)}
+        except ValueError as error:
+            self.problems.append(f"{full_layer_name} cannot be used: {error}")
+            return {full_layer_name: torch.zeros(parameter.shape, dtype=dtype)}
+
+
+def native_scheme(config, source: str = "the model") -> NativeScheme | None:
+    """Tell how the checkpoint of this config is quantised, None where it is not.
+
+    Args:
+        config: of a folder, or of an empty model that `load_without_experts` shows.
+        source: what the config is of, for errors.
+
+    Raises:
+        UnsupportedModelError: by a method that is not read.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        quantization = getattr(part, "quantization_config", None)
+        if isinstance(quantization, WithoutExperts):
+            return quantization.scheme
+        if quantization is not None:
+            return read_scheme(quantization if isinstance(quantization, dict) else quantization.to_dict(), source)
+    return None

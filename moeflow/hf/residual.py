@@ -1,0 +1,109 @@
+"""The residual stream in front of each MoE layer's router, and that router folded with its norm: what lookahead asks.
+
+Which norm feeds the experts is found by looking: the one whose output is the very tensor the experts receive. Knows
+torch modules by their shapes, not by their families.
+"""
+
+import weakref
+
+import torch
+
+from moeflow.hf import experts_interface
+from moeflow.predictors.lookahead import Lookahead
+
+
+class ResidualTap:
+    """Keeps what went into the norm before each layer's experts, one pass at a time.
+
+    Args:
+        model: a model whose experts were taken off.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self._latest: dict[int, dict] = {}  # layer -> {norm: (its input, its output)} of the pass under way
+        self._hooks: list = []
+        self.norms = {
+            layer: _norms_around(model, path)
+            for layer, (path, _) in enumerate(experts_interface.experts_modules(model))
+        }
+
+    def listen(self, wanted: bool) -> None:
+        """Put the hooks on, or take them off: even an idle hook costs a layer some 20 us."""
+        if len(self._hooks) == (sum(map(len, self.norms.values())) if wanted else 0):
+            return
+        self.close()
+        if wanted:
+            for layer, norms in self.norms.items():
+                self._hooks += [norm.register_forward_hook(self._keep(layer)) for norm in norms]
+
+    def residual(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the residual stream [T, H] of the pass whose experts receive hidden_states [T, H], if it was seen."""
+        for norm, (before, after) in self._latest.pop(layer, {}).items():
+            if after.data_ptr() == hidden_states.data_ptr() and after.numel() == hidden_states.numel():
+                self.norms[layer] = [norm]  # the others' hooks go with the next pass
+                return before.reshape(hidden_states.shape)
+        return None
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._latest.clear()
+
+    def _keep(self, layer: int):
+        tap = weakref.ref(self)
+
+        @torch.compiler.disable
+        def hook(norm, args, output):
+            found = tap()
+            if found is not None and args and isinstance(output, torch.Tensor):
+                found._latest.setdefault(layer, {})[norm] = args[0].detach(), output.detach()
+
+        return hook
+
+
+def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:
+    """Fold each layer's norm and router; None where no layer's can be.
+
+    Of several norms the last one before the MoE block is taken; Lookahead checks on the first tokens whether it was
+    the right one.
+    """
+    routers, biases, eps = [], [], []
+    for path, _ in experts_interface.experts_modules(model):
+        weight, bias = experts_interface.router_parameters(model.get_submodule(path.rpartition(".")[0]))
+        norms = _norms_around(model, path)
+        if weight is not None:  # a norm of attention heads, or one without a weight, is not what feeds a router
+            norms = [norm for norm in norms if getattr(norm, "weight", None) is not None]
+            norms = [norm for norm in norms if norm.weight.shape == weight.shape[1:]]
+        known = weight is not None and len(norms) > 0
+        routers.append(weight * _scale(norms[-1], weight) if known else None)
+        biases.append(bias)
+        eps.append(_eps(norms[-1]) if known else 0.0)
+    if all(router is None for router in routers):
+        return None
+    return Lookahead(routers, biases, eps, top_k)
+
+
+def _norms_around(model, path: str) -> list[torch.nn.Module]:
+    """List the norms beside the MoE block and inside it, in the order they are registered."""
+    block = path.rpartition(".")[0]
+    layer = model.get_submodule(block.rpartition(".")[0])
+    return [
+        module
+        for name, module in layer.named_modules()
+        if name.count(".") <= 1
+        and "norm" in type(module).__name__.lower()
+        and not list(module.children())
+        and not name.startswith(("self_attn.", "attention."))
+    ]
+
+
+@torch.no_grad()
+def _scale(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
+    """Return what a root-mean-square norm multiplies its normalised input with: [H]."""
+    return norm(torch.ones(1, like.shape[1], dtype=like.dtype, device=like.device))[0]
+
+
+def _eps(norm: torch.nn.Module) -> float:
+    return next((float(v) for n in ("variance_epsilon", "eps") if (v := getattr(norm, n, None)) is not None), 1e-6)

@@ -1,0 +1,74 @@
+"""What a model is and what each budget buys, told from headers alone."""
+
+from pathlib import Path
+
+from moeflow import hardware
+from moeflow.checkpoint.headers import open_checkpoint
+from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
+from moeflow.hf import experts_interface, pretrained
+from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
+from moeflow.memory_size import ExpertsSize
+
+_SHARES = (12.5, 25, 50, 75, 100)
+
+
+def describe_model(model: str | Path) -> dict:
+    """Describe a model without reading a weight.
+
+    Args:
+        model: a hub id or a folder.
+
+    Returns:
+        Names and sizes: model_type, layers, moe_layers, experts, num_experts_per_tok, expert_bytes, experts_bytes,
+        dense_bytes, minimum_bytes, budgets (share, slots, bytes, experts resident a layer), machine.
+
+    Raises:
+        ModelSourceError, CheckpointError, UnsupportedModelError: as load_moe does.
+    """
+    folder = pretrained.resolve_folder(model)
+    config = pretrained.load_config(folder)
+    checkpoint = open_checkpoint(folder)
+    empty = pretrained.empty_model(config)
+    packed = (folder / PACKED_FILE).is_file()
+    layers = read_packed(folder, map_layouts(empty)) if packed else map_experts(empty, checkpoint.tensors)
+    feeding = set() if packed else expert_tensor_names(empty, checkpoint.tensors)
+    size = ExpertsSize.of([source.layout for source in layers], experts_interface.num_experts_per_tok(empty))
+    dense = sum(entry.num_bytes for name, entry in checkpoint.tensors.items() if name not in feeding)
+    counts = sorted({source.layout.num_experts for source in layers})
+    records = {record for source in layers for record in source.layout.variants or (source.layout.record,)}
+    record_bytes = sorted({record.num_bytes for record in records})
+    formats = sorted({spec.format for record in records for spec in record.matrices})
+    text = config.get_text_config(decoder=True)
+    return {
+        "model": str(model),
+        "model_type": config.model_type,
+        "packed": packed,
+        "layers": getattr(text, "num_hidden_layers", None),
+        "moe_layers": len(layers),
+        "experts_per_layer": counts[0] if len(counts) == 1 else counts,
+        "num_experts_per_tok": size.num_experts_per_tok,
+        "num_experts": size.num_experts,
+        "dtype": ", ".join(formats) or layers[0].layout.record.tensors[0].dtype,
+        "expert_bytes": record_bytes[0] if len(record_bytes) == 1 else record_bytes,
+        "experts_bytes": size.all_bytes,
+        "dense_bytes": dense,
+        "minimum_bytes": size.min_bytes,
+        "budgets": [_budget(size, len(layers), share) for share in _SHARES],
+        "machine": {
+            "memory_available_bytes": hardware.available_memory_bytes(),
+            "memory_limit_bytes": hardware.memory_limit_bytes(),
+            "gpus": hardware.gpu_names(),
+        },
+    }
+
+
+def _budget(size: ExpertsSize, num_layers: int, share: float) -> dict:
+    num_bytes = int(size.all_bytes * share / 100)
+    slots = size.num_experts * num_bytes // size.all_bytes  # on average, where experts differ in size
+    return {
+        "share_percent": share,
+        "bytes": num_bytes,
+        "slots": slots,
+        "resident_experts_per_layer": round(slots / num_layers, 2),
+        "runs": num_bytes >= size.min_bytes,
+    }

@@ -1,0 +1,175 @@
+"""The function behind transformers' experts interface: route tokens to experts that may not be here yet."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import closing
+
+import torch
+
+from moeflow.errors import ConfigError
+from moeflow.hf.residual import ResidualTap
+from moeflow.kernels.pruning import PruningThreshold
+from moeflow.moe.compute import ExpertCompute, choose_compute
+from moeflow.moe.dispatch import Dispatch
+from moeflow.offload.prediction_loop import Routes
+from moeflow.offload.runtime import ExpertRuntime
+
+_BY_HANDLE: "weakref.WeakValueDictionary[int, OffloadedExperts]" = weakref.WeakValueDictionary()
+
+
+class OffloadedExperts:
+    """The routed experts of one layer, served from the runtime's tiers.
+
+    Args:
+        runtime: where experts come from.
+        layer: number among the MoE layers.
+        module: the experts module, whose parameters were taken off.
+        tap: where the residual stream is seen, for a predictor that asks for it.
+    """
+
+    def __init__(self, runtime: ExpertRuntime, layer: int, module: torch.nn.Module, tap: ResidualTap | None = None):
+        self.runtime = runtime
+        self.tap = tap
+        self.pruning: PruningThreshold | None = None  # lossy, so set only where it was asked for
+        # Where the experts are spread over processes: who returns the outputs of every place, see `ExpertParallel`.
+        self.spread: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor] | None = None
+        self.layer = layer
+        self._num_experts = runtime.store.layers[layer].layout.num_experts
+        self._module = weakref.ref(module)  # the module holds this object, not the other way round
+        self._computes: dict[torch.dtype, ExpertCompute] = {}
+        self._handle = id(self)
+        _BY_HANDLE[self._handle] = self
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the routed experts.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, K], expert numbers; a number of num_experts or more means none.
+            top_k_weights: [T, K].
+
+        Returns:
+            [T, H].
+
+        Raises:
+            ExpertReadError: an expert could not be read.
+            ClosedModelError: the runtime was closed.
+            ConfigError: the hidden states are on another device than the experts, or the experts are spread over
+                processes and no session is open.
+            ParallelError: another process failed.
+        """
+        if torch.compiler.is_compiling():
+            return torch.ops.moeflow.experts(hidden_states, top_k_index, top_k_weights, self._handle)
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            return _NoBackward.apply(hidden_states, top_k_index, top_k_weights, self)
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    @torch.no_grad()
+    def run(self, hidden_states, top_k_index, top_k_weights):
+        """Do the work of a call, outside autograd and compilation."""
+        if hidden_states.device != self.runtime.device:
+            raise ConfigError(
+                f"the model's activations are on {hidden_states.device}, its experts on "
+                f"{self.runtime.device}. Do not move a "
+                "model that load_moe returned: give load_moe the device instead."
+            )
+        if top_k_index.shape[0] == 0:
+            return torch.zeros_like(hidden_states)
+        if self.pruning is not None:
+            top_k_index, top_k_weights = self.pruning.apply(
+                hidden_states, top_k_index, top_k_weights, num_experts=self._num_experts
+            )
+        for observer in self.runtime.observers:
+            observer.observe(self.layer, top_k_index, top_k_weights, hidden_states)
+        if self.spread is not None:
+            outputs = self.spread(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
+            return self._compute(hidden_states.dtype).end(hidden_states, outputs, top_k_weights)
+        routes = None
+        if self.runtime.predicting:
+            residual = self.tap.residual(self.layer, hidden_states) if self.tap is not None else None
+            routes = Routes(top_k_index, top_k_weights, residual)
+        dispatch = Dispatch(top_k_index, self._num_experts)
+        compute = self._compute(hidden_states.dtype)
+        outputs = output = None
+        with closing(self.runtime.serve(self.layer, dispatch.experts, routes, dispatch.num_tokens_of())) as served:
+            for residents in served:
+                if dispatch.num_tokens == 1 and len(residents) == dispatch.top_k:
+                    output = compute.run_token(hidden_states, residents, dispatch, top_k_weights)
+                    continue
+                if outputs is None:
+                    outputs = compute.begin(hidden_states, dispatch)
+                compute.run(hidden_states, residents, dispatch, outputs)
+        if output is not None:
+            return output
+        if outputs is None:  # no expert at all
+            outputs = compute.begin(hidden_states, dispatch)
+        return compute.end(hidden_states, outputs, top_k_weights)
+
+    @torch.no_grad()
+    def run_rows(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Run each row through one expert, with the bits that a whole call has before it weighs and sums.
+
+        Args:
+            hidden_states: [n, H].
+            experts: [n], each row's expert, on the CPU.
+
+        Returns:
+            [n, H] of `outputs_dtype`.
+
+        Raises:
+            ExpertReadError: an expert could not be read.
+            ClosedModelError: the runtime was closed.
+        """
+        dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self._compute(hidden_states.dtype)
+        outputs = compute.begin(hidden_states, dispatch)
+        served = self.runtime.serve(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
+        with closing(served):
+            for residents in served:
+                compute.run(hidden_states, residents, dispatch, outputs)
+        return outputs
+
+    def outputs_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what experts' outputs are kept in until they are summed, for hidden states of `dtype`."""
+        nobody = torch.empty(0, 1, dtype=torch.int64)
+        empty = torch.empty(0, 1, dtype=dtype, device=self.runtime.device)
+        return self._compute(dtype).begin(empty, Dispatch(nobody, self._num_experts)).dtype
+
+    def _compute(self, dtype: torch.dtype) -> ExpertCompute:
+        found = self._computes.get(dtype)
+        if found is None:
+            records = self.runtime.records(self.layer)
+            found = self._computes[dtype] = choose_compute(self._module(), records, self.runtime.device, dtype)
+        return found
+
+
+class _NoBackward(torch.autograd.Function):
+    """Marks the experts' output as part of the graph and says clearly that it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, top_k_index, top_k_weights, experts):
+        return experts.run(hidden_states, top_k_index, top_k_weights)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "moeflow's offloaded experts have no backward pass: their weights are not in memory at "
+            "once. Load the model with "
+            "AutoModelForCausalLM.from_pretrained to train it."
+        )
+
+
+def _experts_op(hidden_states, top_k_index, top_k_weights, handle):
+    return _BY_HANDLE[handle].run(hidden_states, top_k_index, top_k_weights)
+
+
+# By hand, since torch.library.custom_op's own Python takes longer a call than the experts of a small model.
+_LIBRARY = torch.library.Library("moeflow", "FRAGMENT")
+_LIBRARY.define("experts(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, int handle) -> Tensor")
+_LIBRARY.impl("experts", _experts_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moeflow::experts")
+def _(hidden_states, top_k_index, top_k_weights, handle):
+    return torch.empty_like(hidden_states)

@@ -1,0 +1,125 @@
+"""Serving one layer: its demanded experts, each once, the resident ones first and the others as they arrive.
+
+Decides in which order and where, device or host tier. Knows nothing of what is computed with them.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from moeflow.core import ExpertKey, RecordLayout
+from moeflow.errors import ExpertReadError
+from moeflow.offload.host_compute import HostCompute
+from moeflow.offload.prediction_loop import PredictionLoop, Routes
+from moeflow.offload.residency import Residency
+from moeflow.offload.slot_pool import Resident
+from moeflow.offload.stats import PhaseStats, Stats
+
+
+class Serving:
+    """How a runtime answers a layer's demand.
+
+    Args:
+        residency: what is on the device, and who brings the rest.
+        host_compute: the experts that the CPU computes where they lie; None where all are copied.
+        prediction: is told what was demanded and chosen; None where nobody predicts.
+        stats: what is counted.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        host_compute: HostCompute | None,
+        prediction: PredictionLoop | None,
+        stats: Stats,
+    ):
+        self._residency = residency
+        self._host_compute = host_compute
+        self._prediction = prediction
+        self._stats = stats
+
+    def serve(
+        self, layer: int, records: list[RecordLayout], num_tokens: dict[ExpertKey, int], routes: Routes | None
+    ) -> Iterator[list[Resident]]:
+        """Yield every demanded expert once; see `ExpertRuntime.serve`.
+
+        Args:
+            layer: which MoE layer.
+            records: [E], how its experts are stored.
+            num_tokens: of each demanded expert.
+            routes: what the router chose for each token, for whoever predicts.
+        """
+        stats, residency, prediction = self._stats.now, self._residency, self._prediction
+        if self._host_compute is not None:
+            residency.settle_ended()
+        held, in_flight, absent = residency.demand(list(num_tokens))
+        on_host = []
+        if self._host_compute is not None:
+            on_host = self._host_compute.choose(absent, num_tokens, residency.cache, residency.pool.stride)
+        to_start, resident = deque(key for key in absent if key not in on_host), held.copy()
+        waiting = {*to_start, *in_flight}
+        went_on, stall_s = bool(waiting and (held or on_host)), stats.stall_s
+        stats.decisions.layers_ready += not waiting
+        stats.hits += len(held)
+        stats.misses += len(absent) + len(in_flight)
+        stats.waited_for_prefetch += len(in_flight)
+
+        def arrive(arrived):
+            resident.extend(arrived)
+            held.extend(arrived)
+
+        try:
+            if prediction is not None:
+                transfers = residency.transfers
+                prediction.demanded(layer, held, in_flight, absent, transfers.copy_s, transfers.prefetches())
+            residency.start(to_start)
+            if prediction is not None and routes is not None:
+                prediction.observe(layer, routes, stats)
+                arrive(residency.prefetch(waiting))
+            yield from self._serve_from_host(on_host, records, stats)
+            while resident or waiting:
+                if not resident:
+                    residency.start(to_start)
+                    arrive(residency.await_one(waiting))
+                    continue
+                batch = [resident.pop()] if to_start else resident[::-1]
+                if not to_start:
+                    resident.clear()
+                served = residency.begin_use(batch, records)
+                begin = time.perf_counter()
+                yield served
+                stats.compute_s += time.perf_counter() - begin
+                residency.end_use(batch)
+                for key in batch:
+                    held.remove(key)
+                if to_start:
+                    residency.start(to_start)
+                else:
+                    arrive(residency.prefetch(waiting))
+            stats.decisions.layers_waited += stats.stall_s > stall_s
+            stats.decisions.went_on_with_resident += went_on
+            stats.decisions.hidden_behind_resident += went_on and stats.stall_s == stall_s
+        except (GeneratorExit, ExpertReadError) as end:
+            # These come where pins and `held` agree. An interrupt may come between the two: what it leaves is cleared.
+            if isinstance(end, ExpertReadError):
+                residency.settle_all()  # a copy that fails later must not be blamed on the next call
+            residency.end_use(held)
+            raise
+        finally:
+            if self._host_compute is not None:
+                self._host_compute.release()
+
+    def _serve_from_host(
+        self, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
+    ) -> Iterator[list[Resident]]:
+        """Yield experts where they lie in the host tier; give one that the link has time for a device slot."""
+        residency = self._residency
+        for key in on_host:
+            record = records[key.expert]
+            yield [self._host_compute.begin(key, record)]
+            stats.compute_s += self._host_compute.end(key, record.num_bytes)
+            stats.decisions.computed_on_host += 1
+            # Without this an expert that is always computed here would never become resident.
+            transfers = residency.transfers
+            if transfers.has_room and not transfers.num_on_link and key not in residency.cache.slots:
+                stats.decisions.copied_after_compute += residency.copy(key, only_if_likelier=True) is not None

@@ -1,0 +1,200 @@
+"""Prediction beside a running model: feeds the predictor, decides step by step whether it is worth it, takes it out of
+the way when it fails. The one place where tensors become the predictor's arrays.
+"""
+
+import logging
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moeflow.core import ExpertKey
+from moeflow.offload.stats import PhaseStats
+from moeflow.policy.prediction_switch import PredictionSwitch
+from moeflow.policy.prefetch import Prefetcher
+
+logger = logging.getLogger(__name__)
+
+
+class Routes(NamedTuple):
+    """What one layer's router chose in one pass.
+
+    Args:
+        experts: [T, K].
+        weights: [T, K].
+        residual: [T, H], the residual stream before the router's norm; None where it is not known.
+    """
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+    residual: torch.Tensor | None
+
+
+class PredictionLoop:
+    """Runs one prefetcher along the passes of one model.
+
+    Args:
+        prefetcher: the predictor, the forecast and the account.
+        switch: decides for each decode step.
+    """
+
+    def __init__(self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None):
+        self.active = False  # whether the pass under way is predicted
+        self.watching = False  # whether its routes are wanted
+        self.failure: str | None = None
+        self._prefetcher = prefetcher
+        self._switch = switch or PredictionSwitch()
+        self.predictor = prefetcher.predictor
+        self._num_sequences = 0
+        self._prompt: list | None = None  # (token ids, routes of each layer) of the prefill under way
+        self._began: float | None = None  # when the decode step before this one began
+        self._before = (0, 0.0)  # misses and the account at that time
+        self._steps = {True: 0, False: 0}
+
+    def begin_forward(
+        self,
+        token_ids: torch.Tensor | None,
+        num_sequences: int,
+        num_positions: int,
+        continues: bool,
+        stats: PhaseStats,
+    ) -> None:
+        """Say that a pass over [num_sequences, num_positions] tokens begins, and predict it where that is wanted."""
+        if self.failure is not None:
+            return
+        begin = time.perf_counter()
+        self._guarded(self._end_prefill)
+        decode = continues and num_positions == 1
+        if not continues:
+            self._begin_prefill(token_ids, num_sequences, num_positions)
+        elif token_ids is None:  # nobody can tell whose tokens these are, nor those of the next pass
+            self._pause()
+            self._num_sequences = 0
+        elif not decode:  # several positions at once, as assisted generation verifies: nobody predicts those
+            self._pause()
+        else:
+            on = self._choose(begin, stats)
+            self._steps[on] += 1
+            if not on:
+                self._pause()
+            else:
+                self._guarded(self._begin_step, token_ids, num_sequences)
+        self._began = begin if decode else None
+        stats.predict_s += time.perf_counter() - begin
+
+    def demanded(self, layer, resident, in_flight, absent, copy_s, others_in_flight) -> None:
+        """Enter what a layer demanded; see `Prefetcher.demanded`."""
+        if self.active:
+            self._prefetcher.demanded(layer, resident, in_flight, absent, copy_s, others_in_flight)
+
+    def observe(self, layer: int, routes: Routes, stats: PhaseStats) -> None:
+        """Show the predictor what a layer's router chose."""
+        if not self.watching:
+            return
+        begin = time.perf_counter()
+        experts, weights = routes.experts.cpu().numpy(), routes.weights.float().cpu().numpy()
+        if self._prompt is not None:
+            self._prompt[1].append((experts, weights))
+            return
+        signal = routes.residual if self.predictor.signal == "residual" else None
+        self._guarded(self._prefetcher.observe, layer, experts, weights, signal)
+        stats.predict_s += time.perf_counter() - begin
+
+    def take(self) -> tuple[ExpertKey, int] | None:
+        """Reserve a slot for the next expert to prefetch; see `Prefetcher.take`."""
+        return self._prefetcher.take() if self.active else None
+
+    def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        """Tell which prefetches come too late."""
+        return self._prefetcher.overdue(keys) if keys else []
+
+    def dropped(self, key: ExpertKey) -> None:
+        """Enter that a prefetch was taken back or failed."""
+        self._prefetcher.ledger.drop(key)
+
+    def evicted(self, keys: list[ExpertKey]) -> None:
+        """Enter that a demanded expert took the room of these."""
+        for key in keys:
+            self._prefetcher.ledger.evict(key)
+
+    def clear(self) -> None:
+        """Say that the cache was emptied."""
+        self._prefetcher.ledger.clear()
+        self._pause()
+
+    def reset_stats(self) -> None:
+        """Begin to count anew."""
+        self._prefetcher.ledger.reset()
+        self._steps = {True: 0, False: 0}
+        self._before = (0, 0.0)
+
+    def as_dict(self) -> dict:
+        """Return what prediction did: who predicts, whether it is on and why, and the account of prefetch."""
+        return {
+            "predictor": self.predictor.name,
+            "on": self.failure is None and self._switch.on,
+            "reason": "it failed" if self.failure else self._switch.reason,
+            "failure": self.failure,
+            "steps_on": self._steps[True],
+            "steps_off": self._steps[False],
+            "trials": self._switch.num_trials,
+            "prefetch": self._prefetcher.ledger.as_dict(),
+        }
+
+    def _choose(self, now: float, stats: PhaseStats) -> bool:
+        step_s = None if self._began is None else now - self._began
+        misses, net_s = stats.misses, self._prefetcher.ledger.net_s
+        before_misses, before_net_s = self._before
+        self._before = (misses, net_s)
+        return self._switch.step(step_s, misses - before_misses, net_s - before_net_s)
+
+    def _begin_prefill(self, token_ids, num_sequences, num_positions) -> None:
+        """Only watch: a prompt demands nearly every expert, and its reads are all in flight without predictions."""
+        self._pause()
+        self._num_sequences = num_sequences
+        self._guarded(self._prefetcher.begin, num_sequences)
+        self._prefetcher.rest()
+        self.watching = self._switch.on and token_ids is not None and self.predictor.signal == "none"
+        self._prompt = (token_ids, []) if self.watching else None
+
+    def _end_prefill(self) -> None:
+        """Hand the prompt's routes to the predictor, if every layer was seen."""
+        if self._prompt is None:
+            return
+        (token_ids, routes), self._prompt = self._prompt, None
+        num_sequences, num_positions = token_ids.shape
+        shape = (num_sequences, num_positions, -1)
+        if len(routes) == self.predictor.num_layers and all(
+            len(experts) == num_sequences * num_positions for experts, _ in routes
+        ):
+            experts = np.stack([experts.reshape(shape) for experts, _ in routes], axis=2)
+            weights = np.stack([weights.reshape(shape) for _, weights in routes], axis=2)
+            self.predictor.prefill(token_ids.cpu().numpy(), experts, weights)
+
+    def _begin_step(self, token_ids, num_sequences) -> None:
+        if num_sequences != self._num_sequences:  # beams, or sequences that were added
+            self._num_sequences = num_sequences
+            self._prefetcher.begin(num_sequences)
+        self.active = self.watching = True
+        self._prefetcher.begin_step(token_ids[:, 0].cpu().numpy())
+
+    def _pause(self) -> None:
+        if self.active:
+            self._prefetcher.ledger.clear()
+        self.active = self.watching = False
+        self._prefetcher.rest()
+
+    def _guarded(self, call, *args) -> None:
+        """Run the predictor; whatever it raises switches it off for good, and generation goes on without it."""
+        try:
+            call(*args)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            self._prompt = None
+            self._pause()
+            logger.warning(
+                "predictor %r failed and is switched off, generation goes on without it: %s",
+                self.predictor.name,
+                self.failure,
+            )

@@ -1,0 +1,205 @@
+"""Which experts are on the device, and the copies that bring others there.
+
+The one place that moves an expert between states, absent, on its way and resident: it asks the cache for a slot and the
+transfers for a copy, and enters what has arrived. Knows nothing of routers, passes or arithmetic.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+
+from moeflow.core import ExpertKey, Tier
+from moeflow.errors import ExpertReadError
+from moeflow.offload.prediction_loop import PredictionLoop
+from moeflow.offload.read_threads import Transfer
+from moeflow.offload.slot_pool import Resident, SlotPool
+from moeflow.offload.stats import Stats
+from moeflow.offload.streams import Streams
+from moeflow.offload.transfers import Transfers
+from moeflow.policy.cache import ExpertCache
+
+_MAX_PREFETCHES = 2  # copies under way while nobody waits: more would only stand before a demand
+
+
+class Residency:
+    """The residency map of the device, and who changes it.
+
+    Args:
+        cache: who sits in which slot.
+        pool: the slots.
+        streams: the order between copies and compute.
+        transfers: the copies.
+        prediction: says what to prefetch; None for demand only.
+        stats: what is counted.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        pool: SlotPool,
+        streams: Streams,
+        transfers: Transfers,
+        prediction: PredictionLoop | None,
+        stats: Stats,
+    ):
+        self.cache = cache
+        self.transfers = transfers
+        self.pool = pool
+        self._streams = streams
+        self._prediction = prediction
+        self._stats = stats
+        self._ready: list[object] = [None] * pool.num_slots  # the end of the copy into each slot
+        self._last_use: list[object] = [None] * pool.num_slots
+
+    def demand(self, keys: list[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], list[ExpertKey]]:
+        """Say that experts are needed now.
+
+        Returns:
+            Those that are resident, pinned; those on their way, which go before any that nobody waits for; the absent.
+        """
+        cache, transfers = self.cache, self.transfers
+        cache.touch(keys)
+        resident = [key for key in keys if cache.lookup(key) is not None]
+        for key in resident:
+            cache.pin(key)
+        absent = [key for key in keys if key not in cache.slots]
+        in_flight = [key for key in keys if key in transfers]
+        for key in in_flight:
+            transfers.demand(key)
+        return resident, in_flight, absent
+
+    def begin_use(self, keys: list[ExpertKey], records: list) -> list[Resident]:
+        """Return where pinned experts lie, when this thread's compute may read them; `records` are their layer's."""
+        slot_of, wait, residents = self.cache.slot, self._streams.wait, []
+        for key in keys:
+            slot = slot_of(key)
+            # This call's stream may be another than that of the call that had the expert copied or used it.
+            wait(self._ready[slot])
+            wait(self._last_use[slot])
+            residents.append(Resident(key.expert, self.pool, slot, records[key.expert]))
+        return residents
+
+    def end_use(self, keys: Iterable[ExpertKey]) -> None:
+        """Say that no more compute will be started on pinned experts."""
+        cache, event = self.cache, self._streams.compute_event()
+        for key in keys:
+            self._last_use[cache.slot(key)] = event
+            cache.unpin(key)
+
+    def start(self, to_start: deque) -> None:
+        """Start copies, in order, while there is a slot and a place in flight for them."""
+        decisions = self._stats.now.decisions
+        while to_start and self.transfers.has_room:
+            transfer = self.copy(to_start[0])
+            if transfer is None:
+                return
+            to_start.popleft()
+            if transfer.source is Tier.HOST:
+                decisions.copied += 1
+            else:
+                decisions.read += 1
+
+    def copy(self, key: ExpertKey, *, only_if_likelier: bool = False) -> Transfer | None:
+        """Start the copy of an absent expert; None where no slot may be taken for it.
+
+        Args:
+            only_if_likelier: where the future is forecast, evict only an expert that is worth less.
+        """
+        cache, evictions = self.cache, self.cache.evictions
+        worth = cache.forecast.worth[key] if only_if_likelier and cache.forecast is not None else None
+        slot = cache.reserve(key, worth=worth)
+        self._stats.now.evictions += cache.evictions - evictions
+        if self._prediction is not None:
+            self._prediction.evicted(cache.evicted)
+        self.pool.discard(cache.take_emptied())
+        if slot is None:
+            return None
+        return self.transfers.start(key, slot, self._last_use[slot])
+
+    def prefetch(self, waiting: AbstractSet[ExpertKey] = frozenset()) -> list[ExpertKey]:
+        """Start what is worth prefetching while the link has room, and take back what comes too late.
+
+        Returns:
+            The experts of `waiting` that have arrived meanwhile, pinned.
+        """
+        prediction, transfers, arrived = self._prediction, self.transfers, []
+        if prediction is None or not prediction.active:
+            return arrived
+        try:
+            while (transfer := transfers.poll_completed()) is not None:
+                arrived += self.settle(transfer, waiting)
+        except ExpertReadError:
+            self.end_use(arrived)  # whoever waits hears of the failure only
+            raise
+        for key in prediction.overdue(transfers.prefetches()):
+            if transfers.drop(key):
+                self.cache.abort(key)
+                prediction.dropped(key)
+        while transfers.num_copying < _MAX_PREFETCHES and transfers.has_room:
+            found = prediction.take()
+            self.pool.discard(self.cache.take_emptied())
+            if found is None:
+                break
+            transfers.start(*found, self._last_use[found[1]], prefetch=True)
+        return arrived
+
+    def await_one(self, waiting: set[ExpertKey]) -> list[ExpertKey]:
+        """Wait for the next copy to end; return its expert, pinned, if it is one of `waiting`."""
+        assert len(self.transfers), "waiting for a copy that nobody started"
+        transfer = self.transfers.poll_completed()
+        if transfer is None:
+            begin = time.perf_counter()
+            transfer = self.transfers.wait_completed()
+            self._stats.now.stall_s += time.perf_counter() - begin
+        return self.settle(transfer, waiting)
+
+    def settle(self, transfer: Transfer, wanted: AbstractSet[ExpertKey] = frozenset()) -> list[ExpertKey]:
+        """Enter an ended copy; return its expert, pinned, if it is wanted, and take it out of `wanted`.
+
+        Raises:
+            ExpertReadError: the copy of a wanted expert failed.
+        """
+        cache, key = self.cache, transfer.key
+        if transfer.error is not None:
+            cache.abort(key)
+            if self._prediction is not None:
+                self._prediction.dropped(key)
+            if key in wanted:
+                raise transfer.error
+            return []
+        cache.commit(key)
+        now = self._stats.now
+        if transfer.source is Tier.DISK:
+            now.bytes_from_disk += transfer.num_bytes
+        else:
+            now.bytes_from_host += transfer.num_bytes
+        self._ready[transfer.slot] = transfer.event
+        if key in wanted:
+            wanted.discard(key)
+            return [key]
+        cache.unpin(key)
+        return []
+
+    def settle_ended(self) -> None:
+        """Enter what has arrived that nobody waits for."""
+        while (transfer := self.transfers.poll_completed()) is not None:
+            self.settle(transfer)
+
+    def settle_all(self) -> None:
+        """Let every copy end, and enter it; nobody waits for any."""
+        while len(self.transfers):
+            self.settle(self.transfers.wait_completed())
+
+    def set_limit(self, limit: int) -> None:
+        """Change how much of the cache may be used."""
+        evictions = self.cache.evictions
+        self.pool.discard(self.cache.set_limit(limit))
+        self._stats.now.evictions += self.cache.evictions - evictions
+
+    def clear(self) -> None:
+        """Start from nothing resident and nothing on its way, whatever state the bookkeeping is in."""
+        self.transfers.abandon()
+        self.cache.clear()
+        if self._prediction is not None:
+            self._prediction.clear()

@@ -1,0 +1,263 @@
+"""The runtime behind one model: one lock over the tiers of its experts, and everything that must be released.
+
+Hears of passes and demands, and tells what happened. How a demand is answered is `Serving`'s, what moves `Residency`'s.
+Knows nothing of routers or arithmetic.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from moeflow.checkpoint.store import ExpertStore
+from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout
+from moeflow.errors import ClosedModelError, ExpertReadError
+from moeflow.hardware import process_memory_bytes
+from moeflow.offload.fetch import Serving
+from moeflow.offload.host_compute import HostCompute
+from moeflow.offload.memory_governor import Governor
+from moeflow.offload.prediction_loop import PredictionLoop, Routes
+from moeflow.offload.residency import Residency
+from moeflow.offload.route_observer import RouteObserver
+from moeflow.offload.slot_pool import Resident, SlotPool
+from moeflow.offload.stats import Stats
+from moeflow.offload.streams import Streams
+from moeflow.offload.transfers import HostTier, Transfers
+from moeflow.policy.cache import ExpertCache
+from moeflow.policy.miss_split import MissSplit
+from moeflow.predictors.protocol import Predictor
+
+
+class _Parts(NamedTuple):
+    """What close() and garbage collection release, in this order."""
+
+    transfers: Transfers
+    store: ExpertStore
+    pools: list[SlotPool]
+
+    def release(self) -> None:
+        try:
+            self.transfers.close()
+        finally:
+            self.store.close()
+            for pool in self.pools:
+                pool.close()
+
+
+class ExpertRuntime:
+    """`model.moeflow`: the experts of one model inside their budget.
+
+    Args:
+        store: the far tier.
+        pool: device slots.
+        cache: who sits in them.
+        streams: the order between copies and compute on the device.
+        host: the pinned tier, on machines where the device has its own memory.
+        num_threads: disk reads in flight.
+        expert_budget_bytes: what the user allowed; the slots' bytes when None.
+        governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
+        prediction: says what to prefetch; None for demand only.
+        misses: says which experts the CPU computes in the host tier; None where all are copied.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        pool: SlotPool,
+        cache: ExpertCache,
+        streams: Streams,
+        *,
+        host: HostTier | None = None,
+        num_threads: int = 4,
+        expert_budget_bytes: int | None = None,
+        governor: Governor | None = None,
+        prediction: PredictionLoop | None = None,
+        misses: MissSplit | None = None,
+    ):
+        assert misses is None or host is not None, "without a host tier no expert lies anywhere else"
+        self.store = store
+        self.cache = cache
+        self.device = pool.device
+        self.observers: list[RouteObserver] = []
+        self.parallel = None  # the model's ExpertParallel, where its experts are spread over processes
+        self._budget_bytes = expert_budget_bytes
+        self._governor = governor
+        self._prediction = prediction
+        self._slot_bytes = pool.stride
+        self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of what the cache counts
+        self._host = host
+        self._stats = Stats()
+        self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
+        self._host_compute = None if misses is None else HostCompute(misses, host, self._transfers)
+        self._residency = Residency(cache, pool, streams, self._transfers, prediction, self._stats)
+        self._serving = Serving(self._residency, self._host_compute, prediction, self._stats)
+        self._torn = False  # whether an interrupt may have left the bookkeeping half done
+        self._lock = threading.RLock()
+        # Equal records become one object, so that layers share the tensor views of a slot.
+        records: dict = {}
+        self._records = [
+            [
+                records.setdefault(record, record)
+                for record in map(source.layout.record_of, range(source.layout.num_experts))
+            ]
+            for source in store.layers
+        ]
+        parts = _Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
+        self._release = weakref.finalize(self, _Parts.release, parts)
+
+    def __enter__(self) -> "ExpertRuntime":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return not self._release.alive
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """Who predicts."""
+        return None if self._prediction is None else self._prediction.predictor
+
+    @property
+    def predicting(self) -> bool:
+        """Whether somebody wants to see the routes of the pass under way."""
+        return self._prediction is not None and self._prediction.watching
+
+    def records(self, layer: int) -> list[RecordLayout]:
+        """Return how each expert of a layer is stored; equal records are one object."""
+        return self._records[layer]
+
+    def close(self) -> None:
+        """Stop the threads, close the files, release every slot. The model cannot run afterwards."""
+        with self._lock:
+            self._release()
+            for observer in self.observers:
+                observer.close()
+
+    def begin_forward(
+        self, num_sequences: int, num_positions: int, *, continues: bool, token_ids: torch.Tensor | None = None
+    ) -> None:
+        """Say that a pass over [num_sequences, num_positions] new tokens begins.
+
+        Args:
+            continues: whether earlier positions lie in a key-value cache, which makes the pass decode.
+            token_ids: the tokens, [num_sequences, num_positions], where they are known.
+        """
+        with self._lock:
+            self._stats.begin_forward(num_sequences, num_positions, continues=continues)
+            if self._governor is not None and not self.closed:
+                self._mend()
+                limit = self._governor.slots(self.cache.used, self.cache.limit, now=not continues)
+                self._torn = True
+                self._residency.set_limit(limit)
+                self._torn = False
+            if self._prediction is not None and not self.closed:
+                self._mend()
+                self._torn = True
+                self._prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
+                self._residency.prefetch()
+                self._torn = False
+
+    def serve(
+        self,
+        layer: int,
+        experts: list[int],
+        routes: Routes | None = None,
+        num_tokens: list[int] | None = None,
+    ) -> Iterator[list[Resident]]:
+        """Yield every demanded expert once, where it lies: the resident ones together, then others as they arrive.
+
+        Where experts wait for a slot, each resident one is yielded alone, so that its slot is free as soon as may be.
+        Where the split of misses says so, weights come from the host tier instead of the device, before all others:
+        copies run beside what the CPU does. What was yielded is valid until more is asked for. Closing the
+        iterator early is safe at any point: copies still in flight end by themselves and become resident.
+
+        Args:
+            layer: which MoE layer.
+            experts: distinct expert numbers; may be more than there are slots.
+            routes: what the router chose for each token, for whoever predicts.
+            num_tokens: how many tokens go to each of the experts; one where None.
+
+        Raises:
+            ExpertReadError: an expert could not be read. The runtime stays usable.
+            ClosedModelError: close() was called.
+        """
+        with self._lock:
+            if self.closed:
+                raise ClosedModelError("the model was closed: load it again to use it.")
+            self._mend()
+            self._torn = True  # until this call has put everything back
+            try:
+                keys = [ExpertKey(layer, expert) for expert in experts]
+                tokens_of = dict(zip(keys, num_tokens or [1] * len(keys), strict=True))
+                yield from self._serving.serve(layer, self._records[layer], tokens_of, routes)
+            except (GeneratorExit, ExpertReadError):
+                self._torn = False
+                raise
+            self._torn = False
+
+    def stats(self) -> dict:
+        """Return what has happened since loading or the last reset_stats(), with units in the names."""
+        with self._lock:
+            now, peak = process_memory_bytes()
+            host, slot_bytes, unit_bytes = self._host, self._slot_bytes, self._unit_bytes
+            return {
+                "device": str(self.device),
+                "policy": self.cache.policy,
+                "slots": min(self.cache.limit, self.cache.num_slots),
+                "num_experts": sum(source.layout.num_experts for source in self.store.layers),
+                "prefill": self._stats.prefill.as_dict(),
+                "decode": self._stats.decode.as_dict(),
+                "memory": {
+                    "expert_budget_bytes": self._budget_bytes or self.cache.limit * unit_bytes,
+                    "all_experts_bytes": unit_bytes
+                    * sum(
+                        self.cache.size(ExpertKey(layer, expert))
+                        for layer, records in enumerate(self._records)
+                        for expert in range(len(records))
+                    ),
+                    "device_bytes": self.cache.used * unit_bytes,
+                    "device_peak_bytes": self.cache.peak_used * unit_bytes,
+                    "host_bytes": len(host.cache) * slot_bytes if host else 0,
+                    "host_peak_bytes": host.cache.peak_used * slot_bytes if host else 0,
+                    "staging_bytes": self.store.staging_bytes,
+                    "process_bytes": now,
+                    "process_peak_bytes": peak,
+                },
+                "miss": None if self._host_compute is None else self._host_compute.as_dict(),
+                "prediction": None if self._prediction is None else self._prediction.as_dict(),
+                "io": {**self.store.stats(), "threads": self._transfers.num_threads},
+            }
+
+    def reset_stats(self) -> None:
+        """Begin to count anew; what is resident stays."""
+        with self._lock:
+            self._stats.reset()
+            if self._prediction is not None:
+                self._prediction.reset_stats()
+            self.cache.peak_used = self.cache.used
+            if self._host is not None:
+                self._host.cache.peak_used = len(self._host.cache)
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of the residency maps and of the copies in flight."""
+        with self._lock:
+            self._mend()
+            self._residency.settle_ended()
+            self.cache.check_integrity()
+            if self._host is not None:
+                self._host.cache.check_integrity()
+            if not len(self._transfers):
+                assert not self.cache.num_pinned, "a slot is pinned while nothing runs"
+                assert self._host is None or not self._host.cache.num_pinned, "a host slot is pinned while nothing runs"
+
+    def _mend(self) -> None:
+        """Start from nothing resident if an interrupt struck in the middle of the bookkeeping."""
+        if self._torn:
+            self._residency.clear()
+            self._torn = False

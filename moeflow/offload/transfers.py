@@ -1,0 +1,241 @@
+"""Copies of experts towards the device: from disk, or from the host tier, one completion each.
+
+Owns the table of copies in flight, which is what keeps anybody from starting a second copy of an expert. All methods
+are called by one thread at a time (the runtime's lock); only reads run elsewhere.
+"""
+
+from collections import deque
+
+from moeflow.checkpoint.store import ExpertStore
+from moeflow.core import ExpertKey, Tier
+from moeflow.offload.read_threads import ReadingThreads, Transfer
+from moeflow.offload.slot_pool import SlotPool
+from moeflow.offload.streams import Streams
+from moeflow.policy.cache import ExpertCache
+
+_MEASURED = 32  # ended copies kept until somebody asks what they took
+
+
+class HostTier:
+    """Pinned slots between disk and device, with a residency map of their own.
+
+    Args:
+        pool: pinned host memory.
+        cache: who sits in which of its slots.
+    """
+
+    def __init__(self, pool: SlotPool, cache: ExpertCache):
+        self.pool = pool
+        self.cache = cache
+        # The end of the last copy out of each slot: the slot may not be overwritten before it.
+        self.last_copy: list[object] = [None] * pool.num_slots
+
+
+class Transfers:
+    """Starts copies and hands out their completions.
+
+    Args:
+        store: the far tier.
+        pool: the device slots.
+        streams: the order between copies and compute.
+        host: the pinned tier, or None where device and host memory are one.
+        num_threads: disk reads in flight.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        pool: SlotPool,
+        streams: Streams,
+        *,
+        host: HostTier | None = None,
+        num_threads: int = 4,
+    ):
+        self.max_in_flight = 2 * num_threads if host is None else min(2 * num_threads, host.pool.num_slots)
+        self.num_threads = num_threads
+        self._store = store
+        self._pool = pool
+        self._streams = streams
+        self._host = host
+        self._in_flight: dict[ExpertKey, Transfer] = {}
+        self._copying: list[Transfer] = []  # handed out, and the device may still run them
+        self._copied: deque[Transfer] = deque(maxlen=_MEASURED)
+        self._copy_s = 0.0
+        self._threads = ReadingThreads(num_threads)
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._in_flight
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more copy may be started."""
+        return len(self._in_flight) < self.max_in_flight
+
+    @property
+    def num_copying(self) -> int:
+        """How many copies are under way, those included that have been handed out and that the device still runs."""
+        self._end_copies()
+        return len(self._in_flight) + len(self._copying)
+
+    @property
+    def num_on_link(self) -> int:
+        """How many copies from the host tier are under way."""
+        return len(self._on_link())
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds a copy takes, a moving average over the reads and copies that have ended."""
+        return self._copy_s
+
+    def start(self, key: ExpertKey, slot: int, after: object, *, prefetch: bool = False) -> Transfer:
+        """Begin to copy an expert into a device slot.
+
+        Args:
+            key: an expert that is not in flight.
+            slot: reserved for it.
+            after: the event of the last compute that read the slot.
+            prefetch: let every copy that somebody waits for go first.
+        """
+        assert key not in self._in_flight, f"a copy of {key} is in flight already"
+        num_bytes = self._store.layers[key.layer].layout.record_of(key.expert).num_bytes
+        if self._host is None:
+            transfer = Transfer(key, slot, Tier.DISK, None, prefetch=prefetch)
+            work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
+        else:
+            host = self._host
+            host.cache.touch([key])
+            host_slot = host.cache.lookup(key)
+            if host_slot is not None:
+                host.cache.pin(key)
+                transfer = Transfer(key, slot, Tier.HOST, host_slot, prefetch=prefetch)
+                transfer.num_bytes = num_bytes
+                self._in_flight[key] = transfer
+                copy = (_copy_to_device, self._pool, host.pool, self._streams, transfer, num_bytes, after)
+                self._threads.run_here(transfer, copy)
+                return transfer
+            host_slot = host.cache.reserve(key)
+            assert host_slot is not None, "more copies in flight than host slots"
+            transfer = Transfer(key, slot, Tier.DISK, host_slot, prefetch=prefetch)
+            work = (_read_through_host, self._store, self._pool, host.pool, self._streams, transfer, num_bytes, after,
+                    host.last_copy[host_slot])  # fmt: skip
+        transfer.give(work)
+        self._in_flight[key] = transfer
+        self._threads.put(transfer)
+        return transfer
+
+    def demand(self, key: ExpertKey) -> None:
+        """Say that somebody waits for a copy in flight: where it has not begun, it jumps the queue."""
+        transfer = self._in_flight[key]
+        if transfer.prefetch:
+            transfer.prefetch = False
+            self._threads.put(transfer)  # whoever finds it second finds its work taken
+
+    def drop(self, key: ExpertKey) -> bool:
+        """Forget a prefetch that has not begun; return whether it could be. Its slot is the caller's again."""
+        transfer = self._in_flight[key]
+        if not transfer.prefetch or transfer.claim() is None:
+            return False
+        del self._in_flight[key]
+        if transfer.host_slot is not None:
+            self._host.cache.abort(key)
+        return True
+
+    def prefetches(self) -> list[ExpertKey]:
+        """List the experts on their way that nobody waits for."""
+        return [key for key, transfer in self._in_flight.items() if transfer.prefetch]
+
+    def compute_beside(self) -> bool:
+        """Note that the CPU computes an expert while the copies on the link run; return whether there are any."""
+        on_link = self._on_link()
+        for transfer in on_link:
+            transfer.beside = True
+        return bool(on_link)
+
+    def take_copied(self) -> list[Transfer]:
+        """Hand out, once each, the latest copies from the host tier that have ended; `seconds` is what each took."""
+        self._end_copies()
+        copied = list(self._copied)
+        self._copied.clear()
+        return copied
+
+    def wait_completed(self) -> Transfer:
+        """Block until a copy has ended, and return it; its `error` says whether it failed."""
+        return self._settle(self._threads.wait())
+
+    def poll_completed(self) -> Transfer | None:
+        """Return a copy that has ended, or None."""
+        transfer = self._threads.poll()
+        return None if transfer is None else self._settle(transfer)
+
+    def close(self) -> None:
+        """Let running copies end, drop waiting ones, stop the threads."""
+        for waiting in self._in_flight.values():
+            waiting.claim()
+        self._threads.stop()
+        self._streams.finish()
+        self._in_flight.clear()
+        self._copying.clear()
+        self._copied.clear()
+
+    def abandon(self) -> None:
+        """Let running copies end and forget them all, settled or not; then be ready again."""
+        self.close()
+        if self._host is not None:
+            self._host.cache.clear()
+        self._threads.start()
+
+    def _settle(self, transfer: Transfer) -> Transfer:
+        del self._in_flight[transfer.key]
+        if transfer.error is None:
+            self._copying.append(transfer)
+            self._end_copies()
+        if self._host is not None:
+            cache = self._host.cache
+            if transfer.source is Tier.DISK:
+                if transfer.error is not None:
+                    cache.abort(transfer.key)
+                    return transfer
+                cache.commit(transfer.key)
+            if transfer.error is not None:
+                cache.unpin(transfer.key)
+                return transfer
+            self._host.last_copy[transfer.host_slot] = transfer.event
+            cache.unpin(transfer.key)
+        return transfer
+
+    def _on_link(self) -> list[Transfer]:
+        self._end_copies()
+        started = [transfer for transfer in self._in_flight.values() if transfer.source is Tier.HOST]
+        return self._copying + [transfer for transfer in started if not self._streams.done(transfer.event)]
+
+    def _end_copies(self) -> None:
+        """Take in what has ended on the device, and how long it took there."""
+        running = []
+        for transfer in self._copying:
+            if not self._streams.done(transfer.event):
+                running.append(transfer)
+                continue
+            transfer.seconds += self._streams.copy_s(transfer.event)
+            self._copy_s += (transfer.seconds - self._copy_s) * (0.1 if self._copy_s else 1.0)
+            if transfer.source is Tier.HOST:
+                self._copied.append(transfer)
+        self._copying = running
+
+
+def _read_to_device(store, pool, transfer, num_bytes) -> None:
+    pool.fit(transfer.slot, num_bytes)
+    transfer.num_bytes = store.read(transfer.key, pool.bytes[transfer.slot])
+
+
+def _read_through_host(store, pool, host_pool, streams, transfer, num_bytes, after, last_copy) -> None:
+    streams.synchronize(last_copy)
+    transfer.num_bytes = store.read(transfer.key, host_pool.bytes[transfer.host_slot])
+    _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after)
+
+
+def _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after) -> None:
+    source = host_pool.tensor[transfer.host_slot, :num_bytes]
+    transfer.event = streams.copy(pool.tensor[transfer.slot, :num_bytes], source, after)

@@ -1,0 +1,320 @@
+"""Which expert sits in which slot, and who must go when a slot is needed. Bookkeeping only: no tensors, no I/O.
+
+A slot is free, loading (a copy into it is under way) or resident. A pinned slot is used by a running kernel or an
+in-flight copy and is never evicted. This is the one residency map: it changes here and nowhere else.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moeflow.core import ExpertKey
+from moeflow.errors import ConfigError
+from moeflow.policy.forecast import Forecast
+
+_FREE, _LOADING, _RESIDENT = 0, 1, 2
+
+
+class ExpertCache:
+    """Slots shared by all layers, under one eviction policy.
+
+    Frequencies outlive an eviction: an expert that comes back is not a stranger. Ages count the passes of the expert's
+    own layer, because tokens walk the layers in order: by any common clock the layers that come next look oldest.
+
+    Args:
+        num_slots: how many experts fit at most.
+        policy: a name in `POLICIES`.
+        num_transient: slots the static policy keeps for experts outside its fixed set.
+        sizes: [num_layers][num_experts], what each expert takes of the limit, where experts differ in size and a slot
+            takes no more memory than who sits in it; else each takes one.
+    """
+
+    def __init__(
+        self, num_slots: int, policy: str = "lfru", *, num_transient: int = 1, sizes: list[list[int]] | None = None
+    ):
+        if policy not in POLICIES:
+            raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(POLICIES)}.")
+        if num_slots < 1:
+            raise ConfigError(f"a cache of {num_slots} slots holds nothing. Give at least 1.")
+        self.num_slots = num_slots
+        # What may be used at present, and what is used: slots, or the sizes of who sits in them.
+        self.limit = num_slots if sizes is None else num_slots * max(map(max, sizes))
+        self.used = 0
+        self.forecast: Forecast | None = None  # kept up to date by whoever predicts, None while nobody does
+        self.policy = policy
+        self.evictions = 0
+        self.evicted: list[ExpertKey] = []  # by the last reserve()
+        self._emptied: set[int] = set()
+        self.peak_used = 0
+        self.num_transient = num_transient
+        self._victim_scores: Callable = POLICIES[policy]
+        self.sizes = sizes
+        self._slot_of: dict[ExpertKey, int] = {}
+        self._key_of: list[ExpertKey | None] = [None] * num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._state = np.zeros(num_slots, np.int8)
+        self._pins = np.zeros(num_slots, np.int32)
+        self._event = 0
+        # Of every expert, resident or not, [num_layers, num_experts]; they grow as larger numbers appear.
+        self._counts, self._last_passes, self._last_events = (np.zeros((1, 1), np.int64) for _ in range(3))
+        self._passes = np.zeros(1, np.int64)  # of each layer
+        self._layer = np.zeros(num_slots, np.int64)  # of the expert in each slot
+        self._expert = np.zeros(num_slots, np.int64)
+        self._blocked = np.full(num_slots, np.inf)  # infinite where a slot may not be evicted, else 0
+        self._present = np.zeros((1, 1), bool)  # of every expert, whether it has a slot
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return self.lookup(key) is not None
+
+    def lookup(self, key: ExpertKey) -> int | None:
+        """Return the slot of a resident expert, or None (absent or still loading)."""
+        slot = self._slot_of.get(key)
+        return slot if slot is not None and self._state[slot] == _RESIDENT else None
+
+    @property
+    def slots(self) -> dict[ExpertKey, int]:
+        """Who has a slot, resident or loading; not to be changed."""
+        return self._slot_of
+
+    def touch(self, keys: list[ExpertKey]) -> None:
+        """Record that these experts are demanded by one pass of their layer, whether resident or not."""
+        if not keys:
+            return
+        layer, experts = keys[0].layer, [key.expert for key in keys]
+        self._grow(layer, max(experts))
+        self._passes[layer] += 1
+        counts, passes, events = self._counts[layer], self._last_passes[layer], self._last_events[layer]
+        now = self._passes[layer]
+        for expert in experts:
+            self._event += 1
+            counts[expert] += 1
+            passes[expert], events[expert] = now, self._event
+
+    @property
+    def frequency(self) -> np.ndarray:
+        """How often the expert in each slot was demanded: [num_slots]."""
+        return self._counts[self._layer, self._expert]
+
+    def uses(self, key: ExpertKey) -> int:
+        """Return how often an expert was demanded, resident or not."""
+        self._grow(*key)
+        return int(self._counts[key])
+
+    @property
+    def last_event(self) -> np.ndarray:
+        """When the expert in each slot was last demanded, as a number that grows with every demand: [num_slots]."""
+        return self._last_events[self._layer, self._expert]
+
+    def ages(self) -> np.ndarray:
+        """Return, for each slot, how many passes of its expert's layer went by since its last use: [num_slots]."""
+        return self._passes[self._layer] - self._last_passes[self._layer, self._expert]
+
+    def usual_rate(self, num_layers: int, num_experts: int) -> np.ndarray:
+        """Return how likely each expert is demanded in one pass of its layer, by lfru's score: [L, E].
+
+        That score is frequency / (age + 1), here in uses a pass.
+        """
+        self._grow(num_layers - 1, num_experts - 1)
+        passes = self._passes[:num_layers, None]
+        ages = passes - self._last_passes[:num_layers, :num_experts]
+        return self._counts[:num_layers, :num_experts] / ((passes + 1) * (ages + 1))
+
+    def reserve(self, key: ExpertKey, *, worth: float | None = None) -> int | None:
+        """Give an absent expert a slot, evicting by policy, and mark it loading with one pin.
+
+        Args:
+            key: the expert.
+            worth: what a slot is worth for the expert by the forecast. Where it is given, no expert that is worth as
+                much is evicted.
+
+        Returns:
+            The slot, or None when no slot may be taken. A pinned slot cannot be evicted.
+        """
+        assert key not in self._slot_of, f"{key} has a slot already"
+        self.evicted, size = [], self.size(key)
+        while not self._free or self.used + size > self.limit:
+            slot = self._victim()
+            if slot is None:
+                return None
+            if worth is not None and self.forecast.worth[self._layer[slot], self._expert[slot]] >= worth:
+                return None
+            self.evicted.append(self._key_of[slot])
+            self.evictions += 1
+            self._release(slot)
+            self._emptied.add(slot)
+        slot = self._free.pop()  # the one emptied last
+        self._emptied.discard(slot)
+        self.used += size
+        self._slot_of[key], self._key_of[slot] = slot, key
+        self._state[slot], self._pins[slot], self._blocked[slot] = _LOADING, 1, np.inf
+        self._grow(*key)
+        self._present[key] = True
+        self._layer[slot], self._expert[slot] = key
+        self.peak_used = max(self.peak_used, self.used)
+        return slot
+
+    def commit(self, key: ExpertKey) -> int:
+        """Say that a copy has arrived: the expert is resident. The pin of `reserve` stays with the caller."""
+        slot = self._slot_of[key]
+        assert self._state[slot] == _LOADING, f"{key} is not loading"
+        self._state[slot] = _RESIDENT
+        return slot
+
+    def abort(self, key: ExpertKey) -> None:
+        """Say that a copy failed: the slot is free again, whatever pins it had."""
+        slot = self._slot_of[key]
+        assert self._state[slot] == _LOADING, f"{key} is not loading"
+        self._release(slot)
+
+    def slot(self, key: ExpertKey) -> int:
+        """Return the slot of an expert that has one, resident or loading."""
+        return self._slot_of[key]
+
+    @property
+    def num_pinned(self) -> int:
+        """How many slots are pinned."""
+        return int((self._pins > 0).sum())
+
+    def take_emptied(self) -> list[int]:
+        """Return the slots that evictions have left empty since the last call."""
+        found = list(self._emptied)
+        self._emptied.clear()
+        return found
+
+    def set_limit(self, limit: int) -> list[int]:
+        """Allow `limit` slots (or sizes) from now on, evicting by policy what is over it and not pinned.
+
+        Returns:
+            The slots that became free.
+        """
+        self.limit = max(1, limit if self.sizes is not None else min(limit, self.num_slots))
+        freed = []
+        while self.used > self.limit and (slot := self._victim()) is not None:
+            self._release(slot)
+            self.evictions += 1
+            freed.append(slot)
+        return freed
+
+    def size(self, key: ExpertKey) -> int:
+        """Return what an expert takes of the limit."""
+        return 1 if self.sizes is None else self.sizes[key.layer][key.expert]
+
+    def pin(self, key: ExpertKey) -> int:
+        """Keep a resident expert where it is until `unpin`; pins count. Returns its slot."""
+        slot = self._slot_of[key]
+        assert self._state[slot] == _RESIDENT, f"{key} is still loading"
+        self._pins[slot] += 1
+        self._blocked[slot] = np.inf
+        return slot
+
+    def unpin(self, key: ExpertKey) -> None:
+        """Take one pin away."""
+        slot = self._slot_of[key]
+        assert self._pins[slot] > 0, f"{key} is not pinned"
+        self._pins[slot] -= 1
+        if not self._pins[slot] and self._state[slot] == _RESIDENT:
+            self._blocked[slot] = 0
+
+    def present(self, num_layers: int, num_experts: int) -> np.ndarray:
+        """Return which experts have a slot, resident or loading: bool [num_layers, num_experts], not to be changed."""
+        self._grow(num_layers - 1, num_experts - 1)
+        return self._present[:num_layers, :num_experts]
+
+    def resident(self) -> list[ExpertKey]:
+        """List the resident experts."""
+        return [key for key, slot in self._slot_of.items() if self._state[slot] == _RESIDENT]
+
+    def check_integrity(self) -> None:
+        """Assert the invariants: one slot an expert, states and pins agree, nothing is lost."""
+        for key, slot in self._slot_of.items():
+            assert self._key_of[slot] == key, f"slot {slot} holds {self._key_of[slot]}, the map says {key}"
+            assert self._state[slot] != _FREE, f"{key} sits in a free slot"
+            assert self._state[slot] == _RESIDENT or self._pins[slot] > 0, f"{key} is loading without a pin"
+        assert len(set(self._slot_of.values())) == len(self._slot_of), "two experts share a slot"
+        assert sorted([*self._free, *self._slot_of.values()]) == list(range(self.num_slots)), "a slot is lost"
+        for slot in self._free:
+            empty = self._key_of[slot] is None and self._state[slot] == _FREE and self._pins[slot] == 0
+            assert empty, f"free slot {slot} is not empty"
+        assert (self._pins >= 0).all(), "a pin count is negative"
+        free = (self._state == _RESIDENT) & (self._pins == 0)
+        assert np.array_equal(free, self._blocked == 0), "a slot is barred from eviction, or open to it, by mistake"
+        assert self._present.sum() == len(self._slot_of), "the map of who is present is stale"
+        assert self.used == sum(map(self.size, self._slot_of)), "what is used does not add up"
+        for key, slot in self._slot_of.items():
+            assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
+
+    def clear(self) -> None:
+        """Forget every resident and loading expert; the counts stay."""
+        self._slot_of.clear()
+        self.used = 0
+        self._key_of[:] = [None] * self.num_slots
+        self._free[:] = range(self.num_slots - 1, -1, -1)
+        self._state[:], self._pins[:], self._blocked[:], self._present[:] = _FREE, 0, np.inf, False
+
+    def _victim(self) -> int | None:
+        scores = self._victim_scores(self) + self._blocked
+        slot = int(scores.argmin())
+        lowest = scores[slot]
+        if lowest == np.inf:
+            return None
+        # What still ties goes by the least recent event, so the order never depends on slot numbers.
+        ties = np.flatnonzero(scores == lowest)
+        return slot if len(ties) == 1 else int(ties[self.last_event[ties].argmin()])
+
+    def _grow(self, layer: int, expert: int) -> None:
+        rows, columns = self._counts.shape
+        if layer < rows and expert < columns:
+            return
+        more = ((0, max(layer + 1 - rows, 0)), (0, max(expert + 1 - columns, 0)))
+        self._counts, self._last_passes, self._last_events, self._present = (
+            np.pad(array, more) for array in (self._counts, self._last_passes, self._last_events, self._present)
+        )
+        self._passes = np.pad(self._passes, more[0])
+
+    def _release(self, slot: int) -> None:
+        key, self._key_of[slot] = self._key_of[slot], None
+        self.used -= self.size(key)
+        del self._slot_of[key]
+        self._present[key] = False
+        self._state[slot], self._pins[slot], self._blocked[slot] = _FREE, 0, np.inf
+        self._free.append(slot)
+
+
+def _lru(cache: ExpertCache) -> np.ndarray:
+    return cache.last_event
+
+
+def _lfu(cache: ExpertCache) -> np.ndarray:
+    return cache.frequency
+
+
+def _lfru(cache: ExpertCache) -> np.ndarray:
+    # Among equals the most recent goes: its layer is the last to run again.
+    return cache.frequency / (cache.ages() + 1) - 1e-12 * cache.last_event
+
+
+def _static(cache: ExpertCache) -> np.ndarray:
+    """The first experts to arrive stay for good; the rest share the transient slots by age."""
+    fixed = np.arange(cache.num_slots) < min(cache.limit, cache.num_slots) - cache.num_transient
+    return np.where(fixed, 1e300, cache.last_event)
+
+
+def _forecast(cache: ExpertCache) -> np.ndarray:
+    """The expert whose slot is worth the least by prediction goes; while nobody predicts, lfru's."""
+    if cache.forecast is None:
+        return _lfru(cache)
+    return cache.forecast.worth[cache._layer, cache._expert].astype(np.float64)
+
+
+# Each policy maps a cache to [num_slots] scores; the lowest evictable score is evicted.
+# lfru: frequency / (age + 1), arXiv 2608.07911.
+POLICIES: dict[str, Callable[[ExpertCache], np.ndarray]] = {
+    "lru": _lru,
+    "lfu": _lfu,
+    "lfru": _lfru,
+    "static": _static,
+    "forecast": _forecast,
+}

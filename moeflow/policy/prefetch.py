@@ -1,0 +1,179 @@
+"""From predictions to copies: which absent expert is worth a place in flight now, and what may be evicted for it.
+
+Owns the forecast the cache evicts by and the account of what prefetch did. Knows the predictor's protocol and the
+cache's; knows no tensors, files, streams or clocks, so that the replay drives this very code.
+"""
+
+import numpy as np
+
+from moeflow.core import ExpertKey
+from moeflow.errors import PredictorError
+from moeflow.policy.cache import ExpertCache
+from moeflow.policy.forecast import Forecast
+from moeflow.policy.prefetch_ledger import PrefetchLedger
+from moeflow.predictors.protocol import Predictor
+
+# An unwanted copy delays whoever misses meanwhile by half a copy: the more often that is, the surer one has to be.
+_LEAST, _MOST = 0.15, 0.5
+_MEMORY = 0.01  # weight of one layer in the moving average of misses
+
+
+class Prefetcher:
+    """Keeps the forecast of one model and hands out experts to prefetch, the most urgent first.
+
+    Args:
+        predictor: who says what comes.
+        cache: where the experts sit; its `forecast` is kept up to date.
+        ledger: where the outcome of every prefetch is entered.
+        window: how many layers ahead an expert may be fetched; a whole step when None.
+        min_probability: below it an expert is not fetched; by the misses of late when None.
+        num_steps: how many steps ahead evictions bet.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        cache: ExpertCache,
+        ledger: PrefetchLedger,
+        *,
+        window: int | None = None,
+        min_probability: float | None = None,
+        num_steps: int = 4,
+    ):
+        self.predictor = predictor
+        self.ledger = ledger
+        self._cache = cache
+        self._forecast = Forecast(predictor.num_layers, predictor.num_experts, num_steps)
+        self._window = min(window or predictor.num_layers, predictor.num_layers)
+        self._min_probability = min_probability
+        self._miss_rate = _MOST  # misses a layer, late arrivals included
+        self._next_step = np.zeros((predictor.num_layers, predictor.num_experts), np.float32)
+        self._next_step_known = False
+        self._queue: list[tuple[ExpertKey, int]] = []
+        self._planned = True  # whether the queue shows what is known by now
+
+    def begin(self, num_sequences: int) -> None:
+        """Say that new sequences start. What only `observe` predicts is predicted from here on."""
+        self.predictor.begin(num_sequences)
+        self._queue = []
+        self._begin_forecast(None, None)
+
+    def rest(self) -> None:
+        """Say that nothing is predicted until the next step that begins here: the cache goes by what it saw."""
+        self._queue, self._planned = [], True
+        self._cache.forecast = None
+
+    def begin_step(self, token_ids: np.ndarray) -> None:
+        """Predict the step that feeds token_ids: [B].
+
+        Raises:
+            PredictorError: the predictor answered with something that is not a probability.
+        """
+        self.ledger.decay()
+        now = _any_of(self.predictor.step(token_ids), self.predictor)
+        later = _any_of(self.predictor.later(), self.predictor)
+        self._begin_forecast(now, later)
+        self._planned = False
+
+    def demanded(
+        self,
+        layer: int,
+        resident: list[ExpertKey],
+        in_flight: list[ExpertKey],
+        absent: list[ExpertKey],
+        copy_s: float,
+        others_in_flight: list[ExpertKey],
+    ) -> None:
+        """Enter what a layer demanded. What was fetched for it in vain has nothing left to protect it.
+
+        It is worth what it is from the next step on; to throw it out whatever it is worth then costs 1 % of the speed
+        on the gpt-oss trace.
+        """
+        self._miss_rate += _MEMORY * (len(absent) + len(in_flight) - self._miss_rate)
+        self.ledger.demand(layer, resident, in_flight, absent, copy_s, others_in_flight)
+        self._forecast.pass_layer(layer)
+
+    def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: object) -> None:
+        """Show the predictor what the router of a layer chose, experts and weights [B, K], and plan anew.
+
+        Raises:
+            PredictorError: the predictor answered with something that is not a probability.
+        """
+        refined = _any_of(self.predictor.observe(layer, experts, weights, signal), self.predictor)
+        if refined is not None:
+            self._forecast.refine(layer + 1, refined)
+        self._planned = False
+
+    def take(self) -> tuple[ExpertKey, int] | None:
+        """Reserve a slot for the most urgent absent expert that is worth one; return the expert and its slot."""
+        if not self._planned:
+            self._plan()
+        while self._queue:
+            key, distance = self._queue.pop()
+            if key in self._cache.slots:
+                continue
+            slot = self._cache.reserve(key, worth=self._forecast.worth[key])
+            if slot is not None:
+                self.ledger.start(key, distance, self._cache.evicted)
+                return key, slot
+            for gone in self._cache.evicted:
+                self.ledger.evict(gone)
+        return None
+
+    def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        """Tell which of these prefetches come too late: their layer has passed, or passes now."""
+        layer, window = self._forecast.layer, self._window
+        num_layers = self._forecast.num_layers
+        return [key for key in keys if (key.layer - layer - 1) % num_layers >= window or key.layer == layer]
+
+    def _begin_forecast(self, now: np.ndarray | None, later: np.ndarray | None) -> None:
+        self._forecast.begin_step(now, later, self._cache.usual_rate(*self._next_step.shape))
+        self._next_step_known = later is not None
+        if later is not None:
+            self._next_step[:] = later[0]
+        self._cache.forecast = self._forecast
+
+    def _plan(self) -> None:
+        """Queue the absent experts of the window that are likely enough, near and likely ones first."""
+        self._planned = True
+        least = self._min_probability
+        if least is None:
+            least = min(max(self._miss_rate, _LEAST), _MOST)
+        forecast, first = self._forecast, self._forecast.layer + 1
+        num_layers, last = forecast.num_layers, self._forecast.layer + 1 + self._window
+        present = self._cache.present(num_layers, forecast.num_experts)
+        self._queue = self._wanted(forecast.now[first:last], present[first:last], first, 1, least)
+        if last > num_layers and self._next_step_known:
+            wrap = slice(0, min(last - num_layers, first))
+            distance = 1 + num_layers - first
+            self._queue = self._wanted(self._next_step[wrap], present[wrap], 0, distance, least) + self._queue
+
+    def _wanted(self, probability, present, first_layer, distance, least) -> list[tuple[ExpertKey, int]]:
+        """List (expert, distance) of some layers' absent and likely experts, the most urgent last."""
+        rows, experts = ((probability >= least) & ~present).nonzero()
+        if not len(rows):
+            return []
+        # Neither the nearest first, who may be unlikely, nor the likeliest, who can wait: something between.
+        order = np.argsort(probability[rows, experts] / np.sqrt(rows + distance), kind="stable")
+        allowed = self.ledger.allowed
+        return [
+            (ExpertKey(first_layer + row, expert), distance + row)
+            for row, expert in zip(rows[order].tolist(), experts[order].tolist(), strict=True)
+            if allowed(first_layer + row, distance + row)
+        ]
+
+
+def _any_of(probabilities: np.ndarray | None, predictor: Predictor) -> np.ndarray | None:
+    """Turn probabilities of B sequences into the probability that any of them demands: [B, ...] -> [...]."""
+    if probabilities is None:
+        return None
+    highest, lowest = probabilities.max(), probabilities.min()
+    if highest != highest:  # NaN somewhere, which is allowed, or everywhere
+        highest, lowest = np.fmax.reduce(probabilities, axis=None), np.fmin.reduce(probabilities, axis=None)
+    if not (lowest >= 0 and highest <= 1.0001):
+        raise PredictorError(
+            f"predictor {predictor.name!r} answered with probabilities from {lowest} to {highest}; allowed are 0 to 1."
+        )
+    if len(probabilities) == 1:
+        return probabilities[0]
+    return 1 - np.prod(1 - probabilities, axis=0)

@@ -1,0 +1,50 @@
+"""What a model's lookahead says while the model runs, as a trace holds it: expert ids, likeliest first."""
+
+import numpy as np
+import torch
+
+from moeflow.hf.residual import ResidualTap
+from moeflow.predictors.lookahead import Lookahead
+
+
+class LookaheadRecord:
+    """Asks a lookahead of its own at every layer of every pass, whoever predicts for the runtime.
+
+    Args:
+        lookahead: of this model.
+        tap: the residual stream, a tap of its own: a residual is handed out once.
+        num_ranks: M, ids kept of each layer.
+        none: the id that stands for none.
+    """
+
+    def __init__(self, lookahead: Lookahead, tap: ResidualTap, num_ranks: int, none: int):
+        self.lookahead = lookahead
+        self.shape = (lookahead.reach, num_ranks)
+        self._tap = tap
+        self._none = none
+        self._ids = np.empty((0, 0, 0, 0), np.int64)
+
+    def begin_pass(self, num_tokens: int) -> None:
+        """Say that a pass over so many tokens begins: nothing is said of it yet."""
+        self._tap.listen(True)
+        self.lookahead.step(None)
+        self._ids = np.full((num_tokens, self.lookahead.num_layers, *self.shape), self._none)
+
+    def observe(self, layer: int, top_k_index: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Ask about the layers after this one, whose router chose top_k_index [T, K] from hidden_states [T, H]."""
+        residual = self._tap.residual(layer, hidden_states)
+        said = self.lookahead.observe(layer, top_k_index.cpu().numpy(), None, residual)
+        if said is None:
+            return
+        likeliest = np.argsort(-said, axis=2, kind="stable")[:, :, : self.shape[1]]
+        known = ~np.isnan(said).all(axis=2, keepdims=True)
+        self._ids[:, layer, : said.shape[1]] = np.where(known, likeliest, self._none)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """What was said in this pass: [T, L, D, M]."""
+        return self._ids
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._tap.close()

@@ -1,0 +1,340 @@
+"""Recording: what the routers of a running model chose, token by token, into a trace file.
+
+Sees what the experts see and never changes it. Knows nothing of tiers or budgets.
+"""
+
+import logging
+import threading
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moeflow.errors import TraceError
+from moeflow.hf import experts_interface, forward
+from moeflow.hf.fingerprint import model_fingerprint
+from moeflow.hf.residual import ResidualTap, build_lookahead
+from moeflow.trace.lookahead_record import LookaheadRecord
+from moeflow.trace.trace import DECODE, PREFILL, TraceFormat, TraceWriter
+
+_BUFFERED_ROWS = 256
+_log = logging.getLogger(__name__)
+
+
+class TraceRecorder:
+    """Writes the routes of every pass that runs through all MoE layers; tokens of other passes are dropped.
+
+    A pass that continues no key-value cache starts new sequences. A later pass goes on with the sequences of its
+    cache. Positions that the attention mask hides, and the padding a batch's ended sequences are fed, are left out.
+
+    Args:
+        path: the trace; appended to where it exists.
+        format: of the rows.
+        padding: token ids that stand for nothing when a batch decodes.
+        lookahead: says what goes into the rows' lookahead, where the format has it.
+
+    Raises:
+        TraceError: the file is of another model, damaged, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        format: TraceFormat,
+        *,
+        padding: frozenset[int] = frozenset(),
+        lookahead: LookaheadRecord | None = None,
+    ):
+        self.path = Path(path)
+        self.dropped_tokens = 0  # of passes that did not run through every layer once
+        self._format = format
+        self._padding = sorted(padding)
+        self._lookahead = lookahead
+        self._num_experts = np.array(format.experts_per_layer)[:, None, None]
+        rows = _BufferedRows(TraceWriter(path, format, append=True))
+        self._rows = rows
+        self._next_sequence = rows.writer.next_sequence
+        self._sequences = np.empty(0, np.uint32)  # [B] of the latest pass
+        self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._pass: _Pass | None = None
+        self._index = self._weights = None  # [L, T, K], routes of the pass under way
+        self._of_layer: list[tuple[torch.Tensor, torch.Tensor]] = []  # their views [T, K]
+        self.hooks: list = []  # of the model, taken off at the end
+        self._close = weakref.finalize(self, rows.close)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens recorded so far, those in the file from before included."""
+        return self._rows.num_rows
+
+    def begin_pass(
+        self,
+        token_ids: torch.Tensor | None,
+        num_sequences: int,
+        num_positions: int,
+        *,
+        continues: bool,
+        attention_mask: torch.Tensor | None = None,
+        cache: object = None,
+    ) -> None:
+        """Say that a pass over new tokens begins; the pass before must have ended or is dropped.
+
+        Args:
+            token_ids: [num_sequences, num_positions], None where only embeddings are known.
+            continues: whether earlier positions lie in a key-value cache.
+            attention_mask: [num_sequences, positions so far], 0 hides one; other ranks hide nothing.
+            cache: the key-value cache's object, by which its sequences are recognised.
+        """
+        if not self._close.alive:
+            return
+        self._drop_pass()
+        if not continues:
+            self._rows.flush()
+        self._choose_sequences(num_sequences, continues, cache)
+        if not isinstance(attention_mask, torch.Tensor) or (
+            attention_mask.dim() != 2 or attention_mask.shape[0] != num_sequences
+        ):
+            attention_mask = None
+        phase = DECODE if continues and num_positions == 1 else PREFILL
+        self._pass = _Pass(token_ids, attention_mask, self._sequences, num_positions, phase)
+        if self._lookahead is not None:
+            self._lookahead.begin_pass(self._pass.num_tokens)
+
+    def observe(
+        self,
+        layer: int,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ) -> None:
+        """Take in what a layer's router chose: [T, K] expert numbers and weights, sequence by sequence.
+
+        Args:
+            hidden_states: [T, H], what the router saw; only a lookahead needs it.
+        """
+        current = self._pass
+        if current is None:
+            return
+        num_tokens, top_k = top_k_index.shape
+        if layer in current.seen or num_tokens != current.num_tokens:
+            self._drop_pass()
+            return
+        if top_k > self._format.top_k:
+            raise TraceError(
+                f"layer {layer} routes a token to {top_k} experts, and a row of {self.path} has room for "
+                f"{self._format.top_k}. Load the model without trace=."
+            )
+        if not current.seen:
+            self._make_room(num_tokens, top_k_index.device)
+        index, weights = self._of_layer[layer]
+        # Copied at once: a compiled graph uses the memory of its tensors again.
+        if top_k == self._format.top_k:
+            index.copy_(top_k_index)
+            weights.copy_(top_k_weights)
+        else:
+            index[:, :top_k], weights[:, :top_k] = top_k_index, top_k_weights
+            index[:, top_k:] = self._format.none
+        if self._lookahead is not None:
+            self._lookahead.observe(layer, top_k_index, hidden_states)
+        current.seen.add(layer)
+        if len(current.seen) == self._format.num_layers:
+            self._pass = None
+            self._record(current)
+
+    def flush(self) -> None:
+        """Write the tokens recorded so far.
+
+        Raises:
+            TraceError: the file cannot be written.
+        """
+        self._rows.flush()
+
+    def close(self) -> None:
+        """Write what is left and close the file; later passes are not recorded."""
+        while self.hooks:
+            self.hooks.pop().remove()
+        if self._lookahead is not None:
+            self._lookahead.close()
+        self._drop_pass()
+        if self._close.alive and self.dropped_tokens:
+            _log.warning(
+                "%d tokens are not in %s: their passes did not run through each MoE layer once.",
+                self.dropped_tokens,
+                self.path,
+            )
+        self._close()
+
+    def _drop_pass(self) -> None:
+        if self._pass is not None:
+            self.dropped_tokens += self._pass.num_tokens
+            self._pass = None
+
+    def _choose_sequences(self, num_sequences, continues, cache) -> None:
+        known = self._of_cache.get(cache, self._sequences) if continues and _has_weakref(cache) else self._sequences
+        if not continues or len(known) != num_sequences:
+            known = np.arange(self._next_sequence, self._next_sequence + num_sequences, dtype=np.uint32)
+            self._next_sequence += num_sequences
+        self._sequences = known
+        if _has_weakref(cache):
+            self._of_cache[cache] = known
+
+    def _make_room(self, num_tokens, device) -> None:
+        """Have memory for the routes of a pass over so many tokens; the passes of a decode share it."""
+        room = self._index
+        if room is None or room.shape[1] != num_tokens or room.device != device:
+            shape = (self._format.num_layers, num_tokens, self._format.top_k)
+            self._index = torch.empty(shape, dtype=torch.int32, device=device)
+            self._weights = torch.empty(shape, dtype=torch.float32, device=device)
+            self._of_layer = list(zip(self._index, self._weights, strict=True))
+
+    def _record(self, current: "_Pass") -> None:
+        """Turn a complete pass into rows: padding out, ranks by falling weight."""
+        num_tokens, none = current.num_tokens, self._format.none
+        experts, weights = self._index.cpu().numpy(), self._weights.cpu().numpy()
+        absent = experts >= self._num_experts
+        order = np.argsort(np.where(absent, np.inf, -weights), axis=2, kind="stable")
+        experts = np.take_along_axis(np.where(absent, none, experts), order, 2)
+        weights = np.take_along_axis(np.where(absent, 0, weights), order, 2)
+        rows = self._rows.writer.new_rows(num_tokens)
+        rows["experts"] = experts.swapaxes(0, 1)
+        rows["weights"] = weights.swapaxes(0, 1)
+        if self._lookahead is not None:
+            rows["lookahead"] = self._lookahead.ids
+        rows["sequence"] = current.sequences.repeat(current.num_positions)
+        rows["phase"] = current.phase
+        if current.token_ids is not None:
+            rows["token_id"] = current.token_ids.reshape(-1).cpu().numpy()
+        kept = self._kept(current, rows["token_id"])
+        self._rows.add(rows if kept is None else rows[kept])
+
+    def _kept(self, current, token_ids) -> np.ndarray | None:
+        """Tell the tokens that are none of padding: [T] bool, None for all."""
+        kept = None
+        if current.attention_mask is not None:
+            kept = current.attention_mask[:, -current.num_positions :].reshape(-1).cpu().numpy() != 0
+            if len(kept) != len(token_ids):
+                kept = None
+        if current.phase == DECODE and len(current.sequences) > 1 and self._padding:
+            alive = ~np.isin(token_ids, self._padding)
+            kept = alive if kept is None else kept & alive
+        return kept
+
+
+class _Pass:
+    """A pass under way: its tokens, and the layers seen so far."""
+
+    def __init__(self, token_ids, attention_mask, sequences, num_positions, phase):
+        self.token_ids = token_ids
+        self.attention_mask = attention_mask
+        self.sequences = sequences
+        self.num_positions = num_positions
+        self.phase = phase
+        self.num_tokens = len(sequences) * num_positions
+        self.seen: set[int] = set()
+
+
+class _BufferedRows:
+    """Rows on their way into the file."""
+
+    def __init__(self, writer: TraceWriter):
+        self.writer = writer
+        self._buffer = writer.new_rows(_BUFFERED_ROWS)
+        self._num_buffered = 0
+        self._lock = threading.RLock()
+
+    @property
+    def num_rows(self) -> int:
+        return self.writer.num_rows + self._num_buffered
+
+    def add(self, rows: np.ndarray) -> None:
+        with self._lock:
+            if self._num_buffered + len(rows) > len(self._buffer):
+                self.flush()
+            if len(rows) > len(self._buffer):
+                self.writer.write(rows)
+                return
+            self._buffer[self._num_buffered : self._num_buffered + len(rows)] = rows
+            self._num_buffered += len(rows)
+
+    def flush(self) -> None:
+        with self._lock:
+            num_buffered, self._num_buffered = self._num_buffered, 0  # rows that cannot be written are not tried again
+            self.writer.write(self._buffer[:num_buffered])
+
+    def close(self) -> None:
+        with self._lock:
+            try:
+                self.flush()
+            finally:
+                self.writer.close()
+
+
+def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> TraceRecorder:
+    """Record every pass of a model that load_moe built, until its runtime is closed.
+
+    Args:
+        model: has its experts behind the runtime and the runtime as `model.moeflow`.
+        path: the trace; appended to where it exists.
+        lookahead: whether to record as well what the coming layers' routers say early, for replays of it.
+
+    Raises:
+        TraceError: the file is of another model, damaged, or cannot be written; the model has no such routers.
+    """
+    runtime = model.moeflow
+    experts_per_layer = tuple(source.layout.num_experts for source in runtime.store.layers)
+    top_k = experts_interface.num_experts_per_tok(model)
+    format = TraceFormat(
+        experts_per_layer,
+        top_k,
+        model_fingerprint(model),
+        source=f"recorded from {model.config.name_or_path or type(model).__name__}",
+    )
+    record = None
+    if lookahead:
+        predictor = build_lookahead(model, top_k)
+        if predictor is None or not predictor.reach:
+            raise TraceError(
+                "lookahead needs several layers whose routers are one matrix behind a norm, and this model has none "
+                "such. Record it without."
+            )
+        record = LookaheadRecord(predictor, ResidualTap(model), min(2 * top_k, *experts_per_layer), format.none)
+        format = replace(format, lookahead=record.shape)
+    generation = getattr(model, "generation_config", None)
+    padding = getattr(generation, "pad_token_id", None)
+    if padding is None:
+        padding = getattr(generation, "eos_token_id", None)
+    padding = frozenset([padding] if isinstance(padding, int) else padding or ())
+    try:
+        recorder = TraceRecorder(path, format, padding=padding, lookahead=record)
+    except TraceError:
+        if record is not None:
+            record.close()
+        raise
+    recorded = weakref.ref(recorder)
+
+    @torch.compiler.disable
+    def begin_pass(module, args, kwargs):
+        found = recorded()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        if found is None or tokens is None:
+            return
+        cache = kwargs.get("past_key_values")
+        found.begin_pass(
+            ids if ids is not None and ids.dim() == 2 else None,
+            tokens.shape[0],
+            tokens.shape[1],
+            continues=forward.continues_cache(kwargs, tokens.shape[1]),
+            attention_mask=kwargs.get("attention_mask"),
+            cache=cache if cache is not None else kwargs.get("cache"),
+        )
+
+    recorder.hooks.append(model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True))
+    runtime.observers.append(recorder)
+    return recorder
+
+
+def _has_weakref(value) -> bool:
+    return value is not None and hasattr(value, "__weakref__")

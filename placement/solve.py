@@ -1,0 +1,91 @@
+"""Several solvers on one problem: they share the time, and the best bound that any of them proves counts for all."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from moeflow.errors import PlacementError
+from moeflow.placement.problem import Problem, Solution
+from moeflow.placement.solvers.baselines import Progress
+
+_MIDDLE_SHARE = 0.3  # of the time, for each solver but the last: those before it hardly use theirs
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What several solvers made of one problem.
+
+    Args:
+        solutions: of those that found a plan, in the order asked for.
+        failures: solver -> why it found none.
+    """
+
+    solutions: tuple[Solution, ...]
+    failures: dict[str, str]
+
+    @property
+    def best(self) -> Solution:
+        """The solution with the least objective; the first of equals."""
+        return min(self.solutions, key=lambda solution: solution.objective)
+
+
+def solve_all(
+    problem: Problem,
+    solvers: dict[str, Callable[..., Solution]],
+    *,
+    seed: int = 0,
+    time_limit_s: float = 60.0,
+    progress: Progress | None = None,
+) -> Attempts:
+    """Solve a problem with each solver in turn; the last has all the time that the others leave.
+
+    Args:
+        problem: what to place where.
+        solvers: name -> solver, the one that makes most of the time last.
+        seed: of each.
+        time_limit_s: for all together.
+        progress: called with the share that is done, 0 to 1, and what is going on.
+
+    Raises:
+        PlacementError: no solver found a plan.
+    """
+    begin = time.perf_counter()
+    solutions, failures = [], {}
+    shares = _shares(len(solvers))
+    for number, (name, solve) in enumerate(solvers.items()):
+        before, share = sum(shares[:number]), shares[number]
+        left = max(time_limit_s - (time.perf_counter() - begin), 0.0)
+        limit = left if number == len(solvers) - 1 else min(left, _MIDDLE_SHARE * time_limit_s)
+        _tell(progress, before, name)
+        try:
+            solution = solve(
+                problem,
+                seed=seed,
+                time_limit_s=limit,
+                progress=lambda done, text, at=before, of=share, who=name: _tell(progress, at + of * done, who, text),
+            )
+        except PlacementError as error:
+            failures[name] = str(error)
+        else:
+            problem.check(solution.plan)
+            solutions.append(solution)
+    if not solutions:
+        raise PlacementError("no solver found a plan. " + " ".join(f"{name}: {why}" for name, why in failures.items()))
+    _tell(progress, 1.0, "done")
+    return Attempts(tuple(_with_best_bound(solutions)), failures)
+
+
+def _with_best_bound(solutions: Sequence[Solution]) -> list[Solution]:
+    best = max(solutions, key=lambda solution: solution.bound)
+    solutions = [replace(solution, bound=best.bound, bound_by=best.bound_by) for solution in solutions]
+    return [replace(solution, status="optimal") if solution.gap == 0 else solution for solution in solutions]
+
+
+def _shares(num_solvers) -> list[float]:
+    """Of the bar: little for the quick ones, most for the last."""
+    return [0.3 / max(num_solvers - 1, 1)] * (num_solvers - 1) + [0.7 if num_solvers > 1 else 1.0]
+
+
+def _tell(progress, share, name, text="") -> None:
+    if progress is not None:
+        progress(min(share, 1.0), f"{name}: {text}" if text and name not in text else text or name)

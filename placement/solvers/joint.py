@@ -1,0 +1,130 @@
+"""Load and communication in one objective, with a proven gap: exact where small, else annealing and a relaxation.
+
+What it does by the problem:
+
+- small: an integer program of the whole (`exact.py`), whose optimum is proven.
+- nothing but load (dispatch): a descent from the best of LPT and EPLB, replicas as they are. Where that ends within
+  half a percent of the bound nothing is annealed: the mix of heavy and light experts that heaviest-first packing leaves
+  on each GPU holds where routing drifts, and annealing from a random start loses it (measured, docs/placement.md).
+- paths of tokens: rounds of two annealings from a random placement, each round four times as long as the one before.
+  One counts the slowest link of every layer. The other counts the mean over all links, which finds its way where paths
+  are strongly structured and a maximum says nothing of the links below it, and then descends by the slowest. The
+  semidefinite bound of `path_bound.py` stands beside the LP's.
+"""
+
+import time
+
+import numpy as np
+
+from moeflow.placement.bounds.balance import balance_bound
+from moeflow.placement.bounds.path import path_bound
+from moeflow.placement.plan import Plan
+from moeflow.placement.problem import Problem, Solution
+from moeflow.placement.solvers.baselines import Progress, greedy, random_placement
+from moeflow.placement.solvers.eplb import eplb
+from moeflow.placement.solvers.exact import exact, is_small
+from moeflow.placement.solvers.search import Found, cool, descend
+from moeflow.placement.tables import Tables
+
+_ENOUGH = 5e-3  # gap at which a problem of load alone is left as it is
+_PROPOSALS = 500  # of a descent and of the first annealing, for each copy
+_ROUNDS, _LONGER = 4, 4  # annealings, and how many times longer each is
+_EXACT_SHARE, _BOUND_SHARE = 0.5, 0.3  # of the time limit, at most
+
+
+def joint(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None) -> Solution:
+    """Place experts so that slowest GPUs and slowest links together take least time, and prove how near the best it is.
+
+    The same seed gives the same plan unless the time limit strikes; the status says so where it did.
+    """
+    begin = time.perf_counter()
+    end = time.monotonic() + time_limit_s
+    tell = progress or (lambda share, what: None)
+    bound, bound_by = balance_bound(problem), "balance"
+    best, ended = _Best(problem), True
+    for solver in (greedy, eplb):
+        best.take(solver(problem, seed=seed).plan)
+    if is_small(problem):
+        found = exact(problem, start=best.plan, time_limit_s=_EXACT_SHARE * time_limit_s, seed=seed)
+        best.take(found.plan)
+        if found.bound > bound:
+            bound, bound_by = found.bound, "integer program"
+        if best.objective <= bound * (1 + 1e-6):
+            return _solution(problem, best, bound, bound_by, begin, ended)
+    if problem.step.communication == "path" and problem.num_gpus > 1 and problem.num_layers > 1:
+        proven = path_bound(
+            Tables(problem),
+            time_limit_s=_BOUND_SHARE * time_limit_s,
+            progress=lambda share: tell(_BOUND_SHARE * share, "proving a bound"),
+        )
+        if proven > bound:
+            bound, bound_by = proven, "semidefinite relaxation"
+    ended = _improve(problem, best, bound, seed, end, tell)
+    return _solution(problem, best, bound, bound_by, begin, ended)
+
+
+class _Best:
+    """The best plan so far, by the objective itself."""
+
+    def __init__(self, problem: Problem):
+        self.problem, self.plan, self.objective = problem, None, float("inf")
+
+    def take(self, plan: Plan) -> None:
+        """Keep a plan if it is better."""
+        objective = self.problem.objective(plan)
+        if objective < self.objective:
+            self.plan, self.objective = plan, objective
+
+
+def _improve(problem, best, bound, seed, end, tell) -> bool:
+    """Search from what is there; return whether everything that was meant to run did."""
+    weights = np.full(len(problem.workloads), 1 / len(problem.workloads))
+    copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
+    if int(best.plan.num_replicas.sum()) == copies:  # packing may have found no room for a replica
+        tables = Tables(problem, weights, may_replicate=False, slowest=True)
+        found = descend(tables, best.plan, _PROPOSALS * copies, seed=seed, deadline=end)
+        best.take(found.plan)
+        if problem.step.communication == "dispatch" and best.objective <= bound * (1 + _ENOUGH):
+            return found.ended
+    start, took = random_placement(problem, seed=seed).plan, 0.0
+    for turn in range(2 * _ROUNDS):
+        number, mean = divmod(turn, 2)
+        begin = time.monotonic()
+        if begin + (took if mean else _LONGER * took) > end:
+            return False
+        found = _cool(
+            Tables(problem, weights, slowest=not mean),
+            start,
+            _PROPOSALS * _LONGER**number * copies // 2,
+            seed + number,
+            end,
+            lambda share, turn=turn: tell(
+                _BOUND_SHARE + (1 - _BOUND_SHARE) * (turn + share) / (2 * _ROUNDS), "annealing"
+            ),
+        )
+        best.take(found.plan)
+        if not found.ended:
+            return False
+        took = time.monotonic() - begin
+        if problem.worst_case:  # what fares worse counts more in the next
+            seconds = np.array([cost.step_s for cost in problem.costs(best.plan)])
+            weights = weights * (seconds / seconds.mean()) ** 8
+            weights /= weights.sum()
+    return True
+
+
+def _cool(tables, start, proposals, seed, end, progress) -> Found:
+    """Anneal; where the mean over the links counted, then descend by the slowest."""
+    found = cool(tables, start, proposals, seed=seed, deadline=end, progress=progress)
+    if tables.traffic is None:
+        return found
+    slowest = Tables(tables.problem, tables.weights, slowest=True)
+    return descend(slowest, found.plan, proposals, seed=seed, deadline=end)
+
+
+def _solution(problem, best, bound, bound_by, begin, ended):
+    problem.check(best.plan)
+    optimal = best.objective <= bound * (1 + 1e-6)
+    status = "optimal" if optimal else "feasible" if ended else "time limit"
+    seconds = time.perf_counter() - begin
+    return Solution("joint", best.plan, best.objective, min(bound, best.objective), bound_by, seconds, status)

@@ -1,0 +1,81 @@
+"""Searches over placements: descents, and annealings from hot to cold. All by `Annealing`, in steps that can stop.
+
+Temperatures are shares of what a copy costs on average, so that problems of any size cool alike.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from moeflow.placement.plan import Plan
+from moeflow.placement.solvers.anneal import Annealing
+from moeflow.placement.tables import Tables
+
+HOT, COLD = 0.7, 0.02  # where most changes are kept, and where hardly any is
+_STEPS = 200  # of a search: temperatures, and how often it looks at the clock
+
+
+class Found(NamedTuple):
+    """What a search ended with.
+
+    Args:
+        plan: the placement.
+        ended: whether it came to its end before the deadline.
+    """
+
+    plan: Plan
+    ended: bool
+
+
+def descend(tables: Tables, plan: Plan, num_proposals: int, *, seed: int = 0, deadline: float = float("inf")) -> Found:
+    """Keep changes that do not cost, from a plan on.
+
+    Args:
+        tables: the problem.
+        plan: where to begin.
+        num_proposals: changes to try.
+        seed: of the random numbers.
+        deadline: `time.monotonic()` at which to stop with what is there.
+    """
+    return _search(tables, plan, num_proposals, lambda share: 0.0, seed, deadline, None)
+
+
+def cool(
+    tables: Tables,
+    plan: Plan,
+    num_proposals: int,
+    *,
+    seed: int = 0,
+    hot: float = HOT,
+    deadline: float = float("inf"),
+    progress: Callable[[float], None] | None = None,
+) -> Found:
+    """Anneal: keep changes that cost by a chance that falls until only descent is left.
+
+    Args:
+        tables: the problem.
+        plan: where to begin; soon forgotten where it begins as hot as it does by default.
+        num_proposals: changes to try.
+        seed: of the random numbers.
+        hot: the first temperature.
+        deadline: `time.monotonic()` at which to stop. What is hot then descends for a moment longer.
+        progress: called with the share done.
+    """
+    begin = Annealing(tables, plan)
+    scale = begin.objective() / begin.copy_expert.size
+    return _search(
+        tables, plan, num_proposals, lambda share: scale * hot * (COLD / hot) ** share, seed, deadline, progress
+    )
+
+
+def _search(tables, plan, num_proposals, temperature, seed, deadline, progress) -> Found:
+    annealing = Annealing(tables, plan, seed)
+    each, step = max(num_proposals // _STEPS, 1), 0
+    while step < _STEPS and time.monotonic() < deadline:
+        annealing.run(each, temperature(step / _STEPS))
+        step += 1
+        if progress is not None:
+            progress(step / _STEPS)
+    if step < _STEPS or temperature(1.0) > 0:
+        annealing.run(4 * each, 0.0)
+    return Found(annealing.plan(), step == _STEPS)

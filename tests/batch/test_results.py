@@ -1,0 +1,352 @@
+"""Reading requests and writing answers: bad lines stay alone, a killed run leaves nothing half done."""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import signal
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.paths import ROOT
+from moeflow.batch.requests import CHAT_URL, TEXT_URL, BatchRequest, RefusedLine, read_batch
+from moeflow.batch.results import BatchFile, answer_record, failure_record
+from moeflow.cli.batch import EXAMPLES
+from moeflow.engine.sampling import SamplingParams
+from moeflow.errors import ConfigError, MoeflowError
+
+DEFAULTS = SamplingParams(max_new_tokens=7)
+
+
+def write(path, *lines):
+    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"\n".join(texts) + b"\n")
+    return path
+
+
+def openai(custom_id="a", url=CHAT_URL, **body):
+    content = {"messages": [{"role": "user", "content": "hi"}]} if url == CHAT_URL else {"prompt": "hi"}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m", **content, **body}}
+
+
+def request(number=1, url=None, content="hi", **fields):
+    return BatchRequest(number, f"id-{number}", url, content, DEFAULTS, **fields)
+
+
+def completion(text="ok", logprobs=None):
+    return SimpleNamespace(prompt_ids=[1, 2, 3], token_ids=[4, 5], text=text, finish_reason="stop", logprobs=logprobs)
+
+
+def answer(number=1, text="ok"):
+    return answer_record(request(number), completion(text), str)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
+
+
+def test_a_line_says_prompt_id_and_sampling(tmp_path):
+    path = write(
+        tmp_path / "in.jsonl",
+        {"id": "a", "prompt": " Hi", "temperature": 0.5, "stop": "x", "seed": 3},
+        b"",
+        {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]},
+        {"id": 12, "prompt": "x", "stop": ["a", "b"], "logprobs": 2, "top_k": None},
+    )
+    requests, refused = read_batch(path, DEFAULTS)
+    assert refused == []
+    assert [(one.number, one.id) for one in requests] == [(1, "a"), (3, "#3"), (4, "12")]
+    assert requests[0].content == " Hi"
+    assert requests[0].params == SamplingParams(max_new_tokens=7, temperature=0.5, stop=("x",), seed=3)
+    assert requests[1].content[1] == {"role": "user", "content": "hi"}
+    assert requests[2].params == SamplingParams(max_new_tokens=7, stop=("a", "b"), logprobs=2)
+
+
+def test_openai_lines_are_read_under_their_names(tmp_path):
+    path = write(
+        tmp_path / "in.jsonl",
+        openai("a", max_tokens=5, temperature=0.5, top_p=0.9, seed=3, stop="x", logprobs=True, top_logprobs=2),
+        openai("b", max_completion_tokens=6, n=1, stream=False, user="me", stop=None),
+        openai("c", TEXT_URL, logprobs=3, presence_penalty=0.5),
+        openai("d", messages=[{"role": "user", "content": [{"type": "text", "text": "parts"}]}]),
+    )
+    requests, refused = read_batch(path, DEFAULTS)
+    assert refused == []
+    assert requests[0].params == SamplingParams(
+        max_new_tokens=5, temperature=0.5, top_p=0.9, seed=3, stop=("x",), logprobs=2
+    )
+    assert requests[1].params == SamplingParams(max_new_tokens=6)
+    assert requests[2].params == SamplingParams(max_new_tokens=7, logprobs=3, presence_penalty=0.5)
+    assert requests[2].content == "hi"
+    assert requests[3].content == [{"role": "user", "content": "parts"}]
+    assert {one.model for one in requests} == {"m"}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"{not json", "not JSON"),
+        (b'{"prompt": "caf\xe9"}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'"text"', "no object"),
+        ({"id": "x"}, "a prompt or messages"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "hi"}]}, "one of them"),
+        ({"prompt": " "}, "not empty"),
+        ({"prompt": ["a"]}, "not empty"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        ({"prompt": "a", "temprature": 1}, "'temprature'; known are"),
+        ({"prompt": "a", "temperature": -1}, "temperature is -1"),
+        ({"prompt": "a", "max_new_tokens": "many"}, "max_new_tokens is 'many'"),
+        ({"prompt": "a", "stop": [1]}, "stop is"),
+        (b'{"prompt": "a", "top_p": NaN}', "top_p is nan"),
+        ({"prompt": "a", "id": 1.5}, "its id is 1.5"),
+        ({"prompt": "a", "id": "#4"}, "give it another"),
+        ({"messages": []}, "must be a list"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "message 1 has no role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "only text"),
+        ({"messages": [{"role": "system", "content": "hi"}]}, "none of a user"),
+        (openai(n=2), "n is 2"),
+        (openai(stream=True), "stream is True"),
+        (openai(tools=[]), "'tools'; known are"),
+        (openai(url="/v1/embeddings"), "its url is '/v1/embeddings'"),
+        ({**openai(), "method": "GET"}, "its method is 'GET'"),
+        ({"custom_id": "x", "url": CHAT_URL}, "its body is no object"),
+        ({"body": {}}, "no custom_id"),
+        (openai(logprobs=3), "logprobs is 3"),
+        (openai(prompt="both"), "'prompt'; known are"),
+    ],
+)
+def test_a_bad_line_is_told_by_number_and_the_others_go_on(tmp_path, line, why):
+    path = write(tmp_path / "in.jsonl", {"prompt": "first"}, line, {"prompt": "last"})
+    requests, refused = read_batch(path, DEFAULTS)
+    assert [one.number for one in requests] == [1, 3]
+    assert [one.number for one in refused] == [2]
+    assert why in refused[0].error
+
+
+def test_a_second_line_of_an_id_is_refused_naming_the_first(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"id": "a", "prompt": "x"}, {"prompt": "y"}, {"id": "a", "prompt": "z"})
+    requests, refused = read_batch(path, DEFAULTS)
+    assert [one.number for one in requests] == [1, 2]
+    assert (refused[0].number, refused[0].id) == (3, "#3")
+    assert "'a' is that of line 1" in refused[0].error
+
+
+def test_lines_without_a_seed_get_one_each_from_the_default(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"prompt": "x"}, {"prompt": "x"}, {"prompt": "x", "seed": 9})
+    requests, _ = read_batch(path, SamplingParams(seed=100))
+    assert [one.params.seed for one in requests] == [101, 102, 9]
+    assert [one.params.seed for one in read_batch(path, SamplingParams(seed=2**63 - 2))[0]] == [2**63 - 1, 0, 9]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n\r\n{"prompt": "y"}')
+    assert [one.content for one in read_batch(path, DEFAULTS)[0]] == ["x", "y"]
+    path.write_bytes(b'\xef\xbb\xbf\n{"prompt": "x"}')
+    assert read_batch(path, DEFAULTS)[1] == []
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "array.json", "."])
+def test_a_file_without_a_request_is_refused(tmp_path, name):
+    (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
+    (tmp_path / "array.json").write_text(json.dumps([{"prompt": "x"}, {"prompt": "y"}], indent=1))
+    with pytest.raises(ConfigError, match=r"JSON lines|one request a line|no request in 8 lines: line 1: .*JSON"):
+        read_batch(tmp_path / name, DEFAULTS)
+
+
+def test_answers_have_the_form_of_their_requests():
+    logprobs = [(-0.5, [(4, -0.5), (9, -1.0)]), (-0.25, [(5, -0.25), (9, -2.0)])]
+    own = answer_record(request(), completion(logprobs=logprobs), str)
+    assert own == {
+        "id": "id-1", "text": "ok", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2,
+        "request": request().digest,
+        "logprobs": [
+            {"token_id": 4, "logprob": -0.5, "top": [(4, -0.5), (9, -1.0)]},
+            {"token_id": 5, "logprob": -0.25, "top": [(5, -0.25), (9, -2.0)]},
+        ],
+    }  # fmt: skip
+    messages = [{"role": "user", "content": "hi"}]
+    chat = answer_record(request(2, CHAT_URL, messages, model="m"), completion(logprobs=logprobs), str)
+    assert (chat["custom_id"], chat["error"], chat["response"]["status_code"]) == ("id-2", None, 200)
+    body = chat["response"]["body"]
+    assert (body["object"], body["model"]) == ("chat.completion", "m")
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "ok"}
+    assert [entry["token"] for entry in body["choices"][0]["logprobs"]["content"]] == ["4", "5"]
+    text = answer_record(request(3, TEXT_URL), completion(logprobs=logprobs), str)["response"]["body"]
+    assert text["object"] == "text_completion"
+    assert text["choices"][0]["text"] == "ok"
+    assert text["choices"][0]["logprobs"]["token_logprobs"] == [-0.5, -0.25]
+
+
+def test_failures_say_line_and_reason():
+    assert failure_record(RefusedLine(4, "#4", None, "x"), "not JSON") == {"id": "#4", "line": 4, "error": "not JSON"}
+    failed = failure_record(request(5, CHAT_URL), "too long")
+    assert (failed["custom_id"], failed["response"]) == ("id-5", None)
+    assert failed["error"] == {"code": "failed", "message": "too long", "line": 5}
+
+
+def test_what_was_appended_is_finished_in_the_next_run(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with BatchFile(path) as file:
+        file.append(answer(1, text="é\u2028漢\n"))
+        file.append(failure_record(request(2, CHAT_URL), "too long"))
+        assert len(records(path)) == 2, "each line is there before the file is closed"
+    with BatchFile(path) as file:
+        assert file.finished == {"id-1": None, "id-2": "too long"}
+        assert file.digests == {"id-1": request(1).digest}
+        file.append(answer(3))
+    assert [record.get("custom_id", record["id"]) for record in records(path)] == ["id-1", "id-2", "id-3"]
+    assert records(path)[0]["text"] == "é\u2028漢\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_file_cut_anywhere_goes_on_with_its_whole_lines(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("cut") / "out.jsonl"
+    lines = [answer(1), failure_record(request(2), "x"), answer_record(request(3, TEXT_URL), completion("é"), str)]
+    with BatchFile(path) as file:
+        for record in lines:
+            file.append(record)
+    whole = path.read_bytes()
+    size = data.draw(st.integers(0, len(whole)))
+    path.write_bytes(whole[:size])
+    num_whole = whole[:size].count(b"\n")
+    with BatchFile(path) as file:
+        assert list(file.finished) == ["id-1", "id-2", "id-3"][:num_whole]
+        for record in lines[num_whole:]:
+            file.append(record)
+    assert path.read_bytes() == whole
+
+
+def test_lines_that_are_forgotten_can_be_written_anew(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with BatchFile(path) as file:
+        for record in (answer(1), failure_record(request(2), "disk"), answer(3)):
+            file.append(record)
+    with BatchFile(path) as file:
+        assert list(file.finished) == ["id-1", "id-2", "id-3"]
+        file.forget({"id-2"})
+        assert list(file.finished) == ["id-1", "id-3"]
+        with pytest.raises(ConfigError, match="another process"):
+            BatchFile(path)
+        file.append(answer(2))
+    assert [record["id"] for record in records(path)] == ["id-1", "id-3", "id-2"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_forgetting_keeps_a_link_and_the_file_s_mode(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
+    with BatchFile(tmp_path / "link") as file:
+        file.append(failure_record(request(1), "disk"))
+    (tmp_path / "out.jsonl").chmod(0o640)
+    with BatchFile(tmp_path / "link") as file:
+        file.forget({"id-1"})
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+    assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with BatchFile(path) as file:
+        file.append(answer(1))
+        with pytest.raises(ConfigError, match="being written by another process"):
+            BatchFile(path)
+    BatchFile(path).close()
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch):
+    """As by a run that forgets lines and ends in this moment: what is appended would be lost with the old file."""
+    path, lock = tmp_path / "out.jsonl", fcntl.flock
+    (tmp_path / "new").touch()
+
+    def replaced(descriptor, how):
+        os.replace(tmp_path / "new", path)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with pytest.raises(ConfigError, match="being written by another process"):
+        BatchFile(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my notes",
+        b"my notes\n",
+        b'{"id": "a", "prompt": "an input"}\n',
+        b'[1]\n{"id": "x',
+        b'{"id": 5, "error": "x"}\n',
+        b'{"id": "a", "text": "x", "finish_reason": "stop"}\n',
+        b'{"id": "a", "custom_id": "b", "response": 1, "error": null}\n',
+        b'{"id": "a", "custom_id": "b", "response": {"request_id": null}, "error": null}\n',
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_stays_as_it_was(tmp_path, content):
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="line 1 is no answer of a batch"):
+        BatchFile(path)
+    assert path.read_bytes() == content
+
+
+def test_an_output_that_cannot_be_opened_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be written"):
+        BatchFile(tmp_path / "no" / "such" / "folder")
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "pipe"])
+def test_an_output_from_which_no_run_could_go_on_is_refused(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="no plain file"):
+        BatchFile(tmp_path / path)
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_whole_lines(tmp_path):
+    """A limit on the file's size makes the system refuse the rest of a line, as a full disk does."""
+    path = tmp_path / "out.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with BatchFile(path) as file:
+            file.append(answer(1))
+            size = path.stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+            with pytest.raises(MoeflowError, match="The 1 lines before are kept"):
+                file.append(answer(2))
+            assert path.stat().st_size == size
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            file.append(answer(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [record["id"] for record in records(path)] == ["id-1", "id-2"]
+
+
+def test_a_digest_tells_content_sampling_id_and_model_apart_and_nothing_else():
+    one = request()
+    sampled = BatchRequest(1, "id-1", None, "hi", SamplingParams(max_new_tokens=8))
+    others = [request(content="ho"), request(content=[{"role": "user", "content": "hi"}]), request(2), sampled]
+    others.append(request(answered_by="another"))
+    assert len({each.digest for each in [one, *others]}) == 6
+    assert BatchRequest(9, "id-1", CHAT_URL, "hi", DEFAULTS, model="m").digest == one.digest
+    assert one.digest == "56d16c75cad760ce", "answers in files would be taken for those of others"
+
+
+def test_requests_that_documentation_and_help_show_are_requests(tmp_path):
+    page = (ROOT / "docs" / "batch.md").read_text()
+    shown = re.findall(r"^(\{.*\})$", page.partition("## Answers")[0], re.MULTILINE)
+    shown = [line for line in shown if '"finish_reason"' not in line]
+    written = EXAMPLES.replace("[...]", '[{"role": "user", "content": "x"}]')
+    shown += [line.strip() for line in written.splitlines()[1:-1]]
+    shown.append(re.search(r"^echo '(\{.*\})' >", (ROOT / "README.md").read_text(), re.MULTILINE)[1])
+    assert len(shown) == 9
+    for number, line in enumerate(shown):
+        path = write(tmp_path / f"{number}.jsonl", line.encode())
+        assert read_batch(path, DEFAULTS)[1] == [], line

@@ -1,0 +1,115 @@
+"""The command line as a user types it: real processes, real pipes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers.paths import ROOT
+
+
+def moeflow(*arguments, stdin=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "moeflow", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(speaking_folder):
+    return speaking_folder
+
+
+def test_version_and_help_answer():
+    assert moeflow("--version").stdout.startswith("moeflow 0.")
+    for command in ("chat", "generate", "info", "pack", "demo-model"):
+        run = moeflow(command, "--help")
+        assert run.returncode == 0
+        assert command in run.stdout
+
+
+def test_info_without_a_model_describes_the_installation():
+    about = json.loads(moeflow("info", "--json").stdout)
+    assert about["torch"]
+    assert about["memory_available_bytes"] > 0
+    assert "moeflow" in moeflow("info").stdout
+
+
+def test_info_tells_from_headers_what_each_budget_buys(folder):
+    about = json.loads(moeflow("info", folder, "--json").stdout)
+    assert (about["moe_layers"], about["num_experts"], about["num_experts_per_tok"]) == (3, 24, 2)
+    assert about["expert_bytes"] == 3 * 64 * 96 * 4
+    assert about["minimum_bytes"] == 3 * 73728
+    assert [row["slots"] for row in about["budgets"]] == [3, 6, 12, 18, 24]
+    text = moeflow("info", folder).stdout
+    assert "smallest budget" in text
+    assert "221,184 bytes" in text
+
+
+def test_generate_streams_an_answer_and_its_figures(folder):
+    run = moeflow("generate", folder, "hello", "--max-new-tokens", 5, "--temperature", 0, "--expert-memory", "50%")
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.rstrip("\n")) > 0
+    assert "tok/s" in run.stderr
+    piped = moeflow("generate", folder, "--json", "--max-new-tokens", 5, "--temperature", 0, stdin="hello\n")
+    assert json.loads(piped.stdout)["num_new_tokens"] == 5
+
+
+def test_predictor_none_is_demand_only(folder):
+    options = ("hello", "--max-new-tokens", 5, "--json", "--temperature", 0, "--expert-memory", "50%")
+    figures = [
+        json.loads(moeflow("generate", folder, *options, "--predictor", name).stdout) for name in ("none", "auto")
+    ]
+    assert [answer["moeflow"]["prediction"] is None for answer in figures] == [True, False]
+    assert figures[0]["text"] == figures[1]["text"]
+
+
+def test_piped_chat_answers_once_and_ends(folder):
+    run = moeflow("chat", folder, "--max-new-tokens", 4, "--temperature", 0, stdin="who are you?\n")
+    assert run.returncode == 0, run.stderr
+    assert "hit rate" in run.stderr
+    figures = moeflow("chat", folder, "--max-new-tokens", 4, "--json", stdin="hi")
+    assert json.loads(figures.stdout)["num_new_tokens"] <= 4
+
+
+def test_pack_writes_a_folder_that_generate_takes(folder, tmp_path):
+    run = moeflow("pack", folder, tmp_path / "packed", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["folder"] == str(tmp_path / "packed")
+    options = ("hello", "--max-new-tokens", 5, "--temperature", 0)
+    first, second = (moeflow("generate", each, *options) for each in (folder, tmp_path / "packed"))
+    assert first.stdout == second.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("info", "no/such/folder"), "not a folder"),
+        (("generate", "MODEL", "hi", "--expert-memory", "1KB"), "minimum is 221,184 bytes"),
+        (("generate", "MODEL", "hi", "--policy", "best"), "lru, lfu, lfru, static"),
+        (("generate", "MODEL", "hi", "--predictor", "crystal"), "crystal"),
+        (("generate", "MODEL", "hi", "--miss", "cheapest", "--device", "cpu"), "runs on the CPU"),
+        (("generate", "MODEL", "hi", "--miss", "guess"), "copy, cheapest"),
+        (("generate", "MODEL", "hi", "--host-memory", "1GB", "--device", "cpu"), "expert_memory"),
+        (("generate", "MODEL", " "), "prompt is empty"),
+        (("pack", "MODEL", "MODEL"), "exists"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(folder, arguments, match):
+    run = moeflow(*(folder if argument == "MODEL" else argument for argument in arguments), stdin="")
+    assert run.returncode == 1
+    assert run.stderr.startswith("moeflow: ")
+    assert match in run.stderr
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_unknown_command_is_refused_by_the_parser():
+    assert moeflow("fly").returncode == 2

@@ -1,0 +1,92 @@
+/* Runs every format over odd shapes in memory of exactly the right size, for a build with sanitizers.
+ * MOEFLOW_SANITIZE=1 pytest tests/kernels/test_cpu_sanitizers.py builds and runs it. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <initializer_list>
+#include <vector>
+
+#include "_cpu.h"
+
+using namespace moeflow;
+
+extern "C" {
+const char *moeflow_cpu_use(const char *);
+int moeflow_cpu_experts(const Expert *const *, const char *const *, const int64_t *, int, const int64_t *,
+                        const int64_t *, const char *, int, float *, int, int);
+int moeflow_cpu_token(const Expert *const *, const char *const *, int, const void *, const void *, int, void *, int, int,
+                      int);
+int moeflow_cpu_linear(const Matrix *, const char *, const char *, int, int64_t, int, void *, int, int);
+int moeflow_cpu_rms_norm(const char *, int64_t, const void *, float, int64_t, int, char *, int, int);
+}
+
+static const int BITS[NUM_FORMATS] = {32, 16, 16, 8, 4, 3, 2, 1, 4, 8};
+
+/* Appends a matrix's tensors to a record. */
+static Matrix add(std::vector<unsigned char> &record, int format, int rows, int columns, int group, bool transposed) {
+    const bool is_float = format <= FLOAT16, has_zeros = format >= UINT4 && format <= UINT2;
+    const int block = format == FP8 ? 128 : format == MXFP4 ? 32 : group;
+    const int unit = block > 32 ? block : 32, padded = is_float ? columns : (columns + unit - 1) / unit * unit;
+    const auto place = [&](size_t num_bytes) {
+        const int64_t start = (int64_t)((record.size() + 3) / 4 * 4);
+        record.resize(start + num_bytes);
+        for (size_t i = 0; i < num_bytes; ++i) record[start + i] = (unsigned char)(rand() % 56); /* small and finite */
+        return start;
+    };
+    Matrix m{};
+    m.codes = place((size_t)rows * padded * BITS[format] / 8);
+    m.scale = m.zero = -1;
+    const int groups = is_float ? 0 : padded / (block ? block : padded);
+    if (!is_float)
+        m.scale = format == FP8     ? place((size_t)(rows + 127) / 128 * groups * 4)
+                  : format == MXFP4 ? place((size_t)rows * groups)
+                                    : place((size_t)rows * groups * 2);
+    if (has_zeros) m.zero = place((size_t)rows * groups * 2);
+    m.bias = place((size_t)rows * 2), m.bias_format = BFLOAT16;
+    m.format = format, m.num_rows = rows, m.in_features = columns, m.padded = padded;
+    m.group_size = is_float ? padded : block ? block : padded;
+    m.is_transposed = is_float && transposed;
+    return m;
+}
+
+int main() {
+    for (const char *name : {"avx512", "avx2", "portable"}) {
+        if (strcmp(moeflow_cpu_use(name), name)) continue;
+        for (int format = 0; format < NUM_FORMATS; ++format)
+            for (const int features : {1, 31, 64, 77, 200, 530})
+                for (const int tokens : {1, 3, 9, 101})
+                    for (int variant = 0; variant < 4; ++variant) {
+                        const int inner = features * 2 / 3 + 1, gate = variant % 3, group = 32 << variant % 3;
+                        std::vector<unsigned char> bytes;
+                        Expert expert{};
+                        const int size = format == INT8 && variant == 3 ? 0 : group;
+                        expert.first = add(bytes, format, gate ? 2 * inner : inner, features, size, variant & 1);
+                        expert.down = add(bytes, format, features, inner, size, variant & 1);
+                        expert.activation = {variant, gate, 1, 7, 7, 7, 1, 0};
+                        char *record = (char *)malloc(bytes.size()); /* exact, so that a read too far is seen */
+                        memcpy(record, bytes.data(), bytes.size());
+                        std::vector<float> x((size_t)tokens * features, 0.5f), out((size_t)tokens * features);
+                        std::vector<int64_t> rows(tokens);
+                        for (int t = 0; t < tokens; ++t) rows[t] = t;
+                        const Expert *experts[] = {&expert, &expert};
+                        const char *records[] = {record, record};
+                        const int64_t starts[] = {0, 0, tokens};
+                        const float weights[] = {0.5f, 0.5f};
+                        for (const int rounded : {0, 8}) {
+                            int failed = moeflow_cpu_experts(experts, records, starts, 2, rows.data(), rows.data(),
+                                                             (const char *)x.data(), FLOAT32, out.data(), rounded, 2);
+                            failed |= moeflow_cpu_token(experts, records, 2, x.data(), weights, FLOAT32, out.data(),
+                                                        FLOAT32, rounded, 2);
+                            std::vector<float> wide((size_t)tokens * expert.first.num_rows);
+                            failed |= moeflow_cpu_linear(&expert.first, record, (const char *)x.data(), FLOAT32,
+                                                         4 * features, tokens, wide.data(), rounded, 2);
+                            failed |= moeflow_cpu_rms_norm((const char *)x.data(), 4 * features, x.data(), 1e-6f, 1,
+                                                           features, (char *)out.data(), FLOAT32, 8);
+                            if (failed) return 1;
+                        }
+                        free(record);
+                    }
+        printf("%s clean\n", name);
+    }
+    return 0;
+}

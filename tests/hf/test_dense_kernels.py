@@ -1,0 +1,94 @@
+"""Linears and norms of the dense parts: moeflow's kernels while tokens are few, torch's products beyond."""
+
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+
+from helpers.small_models import tiny_mixtral
+from moeflow import load_moe
+from moeflow.hf.dense_kernels import MAX_TOKENS, FewTokensLinear, linear, rms_norm, speed_up_dense
+from moeflow.kernels.cpu.library import instruction_set
+
+pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_of_few_tokens_is_the_exact_product_rounded_once(dtype, bias):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(67, 45, bias=bias).to(dtype)
+    fast = torch.nn.Sequential(plain)
+    speed_up_dense(fast)
+    assert type(plain) is FewTokensLinear
+    assert isinstance(plain, torch.nn.Linear)
+    for num_tokens in (1, 3, MAX_TOKENS):
+        x = torch.randn(num_tokens, 67).to(dtype)
+        exact = torch.nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
+        with torch.no_grad():
+            found = fast(x)
+        error = (found.double() - exact).norm() / exact.norm()
+        assert error < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+def test_a_tokens_result_does_not_depend_on_the_tokens_beside_it():
+    torch.manual_seed(0)
+    weight, x = torch.randn(45, 67), torch.randn(8, 67)
+    together = linear(x, weight, None)
+    for token in range(8):
+        assert torch.equal(linear(x[token : token + 1], weight, None), together[token : token + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_transformers_norm_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    module = MixtralRMSNorm(200, eps=1e-6).to(dtype)
+    module.weight.data = torch.randn(200).to(dtype)
+    x = torch.randn(3, 2, 200).to(dtype)
+    with torch.no_grad():
+        expected = module(x)
+        assert torch.equal(rms_norm(x, module.weight, 1e-6), expected)
+        holder = torch.nn.Sequential(module)
+        speed_up_dense(holder)
+        assert isinstance(module, MixtralRMSNorm)
+        assert type(module) is not MixtralRMSNorm
+        assert torch.equal(holder(x), expected)
+
+
+class _OneMore(torch.nn.Module):
+    """A norm by its looks, and not by what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1 + self.weight)
+
+
+def test_a_module_that_only_looks_like_a_norm_is_left_alone():
+    module = _OneMore()
+    speed_up_dense(torch.nn.Sequential(module))
+    assert type(module) is _OneMore
+
+
+def test_gradients_still_flow_through_the_dense_parts(mixtral_folder):
+    model = load_moe(mixtral_folder)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert type(layer) is FewTokensLinear
+    layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        assert layer(torch.randn(0, 64)).shape == (0, 64)
+    model.moeflow.close()
+
+
+def test_a_compiled_model_decodes_what_the_plain_one_does(tmp_path):
+    """In float32 no token of a greedy generation is close enough to another for last bits to matter."""
+    tiny_mixtral(num_hidden_layers=1).save_pretrained(tmp_path)
+    ids, outputs = torch.arange(1, 8).unsqueeze(0), []
+    for options in ({}, {"compile": True}, {"compile": True, "expert_memory": "50%"}):
+        model = load_moe(tmp_path, **options)
+        outputs.append(model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0))
+        model.moeflow.close()
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[2])

@@ -1,0 +1,101 @@
+"""The same claims on a GPU: pinned host tier, copy stream, one budget, the same bits. Skipped where there is none."""
+
+import gc
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeflow import load_moe
+from moeflow.errors import BudgetError
+from moeflow.offload.streams import CudaStreams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PROMPT = torch.arange(1, 40).unsqueeze(0)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(PROMPT.to(model.device)).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_the_same_bits_at_every_budget(mixtral_folder, dtype):
+    whole = load_moe(mixtral_folder, device="cuda", expert_memory="100%", dtype=dtype)
+    expected = logits(whole)
+    for budget in ("15%", "25%", "50%"):
+        for host in ("50%", "100%"):
+            model = load_moe(mixtral_folder, device="cuda", expert_memory=budget, host_memory=host, dtype=dtype)
+            for _ in range(3):
+                assert torch.equal(logits(model), expected)
+                model.moeflow.check_integrity()
+            model.moeflow.close()
+    whole.moeflow.close()
+
+
+def test_tokens_equal_transformers_eager(mixtral_folder):
+    eager = AutoModelForCausalLM.from_pretrained(mixtral_folder, experts_implementation="eager").eval().cuda()
+    model = load_moe(mixtral_folder, device="cuda", expert_memory="25%")
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(PROMPT.cuda(), **options), eager.generate(PROMPT.cuda(), **options))
+    stats = model.moeflow.stats()
+    assert stats["decode"]["bytes_from_host"] > 0
+    assert stats["memory"]["device_peak_bytes"] <= stats["memory"]["expert_budget_bytes"]
+    model.moeflow.close()
+
+
+def test_close_gives_device_and_pinned_memory_back(mixtral_folder):
+    load_moe(mixtral_folder, device="cuda", expert_memory="50%").moeflow.close()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = load_moe(mixtral_folder, device="cuda", expert_memory="100%")
+    logits(model)
+    model.moeflow.close()
+    del model
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_host_budget_below_the_reads_in_flight_is_refused(mixtral_folder):
+    with pytest.raises(BudgetError, match="pinned slot"):
+        load_moe(mixtral_folder, device="cuda", host_memory=1000)
+
+
+def decoded(model, num_tokens=12):
+    """Feed fixed tokens one by one; return the logits of each."""
+    with torch.no_grad():
+        output, found = model(PROMPT.to(model.device), use_cache=True), []
+        for token in range(1, num_tokens):
+            ids = torch.tensor([[token]], device=model.device)
+            output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+            found.append(output.logits[0, -1])
+    return torch.stack(found)
+
+
+def test_experts_computed_on_the_host_give_nearly_the_same_logits(mixtral_folder):
+    whole = load_moe(mixtral_folder, device="cuda", expert_memory="100%", predictor=None)
+    expected = decoded(whole)
+    whole.moeflow.close()
+    model = load_moe(mixtral_folder, device="cuda", expert_memory="15%", host_memory="100%", miss="cheapest")
+    for _ in range(5):
+        torch.testing.assert_close(decoded(model), expected, rtol=1e-3, atol=1e-3)
+        model.moeflow.check_integrity()
+    stats = model.moeflow.stats()
+    assert stats["decode"]["decisions"]["computed_on_host"] > 0
+    assert stats["decode"]["decisions"]["copied"] > 0
+    assert stats["miss"]["copy_bytes_per_s"] > 0
+    assert stats["miss"]["host_bytes_per_s"] > 0
+    model.moeflow.close()
+
+
+def test_a_copy_is_timed_on_the_device():
+    streams = CudaStreams(torch.device("cuda", torch.cuda.current_device()))
+    source = torch.zeros(64 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    first, second = streams.copy(target, source, None), streams.copy(target, source, streams.compute_event())
+    streams.wait(second)
+    streams.synchronize(second)
+    assert streams.done(first)
+    assert 64 << 20 < (64 << 20) / streams.copy_s(second) < 2e12  # bytes a second

@@ -1,0 +1,72 @@
+"""Which kernels run a layer's experts: each kind, in a process of its own, gives the model's own logits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moeflow.kernels.cpu.library import instruction_set
+
+_LOGITS = """
+import json, sys
+import torch
+from moeflow import load_moe
+from moeflow.moe.compute import TorchCompute, TritonCompute
+from moeflow.kernels.activations import recognise
+
+torch.set_num_threads(1)
+wanted, folder, quantization = sys.argv[1:4]
+found = []
+for budget in ("100%", "25%"):
+    model = load_moe(folder, expert_memory=budget, quantization=quantization or None, dtype=torch.float32)
+    for layer in model.model.layers if wanted == "triton" else ():
+        module = layer.mlp.experts
+        compute = TritonCompute(module, recognise(module._apply_gate, True))
+        assert compute.can_run(model.moeflow.records(module._moeflow.layer))
+        module._moeflow._computes[torch.float32] = compute
+    with torch.no_grad():
+        output = model(torch.arange(1, 19).unsqueeze(0))
+        logits = [output.logits]
+        for token in (3, 5):
+            logits.append(model(torch.tensor([[token]]), past_key_values=output.past_key_values).logits)
+    found.append(torch.cat(logits, 1))
+    experts = [layer.mlp.experts._moeflow for layer in model.model.layers]
+    kinds = {type(kind).__name__ for one in experts for kind in one._computes.values()}
+    model.moeflow.close()
+assert torch.equal(*found), "bits depend on the budget"
+print(json.dumps({"kinds": sorted(kinds), "logits": found[0].flatten().tolist()}))
+"""
+
+
+def logits(wanted, folder, quantization="", **variables):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _LOGITS, wanted, str(folder), quantization],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    said = json.loads(run.stdout.splitlines()[-1])
+    return said["kinds"], torch.tensor(said["logits"])
+
+
+@pytest.mark.parametrize("quantization", ["", "int4"])
+def test_every_kind_of_compute_gives_the_same_logits_at_every_budget(mixtral_folder, quantization):
+    kinds, expected = logits("torch", mixtral_folder, quantization, MOEFLOW_CPU_KERNELS="off")
+    assert kinds == ["TorchCompute"]
+    if instruction_set() is not None:
+        kinds, found = logits("cpu", mixtral_folder, quantization)
+        assert kinds == ["CpuCompute"]
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+    pytest.importorskip("triton")
+    kinds, found = logits("triton", mixtral_folder, quantization, TRITON_INTERPRET="1")
+    assert kinds == ["TritonCompute"]
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_path_that_does_not_exist_is_refused(mixtral_folder):
+    with pytest.raises(AssertionError, match="no instruction set"):
+        logits("cpu", mixtral_folder, MOEFLOW_CPU_KERNELS="sse9")
