@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 VARIABLE = "MOEFLOW_CPU_KERNELS"
+# floats in the vectors of torch's sums: those of AVX2, since torch registers no AVX-512 kernel for sums
+_SUM_LANES = 8
 
 
 class Library(NamedTuple):
@@ -74,8 +76,7 @@ def library() -> Library | None:
     free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
     free.moeflow_cpu_read.restype = c_uint64
     _share_threads(held)
-    lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    return Library(name, held, free, lanes)
+    return Library(name, held, free, _SUM_LANES)
 
 
 def _share_threads(library):
