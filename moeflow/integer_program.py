@@ -51,6 +51,11 @@ def pulp_solver(
     return cbc
 
 
+def solver_name(solver: pulp.LpSolver) -> str:
+    """Return the name, "highs" or "cbc", that a solver of `pulp_solver` goes by."""
+    return "cbc" if isinstance(solver, pulp.PULP_CBC_CMD) else "highs"
+
+
 def found_solution(program: pulp.LpProblem) -> bool:
     """Return whether a program that was solved has values, the best or the best in time."""
     return program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
