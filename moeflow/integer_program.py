@@ -1,12 +1,16 @@
-"""Which solver pulp hands a program to, and what that solver proves.
+"""The solver that pulp hands an integer program to, and the bound that it proves.
 
 HiGHS where highspy is installed, else CBC, which pulp ships. One thread and one seed: the same program and seed give
-the same answer unless the time limit stops the search.
+the same answer unless the time limit stops the search. Ctrl-C ends a solver while it works; it leaves no process,
+thread or file.
 """
 
 import importlib.util
 import math
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pulp
 
 from moeflow.errors import PlacementError
@@ -39,14 +43,17 @@ def pulp_solver(
     if name == "highs" or (name == "auto" and highs):
         return _highs(warm_start)(msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, random_seed=seed)
     options = [f"randomSeed {seed}", f"randomCbcSeed {seed}"]
-    cbc = pulp.PULP_CBC_CMD(
-        msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, warmStart=warm_start, options=options
-    )
+    cbc = _Cbc(msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, warmStart=warm_start, options=options)
     if not cbc.available():
         raise PlacementError(
             "no solver of integer programs is installed: pulp ships no CBC for this machine. Run `pip install highspy`."
         )
     return cbc
+
+
+def solver_name(solver: pulp.LpSolver) -> str:
+    """Return the name, "highs" or "cbc", that a solver of `pulp_solver` goes by."""
+    return "cbc" if isinstance(solver, pulp.PULP_CBC_CMD) else "highs"
 
 
 def found_solution(program: pulp.LpProblem) -> bool:
@@ -71,6 +78,29 @@ def proven_bound(program: pulp.LpProblem) -> float:
     return found - (program.solver.optionsDict.get("gapRel") or 0.0) * abs(found)
 
 
+class _Cbc(pulp.PULP_CBC_CMD):
+    """pulp's CBC, whose process and files end with the solving however that ends."""
+
+    def actualSolve(self, lp, **options):
+        with tempfile.TemporaryDirectory(prefix="moeflow-cbc-") as self.tmpDir:
+            try:
+                return super().actualSolve(lp, **options)
+            except BaseException:
+                _end_children_naming(self.tmpDir)
+                raise
+
+
+def _end_children_naming(folder: str) -> None:
+    """Kill the child processes whose command line names a folder: pulp does not hand out the process it starts."""
+    for child in psutil.Process().children():
+        try:
+            if any(folder in argument for argument in child.cmdline()):
+                child.kill()
+                child.wait()
+        except psutil.NoSuchProcess:
+            continue
+
+
 def _highs(warm_start):
     """pulp's HiGHS, silent and with a start; made here since highspy may be absent."""
     import highspy
@@ -83,6 +113,7 @@ def _highs(warm_start):
     class PulpHighs(pulp.HiGHS):
         def createAndConfigureSolver(self, lp):
             lp.solverModel = SilentHighs()
+            lp.solverModel.HandleUserInterrupt = True
             options = {"threads": self.threads, "time_limit": float(self.timeLimit), "mip_rel_gap": self.gapRel}
             for option, value in {"output_flag": False, **options, **self.optionsDict}.items():
                 lp.solverModel.setOptionValue(option, value)
@@ -92,6 +123,12 @@ def _highs(warm_start):
                 start = highspy.HighsSolution()
                 start.col_value = [float(variable.value()) for variable in lp.variables()]
                 lp.solverModel.setSolution(start)
-            lp.solverModel.run()
+            # In a thread of its own: a call into C in the main thread would keep Ctrl-C waiting until it is done.
+            with ThreadPoolExecutor(1, thread_name_prefix="highs") as pool:
+                try:
+                    pool.submit(lp.solverModel.run).result()
+                except BaseException:
+                    lp.solverModel.cancelSolve()
+                    raise  # once the thread has ended
 
     return PulpHighs

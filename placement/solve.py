@@ -39,6 +39,9 @@ def solve_all(
 ) -> Attempts:
     """Solve a problem with each solver in turn; the last has all the time that the others leave.
 
+    Ctrl-C ends the solving between two steps of the solver at work, each a small share of the time limit. So does an
+    exception that `progress` raises. Neither leaves a process, a thread or a temporary file of a solver.
+
     Args:
         problem: what to place where.
         solvers: name -> solver, the one that makes most of the time last.

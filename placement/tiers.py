@@ -13,7 +13,7 @@ number, since nothing is known here of the order of tokens.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -114,10 +114,8 @@ def choose_tiers(
     for name, value in {**rates, "gpu_bytes": gpu_bytes, "host_bytes": host_bytes}.items():
         if not (value > 0 or (value == 0 and name not in rates)):
             raise PlacementError(f"{name} is {value}. It must be {'above 0' if name in rates else '0 or more'}.")
-    disk_s = math.inf if disk_bytes_per_s is None else 1 / host_bytes_per_s + 1 / disk_bytes_per_s
-    per_byte = np.array([0.0, 1 / host_bytes_per_s, disk_s])
     uses = (workload.shares() * top_k).ravel()
-    costs = _costs(uses, sizes, per_byte)
+    costs = _costs(uses, sizes, host_bytes_per_s, disk_bytes_per_s)
     budgets = (float(gpu_bytes), float(host_bytes))
     tier = fill_in_order(sizes, budgets, np.argsort(-uses, kind="stable"))
     bound, ended = total(costs, tier), True
@@ -133,12 +131,37 @@ def choose_tiers(
     status = "optimal" if cost <= bound * (1 + 1e-9) else "feasible" if ended else "time limit"
     return TierPlan(
         tier=tier.reshape(workload.shape),
-        rates=tuple(float(uses[tier == number].sum() / uses.sum()) for number in range(3)),
+        rates=_rates(uses, tier),
         s_per_token=cost,
         bound=min(bound, cost),
         seconds=time.perf_counter() - begin,
         status=status,
     )
+
+
+def judge_tiers(
+    plan: TierPlan,
+    workload: Workload,
+    expert_bytes: float | np.ndarray,
+    *,
+    top_k: int,
+    host_bytes_per_s: float = 20e9,
+    disk_bytes_per_s: float | None = 2e9,
+) -> TierPlan:
+    """Return a plan with the rates and the waiting of a workload that it was not chosen by; no bound holds there.
+
+    Args:
+        plan: what stays where.
+        workload: load [L, E].
+        expert_bytes, host_bytes_per_s, disk_bytes_per_s: as in `choose_tiers`.
+        top_k: experts a token takes in a layer.
+
+    Raises:
+        PlacementError: a size that cannot be.
+    """
+    uses, tier = (workload.shares() * top_k).ravel(), plan.tier.ravel()
+    costs = _costs(uses, _sizes(workload, expert_bytes), host_bytes_per_s, disk_bytes_per_s)
+    return replace(plan, rates=_rates(uses, tier), s_per_token=total(costs, tier), bound=0.0)
 
 
 def static_or_dynamic(plan: TierPlan, hit_rates: Mapping[str, float]) -> CacheAdvice:
@@ -166,7 +189,7 @@ def static_or_dynamic(plan: TierPlan, hit_rates: Mapping[str, float]) -> CacheAd
     return CacheAdvice(best, seconds, plan.s_per_token - min(seconds[name] for name in hit_rates))
 
 
-def _sizes(workload, expert_bytes):
+def _sizes(workload: Workload, expert_bytes: float | np.ndarray) -> np.ndarray:
     """[N] float64, checked."""
     try:
         sizes = np.broadcast_to(np.asarray(expert_bytes, np.float64), workload.shape)
@@ -180,9 +203,18 @@ def _sizes(workload, expert_bytes):
     return sizes.ravel()
 
 
-def _costs(uses, sizes, per_byte):
+def _costs(uses: np.ndarray, sizes: np.ndarray, host_bytes_per_s: float, disk_bytes_per_s: float | None) -> np.ndarray:
     """[N, 3] seconds a token waits for each expert on each tier; infinite where there is no such tier."""
-    costs = np.empty((len(uses), 3))
-    costs[:, :2] = (uses * sizes)[:, None] * per_byte[:2]
-    costs[:, 2] = (uses * sizes) * per_byte[2] if np.isfinite(per_byte[2]) else np.inf
+    costs = np.full((len(uses), 3), np.inf)
+    moved = uses * sizes
+    costs[:, 0] = 0.0
+    costs[:, 1] = moved * (1 / host_bytes_per_s)
+    if disk_bytes_per_s is not None:
+        costs[:, 2] = moved * (1 / host_bytes_per_s + 1 / disk_bytes_per_s)
     return costs
+
+
+def _rates(uses: np.ndarray, tier: np.ndarray) -> tuple[float, float, float]:
+    """[3], the share of the uses on each tier."""
+    gpu, host, disk = (float(uses[tier == number].sum() / uses.sum()) for number in range(3))
+    return gpu, host, disk

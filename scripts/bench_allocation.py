@@ -79,7 +79,7 @@ def main(argv=None) -> None:
     }
     for name, options in {
         "relaxation rounded": {"gap": arguments.gap},
-        "the rest by CBC, gap 1e-6": {"gap": 1e-6},
+        "the rest by the solver, gap 1e-6": {"gap": 1e-6},
         "whole program to CBC": {"gap": arguments.gap, "solver": "cbc"},
     }.items():
         seconds = []

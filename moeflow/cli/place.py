@@ -1,8 +1,6 @@
 """`moeflow place`: which GPU holds which expert, how good that is, and the plan as engines take it."""
 
-import atexit
 import json
-import os
 from pathlib import Path
 
 from moeflow.cli.place_problem import add_step_options, read_problem
@@ -160,41 +158,17 @@ def _chosen(arguments, attempts):
 
 
 def _solve(problem, solvers, arguments):
-    """Solve in a thread of its own: a solver in C would keep Ctrl-C waiting until it is done."""
-    import threading
-    from concurrent.futures import Future
-
     from moeflow.cli.progress import share_progress
     from moeflow.placement.solve import solve_all
 
-    future = Future()
-    options = {"seed": arguments.seed, "time_limit_s": arguments.time_limit}
-
-    def solve(progress):
-        try:
-            future.set_result(solve_all(problem, solvers, progress=progress, **options))
-        except BaseException as error:  # handed to the thread that waits, whatever it is
-            future.set_exception(error)
-
     with share_progress("placing experts") as progress:
-        thread = threading.Thread(target=solve, args=(progress,), daemon=True)
-        atexit.register(_end_solver, thread)
-        thread.start()
-        attempts = future.result()
+        attempts = solve_all(
+            problem, solvers, seed=arguments.seed, time_limit_s=arguments.time_limit, progress=progress
+        )
     for name in (arguments.solver, "crossing"):
         if name in attempts.failures:
             raise MoeflowError(f"{name} found no plan: {attempts.failures[name]}")
     return attempts
-
-
-def _end_solver(thread) -> None:
-    """End a solver that Ctrl-C left at work: CBC is a process of its own, and HiGHS aborts ours at an orderly end."""
-    import psutil
-
-    if thread.is_alive():
-        for child in psutil.Process().children():
-            child.kill()
-        os._exit(130)
 
 
 def _export(exports, problem, plan) -> list[dict]:

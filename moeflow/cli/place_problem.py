@@ -1,19 +1,29 @@
 """The problem that `moeflow place` is given: counts, the machine, and how large a step is."""
 
-from moeflow.errors import ConfigError
+from __future__ import annotations
 
-TOKENS, HIDDEN_SIZE, TOP_K = 4096, 4096, 8  # of a step, where nothing is said
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moeflow.errors import ConfigError, PlacementError
+
+if TYPE_CHECKING:
+    from moeflow.placement.problem import Problem
+    from moeflow.placement.workload import Workload
+
+_TOKENS, _HIDDEN_SIZE, _TOP_K = 4096, 4096, 8  # of a step, where neither options nor counts say it
 
 
-def add_step_options(parser) -> None:
+def add_step_options(parser: ArgumentParser) -> None:
     """Add the options of a step to a parser."""
     step = parser.add_argument_group("the step", "what one forward of all GPUs together is")
-    step.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of a step ({TOKENS})")
+    step.add_argument("--tokens", type=int, default=_TOKENS, metavar="N", help=f"tokens of a step ({_TOKENS})")
     step.add_argument(
-        "--top-k", type=int, metavar="K", help=f"experts a token takes, where counts do not say ({TOP_K})"
+        "--top-k", type=int, metavar="K", help=f"experts a token takes, where counts do not say ({_TOP_K})"
     )
     step.add_argument(
-        "--hidden-size", type=int, default=HIDDEN_SIZE, metavar="H", help=f"of the model, in bf16 ({HIDDEN_SIZE})"
+        "--hidden-size", type=int, default=_HIDDEN_SIZE, metavar="H", help=f"of the model, in bf16 ({_HIDDEN_SIZE})"
     )
     step.add_argument(
         "--expert-mb", type=float, metavar="MB", help="megabytes of one expert; without it memory is not checked"
@@ -28,7 +38,7 @@ def add_step_options(parser) -> None:
     )
 
 
-def read_problem(arguments):
+def read_problem(arguments: Namespace) -> tuple[Problem, list[Workload]]:
     """Return the problem that arguments name, and the workloads that are kept out of it.
 
     Raises:
@@ -40,7 +50,6 @@ def read_problem(arguments):
     from moeflow.placement.cost import StepShape
     from moeflow.placement.files.topology import load_topology
     from moeflow.placement.problem import Problem
-    from moeflow.trace.workloads import known_top_k
 
     _check_step(arguments)
     topology = load_topology(arguments.topology, arguments.gpus)
@@ -51,11 +60,9 @@ def read_problem(arguments):
             "out."
         )
     communication = arguments.communication
-    if (
-        communication == "auto"
-    ):  # engines dispatch; who asks for few transitions has one that goes from expert to expert
+    if communication == "auto":  # engines dispatch; a limit of transitions is for one that goes from expert to expert
         communication = "dispatch" if arguments.max_imbalance is None else "path"
-    top_k = known_top_k(arguments.top_k, workloads) or min(TOP_K, workloads[0].num_experts)
+    top_k = known_top_k(arguments.top_k, workloads) or min(_TOP_K, workloads[0].num_experts)
     if arguments.expert_mb is None:
         topology = topology.without_memory_limits()
         # Three matrices, half as high as wide: between models of many small and of few large experts.
@@ -74,7 +81,23 @@ def read_problem(arguments):
     return problem, held_out
 
 
-def _workloads(arguments):
+def known_top_k(given: int | None, workloads: Sequence[Workload]) -> int | None:
+    """Return how many experts a token takes, as the option or the counts say; None where neither does.
+
+    Raises:
+        PlacementError: the two contradict each other, or layers have fewer experts.
+    """
+    known, num_experts = {workload.top_k for workload in workloads} - {None}, workloads[0].num_experts
+    if given is None:
+        return max(known, default=None)
+    if known - {given}:
+        raise PlacementError(f"--top-k {given} contradicts the counts, which say {max(known)}. Leave it out.")
+    if given > num_experts:
+        raise PlacementError(f"--top-k {given} is out of range: a layer has {num_experts} experts.")
+    return given
+
+
+def _workloads(arguments: Namespace) -> tuple[list[Workload], list[Workload]]:
     from moeflow.trace.workloads import read_workload, split_workload
 
     if arguments.hold_out is None:
@@ -85,7 +108,7 @@ def _workloads(arguments):
     return workloads, held_out + [read_workload(path) for path in arguments.validate]
 
 
-def _check_step(arguments) -> None:
+def _check_step(arguments: Namespace) -> None:
     for name in ("tokens", "hidden_size", "top_k"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

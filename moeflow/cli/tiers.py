@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 
+from moeflow.cli.place_problem import known_top_k
 from moeflow.errors import ConfigError
 
 _CACHES = ("lru", "lfu", "lfru")  # what load_moe can run
@@ -25,8 +26,8 @@ def add_tiers_command(commands) -> None:
 
 
 def _tiers(arguments) -> int:
-    from moeflow.placement.tiers import choose_tiers
-    from moeflow.trace.workloads import is_count_file, known_top_k, opened_routes
+    from moeflow.placement.tiers import choose_tiers, judge_tiers
+    from moeflow.trace.workloads import is_count_file, opened_routes
 
     sizes = _sizes(arguments)
     if arguments.hold_out is not None and is_count_file(arguments.workload):
@@ -37,12 +38,9 @@ def _tiers(arguments) -> int:
         top_k = known_top_k(arguments.top_k, [workload])
         if top_k is None:
             raise ConfigError("the counts do not say how many experts a token takes: give --top-k.")
-        plan = choose_tiers(
-            workload, sizes["expert_bytes"], gpu_bytes=gpu_bytes, host_bytes=host_bytes, top_k=top_k,
-            host_bytes_per_s=sizes["host_bytes_per_s"], disk_bytes_per_s=sizes["disk_bytes_per_s"],
-        )  # fmt: skip
+        plan = choose_tiers(workload, gpu_bytes=gpu_bytes, host_bytes=host_bytes, top_k=top_k, **sizes)
         if judged is not workload:
-            plan = _judged(plan, judged, top_k, sizes)
+            plan = judge_tiers(plan, judged, top_k=top_k, **sizes)
         slots = int((plan.tier == 0).sum())
         caches = {} if trace is None or plan.hit_rate >= 1 else _replayed(trace, numbers, slots)
     about = _about(plan, sizes, judged, caches)
@@ -97,19 +95,6 @@ def _budgets(arguments, workload) -> tuple[int, float]:
     if arguments.host_memory is None:
         return gpu, float("inf")
     return gpu, parse_memory(arguments.host_memory, name="--host-memory", whole_bytes=whole)
-
-
-def _judged(plan, workload, top_k, sizes):
-    """Return the plan with the rates and waiting of a workload that it was not chosen by; no bound holds there."""
-    from dataclasses import replace
-
-    shares = workload.shares() / workload.num_layers
-    rates = tuple(float(shares[plan.tier == tier].sum()) for tier in range(3))
-    from_host = 1 / sizes["host_bytes_per_s"]
-    from_disk = from_host + 1 / sizes["disk_bytes_per_s"]
-    per_byte = rates[1] * from_host + rates[2] * from_disk
-    waiting = workload.num_layers * top_k * sizes["expert_bytes"] * per_byte
-    return replace(plan, rates=rates, s_per_token=waiting, bound=0.0)
 
 
 def _replayed(trace, numbers, num_slots) -> dict[str, float]:

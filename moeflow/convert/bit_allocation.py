@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeflow.errors import BudgetError, ConfigError
+from moeflow.errors import BudgetError, ConfigError, PlacementError
 
 logger = logging.getLogger(__name__)
 
-SOLVERS = ("auto", "cbc")
+SOLVERS = ("auto", "highs", "cbc")
 
 
 class Allocation(NamedTuple):
@@ -33,7 +33,7 @@ class Allocation(NamedTuple):
         gap: (cost - bound) / bound; 0 where both are 0.
         num_bytes: sum of the chosen bytes.
         seconds: time it took, with building the program.
-        solver: what found the choice: "hull" (the relaxation, rounded) or "cbc".
+        solver: what found the choice: "hull" (the relaxation, rounded), "highs" or "cbc".
     """
 
     choice: np.ndarray
@@ -63,8 +63,8 @@ def allocate(
         budget_bytes: what all experts together may take.
         gap: (cost - bound) / bound at which to stop; 0 asks for the optimum.
         time_limit_s: for the solver. The best found until then is returned, with its gap.
-        solver: "auto" rounds the relaxation and, where its gap is too wide, hands what is open to CBC, the solver pulp
-            ships; "cbc" gives CBC the whole program, with the rounding as a start.
+        solver: "auto" rounds the relaxation and, where its gap is too wide, hands what is open to HiGHS, or to CBC if
+            HiGHS is not installed; "highs" and "cbc" give that solver the whole program, with the rounding as a start.
 
     Raises:
         BudgetError: the budget is below the smallest allocation.
@@ -87,13 +87,13 @@ def allocate(
         if solver == "auto":
             open_widths &= _reduced(costs, sizes, price) <= (cost - bound) * (1 + 1e-9)
         open_widths[np.arange(len(choice)), choice] = True
-        better = _solve(costs, sizes, budget_bytes, open_widths, choice, gap, time_limit_s)
-        if better is not None and _total(costs, better) <= cost:
-            choice, cost, found_by = better, float(_total(costs, better)), "cbc"
+        found = _solve(costs, sizes, budget_bytes, open_widths, choice, gap, time_limit_s, solver)
+        if found is not None and (found_cost := float(_total(costs, found[0]))) <= cost:
+            (choice, found_by), cost = found, found_cost
     return Allocation(
         choice=choice.reshape(shape),
         cost=cost,
-        bound=bound,
+        bound=min(bound, cost),  # at the optimum they are two sums of equal value, rounded in another order
         gap=relative_gap(cost, bound),
         num_bytes=int(_total(sizes, choice)),
         seconds=time.perf_counter() - begin,
@@ -120,7 +120,7 @@ def relative_gap(cost: float, bound: float) -> float:
     return (cost - bound) / bound if bound > 0 else float("inf")
 
 
-def _checked(costs, num_bytes, budget_bytes):
+def _checked(costs: np.ndarray, num_bytes: np.ndarray, budget_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     costs = np.asarray(costs, np.float64)
     if costs.ndim != 3 or not costs.size:
         raise ConfigError(f"costs have shape {list(costs.shape)}. Give [layers, experts, widths], none of them 0.")
@@ -147,7 +147,7 @@ def _checked(costs, num_bytes, budget_bytes):
     return costs, sizes
 
 
-def _rounded_relaxation(costs, sizes, budget):
+def _rounded_relaxation(costs: np.ndarray, sizes: np.ndarray, budget: int) -> tuple[np.ndarray, float]:
     """Return an allocation within the budget, and the price of a byte at the relaxation's optimum."""
     choice, steps = _hull_steps(costs, sizes)
     slack = budget - int(_total(sizes, choice))
@@ -170,7 +170,7 @@ def _rounded_relaxation(costs, sizes, budget):
     return choice, price
 
 
-def _hull_steps(costs, sizes):
+def _hull_steps(costs: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Walk every expert's lower convex hull from its smallest width.
 
     Returns:
@@ -194,7 +194,7 @@ def _hull_steps(costs, sizes):
     return smallest, tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
-def _dominated(costs, sizes):
+def _dominated(costs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """[N, B], whether another width costs no more and takes no more (of equals the first stays)."""
     out = np.zeros(costs.shape, bool)
     for j in range(costs.shape[1]):
@@ -205,25 +205,40 @@ def _dominated(costs, sizes):
     return out
 
 
-def _reduced(costs, sizes, price):
+def _reduced(costs: np.ndarray, sizes: np.ndarray, price: float) -> np.ndarray:
     priced = costs + price * sizes
     return priced - priced.min(axis=1, keepdims=True)
 
 
-def _total(values, choice):
+def _total(values: np.ndarray, choice: np.ndarray) -> np.number:
     return values[np.arange(len(choice)), choice].sum()
 
 
-def _solve(costs, sizes, budget, open_widths, start, gap, time_limit_s):
-    """Hand the experts with more than one open width to pulp; None where the solver found nothing in time."""
+def _solve(
+    costs: np.ndarray,
+    sizes: np.ndarray,
+    budget: int,
+    open_widths: np.ndarray,
+    start: np.ndarray,
+    gap: float,
+    time_limit_s: float,
+    solver: str,
+) -> tuple[np.ndarray, str] | None:
+    """Hand the experts with more than one open width to a solver.
+
+    Returns:
+        [N], the choice, and the name of the solver; None where no width is open or nothing was found in time.
+    """
     import pulp
 
+    from moeflow.integer_program import found_solution, pulp_solver, solver_name
+
     rows = np.flatnonzero(open_widths.sum(axis=1) > 1)
+    if not len(rows):
+        return None
     choice = np.where(open_widths.sum(axis=1) > 1, start, open_widths.argmax(axis=1))
     fixed = np.setdiff1d(np.arange(len(costs)), rows)
     room = budget - int(sizes[fixed, choice[fixed]].sum())
-    if not len(rows):
-        return choice
     constant = float(costs[fixed, choice[fixed]].sum())
     scale = max(float(costs[rows][open_widths[rows]].max()), 1e-300)  # solvers' tolerances are absolute
     unit = int(np.gcd.reduce(sizes[rows][open_widths[rows]])) or 1
@@ -237,7 +252,7 @@ def _solve(costs, sizes, budget, open_widths, start, gap, time_limit_s):
     program.addConstraint(
         pulp.LpAffineExpression({x: int(sizes[key]) // unit for key, x in variables.items()}) <= room // unit
     )
-    widths_of = {}
+    widths_of: dict[int, dict[pulp.LpVariable, int]] = {}
     for (row, j), x in variables.items():
         x.setInitialValue(int(start[row] == j))
         widths_of.setdefault(row, {})[x] = 1
@@ -246,14 +261,15 @@ def _solve(costs, sizes, budget, open_widths, start, gap, time_limit_s):
     # The gap is asked of the whole: what is fixed adds to cost and bound alike.
     open_cost = max(_total(costs, start) - constant, 1e-300)
     open_gap = gap * (constant + open_cost) / open_cost
-    solver = pulp.PULP_CBC_CMD(msg=False, gapRel=open_gap, timeLimit=time_limit_s, warmStart=True)
-    if not solver.available():
-        logger.warning("pulp has no CBC on this machine: the relaxation, rounded, stands as it is")
+    try:
+        chosen = pulp_solver(solver, time_limit_s=time_limit_s, gap=open_gap, warm_start=True)
+    except PlacementError as error:
+        logger.warning("the relaxation, rounded, stands as it is: %s", error)
         return None
-    program.solve(solver)
-    if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+    program.solve(chosen)
+    if not found_solution(program):
         return None
     for (row, j), x in variables.items():
         if (x.value() or 0) > 0.5:
             choice[row] = j
-    return choice if _total(sizes, choice) <= budget else None
+    return (choice, solver_name(chosen)) if _total(sizes, choice) <= budget else None

@@ -1,7 +1,7 @@
 """Workloads for placement, from whatever a person has: a routing trace, a recording of others, a file of counts."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,22 +71,6 @@ def split_workload(path: str | Path, every: int) -> tuple[Workload, Workload]:
         name = Path(path).stem
         seen = counted(trace, name, np.setdiff1d(kept_sequences(trace), held_out))
         return seen, counted(trace, f"{name}, held out", held_out)
-
-
-def known_top_k(given: int | None, workloads: Sequence[Workload]) -> int | None:
-    """Return how many experts a token takes, by what a person says or by the counts; None where neither knows.
-
-    Raises:
-        PlacementError: the two contradict each other, or layers have fewer experts.
-    """
-    known, num_experts = {workload.top_k for workload in workloads} - {None}, workloads[0].num_experts
-    if given is None:
-        return max(known, default=None)
-    if known - {given}:
-        raise PlacementError(f"--top-k {given} contradicts the counts, which say {max(known)}. Leave it out.")
-    if given > num_experts:
-        raise PlacementError(f"--top-k {given} is out of range: a layer has {num_experts} experts.")
-    return given
 
 
 def is_count_file(path: str | Path) -> bool:

@@ -26,7 +26,7 @@ def anneal(problem, state, num_proposals: int, temperature: float) -> int:
     chance exp(-cost / temperature).
 
     Args:
-        problem: `anneal.Tables`.
+        problem: `tables.Tables`.
         state: `anneal.Annealing`'s arrays, changed in place.
         num_proposals: how many changes to try.
         temperature: seconds.

@@ -9,7 +9,7 @@ What it does by the problem:
 - paths of tokens: rounds of two annealings from a random placement, each round four times as long as the one before.
   One counts the slowest link of every layer. The other counts the mean over all links, which finds its way where paths
   are strongly structured and a maximum says nothing of the links below it, and then descends by the slowest. The
-  semidefinite bound of `path_bound.py` stands beside the LP's.
+  semidefinite bound of `bounds/path.py` stands beside the LP's.
 """
 
 import time

@@ -1,6 +1,7 @@
 """Widths chosen by a program: brute force is the oracle, the bound is checked apart from the solver."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -47,11 +48,21 @@ def test_choice_is_the_brute_force_optimum_and_its_bound_holds(program):
     assert found.cost == pytest.approx(np.take_along_axis(costs, found.choice[..., None], -1).sum())
 
 
-def test_the_whole_program_gives_the_same_optimum():
+@pytest.mark.parametrize("solver", ["highs", "cbc"])
+def test_the_whole_program_gives_the_same_optimum(solver):
     costs = np.random.default_rng(1).random((2, 3, 5)) * 4.0 ** -np.arange(5)
-    found = allocate(costs, BYTES, 200, gap=0, solver="cbc")
-    assert found.solver == "cbc"
+    found = allocate(costs, BYTES, 200, gap=0, solver=solver)
+    assert found.solver == solver
     assert found.cost == pytest.approx(by_brute_force(costs, np.broadcast_to(BYTES, costs.shape), 200))
+
+
+def test_without_a_solver_the_rounding_stands_and_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "highspy", None)  # as if not installed
+    costs = np.random.default_rng(1).random((2, 3, 5)) * 4.0 ** -np.arange(5)
+    found = allocate(costs, BYTES, 200, gap=0, solver="highs")
+    assert found.solver == "hull"
+    assert found.bound <= found.cost
+    assert "pip install highspy" in caplog.text
 
 
 @pytest.mark.parametrize("price", [0.0, 1e-4, 1e-2, 1.0])
@@ -111,5 +122,5 @@ def test_bytes_that_do_not_fit_the_costs_are_refused(sizes):
 
 
 def test_unknown_solver_is_refused():
-    with pytest.raises(ConfigError, match="Allowed: auto, cbc"):
+    with pytest.raises(ConfigError, match="Allowed: auto, highs, cbc"):
         allocate(np.ones((2, 3, 5)), BYTES, 1000, solver="simplex")

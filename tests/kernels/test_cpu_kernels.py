@@ -1,25 +1,19 @@
 """The CPU kernels in every instruction set of this machine: against the oracle in float64, and bit for bit."""
 
-import logging
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeflow.core import MatrixSpec, RecordLayout
-from moeflow.errors import ConfigError
+from helpers.cpu_experts import AVAILABLE, SILU, Expert, error, needs_library, run, use
 from moeflow.kernels.activations import Activation
-from moeflow.kernels.cpu import library
 from moeflow.kernels.cpu import ops as cpu
 from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel
 from moeflow.kernels.quantization.dequantize import dequantize
-from moeflow.kernels.quantization.formats import FORMATS, find_format
+from moeflow.kernels.quantization.formats import FORMATS
 
-TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
 FLOATS = ("float32", "bfloat16", "float16")
 CODED = tuple(name for name, spec in FORMATS.items() if spec.kind != "float")
-SILU = Activation("silu", "concatenated")
 OAI = Activation("swiglu_oai", "interleaved", 1.702, 7.0)
 ACTIVATIONS = (
     SILU,
@@ -34,22 +28,6 @@ ACTIVATIONS = (
 )
 
 
-def available():
-    """List the instruction sets of this machine, best first."""
-    loaded = library.library()
-    if loaded is None:
-        return ()
-    return tuple(
-        name for name in library.INSTRUCTION_SETS if loaded.held.moeflow_cpu_use(name.encode()).decode() == name
-    )
-
-
-AVAILABLE = available()
-if AVAILABLE:
-    library.library().held.moeflow_cpu_use(b"")
-needs_library = pytest.mark.skipif(not AVAILABLE, reason="moeflow was installed without a C++ compiler")
-
-
 @pytest.fixture(params=AVAILABLE or ["none"])
 def forced(request):
     """Each instruction set in turn."""
@@ -58,94 +36,6 @@ def forced(request):
     use(request.param)
     yield request.param
     use("")
-
-
-def use(name):
-    library.library().held.moeflow_cpu_use(name.encode())
-
-
-class Expert:
-    """One expert of random bytes, its tensors, and what it computes in float64."""
-
-    def __init__(self, seed, form, shape, activation=SILU, *, has_bias=False, is_transposed=False):
-        generator = torch.Generator().manual_seed(seed)
-        spec, (num_features, intermediate) = find_format(form), shape
-        self.spec, self.activation = spec, activation
-        self.is_transposed = is_transposed and spec.kind == "float"
-        halves = 1 if activation.gate == "none" else 2
-        shapes = {
-            "up_proj" if halves == 1 else "gate_up_proj": (halves * intermediate, num_features),
-            "down_proj": (num_features, intermediate),
-        }
-        tensors, matrices = [], []
-        for name, (rows, columns) in shapes.items():
-            if spec.kind == "float":
-                tensors.append((name, spec.dtype, (columns, rows) if self.is_transposed else (rows, columns)))
-            else:
-                tensors += spec.tensors(name, (rows, columns))
-                matrices.append(MatrixSpec(name, form, (rows, columns)))
-            if has_bias:
-                tensors.append((f"{name}_bias", "BF16", (rows,)))
-        self.record = RecordLayout.pack(tensors, tuple(matrices))
-        self.memory = torch.randint(0, 256, (self.record.num_bytes + 64,), dtype=torch.uint8, generator=generator)
-        skipped = -self.memory.data_ptr() % 64
-        self.address = self.memory.data_ptr() + skipped
-        self.tensors = {}
-        for tensor in self.record.tensors:
-            start = skipped + tensor.offset
-            values = self.memory[start : start + tensor.num_bytes].view(TORCH[tensor.dtype]).view(tensor.shape)
-            self._fill(tensor.name, values, generator)
-            self.tensors[tensor.name] = values
-        self.shapes = shapes
-
-    def _fill(self, name, values, generator):
-        random = torch.rand(values.shape, generator=generator)
-        if name.endswith("_scale"):
-            low = torch.randint(118, 122, values.shape, generator=generator)
-            values.copy_(low if values.dtype == torch.uint8 else (random + 0.1) * 0.02)
-        elif name.endswith("_zero"):
-            values.copy_(random * (2**self.spec.bits - 1))
-        elif values.dtype != torch.uint8:
-            values.copy_((random - 0.5) * 0.2)
-        elif self.spec.kind == "fp8":
-            values[(values & 127) == 127] = 3  # not a number
-        elif self.spec.kind == "int":
-            values[values == 128] = 1  # -128 is no code
-
-    @property
-    def kernel(self):
-        return ExpertKernel.build(self.record, self.activation, is_transposed=self.is_transposed)
-
-    def expected(self, x):
-        first, down = (self._product(name) for name in self.shapes)
-        return down(self.activation.apply(first(x.double())))
-
-    def _product(self, name):
-        if self.spec.kind != "float":
-            weight = dequantize(self.tensors, name, self.spec, self.shapes[name], torch.float64)
-        else:
-            weight = self.tensors[name].double()
-            weight = weight.T if self.is_transposed else weight
-        bias = self.tensors.get(f"{name}_bias")
-        return lambda x: x @ weight.T + (0 if bias is None else bias.double())
-
-
-def run(experts, x, routes, num_places, activation_bits=0):
-    """Run experts on their tokens, `routes` [E] of lists of tokens; places are numbered as they come."""
-    starts, tokens = [0], []
-    for route in routes:
-        tokens += route
-        starts.append(len(tokens))
-    outputs = torch.full((num_places, x.shape[1]), torch.nan)
-    cpu.run_experts(
-        x, [e.kernel for e in experts], [e.address for e in experts], starts, tokens, list(range(len(tokens))), outputs,
-        activation_bits=activation_bits,
-    )  # fmt: skip
-    return outputs
-
-
-def error(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture
@@ -357,47 +247,3 @@ def test_unknown_records_have_no_kernel():
     assert Expert(0, "float64", (8, 4)).kernel is None
     expert = Expert(0, "float32", (8, 4))
     assert ExpertKernel.build(expert.record, Activation("silu", "none"), is_transposed=False) is None
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """A process that has not loaded the library yet."""
-    library.library.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    library.library.cache_clear()
-
-
-def test_without_a_compiler_there_are_no_kernels_and_it_is_said_once(fresh, caplog):
-    fresh.setattr("moeflow.c_library.EXTENSION_SUFFIXES", [])
-    with caplog.at_level(logging.WARNING):
-        assert library.instruction_set() is None
-        assert library.instruction_set() is None
-    assert len([r for r in caplog.records if "C++ compiler" in r.message]) == 1
-
-
-def test_kernels_can_be_switched_off(fresh):
-    fresh.setenv(library.VARIABLE, "off")
-    assert library.instruction_set() is None
-
-
-def test_an_unknown_path_is_refused(fresh):
-    fresh.setenv(library.VARIABLE, "mmx")
-    with pytest.raises(ConfigError, match=r"mmx.*avx512, avx2, portable or off"):
-        library.instruction_set()
-
-
-@needs_library
-@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
-def test_a_path_is_forced_or_falls_to_the_next(fresh, name):
-    fresh.setenv(library.VARIABLE, name)
-    below = library.INSTRUCTION_SETS[library.INSTRUCTION_SETS.index(name) :]
-    assert library.instruction_set() == next(other for other in below if other in AVAILABLE)
-
-
-@needs_library
-def test_without_torch_openmp_results_are_the_same(fresh, caplog):
-    expert, x = Expert(1, "bfloat16", (256, 256)), torch.randn(2, 256)
-    expected = run([expert], x, [[0, 1]], 2)
-    library.library().held.moeflow_cpu_openmp(None, None, None)
-    assert torch.equal(run([expert], x, [[0, 1]], 2), expected)

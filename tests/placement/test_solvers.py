@@ -3,19 +3,15 @@
 import itertools
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
-import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.placement_problems import machine, plans_within, random_plan, random_problem
-from moeflow.errors import PlacementError
-from moeflow.integer_program import found_solution, proven_bound, pulp_solver
 from moeflow.placement.bounds.balance import balance_bound, layer_bound
 from moeflow.placement.cost import StepShape
 from moeflow.placement.plan import Plan
@@ -300,46 +296,3 @@ def test_assignment_is_the_brute_force_optimum(values):
     assert costs[rows, places].sum() == min(
         costs[rows, list(order)].sum() for order in itertools.permutations(range(size))
     )
-
-
-# --- pulp's solvers
-
-
-def knapsack():
-    program = pulp.LpProblem("knapsack", pulp.LpMinimize)
-    worth, weight = [6, 5, 8, 9, 6, 7, 3], [2, 3, 6, 7, 5, 9, 4]
-    x = [pulp.LpVariable(f"x_{i}", cat=pulp.LpBinary) for i in range(7)]
-    program.setObjective(100 - pulp.lpSum(v * w for v, w in zip(x, worth, strict=True)))
-    program.addConstraint(pulp.lpSum(v * w for v, w in zip(x, weight, strict=True)) <= 9)
-    for variable in x:
-        variable.setInitialValue(0)
-    return program
-
-
-@pytest.mark.parametrize("name", ["auto", "highs", "cbc"])
-@pytest.mark.parametrize("warm_start", [False, True])
-def test_each_solver_finds_and_proves_the_optimum(name, warm_start):
-    program = knapsack()
-    program.solve(pulp_solver(name, time_limit_s=10, seed=3, warm_start=warm_start))
-    assert found_solution(program)
-    assert pulp.value(program.objective) == pytest.approx(85)
-    assert 85 - 1e-3 <= proven_bound(program) <= 85 + 1e-6
-
-
-def test_solver_that_is_not_there_is_refused_with_what_to_install(monkeypatch):
-    with pytest.raises(PlacementError, match="Allowed: auto, highs, cbc"):
-        pulp_solver("gurobi")
-    monkeypatch.setitem(sys.modules, "highspy", None)  # as if not installed
-    with pytest.raises(PlacementError, match="pip install highspy"):
-        pulp_solver("highs")
-    assert isinstance(pulp_solver("auto"), pulp.PULP_CBC_CMD)
-
-
-def test_solvers_print_nothing():
-    code = (
-        "import pulp; from moeflow.integer_program import pulp_solver\n"
-        "for name in ('highs', 'cbc'):\n"
-        "    p = pulp.LpProblem('p'); x = pulp.LpVariable('x', 1); p.setObjective(x + 0.0); p.solve(pulp_solver(name))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert ran.stdout == ran.stderr == ""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moeflow.errors import PlacementError
 from moeflow.placement.tier_program import dual_bound, fill_in_order, improve_tiers, total
-from moeflow.placement.tiers import TIERS, choose_tiers, static_or_dynamic
+from moeflow.placement.tiers import TIERS, choose_tiers, judge_tiers, static_or_dynamic
 from moeflow.placement.workload import Workload
 
 RATES = {"host_bytes_per_s": 10.0, "disk_bytes_per_s": 2.0}
@@ -63,6 +63,17 @@ def test_a_large_expert_gives_way_to_two_small_ones_that_are_used_less_each():
     plan = choose_tiers(workload, [[3, 2, 2]], gpu_bytes=4, **RATES)
     assert plan.tier.tolist() == [[1, 0, 0]]
     assert plan.status == "optimal"
+
+
+def test_judged_on_another_workload_only_rates_and_waiting_change_and_no_bound_holds():
+    chosen_by = Workload("w", [[6, 2, 2]], top_k=1)
+    plan = choose_tiers(chosen_by, 10, gpu_bytes=10, host_bytes=10, **RATES)
+    again = judge_tiers(plan, chosen_by, 10, top_k=1, **RATES)
+    assert (again.rates, again.s_per_token, again.bound) == (plan.rates, plan.s_per_token, 0)
+    other = judge_tiers(plan, Workload("o", [[1, 3, 6]]), 10, top_k=1, **RATES)
+    assert (other.tier == plan.tier).all()
+    assert other.rates == pytest.approx((0.1, 0.3, 0.6))
+    assert other.s_per_token == pytest.approx(0.3 * 1 + 0.6 * 6)
 
 
 def test_what_fits_whole_waits_for_nothing():
