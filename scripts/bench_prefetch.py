@@ -22,8 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from moeflow.cli.progress import count_progress
 from moeflow.replay.link import LinkModel
 from moeflow.replay.machine import FORECAST, replay_machine, replayed_places
+from moeflow.replay.predictor_quality import evaluate_predictor
 from moeflow.trace.trace import RoutingTrace
-from moeflow.trace.train_predictor import evaluate_predictor, open_predictor
+from moeflow.trace.train_predictor import open_predictor
 
 DEMAND = ("lru", "lfu", "lfru", "belady")
 CLAIRVOYANT = "clairvoyant"

@@ -25,8 +25,9 @@ from moeflow.placement.solvers import SOLVERS
 from moeflow.placement.solvers.baselines import contiguous, greedy
 from moeflow.placement.topology import preset
 from moeflow.placement.workload import Workload
-from moeflow.trace.trace import TraceFormat, TraceWriter
+from moeflow.trace.format import TraceFormat
 from moeflow.trace.workloads import read_workload, split_workload
+from moeflow.trace.writer import TraceWriter
 
 QUICK = ("--time-limit", "1")
 
