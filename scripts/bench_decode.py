@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 from bench.cgroup import CgroupUnavailable, MemoryCgroup, drop_page_cache, run_process
 from bench.engines import ModelSize, plain_bandwidth, work
-from bench.report import describe, find_ratios, print_card, print_ratios, print_table, spread
+from bench.machine import print_card
+from bench.report import card_lines, find_ratios, print_ratios, print_table, run_card
+from bench.rounds import spread
 from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.demo.model import default_demo_path
 from moeflow.errors import MoeflowError
@@ -286,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             bench = Bench(args, Path(scratch))
             rows = bench.run()
             disk = bench.compare_disk() if "moeflow" in args.only else None
-        ratios, card = find_ratios(rows, disk), describe(bench)
+        ratios, card = find_ratios(rows, disk), run_card(bench)
     except KeyboardInterrupt:
         say("stopped")
         return 130
@@ -294,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return 1
     if not args.json:
-        print_card(card)
+        print_card(card_lines(card))
         print_table(rows, args.tokens)
         print_ratios(ratios)
     print(json.dumps({"card": card, "rows": rows, "ratios": ratios, "disk": disk}))

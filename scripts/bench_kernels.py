@@ -8,6 +8,7 @@ bench_decode.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from bench.machine import describe, print_card
+    from bench.machine import print_card
     from bench.matrices import WrongResult
     from moeflow.kernels.cpu.library import instruction_set
 
@@ -58,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         print("moeflow's compiled kernels are not here: install moeflow where there is a C++ compiler", file=sys.stderr)
         return 1
     say("measuring the machine's ceilings")
-    result = {"card": describe(arguments.quick)}
-    print_card(result["card"])
+    result = {"card": kernel_card(arguments.quick)}
+    print_card(card_lines(result["card"]))
     code = 0
     try:
         with torch.inference_mode():
@@ -74,6 +75,41 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def kernel_card(is_quick: bool) -> dict:
+    """Return the card: the machine, its ceilings, versions."""
+    import torch
+
+    from bench.ceilings import last_level_cache_bytes, peak, read_bandwidth
+    from bench.machine import describe
+    from moeflow.kernels.cpu.library import instruction_set
+
+    return {
+        **describe("moeflow", "torch", "transformers"),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "instruction_set": instruction_set(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "read_bytes_per_s": read_bandwidth(is_quick),
+        "peak_flop_per_s": peak(256 if is_quick else 2048),
+        "not_installed": [name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name) is None],
+    }
+
+
+def card_lines(card: dict) -> dict[str, str]:
+    """Return what a card says, a line a fact."""
+    from bench.machine import software
+
+    read, peak = card["read_bytes_per_s"] / 1e9, card["peak_flop_per_s"] / 1e9
+    return {
+        "machine": f"{card['cpu']}, {card['cores']} cores, {card['threads']} threads used, load {card['load']:.1f}",
+        "cache": f"{card['last_level_cache_bytes'] >> 20} MiB",
+        "kernels": f"{card['instruction_set']}; torch's {card['torch_capability']}",
+        "ceiling": f"{read:.1f} GB/s read; {peak:.0f} GFLOP/s float32",
+        "software": software(card),
+        "also": f"not installed: {', '.join(card['not_installed']) or '-'}; llama.cpp: see bench_decode",
+    }
+
+
 def say(text: str) -> None:
     """Tell progress on standard error."""
     print(text, file=sys.stderr, flush=True)
@@ -83,7 +119,7 @@ def measure_gemv(arguments) -> list[dict]:
     """Measure one token by a matrix, for each format; print the table."""
     import torch
 
-    from bench.machine import last_level_cache_bytes
+    from bench.ceilings import last_level_cache_bytes
     from bench.matrices import ACTIVATION_BITS, Copies, torch_linear
     from bench.rounds import Case, quotients, ranged, spread, take_turns
     from moeflow.kernels.cpu import ops as cpu
@@ -211,7 +247,7 @@ def measure_gemm(arguments) -> list[dict]:
     """Measure many tokens by a matrix, for each format; print the table."""
     import torch
 
-    from bench.machine import peak
+    from bench.ceilings import peak
     from bench.matrices import Copies, torch_linear
     from bench.rounds import quotients, ranged, spread, take_turns
 

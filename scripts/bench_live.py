@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.cgroup import drop_page_cache, run_process
 from bench.engines import ModelSize, plain_bandwidth
-from bench.report import spread
+from bench.rounds import spread
 from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.demo.model import default_demo_path
 from moeflow.memory_size import parse_memory

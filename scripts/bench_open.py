@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests"))  # for helpers.large_checkpoint, which no install brings
 
 _IMPORT = "import time; b = time.perf_counter(); import {name}; print(time.perf_counter() - b)"
 _HELP = """
@@ -63,7 +63,7 @@ def measure(code: str, repeats: int, *arguments: str) -> list[list[float]]:
 
 def main(argv=None) -> None:
     """Print the table and one JSON object."""
-    from test_checkpoint import write_large_checkpoint
+    from helpers.large_checkpoint import write_large_checkpoint
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)

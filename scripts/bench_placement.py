@@ -30,6 +30,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from bench.machine import describe
 from moeflow.placement.cost import StepShape, judge
 from moeflow.placement.files.counts import read_counts
 from moeflow.placement.plan import Plan
@@ -62,7 +63,7 @@ def main(argv=None) -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--plot", type=Path, help="folder for the Pareto curves")
     arguments = parser.parse_args(argv)
-    found = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))}
+    found = describe("moeflow", "pulp", "highspy")
     print(f"{found['cpu']}, {found['cores']} cores")
     if {"gpt-oss", "gap"} & set(arguments.only):
         seen, held_out = split_workload(arguments.data / "gpt_oss_20b", 5)
@@ -304,11 +305,6 @@ def bench_scale(folder: Path) -> dict:
                     f"{imbalance:.4f}   {row['status']}   {row['time_s']:.1f} s"
                 )
     return out
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from moeflow.predictors.sequence.net import SequenceNet, SequenceShape
 from moeflow.predictors.sequence.predictor import SequencePredictor
 from moeflow.predictors.sequence.token_table import TokenTable
 from moeflow.predictors.training import TrainingOptions
+from moeflow.replay.predictor_quality import evaluate_predictor
 from moeflow.trace.convert import convert_trace
 from moeflow.trace.trace import RoutingTrace
-from moeflow.trace.train_predictor import evaluate_predictor, open_predictor, split_sequences, train_predictor
+from moeflow.trace.train_predictor import open_predictor, split_sequences, train_predictor
 
 NAMES = ("popularity", "markov", "path", "sequence", "ensemble")
 KEYS = ("recall@4", "recall@6", "recall@8", "precision@4")

@@ -19,11 +19,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: one process 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+from bench.machine import print_card
 from moeflow.cli.progress import count_progress
 from moeflow.replay.link import LinkModel
 from moeflow.replay.machine import FORECAST, replay_machine, replayed_places
+from moeflow.replay.predictor_quality import evaluate_predictor
 from moeflow.trace.trace import RoutingTrace
-from moeflow.trace.train_predictor import evaluate_predictor, open_predictor
+from moeflow.trace.train_predictor import open_predictor
 
 DEMAND = ("lru", "lfu", "lfru", "belady")
 CLAIRVOYANT = "clairvoyant"
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         figures = evaluate_predictor(open_predictor(arguments.predictor, trace)[0], trace, places)
         write_realised(arguments.realised_out, result, figures)
     if not arguments.json:
-        print_card(trace, result, arguments)
+        print_card(card_lines(trace, result, arguments))
         print_rows(rows)
     print(json.dumps(result))
 
@@ -143,19 +145,17 @@ def write_realised(path: str, result: dict, figures: dict) -> None:
     os.replace(partial, path)
 
 
-def print_card(trace: RoutingTrace, result: dict, arguments) -> None:
-    """Print what was replayed, and the machine."""
+def card_lines(trace: RoutingTrace, result: dict, arguments) -> dict[str, str]:
+    """Return what was replayed, and the machine, a line a fact."""
     link = result["link"]
-    print(
-        f"trace      {trace.fingerprint}: {trace.num_layers} layers of {trace.num_experts} experts, {trace.top_k} a "
-        f"token; {result['tokens']:,} decode steps of {result['sequences']} held-out sequences"
-    )
-    print(
-        f"machine    {link['bytes_per_s'] / 1e9:g} GB/s, {link['expert_bytes'] / 1e6:g} MB an expert "
-        f"({1e3 * link['copy_s']:.3f} ms), {1e3 * link['layer_s']:g} ms a layer, {link['in_flight']} in flight"
-    )
-    print(f"predictor  {result['predictor']} ({arguments.predictor}); replayed in {result['seconds']:.0f} s")
-    print(f"resident   {1 / (trace.num_layers * link['layer_s']):.1f} tok/s\n")
+    return {
+        "trace": f"{trace.fingerprint}: {trace.num_layers} layers of {trace.num_experts} experts, {trace.top_k} a "
+        f"token; {result['tokens']:,} decode steps of {result['sequences']} held-out sequences",
+        "machine": f"{link['bytes_per_s'] / 1e9:g} GB/s, {link['expert_bytes'] / 1e6:g} MB an expert "
+        f"({1e3 * link['copy_s']:.3f} ms), {1e3 * link['layer_s']:g} ms a layer, {link['in_flight']} in flight",
+        "predictor": f"{result['predictor']} ({arguments.predictor}); replayed in {result['seconds']:.0f} s",
+        "resident": f"{1 / (trace.num_layers * link['layer_s']):.1f} tok/s",
+    }
 
 
 def print_rows(rows: list[dict]) -> None:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests"))  # for helpers.families, which no install brings
 
 FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "nemotron_h",

@@ -53,8 +53,9 @@ def _train(arguments) -> int:
 
 def _evaluate(arguments) -> int:
     from moeflow.cli.progress import share_progress
+    from moeflow.replay.predictor_quality import evaluate_predictor
     from moeflow.trace.trace import RoutingTrace
-    from moeflow.trace.train_predictor import evaluate_predictor, open_predictor, split_sequences
+    from moeflow.trace.train_predictor import open_predictor, split_sequences
 
     trace = RoutingTrace.open(arguments.trace)
     predictor, hold_out = open_predictor(arguments.predictor, trace)

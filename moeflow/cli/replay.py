@@ -3,7 +3,6 @@
 import json
 import sys
 
-from moeflow.cli.machine import add_machine_options, machine_of, machine_rows
 from moeflow.errors import ConfigError
 
 
@@ -25,7 +24,7 @@ def add_replay_commands(commands) -> None:
     replay.add_argument("--per-layer", action="store_true", help="each layer has slots of its own")
     _add_phase(replay)
     replay.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random policy (0)")
-    add_machine_options(replay)
+    _add_machine(replay)
     replay.add_argument("--plot", metavar="FILE", help="hit rate over residency, .png or .svg")
     replay.add_argument("--heat-map", metavar="FILE", help="demand by layer and expert, .png or .svg")
     replay.add_argument("--json", action="store_true", help="print a JSON list of rows")
@@ -44,6 +43,22 @@ def add_replay_commands(commands) -> None:
     report.set_defaults(run=_report)
 
 
+def _add_machine(parser) -> None:
+    """Add a machine, who predicts on it, and which sequences are replayed."""
+    machine = parser.add_argument_group("on a machine", "what decoding would cost; the first three go together")
+    machine.add_argument("--link-gb-s", type=float, metavar="GB", help="gigabytes a second of the link")
+    machine.add_argument("--expert-mb", type=float, metavar="MB", help="megabytes of one expert")
+    machine.add_argument("--layer-ms", type=float, metavar="MS", help="milliseconds of one layer, all resident")
+    machine.add_argument(
+        "--predictor",
+        metavar="P",
+        help="prefetch and evict by popularity, markov, lookahead (where the trace holds it), clairvoyant, or a file",
+    )
+    machine.add_argument("--in-flight", type=int, metavar="N", help="prefetches under way at once (4)")
+    parser.add_argument("--hold-out", type=int, metavar="N", help="only every Nth sequence, as training holds it out")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences of those")
+
+
 def _add_phase(parser) -> None:
     parser.add_argument(
         "--phase", default="decode", choices=("decode", "all"), help="all: prompts too, token by token (decode)"
@@ -60,11 +75,11 @@ def _replay(arguments) -> int:
     for path in filter(None, (arguments.plot, arguments.heat_map)):
         check_plot_path(path)  # before the work, not after it
     residencies, policies = _percents(arguments.residency), _names(arguments.policy)
-    link = machine_of(arguments)
+    link = _machine_of(arguments)
     trace = RoutingTrace.open(arguments.trace)
     places = replayed_places(trace, arguments.predictor, arguments.hold_out, arguments.limit)
     if link is not None:
-        rows = machine_rows(trace, residencies, policies, link, arguments.predictor, places)
+        rows = _machine_rows(trace, residencies, policies, link, arguments.predictor, places)
     chosen = trace if len(places) == len(trace.sequences()) else trace.select(trace.sequence_numbers[places])
     if link is None:
         rows = replay_trace(
@@ -86,6 +101,80 @@ def _replay(arguments) -> int:
     else:
         _print_rows(rows)
     return 0
+
+
+def _machine_of(arguments):
+    """Return the machine that was asked for, None without one.
+
+    Raises:
+        ConfigError: options that do not go together, or no sizes.
+    """
+    from moeflow.replay.link import LinkModel
+
+    sizes = {"--link-gb-s": arguments.link_gb_s, "--expert-mb": arguments.expert_mb, "--layer-ms": arguments.layer_ms}
+    given = [name for name, value in sizes.items() if value is not None]
+    if not given:
+        for name, value in (("--predictor", arguments.predictor), ("--in-flight", arguments.in_flight)):
+            if value is not None:
+                raise ConfigError(f"{name} works on a machine. Give it: {', '.join(sizes)}.")
+        return None
+    if len(given) < len(sizes):
+        raise ConfigError(f"{', '.join(given)} alone is no machine. Give {', '.join(sizes)} together.")
+    for name, value in sizes.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{name} {value:g} is out of range. Give a number above 0.")
+    for name, value, usual in (
+        ("--warm", arguments.warm, False),
+        ("--per-layer", arguments.per_layer, False),
+        ("--phase all", arguments.phase == "all", False),
+        ("--seed", arguments.seed, 0),
+    ):
+        if value != usual:
+            raise ConfigError(
+                f"{name} does not go with {given[0]}: on a machine, decode steps are replayed from a cold cache of one "
+                "pool. Leave one of the two out."
+            )
+    if arguments.in_flight is not None:
+        if arguments.predictor is None:
+            raise ConfigError("--in-flight limits prefetches, and without --predictor there are none.")
+        if arguments.in_flight < 1:
+            raise ConfigError(f"--in-flight {arguments.in_flight} prefetches nothing. Give at least 1.")
+    return LinkModel(
+        round(arguments.expert_mb * 1e6),
+        arguments.link_gb_s * 1e9,
+        arguments.layer_ms / 1e3,
+        **({} if arguments.in_flight is None else {"in_flight": arguments.in_flight}),
+    )
+
+
+def _machine_rows(trace, residencies, policies, link, predictor, places) -> list[dict]:
+    """Replay every policy at every residency on a machine, a predictor's last."""
+    from moeflow.cli.progress import count_progress
+    from moeflow.replay.demand import slots_of
+    from moeflow.replay.machine import FORECAST, check_policy, replay_machine
+
+    if predictor is not None and FORECAST not in policies:
+        policies = [*policies, FORECAST]
+    for residency in residencies:  # before the work, not in the middle of it
+        slots_of(residency, trace.experts_per_layer, trace.top_k)
+    for policy in policies:
+        check_policy(policy, predictor)
+    rows = []
+    for policy in policies:
+        for residency in residencies:
+            with count_progress(f"{policy} at {residency:g} %") as progress:
+                rows.append(
+                    replay_machine(
+                        trace,
+                        residency,
+                        policy,
+                        link,
+                        predictor=predictor if policy == FORECAST else None,
+                        places=places,
+                        progress=progress,
+                    )
+                )
+    return rows
 
 
 def _report(arguments) -> int:

@@ -94,7 +94,8 @@ def _convert(arguments) -> int:
 
 
 def _info(arguments) -> int:
-    from moeflow.trace.trace import DECODE, RoutingTrace
+    from moeflow.trace.format import DECODE
+    from moeflow.trace.trace import RoutingTrace
 
     trace = RoutingTrace.open(arguments.trace)
     num_decode = int((trace.phase == DECODE).sum())

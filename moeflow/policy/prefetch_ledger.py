@@ -1,10 +1,9 @@
-"""How good predictions were and what prefetch made of them: one set of counters for replay and live. Numbers only."""
+"""What prefetches saved and cost: one set of counters for replay and live. Numbers only."""
 
 import numpy as np
 
 from moeflow.core import ExpertKey
 
-RECALL_AT = (4, 6, 8)  # reported whatever the model's top-k
 _DECAY = 0.98  # of the recent account, a step
 _CLEAR_LOSS = 0.1  # of a copy, lost by each recent prefetch: below that it is even
 _TRIED = 6.0  # recent prefetches below which a layer and distance is given a chance
@@ -164,69 +163,6 @@ class PrefetchLedger:
             self.cost_s[place] -= seconds
         self._recent_net_s[place] += seconds
         self.net_s += seconds
-
-
-class PredictionQuality:
-    """How many of the demanded experts were among the likeliest, by distance and layer.
-
-    Args:
-        num_layers: L.
-        top_k: K, experts a token takes.
-        num_distances: D, layers ahead at most; distance 0 is the prediction before the step.
-    """
-
-    def __init__(self, num_layers: int, top_k: int, num_distances: int = 1):
-        self.top_k = top_k
-        self.ks = tuple(sorted({*RECALL_AT, top_k, top_k + 2, top_k + 3, 2 * top_k}))
-        shape = (num_distances + 1, num_layers)
-        self.hits = np.zeros((*shape, len(self.ks)), np.int64)  # demanded and among the k likeliest
-        self.demanded = np.zeros(shape, np.int64)
-        self.tokens = np.zeros(shape, np.int64)
-        self.union_hits, self.union_demanded = 0, 0  # over the tokens of a batch, a layer
-
-    def add(self, distance: int, layer: int, probability: np.ndarray, demanded: np.ndarray) -> None:
-        """Count a prediction of layers from `layer` on.
-
-        Args:
-            distance: layers between it and the last that had spoken; 0 before the step.
-            layer: the first layer predicted.
-            probability: [B, n, E]; what is NaN counts as predicted last.
-            demanded: [B, n, E], 0 or 1; tokens that demand nothing are left out.
-        """
-        took_part = demanded.any((1, 2))
-        probability, demanded = probability[took_part], demanded[took_part]
-        order = np.argsort(-np.nan_to_num(probability, nan=-1.0), axis=2, kind="stable")[:, :, : self.ks[-1]]
-        found = np.cumsum(np.take_along_axis(demanded, order, 2), 2).sum(0)  # [n, k]
-        rows = slice(layer, layer + demanded.shape[1])
-        self.hits[distance, rows] += found[:, [min(k, found.shape[1]) - 1 for k in self.ks]].astype(np.int64)
-        self.demanded[distance, rows] += demanded.sum((0, 2)).astype(np.int64)
-        self.tokens[distance, rows] += len(demanded)
-        if distance == 0:
-            predicted = np.zeros(demanded.shape[1:], bool)
-            layers = np.arange(demanded.shape[1])[None, :, None]
-            predicted[np.broadcast_to(layers, order[:, :, : self.top_k].shape), order[:, :, : self.top_k]] = True
-            wanted = demanded.any(0)
-            self.union_hits += int((predicted & wanted).sum())
-            self.union_demanded += int(wanted.sum())
-
-    def as_dict(self, distance: int) -> dict:
-        """Return recall@k and precision@4 of all layers at a distance; None where nothing was counted."""
-        hits, demanded = self.hits[distance].sum(0), int(self.demanded[distance].sum())
-        figures = {f"recall@{k}": _ratio(int(hit), demanded) for k, hit in zip(self.ks, hits, strict=True)}
-        for k in sorted({4, self.top_k}):
-            figures[f"precision@{k}"] = _ratio(int(hits[self.ks.index(k)]), k * int(self.tokens[distance].sum()))
-        return figures
-
-    def by_layer(self, distance: int) -> list[float | None]:
-        """Return recall@K of each layer at a distance."""
-        hits = self.hits[distance, :, self.ks.index(self.top_k)]
-        return [_ratio(int(hit), int(all_)) for hit, all_ in zip(hits, self.demanded[distance], strict=True)]
-
-    def batch_recall(self) -> float | None:
-        """Return ExpertFlow's figure: of the experts any token of a batch demands, how many some token's K likeliest
-        hold. It grows with the batch, and predicting all experts makes it 1.
-        """
-        return _ratio(self.union_hits, self.union_demanded)
 
 
 def _ratio(part: float, whole: float) -> float | None:

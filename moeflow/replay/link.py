@@ -17,7 +17,8 @@ from moeflow.policy.prediction_switch import PredictionSwitch
 from moeflow.policy.prefetch import Prefetcher
 from moeflow.policy.prefetch_ledger import PrefetchLedger
 from moeflow.predictors.protocol import Predictor
-from moeflow.trace.trace import DECODE, RoutingTrace
+from moeflow.trace.format import DECODE
+from moeflow.trace.trace import RoutingTrace
 
 
 class LinkModel(NamedTuple):

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from moeflow.errors import ConfigError
-from moeflow.replay.clairvoyant import Clairvoyant, least_time_s, replay_best_order
+from moeflow.replay.best_order import least_time_s, replay_best_order
+from moeflow.replay.clairvoyant import Clairvoyant
 from moeflow.replay.demand import REPLAY_POLICIES, replay, sequence_rows, slots_of
 from moeflow.replay.link import LinkModel, replay_link
-from moeflow.trace.trace import DECODE, RoutingTrace
+from moeflow.trace.format import DECODE
+from moeflow.trace.trace import RoutingTrace
 from moeflow.trace.train_predictor import open_predictor, split_sequences
 
 FORECAST, BEST_ORDER = "forecast", "best-order"

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from moeflow.errors import TraceError
-from moeflow.trace.trace import DECODE, TraceFormat, TraceWriter
+from moeflow.trace.format import DECODE, TraceFormat
+from moeflow.trace.writer import TraceWriter
 
 GPT_OSS_20B = "openai/gpt-oss-20b"
 _GPT_OSS_EXPERTS = 32

@@ -16,8 +16,9 @@ from moeflow.errors import TraceError
 from moeflow.hf import experts_interface, forward
 from moeflow.hf.fingerprint import model_fingerprint
 from moeflow.hf.residual import ResidualTap, build_lookahead
+from moeflow.trace.format import DECODE, PREFILL, TraceFormat
 from moeflow.trace.lookahead_record import LookaheadRecord
-from moeflow.trace.trace import DECODE, PREFILL, TraceFormat, TraceWriter
+from moeflow.trace.writer import TraceWriter
 
 _BUFFERED_ROWS = 256
 _log = logging.getLogger(__name__)

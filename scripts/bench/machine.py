@@ -1,62 +1,51 @@
-"""The card of the kernels' benchmark: the machine, its ceilings, versions."""
+"""The machine and the software of a benchmark, and the card that tells them.
 
-import importlib.util
+Knows nothing of models or engines, and imports no torch.
+"""
+
+import contextlib
+import importlib.metadata
 import os
-import time
+import sys
 from pathlib import Path
 
-import torch
-import transformers
-
-from moeflow.kernels.cpu import ops as cpu
-from moeflow.kernels.cpu.library import instruction_set
+import psutil
 
 
-def describe(is_quick: bool) -> dict:
-    """Return the card: the machine, its ceilings, versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cache = last_level_cache_bytes()
+def describe(*packages: str) -> dict:
+    """Return processor, usable cores, load, memory, and the versions of Python and of the packages that are installed.
+
+    Args:
+        packages: names of distributions.
+    """
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
-        "cpu": (names or ["unknown CPU"])[0],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
-        "last_level_cache_bytes": cache,
-        "instruction_set": instruction_set(),
-        "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "read_bytes_per_s": cpu.read_bandwidth(1 << 20 if is_quick else 8 * cache),
-        "peak_flop_per_s": peak(256 if is_quick else 2048),
-        "not_installed": [name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name) is None],
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": sys.version.split()[0],
+        "versions": versions,
     }
 
 
-def last_level_cache_bytes() -> int:
-    """Return the size of the largest cache of the first core; 32 MiB where the system does not say."""
-    sizes = [
-        int(file.read_text().strip()[:-1]) << 10 for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")
-    ]
-    return max(sizes, default=32 << 20)
+def print_card(lines: dict[str, str]) -> None:
+    """Print a card: one line a fact, its name first."""
+    width = max(map(len, lines)) + 2
+    for name, text in lines.items():
+        print(f"{name:{width}}{text}")
+    print(flush=True)
 
 
-def peak(size: int, repeats: int = 5) -> float:
-    """Return the operations a second of torch's float32 matrix product, the fastest arithmetic known here."""
-    a, best = torch.randn(size, size), float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+def software(card: dict) -> str:
+    """Return the versions of a card as a line."""
+    return ", ".join(f"{name} {version}" for name, version in {"Python": card["python"], **card["versions"]}.items())
 
 
-def print_card(card: dict) -> None:
-    """Print the card."""
-    print(f"machine   {card['cpu']}, {card['cores']} cores, {card['threads']} threads used, load {card['load']:.1f}")
-    print(f"cache     {card['last_level_cache_bytes'] >> 20} MiB")
-    print(f"kernels   {card['instruction_set']}; torch {card['torch']} ({card['torch_capability']})")
-    print(
-        f"ceiling   {card['read_bytes_per_s'] / 1e9:.1f} GB/s read; {card['peak_flop_per_s'] / 1e9:.0f} GFLOP/s float32"
-    )
-    print(f"also      not installed: {', '.join(card['not_installed']) or '-'}; llama.cpp: see bench_decode\n")
+def _cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")

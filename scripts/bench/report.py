@@ -1,20 +1,12 @@
 """What bench_decode makes of its measurements: ratios, the card, the table."""
 
-import contextlib
-import importlib.metadata
-import os
 import statistics
-import sys
-from pathlib import Path
 
 from bench.engines import READ_THREADS
+from bench.machine import describe, software
+from bench.rounds import spread
 
 OVERHEAD_LIMIT_BYTES = 550_000_000  # what a process may take beside its budget and the dense weights
-
-
-def spread(values: list[float]) -> dict:
-    """Return median, least, greatest and number of some values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def find_ratios(rows: list[dict], disk: dict | None) -> dict:
@@ -58,18 +50,9 @@ def _ratio(by_name: dict, ours: str, theirs: str, capped: bool) -> dict:
     return {"ratio": pair[0]["tokens_per_s"]["median"] / pair[1]["tokens_per_s"]["median"], "rounds": rounds}
 
 
-def describe(bench) -> dict:
+def run_card(bench) -> dict:
     """Return the card of a `Bench` that has run: model, machine, versions, and how it is measured."""
-    import psutil
-
     size, args = bench.size, bench.args
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU"
-    )
-    versions = {}
-    for name in ("moeflow", "torch", "transformers", "accelerate", "llama_cpp_python"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     return {
         "model": str(args.model),
         "num_experts": size.num_experts,
@@ -79,13 +62,9 @@ def describe(bench) -> dict:
         "token_bytes": size.token_bytes,
         "experts_bytes": size.experts_bytes,
         "dense_bytes": size.dense_bytes,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
+        **describe("moeflow", "torch", "transformers", "accelerate", "llama_cpp_python"),
         "disk_bytes_per_s": spread(bench.disk),
         "disk_mode": bench.disk_mode,
-        "python": sys.version.split()[0],
-        "versions": versions,
         "cap_bytes": bench.cap_bytes,
         "cap_refused": bench.cap_refused,
         "tokens": args.tokens,
@@ -93,29 +72,27 @@ def describe(bench) -> dict:
     }
 
 
-def print_card(card: dict) -> None:
-    """Print the card."""
-    disk, versions = (
-        card["disk_bytes_per_s"],
-        ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
-    )
-    cap = (
-        f"{card['cap_bytes'] / 1e6:.0f} MB"
-        if card["cap_bytes"]
-        else f"none{f' ({r})' if (r := card['cap_refused']) else ''}"
-    )
+def card_lines(card: dict) -> dict[str, str]:
+    """Return what a card says, a line a fact."""
+    disk, cap = card["disk_bytes_per_s"], "none"
+    if card["cap_bytes"]:
+        cap = f"{card['cap_bytes'] / 1e6:.0f} MB"
+    elif card["cap_refused"]:
+        cap = f"none ({card['cap_refused']})"
     counts = f"{card['num_experts']} experts in {card['num_layers']} layers, top-{card['num_experts_per_tok']}"
     expert, experts, dense = (card[f"{name}_bytes"] / 1e6 for name in ("expert", "experts", "dense"))
-    print(f"model     {card['model']}: {counts}")
-    print(f"expert    {expert:.2f} MB; all {experts:.0f} MB; dense {dense:.0f} MB")
-    print(f"token     {card['token_bytes'] / 1e6:.1f} MB at 100 % miss")
-    print(f"machine   {card['cpu']}, {card['cores']} cores, {card['memory_bytes'] / 1e9:.0f} GB")
     sampled = f"{disk['min'] / 1e9:.2f} to {disk['max'] / 1e9:.2f} in {disk['n']} samples"
     depth = f"{card['disk_mode']} reads of an expert, {READ_THREADS} at a time"
-    print(f"disk      {disk['median'] / 1e9:.2f} GB/s ({sampled}), {depth}")
-    print(f"ceiling   {disk['median'] / card['token_bytes']:.2f} tok/s if every expert came from the disk")
-    print(f"software  Python {card['python']}, {versions}")
-    print(f"run       {card['prompt_tokens']} tokens of prompt, {card['tokens']} of greedy decode, cap {cap}\n")
+    return {
+        "model": f"{card['model']}: {counts}",
+        "expert": f"{expert:.2f} MB; all {experts:.0f} MB; dense {dense:.0f} MB",
+        "token": f"{card['token_bytes'] / 1e6:.1f} MB at 100 % miss",
+        "machine": f"{card['cpu']}, {card['cores']} cores, {card['memory_bytes'] / 1e9:.0f} GB",
+        "disk": f"{disk['median'] / 1e9:.2f} GB/s ({sampled}), {depth}",
+        "ceiling": f"{disk['median'] / card['token_bytes']:.2f} tok/s if every expert came from the disk",
+        "software": software(card),
+        "run": f"{card['prompt_tokens']} tokens of prompt, {card['tokens']} of greedy decode, cap {cap}",
+    }
 
 
 def print_table(rows: list[dict], tokens: int) -> None:
@@ -168,10 +145,3 @@ def print_ratios(ratios: dict) -> None:
 
 def _cell(value: float | None, unit: float, digits: int) -> str:
     return "-" if value is None else f"{value / unit:.{digits}f}"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

@@ -35,8 +35,8 @@ def take_turns(cases: list[Case], rounds: int) -> dict[str, list[float]]:
 
 
 def spread(values: list[float]) -> dict:
-    """Return median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    """Return median, least, greatest and number of some values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def quotients(a: list[float], b: list[float]) -> dict:

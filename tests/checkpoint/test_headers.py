@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from helpers.large_checkpoint import write_large_checkpoint
 from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.errors import CheckpointError, ModelSourceError
 
@@ -116,37 +117,6 @@ print(len(checkpoint.tensors), len(checkpoint.files), time.perf_counter() - begi
 from moeflow.hardware import process_memory_bytes
 print(process_memory_bytes()[1])  # not ru_maxrss, which a fork inherits from a large parent
 """
-
-
-def write_large_checkpoint(folder, *, num_layers=61, num_experts=256, hidden=7168, intermediate=2048, num_shards=163):
-    """Write a sparse checkpoint with DeepSeek-V3's experts: real headers, no data on disk."""
-    tensors = []
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}"
-        tensors += [(f"{prefix}.self_attn.{n}_proj.weight", (hidden, hidden)) for n in "qkvo"]
-        if layer >= 3:
-            for expert in range(num_experts):
-                path = f"{prefix}.mlp.experts.{expert}"
-                tensors += [
-                    (f"{path}.gate_proj.weight", (intermediate, hidden)),
-                    (f"{path}.up_proj.weight", (intermediate, hidden)),
-                    (f"{path}.down_proj.weight", (hidden, intermediate)),
-                ]
-    weight_map = {}
-    per_shard = -(-len(tensors) // num_shards)
-    for shard in range(num_shards):
-        name, header, position = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors", {}, 0
-        for tensor, shape in tensors[shard * per_shard : (shard + 1) * per_shard]:
-            size = 2 * shape[0] * shape[1]
-            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
-            weight_map[tensor] = name
-            position += size
-        text = json.dumps(header).encode()
-        with open(folder / name, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + position)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return len(tensors)
 
 
 def test_671b_index_opens_from_its_headers_in_little_memory(tmp_path):

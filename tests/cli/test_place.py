@@ -21,8 +21,9 @@ from moeflow.placement.files.topology import read_topology
 from moeflow.placement.problem import Problem
 from moeflow.placement.solvers import SOLVERS
 from moeflow.placement.topology import preset
-from moeflow.trace.trace import TraceFormat, TraceWriter
+from moeflow.trace.format import TraceFormat
 from moeflow.trace.workloads import read_workload, split_workload
+from moeflow.trace.writer import TraceWriter
 
 QUICK = ("--time-limit", "1")
 

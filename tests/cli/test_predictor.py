@@ -7,7 +7,7 @@ import pytest
 from helpers.small_traces import make_trace
 from moeflow.cli.main import main
 from moeflow.predictors.files import load_predictor
-from moeflow.trace.trace import TraceWriter
+from moeflow.trace.writer import TraceWriter
 
 
 @pytest.fixture

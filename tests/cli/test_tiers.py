@@ -7,8 +7,10 @@ import pytest
 
 from moeflow.cli.main import main
 from moeflow.replay.demand import replay, sequence_rows
-from moeflow.trace.trace import RoutingTrace, TraceFormat, TraceWriter
+from moeflow.trace.format import TraceFormat
+from moeflow.trace.trace import RoutingTrace
 from moeflow.trace.workloads import counted, held_out_sequences
+from moeflow.trace.writer import TraceWriter
 
 
 def write_trace(path, routes):

@@ -2,8 +2,11 @@
 
 import numpy as np
 
+from helpers.fake_predictor import random_routes
 from moeflow.replay.link import LinkModel
-from moeflow.trace.trace import DECODE, PREFILL, RoutingTrace, TraceFormat
+from moeflow.trace.format import DECODE, PREFILL, TraceFormat
+from moeflow.trace.trace import RoutingTrace
+from moeflow.trace.writer import TraceWriter
 
 L, E, K = 4, 8, 2
 
@@ -21,3 +24,14 @@ def trace_of(*sequences, num_experts=E, prompt=0):
     rows["token_id"] = positions
     rows["phase"] = np.where(positions < prompt, PREFILL, DECODE)
     return RoutingTrace(format, rows)
+
+
+def write_random_trace(path):
+    """Write six sequences of 12 to 17 tokens of random routes."""
+    trace = trace_of(*[np.sort(random_routes(12 + seed, L, E, K, seed)) for seed in range(6)])
+    with TraceWriter(path, trace.format) as writer:
+        rows = writer.new_rows(len(trace))
+        for name in ("token_id", "sequence", "experts", "phase"):
+            rows[name] = trace._field(name)
+        writer.write(rows)
+    return path

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from moeflow.trace.trace import DECODE, PREFILL, RoutingTrace, TraceFormat
+from moeflow.trace.format import DECODE, PREFILL, TraceFormat
+from moeflow.trace.trace import RoutingTrace
 
 L, E, K = 4, 8, 2
 

@@ -16,7 +16,8 @@ from moeflow.policy.cache import ExpertCache
 from moeflow.replay import demand as module
 from moeflow.replay.demand import REPLAY_POLICIES, replay, replay_trace, slots_of
 from moeflow.replay.demand_loop import replay_loop
-from moeflow.trace.trace import DECODE, RoutingTrace, TraceFormat
+from moeflow.trace.format import DECODE, TraceFormat
+from moeflow.trace.trace import RoutingTrace
 
 # The table in the README of the test data: per layer (slots of each), then one pool for all layers.
 REFERENCE = {

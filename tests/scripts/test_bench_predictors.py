@@ -4,7 +4,7 @@ import json
 
 import bench_predictors as bench
 from helpers.small_traces import make_trace
-from moeflow.trace.trace import TraceWriter
+from moeflow.trace.writer import TraceWriter
 
 
 def test_bench_predictors_prints_a_row_for_every_predictor(tmp_path, capsys, monkeypatch):

@@ -8,8 +8,9 @@ from helpers.small_models import tiny_mixtral
 from moeflow.errors import TraceError
 from moeflow.hf.residual import ResidualTap, build_lookahead
 from moeflow.loading.load_moe import load_moe
+from moeflow.trace.format import DECODE
 from moeflow.trace.recorder import attach_recorder
-from moeflow.trace.trace import DECODE, RoutingTrace
+from moeflow.trace.trace import RoutingTrace
 from moeflow.trace.train_predictor import open_predictor
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])

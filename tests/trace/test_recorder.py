@@ -10,8 +10,9 @@ from helpers.small_models import tiny_mixtral
 from moeflow.errors import TraceError
 from moeflow.hf.fingerprint import model_fingerprint
 from moeflow.loading.load_moe import load_moe
+from moeflow.trace.format import DECODE, PREFILL, TraceFormat
 from moeflow.trace.recorder import TraceRecorder
-from moeflow.trace.trace import DECODE, PREFILL, RoutingTrace, TraceFormat
+from moeflow.trace.trace import RoutingTrace
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 

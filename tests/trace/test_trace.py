@@ -6,31 +6,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from helpers.trace_files import FORMAT, write_trace
 from moeflow.errors import TraceError
-from moeflow.trace.trace import DECODE, PREFILL, RoutingTrace, TraceFormat, TraceWriter
-
-FORMAT = TraceFormat((8, 8, 6), 2, "0123456789abcdef", source="a test")
-
-
-def random_rows(writer, num_rows, seed=0):
-    """Rows of two interleaved sequences, one prefill token each."""
-    rng, rows = np.random.default_rng(seed), writer.new_rows(num_rows)
-    rows["token_id"] = rng.integers(0, 1000, num_rows)
-    rows["sequence"] = writer.next_sequence + np.arange(num_rows) % 2
-    rows["phase"] = np.where(np.arange(num_rows) < 2, PREFILL, DECODE)
-    rows["experts"] = rng.integers(0, 6, rows["experts"].shape)
-    if writer.format.has_weights:
-        rows["weights"] = rng.random(rows["weights"].shape)
-    return rows
+from moeflow.trace.format import DECODE, TraceFormat
+from moeflow.trace.trace import RoutingTrace
+from moeflow.trace.writer import TraceWriter
 
 
 @pytest.fixture
 def written(tmp_path):
-    with TraceWriter(tmp_path / "t.safetensors", FORMAT) as writer:
-        rows = random_rows(writer, 10)
-        writer.write(rows[:4])
-        writer.write(rows[4:])
-    return tmp_path / "t.safetensors", rows
+    return tmp_path / "t.safetensors", write_trace(tmp_path / "t.safetensors")
 
 
 def test_what_is_written_is_read_back(written):
@@ -63,51 +48,6 @@ def test_safetensors_reads_a_closed_trace(written):
         assert file.get_tensor("rows").tobytes() == rows.tobytes()
 
 
-def test_append_goes_on_after_the_last_sequence(written):
-    path, rows = written
-    with TraceWriter(path, FORMAT, append=True) as writer:
-        assert (writer.next_sequence, writer.num_rows) == (2, 10)
-        more = random_rows(writer, 4, seed=1)
-        writer.write(more)
-    trace = RoutingTrace.open(path)
-    np.testing.assert_array_equal(trace.experts, np.concatenate([rows["experts"], more["experts"]]))
-    assert trace.sequence_numbers.tolist() == [0, 1, 2, 3]
-
-
-def test_killed_append_is_read_to_where_it_was_complete_and_continued(written):
-    path, rows = written
-    with open(path, "ab") as file:
-        file.write(b"\xff" * (FORMAT.dtype.itemsize * 3 + 5))
-    np.testing.assert_array_equal(RoutingTrace.open(path).experts, rows["experts"])
-    with TraceWriter(path, FORMAT, append=True) as writer:
-        more = random_rows(writer, 1, seed=1)
-        writer.write(more)
-    trace = RoutingTrace.open(path)
-    np.testing.assert_array_equal(trace.experts, np.concatenate([rows["experts"], more["experts"]]))
-    with safe_open(path, "numpy") as file:  # the rest of the killed append is gone
-        assert file.get_tensor("rows").shape[0] == 11
-
-
-def test_rows_are_readable_before_the_writer_closes(tmp_path):
-    writer = TraceWriter(tmp_path / "t", FORMAT)
-    writer.write(random_rows(writer, 3))
-    assert len(RoutingTrace.open(tmp_path / "t")) == 3
-    writer.close()
-
-
-def test_a_second_writer_is_refused(tmp_path):
-    pytest.importorskip("fcntl")
-    with TraceWriter(tmp_path / "t", FORMAT), pytest.raises(TraceError, match="another process"):
-        TraceWriter(tmp_path / "t", FORMAT, append=True)
-
-
-def test_an_existing_file_is_not_overwritten(written):
-    before = written[0].read_bytes()
-    with pytest.raises(TraceError, match="exists already"):
-        TraceWriter(written[0], FORMAT)
-    assert written[0].read_bytes() == before
-
-
 @pytest.mark.parametrize("cut", [1, 100, 4097 - 4096])
 def test_truncated_rows_are_refused(written, cut):
     os.truncate(written[0], written[0].stat().st_size - cut)
@@ -131,13 +71,6 @@ def test_empty_traces_are_refused(tmp_path):
     (tmp_path / "nothing").touch()
     with pytest.raises(TraceError, match="empty"):
         RoutingTrace.open(tmp_path / "nothing")
-
-
-def test_appending_to_a_trace_without_rows_begins_it(tmp_path):
-    TraceWriter(tmp_path / "t", FORMAT).close()
-    with TraceWriter(tmp_path / "t", FORMAT, append=True) as writer:
-        writer.write(random_rows(writer, 2))
-    assert len(RoutingTrace.open(tmp_path / "t")) == 2
 
 
 def test_foreign_files_are_refused(tmp_path, mixtral_folder):
@@ -178,11 +111,6 @@ def test_another_models_trace_is_refused_by_name(written):
     with pytest.raises(TraceError, match=r"0123456789abcdef.*fedcba9876543210"):
         RoutingTrace.open(written[0]).require_fingerprint("fedcba9876543210")
     RoutingTrace.open(written[0]).require_fingerprint("0123456789abcdef")
-
-
-def test_rows_of_another_shape_are_refused(written):
-    with pytest.raises(TraceError, match="lookahead"):
-        TraceWriter(written[0], TraceFormat((8, 8, 6), 2, "0123456789abcdef", lookahead=(2, 4)), append=True)
 
 
 def test_sequences_are_found_where_rows_interleave(written):

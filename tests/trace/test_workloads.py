@@ -8,8 +8,9 @@ import pytest
 
 from moeflow.errors import PlacementError, TraceError
 from moeflow.trace.convert import convert_trace
-from moeflow.trace.trace import TraceFormat, TraceWriter
+from moeflow.trace.format import TraceFormat
 from moeflow.trace.workloads import read_workload, split_workload
+from moeflow.trace.writer import TraceWriter
 
 
 @pytest.fixture
