@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from moeflow.c_library import built_library
 from moeflow.errors import ConfigError
 

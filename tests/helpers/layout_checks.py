@@ -149,10 +149,12 @@ def public_functions_are_annotated(tree: SourceTree) -> Iterator[str]:
 
 def _unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, *, is_method: bool) -> list[str]:
     """List a public function's arguments that have no annotation, and "return"; `self` and `cls` need none."""
-    if function.name.startswith("_") and not function.name.startswith("__"):
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    is_private = function.name.startswith("_") and not function.name.startswith("__")
+    if is_private or "triton.jit" in decorators:  # Triton's language has no types of values
         return []
     arguments = [*function.args.posonlyargs, *function.args.args]
-    if is_method and "staticmethod" not in map(ast.unparse, function.decorator_list):
+    if is_method and "staticmethod" not in decorators:
         arguments = arguments[1:]
     arguments += [*function.args.kwonlyargs, *filter(None, (function.args.vararg, function.args.kwarg))]
     missing = [one.arg for one in arguments if one.annotation is None]
