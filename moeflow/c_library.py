@@ -6,9 +6,11 @@ a library computes.
 
 import ctypes
 import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +33,9 @@ def built_library(name: str, beside: str) -> str:
 
 
 @cache
-def c_function(name: str, beside: str, argtypes: tuple, restype: type, *, without: str):
+def c_function(
+    name: str, beside: str, argtypes: tuple[type, ...], restype: type, *, without: str
+) -> Callable[..., Any] | None:
     """Return the function `moeflow_<name>` of the library `_<name>`; None, said once, where that was not built.
 
     Args:

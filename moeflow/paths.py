@@ -1,4 +1,4 @@
-"""Where moeflow keeps what it makes for the user: the demo model, what was typed in the chat."""
+"""The user's cache folder, where moeflow keeps the demo model and the chat's history."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,6 @@ def cache_folder() -> Path:
 
     It is MOEFLOW_CACHE where that is set and not empty, else XDG_CACHE_HOME/moeflow, else ~/.cache/moeflow.
     """
-    cache = os.environ.get("MOEFLOW_CACHE")
-    if not cache:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moeflow"
-    return Path(cache).expanduser()
+    chosen = os.environ.get("MOEFLOW_CACHE")
+    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moeflow"
+    return folder.expanduser()

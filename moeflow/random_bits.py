@@ -18,7 +18,7 @@ class RandomBits:
 
     state: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.state &= _MASK
 
     def next(self) -> int:

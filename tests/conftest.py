@@ -1,5 +1,6 @@
-"""Shared fixtures: small real checkpoints on disk, and where test data made by others lies."""
+"""Shared fixtures: small real checkpoints on disk, and the folder of test data; the lanes that tests run in."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -7,22 +8,52 @@ from pathlib import Path
 
 import pytest
 
+from helpers.lanes import needs_torch, selects
 from helpers.paths import ROOT
 from helpers.small_models import tiny_mixtral
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+_MODEL_FIXTURES = {"mixtral", "mixtral_folder", "speaking_folder"}
+_HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers")))
 
 # A shell's background jobs ignore Ctrl-C, and so would every command that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def _quiet_transformers():
-    from transformers.utils import logging
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, from commands that tests start too, unless the run asks for the tests that need one."""
+    if not selects("gpu", config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-    logging.disable_progress_bar()
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out files that cannot be imported where torch is not installed."""
+    if not _HAS_TORCH and collection_path.suffix == ".py" and needs_torch(collection_path):
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they need: `torch` by their file's imports or a model's fixture, `data` by its fixture."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if needs_torch(item.path) or fixtures & _MODEL_FIXTURES:
+            item.add_marker("torch")
+        if "data_folder" in fixtures:
+            item.add_marker("data")
+        if not _HAS_TORCH and item.get_closest_marker("torch"):
+            item.add_marker(pytest.mark.skip(reason="needs torch and transformers"))
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_bars(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("torch"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ def test_version_and_help_answer():
         assert command in run.stdout
 
 
+@pytest.mark.torch
 def test_info_without_a_model_describes_the_installation():
     about = json.loads(moeflow("info", "--json").stdout)
     assert about["torch"]

@@ -10,7 +10,10 @@ from moeflow import load_moe
 from moeflow.errors import BudgetError
 from moeflow.offload.streams import CudaStreams
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and `-m gpu`"),
+]
 
 PROMPT = torch.arange(1, 40).unsqueeze(0)
 

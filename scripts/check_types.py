@@ -1,0 +1,39 @@
+"""Check the types of the package as it is installed, and of a user's program that imports it, with mypy.
+
+    python scripts/check_types.py [WHEEL]
+
+Without a wheel the package's files are laid out as a wheel would have them, from this checkout.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: list[str]) -> int:
+    """Return 0 where all types fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments:
+            zipfile.ZipFile(arguments[0]).extractall(folder)
+        else:
+            lay_out = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "build_py"]
+            subprocess.run([*lay_out, "--build-lib", folder], cwd=ROOT, check=True)
+        if not (Path(folder) / "moeflow/py.typed").is_file():
+            print("py.typed is not among the installed files: type checkers would ignore every annotation")
+            return 1
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        mypy = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+        mypy += ["--cache-dir", str(ROOT / ".mypy_cache")]
+        package = subprocess.run([*mypy, "-p", "moeflow"], cwd=folder, env=environment)
+        user = [*mypy, "--strict", "--follow-imports", "silent", str(ROOT / "tests/typing/consumer.py")]
+        program = subprocess.run(user, cwd=folder, env=environment)
+    return package.returncode or program.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""Rules of the package's layout. Each takes a `SourceTree` and yields one line for each thing that is wrong."""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+
+from helpers.source_tree import FAMILIES, SourceTree
+
+MAX_LINES = 350
+MAX_NAMES = 16  # in a folder of moeflow/, but for the command line's
+# Attributes that belong to transformers and may change with it.
+PRIVATE = {
+    "_apply_gate", "act_fn", "has_post_expert_norm", "post_expert_norm", "past_key_values", "_experts_implementation",
+    "_attn_implementation", "_is_hf_initialized", "_supports_attention_backend", "get_seq_length",
+}  # fmt: skip
+_ORACLES = "moeflow.engine.regrouping.oracles"
+
+
+def imports_point_down(tree: SourceTree) -> Iterator[str]:
+    """A module imports only from its own room and from rooms before it in the order of imports."""
+    for module in tree.files:
+        if module == "moeflow":
+            continue
+        floor = tree.floor(module)
+        if floor is None:
+            yield f"the room of {module} has no place in the order of imports"
+            continue
+        for target in sorted(tree.imports(module)):
+            if target not in tree.files:
+                yield f"{module} imports {target}, which is not there"
+            elif tree.room(target) != tree.room(module) and (tree.floor(target) or 0) >= floor:
+                yield f"{module} imports {target}, which stands above it"
+
+
+def no_circle(tree: SourceTree) -> Iterator[str]:
+    """No file imports itself by way of others."""
+    graph = {module: tree.imports(module) for module in tree.files if module != "moeflow"}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        yield f"imports in a circle: {' -> '.join(error.args[1])}"
+
+
+def folders_are_listed(tree: SourceTree) -> Iterator[str]:
+    """Pyproject lists every folder with Python files, in order, and no other."""
+    listed = tree.setuptools["packages"]
+    for folder in sorted(tree.folders - set(listed)):
+        yield f"{folder} is left out of pyproject's packages, and so of the wheel"
+    for folder in sorted(set(listed) - tree.folders):
+        yield f"{folder} is in pyproject's packages and is not there"
+    if listed != sorted(listed):
+        yield "pyproject's packages are not sorted"
+    if tree.setuptools["package-dir"] != {"moeflow": "moeflow", **{f"moeflow.{name}": name for name in FAMILIES}}:
+        yield "pyproject's package-dir does not name moeflow and its families"
+
+
+def folders_have_signs(tree: SourceTree) -> Iterator[str]:
+    """Each folder's `__init__.py` says what lives there, what it knows nothing of and who imports it."""
+    for folder in sorted(tree.folders):
+        if folder.removeprefix("moeflow.") in FAMILIES:
+            if folder in tree.files:
+                yield f"{folder} has an __init__.py: a bare package breaks transformers' probe"
+            continue
+        if folder not in tree.files:
+            yield f"{folder} has no __init__.py"
+            continue
+        sign = ast.get_docstring(tree.syntax(folder))
+        if not sign:
+            yield f"the __init__.py of {folder} has no docstring"
+        elif folder != "moeflow" and "nothing" not in sign:
+            yield f"the docstring of {folder} does not say what it knows nothing of"
+        elif folder != "moeflow" and "import" not in sign:
+            yield f"the docstring of {folder} does not say who imports it"
+
+
+def modules_have_docstrings(tree: SourceTree) -> Iterator[str]:
+    """Each file says in its first line what lives in it."""
+    for module, file in tree.files.items():
+        if file.name != "__init__.py" and not ast.get_docstring(tree.syntax(module)):
+            yield f"{module} has no docstring"
+
+
+def no_room_is_hidden(tree: SourceTree) -> Iterator[str]:
+    """No folder of moeflow/ has the name of a folder beside it, which would be found first."""
+    beside = {path.name for path in tree.root.iterdir() if path.is_dir()} - {"moeflow"}
+    for path in sorted((tree.root / "moeflow").iterdir()):
+        if path.is_dir() and path.name[0] != "_" and path.name in beside:
+            yield f"moeflow/{path.name} would be hidden by the folder {path.name} beside moeflow"
+
+
+def only_hf_knows_transformers(tree: SourceTree) -> Iterator[str]:
+    """Transformers' private attributes and inner modules appear in hf/ alone; what it exports every room may import."""
+    for module in tree.files:
+        if tree.room(module) in {"hf", *FAMILIES}:  # the families never see a model
+            continue
+        for node in ast.walk(tree.syntax(module)):
+            if isinstance(node, ast.Attribute) and node.attr in PRIVATE:
+                yield f"{module}:{node.lineno} touches transformers' {node.attr}"
+            source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if source.split(".")[0] == "transformers" and source not in {"transformers", "transformers.utils"}:
+                yield f"{module} imports {source}"
+
+
+def oracles_stay_on_their_shelf(tree: SourceTree) -> Iterator[str]:
+    """Nothing in the package imports the oracles of regrouping."""
+    for module in tree.files:
+        if not module.startswith(_ORACLES):
+            for target in sorted(tree.imports(module)):
+                if target.startswith(_ORACLES):
+                    yield f"{module} imports {target}"
+
+
+def no_file_is_long(tree: SourceTree) -> Iterator[str]:
+    """A file has at most `MAX_LINES` lines."""
+    for module, file in tree.files.items():
+        lines = len(file.read_text().splitlines())
+        if lines > MAX_LINES:
+            yield f"{module} has {lines} lines: more than one noun"
+
+
+def no_folder_is_crowded(tree: SourceTree) -> Iterator[str]:
+    """A folder of moeflow/ holds at most `MAX_NAMES` names, rooms of the root apart."""
+    for folder in sorted(tree.folders):
+        if folder.split(".")[1:2] == ["cli"] or folder.removeprefix("moeflow.").split(".")[0] in FAMILIES:
+            continue
+        path = tree.root.joinpath(*folder.split("."))
+        names = [one.name for one in path.iterdir() if one.name[0] != "_" and one.suffix != ".so"]
+        if folder == "moeflow":
+            names = [name for name in names if not (path / name).is_dir()]
+        if len(names) > MAX_NAMES:
+            yield f"{folder} holds {len(names)} names: {sorted(names)}"
+
+
+def public_functions_are_annotated(tree: SourceTree) -> Iterator[str]:
+    """Public functions and methods name the types of all their arguments and of what they return."""
+    for module in tree.files:
+        waiting: list[tuple[str, ast.AST]] = [(module, tree.syntax(module))]
+        while waiting:
+            owner, node = waiting.pop()
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+                    waiting.append((f"{owner}.{child.name}", child))
+                elif isinstance(child, (ast.If, ast.Try)):
+                    waiting.append((owner, child))
+                elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    for missing in _unannotated(child, is_method=isinstance(node, ast.ClassDef)):
+                        yield f"{owner}.{child.name} has no annotation of {missing}"
+
+
+def _unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, *, is_method: bool) -> list[str]:
+    """List a public function's arguments that have no annotation, and "return"; `self` and `cls` need none."""
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    is_private = function.name.startswith("_") and not function.name.startswith("__")
+    if is_private or "triton.jit" in decorators:  # Triton's language has no types of values
+        return []
+    arguments = [*function.args.posonlyargs, *function.args.args]
+    if is_method and "staticmethod" not in decorators:
+        arguments = arguments[1:]
+    arguments += [*function.args.kwonlyargs, *filter(None, (function.args.vararg, function.args.kwarg))]
+    missing = [one.arg for one in arguments if one.annotation is None]
+    if function.returns is None and function.name != "__init__":
+        missing.append("return")
+    return missing
