@@ -22,7 +22,14 @@ from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        PreTrainedTokenizerBase,
+    )
     from transformers.core_model_loading import rename_source_key
 
 
@@ -82,17 +89,20 @@ def load_config(folder: Path, **config_kwargs):
     return config
 
 
-def load_tokenizer(folder: Path):
-    """Return the model's tokenizer.
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer.
+
+    Args:
+        model: a hub id or a folder.
 
     Raises:
         CheckpointError: there is none that transformers can load.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load ({error}). Download it again."
+            f"{model} has no tokenizer that transformers can load ({error}). Download it again."
         ) from error
 
 

@@ -13,7 +13,7 @@ from moeflow.calibration.windows import cut_windows
 from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
-from moeflow.checkpoint.quantized_source import quantize_sources, writable_format
+from moeflow.checkpoint.quantized_source import quantize_sources
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError, CheckpointError, ConfigError
@@ -22,6 +22,7 @@ from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.expert_sources import map_experts, map_layouts
 from moeflow.hf.residual import ResidualTap
 from moeflow.loading.live_predictor import build_predictor
+from moeflow.loading.options import LoadOptions, refuse_hf_options
 from moeflow.memory_size import ExpertsSize, MemorySize, parse_memory
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.memory_governor import Governor
@@ -30,7 +31,7 @@ from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import CudaStreams, HostStreams
 from moeflow.offload.transfers import HostTier
-from moeflow.policy.cache import POLICIES, ExpertCache
+from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.policy.prefetch import Prefetcher
 from moeflow.policy.prefetch_ledger import PrefetchLedger
@@ -41,18 +42,6 @@ _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
 _PRUNING_TOKENS = 2048  # on which thresholds are found
-_MISS = ("copy", "cheapest")
-_REFUSED = {
-    "device_map": "give device= instead: the dense weights go to one device",
-    "quantization_config": "a quantised checkpoint is read as it is; quantization= quantises another's experts",
-    "experts_implementation": "load_moe is an experts implementation itself",
-    "state_dict": "weights are read from the checkpoint only",
-    "gguf_file": "GGUF checkpoints are not supported: use safetensors",
-    "variant": "experts and dense weights would come from different files",
-    "subfolder": "give that folder as the model",
-    "torch_dtype": "it is called dtype",
-    "key_mapping": "experts are found by transformers' own mapping",
-}
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -79,19 +68,23 @@ def load_moe(
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         expert_memory: bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or
-            "auto" (all that is free after the rest of the model, inside the process's own memory limit).
+            "auto". On the CPU "auto" starts low and then follows what is free inside the process's own memory limit, so
+            that the process is not paged out; on a GPU it takes what is free after the rest of the model.
         host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
-        quantization: a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2", or
-            with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk: where not
-            all experts fit, write them once with `moeflow quantize`, and load that folder.
-        policy: which expert goes when a slot is needed: "lru", "lfu", "lfru", "static", "forecast" (the one whose slot
-            is worth the least by prediction), or "auto" ("forecast" where there is a predictor, else "lfru").
-        predictor: who says which experts are needed next: "auto", a name, a file written by `moeflow predictor
-            train`, or None. It never changes a bit of the output, and switches itself off where it does not pay.
-        miss: what becomes of an expert that is not on the GPU: "copy" (it comes to the GPU), or "cheapest" (where it
-            lies in host memory, the CPU may compute it there while others are copied, as is foreseen to end soonest).
-            "cheapest" is for CUDA only, and lossy: the CPU's last bits differ from the GPU's, so that the output
-            depends on timing. It is not yet measured on a GPU.
+        quantization: a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2",
+            "int1", or with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk:
+            where not all experts fit, write them once with `moeflow quantize`, and load that folder.
+        policy: which expert leaves when a slot is needed: "lru", "lfu", "lfru" (frequency / (age + 1)), "static",
+            "forecast" (the one whose slot is worth the least by prediction), or "auto" ("forecast" where there is a
+            predictor, else "lfru").
+        predictor: what predicts the experts needed next, so that they are fetched in time: "auto" (the coming layers'
+            own routers, asked early), "lookahead", "markov", "popularity", "ensemble", a file written by `moeflow
+            predictor train`, or None. It never changes a bit of the output, and switches itself off where it does not
+            pay.
+        miss: what becomes of an expert that is not on the GPU: "copy" (it comes to the GPU), or "cheapest" (of the
+            experts that a layer misses and that lie in host memory, the CPU computes some in place while others are
+            copied, split by bandwidths measured while both run). "cheapest" is for CUDA only, and lossy: the CPU's last
+            bits differ from the GPU's, so that the output depends on timing. It is not yet measured on a GPU.
         prune: share of the experts behind each token's first that are left out, those the router hardly wants, by
             thresholds found on calibration text while loading (0.5 skips half of them). Lossy, so 0 by default.
         compile: let generate() run its decode steps through torch.compile, with a static key-value cache: the first
@@ -110,32 +103,11 @@ def load_moe(
         ModelSourceError: no such folder or hub id.
         TraceError: the trace is of another model, damaged, or cannot be written.
     """
-    device = _resolve_device(device)
-    if policy not in ("auto", *POLICIES):
-        raise ConfigError(f"policy={policy!r} is unknown. Allowed: auto, {', '.join(POLICIES)}.")
-    if isinstance(prune, bool) or not isinstance(prune, (int, float)) or not 0 <= prune <= 1:
-        raise ConfigError(f"prune={prune!r} is not a share. Give 0 (leave out nothing) to 1.")
-    if miss not in _MISS:
-        raise ConfigError(f"miss={miss!r} is unknown. Allowed: {', '.join(_MISS)}.")
-    if miss != "copy" and device.type == "cpu":
-        raise ConfigError(
-            f"miss={miss!r} chooses between copying an expert to the GPU and computing it in host memory, and this "
-            'model runs on the CPU, where both are one. Leave miss="copy".'
-        )
-    if quantization is not None:
-        quantization = writable_format(quantization).name
-    for name, remedy in _REFUSED.items():
-        if hf_kwargs.get(name) is not None:
-            raise ConfigError(f"load_moe does not take {name}: {remedy}.")
-    if device.type == "cpu" and host_memory != "auto":
-        raise ConfigError(
-            f"host_memory={host_memory!r} is the tier between the disk and a GPU, and this model runs on the CPU. "
-            "Put the memory into expert_memory."
-        )
-    for name, value in (("expert_memory", expert_memory), ("host_memory", host_memory)):
-        if value != "auto":
-            parse_memory(value, name=name, whole_bytes=0)
-
+    options = LoadOptions(
+        device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, compile, trace
+    )
+    refuse_hf_options(name for name, value in hf_kwargs.items() if value is not None)
+    device, quantization = options.torch_device, options.weight_format
     want_info = hf_kwargs.pop("output_loading_info", False)
     folder = pretrained.resolve_folder(model, **{name: hf_kwargs[name] for name in _HUB_OPTIONS if name in hf_kwargs})
     config = hf_kwargs.pop("config", None)
@@ -202,22 +174,6 @@ class _Plan:
 
     layers: list[LayerSource]
     size: ExpertsSize
-
-
-def _resolve_device(device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f'device={device!r} is unknown. Allowed: "auto", "cpu", "cuda", "cuda:N".') from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError('device="cuda" was asked for, and torch sees no CUDA GPU. Use device="cpu" or "auto".')
-        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    if device.type != "cpu":
-        raise ConfigError(f'device={str(device)!r} is not supported. Allowed: "auto", "cpu", "cuda", "cuda:N".')
-    return device
 
 
 def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model, predictor, miss) -> ExpertRuntime:
