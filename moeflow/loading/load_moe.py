@@ -1,25 +1,24 @@
 """load_moe(): a transformers model whose experts live in the tiers instead of in the module."""
 
-import copy
 import weakref
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from moeflow import hardware
 from moeflow.calibration.pruning_thresholds import calibrate_pruning
 from moeflow.calibration.windows import cut_windows
-from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
-from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
 from moeflow.checkpoint.quantized_source import quantize_sources
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError, CheckpointError, ConfigError
 from moeflow.hf import experts_interface, forward, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
-from moeflow.hf.expert_sources import map_experts, map_layouts
+from moeflow.hf.model_folder import ModelFolder
 from moeflow.hf.residual import ResidualTap
 from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions, refuse_hf_options
@@ -42,7 +41,6 @@ _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
 _PRUNING_TOKENS = 2048  # on which thresholds are found
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def load_moe(
@@ -107,57 +105,32 @@ def load_moe(
         device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, compile, trace
     )
     refuse_hf_options(name for name, value in hf_kwargs.items() if value is not None)
-    device, quantization = options.torch_device, options.weight_format
+    device = options.torch_device
     want_info = hf_kwargs.pop("output_loading_info", False)
-    folder = pretrained.resolve_folder(model, **{name: hf_kwargs[name] for name in _HUB_OPTIONS if name in hf_kwargs})
-    config = hf_kwargs.pop("config", None)
-    if config is None or isinstance(config, (str, Path)):
-        config = pretrained.load_config(
-            Path(config or folder), **{name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
-        )
-    config = copy.deepcopy(config)  # the caller's stays as it is
-    for name in [name for name in hf_kwargs if name in config.to_dict()]:  # as from_pretrained does
-        setattr(config, name, hf_kwargs.pop(name))
-    checkpoint = open_checkpoint(folder)
-    plan, packed = _Plan(), (folder / PACKED_FILE).is_file()
-
-    def on_skeleton(empty):
-        if packed:
-            plan.layers = read_packed(folder, map_layouts(empty))
-        else:
-            plan.layers = map_experts(empty, checkpoint.tensors)
-        if quantization is not None:
-            formats = [[quantization] * source.layout.num_experts for source in plan.layers]
-            plan.layers = quantize_sources(plan.layers, formats, experts_interface.transposed(empty))
-        plan.size = ExpertsSize.of(
-            [source.layout for source in plan.layers],
-            experts_interface.num_experts_per_tok(empty),
-            whole_slots=device.type != "cpu",
-        )
-        if expert_memory != "auto":  # refuse before anything large is read
-            plan.size.slots_for(parse_memory(expert_memory, name="expert_memory", whole_bytes=plan.size.all_bytes))
-        pretrained.take_experts_off(empty)
-
+    folder = ModelFolder.of_hf_options(model, hf_kwargs)
     placement = {} if device.type == "cpu" else {"device_map": {"": device}}
-    loaded, info = pretrained.load_without_experts(folder, config, on_skeleton, dtype=dtype, **placement, **hf_kwargs)
+    loaded, info, plan = pretrained.load_without_experts(
+        folder.checkpoint, folder.config, partial(_plan, folder, options), dtype=dtype, **placement, **hf_kwargs
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
+            f"{folder.path} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
             "The checkpoint is incomplete: download it again."
         )
     pretrained.own_dense_weights(loaded)
     if device.type == "cpu":
         speed_up_dense(loaded)
-    files = [folder / PACKED_FILE] if packed else checkpoint.files
     predicting = build_predictor(predictor, loaded, plan.layers, plan.size.num_experts_per_tok)
     if policy == "auto":
         policy = "lfru" if predicting is None else "forecast"
-    runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss)
+    runtime = _build_runtime(
+        folder.expert_files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss
+    )
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     _attach(loaded, runtime, tap)
     if prune:
-        _calibrate_pruning(loaded, folder, prune)
+        _calibrate_pruning(loaded, folder.path, prune)
     if compile:
         forward.compile_decoding(loaded)
     if trace is not None:
@@ -169,11 +142,27 @@ def load_moe(
     return (loaded, info) if want_info else loaded
 
 
-class _Plan:
-    """What the empty model told, carried out of transformers' loader."""
+class _Plan(NamedTuple):
+    """Where a model's experts come from, and what they take."""
 
     layers: list[LayerSource]
     size: ExpertsSize
+
+
+def _plan(folder: ModelFolder, options: LoadOptions, empty: PreTrainedModel) -> _Plan:
+    """Find the experts of an empty model, and refuse a budget that is too small for them."""
+    layers = folder.layers(empty)
+    if options.weight_format is not None:
+        formats = [[options.weight_format] * source.layout.num_experts for source in layers]
+        layers = quantize_sources(layers, formats, experts_interface.transposed(empty))
+    size = ExpertsSize.of(
+        [source.layout for source in layers],
+        experts_interface.num_experts_per_tok(empty),
+        whole_slots=options.torch_device.type != "cpu",
+    )
+    if options.expert_memory != "auto":
+        size.slots_for(parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes))
+    return _Plan(layers, size)
 
 
 def _build_runtime(files, plan, device, expert_memory, host_memory, policy, model, predictor, miss) -> ExpertRuntime:
