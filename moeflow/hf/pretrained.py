@@ -144,7 +144,7 @@ def load_without_experts(
         The model, its dense weights unquantised; transformers' loading info; what `on_empty` returned.
 
     Raises:
-        CheckpointError: a piece of a quantised dense weight is missing or does not fit.
+        CheckpointError: a dense weight is missing, or a piece of a quantised one is or does not fit.
         UnsupportedModelError: a quantised dense weight that is not the model's as it is.
     """
     folder = checkpoint.folder
@@ -175,6 +175,12 @@ def load_without_experts(
     if loading.problems:
         raise CheckpointError(
             f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
+            "The checkpoint is incomplete: download it again."
         )
     return loaded, info, found[0]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from moeflow import hardware
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
-from moeflow.memory_size import ExpertsSize
+from moeflow.loading.budget import ExpertsSize
 
 _SHARES = (12.5, 25, 50, 75, 100)
 

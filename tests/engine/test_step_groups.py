@@ -10,7 +10,7 @@ from moeflow.engine.engine import Engine
 from moeflow.engine.sampling import SamplingParams
 from moeflow.engine.step_groups import PassRoutes
 from moeflow.errors import ConfigError, ExpertReadError
-from moeflow.memory_size import ExpertsSize
+from moeflow.loading.budget import ExpertsSize
 
 NEW = 10
 PROMPTS = [
