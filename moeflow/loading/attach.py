@@ -1,4 +1,4 @@
-"""Puts a runtime behind a transformers model: its experts, the count of its passes, pruning.
+"""Puts a runtime behind a transformers model: its experts, what its passes tell, pruning.
 
 Knows modules and their hooks. Knows nothing of budgets or tiers.
 """
@@ -22,7 +22,7 @@ _PRUNING_TOKENS = 2048  # on which thresholds are found
 
 
 def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
-    """Put a runtime behind the model's experts modules, as `model.moeflow`, and count its passes.
+    """Put a runtime behind the model's experts modules, as `model.moeflow`; tell it and its observers of each pass.
 
     Args:
         model: its experts taken off.
@@ -33,26 +33,22 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime, tap: Residual
         module._moeflow = OffloadedExperts(runtime, layer, module, tap)
     model.moeflow = runtime
     model.save_pretrained = _refuse_to_save
-    counted = weakref.ref(runtime)
+    behind = weakref.ref(runtime)
 
     @torch.compiler.disable
-    def count_pass(module, args, kwargs):
-        ids = kwargs.get("input_ids")
-        if ids is None:
-            ids = kwargs.get("inputs_embeds")
-        if ids is None and args:
-            ids = args[0]
-        if ids is not None:
-            cache = forward.cache_of(kwargs)
-            shape = ids.shape[0], ids.shape[1], ids if ids.dim() == 2 else None
-            describe = getattr(cache, "describe_pass", None)  # a cache that holds many sequences knows better
-            num_sequences, num_positions, tokens = shape if describe is None else describe(ids)
-            continues = forward.continues_cache(kwargs, num_positions)
-            counted().begin_forward(num_sequences, num_positions, continues=continues, token_ids=tokens)
-            if tap is not None:
-                tap.listen(counted().predicting)
+    def begin_pass(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        begun, runtime = forward.describe_pass(args, kwargs), behind()
+        if begun is None or runtime is None:
+            return
+        runtime.begin_forward(
+            begun.num_sequences, begun.num_positions, continues=begun.continues, token_ids=begun.token_ids
+        )
+        if tap is not None:
+            tap.listen(runtime.predicting)
+        for observer in runtime.observers:
+            observer.begin_pass(begun)
 
-    model.base_model.register_forward_pre_hook(count_pass, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True)
 
 
 def prune_experts(model: PreTrainedModel, folder: Path, share: float) -> None:

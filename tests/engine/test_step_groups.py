@@ -99,6 +99,9 @@ def test_groups_leave_other_observers_in_place_and_these_see_every_layer(offload
         def __init__(self):
             self.seen = []
 
+        def begin_pass(self, begun):
+            pass
+
         def observe(self, layer, top_k_index, top_k_weights, hidden_states):
             self.seen.append(layer)
 
