@@ -55,7 +55,7 @@ def place_matrix(
         name: full name of the parameter, for errors.
         matrix: how the record stores it.
         record: the record's layout.
-        feeding: (converter, groups of stand-ins, place), as `hf_experts.collect_expert_tensors` found them.
+        feeding: (converter, groups of stand-ins, place), as `experts_interface.collect_expert_tensors` found them.
         stored: the checkpoint's quantised matrices.
         scheme: how they are quantised.
         num_experts: of the layer.

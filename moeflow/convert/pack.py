@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.packed_writer import check_output, write_packed
-from moeflow.hf import pretrained
-from moeflow.hf.expert_sources import expert_tensor_names, map_experts
+from moeflow.hf.model_folder import ModelFolder
 
 
 def pack_model(model: str | Path, out: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -24,9 +22,7 @@ def pack_model(model: str | Path, out: str | Path, *, progress: Callable[[int, i
         ConfigError: `out` exists, or its disk is too small.
         MoeflowError: the disk became full or failed; `out` is not there, `OUT.partial` continues on the next run.
     """
-    folder, out = pretrained.resolve_folder(model), Path(out)
-    check_output(folder, out)
-    checkpoint = open_checkpoint(folder)
-    empty = pretrained.empty_model(pretrained.load_config(folder))
-    feeding = expert_tensor_names(empty, checkpoint.tensors)
-    return write_packed(checkpoint, map_experts(empty, checkpoint.tensors), feeding, out, progress=progress)
+    folder, out = ModelFolder(model), Path(out)
+    check_output(folder.path, out)
+    empty = folder.empty_model()
+    return write_packed(folder.checkpoint, folder.layers(empty), folder.feeding(empty), out, progress=progress)

@@ -4,13 +4,12 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_writer import Progress, check_output, write_packed
 from moeflow.checkpoint.quantized_source import Calibration, quantize_sources, writable_format
 from moeflow.errors import ConfigError
-from moeflow.hf import experts_interface, pretrained
-from moeflow.hf.expert_sources import expert_tensor_names, map_experts
+from moeflow.hf import experts_interface
+from moeflow.hf.model_folder import ModelFolder
 
 METHODS = ("hqq", "rtn", "gptq")
 
@@ -59,19 +58,17 @@ def quantize_model(
         raise ConfigError(f"method={method!r} is unknown. Allowed: {', '.join(METHODS)}.")
     if method == "gptq" and calibration is None:
         raise ConfigError('method="gptq" learns from what experts see: give a calibration, or use "hqq".')
-    folder, out = pretrained.resolve_folder(model), Path(out)
-    check_output(folder, out)
-    checkpoint = open_checkpoint(folder)
-    empty = pretrained.empty_model(pretrained.load_config(folder))
-    sources = map_experts(empty, checkpoint.tensors)
+    folder, out = ModelFolder(model), Path(out)
+    check_output(folder.path, out)
+    empty = folder.empty_model()
+    sources = folder.layers(empty)
     if isinstance(formats, str):
         formats = [[writable_format(formats).name] * source.layout.num_experts for source in sources]
     layers = quantize_sources(
         sources, formats, experts_interface.transposed(empty), method=method, calibration=calibration
     )
-    feeding = expert_tensor_names(empty, checkpoint.tensors)
     settings = method if calibration is None else f"{method} {calibration.fingerprint}"
-    write_packed(checkpoint, layers, feeding, out, settings=settings, progress=progress)
+    write_packed(folder.checkpoint, layers, folder.feeding(empty), out, settings=settings, progress=progress)
     num_bytes, num_weights = _size(layers)
     counts = Counter(name for names in formats for name in names)
     return Written(out, num_bytes, 8 * num_bytes / num_weights, dict(counts))

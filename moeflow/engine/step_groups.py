@@ -13,6 +13,7 @@ import torch
 from moeflow.engine.regrouping.token_scheduler import SchedulerStats, TokenScheduler
 from moeflow.engine.scheduler import Piece
 from moeflow.hf import experts_interface
+from moeflow.hf.forward import ForwardPass
 
 
 class PassRoutes:
@@ -26,6 +27,9 @@ class PassRoutes:
     def __init__(self, num_layers: int, num_experts: int):
         self._num_layers, self._num_experts = num_layers, num_experts
         self._chosen: dict[int, np.ndarray] = {}
+
+    def begin_pass(self, begun: ForwardPass) -> None:
+        """Nothing is kept of a pass but its routes."""
 
     def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights=None, hidden_states=None) -> None:
         """Take in a layer's [tokens, K] choices."""

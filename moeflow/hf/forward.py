@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,19 +26,58 @@ _PACKED = "moeflow_packed"
 _KEY_VALUE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # a dummy keeps nothing
 
 
-def cache_of(kwargs: dict):
-    """Return the key-value cache that a forward pass was called with, None where there is none."""
-    past = kwargs.get("past_key_values")
-    return kwargs.get("cache") if past is None else past  # its name from transformers 5.24 on
+class ForwardPass(NamedTuple):
+    """One forward pass of a model over new tokens.
+
+    Args:
+        num_sequences: S.
+        num_positions: P, new positions of each sequence.
+        continues: whether earlier positions lie in a key-value cache: with one position, the pass decodes.
+        token_ids: [S, P]; None where only embeddings are known, or tokens that do not go on with the last pass's rows.
+        attention_mask: as the model was called with it, usually [S, positions so far], 0 hides one; None hides nothing.
+        cache: the key-value cache, by which its sequences are recognised; None where there is none.
+    """
+
+    num_sequences: int
+    num_positions: int
+    continues: bool
+    token_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    cache: object = None
 
 
-def continues_cache(kwargs: dict, num_positions: int) -> bool:
-    """Tell whether a forward pass called with these arguments continues earlier positions: decode, not prefill."""
-    past = cache_of(kwargs)
-    if hasattr(past, "get_seq_length"):
-        return bool(past.get_seq_length() > 0)
+def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
+    """Describe the pass that a model's forward is called for; None where it is given no tokens.
+
+    Args:
+        args: positional arguments of forward, as its hooks see them.
+        kwargs: its keyword arguments.
+    """
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        ids = kwargs.get("inputs_embeds")
+    if ids is None:
+        ids = args[0] if args else None
+    if ids is None:
+        return None
+    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache") if cache is None else cache  # its name from transformers 5.24 on
+    describe = getattr(cache, "describe_pass", None)  # a cache that holds many sequences knows better
+    if describe is not None:
+        num_sequences, num_positions, token_ids = describe(ids)
+    else:
+        num_sequences, num_positions, token_ids = ids.shape[0], ids.shape[1], ids if ids.dim() == 2 else None
+    continues = _continues(cache, num_positions)
+    mask = kwargs.get("attention_mask")
+    return ForwardPass(num_sequences, num_positions, continues, token_ids, mask, cache)
+
+
+def _continues(cache: Any, num_positions: int) -> bool:
+    """Tell whether a pass with this cache continues earlier positions: decode, not prefill."""
+    if hasattr(cache, "get_seq_length"):
+        return bool(cache.get_seq_length() > 0)
     # a cache without a length (state-space models): one position at a time is decode
-    return past is not None and num_positions == 1
+    return cache is not None and num_positions == 1
 
 
 def key_value_bytes_per_position(model) -> int:

@@ -1,8 +1,6 @@
 """A model from its folder, by transformers: config, tokenizer, the empty model, and the model without its experts.
 
-All that moeflow uses of transformers' internals stands in this file and in those named after it: `hf_experts` (the
-interface of routed experts), `hf_quantizer` (how a model is loaded without them), `hf_decoding` (passes, caches and
-attention) and `hf_version` (which version has it all).
+Knows folders, configs and from_pretrained. Knows nothing of where an expert's bytes lie: see `model_folder`.
 """
 
 import copy
@@ -10,10 +8,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from moeflow.checkpoint.headers import open_checkpoint
+from moeflow.checkpoint.headers import Checkpoint
 from moeflow.checkpoint.prequantized import StoredMatrix, find_matrices
 from moeflow.errors import CheckpointError, ModelSourceError, UnsupportedModelError
 from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
@@ -22,8 +21,19 @@ from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
     from transformers.core_model_loading import rename_source_key
+
+Found = TypeVar("Found")
 
 
 def resolve_folder(model: str | Path, **download_kwargs) -> Path:
@@ -82,17 +92,20 @@ def load_config(folder: Path, **config_kwargs):
     return config
 
 
-def load_tokenizer(folder: Path):
-    """Return the model's tokenizer.
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer.
+
+    Args:
+        model: a hub id or a folder.
 
     Raises:
         CheckpointError: there is none that transformers can load.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load ({error}). Download it again."
+            f"{model} has no tokenizer that transformers can load ({error}). Download it again."
         ) from error
 
 
@@ -116,46 +129,60 @@ def empty_model(config, dtype: torch.dtype | None = None):
         return cls.from_config(config, dtype=dtype) if hasattr(cls, "from_config") else cls(config).to(dtype)
 
 
-def load_without_experts(folder: Path, config, on_skeleton: Callable, **hf_kwargs):
+def load_without_experts(
+    checkpoint: Checkpoint, config: PreTrainedConfig, on_empty: Callable[[PreTrainedModel], Found], **hf_options: Any
+) -> tuple[PreTrainedModel, dict[str, Any], Found]:
     """Run `from_pretrained` for everything but the routed experts.
 
     Args:
-        on_skeleton: called with the empty model; takes the experts off it (see `take_experts_off`).
+        checkpoint: of the folder to load.
+        config: of the model.
+        on_empty: called with the empty model, experts still on it, before anything large is read.
+        **hf_options: passed to from_pretrained.
 
     Returns:
-        The model, its dense weights unquantised, and transformers' loading info.
+        The model, its dense weights unquantised; transformers' loading info; what `on_empty` returned.
 
     Raises:
-        CheckpointError: a piece of a quantised dense weight is missing or does not fit.
+        CheckpointError: a dense weight is missing, or a piece of a quantised one is or does not fit.
         UnsupportedModelError: a quantised dense weight that is not the model's as it is.
     """
+    folder = checkpoint.folder
     cls, scheme = model_class(config), native_scheme(config, str(folder))
-    stored = {}
+    stored: dict[str, StoredMatrix] = {}
+    found: list[Found] = []
     if scheme is not None:
-        stored = find_matrices(open_checkpoint(folder).tensors, scheme)
+        stored = find_matrices(checkpoint.tensors, scheme)
         config = copy.deepcopy(config)  # the checkpoint's own quantiser must not see it
         for part in (config, config.get_text_config(decoder=True)):
             part.__dict__.pop("quantization_config", None)
 
-    def check_and_strip(empty):
+    def strip(empty: PreTrainedModel) -> None:
         _check_dense(empty, stored)
-        on_skeleton(empty)
+        found.append(on_empty(empty))
+        _take_experts_off(empty)
 
-    loading = WithoutExperts(check_and_strip, scheme)
-    loaded = cls.from_pretrained(
+    loading = WithoutExperts(strip, scheme)
+    loaded, info = cls.from_pretrained(
         folder,
         config=config,
         quantization_config=loading,
         experts_implementation=IMPLEMENTATION,
         use_safetensors=True,
         output_loading_info=True,
-        **hf_kwargs,
+        **hf_options,
     )
     if loading.problems:
         raise CheckpointError(
             f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."
         )
-    return loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
+            "The checkpoint is incomplete: download it again."
+        )
+    return loaded, info, found[0]
 
 
 def _check_dense(model, stored: dict[str, StoredMatrix]) -> None:
@@ -180,7 +207,7 @@ def _check_dense(model, stored: dict[str, StoredMatrix]) -> None:
             )
 
 
-def take_experts_off(model) -> None:
+def _take_experts_off(model: PreTrainedModel) -> None:
     """Remove the routed experts' parameters from an empty model and keep the loader quiet about them."""
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     scheme = native_scheme(model.config)

@@ -26,13 +26,13 @@ class WithoutExperts(QuantizationConfigMixin):
     """Carries a callback into `from_pretrained`; it is gone from the model when that returns.
 
     Args:
-        on_skeleton: called with the empty model.
+        on_empty: called with the empty model.
         scheme: how the checkpoint is quantised, in place of its own quantization_config; None where it is not.
     """
 
-    def __init__(self, on_skeleton=None, scheme: NativeScheme | None = None, **kwargs):
+    def __init__(self, on_empty=None, scheme: NativeScheme | None = None, **kwargs):
         self.quant_method = IMPLEMENTATION
-        self.on_skeleton = on_skeleton
+        self.on_empty = on_empty
         self.scheme = scheme
         self.problems: list[str] = []  # with dense weights: transformers would only log what is raised meanwhile
 
@@ -72,7 +72,7 @@ class _ExpertsRemover(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        self.quantization_config.on_skeleton(model)
+        self.quantization_config.on_empty(model)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.remove_quantization_config(model)

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from moeflow import hardware
-from moeflow.checkpoint.headers import open_checkpoint
-from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
-from moeflow.hf import experts_interface, pretrained
-from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
-from moeflow.memory_size import ExpertsSize
+from moeflow.hf import experts_interface
+from moeflow.hf.model_folder import ModelFolder
+from moeflow.loading.budget import ExpertsSize
 
 _SHARES = (12.5, 25, 50, 75, 100)
 
@@ -25,24 +23,20 @@ def describe_model(model: str | Path) -> dict:
     Raises:
         ModelSourceError, CheckpointError, UnsupportedModelError: as load_moe does.
     """
-    folder = pretrained.resolve_folder(model)
-    config = pretrained.load_config(folder)
-    checkpoint = open_checkpoint(folder)
-    empty = pretrained.empty_model(config)
-    packed = (folder / PACKED_FILE).is_file()
-    layers = read_packed(folder, map_layouts(empty)) if packed else map_experts(empty, checkpoint.tensors)
-    feeding = set() if packed else expert_tensor_names(empty, checkpoint.tensors)
+    folder = ModelFolder(model)
+    empty = folder.empty_model()
+    layers, feeding = folder.layers(empty), folder.feeding(empty)
     size = ExpertsSize.of([source.layout for source in layers], experts_interface.num_experts_per_tok(empty))
-    dense = sum(entry.num_bytes for name, entry in checkpoint.tensors.items() if name not in feeding)
+    dense = sum(entry.num_bytes for name, entry in folder.checkpoint.tensors.items() if name not in feeding)
     counts = sorted({source.layout.num_experts for source in layers})
     records = {record for source in layers for record in source.layout.variants or (source.layout.record,)}
     record_bytes = sorted({record.num_bytes for record in records})
     formats = sorted({spec.format for record in records for spec in record.matrices})
-    text = config.get_text_config(decoder=True)
+    text = folder.config.get_text_config(decoder=True)
     return {
         "model": str(model),
-        "model_type": config.model_type,
-        "packed": packed,
+        "model_type": folder.config.model_type,
+        "packed": folder.packed,
         "layers": getattr(text, "num_hidden_layers", None),
         "moe_layers": len(layers),
         "experts_per_layer": counts[0] if len(counts) == 1 else counts,

@@ -1,8 +1,14 @@
-"""Who is shown what the routers of a running model chose."""
+"""Protocol of observers of router output: the trace recorder and the token scheduler.
 
-from typing import Protocol
+Knows passes and routes. Knows nothing of tiers.
+"""
+
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from moeflow.hf.forward import ForwardPass
 
 
 class RouteObserver(Protocol):
@@ -10,6 +16,9 @@ class RouteObserver(Protocol):
 
     Sees and never changes. Called in the order of the list, by the thread that runs the pass.
     """
+
+    def begin_pass(self, begun: "ForwardPass") -> None:
+        """Hear that a pass begins, before its first layer."""
 
     def observe(
         self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_states: torch.Tensor

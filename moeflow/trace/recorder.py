@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from moeflow.errors import TraceError
-from moeflow.hf import experts_interface, forward
+from moeflow.hf import experts_interface
 from moeflow.hf.fingerprint import model_fingerprint
+from moeflow.hf.forward import ForwardPass
 from moeflow.hf.residual import ResidualTap, build_lookahead
 from moeflow.trace.format import DECODE, PREFILL, TraceFormat
 from moeflow.trace.lookahead_record import LookaheadRecord
@@ -62,7 +63,6 @@ class TraceRecorder:
         self._pass: _Pass | None = None
         self._index = self._weights = None  # [L, T, K], routes of the pass under way
         self._of_layer: list[tuple[torch.Tensor, torch.Tensor]] = []  # their views [T, K]
-        self.hooks: list = []  # of the model, taken off at the end
         self._close = weakref.finalize(self, rows.close)
 
     @property
@@ -70,36 +70,19 @@ class TraceRecorder:
         """Tokens recorded so far, those in the file from before included."""
         return self._rows.num_rows
 
-    def begin_pass(
-        self,
-        token_ids: torch.Tensor | None,
-        num_sequences: int,
-        num_positions: int,
-        *,
-        continues: bool,
-        attention_mask: torch.Tensor | None = None,
-        cache: object = None,
-    ) -> None:
-        """Say that a pass over new tokens begins; the pass before must have ended or is dropped.
-
-        Args:
-            token_ids: [num_sequences, num_positions], None where only embeddings are known.
-            continues: whether earlier positions lie in a key-value cache.
-            attention_mask: [num_sequences, positions so far], 0 hides one; other ranks hide nothing.
-            cache: the key-value cache's object, by which its sequences are recognised.
-        """
+    def begin_pass(self, begun: ForwardPass) -> None:
+        """Hear that a pass over new tokens begins; the pass before must have ended or is dropped."""
         if not self._close.alive:
             return
         self._drop_pass()
-        if not continues:
+        if not begun.continues:
             self._rows.flush()
-        self._choose_sequences(num_sequences, continues, cache)
-        if not isinstance(attention_mask, torch.Tensor) or (
-            attention_mask.dim() != 2 or attention_mask.shape[0] != num_sequences
-        ):
-            attention_mask = None
-        phase = DECODE if continues and num_positions == 1 else PREFILL
-        self._pass = _Pass(token_ids, attention_mask, self._sequences, num_positions, phase)
+        self._choose_sequences(begun.num_sequences, begun.continues, begun.cache)
+        mask = begun.attention_mask
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != begun.num_sequences:
+            mask = None  # masks of other ranks hide nothing
+        phase = DECODE if begun.continues and begun.num_positions == 1 else PREFILL
+        self._pass = _Pass(begun.token_ids, mask, self._sequences, begun.num_positions, phase)
         if self._lookahead is not None:
             self._lookahead.begin_pass(self._pass.num_tokens)
 
@@ -154,8 +137,6 @@ class TraceRecorder:
 
     def close(self) -> None:
         """Write what is left and close the file; later passes are not recorded."""
-        while self.hooks:
-            self.hooks.pop().remove()
         if self._lookahead is not None:
             self._lookahead.close()
         self._drop_pass()
@@ -313,26 +294,6 @@ def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> Trac
         if record is not None:
             record.close()
         raise
-    recorded = weakref.ref(recorder)
-
-    @torch.compiler.disable
-    def begin_pass(module, args, kwargs):
-        found = recorded()
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
-        if found is None or tokens is None:
-            return
-        cache = kwargs.get("past_key_values")
-        found.begin_pass(
-            ids if ids is not None and ids.dim() == 2 else None,
-            tokens.shape[0],
-            tokens.shape[1],
-            continues=forward.continues_cache(kwargs, tokens.shape[1]),
-            attention_mask=kwargs.get("attention_mask"),
-            cache=cache if cache is not None else kwargs.get("cache"),
-        )
-
-    recorder.hooks.append(model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True))
     runtime.observers.append(recorder)
     return recorder
 

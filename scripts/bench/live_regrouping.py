@@ -20,6 +20,9 @@ class RouteLog:
         self.passes: list[np.ndarray] = []
         self._shape = num_layers, num_experts
 
+    def begin_pass(self, begun) -> None:
+        """A pass begins with its first layer's routes."""
+
     def observe(self, layer, top_k_index, top_k_weights, hidden_states) -> None:
         """Take in a layer of a pass."""
         if layer == 0:

@@ -18,7 +18,7 @@ from moeflow.engine.engine import Engine
 from moeflow.engine.sampling import SamplingParams
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
 from moeflow.hf.forward import KeyValueCache
-from moeflow.memory_size import ExpertsSize
+from moeflow.loading.budget import ExpertsSize
 
 NEW = 8
 POSITION_BYTES = 3 * 2 * 2 * 16 * 4  # of the tiny Mixtral: layers, keys and values, heads, features, float32

@@ -10,7 +10,7 @@ from moeflow.engine.engine import Engine
 from moeflow.engine.sampling import SamplingParams
 from moeflow.engine.step_groups import PassRoutes
 from moeflow.errors import ConfigError, ExpertReadError
-from moeflow.memory_size import ExpertsSize
+from moeflow.loading.budget import ExpertsSize
 
 NEW = 10
 PROMPTS = [
@@ -98,6 +98,9 @@ def test_groups_leave_other_observers_in_place_and_these_see_every_layer(offload
     class Layers:
         def __init__(self):
             self.seen = []
+
+        def begin_pass(self, begun):
+            pass
 
         def observe(self, layer, top_k_index, top_k_weights, hidden_states):
             self.seen.append(layer)

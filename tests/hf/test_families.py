@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from helpers.families import FAMILIES, build_model, inputs
 from moeflow import load_moe
 from moeflow.hf import pretrained
-from moeflow.memory_size import ExpertsSize
+from moeflow.loading.budget import ExpertsSize
 
 NUM_FAMILIES = 40
 

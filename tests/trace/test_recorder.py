@@ -9,6 +9,7 @@ import torch
 from helpers.small_models import tiny_mixtral
 from moeflow.errors import TraceError
 from moeflow.hf.fingerprint import model_fingerprint
+from moeflow.hf.forward import ForwardPass
 from moeflow.loading.load_moe import load_moe
 from moeflow.trace.format import DECODE, PREFILL, TraceFormat
 from moeflow.trace.recorder import TraceRecorder
@@ -89,7 +90,7 @@ def test_padding_is_left_out_and_each_row_of_a_batch_is_a_sequence(load, mixtral
 def test_the_padding_an_ended_sequence_is_fed_is_left_out(tmp_path):
     recorder = TraceRecorder(tmp_path / "t", TraceFormat((4,), 1, "m"), padding=frozenset([9]))
     for tokens, continues in (([[1], [9]], False), ([[2], [9]], True)):
-        recorder.begin_pass(torch.tensor(tokens), 2, 1, continues=continues)
+        recorder.begin_pass(ForwardPass(2, 1, continues, torch.tensor(tokens)))
         recorder.observe(0, torch.tensor([[0], [1]]), torch.ones(2, 1))
     recorder.close()
     assert RoutingTrace.open(tmp_path / "t").token_ids.tolist() == [1, 9, 2]
@@ -139,7 +140,7 @@ def test_passes_that_end_early_or_skip_layers_are_dropped(tmp_path, caplog):
     recorder = TraceRecorder(tmp_path / "t", TraceFormat((4, 4), 1, "m"))
 
     def run(layers, num_tokens=1, continues=True):
-        recorder.begin_pass(torch.tensor([[7]]), 1, 1, continues=continues)
+        recorder.begin_pass(ForwardPass(1, 1, continues, torch.tensor([[7]])))
         for layer in layers:
             recorder.observe(layer, torch.full((num_tokens, 1), layer), torch.ones(num_tokens, 1))
 
@@ -176,7 +177,7 @@ def test_an_interrupted_generation_leaves_whole_tokens(load, tmp_path):
 
 def test_ids_that_stand_for_none_come_last_with_no_weight(tmp_path):
     recorder = TraceRecorder(tmp_path / "t", TraceFormat((4, 2), 3, "m"))
-    recorder.begin_pass(torch.tensor([[7]]), 1, 1, continues=False)
+    recorder.begin_pass(ForwardPass(1, 1, False, torch.tensor([[7]])))
     recorder.observe(0, torch.tensor([[4, 1, 3]]), torch.tensor([[0.9, 0.2, 0.3]]))
     recorder.observe(1, torch.tensor([[1]]), torch.tensor([[1.0]]))
     recorder.close()
@@ -188,7 +189,7 @@ def test_ids_that_stand_for_none_come_last_with_no_weight(tmp_path):
 def test_long_recordings_are_on_disk_before_they_are_closed(tmp_path):
     recorder = TraceRecorder(tmp_path / "t", TraceFormat((4,), 1, "m"))
     for step in range(700):
-        recorder.begin_pass(torch.tensor([[step]]), 1, 1, continues=step > 0)
+        recorder.begin_pass(ForwardPass(1, 1, step > 0, torch.tensor([[step]])))
         recorder.observe(0, torch.tensor([[step % 4]]), torch.ones(1, 1))
     assert 400 < len(RoutingTrace.open(tmp_path / "t")) < 700
     recorder.close()

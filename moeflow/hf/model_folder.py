@@ -1,0 +1,106 @@
+"""A model as it lies on disk: its folder, config and checkpoint, and where its experts' bytes come from.
+
+Knows where to look. Knows nothing of budgets or devices. Every way of opening a model begins here.
+"""
+
+import copy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
+from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
+from moeflow.hf import pretrained
+from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+class ModelFolder:
+    """One model on disk. Config and headers are read when first asked for, weights never.
+
+    Args:
+        model: a hub id or a folder.
+        config: in place of the folder's own.
+        **hub_options: for the download of a hub id.
+
+    Raises:
+        ModelSourceError: no such folder or hub id.
+    """
+
+    def __init__(self, model: str | Path, *, config: PreTrainedConfig | None = None, **hub_options: Any):
+        self.path = pretrained.resolve_folder(model, **hub_options)
+        if config is not None:
+            self.config = config
+
+    @classmethod
+    def of_hf_options(cls, model: str | Path, hf_options: dict[str, Any]) -> "ModelFolder":
+        """Open a model as from_pretrained would with these options.
+
+        Args:
+            model: a hub id or a folder.
+            hf_options: of from_pretrained; `config`, and those that are values of the config, are taken out.
+        """
+        folder = cls(model, **{name: hf_options[name] for name in _HUB_OPTIONS if name in hf_options})
+        config = hf_options.pop("config", None)
+        if config is None or isinstance(config, (str, Path)):
+            trust = {name: hf_options[name] for name in ("trust_remote_code",) if name in hf_options}
+            config = pretrained.load_config(Path(config or folder.path), **trust)
+        folder.config = copy.deepcopy(config)  # the caller's stays as it is
+        for name in [name for name in hf_options if name in config.to_dict()]:
+            setattr(folder.config, name, hf_options.pop(name))
+        return folder
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's config.
+
+        Raises:
+            CheckpointError: no or a corrupt config.json.
+            UnsupportedModelError: an architecture or a quantisation that is not read.
+        """
+        return pretrained.load_config(self.path)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint's headers.
+
+        Raises:
+            CheckpointError: weights are missing, truncated or corrupt.
+        """
+        return open_checkpoint(self.path)
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether experts lie in a packed file."""
+        return (self.path / PACKED_FILE).is_file()
+
+    @property
+    def expert_files(self) -> list[Path]:
+        """The files that the experts' piece tables number."""
+        return [self.path / PACKED_FILE] if self.packed else self.checkpoint.files
+
+    def empty_model(self) -> PreTrainedModel:
+        """Build the model on the meta device, with experts and without any weight."""
+        return pretrained.empty_model(self.config)
+
+    def layers(self, empty: PreTrainedModel) -> list[LayerSource]:
+        """Find every expert's bytes, [num_layers].
+
+        Args:
+            empty: the empty model, experts still on it; its dtype is the dtype of unquantised records.
+
+        Raises:
+            CheckpointError: an expert is missing, or the files are of another model or dtype.
+            UnsupportedModelError: a dense model, or experts in a form that is not read.
+        """
+        if self.packed:
+            return read_packed(self.path, map_layouts(empty))
+        return map_experts(empty, self.checkpoint.tensors)
+
+    def feeding(self, empty: PreTrainedModel) -> set[str]:
+        """Return the names of the checkpoint's tensors that feed routed experts; a packed folder has none."""
+        return set() if self.packed else expert_tensor_names(empty, self.checkpoint.tensors)

@@ -1,0 +1,73 @@
+"""Puts a runtime behind a transformers model: its experts, what its passes tell, pruning.
+
+Knows modules and their hooks. Knows nothing of budgets or tiers.
+"""
+
+import weakref
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import PreTrainedModel
+
+from moeflow.calibration.pruning_thresholds import calibrate_pruning
+from moeflow.calibration.windows import cut_windows
+from moeflow.errors import ConfigError
+from moeflow.hf import experts_interface, forward, pretrained
+from moeflow.hf.residual import ResidualTap
+from moeflow.moe.experts import OffloadedExperts
+from moeflow.offload.runtime import ExpertRuntime
+
+_PRUNING_TOKENS = 2048  # on which thresholds are found
+
+
+def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
+    """Put a runtime behind the model's experts modules, as `model.moeflow`; tell it and its observers of each pass.
+
+    Args:
+        model: its experts taken off.
+        runtime: of its experts.
+        tap: the residual stream, for a predictor that asks for it.
+    """
+    for layer, (_, module) in enumerate(experts_interface.experts_modules(model)):
+        module._moeflow = OffloadedExperts(runtime, layer, module, tap)
+    model.moeflow = runtime
+    model.save_pretrained = _refuse_to_save
+    behind = weakref.ref(runtime)
+
+    @torch.compiler.disable
+    def begin_pass(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        begun, runtime = forward.describe_pass(args, kwargs), behind()
+        if begun is None or runtime is None:
+            return
+        runtime.begin_forward(
+            begun.num_sequences, begun.num_positions, continues=begun.continues, token_ids=begun.token_ids
+        )
+        if tap is not None:
+            tap.listen(runtime.predicting)
+        for observer in runtime.observers:
+            observer.begin_pass(begun)
+
+    model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+
+
+def prune_experts(model: PreTrainedModel, folder: Path, share: float) -> None:
+    """Find every layer's pruning threshold on text that any machine has, and set it.
+
+    Args:
+        model: with its runtime attached.
+        folder: of the model, for its tokenizer.
+        share: of the experts behind each token's first that are left out.
+    """
+    windows = cut_windows(pretrained.load_tokenizer(folder), None, _PRUNING_TOKENS)
+    thresholds = calibrate_pruning(model, windows, skipped_share=share)
+    model.moeflow.reset_stats()
+    for (_, module), threshold in zip(experts_interface.experts_modules(model), thresholds, strict=True):
+        module._moeflow.pruning = threshold
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    raise ConfigError(
+        "this model's experts are not in its modules, so save_pretrained would write a model without them. Copy the "
+        "checkpoint folder instead, or use moeflow pack."
+    )

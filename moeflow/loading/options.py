@@ -1,0 +1,229 @@
+"""Options of load_moe, checked once. Their fields are the source of the command line's flags and of the docs' table.
+
+Knows what is allowed. Knows nothing of models; torch is imported only where a device or a format is checked, because
+the command line reads this module for its help text.
+"""
+
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeflow.errors import ConfigError
+from moeflow.memory_size import MemorySize, parse_memory
+
+if TYPE_CHECKING:
+    import torch
+
+_MEMORY_FLAG = 'bytes, "6GiB", "600MB", "25%" of all experts, or "auto"'
+
+
+def _about(
+    meaning: str, *, flag: str | None = None, metavar: str | None = None, choices: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return the metadata of one option.
+
+    Args:
+        meaning: for the documentation.
+        flag: help text of its flag; None where the command line has none.
+        metavar: of the flag's value.
+        choices: every allowed value; empty where other rules decide.
+    """
+    return {"meaning": meaning, "flag": flag, "metavar": metavar, "choices": choices}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How load_moe loads a model; each field's metadata says what it means.
+
+    Raises:
+        ConfigError: an option is malformed, unknown or does not fit the machine.
+    """
+
+    device: "str | torch.device" = field(
+        default="auto",
+        metadata=_about(
+            '"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".',
+            flag='"auto", "cpu", "cuda" or "cuda:N"',
+        ),
+    )
+    dtype: "str | torch.dtype" = field(
+        default="auto",
+        metadata=_about(
+            '"auto" (the checkpoint\'s), or a torch dtype or its name.',
+            flag='"auto", "float32", "bfloat16" or "float16"',
+        ),
+    )
+    expert_memory: MemorySize = field(
+        default="auto",
+        metadata=_about(
+            'bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or '
+            '"auto". On the CPU "auto" starts low and then follows what is free inside the process\'s own memory '
+            "limit, so that the process is not paged out; on a GPU it takes what is free after the rest of the "
+            "model.",
+            flag=_MEMORY_FLAG,
+            metavar="SIZE",
+        ),
+    )
+    host_memory: MemorySize = field(
+        default="auto",
+        metadata=_about(
+            "bytes of pinned host memory between disk and GPU, written the same way; CUDA only.",
+            flag=f"pinned, CUDA only: {_MEMORY_FLAG}",
+            metavar="SIZE",
+        ),
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata=_about(
+            'a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2", "int1", '
+            'or with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk: '
+            "where not all experts fit, write them once with `moeflow quantize`, and load that folder.",
+            flag="round experts as they are read: int8, int4 ...; lossy",
+            metavar="F",
+        ),
+    )
+    policy: str = field(
+        default="auto",
+        metadata=_about(
+            'which expert leaves when a slot is needed: "lru", "lfu", "lfru" (frequency / (age + 1)), "static", '
+            '"forecast" (the one whose slot is worth the least by prediction), or "auto" ("forecast" where there '
+            'is a predictor, else "lfru").',
+            flag="eviction: lru, lfu, lfru, static, forecast or auto",
+            choices=("auto", "lru", "lfu", "lfru", "static", "forecast"),
+        ),
+    )
+    predictor: str | Path | None = field(
+        default="auto",
+        metadata=_about(
+            'what predicts the experts needed next, so that they are fetched in time: "auto" (the coming layers\' '
+            'own routers, asked early), "lookahead", "markov", "popularity", "ensemble", a file written by '
+            "`moeflow predictor train`, or None. It never changes a bit of the output, and switches itself off "
+            "where it does not pay.",
+            flag='predicts what to prefetch: "auto", a name, a file, or "none"',
+            metavar="P",
+        ),
+    )
+    miss: str = field(
+        default="copy",
+        metadata=_about(
+            'what becomes of an expert that is not on the GPU: "copy" (it comes to the GPU), or "cheapest" (of '
+            "the experts that a layer misses and that lie in host memory, the CPU computes some in place while "
+            'others are copied, split by bandwidths measured while both run). "cheapest" is for CUDA only, and '
+            "lossy: the CPU's last bits differ from the GPU's, so that the output depends on timing. It is not "
+            "yet measured on a GPU.",
+            flag='"copy", or "cheapest": on a GPU, the CPU may compute experts in host memory; lossy',
+            choices=("copy", "cheapest"),
+        ),
+    )
+    prune: float = field(
+        default=0.0,
+        metadata=_about(
+            "share of the experts behind each token's first that are left out, those the router hardly wants, by "
+            "thresholds found on calibration text while loading (0.5 skips half of them). Lossy, so 0 by default.",
+            flag="leave out this share of experts behind the first; lossy",
+            metavar="SHARE",
+        ),
+    )
+    compile: bool = field(
+        default=False,
+        metadata=_about(
+            "let generate() run its decode steps through torch.compile, with a static key-value cache: the first "
+            "call takes about a minute longer, the others are faster. Last bits differ from those without it.",
+            flag="torch.compile: a slow start, then faster decoding",
+        ),
+    )
+    trace: str | Path | None = field(
+        default=None,
+        metadata=_about("a file to record into which experts every token is routed to; appended to where it exists."),
+    )
+
+    def __post_init__(self) -> None:
+        on_cpu = self.torch_device.type == "cpu"
+        for option in fields(self):
+            choices, value = option.metadata["choices"], getattr(self, option.name)
+            if choices and value not in choices:
+                raise ConfigError(f"{option.name}={value!r} is unknown. Allowed: {', '.join(choices)}.")
+        if isinstance(self.prune, bool) or not isinstance(self.prune, (int, float)) or not 0 <= self.prune <= 1:
+            raise ConfigError(f"prune={self.prune!r} is not a share. Give 0 (leave out nothing) to 1.")
+        if self.miss != "copy" and on_cpu:
+            raise ConfigError(
+                f"miss={self.miss!r} chooses between copying an expert to the GPU and computing it in host memory, and "
+                'this model runs on the CPU, where both are one. Leave miss="copy".'
+            )
+        if self.host_memory != "auto" and on_cpu:
+            raise ConfigError(
+                f"host_memory={self.host_memory!r} is the tier between the disk and a GPU, and this model runs on the "
+                "CPU. Put the memory into expert_memory."
+            )
+        for name, value in (("expert_memory", self.expert_memory), ("host_memory", self.host_memory)):
+            if value != "auto":
+                parse_memory(value, name=name, whole_bytes=0)
+        _ = self.weight_format  # refuses an unknown one
+
+    @cached_property
+    def torch_device(self) -> "torch.device":
+        """The device that `device` means on this machine."""
+        import torch
+
+        if self.device == "auto":
+            return (
+                torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+            )
+        allowed = 'Allowed: "auto", "cpu", "cuda", "cuda:N".'
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise ConfigError(f"device={self.device!r} is unknown. {allowed}") from None
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ConfigError(
+                    'device="cuda" was asked for, and torch sees no CUDA GPU. Use device="cpu" or "auto".'
+                )
+            return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.type != "cpu":
+            raise ConfigError(f"device={str(device)!r} is not supported. {allowed}")
+        return device
+
+    @cached_property
+    def weight_format(self) -> str | None:
+        """The full name of the format in `quantization`, None where experts stay as they are."""
+        if self.quantization is None:
+            return None
+        from moeflow.checkpoint.quantized_source import writable_format
+
+        return writable_format(self.quantization).name
+
+
+def flag_options() -> list[Field]:
+    """Return the options that are flags of the command line, in the order of the fields."""
+    return [option for option in fields(LoadOptions) if option.metadata["flag"] is not None]
+
+
+# Options of from_pretrained that load_moe cannot obey, each with the remedy.
+_REFUSED = {
+    "device_map": "give device= instead: the dense weights go to one device",
+    "quantization_config": "a quantised checkpoint is read as it is; quantization= quantises another's experts",
+    "experts_implementation": "load_moe is an experts implementation itself",
+    "state_dict": "weights are read from the checkpoint only",
+    "gguf_file": "GGUF checkpoints are not supported: use safetensors",
+    "variant": "experts and dense weights would come from different files",
+    "subfolder": "give that folder as the model",
+    "torch_dtype": "it is called dtype",
+    "key_mapping": "experts are found by transformers' own mapping",
+}
+
+
+def refuse_hf_options(names: Iterable[str]) -> None:
+    """Refuse options of from_pretrained that load_moe cannot obey.
+
+    Args:
+        names: of the options that were given.
+
+    Raises:
+        ConfigError: one of them is refused; the message names the remedy.
+    """
+    for name in names:
+        if name in _REFUSED:
+            raise ConfigError(f"load_moe does not take {name}: {_REFUSED[name]}.")

@@ -1,0 +1,149 @@
+"""Builds the tiers of a model: slots on the device, pinned host memory and the store on disk, behind one runtime.
+
+Knows budgets and what the machine has free. Knows nothing of modules or forward passes.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moeflow import hardware
+from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.store import ExpertStore
+from moeflow.core import PAGE_BYTES
+from moeflow.errors import BudgetError
+from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.options import LoadOptions
+from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.offload.memory_governor import Governor
+from moeflow.offload.prediction_loop import PredictionLoop
+from moeflow.offload.runtime import ExpertRuntime
+from moeflow.offload.slot_pool import SlotPool
+from moeflow.offload.streams import CudaStreams, HostStreams, Streams
+from moeflow.offload.transfers import HostTier
+from moeflow.policy.cache import ExpertCache
+from moeflow.policy.miss_split import MissSplit
+from moeflow.policy.prefetch import Prefetcher
+from moeflow.policy.prefetch_ledger import PrefetchLedger
+from moeflow.predictors.protocol import Predictor
+
+# What "auto" leaves at first to everything that is not an expert: tokenizer, kernels' code, activations, slack.
+_RESERVE_BYTES = 192 << 20
+_RESERVE_POSITIONS = 2048  # of key-value cache
+_READ_THREADS = 4
+_HOST_SHARE = 0.6  # of the free host memory that "auto" pins
+
+
+class Experts(NamedTuple):
+    """The routed experts of a model on disk.
+
+    Args:
+        files: the files that piece tables number.
+        layers: [num_layers], where each expert's bytes come from.
+        size: the memory that they take.
+    """
+
+    files: list[Path]
+    layers: list[LayerSource]
+    size: ExpertsSize
+
+
+def build_runtime(
+    experts: Experts, options: LoadOptions, predictor: Predictor | None, *, bytes_per_position: int
+) -> ExpertRuntime:
+    """Build the runtime of a model.
+
+    Args:
+        experts: on disk.
+        options: of load_moe; `policy="auto"` is "forecast" where there is a predictor, else "lfru".
+        predictor: predicts what to prefetch; None for demand only.
+        bytes_per_position: of key-value cache, which "auto" leaves room for.
+
+    Raises:
+        BudgetError: a budget is below the minimum, or too little memory is free.
+    """
+    size, device = experts.size, options.torch_device
+    policy = options.policy
+    if policy == "auto":
+        policy = "lfru" if predictor is None else "forecast"
+    budget = _device_budget(size, options, bytes_per_position)
+    num_slots = size.slots_for(budget)
+    # What the cache counts in: slots, or the pages of experts that differ in size.
+    unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
+    governor = None
+    if options.expert_memory == "auto" and device.type == "cpu":
+        # The pool may grow later: its pages are taken from the system only as experts arrive.
+        most = min(max(budget, hardware.memory_limit_bytes()), size.all_bytes)
+        num_slots = size.slots_for(most)
+        governor = Governor(unit, size.min_bytes // unit, most // unit)
+    num_transient = size.num_experts_per_tok + 1
+    streams: Streams = HostStreams()
+    host: HostTier | None = None
+    pools = []
+    try:
+        pools.append(SlotPool(num_slots, size.slot_bytes, device))
+        if device.type == "cuda":
+            streams = CudaStreams(device)
+            host = _host_tier(size, options.host_memory, policy, num_transient)
+            pools.append(host.pool)
+        cache = ExpertCache(num_slots, policy, num_transient=num_transient, sizes=size.pages)
+        cache.set_limit(limit)
+        return ExpertRuntime(
+            ExpertStore(experts.files, experts.layers),
+            pools[0],
+            cache,
+            streams,
+            host=host,
+            num_threads=_READ_THREADS,
+            expert_budget_bytes=None if governor else budget,
+            governor=governor,
+            prediction=_prediction(experts, predictor, cache),
+            misses=MissSplit() if options.miss == "cheapest" else None,
+        )
+    except BaseException:
+        for pool in pools:
+            pool.close()
+        raise
+
+
+def _device_budget(size: ExpertsSize, options: LoadOptions, bytes_per_position: int) -> int:
+    """Return the bytes that experts may take on the device."""
+    if options.expert_memory != "auto":
+        return parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
+    device = options.torch_device
+    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * bytes_per_position
+    free = hardware.available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    budget = min(max(free - reserve, 0), size.all_bytes)
+    if budget < size.min_bytes:
+        raise BudgetError(
+            f"{free:,} bytes of memory are free here, {reserve:,} of them are kept for activations and the key-value "
+            f"cache. The experts need at least {size.min_bytes:,} bytes ({size.min_slots} slots). Free memory, or set "
+            "expert_memory yourself."
+        )
+    return budget
+
+
+def _prediction(experts: Experts, predictor: Predictor | None, cache: ExpertCache) -> PredictionLoop | None:
+    if predictor is None:
+        return None
+    ledger = PrefetchLedger(len(experts.layers), expert_bytes=experts.size.slot_bytes)
+    return PredictionLoop(Prefetcher(predictor, cache, ledger))
+
+
+def _host_tier(size: ExpertsSize, host_memory: MemorySize, policy: str, num_transient: int) -> HostTier:
+    """Build the pinned tier: at least one slot for every read in flight."""
+    floor = min(2 * _READ_THREADS, size.num_experts) * size.slot_bytes
+    if host_memory == "auto":
+        budget = max(min(size.all_bytes, int(_HOST_SHARE * hardware.available_memory_bytes())), floor)
+    else:
+        budget = parse_memory(host_memory, name="host_memory", whole_bytes=size.all_bytes)
+        if budget < floor:
+            raise BudgetError(
+                f"host_memory of {budget:,} bytes is below the minimum of {floor:,}: every read in flight passes "
+                "through a pinned slot. Give at least that."
+            )
+    num_slots = min(budget // size.slot_bytes, size.num_experts)
+    pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
+    policy = "lfru" if policy == "forecast" else policy
+    return HostTier(pool, ExpertCache(num_slots, policy, num_transient=num_transient))

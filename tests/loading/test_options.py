@@ -1,0 +1,65 @@
+"""LoadOptions: signature, docstring, flags and the documentation's table all say what the dataclass says."""
+
+import argparse
+import inspect
+import re
+from dataclasses import fields
+
+import pytest
+
+from helpers.paths import ROOT
+from moeflow import load_moe
+from moeflow.cli.options import add_loading_options
+from moeflow.errors import ConfigError
+from moeflow.loading.options import LoadOptions, flag_options
+from moeflow.policy.cache import POLICIES
+
+OPTIONS = fields(LoadOptions)
+
+
+def test_signature_of_load_moe_has_the_options_with_their_defaults():
+    parameters = inspect.signature(load_moe).parameters
+    given = {name: one.default for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert list(given.items()) == [(option.name, option.default) for option in OPTIONS]
+
+
+def test_docstring_of_load_moe_says_what_the_options_mean():
+    arguments = inspect.getdoc(load_moe).partition("Args:")[2].partition("Returns:")[0]
+    said = dict(re.findall(r"^    (\w+): (.*?)(?=\n    \S)", arguments, re.MULTILINE | re.DOTALL))
+    for option in OPTIONS:
+        assert " ".join(said[option.name].split()) == option.metadata["meaning"], option.name
+
+
+def test_readme_has_the_table_of_options():
+    rows = [f"| `{option.name}` | `{option.default!r}` | {option.metadata['meaning']} |" for option in OPTIONS]
+    table = "\n".join(["| option of `load_moe` | default | meaning |", "|---|---|---|", *rows])
+    assert table in (ROOT / "README.md").read_text(), f"the README's table should be\n{table}"
+
+
+def test_flags_are_the_options_that_have_one():
+    parser = argparse.ArgumentParser()
+    add_loading_options(parser)
+    flags = vars(parser.parse_args([]))
+    assert flags.pop("json") is False
+    assert flags == {option.name: option.default for option in flag_options()}
+    assert [option.name for option in OPTIONS if option not in flag_options()] == ["trace"]
+    for option in flag_options():
+        assert f"--{option.name.replace('_', '-')}" in parser.format_help()
+
+
+def test_policies_are_those_of_the_cache():
+    choices = {option.name: option.metadata["choices"] for option in OPTIONS}
+    assert choices["policy"] == ("auto", *POLICIES)
+
+
+@pytest.mark.parametrize("prune", [-0.1, 1.5, True, "half", None])
+def test_prune_is_a_share(prune):
+    with pytest.raises(ConfigError, match="is not a share"):
+        LoadOptions(prune=prune)
+
+
+def test_a_format_is_told_by_its_full_name():
+    assert LoadOptions(quantization="int4").weight_format == "int4-g64"
+    assert LoadOptions().weight_format is None
+    with pytest.raises(ConfigError):
+        LoadOptions(quantization="int5")
