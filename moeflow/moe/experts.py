@@ -9,7 +9,8 @@ import torch
 from moeflow.errors import ConfigError
 from moeflow.hf.residual import ResidualTap
 from moeflow.kernels.pruning import PruningThreshold
-from moeflow.moe.compute import ExpertCompute, choose_compute
+from moeflow.moe.choose_compute import choose_compute
+from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.dispatch import Dispatch
 from moeflow.offload.prediction_loop import Routes
 from moeflow.offload.runtime import ExpertRuntime

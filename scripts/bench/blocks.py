@@ -13,7 +13,7 @@ from moeflow.kernels.activations import Activation
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import FORMATS
 from moeflow.kernels.quantization.quantize import quantize
-from moeflow.moe.compute import CpuCompute
+from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.dispatch import Dispatch
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
