@@ -24,12 +24,12 @@ from moeflow.hf.residual import ResidualTap
 from moeflow.loading.live_predictor import build_predictor
 from moeflow.memory_size import ExpertsSize, MemorySize, parse_memory
 from moeflow.moe.experts import OffloadedExperts
+from moeflow.offload.host_tier import HostTier
 from moeflow.offload.memory_governor import Governor
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import CudaStreams, HostStreams
-from moeflow.offload.transfers import HostTier
 from moeflow.policy.cache import POLICIES, ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.policy.prefetch import Prefetcher

@@ -7,8 +7,9 @@ nothing of the device's slots. Its logic is tested on the CPU; what it gains is 
 import time
 
 from moeflow.core import ExpertKey, RecordLayout
+from moeflow.offload.host_tier import HostTier
 from moeflow.offload.slot_pool import Resident
-from moeflow.offload.transfers import HostTier, Transfers
+from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 

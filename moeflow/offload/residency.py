@@ -12,10 +12,10 @@ from collections.abc import Set as AbstractSet
 from moeflow.core import ExpertKey, Tier
 from moeflow.errors import ExpertReadError
 from moeflow.offload.prediction_loop import PredictionLoop
-from moeflow.offload.read_threads import Transfer
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
 from moeflow.offload.streams import Streams
+from moeflow.offload.transfer import Transfer
 from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 

@@ -17,6 +17,7 @@ from moeflow.errors import ClosedModelError, ExpertReadError
 from moeflow.hardware import process_memory_bytes
 from moeflow.offload.fetch import Serving
 from moeflow.offload.host_compute import HostCompute
+from moeflow.offload.host_tier import HostTier
 from moeflow.offload.memory_governor import Governor
 from moeflow.offload.prediction_loop import PredictionLoop, Routes
 from moeflow.offload.residency import Residency
@@ -24,7 +25,7 @@ from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfers import HostTier, Transfers
+from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.predictors.protocol import Predictor

@@ -8,27 +8,13 @@ from collections import deque
 
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, Tier
-from moeflow.offload.read_threads import ReadingThreads, Transfer
+from moeflow.offload.host_tier import HostTier
+from moeflow.offload.read_threads import ReadingThreads
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
-from moeflow.policy.cache import ExpertCache
+from moeflow.offload.transfer import Transfer
 
 _MEASURED = 32  # ended copies kept until somebody asks what they took
-
-
-class HostTier:
-    """Pinned slots between disk and device, with a residency map of their own.
-
-    Args:
-        pool: pinned host memory.
-        cache: who sits in which of its slots.
-    """
-
-    def __init__(self, pool: SlotPool, cache: ExpertCache):
-        self.pool = pool
-        self.cache = cache
-        # The end of the last copy out of each slot: the slot may not be overwritten before it.
-        self.last_copy: list[object] = [None] * pool.num_slots
 
 
 class Transfers:

@@ -21,10 +21,10 @@ from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.errors import ExpertReadError
 from moeflow.hf import experts_interface
 from moeflow.moe.experts import OffloadedExperts
+from moeflow.offload.host_tier import HostTier
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import HostStreams
-from moeflow.offload.transfers import HostTier
 from moeflow.policy.cache import POLICIES, ExpertCache
 from moeflow.policy.miss_split import MissSplit
 
