@@ -25,7 +25,7 @@ from moeflow.loading.live_predictor import build_predictor
 from moeflow.memory_size import ExpertsSize, MemorySize, parse_memory
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.host_tier import HostTier
-from moeflow.offload.memory_governor import Governor
+from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool
@@ -246,7 +246,7 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
         # The pool may grow later: its pages are taken from the system only as experts arrive.
         most = min(max(budget, hardware.memory_limit_bytes()), size.all_bytes)
         num_slots = size.slots_for(most)
-        governor = Governor(unit, size.min_bytes // unit, most // unit)
+        governor = MemoryGovernor(unit, size.min_bytes // unit, most // unit)
     transient = size.num_experts_per_tok + 1
     pools = []
     try:

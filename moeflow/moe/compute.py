@@ -13,9 +13,9 @@ from moeflow.offload.slot_pool import Resident
 
 
 class ExpertCompute(Protocol):
-    """Runs experts of one layer. `begin`, then `run` for every part of the experts, then `end`."""
+    """Runs experts of one layer. `allocate_outputs`, then `run` for every part of the experts, then `combine`."""
 
-    def begin(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """Return room for the outputs of every place: [T * K, H], zero where no expert writes."""
 
     def run(
@@ -28,7 +28,7 @@ class ExpertCompute(Protocol):
     ) -> torch.Tensor:
         """Run all K experts of a single token and sum them, with the bits of the other three: [1, H]."""
 
-    def end(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Sum each token's outputs by router weight, in float32 and in the order of K: [T, H]."""
 
 
@@ -39,7 +39,7 @@ def run_apart(
     dispatch: Dispatch,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Run all K experts of a single token through `begin`, `run` and `end`: [1, H]."""
-    outputs = compute.begin(hidden_states, dispatch)
+    """Run all K experts of a single token through `allocate_outputs`, `run` and `combine`: [1, H]."""
+    outputs = compute.allocate_outputs(hidden_states, dispatch)
     compute.run(hidden_states, residents, dispatch, outputs)
-    return compute.end(hidden_states, outputs, top_k_weights)
+    return compute.combine(hidden_states, outputs, top_k_weights)

@@ -31,7 +31,7 @@ class CpuCompute:
         """Whether there is a kernel for each of these."""
         return instruction_set() is not None and all(self._kernel(record) is not None for record in records)
 
-    def begin(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         shape = dispatch.num_places, hidden_states.shape[-1]
         return torch.empty(shape) if dispatch.is_whole else torch.zeros(shape)
 
@@ -68,7 +68,7 @@ class CpuCompute:
         )
         return out
 
-    def end(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         cpu.combine(outputs, top_k_weights, out)
         return out

@@ -12,14 +12,14 @@ from moeflow.kernels.pruning import PruningThreshold
 from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.dispatch import Dispatch
-from moeflow.offload.prediction_loop import Routes
+from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
 
 _BY_HANDLE: "weakref.WeakValueDictionary[int, OffloadedExperts]" = weakref.WeakValueDictionary()
 
 
 class OffloadedExperts:
-    """The routed experts of one layer, served from the runtime's tiers.
+    """The routed experts of one layer, fetched from the runtime's tiers.
 
     Args:
         runtime: where experts come from.
@@ -86,27 +86,28 @@ class OffloadedExperts:
             observer.observe(self.layer, top_k_index, top_k_weights, hidden_states)
         if self.spread is not None:
             outputs = self.spread(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
-            return self._compute(hidden_states.dtype).end(hidden_states, outputs, top_k_weights)
-        routes = None
+            return self._compute(hidden_states.dtype).combine(hidden_states, outputs, top_k_weights)
+        router_output = None
         if self.runtime.predicting:
             residual = self.tap.residual(self.layer, hidden_states) if self.tap is not None else None
-            routes = Routes(top_k_index, top_k_weights, residual)
+            router_output = RouterOutput(top_k_index, top_k_weights, residual)
         dispatch = Dispatch(top_k_index, self._num_experts)
         compute = self._compute(hidden_states.dtype)
         outputs = output = None
-        with closing(self.runtime.serve(self.layer, dispatch.experts, routes, dispatch.num_tokens_of())) as served:
-            for residents in served:
+        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, dispatch.num_tokens_of())
+        with closing(fetched):
+            for residents in fetched:
                 if dispatch.num_tokens == 1 and len(residents) == dispatch.top_k:
                     output = compute.run_token(hidden_states, residents, dispatch, top_k_weights)
                     continue
                 if outputs is None:
-                    outputs = compute.begin(hidden_states, dispatch)
+                    outputs = compute.allocate_outputs(hidden_states, dispatch)
                 compute.run(hidden_states, residents, dispatch, outputs)
         if output is not None:
             return output
         if outputs is None:  # no expert at all
-            outputs = compute.begin(hidden_states, dispatch)
-        return compute.end(hidden_states, outputs, top_k_weights)
+            outputs = compute.allocate_outputs(hidden_states, dispatch)
+        return compute.combine(hidden_states, outputs, top_k_weights)
 
     @torch.no_grad()
     def run_rows(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
@@ -124,10 +125,10 @@ class OffloadedExperts:
             ClosedModelError: the runtime was closed.
         """
         dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self._compute(hidden_states.dtype)
-        outputs = compute.begin(hidden_states, dispatch)
-        served = self.runtime.serve(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
-        with closing(served):
-            for residents in served:
+        outputs = compute.allocate_outputs(hidden_states, dispatch)
+        fetched = self.runtime.fetch(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
+        with closing(fetched):
+            for residents in fetched:
                 compute.run(hidden_states, residents, dispatch, outputs)
         return outputs
 
@@ -135,7 +136,7 @@ class OffloadedExperts:
         """Return what experts' outputs are kept in until they are summed, for hidden states of `dtype`."""
         nobody = torch.empty(0, 1, dtype=torch.int64)
         empty = torch.empty(0, 1, dtype=dtype, device=self.runtime.device)
-        return self._compute(dtype).begin(empty, Dispatch(nobody, self._num_experts)).dtype
+        return self._compute(dtype).allocate_outputs(empty, Dispatch(nobody, self._num_experts)).dtype
 
     def _compute(self, dtype: torch.dtype) -> ExpertCompute:
         found = self._computes.get(dtype)

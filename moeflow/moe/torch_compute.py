@@ -23,7 +23,7 @@ class TorchCompute:
     def __init__(self, module: torch.nn.Module):
         self._module = weakref.ref(module)  # the module holds this object, not the other way round
 
-    def begin(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1])
 
     def run(
@@ -42,7 +42,7 @@ class TorchCompute:
     ) -> torch.Tensor:
         return run_apart(self, hidden_states, residents, dispatch, top_k_weights)
 
-    def end(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         return combine(outputs.view(*top_k_weights.shape, -1), top_k_weights)
 
     def _mlp(self, hidden_states: torch.Tensor, resident: Resident) -> torch.Tensor:

@@ -34,7 +34,7 @@ class TritonCompute:
         """Whether there is a kernel for each of these."""
         return all(self._kernel(record) is not None for record in records)
 
-    def begin(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1], dtype=torch.float32)
 
     def run(
@@ -61,7 +61,7 @@ class TritonCompute:
         kernel = self._kernel(residents[0].record)
         return kernel.decode(hidden_states, residents[0].pool.tensor, on_device, top_k_weights)
 
-    def end(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         return TritonExperts.combine(outputs, top_k_weights, hidden_states.dtype)
 
     def _run_alike(

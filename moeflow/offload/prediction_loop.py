@@ -17,7 +17,7 @@ from moeflow.policy.prefetch import Prefetcher
 logger = logging.getLogger(__name__)
 
 
-class Routes(NamedTuple):
+class RouterOutput(NamedTuple):
     """What one layer's router chose in one pass.
 
     Args:
@@ -83,21 +83,21 @@ class PredictionLoop:
         self._began = begin if decode else None
         stats.predict_s += time.perf_counter() - begin
 
-    def demanded(self, layer, resident, in_flight, absent, copy_s, others_in_flight) -> None:
-        """Enter what a layer demanded; see `Prefetcher.demanded`."""
+    def record_demand(self, layer, resident, in_flight, absent, copy_s, others_in_flight) -> None:
+        """Enter what a layer demanded; see `Prefetcher.record_demand`."""
         if self.active:
-            self._prefetcher.demanded(layer, resident, in_flight, absent, copy_s, others_in_flight)
+            self._prefetcher.record_demand(layer, resident, in_flight, absent, copy_s, others_in_flight)
 
-    def observe(self, layer: int, routes: Routes, stats: PhaseStats) -> None:
+    def observe(self, layer: int, router_output: RouterOutput, stats: PhaseStats) -> None:
         """Show the predictor what a layer's router chose."""
         if not self.watching:
             return
         begin = time.perf_counter()
-        experts, weights = routes.experts.cpu().numpy(), routes.weights.float().cpu().numpy()
+        experts, weights = router_output.experts.cpu().numpy(), router_output.weights.float().cpu().numpy()
         if self._prompt is not None:
             self._prompt[1].append((experts, weights))
             return
-        signal = routes.residual if self.predictor.signal == "residual" else None
+        signal = router_output.residual if self.predictor.signal == "residual" else None
         self._guarded(self._prefetcher.observe, layer, experts, weights, signal)
         stats.predict_s += time.perf_counter() - begin
 

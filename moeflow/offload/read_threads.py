@@ -82,7 +82,7 @@ def _serve_work(tickets, queues, ended) -> None:
                 break
             except queue.Empty:
                 continue
-        work = transfer.claim()
+        work = transfer.take_work()
         if work is not None:
             _run(ended, transfer, work)
         del transfer, work  # while this thread waits, it holds nothing of the runtime's

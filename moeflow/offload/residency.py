@@ -52,7 +52,7 @@ class Residency:
         self._ready: list[object] = [None] * pool.num_slots  # the end of the copy into each slot
         self._last_use: list[object] = [None] * pool.num_slots
 
-    def demand(self, keys: list[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], list[ExpertKey]]:
+    def claim(self, keys: list[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], list[ExpertKey]]:
         """Say that experts are needed now.
 
         Returns:
@@ -66,7 +66,7 @@ class Residency:
         absent = [key for key in keys if key not in cache.slots]
         in_flight = [key for key in keys if key in transfers]
         for key in in_flight:
-            transfers.demand(key)
+            transfers.promote(key)
         return resident, in_flight, absent
 
     def begin_use(self, keys: list[ExpertKey], records: list) -> list[Resident]:

@@ -39,11 +39,11 @@ class Transfer:
         self.beside = False  # whether the CPU computed an expert while it was under way
         self._work: list = []
 
-    def give(self, work: tuple) -> None:
+    def give_work(self, work: tuple) -> None:
         """Attach what a reading thread has to run: a function and its arguments."""
         self._work.append(work)
 
-    def claim(self) -> tuple | None:
+    def take_work(self) -> tuple | None:
         """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
         try:
             return self._work.pop()

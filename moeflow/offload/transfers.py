@@ -107,12 +107,12 @@ class Transfers:
             transfer = Transfer(key, slot, Tier.DISK, host_slot, prefetch=prefetch)
             work = (_read_through_host, self._store, self._pool, host.pool, self._streams, transfer, num_bytes, after,
                     host.last_copy[host_slot])  # fmt: skip
-        transfer.give(work)
+        transfer.give_work(work)
         self._in_flight[key] = transfer
         self._threads.put(transfer)
         return transfer
 
-    def demand(self, key: ExpertKey) -> None:
+    def promote(self, key: ExpertKey) -> None:
         """Say that somebody waits for a copy in flight: where it has not begun, it jumps the queue."""
         transfer = self._in_flight[key]
         if transfer.prefetch:
@@ -122,7 +122,7 @@ class Transfers:
     def drop(self, key: ExpertKey) -> bool:
         """Forget a prefetch that has not begun; return whether it could be. Its slot is the caller's again."""
         transfer = self._in_flight[key]
-        if not transfer.prefetch or transfer.claim() is None:
+        if not transfer.prefetch or transfer.take_work() is None:
             return False
         del self._in_flight[key]
         if transfer.host_slot is not None:
@@ -159,7 +159,7 @@ class Transfers:
     def close(self) -> None:
         """Let running copies end, drop waiting ones, stop the threads."""
         for waiting in self._in_flight.values():
-            waiting.claim()
+            waiting.take_work()
         self._threads.stop()
         self._streams.finish()
         self._in_flight.clear()

@@ -75,7 +75,7 @@ class Prefetcher:
         self._begin_forecast(now, later)
         self._planned = False
 
-    def demanded(
+    def record_demand(
         self,
         layer: int,
         resident: list[ExpertKey],
@@ -90,7 +90,7 @@ class Prefetcher:
         on the gpt-oss trace.
         """
         self._miss_rate += _MEMORY * (len(absent) + len(in_flight) - self._miss_rate)
-        self.ledger.demand(layer, resident, in_flight, absent, copy_s, others_in_flight)
+        self.ledger.record_demand(layer, resident, in_flight, absent, copy_s, others_in_flight)
         self._forecast.pass_layer(layer)
 
     def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: object) -> None:

@@ -73,7 +73,7 @@ class PrefetchLedger:
             self._by_layer[key.layer].discard(key)
             self.dropped[place] += 1
 
-    def demand(
+    def record_demand(
         self,
         layer: int,
         resident: list[ExpertKey],

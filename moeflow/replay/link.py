@@ -96,7 +96,7 @@ class LinkReplay:
         )
         if self._predicting:
             others = [key for key in self._arrivals if key not in in_flight]
-            self.prefetcher.demanded(layer, resident, in_flight, absent, self.link.copy_s, others)
+            self.prefetcher.record_demand(layer, resident, in_flight, absent, self.link.copy_s, others)
         for key in in_flight:
             if key in self._queue:  # it jumps the queue
                 self._queue.remove(key)

@@ -130,9 +130,9 @@ class Block:
         residents = [slots[expert] for expert in dispatch.experts]
         if dispatch.num_tokens == 1:
             return compute.run_token(x, residents, dispatch, weights)
-        outputs = compute.begin(x, dispatch)
+        outputs = compute.allocate_outputs(x, dispatch)
         compute.run(x, residents, dispatch, outputs)
-        return compute.end(x, outputs, weights)
+        return compute.combine(x, outputs, weights)
 
     def check(self, num_tokens: int) -> float:
         """Return the error of one layer against float64.

@@ -15,7 +15,7 @@ def ledger(**options):
 
 
 def demand(account, layer=0, resident=(), in_flight=(), absent=(), copy_s=1.0, others=()):
-    account.demand(layer, list(resident), list(in_flight), list(absent), copy_s, list(others))
+    account.record_demand(layer, list(resident), list(in_flight), list(absent), copy_s, list(others))
 
 
 def test_in_time_late_and_mispredicted_are_told_apart():
