@@ -56,7 +56,8 @@ class ExpertFetch:
         stats, residency, prediction = self._stats.now, self._residency, self._prediction
         if self._host_compute is not None:
             residency.settle_ended()
-        held, in_flight, absent = residency.claim(list(num_tokens))
+        demand = residency.claim(layer, list(num_tokens))
+        held, in_flight, absent = list(demand.resident), demand.in_flight, demand.absent
         on_host = []
         if self._host_compute is not None:
             on_host = self._host_compute.choose(absent, num_tokens, residency.cache, residency.pool.stride)
@@ -74,8 +75,7 @@ class ExpertFetch:
 
         try:
             if prediction is not None:
-                transfers = residency.transfers
-                prediction.record_demand(layer, held, in_flight, absent, transfers.copy_s, transfers.prefetches())
+                prediction.record_demand(demand)
             residency.start(to_start)
             if prediction is not None and router_output is not None:
                 prediction.observe(layer, router_output, stats)

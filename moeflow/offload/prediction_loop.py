@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moeflow.core import ExpertKey
 from moeflow.offload.stats import PhaseStats
+from moeflow.policy.demand import Demand
 from moeflow.policy.prediction_switch import PredictionSwitch
 from moeflow.policy.prefetch import Prefetcher
 
@@ -40,10 +40,9 @@ class PredictionLoop:
     """
 
     def __init__(self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None):
-        self.active = False  # whether the pass under way is predicted
-        self.watching = False  # whether its routes are wanted
+        self.watching = False  # whether the routes of the pass under way are wanted
         self.failure: str | None = None
-        self._prefetcher = prefetcher
+        self.prefetcher = prefetcher
         self._switch = switch or PredictionSwitch()
         self.predictor = prefetcher.predictor
         self._num_sequences = 0
@@ -83,10 +82,10 @@ class PredictionLoop:
         self._began = begin if decode else None
         stats.predict_s += time.perf_counter() - begin
 
-    def record_demand(self, layer, resident, in_flight, absent, copy_s, others_in_flight) -> None:
-        """Enter what a layer demanded; see `Prefetcher.record_demand`."""
-        if self.active:
-            self._prefetcher.record_demand(layer, resident, in_flight, absent, copy_s, others_in_flight)
+    def record_demand(self, demand: Demand) -> None:
+        """Enter what a layer demanded, where the pass under way is predicted."""
+        if self.prefetcher.active:
+            self.prefetcher.record_demand(demand)
 
     def observe(self, layer: int, router_output: RouterOutput, stats: PhaseStats) -> None:
         """Show the predictor what a layer's router chose."""
@@ -98,34 +97,17 @@ class PredictionLoop:
             self._prompt[1].append((experts, weights))
             return
         signal = router_output.residual if self.predictor.signal == "residual" else None
-        self._guarded(self._prefetcher.observe, layer, experts, weights, signal)
+        self._guarded(self.prefetcher.observe, layer, experts, weights, signal)
         stats.predict_s += time.perf_counter() - begin
-
-    def take(self) -> tuple[ExpertKey, int] | None:
-        """Reserve a slot for the next expert to prefetch; see `Prefetcher.take`."""
-        return self._prefetcher.take() if self.active else None
-
-    def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:
-        """Tell which prefetches come too late."""
-        return self._prefetcher.overdue(keys) if keys else []
-
-    def dropped(self, key: ExpertKey) -> None:
-        """Enter that a prefetch was taken back or failed."""
-        self._prefetcher.ledger.drop(key)
-
-    def evicted(self, keys: list[ExpertKey]) -> None:
-        """Enter that a demanded expert took the room of these."""
-        for key in keys:
-            self._prefetcher.ledger.evict(key)
 
     def clear(self) -> None:
         """Say that the cache was emptied."""
-        self._prefetcher.ledger.clear()
+        self.prefetcher.ledger.clear()
         self._pause()
 
     def reset_stats(self) -> None:
         """Begin to count anew."""
-        self._prefetcher.ledger.reset()
+        self.prefetcher.ledger.reset()
         self._steps = {True: 0, False: 0}
         self._before = (0, 0.0)
 
@@ -139,12 +121,12 @@ class PredictionLoop:
             "steps_on": self._steps[True],
             "steps_off": self._steps[False],
             "trials": self._switch.num_trials,
-            "prefetch": self._prefetcher.ledger.as_dict(),
+            "prefetch": self.prefetcher.ledger.as_dict(),
         }
 
     def _choose(self, now: float, stats: PhaseStats) -> bool:
         step_s = None if self._began is None else now - self._began
-        misses, net_s = stats.misses, self._prefetcher.ledger.net_s
+        misses, net_s = stats.misses, self.prefetcher.ledger.net_s
         before_misses, before_net_s = self._before
         self._before = (misses, net_s)
         return self._switch.step(step_s, misses - before_misses, net_s - before_net_s)
@@ -153,8 +135,8 @@ class PredictionLoop:
         """Only watch: a prompt demands nearly every expert, and its reads are all in flight without predictions."""
         self._pause()
         self._num_sequences = num_sequences
-        self._guarded(self._prefetcher.begin, num_sequences)
-        self._prefetcher.rest()
+        self._guarded(self.prefetcher.begin, num_sequences)
+        self.prefetcher.rest()
         self.watching = self._switch.on and token_ids is not None and self.predictor.signal == "none"
         self._prompt = (token_ids, []) if self.watching else None
 
@@ -175,15 +157,15 @@ class PredictionLoop:
     def _begin_step(self, token_ids, num_sequences) -> None:
         if num_sequences != self._num_sequences:  # beams, or sequences that were added
             self._num_sequences = num_sequences
-            self._prefetcher.begin(num_sequences)
-        self.active = self.watching = True
-        self._prefetcher.begin_step(token_ids[:, 0].cpu().numpy())
+            self.prefetcher.begin(num_sequences)
+        self.watching = True
+        self.prefetcher.begin_step(token_ids[:, 0].cpu().numpy())
 
     def _pause(self) -> None:
-        if self.active:
-            self._prefetcher.ledger.clear()
-        self.active = self.watching = False
-        self._prefetcher.rest()
+        if self.prefetcher.active:
+            self.prefetcher.ledger.clear()
+        self.watching = False
+        self.prefetcher.rest()
 
     def _guarded(self, call, *args) -> None:
         """Run the predictor; whatever it raises switches it off for good, and generation goes on without it."""

@@ -92,7 +92,8 @@ class ExpertRuntime:
         self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
         self._host_compute = None if misses is None else HostCompute(misses, host, self._transfers)
-        self._residency = Residency(cache, pool, streams, self._transfers, prediction, self._stats)
+        prefetcher = None if prediction is None else prediction.prefetcher
+        self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._lock = threading.RLock()
@@ -261,4 +262,6 @@ class ExpertRuntime:
         """Start from nothing resident if an interrupt struck in the middle of the bookkeeping."""
         if self._torn:
             self._residency.clear()
+            if self._prediction is not None:
+                self._prediction.clear()
             self._torn = False
