@@ -89,7 +89,7 @@ def apply(model, plan: Plan | str | Path | None = None, group=None) -> "ExpertPa
     experts = [module._moeflow for _, module in experts_interface.experts_modules(model)]
     runtime.parallel = ExpertParallel(experts, plan, ranks)
     for layer, served in enumerate(experts):
-        served.spread = partial(runtime.parallel.outputs, layer)
+        served.use(outputs_of=partial(runtime.parallel.outputs, layer))
     return runtime.parallel
 
 

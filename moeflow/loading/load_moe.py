@@ -182,8 +182,7 @@ def load_moe(
     if policy == "auto":
         policy = "lfru" if predicting is None else "forecast"
     runtime = _build_runtime(files, plan, device, expert_memory, host_memory, policy, loaded, predicting, miss)
-    tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
-    _attach(loaded, runtime, tap)
+    _attach(loaded, runtime)
     if prune:
         _calibrate_pruning(loaded, folder, prune)
     if compile:
@@ -261,7 +260,8 @@ def _build_runtime(files, plan, device, expert_memory, host_memory, policy, mode
         prediction = None
         if predictor is not None:
             ledger = PrefetchLedger(len(plan.layers), expert_bytes=size.slot_bytes)
-            prediction = PredictionLoop(Prefetcher(predictor, cache, ledger))
+            tap = ResidualTap(model) if predictor.signal == "residual" else None
+            prediction = PredictionLoop(Prefetcher(predictor, cache, ledger), tap=tap)
         return ExpertRuntime(
             store,
             pools[0],
@@ -308,13 +308,13 @@ def _calibrate_pruning(model, folder: Path, share: float) -> None:
         raise
     model.moeflow.reset_stats()
     for (_, module), threshold in zip(experts_interface.experts_modules(model), thresholds, strict=True):
-        module._moeflow.pruning = threshold
+        module._moeflow.use(before=[threshold.apply])
 
 
-def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
+def _attach(model, runtime: ExpertRuntime) -> None:
     """Put the runtime behind the model's experts modules and count its passes."""
     for layer, (_, module) in enumerate(experts_interface.experts_modules(model)):
-        module._moeflow = OffloadedExperts(runtime, layer, module, tap)
+        module._moeflow = OffloadedExperts(runtime, layer, module)
     model.moeflow = runtime
     counted = weakref.ref(runtime)
 
@@ -332,8 +332,6 @@ def _attach(model, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
             num_sequences, num_positions, tokens = shape if describe is None else describe(ids)
             continues = forward.continues_cache(kwargs, num_positions)
             counted().begin_forward(num_sequences, num_positions, continues=continues, token_ids=tokens)
-            if tap is not None:
-                tap.listen(counted().predicting)
 
     model.base_model.register_forward_pre_hook(count_pass, with_kwargs=True)
 

@@ -4,7 +4,7 @@ the way when it fails. The one place where tensors become the predictor's arrays
 
 import logging
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,21 +14,27 @@ from moeflow.policy.demand import Demand
 from moeflow.policy.prediction_switch import PredictionSwitch
 from moeflow.policy.prefetch import Prefetcher
 
+if TYPE_CHECKING:
+    from moeflow.hf.residual import ResidualTap
+
 logger = logging.getLogger(__name__)
 
 
 class RouterOutput(NamedTuple):
     """What one layer's router chose in one pass.
 
+    It reaches the predictor with the layer's demand and not through a `RouteObserver`: the predictor takes it in under
+    the runtime's lock, and only after the reads of absent experts were started, so that it runs beside them.
+
     Args:
-        experts: [T, K].
-        weights: [T, K].
-        residual: [T, H], the residual stream before the router's norm; None where it is not known.
+        top_k_index: [T, K], expert numbers; a number of num_experts or more means none.
+        top_k_weights: [T, K].
+        hidden_states: [T, H], what the router saw.
     """
 
-    experts: torch.Tensor
-    weights: torch.Tensor
-    residual: torch.Tensor | None
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+    hidden_states: torch.Tensor
 
 
 class PredictionLoop:
@@ -37,13 +43,17 @@ class PredictionLoop:
     Args:
         prefetcher: the predictor, the forecast and the account.
         switch: decides for each decode step.
+        tap: shows the residual stream, where that is the predictor's signal.
     """
 
-    def __init__(self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None):
+    def __init__(
+        self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None, *, tap: "ResidualTap | None" = None
+    ):
         self.watching = False  # whether the routes of the pass under way are wanted
         self.failure: str | None = None
         self.prefetcher = prefetcher
         self._switch = switch or PredictionSwitch()
+        self._tap = tap
         self.predictor = prefetcher.predictor
         self._num_sequences = 0
         self._prompt: list | None = None  # (token ids, routes of each layer) of the prefill under way
@@ -60,27 +70,10 @@ class PredictionLoop:
         stats: PhaseStats,
     ) -> None:
         """Say that a pass over [num_sequences, num_positions] tokens begins, and predict it where that is wanted."""
-        if self.failure is not None:
-            return
-        begin = time.perf_counter()
-        self._guarded(self._end_prefill)
-        decode = continues and num_positions == 1
-        if not continues:
-            self._begin_prefill(token_ids, num_sequences, num_positions)
-        elif token_ids is None:  # nobody can tell whose tokens these are, nor those of the next pass
-            self._pause()
-            self._num_sequences = 0
-        elif not decode:  # several positions at once, as assisted generation verifies: nobody predicts those
-            self._pause()
-        else:
-            on = self._choose(begin, stats)
-            self._steps[on] += 1
-            if not on:
-                self._pause()
-            else:
-                self._guarded(self._begin_step, token_ids, num_sequences)
-        self._began = begin if decode else None
-        stats.predict_s += time.perf_counter() - begin
+        if self.failure is None:
+            self._begin_pass(token_ids, num_sequences, num_positions, continues, stats)
+        if self._tap is not None:
+            self._tap.listen(self.watching)
 
     def record_demand(self, demand: Demand) -> None:
         """Enter what a layer demanded, where the pass under way is predicted."""
@@ -92,11 +85,12 @@ class PredictionLoop:
         if not self.watching:
             return
         begin = time.perf_counter()
-        experts, weights = router_output.experts.cpu().numpy(), router_output.weights.float().cpu().numpy()
+        experts = router_output.top_k_index.cpu().numpy()
+        weights = router_output.top_k_weights.float().cpu().numpy()
         if self._prompt is not None:
             self._prompt[1].append((experts, weights))
             return
-        signal = router_output.residual if self.predictor.signal == "residual" else None
+        signal = None if self._tap is None else self._tap.residual(layer, router_output.hidden_states)
         self._guarded(self.prefetcher.observe, layer, experts, weights, signal)
         stats.predict_s += time.perf_counter() - begin
 
@@ -123,6 +117,34 @@ class PredictionLoop:
             "trials": self._switch.num_trials,
             "prefetch": self.prefetcher.ledger.as_dict(),
         }
+
+    def _begin_pass(
+        self,
+        token_ids: torch.Tensor | None,
+        num_sequences: int,
+        num_positions: int,
+        continues: bool,
+        stats: PhaseStats,
+    ) -> None:
+        begin = time.perf_counter()
+        self._guarded(self._end_prefill)
+        decode = continues and num_positions == 1
+        if not continues:
+            self._begin_prefill(token_ids, num_sequences, num_positions)
+        elif token_ids is None:  # nobody can tell whose tokens these are, nor those of the next pass
+            self._pause()
+            self._num_sequences = 0
+        elif not decode:  # several positions at once, as assisted generation verifies: nobody predicts those
+            self._pause()
+        else:
+            on = self._choose(begin, stats)
+            self._steps[on] += 1
+            if not on:
+                self._pause()
+            else:
+                self._guarded(self._begin_step, token_ids, num_sequences)
+        self._began = begin if decode else None
+        stats.predict_s += time.perf_counter() - begin
 
     def _choose(self, now: float, stats: PhaseStats) -> bool:
         step_s = None if self._began is None else now - self._began
