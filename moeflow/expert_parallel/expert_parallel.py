@@ -202,7 +202,7 @@ def _checked_plan(model, plan, world_size: int) -> Plan:
         raise ConfigError(
             "compiled decode steps were never tried over several ranks. Load the model with compile=False."
         )
-    num_experts = [source.layout.num_experts for source in runtime.store.layers]
+    num_experts = runtime.experts_per_layer
     if len(set(num_experts)) > 1:
         raise PlacementError(f"the layers have {num_experts} experts, and a plan is for layers with equally many.")
     if plan is None:

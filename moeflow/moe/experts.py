@@ -35,7 +35,7 @@ class OffloadedExperts:
         self.layer = layer
         self._before: Sequence[BeforeStep] = ()
         self._outputs_of: OutputsOf | None = None
-        self._num_experts = runtime.store.layers[layer].layout.num_experts
+        self._num_experts = runtime.experts_per_layer[layer]
         self._module = weakref.ref(module)  # the module holds this object, not the other way round
         self._computes: dict[torch.dtype, ExpertCompute] = {}
         self._handle = id(self)

@@ -1,7 +1,8 @@
-"""Which experts are on the device, and the copies that bring others there.
+"""What moves between the tiers: the copies that bring experts to the device, and what has arrived.
 
-The one place that moves an expert between states, absent, on its way and resident: it asks the cache for a slot and the
-transfers for a copy, and enters what has arrived. Knows nothing of routers, passes or arithmetic.
+The one place that moves an expert between absent, in flight and resident: it asks the cache for a slot and the
+transfers for a copy, and enters what has arrived. Which expert sits in which slot is the cache's to say. Knows nothing
+of routers, passes or arithmetic.
 """
 
 import time
@@ -24,7 +25,7 @@ _MAX_PREFETCHES = 2  # copies under way while nobody waits: more would only stan
 
 
 class Residency:
-    """The residency map of the device, and who changes it.
+    """Moves experts to the device, on demand and ahead of it.
 
     Args:
         cache: who sits in which slot.

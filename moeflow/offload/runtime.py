@@ -50,6 +50,8 @@ class _Parts(NamedTuple):
 class ExpertRuntime:
     """`model.moeflow`: the experts of one model inside their budget.
 
+    `experts_per_layer` is [num_layers] numbers of experts.
+
     Args:
         store: the far tier.
         pool: device slots.
@@ -81,6 +83,7 @@ class ExpertRuntime:
         self.store = store
         self.cache = cache
         self.device = pool.device
+        self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
         self.parallel = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
@@ -212,7 +215,7 @@ class ExpertRuntime:
                 "device": str(self.device),
                 "policy": self.cache.policy,
                 "slots": min(self.cache.limit, self.cache.num_slots),
-                "num_experts": sum(source.layout.num_experts for source in self.store.layers),
+                "num_experts": sum(self.experts_per_layer),
                 "prefill": self._stats.prefill.as_dict(),
                 "decode": self._stats.decode.as_dict(),
                 "memory": {
