@@ -60,7 +60,7 @@ class StepGroups:
 
     def __init__(self, model, group_size: int, *, regrouping: bool = True):
         self._runtime = model.moeflow
-        counts = [source.layout.num_experts for source in self._runtime.store.layers]
+        counts = self._runtime.experts_per_layer
         self._shape = len(counts), max(counts)
         top_k = experts_interface.num_experts_per_tok(model)
         self._scheduler = TokenScheduler(*self._shape, top_k, group_size, regrouping=regrouping)

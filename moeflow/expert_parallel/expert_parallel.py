@@ -89,7 +89,7 @@ def apply(model, plan: Plan | str | Path | None = None, group=None) -> "ExpertPa
     experts = [module._moeflow for _, module in experts_interface.experts_modules(model)]
     runtime.parallel = ExpertParallel(experts, plan, ranks)
     for layer, served in enumerate(experts):
-        served.spread = partial(runtime.parallel.outputs, layer)
+        served.use(outputs_of=partial(runtime.parallel.outputs, layer))
     return runtime.parallel
 
 
@@ -202,7 +202,7 @@ def _checked_plan(model, plan, world_size: int) -> Plan:
         raise ConfigError(
             "compiled decode steps were never tried over several ranks. Load the model with compile=False."
         )
-    num_experts = [source.layout.num_experts for source in runtime.store.layers]
+    num_experts = runtime.experts_per_layer
     if len(set(num_experts)) > 1:
         raise PlacementError(f"the layers have {num_experts} experts, and a plan is for layers with equally many.")
     if plan is None:

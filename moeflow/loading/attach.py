@@ -14,23 +14,21 @@ from moeflow.calibration.pruning_thresholds import calibrate_pruning
 from moeflow.calibration.windows import cut_windows
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, forward, pretrained
-from moeflow.hf.residual import ResidualTap
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 
 _PRUNING_TOKENS = 2048  # on which thresholds are found
 
 
-def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime, tap: ResidualTap | None) -> None:
+def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
     """Put a runtime behind the model's experts modules, as `model.moeflow`; tell it and its observers of each pass.
 
     Args:
         model: its experts taken off.
         runtime: of its experts.
-        tap: the residual stream, for a predictor that asks for it.
     """
     for layer, (_, module) in enumerate(experts_interface.experts_modules(model)):
-        module._moeflow = OffloadedExperts(runtime, layer, module, tap)
+        module._moeflow = OffloadedExperts(runtime, layer, module)
     model.moeflow = runtime
     model.save_pretrained = _refuse_to_save
     behind = weakref.ref(runtime)
@@ -43,8 +41,6 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime, tap: Residual
         runtime.begin_forward(
             begun.num_sequences, begun.num_positions, continues=begun.continues, token_ids=begun.token_ids
         )
-        if tap is not None:
-            tap.listen(runtime.predicting)
         for observer in runtime.observers:
             observer.begin_pass(begun)
 
@@ -63,7 +59,7 @@ def prune_experts(model: PreTrainedModel, folder: Path, share: float) -> None:
     thresholds = calibrate_pruning(model, windows, skipped_share=share)
     model.moeflow.reset_stats()
     for (_, module), threshold in zip(experts_interface.experts_modules(model), thresholds, strict=True):
-        module._moeflow.pruning = threshold
+        module._moeflow.use(before=[threshold.apply])
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:

@@ -95,11 +95,11 @@ def load_moe(
     if on_cpu:
         speed_up_dense(loaded)
     predicting = build_predictor(predictor, loaded, experts.layers, experts.size.num_experts_per_tok)
+    tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     bytes_per_position = forward.key_value_bytes_per_position(loaded)
-    runtime = build_runtime(experts, options, predicting, bytes_per_position=bytes_per_position)
+    runtime = build_runtime(experts, options, predicting, tap, bytes_per_position=bytes_per_position)
     try:
-        tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
-        attach_runtime(loaded, runtime, tap)
+        attach_runtime(loaded, runtime)
         if prune:
             prune_experts(loaded, folder.path, prune)
         if compile:

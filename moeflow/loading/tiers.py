@@ -13,15 +13,16 @@ from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError
+from moeflow.hf.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.options import LoadOptions
 from moeflow.memory_size import MemorySize, parse_memory
-from moeflow.offload.memory_governor import Governor
+from moeflow.offload.host_tier import HostTier
+from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import CudaStreams, HostStreams, Streams
-from moeflow.offload.transfers import HostTier
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.policy.prefetch import Prefetcher
@@ -50,7 +51,12 @@ class Experts(NamedTuple):
 
 
 def build_runtime(
-    experts: Experts, options: LoadOptions, predictor: Predictor | None, *, bytes_per_position: int
+    experts: Experts,
+    options: LoadOptions,
+    predictor: Predictor | None,
+    tap: ResidualTap | None,
+    *,
+    bytes_per_position: int,
 ) -> ExpertRuntime:
     """Build the runtime of a model.
 
@@ -58,6 +64,7 @@ def build_runtime(
         experts: on disk.
         options: of load_moe; `policy="auto"` is "forecast" where there is a predictor, else "lfru".
         predictor: predicts what to prefetch; None for demand only.
+        tap: the residual stream, for a predictor that asks for it.
         bytes_per_position: of key-value cache, which "auto" leaves room for.
 
     Raises:
@@ -76,7 +83,7 @@ def build_runtime(
         # The pool may grow later: its pages are taken from the system only as experts arrive.
         most = min(max(budget, hardware.memory_limit_bytes()), size.all_bytes)
         num_slots = size.slots_for(most)
-        governor = Governor(unit, size.min_bytes // unit, most // unit)
+        governor = MemoryGovernor(unit, size.min_bytes // unit, most // unit)
     num_transient = size.num_experts_per_tok + 1
     streams: Streams = HostStreams()
     host: HostTier | None = None
@@ -98,7 +105,7 @@ def build_runtime(
             num_threads=_READ_THREADS,
             expert_budget_bytes=None if governor else budget,
             governor=governor,
-            prediction=_prediction(experts, predictor, cache),
+            prediction=_prediction(experts, predictor, tap, cache),
             misses=MissSplit() if options.miss == "cheapest" else None,
         )
     except BaseException:
@@ -124,11 +131,13 @@ def _device_budget(size: ExpertsSize, options: LoadOptions, bytes_per_position: 
     return budget
 
 
-def _prediction(experts: Experts, predictor: Predictor | None, cache: ExpertCache) -> PredictionLoop | None:
+def _prediction(
+    experts: Experts, predictor: Predictor | None, tap: ResidualTap | None, cache: ExpertCache
+) -> PredictionLoop | None:
     if predictor is None:
         return None
     ledger = PrefetchLedger(len(experts.layers), expert_bytes=experts.size.slot_bytes)
-    return PredictionLoop(Prefetcher(predictor, cache, ledger))
+    return PredictionLoop(Prefetcher(predictor, cache, ledger), tap=tap)
 
 
 def _host_tier(size: ExpertsSize, host_memory: MemorySize, policy: str, num_transient: int) -> HostTier:

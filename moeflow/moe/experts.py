@@ -1,44 +1,55 @@
 """The function behind transformers' experts interface: route tokens to experts that may not be here yet."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import torch
 
 from moeflow.errors import ConfigError
-from moeflow.hf.residual import ResidualTap
-from moeflow.kernels.pruning import PruningThreshold
-from moeflow.moe.compute import ExpertCompute, choose_compute
+from moeflow.moe.choose_compute import choose_compute
+from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.dispatch import Dispatch
-from moeflow.offload.prediction_loop import Routes
+from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
+
+# (hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K], num_experts=E) -> top_k_index, top_k_weights
+BeforeStep = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# (hidden_states [T, H], top_k_index [T, K], dtype of the outputs) -> outputs of every place [T * K, H]
+OutputsOf = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 
 _BY_HANDLE: "weakref.WeakValueDictionary[int, OffloadedExperts]" = weakref.WeakValueDictionary()
 
 
 class OffloadedExperts:
-    """The routed experts of one layer, served from the runtime's tiers.
+    """The routed experts of one layer, fetched from the runtime's tiers.
 
     Args:
         runtime: where experts come from.
         layer: number among the MoE layers.
         module: the experts module, whose parameters were taken off.
-        tap: where the residual stream is seen, for a predictor that asks for it.
     """
 
-    def __init__(self, runtime: ExpertRuntime, layer: int, module: torch.nn.Module, tap: ResidualTap | None = None):
+    def __init__(self, runtime: ExpertRuntime, layer: int, module: torch.nn.Module):
         self.runtime = runtime
-        self.tap = tap
-        self.pruning: PruningThreshold | None = None  # lossy, so set only where it was asked for
-        # Where the experts are spread over processes: who returns the outputs of every place, see `ExpertParallel`.
-        self.spread: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor] | None = None
         self.layer = layer
-        self._num_experts = runtime.store.layers[layer].layout.num_experts
+        self._before: Sequence[BeforeStep] = ()
+        self._outputs_of: OutputsOf | None = None
+        self._num_experts = runtime.experts_per_layer[layer]
         self._module = weakref.ref(module)  # the module holds this object, not the other way round
         self._computes: dict[torch.dtype, ExpertCompute] = {}
         self._handle = id(self)
         _BY_HANDLE[self._handle] = self
+
+    def use(self, *, before: Sequence[BeforeStep] = (), outputs_of: OutputsOf | None = None) -> None:
+        """Change what this layer does from the next call on; what is left out stays as it is.
+
+        Args:
+            before: steps that change the routes before anything else sees them, such as pruning, in this order.
+            outputs_of: what returns the outputs of every place instead of this process alone, see `ExpertParallel`.
+        """
+        self._before = before or self._before
+        self._outputs_of = outputs_of or self._outputs_of
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -77,35 +88,33 @@ class OffloadedExperts:
             )
         if top_k_index.shape[0] == 0:
             return torch.zeros_like(hidden_states)
-        if self.pruning is not None:
-            top_k_index, top_k_weights = self.pruning.apply(
-                hidden_states, top_k_index, top_k_weights, num_experts=self._num_experts
-            )
+        for step in self._before:
+            top_k_index, top_k_weights = step(hidden_states, top_k_index, top_k_weights, num_experts=self._num_experts)
         for observer in self.runtime.observers:
             observer.observe(self.layer, top_k_index, top_k_weights, hidden_states)
-        if self.spread is not None:
-            outputs = self.spread(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
-            return self._compute(hidden_states.dtype).end(hidden_states, outputs, top_k_weights)
-        routes = None
+        if self._outputs_of is not None:
+            outputs = self._outputs_of(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
+            return self._compute(hidden_states.dtype).combine(hidden_states, outputs, top_k_weights)
+        router_output = None
         if self.runtime.predicting:
-            residual = self.tap.residual(self.layer, hidden_states) if self.tap is not None else None
-            routes = Routes(top_k_index, top_k_weights, residual)
+            router_output = RouterOutput(top_k_index, top_k_weights, hidden_states)
         dispatch = Dispatch(top_k_index, self._num_experts)
         compute = self._compute(hidden_states.dtype)
         outputs = output = None
-        with closing(self.runtime.serve(self.layer, dispatch.experts, routes, dispatch.num_tokens_of())) as served:
-            for residents in served:
+        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, dispatch.num_tokens_of())
+        with closing(fetched):
+            for residents in fetched:
                 if dispatch.num_tokens == 1 and len(residents) == dispatch.top_k:
                     output = compute.run_token(hidden_states, residents, dispatch, top_k_weights)
                     continue
                 if outputs is None:
-                    outputs = compute.begin(hidden_states, dispatch)
+                    outputs = compute.allocate_outputs(hidden_states, dispatch)
                 compute.run(hidden_states, residents, dispatch, outputs)
         if output is not None:
             return output
         if outputs is None:  # no expert at all
-            outputs = compute.begin(hidden_states, dispatch)
-        return compute.end(hidden_states, outputs, top_k_weights)
+            outputs = compute.allocate_outputs(hidden_states, dispatch)
+        return compute.combine(hidden_states, outputs, top_k_weights)
 
     @torch.no_grad()
     def run_rows(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
@@ -123,10 +132,10 @@ class OffloadedExperts:
             ClosedModelError: the runtime was closed.
         """
         dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self._compute(hidden_states.dtype)
-        outputs = compute.begin(hidden_states, dispatch)
-        served = self.runtime.serve(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
-        with closing(served):
-            for residents in served:
+        outputs = compute.allocate_outputs(hidden_states, dispatch)
+        fetched = self.runtime.fetch(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
+        with closing(fetched):
+            for residents in fetched:
                 compute.run(hidden_states, residents, dispatch, outputs)
         return outputs
 
@@ -134,7 +143,7 @@ class OffloadedExperts:
         """Return what experts' outputs are kept in until they are summed, for hidden states of `dtype`."""
         nobody = torch.empty(0, 1, dtype=torch.int64)
         empty = torch.empty(0, 1, dtype=dtype, device=self.runtime.device)
-        return self._compute(dtype).begin(empty, Dispatch(nobody, self._num_experts)).dtype
+        return self._compute(dtype).allocate_outputs(empty, Dispatch(nobody, self._num_experts)).dtype
 
     def _compute(self, dtype: torch.dtype) -> ExpertCompute:
         found = self._computes.get(dtype)

@@ -1,4 +1,4 @@
-"""Serving one layer: its demanded experts, each once, the resident ones first and the others as they arrive.
+"""Fetch of one layer's demanded experts, each once: the resident ones first, the others as they arrive.
 
 Decides in which order and where, device or host tier. Knows nothing of what is computed with them.
 """
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from moeflow.core import ExpertKey, RecordLayout
 from moeflow.errors import ExpertReadError
 from moeflow.offload.host_compute import HostCompute
-from moeflow.offload.prediction_loop import PredictionLoop, Routes
+from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.slot_pool import Resident
 from moeflow.offload.stats import PhaseStats, Stats
 
 
-class Serving:
+class ExpertFetch:
     """How a runtime answers a layer's demand.
 
     Args:
@@ -38,21 +38,26 @@ class Serving:
         self._prediction = prediction
         self._stats = stats
 
-    def serve(
-        self, layer: int, records: list[RecordLayout], num_tokens: dict[ExpertKey, int], routes: Routes | None
+    def fetch(
+        self,
+        layer: int,
+        records: list[RecordLayout],
+        num_tokens: dict[ExpertKey, int],
+        router_output: RouterOutput | None,
     ) -> Iterator[list[Resident]]:
-        """Yield every demanded expert once; see `ExpertRuntime.serve`.
+        """Yield every demanded expert once; see `ExpertRuntime.fetch`.
 
         Args:
             layer: which MoE layer.
             records: [E], how its experts are stored.
             num_tokens: of each demanded expert.
-            routes: what the router chose for each token, for whoever predicts.
+            router_output: what the router chose for each token, for whoever predicts.
         """
         stats, residency, prediction = self._stats.now, self._residency, self._prediction
         if self._host_compute is not None:
             residency.settle_ended()
-        held, in_flight, absent = residency.demand(list(num_tokens))
+        demand = residency.claim(layer, list(num_tokens))
+        held, in_flight, absent = list(demand.resident), demand.in_flight, demand.absent
         on_host = []
         if self._host_compute is not None:
             on_host = self._host_compute.choose(absent, num_tokens, residency.cache, residency.pool.stride)
@@ -70,13 +75,12 @@ class Serving:
 
         try:
             if prediction is not None:
-                transfers = residency.transfers
-                prediction.demanded(layer, held, in_flight, absent, transfers.copy_s, transfers.prefetches())
+                prediction.record_demand(demand)
             residency.start(to_start)
-            if prediction is not None and routes is not None:
-                prediction.observe(layer, routes, stats)
+            if prediction is not None and router_output is not None:
+                prediction.observe(layer, router_output, stats)
                 arrive(residency.prefetch(waiting))
-            yield from self._serve_from_host(on_host, records, stats)
+            yield from self._fetch_from_host(on_host, records, stats)
             while resident or waiting:
                 if not resident:
                     residency.start(to_start)
@@ -85,9 +89,9 @@ class Serving:
                 batch = [resident.pop()] if to_start else resident[::-1]
                 if not to_start:
                     resident.clear()
-                served = residency.begin_use(batch, records)
+                batch_residents = residency.begin_use(batch, records)
                 begin = time.perf_counter()
-                yield served
+                yield batch_residents
                 stats.compute_s += time.perf_counter() - begin
                 residency.end_use(batch)
                 for key in batch:
@@ -109,15 +113,15 @@ class Serving:
             if self._host_compute is not None:
                 self._host_compute.release()
 
-    def _serve_from_host(
+    def _fetch_from_host(
         self, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
     ) -> Iterator[list[Resident]]:
         """Yield experts where they lie in the host tier; give one that the link has time for a device slot."""
         residency = self._residency
         for key in on_host:
             record = records[key.expert]
-            yield [self._host_compute.begin(key, record)]
-            stats.compute_s += self._host_compute.end(key, record.num_bytes)
+            yield [self._host_compute.start(key, record)]
+            stats.compute_s += self._host_compute.finish(key, record.num_bytes)
             stats.decisions.computed_on_host += 1
             # Without this an expert that is always computed here would never become resident.
             transfers = residency.transfers

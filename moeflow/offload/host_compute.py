@@ -7,8 +7,9 @@ nothing of the device's slots. Its logic is tested on the CPU; what it gains is 
 import time
 
 from moeflow.core import ExpertKey, RecordLayout
+from moeflow.offload.host_tier import HostTier
 from moeflow.offload.slot_pool import Resident
-from moeflow.offload.transfers import HostTier, Transfers
+from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 
@@ -34,7 +35,7 @@ class HostCompute:
     def choose(
         self, absent: list[ExpertKey], num_tokens: dict[ExpertKey, int], cache: ExpertCache, num_bytes: int
     ) -> list[ExpertKey]:
-        """Choose which experts the CPU computes; they stay in their host slots until `end` or `release`.
+        """Choose which experts the CPU computes; they stay in their host slots until `finish` or `release`.
 
         Args:
             absent: experts of one layer that are not on the device and not on their way.
@@ -60,13 +61,13 @@ class HostCompute:
         self._num_tokens = {key: num_tokens[key] for key in chosen}
         return chosen
 
-    def begin(self, key: ExpertKey, record: RecordLayout) -> Resident:
+    def start(self, key: ExpertKey, record: RecordLayout) -> Resident:
         """Return where a chosen expert lies in host memory, and start the clock."""
         self._beside = self._transfers.compute_beside()
         self._began_s = time.perf_counter()
         return Resident(key.expert, self._host.pool, self._host.cache.slot(key), record)
 
-    def end(self, key: ExpertKey, num_bytes: int) -> float:
+    def finish(self, key: ExpertKey, num_bytes: int) -> float:
         """Say that an expert was computed, which frees its host slot; return the seconds it took."""
         seconds = time.perf_counter() - self._began_s
         self._split.computed(num_bytes, self._num_tokens.pop(key), seconds, beside=self._beside)

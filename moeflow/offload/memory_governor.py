@@ -13,7 +13,7 @@ _GROW_SHARE = 0.5  # of what is free beyond that, taken at a time
 _PASSES = 4  # between two measurements in decode
 
 
-class Governor:
+class MemoryGovernor:
     """Tells how many slots may be used.
 
     Args:

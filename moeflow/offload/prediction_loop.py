@@ -4,31 +4,37 @@ the way when it fails. The one place where tensors become the predictor's arrays
 
 import logging
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from moeflow.core import ExpertKey
 from moeflow.offload.stats import PhaseStats
+from moeflow.policy.demand import Demand
 from moeflow.policy.prediction_switch import PredictionSwitch
 from moeflow.policy.prefetch import Prefetcher
+
+if TYPE_CHECKING:
+    from moeflow.hf.residual import ResidualTap
 
 logger = logging.getLogger(__name__)
 
 
-class Routes(NamedTuple):
+class RouterOutput(NamedTuple):
     """What one layer's router chose in one pass.
 
+    It reaches the predictor with the layer's demand and not through a `RouteObserver`: the predictor takes it in under
+    the runtime's lock, and only after the reads of absent experts were started, so that it runs beside them.
+
     Args:
-        experts: [T, K].
-        weights: [T, K].
-        residual: [T, H], the residual stream before the router's norm; None where it is not known.
+        top_k_index: [T, K], expert numbers; a number of num_experts or more means none.
+        top_k_weights: [T, K].
+        hidden_states: [T, H], what the router saw.
     """
 
-    experts: torch.Tensor
-    weights: torch.Tensor
-    residual: torch.Tensor | None
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+    hidden_states: torch.Tensor
 
 
 class PredictionLoop:
@@ -37,14 +43,17 @@ class PredictionLoop:
     Args:
         prefetcher: the predictor, the forecast and the account.
         switch: decides for each decode step.
+        tap: shows the residual stream, where that is the predictor's signal.
     """
 
-    def __init__(self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None):
-        self.active = False  # whether the pass under way is predicted
-        self.watching = False  # whether its routes are wanted
+    def __init__(
+        self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None, *, tap: "ResidualTap | None" = None
+    ):
+        self.watching = False  # whether the routes of the pass under way are wanted
         self.failure: str | None = None
-        self._prefetcher = prefetcher
+        self.prefetcher = prefetcher
         self._switch = switch or PredictionSwitch()
+        self._tap = tap
         self.predictor = prefetcher.predictor
         self._num_sequences = 0
         self._prompt: list | None = None  # (token ids, routes of each layer) of the prefill under way
@@ -61,8 +70,62 @@ class PredictionLoop:
         stats: PhaseStats,
     ) -> None:
         """Say that a pass over [num_sequences, num_positions] tokens begins, and predict it where that is wanted."""
-        if self.failure is not None:
+        if self.failure is None:
+            self._begin_pass(token_ids, num_sequences, num_positions, continues, stats)
+        if self._tap is not None:
+            self._tap.listen(self.watching)
+
+    def record_demand(self, demand: Demand) -> None:
+        """Enter what a layer demanded, where the pass under way is predicted."""
+        if self.prefetcher.active:
+            self.prefetcher.record_demand(demand)
+
+    def observe(self, layer: int, router_output: RouterOutput, stats: PhaseStats) -> None:
+        """Show the predictor what a layer's router chose."""
+        if not self.watching:
             return
+        begin = time.perf_counter()
+        experts = router_output.top_k_index.cpu().numpy()
+        weights = router_output.top_k_weights.float().cpu().numpy()
+        if self._prompt is not None:
+            self._prompt[1].append((experts, weights))
+            return
+        signal = None if self._tap is None else self._tap.residual(layer, router_output.hidden_states)
+        self._guarded(self.prefetcher.observe, layer, experts, weights, signal)
+        stats.predict_s += time.perf_counter() - begin
+
+    def clear(self) -> None:
+        """Say that the cache was emptied."""
+        self.prefetcher.ledger.clear()
+        self._pause()
+
+    def reset_stats(self) -> None:
+        """Begin to count anew."""
+        self.prefetcher.ledger.reset()
+        self._steps = {True: 0, False: 0}
+        self._before = (0, 0.0)
+
+    def as_dict(self) -> dict:
+        """Return what prediction did: who predicts, whether it is on and why, and the account of prefetch."""
+        return {
+            "predictor": self.predictor.name,
+            "on": self.failure is None and self._switch.on,
+            "reason": "it failed" if self.failure else self._switch.reason,
+            "failure": self.failure,
+            "steps_on": self._steps[True],
+            "steps_off": self._steps[False],
+            "trials": self._switch.num_trials,
+            "prefetch": self.prefetcher.ledger.as_dict(),
+        }
+
+    def _begin_pass(
+        self,
+        token_ids: torch.Tensor | None,
+        num_sequences: int,
+        num_positions: int,
+        continues: bool,
+        stats: PhaseStats,
+    ) -> None:
         begin = time.perf_counter()
         self._guarded(self._end_prefill)
         decode = continues and num_positions == 1
@@ -83,68 +146,9 @@ class PredictionLoop:
         self._began = begin if decode else None
         stats.predict_s += time.perf_counter() - begin
 
-    def demanded(self, layer, resident, in_flight, absent, copy_s, others_in_flight) -> None:
-        """Enter what a layer demanded; see `Prefetcher.demanded`."""
-        if self.active:
-            self._prefetcher.demanded(layer, resident, in_flight, absent, copy_s, others_in_flight)
-
-    def observe(self, layer: int, routes: Routes, stats: PhaseStats) -> None:
-        """Show the predictor what a layer's router chose."""
-        if not self.watching:
-            return
-        begin = time.perf_counter()
-        experts, weights = routes.experts.cpu().numpy(), routes.weights.float().cpu().numpy()
-        if self._prompt is not None:
-            self._prompt[1].append((experts, weights))
-            return
-        signal = routes.residual if self.predictor.signal == "residual" else None
-        self._guarded(self._prefetcher.observe, layer, experts, weights, signal)
-        stats.predict_s += time.perf_counter() - begin
-
-    def take(self) -> tuple[ExpertKey, int] | None:
-        """Reserve a slot for the next expert to prefetch; see `Prefetcher.take`."""
-        return self._prefetcher.take() if self.active else None
-
-    def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:
-        """Tell which prefetches come too late."""
-        return self._prefetcher.overdue(keys) if keys else []
-
-    def dropped(self, key: ExpertKey) -> None:
-        """Enter that a prefetch was taken back or failed."""
-        self._prefetcher.ledger.drop(key)
-
-    def evicted(self, keys: list[ExpertKey]) -> None:
-        """Enter that a demanded expert took the room of these."""
-        for key in keys:
-            self._prefetcher.ledger.evict(key)
-
-    def clear(self) -> None:
-        """Say that the cache was emptied."""
-        self._prefetcher.ledger.clear()
-        self._pause()
-
-    def reset_stats(self) -> None:
-        """Begin to count anew."""
-        self._prefetcher.ledger.reset()
-        self._steps = {True: 0, False: 0}
-        self._before = (0, 0.0)
-
-    def as_dict(self) -> dict:
-        """Return what prediction did: who predicts, whether it is on and why, and the account of prefetch."""
-        return {
-            "predictor": self.predictor.name,
-            "on": self.failure is None and self._switch.on,
-            "reason": "it failed" if self.failure else self._switch.reason,
-            "failure": self.failure,
-            "steps_on": self._steps[True],
-            "steps_off": self._steps[False],
-            "trials": self._switch.num_trials,
-            "prefetch": self._prefetcher.ledger.as_dict(),
-        }
-
     def _choose(self, now: float, stats: PhaseStats) -> bool:
         step_s = None if self._began is None else now - self._began
-        misses, net_s = stats.misses, self._prefetcher.ledger.net_s
+        misses, net_s = stats.misses, self.prefetcher.ledger.net_s
         before_misses, before_net_s = self._before
         self._before = (misses, net_s)
         return self._switch.step(step_s, misses - before_misses, net_s - before_net_s)
@@ -153,8 +157,8 @@ class PredictionLoop:
         """Only watch: a prompt demands nearly every expert, and its reads are all in flight without predictions."""
         self._pause()
         self._num_sequences = num_sequences
-        self._guarded(self._prefetcher.begin, num_sequences)
-        self._prefetcher.rest()
+        self._guarded(self.prefetcher.begin, num_sequences)
+        self.prefetcher.rest()
         self.watching = self._switch.on and token_ids is not None and self.predictor.signal == "none"
         self._prompt = (token_ids, []) if self.watching else None
 
@@ -175,15 +179,15 @@ class PredictionLoop:
     def _begin_step(self, token_ids, num_sequences) -> None:
         if num_sequences != self._num_sequences:  # beams, or sequences that were added
             self._num_sequences = num_sequences
-            self._prefetcher.begin(num_sequences)
-        self.active = self.watching = True
-        self._prefetcher.begin_step(token_ids[:, 0].cpu().numpy())
+            self.prefetcher.begin(num_sequences)
+        self.watching = True
+        self.prefetcher.begin_step(token_ids[:, 0].cpu().numpy())
 
     def _pause(self) -> None:
-        if self.active:
-            self._prefetcher.ledger.clear()
-        self.active = self.watching = False
-        self._prefetcher.rest()
+        if self.prefetcher.active:
+            self.prefetcher.ledger.clear()
+        self.watching = False
+        self.prefetcher.rest()
 
     def _guarded(self, call, *args) -> None:
         """Run the predictor; whatever it raises switches it off for good, and generation goes on without it."""

@@ -1,62 +1,14 @@
-"""Reading experts: one on its way, and the threads that do the work, what somebody waits for first.
+"""Worker threads that run expert reads. Demanded reads run before prefetches.
 
-Knows work as a function and its arguments. Knows nothing of files or of who sits in which slot.
+Knows work as a function and its arguments. Knows nothing of files or of which expert sits in which slot.
 """
 
 import queue
 import threading
 import time
 
-from moeflow.core import ExpertKey, Tier
 from moeflow.errors import ExpertReadError, MoeflowError
-
-
-class Transfer:
-    """One expert on its way into one device slot.
-
-    Args:
-        key: the expert.
-        slot: the device slot.
-        source: the tier its bytes come from.
-    """
-
-    __slots__ = (
-        "_work",
-        "beside",
-        "error",
-        "event",
-        "host_slot",
-        "key",
-        "num_bytes",
-        "prefetch",
-        "seconds",
-        "slot",
-        "source",
-    )
-
-    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
-        self.key = key
-        self.prefetch = prefetch  # nobody waits for it yet
-        self.slot = slot
-        self.source = source
-        self.host_slot = host_slot
-        self.event: object = None
-        self.error: Exception | None = None
-        self.num_bytes = 0
-        self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
-        self.beside = False  # whether the CPU computed an expert while it was under way
-        self._work: list = []
-
-    def give(self, work: tuple) -> None:
-        """Attach what a reading thread has to run: a function and its arguments."""
-        self._work.append(work)
-
-    def claim(self) -> tuple | None:
-        """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
-        try:
-            return self._work.pop()
-        except IndexError:
-            return None
+from moeflow.offload.transfer import Transfer
 
 
 class ReadingThreads:
@@ -130,7 +82,7 @@ def _serve_work(tickets, queues, ended) -> None:
                 break
             except queue.Empty:
                 continue
-        work = transfer.claim()
+        work = transfer.take_work()
         if work is not None:
             _run(ended, transfer, work)
         del transfer, work  # while this thread waits, it holds nothing of the runtime's

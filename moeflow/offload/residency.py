@@ -1,7 +1,8 @@
-"""Which experts are on the device, and the copies that bring others there.
+"""What moves between the tiers: the copies that bring experts to the device, and what has arrived.
 
-The one place that moves an expert between states, absent, on its way and resident: it asks the cache for a slot and the
-transfers for a copy, and enters what has arrived. Knows nothing of routers, passes or arithmetic.
+The one place that moves an expert between absent, in flight and resident: it asks the cache for a slot and the
+transfers for a copy, and enters what has arrived. Which expert sits in which slot is the cache's to say. Knows nothing
+of routers, passes or arithmetic.
 """
 
 import time
@@ -11,26 +12,27 @@ from collections.abc import Set as AbstractSet
 
 from moeflow.core import ExpertKey, Tier
 from moeflow.errors import ExpertReadError
-from moeflow.offload.prediction_loop import PredictionLoop
-from moeflow.offload.read_threads import Transfer
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
 from moeflow.offload.streams import Streams
+from moeflow.offload.transfer import Transfer
 from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
+from moeflow.policy.demand import Demand
+from moeflow.policy.prefetch import Prefetcher
 
 _MAX_PREFETCHES = 2  # copies under way while nobody waits: more would only stand before a demand
 
 
 class Residency:
-    """The residency map of the device, and who changes it.
+    """Moves experts to the device, on demand and ahead of it.
 
     Args:
         cache: who sits in which slot.
         pool: the slots.
         streams: the order between copies and compute.
         transfers: the copies.
-        prediction: says what to prefetch; None for demand only.
+        prefetcher: says what to prefetch; None for demand only.
         stats: what is counted.
     """
 
@@ -40,23 +42,27 @@ class Residency:
         pool: SlotPool,
         streams: Streams,
         transfers: Transfers,
-        prediction: PredictionLoop | None,
+        prefetcher: Prefetcher | None,
         stats: Stats,
     ):
         self.cache = cache
         self.transfers = transfers
         self.pool = pool
         self._streams = streams
-        self._prediction = prediction
+        self._prefetcher = prefetcher
         self._stats = stats
         self._ready: list[object] = [None] * pool.num_slots  # the end of the copy into each slot
         self._last_use: list[object] = [None] * pool.num_slots
 
-    def demand(self, keys: list[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], list[ExpertKey]]:
-        """Say that experts are needed now.
+    def claim(self, layer: int, keys: list[ExpertKey]) -> Demand:
+        """Say that a layer needs experts now: those that are resident are pinned, those in flight go before prefetches.
+
+        Args:
+            layer: number among the MoE layers.
+            keys: its demanded experts.
 
         Returns:
-            Those that are resident, pinned; those on their way, which go before any that nobody waits for; the absent.
+            Where each was found; the state of the link only where a predicted pass wants it.
         """
         cache, transfers = self.cache, self.transfers
         cache.touch(keys)
@@ -66,8 +72,10 @@ class Residency:
         absent = [key for key in keys if key not in cache.slots]
         in_flight = [key for key in keys if key in transfers]
         for key in in_flight:
-            transfers.demand(key)
-        return resident, in_flight, absent
+            transfers.promote(key)
+        predicted = self._prefetcher is not None and self._prefetcher.active
+        others = transfers.prefetches() if predicted else []
+        return Demand(layer, resident, in_flight, absent, transfers.copy_s, others)
 
     def begin_use(self, keys: list[ExpertKey], records: list) -> list[Resident]:
         """Return where pinned experts lie, when this thread's compute may read them; `records` are their layer's."""
@@ -110,8 +118,9 @@ class Residency:
         worth = cache.forecast.worth[key] if only_if_likelier and cache.forecast is not None else None
         slot = cache.reserve(key, worth=worth)
         self._stats.now.evictions += cache.evictions - evictions
-        if self._prediction is not None:
-            self._prediction.evicted(cache.evicted)
+        if self._prefetcher is not None:
+            for gone in cache.evicted:
+                self._prefetcher.ledger.evict(gone)
         self.pool.discard(cache.take_emptied())
         if slot is None:
             return None
@@ -123,8 +132,8 @@ class Residency:
         Returns:
             The experts of `waiting` that have arrived meanwhile, pinned.
         """
-        prediction, transfers, arrived = self._prediction, self.transfers, []
-        if prediction is None or not prediction.active:
+        prefetcher, transfers, arrived = self._prefetcher, self.transfers, []
+        if prefetcher is None or not prefetcher.active:
             return arrived
         try:
             while (transfer := transfers.poll_completed()) is not None:
@@ -132,12 +141,12 @@ class Residency:
         except ExpertReadError:
             self.end_use(arrived)  # whoever waits hears of the failure only
             raise
-        for key in prediction.overdue(transfers.prefetches()):
+        for key in prefetcher.overdue(transfers.prefetches()):
             if transfers.drop(key):
                 self.cache.abort(key)
-                prediction.dropped(key)
+                prefetcher.ledger.drop(key)
         while transfers.num_copying < _MAX_PREFETCHES and transfers.has_room:
-            found = prediction.take()
+            found = prefetcher.take()
             self.pool.discard(self.cache.take_emptied())
             if found is None:
                 break
@@ -163,8 +172,8 @@ class Residency:
         cache, key = self.cache, transfer.key
         if transfer.error is not None:
             cache.abort(key)
-            if self._prediction is not None:
-                self._prediction.dropped(key)
+            if self._prefetcher is not None:
+                self._prefetcher.ledger.drop(key)
             if key in wanted:
                 raise transfer.error
             return []
@@ -201,5 +210,3 @@ class Residency:
         """Start from nothing resident and nothing on its way, whatever state the bookkeeping is in."""
         self.transfers.abandon()
         self.cache.clear()
-        if self._prediction is not None:
-            self._prediction.clear()

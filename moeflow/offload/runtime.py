@@ -1,7 +1,7 @@
 """The runtime behind one model: one lock over the tiers of its experts, and everything that must be released.
 
-Hears of passes and demands, and tells what happened. How a demand is answered is `Serving`'s, what moves `Residency`'s.
-Knows nothing of routers or arithmetic.
+Hears of passes and demands, and tells what happened. How a demand is answered is `ExpertFetch`'s matter, what moves
+is `Residency`'s. Knows nothing of routers or arithmetic.
 """
 
 import threading
@@ -15,16 +15,17 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout
 from moeflow.errors import ClosedModelError, ExpertReadError
 from moeflow.hardware import process_memory_bytes
-from moeflow.offload.fetch import Serving
+from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute
-from moeflow.offload.memory_governor import Governor
-from moeflow.offload.prediction_loop import PredictionLoop, Routes
+from moeflow.offload.host_tier import HostTier
+from moeflow.offload.memory_governor import MemoryGovernor
+from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfers import HostTier, Transfers
+from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.predictors.protocol import Predictor
@@ -49,6 +50,8 @@ class _Parts(NamedTuple):
 class ExpertRuntime:
     """`model.moeflow`: the experts of one model inside their budget.
 
+    `experts_per_layer` is [num_layers] numbers of experts.
+
     Args:
         store: the far tier.
         pool: device slots.
@@ -72,7 +75,7 @@ class ExpertRuntime:
         host: HostTier | None = None,
         num_threads: int = 4,
         expert_budget_bytes: int | None = None,
-        governor: Governor | None = None,
+        governor: MemoryGovernor | None = None,
         prediction: PredictionLoop | None = None,
         misses: MissSplit | None = None,
     ):
@@ -80,6 +83,7 @@ class ExpertRuntime:
         self.store = store
         self.cache = cache
         self.device = pool.device
+        self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
         self.parallel = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
@@ -91,8 +95,9 @@ class ExpertRuntime:
         self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
         self._host_compute = None if misses is None else HostCompute(misses, host, self._transfers)
-        self._residency = Residency(cache, pool, streams, self._transfers, prediction, self._stats)
-        self._serving = Serving(self._residency, self._host_compute, prediction, self._stats)
+        prefetcher = None if prediction is None else prediction.prefetcher
+        self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
+        self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._lock = threading.RLock()
         # Equal records become one object, so that layers share the tensor views of a slot.
@@ -163,11 +168,11 @@ class ExpertRuntime:
                 self._residency.prefetch()
                 self._torn = False
 
-    def serve(
+    def fetch(
         self,
         layer: int,
         experts: list[int],
-        routes: Routes | None = None,
+        router_output: RouterOutput | None = None,
         num_tokens: list[int] | None = None,
     ) -> Iterator[list[Resident]]:
         """Yield every demanded expert once, where it lies: the resident ones together, then others as they arrive.
@@ -180,7 +185,7 @@ class ExpertRuntime:
         Args:
             layer: which MoE layer.
             experts: distinct expert numbers; may be more than there are slots.
-            routes: what the router chose for each token, for whoever predicts.
+            router_output: what the router chose for each token, for whoever predicts.
             num_tokens: how many tokens go to each of the experts; one where None.
 
         Raises:
@@ -195,7 +200,7 @@ class ExpertRuntime:
             try:
                 keys = [ExpertKey(layer, expert) for expert in experts]
                 tokens_of = dict(zip(keys, num_tokens or [1] * len(keys), strict=True))
-                yield from self._serving.serve(layer, self._records[layer], tokens_of, routes)
+                yield from self._expert_fetch.fetch(layer, self._records[layer], tokens_of, router_output)
             except (GeneratorExit, ExpertReadError):
                 self._torn = False
                 raise
@@ -210,7 +215,7 @@ class ExpertRuntime:
                 "device": str(self.device),
                 "policy": self.cache.policy,
                 "slots": min(self.cache.limit, self.cache.num_slots),
-                "num_experts": sum(source.layout.num_experts for source in self.store.layers),
+                "num_experts": sum(self.experts_per_layer),
                 "prefill": self._stats.prefill.as_dict(),
                 "decode": self._stats.decode.as_dict(),
                 "memory": {
@@ -260,4 +265,6 @@ class ExpertRuntime:
         """Start from nothing resident if an interrupt struck in the middle of the bookkeeping."""
         if self._torn:
             self._residency.clear()
+            if self._prediction is not None:
+                self._prediction.clear()
             self._torn = False

@@ -8,27 +8,13 @@ from collections import deque
 
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, Tier
-from moeflow.offload.read_threads import ReadingThreads, Transfer
+from moeflow.offload.host_tier import HostTier
+from moeflow.offload.read_threads import ReadingThreads
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
-from moeflow.policy.cache import ExpertCache
+from moeflow.offload.transfer import Transfer
 
 _MEASURED = 32  # ended copies kept until somebody asks what they took
-
-
-class HostTier:
-    """Pinned slots between disk and device, with a residency map of their own.
-
-    Args:
-        pool: pinned host memory.
-        cache: who sits in which of its slots.
-    """
-
-    def __init__(self, pool: SlotPool, cache: ExpertCache):
-        self.pool = pool
-        self.cache = cache
-        # The end of the last copy out of each slot: the slot may not be overwritten before it.
-        self.last_copy: list[object] = [None] * pool.num_slots
 
 
 class Transfers:
@@ -121,12 +107,12 @@ class Transfers:
             transfer = Transfer(key, slot, Tier.DISK, host_slot, prefetch=prefetch)
             work = (_read_through_host, self._store, self._pool, host.pool, self._streams, transfer, num_bytes, after,
                     host.last_copy[host_slot])  # fmt: skip
-        transfer.give(work)
+        transfer.give_work(work)
         self._in_flight[key] = transfer
         self._threads.put(transfer)
         return transfer
 
-    def demand(self, key: ExpertKey) -> None:
+    def promote(self, key: ExpertKey) -> None:
         """Say that somebody waits for a copy in flight: where it has not begun, it jumps the queue."""
         transfer = self._in_flight[key]
         if transfer.prefetch:
@@ -136,7 +122,7 @@ class Transfers:
     def drop(self, key: ExpertKey) -> bool:
         """Forget a prefetch that has not begun; return whether it could be. Its slot is the caller's again."""
         transfer = self._in_flight[key]
-        if not transfer.prefetch or transfer.claim() is None:
+        if not transfer.prefetch or transfer.take_work() is None:
             return False
         del self._in_flight[key]
         if transfer.host_slot is not None:
@@ -173,7 +159,7 @@ class Transfers:
     def close(self) -> None:
         """Let running copies end, drop waiting ones, stop the threads."""
         for waiting in self._in_flight.values():
-            waiting.claim()
+            waiting.take_work()
         self._threads.stop()
         self._streams.finish()
         self._in_flight.clear()

@@ -1,7 +1,8 @@
-"""Which expert sits in which slot, and who must go when a slot is needed. Bookkeeping only: no tensors, no I/O.
+"""Which expert sits in which slot, and which is evicted when a slot is needed.
 
-A slot is free, loading (a copy into it is under way) or resident. A pinned slot is used by a running kernel or an
-in-flight copy and is never evicted. This is the one residency map: it changes here and nowhere else.
+The one residency map. A slot is free, loading (a copy into it is under way) or resident. A pinned slot is used by a
+running kernel or an in-flight copy and is never evicted. Bookkeeping only: what moves, and when, `offload.residency`
+decides. Knows nothing of tensors or I/O.
 """
 
 from collections.abc import Callable

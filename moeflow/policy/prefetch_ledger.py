@@ -3,6 +3,7 @@
 import numpy as np
 
 from moeflow.core import ExpertKey
+from moeflow.policy.demand import Demand
 
 _DECAY = 0.98  # of the recent account, a step
 _CLEAR_LOSS = 0.1  # of a copy, lost by each recent prefetch: below that it is even
@@ -72,41 +73,29 @@ class PrefetchLedger:
             self._by_layer[key.layer].discard(key)
             self.dropped[place] += 1
 
-    def demand(
-        self,
-        layer: int,
-        resident: list[ExpertKey],
-        in_flight: list[ExpertKey],
-        absent: list[ExpertKey],
-        copy_s: float,
-        others_in_flight: list[ExpertKey],
-    ) -> None:
-        """Enter what a layer demanded, by how it was found.
-
-        Args:
-            copy_s: seconds one copy takes.
-            others_in_flight: prefetches on their way that the layer does not want.
-        """
+    def record_demand(self, demand: Demand) -> None:
+        """Enter what a layer demanded, by how it was found."""
+        layer, copy_s = demand.layer, demand.copy_s
         self._copy_s = copy_s
-        for key in resident:
+        for key in demand.resident:
             place = self._pending.pop(key, None) or self._unused.pop(key, None)
             if place is not None:
                 self._by_layer[layer].discard(key)
                 self.in_time[place] += 1
                 self._account(place, copy_s)
-        for key in in_flight:
+        for key in demand.in_flight:
             place = self._pending.pop(key, None) or self._unused.pop(key, None)
             if place is not None:
                 self._by_layer[layer].discard(key)
                 self.late[place] += 1
                 self._account(place, copy_s / 2)
-        self.missed += len(absent)
-        for key in absent:
+        self.missed += len(demand.absent)
+        for key in demand.absent:
             place = self._evicted.pop(key, None)
             if place is not None:
                 self._account(place, -copy_s)
-        if absent:
-            for key in others_in_flight:
+        if demand.absent:
+            for key in demand.others_in_flight:
                 place = self._pending.get(key) or self._unused.get(key)
                 if place is not None:
                     self._account(place, -copy_s / 2)

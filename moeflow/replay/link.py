@@ -13,6 +13,7 @@ import numpy as np
 from moeflow.core import ExpertKey
 from moeflow.errors import BudgetError, ConfigError
 from moeflow.policy.cache import ExpertCache
+from moeflow.policy.demand import Demand
 from moeflow.policy.prediction_switch import PredictionSwitch
 from moeflow.policy.prefetch import Prefetcher
 from moeflow.policy.prefetch_ledger import PrefetchLedger
@@ -97,7 +98,7 @@ class LinkReplay:
         )
         if self._predicting:
             others = [key for key in self._arrivals if key not in in_flight]
-            self.prefetcher.demanded(layer, resident, in_flight, absent, self.link.copy_s, others)
+            self.prefetcher.record_demand(Demand(layer, resident, in_flight, absent, self.link.copy_s, others))
         for key in in_flight:
             if key in self._queue:  # it jumps the queue
                 self._queue.remove(key)

@@ -265,7 +265,7 @@ def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> Trac
         TraceError: the file is of another model, damaged, or cannot be written; the model has no such routers.
     """
     runtime = model.moeflow
-    experts_per_layer = tuple(source.layout.num_experts for source in runtime.store.layers)
+    experts_per_layer = tuple(runtime.experts_per_layer)
     top_k = experts_interface.num_experts_per_tok(model)
     format = TraceFormat(
         experts_per_layer,

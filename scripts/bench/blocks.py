@@ -13,7 +13,7 @@ from moeflow.kernels.activations import Activation
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import FORMATS
 from moeflow.kernels.quantization.quantize import quantize
-from moeflow.moe.compute import CpuCompute
+from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.dispatch import Dispatch
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -130,9 +130,9 @@ class Block:
         residents = [slots[expert] for expert in dispatch.experts]
         if dispatch.num_tokens == 1:
             return compute.run_token(x, residents, dispatch, weights)
-        outputs = compute.begin(x, dispatch)
+        outputs = compute.allocate_outputs(x, dispatch)
         compute.run(x, residents, dispatch, outputs)
-        return compute.end(x, outputs, weights)
+        return compute.combine(x, outputs, weights)
 
     def check(self, num_tokens: int) -> float:
         """Return the error of one layer against float64.

@@ -115,7 +115,7 @@ def run_engines(arguments, prompts, options: list[dict], log: list | None = None
             stack.enter_context(model.moeflow)
             engines.append(stack.enter_context(Engine(model, **of_one)))
         if log is not None:
-            counts = [source.layout.num_experts for source in model.moeflow.store.layers]
+            counts = model.moeflow.experts_per_layer
             log_routes = RouteLog(len(counts), max(counts))
             model.moeflow.observers.append(log_routes)
         ids = [[engine.add(prompt, params) for prompt in prompts] for engine in engines]

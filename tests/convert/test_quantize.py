@@ -228,7 +228,7 @@ def test_a_token_that_is_pruned_to_its_first_expert_gets_that_one_with_all_the_w
     single.load_state_dict(mixtral.state_dict())
     model = load_moe(mixtral_folder)
     for layer in model.model.layers:
-        layer.mlp.experts._moeflow.pruning = PruningThreshold(1.0)
+        layer.mlp.experts._moeflow.use(before=[PruningThreshold(1.0).apply])
     expected = logits(single)
     assert (logits(model) - expected).norm() < 1e-5 * expected.norm()
     model.moeflow.close()

@@ -165,7 +165,7 @@ def test_routes_of_a_pass_are_what_its_routers_chose_and_padding_is_none():
 
 def test_what_is_remembered_of_a_token_is_what_its_routers_chose(offloaded):
     prompts = [list(range(start, start + 5)) for start in range(10, 40, 5)]
-    routes = PassRoutes(len(offloaded.moeflow.store.layers), offloaded.moeflow.store.layers[0].layout.num_experts)
+    routes = PassRoutes(len(offloaded.moeflow.experts_per_layer), offloaded.moeflow.experts_per_layer[0])
     chosen = {}
     offloaded.moeflow.observers.append(routes)
     for prompt in prompts:

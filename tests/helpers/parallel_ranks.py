@@ -37,8 +37,8 @@ def replicated_plan(num_gpus, num_layers=3, num_experts=8):
 
 def sizes(model):
     """(L, E)."""
-    layers = model.moeflow.store.layers
-    return len(layers), layers[0].layout.num_experts
+    counts = model.moeflow.experts_per_layer
+    return len(counts), counts[0]
 
 
 def prompts_of(rank, num_ranks):

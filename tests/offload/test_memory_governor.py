@@ -9,7 +9,7 @@ import pytest
 
 from helpers.paths import ROOT
 from moeflow import hardware
-from moeflow.offload.memory_governor import Governor
+from moeflow.offload.memory_governor import MemoryGovernor
 
 MIB = 1 << 20
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 @pytest.fixture
 def governor(monkeypatch):
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 1000 * MIB)
-    return Governor(MIB, min_slots=3, max_slots=500)
+    return MemoryGovernor(MIB, min_slots=3, max_slots=500)
 
 
 def test_it_grows_into_free_memory_and_leaves_a_reserve(governor):

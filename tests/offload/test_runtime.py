@@ -1,4 +1,4 @@
-"""ExpertRuntime over real files: every served weight is the expert that was asked for, with and without a host tier."""
+"""ExpertRuntime over real files: every fetched weight is the demanded expert's, with and without a host tier."""
 
 import itertools
 import os
@@ -21,10 +21,10 @@ from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.errors import ExpertReadError
 from moeflow.hf import experts_interface
 from moeflow.moe.experts import OffloadedExperts
+from moeflow.offload.host_tier import HostTier
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import HostStreams
-from moeflow.offload.transfers import HostTier
 from moeflow.policy.cache import POLICIES, ExpertCache
 from moeflow.policy.miss_split import MissSplit
 
@@ -109,17 +109,17 @@ def build(path, num_slots, policy="lfru", host_slots=0, streams=None, misses=Non
     return ExpertRuntime(store, pool, cache, streams, host=host, num_threads=2, misses=misses)
 
 
-def each(served):
-    """Flatten what is served into (expert, weights)."""
-    for batch in served:
+def each(fetched):
+    """Flatten what is fetched into (expert, weights)."""
+    for batch in fetched:
         yield from ((resident.expert, resident.tensors()) for resident in batch)
 
 
-def serve(runtime, layer, experts, values):
-    """Demand experts and compare what is served with the file."""
+def fetch(runtime, layer, experts, values):
+    """Demand experts and compare what is fetched with the file."""
     seen = []
-    with closing(runtime.serve(layer, experts)) as served:
-        for expert, weights in each(served):
+    with closing(runtime.fetch(layer, experts)) as fetched:
+        for expert, weights in each(fetched):
             assert torch.equal(weights["w"], values[layer, expert]), f"expert {expert} of layer {layer} is wrong"
             seen.append(expert)
     assert sorted(seen) == sorted(experts)
@@ -132,12 +132,12 @@ DEMANDS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(POLICIES)), st.integers(1, 7), st.sampled_from([0, 4, 9]), st.booleans(), DEMANDS)
-def test_any_demand_is_served_right(experts_file, policy, num_slots, host_slots, threads, demands):
+def test_any_demand_is_fetched_right(experts_file, policy, num_slots, host_slots, threads, demands):
     path, values = experts_file
     with build(path, num_slots, policy, host_slots, ThreadStreams() if threads else None) as runtime:
         runtime.begin_forward(1, 1, continues=True)
         for layer, experts in demands:
-            serve(runtime, layer, sorted(experts), values)
+            fetch(runtime, layer, sorted(experts), values)
             runtime.check_integrity()
         stats = runtime.stats()["decode"]
         assert stats["hits"] + stats["misses"] == sum(len(experts) for _, experts in demands)
@@ -149,7 +149,7 @@ def test_host_tier_saves_the_disk(experts_file):
         runtime.begin_forward(1, 1, continues=True)
         for _ in range(3):
             for layer in range(NUM_LAYERS):
-                serve(runtime, layer, list(range(NUM_EXPERTS)), values)
+                fetch(runtime, layer, list(range(NUM_EXPERTS)), values)
         stats = runtime.stats()["decode"]
         assert runtime.stats()["io"]["reads"] == NUM_LAYERS * NUM_EXPERTS
         assert stats["bytes_from_host"] > stats["bytes_from_disk"] // 2
@@ -159,31 +159,31 @@ def test_iterator_closed_early_leaves_the_runtime_usable(experts_file):
     path, values = experts_file
     with build(path, 4) as runtime:
         for stop_after in range(4):
-            with closing(runtime.serve(0, list(range(NUM_EXPERTS)))) as served:
-                for number, _ in enumerate(each(served)):
+            with closing(runtime.fetch(0, list(range(NUM_EXPERTS)))) as fetched:
+                for number, _ in enumerate(each(fetched)):
                     if number == stop_after:
                         break
-            serve(runtime, 1, [0, 5], values)
-            serve(runtime, 0, list(range(NUM_EXPERTS)), values)
+            fetch(runtime, 1, [0, 5], values)
+            fetch(runtime, 0, list(range(NUM_EXPERTS)), values)
             runtime.check_integrity()
 
 
 def test_expert_in_flight_is_not_copied_a_second_time(experts_file):
     path, values = experts_file
     with build(path, 6) as runtime:
-        served = runtime.serve(0, [0, 1, 2, 3])
-        next(served)
-        served.close()  # the others are still on their way, or have just arrived
-        serve(runtime, 0, [0, 1, 2, 3], values)
+        fetched = runtime.fetch(0, [0, 1, 2, 3])
+        next(fetched)
+        fetched.close()  # the others are still on their way, or have just arrived
+        fetch(runtime, 0, [0, 1, 2, 3], values)
         assert runtime.stats()["io"]["reads"] == 4
 
 
 def test_resident_experts_come_first(experts_file):
     path, values = experts_file
     with build(path, 6) as runtime:
-        serve(runtime, 0, [4, 5], values)
-        with closing(runtime.serve(0, [0, 1, 4, 5])) as served:
-            order = [expert for expert, _ in each(served)]
+        fetch(runtime, 0, [4, 5], values)
+        with closing(runtime.fetch(0, [0, 1, 4, 5])) as fetched:
+            order = [expert for expert, _ in each(fetched)]
         assert set(order[:2]) == {4, 5}
 
 
@@ -235,7 +235,7 @@ def test_host_slot_is_not_overwritten_while_a_copy_reads_it(experts_file, monkey
 def test_an_interrupt_while_experts_are_unpinned_comes_out_as_it_is(experts_file, monkeypatch):
     path, values = experts_file
     runtime = build(path, 4)
-    serve(runtime, 0, [0, 1, 2], values)
+    fetch(runtime, 0, [0, 1, 2], values)
     unpin, struck = runtime.cache.unpin, []
 
     def interrupted(key):
@@ -247,14 +247,14 @@ def test_an_interrupt_while_experts_are_unpinned_comes_out_as_it_is(experts_file
     with monkeypatch.context() as patched:
         patched.setattr(runtime.cache, "unpin", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            list(runtime.serve(0, [0, 1, 2]))
-    serve(runtime, 0, [2, 1, 0], values)
+            list(runtime.fetch(0, [0, 1, 2]))
+    fetch(runtime, 0, [2, 1, 0], values)
     runtime.check_integrity()
     runtime.close()
 
 
 def in_host_memory(runtime, weights):
-    """Whether served weights are a view of the host tier's slots."""
+    """Whether fetched weights are a view of the host tier's slots."""
     begin = runtime._host.pool.tensor.data_ptr()
     return begin <= weights["w"].data_ptr() < begin + runtime._host.pool.num_bytes
 
@@ -269,7 +269,7 @@ def empty_device(runtime):
 def fill_host(runtime, values):
     """Bring every expert into a host tier that holds them all, and leave none on the device."""
     for layer in range(NUM_LAYERS):
-        serve(runtime, layer, list(range(NUM_EXPERTS)), values)
+        fetch(runtime, layer, list(range(NUM_EXPERTS)), values)
     empty_device(runtime)
     runtime.reset_stats()
 
@@ -281,7 +281,7 @@ NUMBERS = st.lists(st.integers(0, NUM_EXPERTS), min_size=1, max_size=4)
 @given(
     st.sampled_from(sorted(POLICIES)), st.integers(1, 7), st.sampled_from([5, 9, 18]), st.booleans(), NUMBERS, DEMANDS
 )
-def test_any_mixture_of_host_and_device_is_served_right(
+def test_any_mixture_of_host_and_device_is_fetched_right(
     experts_file, policy, num_slots, host_slots, threads, numbers, demands
 ):
     path, values = experts_file
@@ -289,7 +289,7 @@ def test_any_mixture_of_host_and_device_is_served_right(
     with build(path, num_slots, policy, host_slots, streams, GivenSplit(*numbers)) as runtime:
         runtime.begin_forward(1, 1, continues=True)
         for layer, experts in demands:
-            serve(runtime, layer, sorted(experts), values)
+            fetch(runtime, layer, sorted(experts), values)
             runtime.check_integrity()
             assert not runtime._host_compute._num_tokens
         stats = runtime.stats()["decode"]
@@ -318,12 +318,12 @@ def test_the_host_computes_while_copies_run_and_before_the_device_experts(expert
     split = GivenSplit(0)
     with build(path, 6, host_slots=18, streams=streams, misses=split) as runtime:
         fill_host(runtime, values)
-        serve(runtime, 0, [0], values)
+        fetch(runtime, 0, [0], values)
         split._numbers = itertools.repeat(2)
         streams.gate.clear()
         order, on_link = [], []
-        with closing(runtime.serve(0, [0, 1, 2, 3])) as served:
-            for expert, weights in each(served):
+        with closing(runtime.fetch(0, [0, 1, 2, 3])) as fetched:
+            for expert, weights in each(fetched):
                 order.append((expert, in_host_memory(runtime, weights)))
                 on_link.append(runtime._transfers.num_on_link)
                 if len(order) == 3:
@@ -341,9 +341,9 @@ def test_host_slot_is_not_overwritten_while_the_cpu_computes(experts_file, monke
     path, values = experts_file
     with build(path, 7, "lfu", host_slots=5, misses=GivenSplit(1)) as runtime:
         for _ in range(3):
-            serve(runtime, 1, [0, 1, 2, 3], values)
+            fetch(runtime, 1, [0, 1, 2, 3], values)
             empty_device(runtime)
-        serve(runtime, 0, [0], values)
+        fetch(runtime, 0, [0], values)
         empty_device(runtime)
         assert ExpertKey(0, 0) in runtime._host.cache
         read, has_read = runtime.store.read, threading.Semaphore(0)
@@ -354,23 +354,23 @@ def test_host_slot_is_not_overwritten_while_the_cpu_computes(experts_file, monke
             return found
 
         monkeypatch.setattr(runtime.store, "read", reading)
-        with closing(runtime.serve(0, [0, 1, 2, 3, 4])) as served:
-            expert, weights = next(each(served))
+        with closing(runtime.fetch(0, [0, 1, 2, 3, 4])) as fetched:
+            expert, weights = next(each(fetched))
             assert expert == 0
             assert in_host_memory(runtime, weights)
             for _ in range(4):  # they take every other slot, and expert 0 is the least used
                 assert has_read.acquire(timeout=10)
             assert torch.equal(weights["w"], values[0, 0])
-            assert sorted(expert for expert, _ in each(served)) == [1, 2, 3, 4]
+            assert sorted(expert for expert, _ in each(fetched)) == [1, 2, 3, 4]
         runtime.check_integrity()
 
 
 def test_the_cpu_leaves_a_host_slot_for_every_copy_in_flight(experts_file):
     path, values = experts_file
     with build(path, 7, host_slots=5, misses=GivenSplit(NUM_EXPERTS)) as runtime:
-        serve(runtime, 0, [0, 1], values)
+        fetch(runtime, 0, [0, 1], values)
         empty_device(runtime)
-        serve(runtime, 0, list(range(NUM_EXPERTS)), values)  # four of them pass through host slots
+        fetch(runtime, 0, list(range(NUM_EXPERTS)), values)  # four of them pass through host slots
         decisions = runtime.stats()["prefill"]["decisions"]
         assert (decisions["computed_on_host"], decisions["copied"]) == (1, 1)
 
@@ -380,30 +380,30 @@ def test_nothing_stays_pinned_when_the_iterator_is_closed_early(experts_file):
     with build(path, 4, host_slots=18, misses=GivenSplit(3)) as runtime:
         fill_host(runtime, values)
         for stop_after in range(5):
-            with closing(runtime.serve(1, list(range(NUM_EXPERTS)))) as served:
-                for number, _ in enumerate(each(served)):
+            with closing(runtime.fetch(1, list(range(NUM_EXPERTS)))) as fetched:
+                for number, _ in enumerate(each(fetched)):
                     if number == stop_after:
                         break
             runtime.check_integrity()
             runtime._host.cache.check_integrity()
-        serve(runtime, 1, list(range(NUM_EXPERTS)), values)
+        fetch(runtime, 1, list(range(NUM_EXPERTS)), values)
 
 
 def test_an_error_leaves_nothing_pinned(experts_file, tmp_path):
     path, values = experts_file
     path = shutil.copy(path, tmp_path / "experts.bin")
     with build(path, 4, host_slots=9, misses=GivenSplit(2)) as runtime:
-        serve(runtime, 0, [0, 1, 2], values)
+        fetch(runtime, 0, [0, 1, 2], values)
         empty_device(runtime)
         os.truncate(path, 3 + 4 * SIZE * 3)
-        served = runtime.serve(0, [0, 1, 2, 5])
-        with pytest.raises(ExpertReadError), closing(served):
-            list(each(served))
+        fetched = runtime.fetch(0, [0, 1, 2, 5])
+        with pytest.raises(ExpertReadError), closing(fetched):
+            list(each(fetched))
         runtime.check_integrity()
-        with suppress(ZeroDivisionError), closing(runtime.serve(0, [0, 1, 2])) as served:
-            1 / len([next(each(served))][1:])
+        with suppress(ZeroDivisionError), closing(runtime.fetch(0, [0, 1, 2])) as fetched:
+            1 / len([next(each(fetched))][1:])
         empty_device(runtime)
-        serve(runtime, 0, [0, 1, 2], values)
+        fetch(runtime, 0, [0, 1, 2], values)
 
 
 def test_an_expert_computed_on_the_host_gets_a_place_on_the_device_when_the_link_is_idle(experts_file):
@@ -412,7 +412,7 @@ def test_an_expert_computed_on_the_host_gets_a_place_on_the_device_when_the_link
         fill_host(runtime, values)
         runtime.begin_forward(1, 1, continues=True)
         for _ in range(2):
-            serve(runtime, 2, [1], values)
+            fetch(runtime, 2, [1], values)
         decisions = runtime.stats()["decode"]["decisions"]
         assert (decisions["computed_on_host"], decisions["copied_after_compute"], decisions["resident"]) == (1, 1, 1)
 
@@ -422,8 +422,8 @@ def test_more_tokens_make_an_expert_a_later_choice(experts_file):
     with build(path, 4, host_slots=18, misses=GivenSplit(0)) as runtime:
         fill_host(runtime, values)
         runtime._host_compute._split._numbers = itertools.repeat(1)
-        with closing(runtime.serve(1, [1, 2, 3], num_tokens=[9, 2, 7])) as served:
-            assert [expert for expert, weights in each(served) if in_host_memory(runtime, weights)] == [2]
+        with closing(runtime.fetch(1, [1, 2, 3], num_tokens=[9, 2, 7])) as fetched:
+            assert [expert for expert, weights in each(fetched) if in_host_memory(runtime, weights)] == [2]
 
 
 def test_measured_bandwidths_decide_and_are_reported(experts_file):
@@ -434,7 +434,7 @@ def test_measured_bandwidths_decide_and_are_reported(experts_file):
         fill_host(runtime, values)
         for _ in range(100):
             for layer in range(NUM_LAYERS):
-                serve(runtime, layer, [0, 1], values)
+                fetch(runtime, layer, [0, 1], values)
                 runtime.check_integrity()
         stats = runtime.stats()
         assert stats["miss"]["copy_bytes_per_s"] > 0
@@ -446,16 +446,16 @@ def test_waiting_that_residents_hide_is_told_from_waiting(experts_file, monkeypa
     path, values = experts_file
     with build(path, 6, host_slots=18) as runtime:
         fill_host(runtime, values)
-        serve(runtime, 0, [0, 1], values)
+        fetch(runtime, 0, [0, 1], values)
         runtime.reset_stats()
-        serve(runtime, 0, [0, 1, 2], values)  # copies of this stand-in have ended when they are started
-        serve(runtime, 0, [0, 1, 2], values)
+        fetch(runtime, 0, [0, 1, 2], values)  # copies of this stand-in have ended when they are started
+        fetch(runtime, 0, [0, 1, 2], values)
         decisions = runtime.stats()["prefill"]["decisions"]
         assert (decisions["layers_ready"], decisions["layers_waited"]) == (1, 0)
         assert (decisions["went_on_with_resident"], decisions["hidden_behind_resident"]) == (1, 1)
         assert (decisions["resident"], decisions["copied"], decisions["read"]) == (5, 1, 0)
     with build(path, 6) as runtime:
-        serve(runtime, 0, [0, 1], values)
+        fetch(runtime, 0, [0, 1], values)
         assert runtime.stats()["prefill"]["decisions"]["went_on_with_resident"] == 0
         runtime.reset_stats()
         read, wait, waits = runtime.store.read, runtime._transfers.wait_completed, threading.Event()
@@ -470,7 +470,7 @@ def test_waiting_that_residents_hide_is_told_from_waiting(experts_file, monkeypa
 
         monkeypatch.setattr(runtime.store, "read", reading)
         monkeypatch.setattr(runtime._transfers, "wait_completed", waiting)
-        serve(runtime, 0, [0, 1, 2], values)
+        fetch(runtime, 0, [0, 1, 2], values)
         decisions = runtime.stats()["prefill"]["decisions"]
         assert (decisions["layers_ready"], decisions["layers_waited"]) == (0, 1)
         assert (decisions["went_on_with_resident"], decisions["hidden_behind_resident"]) == (1, 0)

@@ -9,6 +9,7 @@ from helpers.fake_predictor import Foretold
 from moeflow.core import ExpertKey
 from moeflow.errors import PredictorError
 from moeflow.policy.cache import ExpertCache
+from moeflow.policy.demand import Demand
 from moeflow.policy.prefetch import Prefetcher
 from moeflow.policy.prefetch_ledger import PrefetchLedger
 
@@ -51,7 +52,7 @@ def pass_layer(prefetcher, cache, layer, *experts):
     cache.touch(keys)
     resident = [one for one in keys if one in cache]
     absent = [one for one in keys if one not in cache.slots]
-    prefetcher.demanded(layer, resident, [], absent, 1.0, [])
+    prefetcher.record_demand(Demand(layer, resident, [], absent, 1.0, []))
     prefetcher.observe(layer, np.array([experts]), None, None)
 
 
@@ -189,7 +190,7 @@ def test_a_losing_layer_is_not_fetched_for():
     prefetcher, _ = build(certain(key(0, 0), key(1, 0)), num_slots=3)
     for _ in range(20):
         prefetcher.ledger.start(key(0, 0), 1, evicted=[key(2, 3)])
-        prefetcher.ledger.demand(2, [], [], [key(2, 3)], 1.0, [])
+        prefetcher.ledger.record_demand(Demand(2, [], [], [key(2, 3)], 1.0, []))
     prefetcher.ledger.decay()
     step(prefetcher)
     assert take_all(prefetcher) == [key(1, 0)]

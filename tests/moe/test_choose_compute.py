@@ -14,7 +14,7 @@ _LOGITS = """
 import json, sys
 import torch
 from moeflow import load_moe
-from moeflow.moe.compute import TorchCompute, TritonCompute
+from moeflow.moe.triton_compute import TritonCompute
 from moeflow.kernels.activations import recognise
 
 torch.set_num_threads(1)

@@ -1,0 +1,37 @@
+"""Choice of the kernels that run a layer's experts, made once from module, records and device."""
+
+import torch
+
+from moeflow.core import RecordLayout
+from moeflow.hf import experts_interface
+from moeflow.kernels.activations import recognise
+from moeflow.kernels.cpu.structs import DTYPES
+from moeflow.moe.compute import ExpertCompute
+from moeflow.moe.cpu_compute import CpuCompute
+from moeflow.moe.torch_compute import TorchCompute
+from moeflow.moe.triton_compute import TritonCompute
+
+
+def choose_compute(
+    module: torch.nn.Module, records: list[RecordLayout], device: torch.device, dtype: torch.dtype
+) -> ExpertCompute:
+    """Return the fastest kernels that can run a layer's experts.
+
+    Args:
+        module: the experts module.
+        records: [num_experts], as the runtime hands them out.
+        device: where the experts are computed.
+        dtype: of the hidden states.
+    """
+    activation = None
+    if not experts_interface.has_post_norm(module) and dtype in DTYPES:
+        apply = experts_interface.activation_of(module)
+        activation = recognise(apply, bool(module.has_gate))
+    if activation is None:
+        return TorchCompute(module)
+    compute: CpuCompute | TritonCompute
+    if device.type == "cpu":
+        compute = CpuCompute(activation, bool(module.is_transposed), 0 if dtype == torch.float32 else 16)
+    else:
+        compute = TritonCompute(module, activation)
+    return compute if compute.can_run(records) else TorchCompute(module)

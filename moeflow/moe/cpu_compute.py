@@ -1,0 +1,80 @@
+"""Experts on the CPU by the compiled kernels, straight from their records."""
+
+import torch
+
+from moeflow.core import RecordLayout
+from moeflow.kernels.activations import Activation
+from moeflow.kernels.cpu import ops as cpu
+from moeflow.kernels.cpu.library import instruction_set
+from moeflow.kernels.cpu.structs import ExpertKernel
+from moeflow.moe.dispatch import Dispatch
+from moeflow.offload.slot_pool import Resident
+
+
+class CpuCompute:
+    """The compiled kernels, straight from the records.
+
+    Args:
+        activation: what the module does between its matrices.
+        is_transposed: whether float matrices are stored [in, out].
+        activation_bits: of activations that meet integer codes: 16 where they were rounded to a half precision before
+            anyway, else 0 for float32.
+    """
+
+    def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int):
+        self._activation = activation
+        self._is_transposed = is_transposed
+        self._bits = activation_bits
+        self._kernels: dict[int, ExpertKernel | None] = {}  # by the record's identity: equal ones are one object
+
+    def can_run(self, records: list[RecordLayout]) -> bool:
+        """Whether there is a kernel for each of these."""
+        return instruction_set() is not None and all(self._kernel(record) is not None for record in records)
+
+    def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        shape = dispatch.num_places, hidden_states.shape[-1]
+        return torch.empty(shape) if dispatch.is_whole else torch.zeros(shape)
+
+    def run(
+        self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
+    ) -> None:
+        starts, places = [0], []
+        for resident in residents:
+            places += dispatch.places(resident.expert)
+            starts.append(len(places))
+        cpu.run_experts(
+            hidden_states,
+            [self._kernel(resident.record) for resident in residents],
+            [resident.address for resident in residents],
+            starts,
+            [place // dispatch.top_k for place in places],
+            places,
+            outputs,
+            activation_bits=self._bits,
+        )
+
+    def run_token(
+        self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        ordered = sorted(residents, key=lambda resident: dispatch.places(resident.expert))
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        cpu.run_token(
+            hidden_states.contiguous(),
+            [self._kernel(resident.record) for resident in ordered],
+            [resident.address for resident in ordered],
+            top_k_weights.contiguous(),
+            out,
+            activation_bits=self._bits,
+        )
+        return out
+
+    def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        cpu.combine(outputs, top_k_weights, out)
+        return out
+
+    def _kernel(self, record: RecordLayout) -> ExpertKernel | None:
+        key = id(record)
+        if key not in self._kernels:
+            self._kernels[key] = ExpertKernel.build(record, self._activation, is_transposed=self._is_transposed)
+        return self._kernels[key]

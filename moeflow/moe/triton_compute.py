@@ -1,0 +1,91 @@
+"""Experts on a GPU by Triton kernels, straight from the device's slots."""
+
+from itertools import accumulate
+
+import torch
+
+from moeflow.core import RecordLayout
+from moeflow.kernels.activations import Activation
+from moeflow.kernels.triton.experts import TritonExperts
+from moeflow.moe.compute import run_apart
+from moeflow.moe.dispatch import Dispatch
+from moeflow.moe.torch_compute import TorchCompute
+from moeflow.offload.slot_pool import Resident
+
+# Tokens of a pass up to which a GPU multiplies pair by pair; beyond, experts are multiplied with all their tokens.
+_MOST_PAIRED_TOKENS = 16
+
+
+class TritonCompute:
+    """Triton's kernels, straight from the device's slots. Not yet measured on a GPU.
+
+    Args:
+        module: the experts module, for experts that the CPU computes in the host tier.
+        activation: what the module does between its matrices.
+    """
+
+    def __init__(self, module: torch.nn.Module, activation: Activation):
+        self._torch = TorchCompute(module)
+        self._activation = activation
+        self._is_transposed = bool(module.is_transposed)
+        self._kernels: dict[int, TritonExperts | None] = {}  # by the record's identity: equal ones are one object
+
+    def can_run(self, records: list[RecordLayout]) -> bool:
+        """Whether there is a kernel for each of these."""
+        return all(self._kernel(record) is not None for record in records)
+
+    def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1], dtype=torch.float32)
+
+    def run(
+        self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
+    ) -> None:
+        alike: dict[int, list[Resident]] = {}
+        for resident in residents:
+            if resident.pool.device == hidden_states.device:
+                alike.setdefault(id(resident.record), []).append(resident)
+            else:
+                self._torch.run(hidden_states, [resident], dispatch, outputs)
+        for group in alike.values():
+            self._run_alike(hidden_states, group, dispatch, outputs)
+
+    def run_token(
+        self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if len({id(resident.record) for resident in residents}) > 1 or residents[0].pool.device != hidden_states.device:
+            return run_apart(self, hidden_states, residents, dispatch, top_k_weights)
+        slots = [0] * dispatch.top_k
+        for resident in residents:
+            slots[dispatch.places(resident.expert)[0]] = resident.slot
+        on_device = torch.tensor([slots], dtype=torch.int32).to(hidden_states.device, non_blocking=True)
+        kernel = self._kernel(residents[0].record)
+        return kernel.decode(hidden_states, residents[0].pool.tensor, on_device, top_k_weights)
+
+    def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        return TritonExperts.combine(outputs, top_k_weights, hidden_states.dtype)
+
+    def _run_alike(
+        self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
+    ) -> None:
+        kernel, arena = self._kernel(residents[0].record), residents[0].pool.tensor
+        slots = [resident.slot for resident in residents]
+        places = [dispatch.places(resident.expert) for resident in residents]
+        counts = [len(chosen) for chosen in places]
+
+        def on_device(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(hidden_states.device, non_blocking=True)
+
+        flat = on_device([place for chosen in places for place in chosen])
+        tokens = flat // dispatch.top_k
+        if dispatch.num_tokens <= _MOST_PAIRED_TOKENS:
+            paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
+            outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
+        else:
+            offsets = on_device([0, *accumulate(counts)])
+            kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs)
+
+    def _kernel(self, record: RecordLayout) -> TritonExperts | None:
+        key = id(record)
+        if key not in self._kernels:
+            self._kernels[key] = TritonExperts.build(record, self._activation, is_transposed=self._is_transposed)
+        return self._kernels[key]

@@ -1,0 +1,51 @@
+"""One expert in flight: where its bytes come from, where they go, and the read that brings them."""
+
+from moeflow.core import ExpertKey, Tier
+
+
+class Transfer:
+    """One expert on its way into one device slot.
+
+    Args:
+        key: the expert.
+        slot: the device slot.
+        source: the tier its bytes come from.
+    """
+
+    __slots__ = (
+        "_work",
+        "beside",
+        "error",
+        "event",
+        "host_slot",
+        "key",
+        "num_bytes",
+        "prefetch",
+        "seconds",
+        "slot",
+        "source",
+    )
+
+    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
+        self.key = key
+        self.prefetch = prefetch  # nobody waits for it yet
+        self.slot = slot
+        self.source = source
+        self.host_slot = host_slot
+        self.event: object = None
+        self.error: Exception | None = None
+        self.num_bytes = 0
+        self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
+        self.beside = False  # whether the CPU computed an expert while it was under way
+        self._work: list = []
+
+    def give_work(self, work: tuple) -> None:
+        """Attach what a reading thread has to run: a function and its arguments."""
+        self._work.append(work)
+
+    def take_work(self) -> tuple | None:
+        """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
+        try:
+            return self._work.pop()
+        except IndexError:
+            return None
