@@ -1,13 +1,8 @@
 """docs/api.md holds the public names as their docstrings describe them."""
 
-import importlib.util
-
 import moeflow
+import write_api_docs as script
 from helpers.paths import ROOT
-
-_SPEC = importlib.util.spec_from_file_location("write_api_docs", ROOT / "scripts" / "write_api_docs.py")
-script = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(script)
 
 
 def test_page_is_what_the_docstrings_say():

@@ -1,16 +1,12 @@
 """docs/cli.md holds the --help of every command, as the parser prints it."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 
+import write_cli_docs as script
 from helpers.paths import ROOT
-
-_SPEC = importlib.util.spec_from_file_location("write_cli_docs", ROOT / "scripts" / "write_cli_docs.py")
-script = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(script)
 
 
 def test_page_is_the_parsers_help():
