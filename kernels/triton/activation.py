@@ -5,7 +5,6 @@ The formula is that of `moeflow.kernels.activations`. Knows nothing of matrices.
 
 import triton
 import triton.language as tl
-
 from moeflow.kernels.activations import ACTIVATIONS, Activation
 
 LINEAR = {

@@ -1,9 +1,9 @@
 """Each token's expert outputs become one: weighted, in float32, always in the order of K."""
 
 import torch
+
 import triton
 import triton.language as tl
-
 from moeflow.kernels.triton.dequantize import rounded
 
 _BLOCK = 256

@@ -5,9 +5,9 @@ order: a pair's result has the same bits whatever other pairs are in the call.
 """
 
 import torch
+
 import triton
 import triton.language as tl
-
 from moeflow.kernels.triton.activation import activate, rows_of_features
 from moeflow.kernels.triton.dequantize import (
     load_bias,

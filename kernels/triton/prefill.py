@@ -4,9 +4,9 @@ Which expert a tile belongs to is found on the device from the offsets, so nothi
 """
 
 import torch
+
 import triton
 import triton.language as tl
-
 from moeflow.kernels.triton.activation import activate, rows_of_features
 from moeflow.kernels.triton.dequantize import (
     INTERPRETED,

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from moeflow.chat.answer import stream_answer
 from moeflow.chat.conversation import Conversation
+from moeflow.chat.figures import answer_figures, stats_line, stats_table
 from moeflow.chat.screen import Screen, echo_off, write_pieces
+from moeflow.chat.terminal import prompt_session
 from moeflow.errors import ConfigError, MoeflowError
-from moeflow.formatting import answer_figures, stats_line, stats_table
-from moeflow.paths import cache_folder
 
 _LEAVING = "Ctrl-D or /exit leaves"
 _NO_TEMPLATE = "this tokenizer has no chat template: the model continues the text instead of answering it"
@@ -251,7 +251,7 @@ def run_chat(
     if not tokenizer.chat_template:
         screen.note(_NO_TEMPLATE)
     chat = Chat(stdin, model, tokenizer, screen, Conversation(system), max_new_tokens, sampling)
-    return chat.run(_prompt_session(stdin, stdout, list(chat.commands)))
+    return chat.run(prompt_session(stdin, stdout, list(chat.commands)))
 
 
 def _answer_once(model, tokenizer, conversation, max_new_tokens, sampling, stop_event, show, note):
@@ -274,57 +274,3 @@ def _answer_once(model, tokenizer, conversation, max_new_tokens, sampling, stop_
 def _stats(model):
     handle = getattr(model, "moeflow", None)
     return None if handle is None else handle.stats()
-
-
-def _prompt_session(stdin, stdout, commands):
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.enums import DEFAULT_BUFFER
-    from prompt_toolkit.filters import has_focus
-    from prompt_toolkit.input import create_input
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.output import create_output
-    from prompt_toolkit.utils import is_dumb_terminal
-
-    keys = KeyBindings()
-
-    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))
-    def accept(event):
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))
-    @keys.add("escape", "c-j", filter=has_focus(DEFAULT_BUFFER))
-    def new_line(event):
-        event.current_buffer.insert_text("\n")
-
-    return PromptSession(
-        input=create_input(stdin),
-        # On a dumb terminal prompt_toolkit reads plain lines, but only where the output is left to it.
-        output=None if is_dumb_terminal() else create_output(stdout if stdout.isatty() else sys.stderr),
-        history=_open_history(),
-        key_bindings=keys,
-        multiline=True,
-        prompt_continuation="  ",
-        completer=WordCompleter(commands, sentence=True),
-        complete_while_typing=False,
-        enable_suspend=True,
-    )
-
-
-def _open_history():
-    """Keep what was typed in the user's cache folder, readable by the user alone; in memory where that fails."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    path = cache_folder() / "chat_history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        with path.open("r+b"):
-            return FileHistory(str(path))
-    except OSError:
-        return InMemoryHistory()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from moeflow.engine.sampling import Sampler, SamplingParams
-from moeflow.engine.scheduler import Sequence
+from moeflow.engine.sequence import Sequence
 from moeflow.engine.stop_strings import StopStrings
 
 
