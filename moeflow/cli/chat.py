@@ -6,7 +6,8 @@ torch, transformers and rich are imported by the commands, not by their argument
 import json
 import sys
 
-from moeflow.cli.options import add_loading_options, load_model
+from moeflow.chat.answer import MAX_NEW_TOKENS, NOT_IN_GENERATE
+from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
 from moeflow.errors import ConfigError, MoeflowError
 
 
@@ -30,45 +31,46 @@ def add_chat_commands(commands) -> None:
 
 
 def _add_sampling(parser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer (512)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; without it the checkpoint's")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample from this share of the probability")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument("--seed", type=int, metavar="S", help="seed of the sampling")
+    checkpoint = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    defaults = {"max_new_tokens": str(MAX_NEW_TOKENS)} | dict.fromkeys(checkpoint, "the checkpoint's")
+    add_sampling_options(parser, leave_out=NOT_IN_GENERATE, defaults=defaults)
 
 
 def _chat(arguments) -> int:
+    from moeflow.chat.answer import checkpoint_params
     from moeflow.chat.chat import run_chat
 
     if arguments.json and sys.stdin.isatty():
         raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
+    given = given_sampling(arguments)
     source = arguments.model or _ensure_demo_model(arguments.yes)
     model, tokenizer = load_model(source, arguments)
     with model.moeflow:
         return run_chat(
             model,
             tokenizer,
+            checkpoint_params(model, **given),
             system=arguments.system,
             plain=arguments.plain or None,
             as_json=arguments.json,
             name=str(source),
-            **_sampling(arguments),
         )
 
 
 def _generate(arguments) -> int:
-    from moeflow.chat.answer import stream_answer
+    from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.chat.figures import answer_figures, stats_line
     from moeflow.chat.screen import write_pieces
 
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
     if not prompt.strip():
         raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
+    given = given_sampling(arguments)
     model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow:
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         before = model.moeflow.stats()
-        with stream_answer(model, tokenizer, input_ids, **_sampling(arguments)) as stream:
+        with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:
             if arguments.json:
                 list(stream)
             else:
@@ -79,11 +81,6 @@ def _generate(arguments) -> int:
     else:
         print(stats_line(before, after, stream.answer), file=sys.stderr)
     return 0
-
-
-def _sampling(arguments) -> dict:
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    return {name: getattr(arguments, name) for name in names}
 
 
 def _ensure_demo_model(yes: bool) -> str:

@@ -15,7 +15,7 @@ import torch
 from moeflow.engine.model_runner import PackedPasses
 from moeflow.engine.prompts import Prompts
 from moeflow.engine.request import Completion, Progress, Request
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.scheduler import Scheduler
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.step_groups import StepGroups

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from moeflow.engine.sampling import Sampler, SamplingParams
+from moeflow.engine.sampling import Sampler
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.stop_strings import StopStrings
 

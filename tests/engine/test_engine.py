@@ -15,7 +15,7 @@ from helpers.small_tokenizers import byte_tokenizer, letter_tokenizer
 from moeflow import load_moe
 from moeflow.core import ExpertKey
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
 from moeflow.hf.forward import KeyValueCache
 from moeflow.memory_size import ExpertsSize

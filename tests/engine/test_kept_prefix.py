@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 
 NEW = 4
 PREFIX = torch.randint(3, 120, (20,), generator=torch.Generator().manual_seed(5)).tolist()

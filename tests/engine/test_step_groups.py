@@ -7,7 +7,7 @@ import torch
 
 from moeflow import load_moe
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.step_groups import PassRoutes
 from moeflow.errors import ConfigError, ExpertReadError
 from moeflow.memory_size import ExpertsSize
