@@ -1,22 +1,8 @@
-"""How figures read: bytes, seconds, the line after an answer, a model's counters.
+"""Sizes, durations and shares as text.
 
-Works on plain numbers and on the dict `model.moeflow.stats()` returns; imports neither torch nor a model.
+Knows plain numbers. Knows nothing of models or counters.
 """
 
-from __future__ import annotations
-
-from dataclasses import asdict
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from moeflow.chat.answer import Answer
-
-PHASES = ("prefill", "decode")
-COUNTERS = (
-    "tokens", "forwards", "hits", "misses", "evictions", "bytes_from_disk", "bytes_from_host", "stall_s", "compute_s",
-)  # fmt: skip
 MISSING = "–"
 
 
@@ -56,104 +42,3 @@ def format_seconds(seconds: float | None) -> str:
 def format_percent(share: float | None) -> str:
     """Write a share of 1 as whole percent, such as "71 %"."""
     return MISSING if share is None else f"{share * 100:.0f} %"
-
-
-def stats_delta(before: dict, after: dict) -> dict:
-    """Return what happened between two `stats()`: counters as differences, memory as it is now.
-
-    Args:
-        before: `model.moeflow.stats()` at the start.
-        after: the same, at the end.
-    """
-    delta = {**after, "io": {**after["io"]}}
-    for phase in PHASES:
-        counted = {name: after[phase][name] - before[phase][name] for name in COUNTERS}
-        lookups = counted["hits"] + counted["misses"]
-        counted["hit_rate"] = counted["hits"] / lookups if lookups else None
-        counted["decisions"] = {
-            name: number - before[phase]["decisions"][name] for name, number in after[phase]["decisions"].items()
-        }
-        delta[phase] = counted
-    for name in ("reads", "bytes"):
-        delta["io"][name] -= before["io"][name]
-    return delta
-
-
-def answer_figures(before: dict | None, after: dict | None, answer: Answer) -> dict:
-    """Return an answer and what it cost as one dict that `json.dumps` takes.
-
-    Args:
-        before: `model.moeflow.stats()` before the answer; None for a model that runs without moeflow.
-        after: the same after it.
-        answer: the answer.
-    """
-    figures = asdict(answer)
-    figures["moeflow"] = None if before is None or after is None else stats_delta(before, after)
-    return figures
-
-
-def stats_line(before: dict | None, after: dict | None, answer: Answer) -> str:
-    """Write the line that stands below an answer.
-
-    Args:
-        before: `model.moeflow.stats()` before the answer; None for a model that runs without moeflow.
-        after: the same after it.
-        answer: the answer.
-    """
-    parts = [f"{answer.num_new_tokens} tok"]
-    if answer.tokens_per_s is not None:
-        rate = answer.tokens_per_s
-        parts.append(f"{rate:.1f} tok/s" if rate < 100 else f"{rate:.0f} tok/s")
-    parts.append(f"TTFT {format_seconds(answer.ttft_s)}")
-    if before is not None and after is not None:
-        delta = stats_delta(before, after)
-        memory = delta["memory"]
-        if delta["decode"]["hit_rate"] is not None:
-            parts.append(f"hit rate {format_percent(delta['decode']['hit_rate'])} (decode)")
-        parts.append(f"{format_bytes(delta['io']['bytes'])} read")
-        held, everything = format_bytes(memory["device_bytes"]), format_bytes(memory["all_experts_bytes"])
-        parts.append(f"experts {held} of {everything}")
-        if memory["host_bytes"]:
-            parts.append(f"host {format_bytes(memory['host_bytes'])}")
-        parts.append(f"process {format_bytes(memory['process_bytes'])}")
-    if answer.stopped == "user":
-        parts.append("stopped")
-    elif answer.stopped == "length":
-        parts.append("length limit reached")
-    return " · ".join(parts)
-
-
-def stats_table(stats: dict) -> Table:
-    """Lay `model.moeflow.stats()` out as a table: the counters of prefill and decode, then the memory."""
-    from rich import box
-    from rich.table import Table
-
-    title = f"{stats['slots']} slots on {stats['device']} · {stats['num_experts']} experts · policy {stats['policy']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for heading in ("", *PHASES):
-        table.add_column(heading, justify="right" if heading else "left")
-    counters = [
-        ("tokens", "tokens", "{:,}".format),
-        ("forwards", "forwards", "{:,}".format),
-        ("hit rate", "hit_rate", format_percent),
-        ("hits", "hits", "{:,}".format),
-        ("misses", "misses", "{:,}".format),
-        ("evictions", "evictions", "{:,}".format),
-        ("read from disk", "bytes_from_disk", format_bytes),
-        ("copied from host", "bytes_from_host", format_bytes),
-        ("waiting for experts", "stall_s", format_seconds),
-        ("computing experts", "compute_s", format_seconds),
-    ]
-    for label, name, write in counters:
-        table.add_row(label, *(write(stats[phase][name]) for phase in PHASES))
-    table.add_section()
-    table.add_row("", "now", "peak", style="bold")
-    memory, io = stats["memory"], stats["io"]
-    for label, name in (("device experts", "device"), ("host experts", "host"), ("process", "process")):
-        table.add_row(label, format_bytes(memory[f"{name}_bytes"]), format_bytes(memory[f"{name}_peak_bytes"]))
-    table.add_row("staging", format_bytes(memory["staging_bytes"]), "")
-    table.add_section()
-    budget, everything = format_bytes(memory["expert_budget_bytes"]), format_bytes(memory["all_experts_bytes"])
-    table.add_row("expert budget", budget, f"of {everything}")
-    table.add_row(f"{io['mode']} reads, {io['threads']} threads", f"{io['reads']:,}", format_bytes(io["bytes"]))
-    return table

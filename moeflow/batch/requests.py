@@ -6,20 +6,12 @@ import hashlib
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-from moeflow.engine.sampling import SamplingParams
+from moeflow.batch.openai_format import CHAT_URL, OPENAI_FIELDS, TEXT_URL, openai_sampling
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
-CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
-_NOT_IN_OPENAI = ("max_new_tokens", "logprobs")  # of another name or meaning there
-_WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier")
-_OPENAI = (
-    *(name for name in _SAMPLING if name not in _NOT_IN_OPENAI),
-    *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "n", "stream"),
-    *_WITHOUT_EFFECT,
-)
 _ROLES = ("system", "user", "assistant")
 
 
@@ -127,8 +119,8 @@ def _read_line(number, line, defaults, answered_by, line_of) -> BatchRequest | R
             return BatchRequest(number, own_id, None, content, params, answered_by=answered_by)
         body = _body(entry, number)
         wanted = "messages" if url == CHAT_URL else "prompt"
-        _refuse_unknown(body, (wanted, *_OPENAI))
-        content, params, model = _content(body), _params(_openai_sampling(body, url), defaults), body.get("model")
+        _refuse_unknown(body, (wanted, *OPENAI_FIELDS))
+        content, params, model = _content(body), _params(openai_sampling(body, url), defaults), body.get("model")
         return BatchRequest(number, own_id, url, content, params, model and str(model), answered_by)
     except ConfigError as error:
         return RefusedLine(number, own_id, url, str(error))
@@ -200,27 +192,6 @@ def _message(place, message) -> dict:
     if not isinstance(content, str):
         raise ConfigError(f"message {place} has {_short(content)} as content; only text can be read")
     return {"role": message["role"], "content": _text(content, f"message {place}")}
-
-
-def _openai_sampling(body, url) -> dict[str, Any]:
-    """Return a body's sampling under the names of SamplingParams."""
-    for name, only in (("n", 1), ("stream", False)):
-        if body.get(name, only) not in (only, None):
-            raise ConfigError(f"{name} is {body[name]!r}; a batch has only {only!r}")
-    sampling = {name: body[name] for name in _SAMPLING if name not in _NOT_IN_OPENAI and name in body}
-    for name in ("max_tokens", "max_completion_tokens"):
-        if body.get(name) is not None:
-            sampling["max_new_tokens"] = body[name]
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = [sampling["stop"]]
-    if url == CHAT_URL:
-        if body.get("logprobs") not in (None, True, False):
-            raise ConfigError(f"logprobs is {body['logprobs']!r}; for {CHAT_URL} it must be true or false")
-        if body.get("logprobs"):
-            sampling["logprobs"] = body.get("top_logprobs") or 0
-    else:
-        sampling["logprobs"] = body.get("logprobs")
-    return sampling
 
 
 def _params(entry, defaults) -> SamplingParams:

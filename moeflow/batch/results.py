@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from moeflow.batch.openai_format import batch_record, response_body, token_logprobs
 from moeflow.errors import ConfigError, MoeflowError
 
 _START = b'{"id": '  # of every line
@@ -146,40 +146,30 @@ def answer_record(request, completion, decode) -> dict:
         completion: the engine's `Completion`, finished by "stop" or "length".
         decode: a token id's text, for the log-probabilities of OpenAI's form.
     """
-    num_prompt, num_new = len(completion.prompt_ids), len(completion.token_ids)
     if request.url is None:
         record = {
             "id": request.id,
             "text": completion.text,
             "finish_reason": completion.finish_reason,
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_new,
+            "prompt_tokens": len(completion.prompt_ids),
+            "completion_tokens": len(completion.token_ids),
             "request": request.digest,
         }
         if completion.logprobs is not None:
             record["logprobs"] = [
                 {"token_id": token_id, "logprob": logprob, "top": top}
-                for token_id, logprob, top in _logprobs(completion)
+                for token_id, logprob, top in token_logprobs(completion)
             ]
         return record
-    in_chat = isinstance(request.content, list)
-    choice = {"index": 0, "finish_reason": completion.finish_reason}
-    if in_chat:
-        choice |= {"message": {"role": "assistant", "content": completion.text}}
-    else:
-        choice |= {"text": completion.text}
-    choice["logprobs"] = None
-    if completion.logprobs is not None:
-        choice["logprobs"] = (_chat_logprobs if in_chat else _text_logprobs)(_logprobs(completion), decode)
-    body = {
-        "id": f"cmpl-{request.number}",
-        "object": "chat.completion" if in_chat else "text_completion",
-        "created": int(time.time()),
-        "model": request.model,
-        "choices": [choice],
-        "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
-    }
-    return _openai_record(request, {"status_code": 200, "request_id": f"req_{request.digest}", "body": body}, None)
+    body = response_body(
+        completion,
+        id=f"cmpl-{request.number}",
+        model=request.model,
+        in_chat=isinstance(request.content, list),
+        decode=decode,
+    )
+    response = {"status_code": 200, "request_id": f"req_{request.digest}", "body": body}
+    return batch_record(request.number, request.id, response=response)
 
 
 def failure_record(request, error: str) -> dict:
@@ -191,34 +181,8 @@ def failure_record(request, error: str) -> dict:
     """
     if request.url is None:
         return {"id": request.id, "line": request.number, "error": error}
-    return _openai_record(request, None, {"code": "failed", "message": error, "line": request.number})
-
-
-def _openai_record(request, response, error):
-    return {"id": f"batch_req_{request.number}", "custom_id": request.id, "response": response, "error": error}
-
-
-def _logprobs(completion):
-    """Return (token id, log-probability, the likeliest tokens with theirs) of each token."""
-    return [
-        (token_id, logprob, top)
-        for token_id, (logprob, top) in zip(completion.token_ids, completion.logprobs, strict=True)
-    ]
-
-
-def _chat_logprobs(logprobs, decode):
-    def entry(token_id, logprob):
-        return {"token": decode(token_id), "logprob": logprob, "bytes": None}
-
-    return {"content": [{**entry(i, p), "top_logprobs": [entry(*each) for each in top]} for i, p, top in logprobs]}
-
-
-def _text_logprobs(logprobs, decode):
-    return {
-        "tokens": [decode(token_id) for token_id, _, _ in logprobs],
-        "token_logprobs": [logprob for _, logprob, _ in logprobs],
-        "top_logprobs": [{decode(token_id): logprob for token_id, logprob in top} for _, _, top in logprobs],
-    }
+    failure = {"code": "failed", "message": error, "line": request.number}
+    return batch_record(request.number, request.id, error=failure)
 
 
 def _id_of(record) -> str:

@@ -10,9 +10,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 from moeflow.engine.detokenizer import Detokenizer
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 512  # of an answer, where nothing else is asked for
+# Fields of SamplingParams that `generate` has not, or would do otherwise.
+NOT_IN_GENERATE = ("presence_penalty", "frequency_penalty", "stop", "logprobs", "ignore_eos")
 
 
 @dataclass(frozen=True)
@@ -120,16 +130,31 @@ class AnswerStream:
         self.answer = self._describe(self._streamer, self._begin_s)
 
 
+def checkpoint_params(model: PreTrainedModel, **given: Any) -> SamplingParams:
+    """Return the sampling that a checkpoint's generation settings ask for, where nothing else is given.
+
+    Args:
+        model: a transformers model with `generate`.
+        **given: fields of SamplingParams that take the place of the checkpoint's.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    from moeflow.hf.forward import sampling_settings
+
+    settings = sampling_settings(model)
+    samples = settings.pop("do_sample") or not given.keys().isdisjoint(("temperature", "top_p", "top_k"))
+    if not samples:
+        settings["temperature"] = 0.0
+    return SamplingParams(**{"max_new_tokens": MAX_NEW_TOKENS, **settings, **given})
+
+
 def stream_answer(
-    model,
-    tokenizer,
-    input_ids,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    params: SamplingParams,
     *,
-    max_new_tokens: int,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
     stop_event: threading.Event | None = None,
 ) -> AnswerStream:
     """Start generating an answer and return the iterator over its text.
@@ -138,27 +163,25 @@ def stream_answer(
         model: a transformers model with `generate`.
         tokenizer: its tokenizer.
         input_ids: [1, num_prompt_tokens], the prompt.
-        max_new_tokens: most tokens to generate, at least 1.
-        temperature: 0 decodes greedily; None leaves the checkpoint's own generation settings in charge.
-        top_p: share of the probability sampled from, above 0 and at most 1; None as above.
-        top_k: number of tokens sampled from, 0 for all; None as above.
-        seed: seeds torch's generators, which the whole process shares; None leaves them as they are.
+        params: the sampling; its seed seeds torch's generators, which the whole process shares, and None leaves them
+            as they are. What else the checkpoint's generation settings say (suppressed tokens, stop strings) holds.
         stop_event: setting it ends the answer after the token in progress.
 
     Returns:
         The iterator. After the last piece its `answer` is an `Answer`.
 
     Raises:
-        ConfigError: an argument is out of its range. What goes wrong while generating is raised by the iterator.
+        ConfigError: input_ids is no prompt, or params ask for what `generate` has not. What goes wrong while generating
+            is raised by the iterator.
     """
     import torch
     from transformers import StoppingCriteriaList
 
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ConfigError(f"input_ids has shape {list(input_ids.shape)}; it must be [1, num_prompt_tokens], not empty")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    sampling = _sampling_options(temperature, top_p, top_k)
+    for name in NOT_IN_GENERATE:
+        if getattr(params, name) != getattr(SamplingParams, name):
+            raise ConfigError(f"{name} is {getattr(params, name)!r}; only the engine and `moeflow batch` know it")
     eos_token_ids = _eos_token_ids(model, tokenizer)
     stop_event = stop_event or threading.Event()
     closed = threading.Event()
@@ -170,15 +193,15 @@ def stream_answer(
         stop = stop_event.is_set() or closed.is_set()
         return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
 
-    options = {"max_new_tokens": max_new_tokens, "num_beams": 1, **sampling}
+    options = {"max_new_tokens": params.max_new_tokens, "num_beams": 1, **_generate_options(model, params)}
     if eos_token_ids:
         pad_token_id = tokenizer.pad_token_id
         options["eos_token_id"] = eos_token_ids
         options["pad_token_id"] = eos_token_ids[0] if pad_token_id is None else pad_token_id
 
     def generate():
-        if seed is not None:
-            torch.manual_seed(seed)
+        if params.seed is not None:
+            torch.manual_seed(params.seed)
         model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -192,7 +215,7 @@ def stream_answer(
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
         if streamer.token_ids[-1] in eos_token_ids:
             stopped = "eos"
-        elif num_new_tokens >= max_new_tokens:
+        elif num_new_tokens >= params.max_new_tokens:
             stopped = "length"
         else:
             # Neither asked to stop nor at the limit: a stop string of the checkpoint's generation settings.
@@ -210,19 +233,16 @@ def stream_answer(
     return AnswerStream(generate, streamer, pieces, closed, describe)
 
 
-def _sampling_options(temperature, top_p, top_k):
-    if temperature is not None and temperature < 0:
-        raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if top_k is not None and top_k < 0:
-        raise ConfigError(f"top_k is {top_k}; it must be 0 (all tokens) or more")
-    if temperature == 0:
+def _generate_options(model: PreTrainedModel, params: SamplingParams) -> dict[str, Any]:
+    """Return the sampling under the names of `generate`."""
+    options: dict[str, Any] = {"repetition_penalty": params.repetition_penalty}
+    if params.temperature == 0:
         # transformers' neutral values, or it warns about the checkpoint's sampling settings it is not to use.
-        return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {"do_sample": True, **given} if given else {}
+        return options | {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    options |= {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+    if params.min_p or model.generation_config.min_p:  # a min_p of 0 would cost a softmax a token
+        options["min_p"] = params.min_p
+    return options
 
 
 def _eos_token_ids(model, tokenizer):

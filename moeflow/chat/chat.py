@@ -9,14 +9,21 @@ import json
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-from moeflow.chat.answer import stream_answer
+from moeflow.chat.answer import Answer, checkpoint_params, stream_answer
 from moeflow.chat.conversation import Conversation
+from moeflow.chat.figures import answer_figures, stats_line, stats_table
 from moeflow.chat.screen import Screen, echo_off, write_pieces
+from moeflow.chat.terminal import prompt_session
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
-from moeflow.formatting import answer_figures, stats_line, stats_table
-from moeflow.paths import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LEAVING = "Ctrl-D or /exit leaves"
 _NO_TEMPLATE = "this tokenizer has no chat template: the model continues the text instead of answering it"
@@ -25,14 +32,21 @@ _NO_TEMPLATE = "this tokenizer has no chat template: the model continues the tex
 class Chat:
     """One interactive session: reads lines, runs commands, has the model answer the rest."""
 
-    def __init__(self, stdin, model, tokenizer, screen, conversation, max_new_tokens, sampling):
+    def __init__(
+        self,
+        stdin: TextIO,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        screen: Screen,
+        conversation: Conversation,
+        params: SamplingParams,
+    ):
         self.stdin = stdin
         self.model = model
         self.tokenizer = tokenizer
         self.screen = screen
         self.conversation = conversation
-        self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
+        self.params = params
         self.stop_event = threading.Event()
         self.commands = {
             "/reset": (self._reset, "", "forget the conversation, keep the system prompt"),
@@ -95,7 +109,7 @@ class Chat:
         try:
             with echo_off(self.stdin):
                 answer, before, after = _answer_once(
-                    self.model, self.tokenizer, self.conversation, self.max_new_tokens, self.sampling, self.stop_event,
+                    self.model, self.tokenizer, self.conversation, self.params, self.stop_event,
                     show=lambda pieces: self.screen.show(pieces, self.stop_event), note=self.screen.note,
                 )  # fmt: skip
         except (MoeflowError, RuntimeError, OSError) as error:
@@ -138,16 +152,12 @@ class Chat:
 
 
 def run_prompt(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
+    params: SamplingParams | None = None,
     *,
     system: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
     as_json: bool = False,
     stdout=None,
     stderr=None,
@@ -158,12 +168,8 @@ def run_prompt(
         model: a transformers model, with or without a `moeflow` handle.
         tokenizer: its tokenizer.
         prompt: the user's message.
+        params: the sampling; the checkpoint's where None.
         system: the system prompt.
-        max_new_tokens: most tokens of the answer.
-        temperature: 0 decodes greedily; this, top_p and top_k follow the checkpoint where None.
-        top_p: share of the probability sampled from.
-        top_k: number of tokens sampled from.
-        seed: seed of the sampling.
         as_json: print one JSON object with the answer and its figures instead.
         stdout: where the answer goes.
         stderr: where figures and notes go.
@@ -181,9 +187,8 @@ def run_prompt(
         print(_NO_TEMPLATE, file=stderr)
     conversation = Conversation(system)
     conversation.turns.append({"role": "user", "content": prompt})
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     answer, before, after = _answer_once(
-        model, tokenizer, conversation, max_new_tokens, sampling, threading.Event(),
+        model, tokenizer, conversation, params or checkpoint_params(model), threading.Event(),
         show=list if as_json else lambda pieces: write_pieces(pieces, stdout),
         note=lambda text: print(text, file=stderr),
     )  # fmt: skip
@@ -195,15 +200,11 @@ def run_prompt(
 
 
 def run_chat(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    params: SamplingParams | None = None,
     *,
     system: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
     stdin=None,
     stdout=None,
     plain: bool | None = None,
@@ -215,12 +216,8 @@ def run_chat(
     Args:
         model: a transformers model, with or without a `moeflow` handle.
         tokenizer: its tokenizer.
+        params: the sampling; the checkpoint's where None. With a seed, the same messages get the same answers.
         system: the system prompt.
-        max_new_tokens: most tokens of one answer.
-        temperature: 0 decodes greedily; this, top_p and top_k follow the checkpoint where None.
-        top_p: share of the probability sampled from.
-        top_k: number of tokens sampled from.
-        seed: seed of the sampling; the same messages then get the same answers.
         stdin: where messages come from; a terminal makes the chat interactive.
         stdout: where answers go.
         plain: True for text without markup or colour; None decides by the terminal and NO_COLOR.
@@ -234,15 +231,13 @@ def run_chat(
         MoeflowError: a piped prompt is empty or not text, does not fit, or the model failed.
     """
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     if not stdin.isatty():
         try:
             prompt = stdin.read().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ConfigError(f"the prompt on stdin is not text: {error}") from error
         return run_prompt(
-            model, tokenizer, prompt,
-            system=system, max_new_tokens=max_new_tokens, as_json=as_json, stdout=stdout, **sampling,
+            model, tokenizer, prompt, params, system=system, as_json=as_json, stdout=stdout,
         )  # fmt: skip
     if as_json:
         raise ConfigError("JSON output is for one prompt: pipe it in, as in `echo hello | moeflow chat ... --json`")
@@ -250,81 +245,34 @@ def run_chat(
     screen.note(f"{name} · /help lists the commands · {_LEAVING}")
     if not tokenizer.chat_template:
         screen.note(_NO_TEMPLATE)
-    chat = Chat(stdin, model, tokenizer, screen, Conversation(system), max_new_tokens, sampling)
-    return chat.run(_prompt_session(stdin, stdout, list(chat.commands)))
+    chat = Chat(stdin, model, tokenizer, screen, Conversation(system), params or checkpoint_params(model))
+    return chat.run(prompt_session(stdin, stdout, list(chat.commands)))
 
 
-def _answer_once(model, tokenizer, conversation, max_new_tokens, sampling, stop_event, show, note):
+def _answer_once(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    params: SamplingParams,
+    stop_event: threading.Event,
+    show: Callable[[Iterable[str]], object],
+    note: Callable[[str], None],
+) -> tuple[Answer, dict[str, Any] | None, dict[str, Any] | None]:
     """Answer the conversation's last message; returns the answer and the model's counters around it."""
-    input_ids, num_free, num_forgotten = conversation.fit(model, tokenizer, max_new_tokens)
+    input_ids, num_free, num_forgotten = conversation.fit(model, tokenizer, params.max_new_tokens)
     if num_forgotten:
         note(f"the context is full: forgot the oldest {num_forgotten} exchange{'s' * (num_forgotten > 1)}")
-    if num_free < max_new_tokens:
+    if num_free < params.max_new_tokens:
         note(f"the context has room for {num_free} more tokens")
-    if sampling["seed"] is not None:
-        sampling = {**sampling, "seed": sampling["seed"] + len(conversation.turns)}
+    seed = None if params.seed is None else (params.seed + len(conversation.turns)) % 2**63
+    params = replace(params, max_new_tokens=num_free, seed=seed)
     before = _stats(model)
-    with stream_answer(
-        model, tokenizer, input_ids, max_new_tokens=num_free, stop_event=stop_event, **sampling
-    ) as stream:
+    with stream_answer(model, tokenizer, input_ids, params, stop_event=stop_event) as stream:
         show(stream)
+    assert stream.answer is not None, "an answer that was shown to its end"
     return stream.answer, before, _stats(model)
 
 
-def _stats(model):
+def _stats(model: PreTrainedModel) -> dict[str, Any] | None:
     handle = getattr(model, "moeflow", None)
     return None if handle is None else handle.stats()
-
-
-def _prompt_session(stdin, stdout, commands):
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.enums import DEFAULT_BUFFER
-    from prompt_toolkit.filters import has_focus
-    from prompt_toolkit.input import create_input
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.output import create_output
-    from prompt_toolkit.utils import is_dumb_terminal
-
-    keys = KeyBindings()
-
-    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))
-    def accept(event):
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))
-    @keys.add("escape", "c-j", filter=has_focus(DEFAULT_BUFFER))
-    def new_line(event):
-        event.current_buffer.insert_text("\n")
-
-    return PromptSession(
-        input=create_input(stdin),
-        # On a dumb terminal prompt_toolkit reads plain lines, but only where the output is left to it.
-        output=None if is_dumb_terminal() else create_output(stdout if stdout.isatty() else sys.stderr),
-        history=_open_history(),
-        key_bindings=keys,
-        multiline=True,
-        prompt_continuation="  ",
-        completer=WordCompleter(commands, sentence=True),
-        complete_while_typing=False,
-        enable_suspend=True,
-    )
-
-
-def _open_history():
-    """Keep what was typed in the user's cache folder, readable by the user alone; in memory where that fails."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    path = cache_folder() / "chat_history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        with path.open("r+b"):
-            return FileHistory(str(path))
-    except OSError:
-        return InMemoryHistory()

@@ -5,21 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from moeflow.cli.options import add_loading_options, load_model
+from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
-_SAMPLING = (
-    ("max-new-tokens", int, "N", "most tokens of an answer (256)"),
-    ("temperature", float, "T", "0 is greedy (0)"),
-    ("top-k", int, "K", "sample from the K likeliest tokens; 0 for all (0)"),
-    ("top-p", float, "P", "sample from this share of the probability (1)"),
-    ("min-p", float, "P", "leave out tokens below this share of the likeliest one's probability (0)"),
-    ("repetition-penalty", float, "R", "divides the logits of tokens in prompt and answer (1)"),
-    ("presence-penalty", float, "A", "taken off the logits of tokens in the answer (0)"),
-    ("frequency-penalty", float, "A", "the same, times how often they are in it (0)"),
-    ("seed", int, "S", "seed of the sampling; each line's number is added to it"),
-    ("logprobs", int, "N", "report each token's log-probability and those of the N likeliest"),
-)
 _MOST_SHOWN = 5
 _GROUPS_AHEAD = 4  # batches that the engine holds, so that it can choose what to compute together
 
@@ -65,10 +54,7 @@ def add_batch_command(commands) -> None:
         help="most sequences in one pass, grouped so that they need few experts; without it all are in one pass",
     )
     batch.add_argument("--kv-memory", default="auto", metavar="SIZE", help='keys and values: bytes, "2GiB" or "auto"')
-    for name, kind, metavar, text in _SAMPLING:
-        batch.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
-    batch.add_argument("--stop", action="append", metavar="TEXT", help="end an answer before TEXT; may be repeated")
-    batch.add_argument("--ignore-eos", action="store_true", help="go on behind the end of sequence")
+    add_sampling_options(batch, defaults={"seed": "each line's number is added to it"})
     add_loading_options(batch, compiles=False)
     batch.set_defaults(run=_batch)
 
@@ -78,7 +64,9 @@ def _batch(arguments) -> int:
     from moeflow.batch.results import BatchFile, failure_record
 
     _check_options(arguments)
-    requests, refused = read_batch(arguments.input, _defaults(arguments), _answered_by(arguments))
+    requests, refused = read_batch(
+        arguments.input, SamplingParams(**given_sampling(arguments)), _answered_by(arguments)
+    )
     line_of = {entry.id: entry.number for entry in [*requests, *refused]}
     with BatchFile(arguments.output) as file:
         _forget(arguments, requests, file)
@@ -139,15 +127,6 @@ def _check_options(arguments):
         )
     if arguments.kv_memory != "auto" and not arguments.kv_memory.endswith("%"):
         parse_memory(arguments.kv_memory, name="--kv-memory", whole_bytes=0)
-
-
-def _defaults(arguments):
-    """Return the sampling of lines that leave it open."""
-    from moeflow.engine.sampling import SamplingParams
-
-    names = [name.replace("-", "_") for name, *_ in _SAMPLING]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return SamplingParams(**given, stop=tuple(arguments.stop or ()), ignore_eos=arguments.ignore_eos)
 
 
 def _answered_by(arguments) -> str:

@@ -1,20 +1,47 @@
-"""What `moeflow info` shows: this installation and machine, or a model's sizes as tables."""
+"""`moeflow info`: this installation and machine, or a model's sizes as tables."""
 
 import importlib.metadata
+import json
 import platform
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from moeflow import __version__, hardware
-from moeflow.demo.model import default_demo_path
+from moeflow import __version__
 from moeflow.formatting import format_bytes
-from moeflow.kernels.quantization import formats
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
 
+def add_info_command(commands) -> None:
+    """Add `info` to the parser's commands."""
+    info = commands.add_parser("info", help="what a model is and what each budget buys, from headers; or this machine")
+    info.add_argument("model", nargs="?", help="hub id or folder; without it, this installation and machine")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+
+
+def _info(arguments) -> int:
+    if arguments.model is None:
+        about, text = describe_installation(), installation_text
+    else:
+        from moeflow.loading.describe import describe_model
+
+        about, text = describe_model(arguments.model), model_text
+    if arguments.json:
+        print(json.dumps(about))
+    else:
+        from rich.console import Console
+
+        Console().print(text(about))
+    return 0
+
+
 def describe_installation() -> dict:
     """Describe versions, memory and GPUs without importing torch."""
+    from moeflow import hardware
+    from moeflow.demo.model import default_demo_path
+    from moeflow.kernels.quantization import formats
+
     demo = default_demo_path()
     return {
         "moeflow": __version__,

@@ -1,17 +1,36 @@
-"""Loading flags that several commands share, and the loading itself.
+"""Flags of loading and of sampling that several commands share, and the loading itself.
 
-The flags are the fields of `LoadOptions`. Knows argparse and load_moe. Knows nothing of answers.
+The flags are the fields of `LoadOptions` and `SamplingParams`. Knows argparse and load_moe. Knows nothing of answers.
 """
 
 import argparse
+from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.loading.options import flag_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLING_HELP = {  # field: (metavar, help)
+    "max_new_tokens": ("N", "most tokens of an answer"),
+    "temperature": ("T", "0 is greedy"),
+    "top_k": ("K", "sample from the K likeliest tokens; 0 for all"),
+    "top_p": ("P", "sample from this share of the probability"),
+    "min_p": ("P", "leave out tokens below this share of the likeliest one's probability"),
+    "repetition_penalty": ("R", "divides the logits of tokens in prompt and answer"),
+    "presence_penalty": ("A", "taken off the logits of tokens in the answer"),
+    "frequency_penalty": ("A", "the same, times how often they are in it"),
+    "seed": ("S", "seed of the sampling"),
+    "stop": ("TEXT", "end an answer before TEXT; may be repeated"),
+    "logprobs": ("N", "report each token's log-probability and those of the N likeliest"),
+    "ignore_eos": ("", "go on behind the end of sequence"),
+}
+_TYPES = {"int": int, "float": float, "int | None": int}
 
 
 def add_loading_options(parser: argparse.ArgumentParser, *, compiles: bool = True) -> None:
@@ -60,3 +79,41 @@ def load_model(
         model = load_moe(source, **flags, **options)
         tokenizer = load_tokenizer(source)
     return model, tokenizer
+
+
+def add_sampling_options(
+    parser: argparse.ArgumentParser, *, leave_out: Collection[str] = (), defaults: dict[str, str] | None = None
+) -> None:
+    """Add a flag for each field of SamplingParams; one that is not given stays None.
+
+    Args:
+        parser: the command's.
+        leave_out: fields without a flag.
+        defaults: what holds where a flag is not given, for the help; by default the field's default.
+    """
+    for field in fields(SamplingParams):
+        if field.name in leave_out:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        metavar, text = _SAMPLING_HELP[field.name]
+        if field.type == "bool":
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        elif field.name == "stop":
+            parser.add_argument(flag, action="append", metavar=metavar, help=text)
+        else:
+            default = (defaults or {}).get(field.name, field.default)
+            if default is not None:
+                text += f" ({default:g})" if isinstance(default, (int, float)) else f" ({default})"
+            parser.add_argument(flag, type=_TYPES[str(field.type)], metavar=metavar, help=text)
+
+
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of SamplingParams whose flags were given.
+
+    Raises:
+        ConfigError: one of them is out of its range.
+    """
+    found = {field.name: getattr(arguments, field.name, None) for field in fields(SamplingParams)}
+    given = {name: value for name, value in found.items() if value is not None}
+    SamplingParams(**given)  # checks
+    return given

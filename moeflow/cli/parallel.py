@@ -61,16 +61,15 @@ def _answer(model, tokenizer, prompts, rank, num_ranks, arguments):
     """Continue every num_ranks-th prompt here; return the answers to all, in order, and what was sent for them."""
     import torch.distributed as dist
 
-    from moeflow.chat.answer import stream_answer
+    from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.expert_parallel.expert_parallel import apply
 
     spread, own = apply(model, arguments.plan), []
+    params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
     with spread.session():
         for prompt in prompts[rank::num_ranks]:
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            with stream_answer(
-                model, tokenizer, input_ids, max_new_tokens=arguments.max_new_tokens, temperature=0
-            ) as stream:
+            with stream_answer(model, tokenizer, input_ids, params) as stream:
                 list(stream)
             figures = ("num_prompt_tokens", "num_new_tokens", "ttft_s", "tokens_per_s")
             facts = {name: getattr(stream.answer, name) for name in figures}

@@ -41,7 +41,7 @@ def add_trace_commands(commands) -> None:
 
 
 def _record(arguments) -> int:
-    from moeflow.chat.answer import stream_answer
+    from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.cli.progress import count_progress
     from moeflow.cli.prompts import read_prompts
     from moeflow.trace.recorder import attach_recorder
@@ -54,11 +54,10 @@ def _record(arguments) -> int:
     with model.moeflow, count_progress("recording") as progress:
         recorder = attach_recorder(model, out, lookahead=arguments.lookahead)
         before = recorder.num_tokens
+        params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
         for number, prompt in enumerate(prompts):
             progress(number, len(prompts))
-            input_ids = _input_ids(tokenizer, prompt)
-            options = {"max_new_tokens": arguments.max_new_tokens, "temperature": 0}
-            with stream_answer(model, tokenizer, input_ids, **options) as stream:
+            with stream_answer(model, tokenizer, _input_ids(tokenizer, prompt), params) as stream:
                 for _ in stream:
                     pass
             recorder.flush()

@@ -15,8 +15,9 @@ import torch
 from moeflow.engine.model_runner import PackedPasses
 from moeflow.engine.prompts import Prompts
 from moeflow.engine.request import Completion, Progress, Request
-from moeflow.engine.sampling import SamplingParams
-from moeflow.engine.scheduler import Piece, Schedule, Sequence
+from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.scheduler import Scheduler
+from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.step_groups import StepGroups
 from moeflow.errors import ClosedModelError, ConfigError, MoeflowError
 from moeflow.hf import forward
@@ -93,7 +94,7 @@ class Engine:
             if self._prompts.context is not None:
                 budget_bytes = min(max_batch_size * self._prompts.context * self._slots.position_bytes, _AUTO_BYTES)
         self._slots.budget_bytes = budget_bytes
-        self._schedule = Schedule(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
+        self._scheduler = Scheduler(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
         self._requests: dict[str, Request] = {}
         self._unreported: list[Progress] = []
         self._names = map("request-{}".format, itertools.count(1))
@@ -127,7 +128,7 @@ class Engine:
             id = next(name for name in self._names if name not in self._requests)
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
-        if self._schedule.kept is not None and self._schedule.kept.id == id:
+        if self._scheduler.kept is not None and self._scheduler.kept.id == id:
             self._drop_kept()  # a slot has one name
         ids = self._prompts.token_ids(prompt, params)
         sequence = Sequence(id, ids, self._prompts.most_new_tokens(ids, params))
@@ -138,7 +139,7 @@ class Engine:
         except ConfigError as error:
             self._report(request, [], "", "error", str(error))
         else:
-            self._schedule.add(sequence)
+            self._scheduler.add(sequence)
         return id
 
     def step(self) -> list[Progress]:
@@ -149,7 +150,7 @@ class Engine:
         """
         self._check_open()
         begin = time.perf_counter()
-        pieces = self._schedule.plan(self._admit, self._share)
+        pieces = self._scheduler.plan(self._admit, self._share)
         if pieces:
             self._counts["steps"] += 1
             for passed in [pieces] if self._groups is None else self._groups.split(pieces):
@@ -218,8 +219,8 @@ class Engine:
             **self._counts,
             "retries": self._passes.num_retries,
             "step_s": self._step_s,
-            "waiting": len(self._schedule.waiting),
-            "running": len(self._schedule.running),
+            "waiting": len(self._scheduler.waiting),
+            "running": len(self._scheduler.running),
             "finished": dict(self._reasons),
             "kv_budget_bytes": self._slots.budget_bytes,
             "kv_used_bytes": self._slots.used_bytes,
@@ -230,8 +231,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that running sequences and the kept one, and nobody else, have slots, and that bytes are right."""
-        running, waiting = self._schedule.running, self._schedule.waiting
-        holders = running if self._schedule.kept is None else [*running, self._schedule.kept]
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        holders = running if self._scheduler.kept is None else [*running, self._scheduler.kept]
         assert len(holders) == len(self._slots), f"{len(self._slots)} slots for {len(holders)} sequences"
         for sequence in holders:
             assert self._slots[sequence.id].num_positions == sequence.num_positions, f"{sequence.id} has another's slot"
@@ -257,9 +258,9 @@ class Engine:
             if self._slots.allocate(sequence.id, sequence.num_positions):
                 return True
         except RuntimeError as error:  # there is less memory than the budget allows
-            if self._schedule.kept is None and not self._schedule.running:
+            if self._scheduler.kept is None and not self._scheduler.running:
                 self._end(self._requests[sequence.id], [], "", "error", f"no memory for keys and values: {error}")
-        if self._schedule.kept is None:
+        if self._scheduler.kept is None:
             return False
         self._drop_kept()
         return self._admit(sequence)
@@ -294,23 +295,23 @@ class Engine:
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
         """Take a request out of the schedule, free its slot unless somebody may share it, and report it."""
         sequence = request.sequence
-        if self._schedule.remove(sequence):
-            if reason in ("stop", "length") and self._schedule.wants(sequence):
+        if self._scheduler.remove(sequence):
+            if reason in ("stop", "length") and self._scheduler.wants(sequence):
                 self._drop_kept()
-                self._schedule.kept = sequence
+                self._scheduler.kept = sequence
             else:
                 self._slots.free(sequence.id)
         self._drop_unwanted()
         self._report(request, token_ids, text, reason, error)
 
     def _drop_unwanted(self) -> None:
-        if self._schedule.kept is not None and not self._schedule.wants(self._schedule.kept):
+        if self._scheduler.kept is not None and not self._scheduler.wants(self._scheduler.kept):
             self._drop_kept()
 
     def _drop_kept(self) -> None:
-        if self._schedule.kept is not None:
-            self._slots.free(self._schedule.kept.id)
-            self._schedule.kept = None
+        if self._scheduler.kept is not None:
+            self._slots.free(self._scheduler.kept.id)
+            self._scheduler.kept = None
 
     def _report(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None) -> None:
         rest, completion = request.finish(reason, error)

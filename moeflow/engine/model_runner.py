@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from moeflow.engine.kv_cache import KeyValueSlots
-from moeflow.engine.scheduler import Piece
+from moeflow.engine.sequence import Piece
 from moeflow.engine.varlen_attention import PackedCache, Segment
 from moeflow.errors import ExpertReadError
 from moeflow.hf import forward

@@ -1,6 +1,6 @@
 """What an engine takes as a prompt: token ids that its model knows, within the model's context."""
 
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 from moeflow.hf import forward
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from moeflow.engine.sampling import Sampler, SamplingParams
-from moeflow.engine.scheduler import Sequence
+from moeflow.engine.sampling import Sampler
+from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.sequence import Sequence
 from moeflow.engine.stop_strings import StopStrings
 
 

@@ -8,59 +8,13 @@ Source: Sarathi-Serve (Agrawal et al. 2024, section 4: chunked prefills, stall-f
 import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from moeflow.engine.sequence import Piece, Sequence
 
 _LEAST_SHARED = 16  # tokens of a common beginning worth a copy
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One request on its way.
-
-    Args:
-        id: its name.
-        prompt_ids: its prompt, at least one token.
-        max_new_tokens: most tokens it may get.
-    """
-
-    id: str
-    prompt_ids: list[int]
-    max_new_tokens: int
-    token_ids: list[int] = field(default_factory=list)  # the answer so far
-    num_computed: int = 0  # positions whose keys and values are there
-
-    @property
-    def num_positions(self) -> int:
-        """Positions it may come to compute: the last new token is never computed."""
-        return len(self.prompt_ids) + self.max_new_tokens - 1
-
-    @property
-    def begun(self) -> bool:
-        """Whether any of its positions is computed."""
-        return self.num_computed > 0
-
-    @property
-    def decoding(self) -> bool:
-        """Whether its prompt is done."""
-        return self.num_computed >= len(self.prompt_ids)
-
-
-class Piece(NamedTuple):
-    """What one sequence computes in a step.
-
-    Args:
-        sequence: whose tokens.
-        tokens: those at positions from `sequence.num_computed` on.
-        samples: whether the last token's logits choose a new token.
-    """
-
-    sequence: Sequence
-    tokens: list[int]
-    samples: bool
-
-
-class Schedule:
+class Scheduler:
     """All sequences of one engine.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moeflow.engine.regrouping.token_scheduler import SchedulerStats, TokenScheduler
-from moeflow.engine.scheduler import Piece
+from moeflow.engine.sequence import Piece
 from moeflow.hf import experts_interface
 from moeflow.hf.forward import ForwardPass
 

@@ -23,6 +23,9 @@ with parts_of_transformers():
 KeyValueCache = Cache
 causal_rule = causal_mask_function  # (batch, head, query position, key position) -> bool
 _PACKED = "moeflow_packed"
+_SAMPLING_DEFAULTS = {
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
 _KEY_VALUE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # a dummy keeps nothing
 
 
@@ -118,6 +121,15 @@ def end_tokens(model) -> frozenset[int]:
     """Return the tokens at which generation ends."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset([found] if isinstance(found, int) else found or ())
+
+
+def sampling_settings(model) -> dict[str, Any]:
+    """Return do_sample and the sampling that the checkpoint asks for, under the names of `generate`.
+
+    What its generation settings leave open is transformers' default.
+    """
+    found = {name: getattr(model.generation_config, name, None) for name in _SAMPLING_DEFAULTS}
+    return {name: _SAMPLING_DEFAULTS[name] if value is None else value for name, value in found.items()}
 
 
 def packed_forward(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache, keep: torch.Tensor):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeflow.batch.share import BatchShare
+from moeflow.batch.figures import BatchShare
 
 
 def test_requests_are_expected_to_take_their_maximum_until_one_has_ended():

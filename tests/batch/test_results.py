@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.paths import ROOT
-from moeflow.batch.requests import CHAT_URL, TEXT_URL, BatchRequest, RefusedLine, read_batch
+from moeflow.batch.openai_format import CHAT_URL, TEXT_URL
+from moeflow.batch.requests import BatchRequest, RefusedLine, read_batch
 from moeflow.batch.results import BatchFile, answer_record, failure_record
 from moeflow.cli.batch import EXAMPLES
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
 
 DEFAULTS = SamplingParams(max_new_tokens=7)

@@ -9,7 +9,7 @@ from moeflow.batch.requests import BatchRequest
 from moeflow.batch.results import BatchFile
 from moeflow.batch.run import answer_batch
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)
 ALTERNATING = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages[0].content }}"

@@ -1,5 +1,6 @@
 """Streaming against plain `generate` on a tiny random Mixtral."""
 
+import re
 import threading
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from helpers.small_tokenizers import byte_tokenizer
-from moeflow.chat.answer import stream_answer
+from moeflow.chat.answer import checkpoint_params, stream_answer
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
 EOS = "<|im_end|>"
@@ -66,7 +68,7 @@ def say(model):
 
 def test_greedy_stream_is_what_generate_returns(model, tokenizer, input_ids):
     expected = plain_generate(model, input_ids, max_new_tokens=40, do_sample=False)
-    stream = stream_answer(model, tokenizer, input_ids, max_new_tokens=40, temperature=0)
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=40))
     text = "".join(stream)
     assert text == stream.answer.text == tokenizer.decode(expected, skip_special_tokens=True)
     assert stream.answer.num_prompt_tokens == input_ids.shape[1]
@@ -76,34 +78,36 @@ def test_greedy_stream_is_what_generate_returns(model, tokenizer, input_ids):
 
 def test_same_seed_gives_the_same_answer(model, tokenizer, input_ids):
     options = {"max_new_tokens": 30, "temperature": 1.5, "top_p": 0.99, "top_k": 0}
-    texts = ["".join(stream_answer(model, tokenizer, input_ids, seed=seed, **options)) for seed in (1, 1, 2)]
+    texts = [
+        "".join(stream_answer(model, tokenizer, input_ids, SamplingParams(seed=seed, **options))) for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_without_sampling_arguments_the_checkpoint_decides(model, tokenizer, input_ids, monkeypatch):
-    greedy = "".join(stream_answer(model, tokenizer, input_ids, max_new_tokens=30))
-    assert greedy == "".join(stream_answer(model, tokenizer, input_ids, max_new_tokens=30, temperature=0))
+    greedy = "".join(stream_answer(model, tokenizer, input_ids, checkpoint_params(model, max_new_tokens=30)))
+    assert greedy == "".join(stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=30)))
     monkeypatch.setattr(model.generation_config, "do_sample", True)
     monkeypatch.setattr(model.generation_config, "temperature", 1.5)
     torch.manual_seed(5)
     sampled = plain_generate(model, input_ids, max_new_tokens=30)
-    streamed = "".join(stream_answer(model, tokenizer, input_ids, max_new_tokens=30, seed=5))
+    streamed = "".join(stream_answer(model, tokenizer, input_ids, checkpoint_params(model, max_new_tokens=30, seed=5)))
     assert streamed == tokenizer.decode(sampled, skip_special_tokens=True) != greedy
 
 
 def test_temperature_zero_overrides_a_sampling_checkpoint_without_a_warning(
     model, tokenizer, input_ids, monkeypatch, recwarn, caplog
 ):
-    greedy = "".join(stream_answer(model, tokenizer, input_ids, max_new_tokens=10, temperature=0))
+    greedy = "".join(stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=10)))
     for name, value in {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}.items():
         monkeypatch.setattr(model.generation_config, name, value)
-    assert "".join(stream_answer(model, tokenizer, input_ids, max_new_tokens=10, temperature=0)) == greedy
+    assert "".join(stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=10))) == greedy
     assert not recwarn.list
     assert not caplog.records
 
 
 def test_decode_rate_counts_the_tokens_after_the_first(model, tokenizer, input_ids):
-    with stream_answer(model, tokenizer, input_ids, max_new_tokens=12, temperature=0) as stream:
+    with stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=12)) as stream:
         assert "".join(stream)
     answer = stream.answer
     assert answer.ttft_s > 0
@@ -111,7 +115,7 @@ def test_decode_rate_counts_the_tokens_after_the_first(model, tokenizer, input_i
 
 
 def test_single_token_has_no_decode_rate(model, tokenizer, input_ids):
-    stream = stream_answer(model, tokenizer, input_ids, max_new_tokens=1, temperature=0)
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=1))
     assert len(list(stream)) <= 1
     assert stream.answer.tokens_per_s is None
     assert stream.answer.decode_s == 0
@@ -120,7 +124,7 @@ def test_single_token_has_no_decode_rate(model, tokenizer, input_ids):
 def test_end_of_turn_named_only_by_the_tokenizer_ends_the_answer(model, tokenizer, input_ids, say, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     say([*tokenizer("Hi")["input_ids"], tokenizer.eos_token_id])
-    stream = stream_answer(model, tokenizer, input_ids, max_new_tokens=50, temperature=0)
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=50))
     assert "".join(stream) == "Hi"
     assert stream.answer.stopped == "eos"
     assert stream.answer.num_new_tokens == 3
@@ -131,14 +135,14 @@ def test_characters_of_several_tokens_arrive_whole(model, tokenizer, input_ids, 
     token_ids = tokenizer(text)["input_ids"]
     assert len(token_ids) > len(text)
     say(token_ids)
-    pieces = list(stream_answer(model, tokenizer, input_ids, max_new_tokens=len(token_ids), temperature=0))
+    pieces = list(stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=len(token_ids))))
     assert pieces == list(text)
 
 
 def test_cut_character_is_shown_as_a_replacement_at_the_end(model, tokenizer, input_ids, say):
     token_ids = tokenizer("a🙂")["input_ids"][:-1]
     say(token_ids)
-    stream = stream_answer(model, tokenizer, input_ids, max_new_tokens=len(token_ids), temperature=0)
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=len(token_ids)))
     assert "".join(stream) == tokenizer.decode(token_ids) == "a\ufffd"
 
 
@@ -149,7 +153,7 @@ def answer_threads():
 def test_stop_event_ends_the_answer(model, tokenizer, input_ids, say):
     say(tokenizer("a" * 3000)["input_ids"])
     stop_event = threading.Event()
-    stream = stream_answer(model, tokenizer, input_ids, max_new_tokens=3000, temperature=0, stop_event=stop_event)
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=3000), stop_event=stop_event)
     first = next(stream)
     stop_event.set()
     text = first + "".join(stream)
@@ -161,7 +165,7 @@ def test_stop_event_ends_the_answer(model, tokenizer, input_ids, say):
 
 def test_closing_early_stops_the_thread_and_keeps_the_partial_answer(model, tokenizer, input_ids, say):
     say(tokenizer("a" * 3000)["input_ids"])
-    with stream_answer(model, tokenizer, input_ids, max_new_tokens=3000, temperature=0) as stream:
+    with stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=3000)) as stream:
         next(stream)
     assert not answer_threads()
     assert stream.answer.stopped == "user"
@@ -171,7 +175,7 @@ def test_closing_early_stops_the_thread_and_keeps_the_partial_answer(model, toke
 
 def test_dropping_the_iterator_stops_the_thread(model, tokenizer, input_ids, say):
     say(tokenizer("a" * 3000)["input_ids"])
-    for _piece in stream_answer(model, tokenizer, input_ids, max_new_tokens=3000, temperature=0):
+    for _piece in stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=3000)):
         (thread,) = answer_threads()
         break
     thread.join(timeout=30)
@@ -184,7 +188,7 @@ def test_error_while_generating_reaches_the_consumer_after_the_text_before_it(mo
         raise OSError("the disk is gone")
 
     say(three_then_fail())
-    stream = stream_answer(model, tokenizer, input_ids, max_new_tokens=10, temperature=0)
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=10))
     seen = [next(stream) for _ in range(3)]
     assert seen == ["a", "b", "c"]
     with pytest.raises(OSError, match="the disk is gone"):
@@ -194,20 +198,33 @@ def test_error_while_generating_reaches_the_consumer_after_the_text_before_it(mo
     assert not answer_threads()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"top_p": 0}, "top_p is 0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"input_ids": torch.zeros(2, 3, dtype=torch.long)}, r"\[2, 3\]"),
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"\[1, 0\]"),
-    ],
-)
-def test_argument_out_of_range_is_refused_before_anything_runs(model, tokenizer, input_ids, options, message):
-    options = {"input_ids": input_ids, "max_new_tokens": 4, **options}
-    with pytest.raises(ConfigError, match=message):
-        stream_answer(model, tokenizer, **options)
+def test_what_the_checkpoint_asks_for_holds_where_nothing_else_is_given(model, monkeypatch):
+    for name, value in {"temperature": 0.6, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    held = {"max_new_tokens": 512, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05}
+    assert checkpoint_params(model) == SamplingParams(**held), "it does not sample"
+    assert checkpoint_params(model, top_p=0.5) == SamplingParams(**held, temperature=0.6, top_p=0.5)
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    assert checkpoint_params(model, seed=3) == SamplingParams(**held, temperature=0.6, seed=3)
+    assert checkpoint_params(model, temperature=0, top_k=0) == SamplingParams(**{**held, "top_k": 0})
+
+
+def test_a_given_zero_overrides_the_checkpoint_s_min_p(model, tokenizer, input_ids, monkeypatch):
+    params = SamplingParams(max_new_tokens=20, temperature=1.5, seed=1)
+    expected = "".join(stream_answer(model, tokenizer, input_ids, params))
+    monkeypatch.setattr(model.generation_config, "min_p", 1.0)
+    assert "".join(stream_answer(model, tokenizer, input_ids, params)) == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 0)])
+def test_ids_that_are_no_prompt_are_refused_before_anything_runs(model, tokenizer, shape):
+    with pytest.raises(ConfigError, match=re.escape(str(list(shape)))):
+        stream_answer(model, tokenizer, torch.zeros(shape, dtype=torch.long), SamplingParams())
+    assert not answer_threads()
+
+
+@pytest.mark.parametrize("given", [{"stop": ("x",)}, {"logprobs": 0}, {"presence_penalty": 0.5}, {"ignore_eos": True}])
+def test_what_only_the_engine_knows_is_refused_before_anything_runs(model, tokenizer, input_ids, given):
+    with pytest.raises(ConfigError, match=f"{next(iter(given))} is .* only the engine"):
+        stream_answer(model, tokenizer, input_ids, SamplingParams(**given))
     assert not answer_threads()

@@ -25,12 +25,14 @@ from helpers.paths import ROOT
 from helpers.small_tokenizers import byte_tokenizer
 from moeflow import load_moe
 from moeflow.chat.chat import run_chat, run_prompt
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+EIGHT = SamplingParams(max_new_tokens=8)
 DEADLINE_S = 60
 PROMPT = r"(?m)^>"
 ENDLESS = 30_000  # tokens: more than the model says before a test is over
@@ -43,9 +45,10 @@ if sys.stdin.isatty():
 from transformers import AutoTokenizer
 from moeflow import load_moe
 from moeflow.chat.chat import run_chat
+from moeflow.engine.sampling_params import SamplingParams
 folder, options = sys.argv[1], json.loads(sys.argv[2])
 model = load_moe(folder, expert_memory="75%")
-sys.exit(run_chat(model, AutoTokenizer.from_pretrained(folder), temperature=0, name="tiny", **options))
+sys.exit(run_chat(model, AutoTokenizer.from_pretrained(folder), SamplingParams(**options), name="tiny"))
 """
 
 
@@ -298,7 +301,7 @@ def test_piped_prompt_prints_only_the_answer_on_stdout(folder):
 
 def test_json_is_one_object_with_the_answer_and_its_figures(folder, tokenizer):
     out, model = io.StringIO(), load_moe(folder, expert_memory="75%")
-    run_chat(model, tokenizer, stdin=io.StringIO("hello"), stdout=out, as_json=True, max_new_tokens=8, temperature=0)
+    run_chat(model, tokenizer, EIGHT, stdin=io.StringIO("hello"), stdout=out, as_json=True)
     figures = json.loads(out.getvalue())
     assert len(figures["text"]) == figures["num_new_tokens"] == 8
     assert figures["stopped"] == "length"
@@ -308,15 +311,14 @@ def test_json_is_one_object_with_the_answer_and_its_figures(folder, tokenizer):
 
 def test_prompt_of_a_pipe_is_one_message_without_its_last_newline(model, tokenizer):
     out, direct = io.StringIO(), io.StringIO()
-    options = {"max_new_tokens": 8, "temperature": 0}
-    assert run_chat(model, tokenizer, stdin=io.StringIO("a\nb\n"), stdout=out, **options) == 0
-    assert run_prompt(model, tokenizer, "a\nb", stdout=direct, **options) == 0
+    assert run_chat(model, tokenizer, EIGHT, stdin=io.StringIO("a\nb\n"), stdout=out) == 0
+    assert run_prompt(model, tokenizer, "a\nb", EIGHT, stdout=direct) == 0
     assert out.getvalue() == direct.getvalue()
 
 
 def test_model_without_moeflow_reports_only_timing(model, tokenizer):
     out, err = io.StringIO(), io.StringIO()
-    run_prompt(model, tokenizer, "hello", max_new_tokens=4, temperature=0, stdout=out, stderr=err)
+    run_prompt(model, tokenizer, "hello", SamplingParams(max_new_tokens=4), stdout=out, stderr=err)
     assert re.fullmatch(r"4 tok · [\d.]+ tok/s · TTFT [\d.]+ m?s · length limit reached\n", err.getvalue())
 
 
@@ -330,7 +332,7 @@ def test_empty_or_binary_prompt_is_refused(model, tokenizer, text):
 def test_missing_template_is_noted_beside_the_answer(model, tokenizer):
     tokenizer.chat_template = None
     out, err = io.StringIO(), io.StringIO()
-    run_prompt(model, tokenizer, "The sea", max_new_tokens=4, temperature=0, stdout=out, stderr=err)
+    run_prompt(model, tokenizer, "The sea", SamplingParams(max_new_tokens=4), stdout=out, stderr=err)
     assert re.fullmatch(r"[a-z ]{4}\n", out.getvalue())
     assert err.getvalue().count("no chat template") == 1
 
@@ -342,7 +344,7 @@ def test_prompt_longer_than_the_context_is_refused(folder, tokenizer):
 
 
 def test_no_thread_outlives_an_answer(model, tokenizer):
-    run_prompt(model, tokenizer, "hello", max_new_tokens=4, stdout=io.StringIO(), stderr=io.StringIO())
+    run_prompt(model, tokenizer, "hello", SamplingParams(max_new_tokens=4), stdout=io.StringIO(), stderr=io.StringIO())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("moeflow-answer")]
 
 

@@ -15,7 +15,7 @@ from helpers.small_tokenizers import byte_tokenizer, letter_tokenizer
 from moeflow import load_moe
 from moeflow.core import ExpertKey
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, MoeflowError, UnsupportedModelError
 from moeflow.hf.forward import KeyValueCache
 from moeflow.loading.budget import ExpertsSize
@@ -417,7 +417,7 @@ def test_an_id_is_free_again_while_its_beginning_is_kept_to_be_shared(mixtral):
         while not done:
             step()
         del done["c"]  # it ended with the first, so that two come in at once
-        assert engine._schedule.kept.id == "a"
+        assert engine._scheduler.kept.id == "a"
         engine.add([*PREFIX, 7], GREEDY, id="a")
         while not engine.finished:
             step()
@@ -681,7 +681,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
             id = str(rng.randrange(len(wanted)))
             cancelled |= {id} if engine.cancel(id) else set()
         reported = engine.step()
-        slots.update(engine._slots[sequence.id] for sequence in engine._schedule.running)
+        slots.update(engine._slots[sequence.id] for sequence in engine._scheduler.running)
         for _, _, _, completion in reported:
             if completion is not None:
                 expected = wanted[completion.id]

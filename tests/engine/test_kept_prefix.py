@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 
 NEW = 4
 PREFIX = torch.randint(3, 120, (20,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -69,10 +69,10 @@ def test_nothing_is_kept_once_nobody_waits_for_it(mixtral):
         engine.add(PROMPTS[1], PARAMS, id="sharer")
         while "first" in engine._requests:
             engine.step()
-        assert engine._schedule.kept.id == "first"
+        assert engine._scheduler.kept.id == "first"
         engine.check_integrity()
         engine.cancel("sharer")
-        assert engine._schedule.kept is None
+        assert engine._scheduler.kept is None
         engine.check_integrity()
         engine.cancel("other")
         assert_empty(engine)
@@ -84,10 +84,10 @@ def test_nothing_is_kept_once_who_waited_has_begun(mixtral):
             engine.add(PROMPTS[0], PARAMS, id=id)
         while "first" in engine._requests:
             engine.step()
-        assert engine._schedule.kept.id == "first"
+        assert engine._scheduler.kept.id == "first"
         engine.step()
         assert engine.stats()["running"] == 1
-        assert engine._schedule.kept is None
+        assert engine._scheduler.kept is None
 
 
 def test_a_name_may_be_used_again_while_its_slot_is_kept(mixtral, expected):
@@ -96,7 +96,7 @@ def test_a_name_may_be_used_again_while_its_slot_is_kept(mixtral, expected):
             engine.add(prompt, PARAMS, id=id)
         while "name" in engine._requests:
             engine.step()
-        assert engine._schedule.kept.id == "name"
+        assert engine._scheduler.kept.id == "name"
         engine.add(PROMPTS[2], PARAMS, id="name")
         answers = run(engine)
         assert (answers["sharer"], answers["name"]) == (expected[1], expected[2])
@@ -110,7 +110,7 @@ def test_nothing_is_kept_for_a_beginning_too_short_to_share(mixtral, sharer):
         engine.add(sharer, PARAMS)
         while not engine.finished:
             engine.step()
-            assert engine._schedule.kept is None
+            assert engine._scheduler.kept is None
 
 
 def test_nothing_is_kept_where_nothing_is_shared(mixtral):
@@ -119,7 +119,7 @@ def test_nothing_is_kept_where_nothing_is_shared(mixtral):
             engine.add(prompt, PARAMS)
         while not engine.finished:
             engine.step()
-            assert engine._schedule.kept is None
+            assert engine._scheduler.kept is None
         assert engine.stats()["prompt_tokens"] == sum(map(len, PROMPTS))
 
 
@@ -127,7 +127,7 @@ def test_what_is_closed_keeps_nothing(mixtral):
     engine = Engine(mixtral, max_batch_size=1)
     for prompt in PROMPTS:
         engine.add(prompt, PARAMS)
-    while engine._schedule.kept is None:
+    while engine._scheduler.kept is None:
         engine.step()
     engine.close()
     assert_empty(engine)

@@ -15,7 +15,8 @@ from transformers.generation.logits_process import (
 )
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import Sampler, SamplingParams, filtered, penalized
+from moeflow.engine.sampling import Sampler, filtered, penalized
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
 VOCAB = 211

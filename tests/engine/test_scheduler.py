@@ -1,9 +1,10 @@
-"""The schedule alone: who runs, in pieces of which size, and what is shared."""
+"""The scheduler alone: who runs, in pieces of which size, and what is shared."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeflow.engine.scheduler import Piece, Schedule, Sequence
+from moeflow.engine.scheduler import Scheduler
+from moeflow.engine.sequence import Piece, Sequence
 
 LONG = list(range(100, 140))
 
@@ -25,13 +26,13 @@ def run(pieces):
 
 
 def test_prompts_come_in_pieces_behind_the_tokens_of_those_that_decode():
-    schedule = Schedule(4, 10, share_prefixes=False)
+    scheduler = Scheduler(4, 10, share_prefixes=False)
     first, second = Sequence("first", list(range(4)), 9), Sequence("second", list(range(14)), 9)
     for sequence in (first, second):
-        schedule.add(sequence)
+        scheduler.add(sequence)
     plans = []
     for _ in range(3):
-        plans.append(schedule.plan(lambda sequence: True, never_share))
+        plans.append(scheduler.plan(lambda sequence: True, never_share))
         run(plans[-1])
     assert plans == [
         [Piece(first, [0, 1, 2, 3], True), Piece(second, [0, 1, 2, 3, 4, 5], False)],
@@ -41,51 +42,51 @@ def test_prompts_come_in_pieces_behind_the_tokens_of_those_that_decode():
 
 
 def test_who_finds_no_room_lets_all_behind_wait():
-    schedule = Schedule(4, 10)
+    scheduler = Scheduler(4, 10)
     large, small = Sequence("large", [1, 2], 9), Sequence("small", [1], 1)
-    schedule.add(large)
-    schedule.add(small)
-    assert schedule.plan(lambda sequence: sequence is small, never_share) == []
-    assert list(schedule.waiting) == [large, small]
+    scheduler.add(large)
+    scheduler.add(small)
+    assert scheduler.plan(lambda sequence: sequence is small, never_share) == []
+    assert list(scheduler.waiting) == [large, small]
 
 
 def test_a_beginning_under_way_is_waited_for_and_then_shared():
-    schedule = Schedule(4, 64)
+    scheduler = Scheduler(4, 64)
     first, second, other = (
         Sequence("first", [*LONG, 1], 9),
         Sequence("second", [*LONG, 2], 9),
         Sequence("other", [5], 9),
     )
     for sequence in (first, second, other):
-        schedule.add(sequence)
+        scheduler.add(sequence)
     shared = []
-    pieces = schedule.plan(lambda sequence: True, never_share)
+    pieces = scheduler.plan(lambda sequence: True, never_share)
     assert [piece.sequence for piece in pieces] == [first, other]
     run(pieces)
-    pieces = schedule.plan(lambda sequence: True, lambda *sharing: shared.append(sharing))
+    pieces = scheduler.plan(lambda sequence: True, lambda *sharing: shared.append(sharing))
     assert shared == [(first, second, len(LONG))]
     assert Piece(second, [2], True) in pieces
 
 
 def test_a_beginning_of_a_few_tokens_is_not_waited_for():
-    schedule = Schedule(4, 64)
+    scheduler = Scheduler(4, 64)
     for id in ("first", "second"):
-        schedule.add(Sequence(id, [1, 2, 3], 9))
-    assert len(schedule.plan(lambda sequence: True, never_share)) == 2
+        scheduler.add(Sequence(id, [1, 2, 3], 9))
+    assert len(scheduler.plan(lambda sequence: True, never_share)) == 2
 
 
 def test_of_several_beginnings_the_longest_is_shared_and_of_an_answer_nothing():
-    schedule = Schedule(4, 64)
+    scheduler = Scheduler(4, 64)
     short, long = Sequence("short", LONG[:20], 9), Sequence("long", [*LONG[:30], 1], 9)
     for sequence in (short, long):
-        schedule.add(sequence)
+        scheduler.add(sequence)
     for _ in range(3):
-        run(schedule.plan(lambda sequence: True, lambda *sharing: None))
+        run(scheduler.plan(lambda sequence: True, lambda *sharing: None))
     shared = []
     for sequence in (Sequence("first", LONG, 9), Sequence("second", [*LONG[:20], 7, 7, 7], 9)):
-        schedule.add(sequence)
-        schedule.plan(lambda sequence: True, lambda *sharing: shared.append(sharing))
-        schedule.remove(sequence)
+        scheduler.add(sequence)
+        scheduler.plan(lambda sequence: True, lambda *sharing: shared.append(sharing))
+        scheduler.remove(sequence)
     assert [(donor.id, receiver.id, count) for donor, receiver, count in shared] == [
         ("long", "first", 30),
         ("short", "second", 20),
@@ -105,7 +106,7 @@ PROMPT = st.builds(
     share=st.booleans(),
 )
 def test_every_token_of_every_prompt_is_computed_or_shared_once_and_all_end(prompts, max_batch_size, spare, share):
-    schedule = Schedule(max_batch_size, max_batch_size + spare, share_prefixes=share)
+    scheduler = Scheduler(max_batch_size, max_batch_size + spare, share_prefixes=share)
     have = {}  # the tokens whose keys and values each sequence has
 
     def take_over(donor, receiver, num_tokens):
@@ -116,22 +117,22 @@ def test_every_token_of_every_prompt_is_computed_or_shared_once_and_all_end(prom
     sequences = [Sequence(str(place), prompt, most) for place, (prompt, most) in enumerate(prompts)]
     for sequence in sequences:
         have[sequence] = []
-        schedule.add(sequence)
+        scheduler.add(sequence)
     left = len(sequences)
     while left:
-        pieces = schedule.plan(lambda sequence: True, take_over)
+        pieces = scheduler.plan(lambda sequence: True, take_over)
         assert pieces, "a step without work, and not all have ended"
-        assert sum(len(piece.tokens) for piece in pieces) <= schedule.max_step_tokens
-        assert len({piece.sequence for piece in pieces}) == len(pieces) <= len(schedule.running) <= max_batch_size
+        assert sum(len(piece.tokens) for piece in pieces) <= scheduler.max_step_tokens
+        assert len({piece.sequence for piece in pieces}) == len(pieces) <= len(scheduler.running) <= max_batch_size
         assert all(piece.tokens for piece in pieces)
-        assert {sequence for sequence in schedule.running if sequence.decoding} <= {piece.sequence for piece in pieces}
+        assert {sequence for sequence in scheduler.running if sequence.decoding} <= {piece.sequence for piece in pieces}
         for sequence, tokens, samples in pieces:
             have[sequence] += tokens
             assert samples == (len(have[sequence]) >= len(sequence.prompt_ids))
         for sequence in run(pieces):
             assert have[sequence] == sequence.prompt_ids + sequence.token_ids[:-1]
             assert len(have[sequence]) == sequence.num_positions
-            assert schedule.remove(sequence)
+            assert scheduler.remove(sequence)
             left -= 1
-    assert not schedule.running
-    assert not schedule.waiting
+    assert not scheduler.running
+    assert not scheduler.waiting

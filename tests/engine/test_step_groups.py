@@ -7,7 +7,7 @@ import torch
 
 from moeflow import load_moe
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import SamplingParams
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.step_groups import PassRoutes
 from moeflow.errors import ConfigError, ExpertReadError
 from moeflow.loading.budget import ExpertsSize
@@ -71,7 +71,7 @@ def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(off
             engine.add(prompt, GREEDY)
         while not engine.finished:
             passes.clear()
-            decoding = [one.id for one in engine._schedule.running if one.decoding]
+            decoding = [one.id for one in engine._scheduler.running if one.decoding]
             engine.step()
             assert sorted(id for group in passes for id in group) == sorted(decoding)
             assert all(len(group) <= 2 for group in passes)

@@ -1,0 +1,123 @@
+"""OpenAI's forms: the body of a request, the body of a response, and the line of a batch's output file.
+
+Knows JSON objects, SamplingParams and completions. Knows nothing of files or HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from moeflow.engine.sampling_params import SamplingParams
+from moeflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moeflow.engine.request import Completion
+
+# (token id, log-probability, the likeliest tokens with theirs) of each token
+_Logprobs = list[tuple[int, float, list[tuple[int, float]]]]
+
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
+_NOT_IN_OPENAI = ("max_new_tokens", "logprobs")  # these have another name or meaning there
+_WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier")
+OPENAI_FIELDS = (
+    *(name for name in _SAMPLING if name not in _NOT_IN_OPENAI),
+    *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "n", "stream"),
+    *_WITHOUT_EFFECT,
+)
+
+
+def openai_sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
+    """Return a body's sampling under the names of SamplingParams.
+
+    Raises:
+        ConfigError: the body asks for several answers or a stream, or its logprobs are not of the form of its URL.
+    """
+    for name, only in (("n", 1), ("stream", False)):
+        if body.get(name, only) not in (only, None):
+            raise ConfigError(f"{name} is {body[name]!r}; a batch has only {only!r}")
+    sampling = {name: body[name] for name in _SAMPLING if name not in _NOT_IN_OPENAI and name in body}
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name) is not None:
+            sampling["max_new_tokens"] = body[name]
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = [sampling["stop"]]
+    if url == CHAT_URL:
+        if body.get("logprobs") not in (None, True, False):
+            raise ConfigError(f"logprobs is {body['logprobs']!r}; for {CHAT_URL} it must be true or false")
+        if body.get("logprobs"):
+            sampling["logprobs"] = body.get("top_logprobs") or 0
+    else:
+        sampling["logprobs"] = body.get("logprobs")
+    return sampling
+
+
+def response_body(
+    completion: Completion, *, id: str, model: str | None, in_chat: bool, decode: Callable[[int], str]
+) -> dict[str, Any]:
+    """Return the response to one request.
+
+    Args:
+        completion: finished by "stop" or "length".
+        id: the response's name.
+        model: what the request called the model.
+        in_chat: whether the request had messages.
+        decode: returns a token id's text, for log-probabilities.
+    """
+    num_prompt, num_new = len(completion.prompt_ids), len(completion.token_ids)
+    choice: dict[str, Any] = {"index": 0, "finish_reason": completion.finish_reason}
+    if in_chat:
+        choice |= {"message": {"role": "assistant", "content": completion.text}}
+    else:
+        choice |= {"text": completion.text}
+    choice["logprobs"] = None
+    if completion.logprobs is not None:
+        choice["logprobs"] = (_chat_logprobs if in_chat else _text_logprobs)(token_logprobs(completion), decode)
+    return {
+        "id": id,
+        "object": "chat.completion" if in_chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [choice],
+        "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
+    }
+
+
+def batch_record(
+    number: int, custom_id: str, *, response: dict[str, Any] | None = None, error: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return one line of an output file, with a response or an error.
+
+    Args:
+        number: the request's line in the input, from 1.
+        custom_id: the request's name.
+        response: status code, request id and body.
+        error: code and message.
+    """
+    return {"id": f"batch_req_{number}", "custom_id": custom_id, "response": response, "error": error}
+
+
+def token_logprobs(completion: Completion) -> _Logprobs:
+    """Return (token id, log-probability, the likeliest tokens with theirs) of each token of a completion."""
+    return [
+        (token_id, logprob, top)
+        for token_id, (logprob, top) in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+
+
+def _chat_logprobs(logprobs: _Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": decode(token_id), "logprob": logprob, "bytes": None}
+
+    return {"content": [{**entry(i, p), "top_logprobs": [entry(*each) for each in top]} for i, p, top in logprobs]}
+
+
+def _text_logprobs(logprobs: _Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:
+    return {
+        "tokens": [decode(token_id) for token_id, _, _ in logprobs],
+        "token_logprobs": [logprob for _, logprob, _ in logprobs],
+        "top_logprobs": [{decode(token_id): logprob for token_id, logprob in top} for _, _, top in logprobs],
+    }

@@ -1,0 +1,107 @@
+"""`moeflow chat` and `moeflow generate`: one answer at a time.
+
+torch, transformers and rich are imported by the commands, not by their arguments.
+"""
+
+import json
+import sys
+
+from moeflow.chat.answer import MAX_NEW_TOKENS, NOT_IN_GENERATE
+from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
+from moeflow.errors import ConfigError, MoeflowError
+
+
+def add_chat_commands(commands) -> None:
+    """Add `chat` and `generate` to the parser's commands."""
+    chat = commands.add_parser("chat", help="chat in the terminal, or answer one piped prompt")
+    chat.add_argument("model", nargs="?", help="hub id or folder; without it the demo model, built on first use")
+    chat.add_argument("--system", help="system prompt")
+    _add_sampling(chat)
+    add_loading_options(chat)
+    chat.add_argument("--plain", action="store_true", help="no colours, no markdown")
+    chat.add_argument("--yes", action="store_true", help="build the demo model without asking")
+    chat.set_defaults(run=_chat)
+
+    generate = commands.add_parser("generate", help="continue a text as it is, without a chat template")
+    generate.add_argument("model", help="hub id or folder")
+    generate.add_argument("prompt", nargs="?", help="the text; without it, standard input")
+    _add_sampling(generate)
+    add_loading_options(generate)
+    generate.set_defaults(run=_generate)
+
+
+def _add_sampling(parser) -> None:
+    checkpoint = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    defaults = {"max_new_tokens": str(MAX_NEW_TOKENS)} | dict.fromkeys(checkpoint, "the checkpoint's")
+    add_sampling_options(parser, leave_out=NOT_IN_GENERATE, defaults=defaults)
+
+
+def _chat(arguments) -> int:
+    from moeflow.chat.answer import checkpoint_params
+    from moeflow.chat.chat import run_chat
+
+    if arguments.json and sys.stdin.isatty():
+        raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
+    given = given_sampling(arguments)
+    source = arguments.model or _ensure_demo_model(arguments.yes)
+    model, tokenizer = load_model(source, arguments)
+    with model.moeflow:
+        return run_chat(
+            model,
+            tokenizer,
+            checkpoint_params(model, **given),
+            system=arguments.system,
+            plain=arguments.plain or None,
+            as_json=arguments.json,
+            name=str(source),
+        )
+
+
+def _generate(arguments) -> int:
+    from moeflow.chat.answer import checkpoint_params, stream_answer
+    from moeflow.chat.figures import answer_figures, stats_line
+    from moeflow.chat.screen import write_pieces
+
+    prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
+    given = given_sampling(arguments)
+    model, tokenizer = load_model(arguments.model, arguments)
+    with model.moeflow:
+        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        before = model.moeflow.stats()
+        with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:
+            if arguments.json:
+                list(stream)
+            else:
+                write_pieces(stream, sys.stdout)
+        after = model.moeflow.stats()
+    if arguments.json:
+        print(json.dumps(answer_figures(before, after, stream.answer), ensure_ascii=sys.stdout.isatty()))
+    else:
+        print(stats_line(before, after, stream.answer), file=sys.stderr)
+    return 0
+
+
+def _ensure_demo_model(yes: bool) -> str:
+    """Return the demo model's folder, building it once the user knows what that takes."""
+    from moeflow.demo.model import build_demo_model, default_demo_path, describe_demo_model
+    from moeflow.formatting import format_bytes
+
+    folder = default_demo_path()
+    if not folder.is_dir():
+        card = describe_demo_model()
+        low, high = card.expected_minutes
+        fetched, memory, disk, kept = map(
+            format_bytes, (card.download_bytes, card.memory_bytes, card.disk_bytes, card.checkpoint_bytes)
+        )
+        print(
+            f"The demo model is not on this machine yet. Building it fetches {fetched} ({card.source}), takes {low} "
+            f"to {high} minutes on two cores, up to {memory} of memory and {disk} of disk, of which {kept} "
+            f"stay, in {card.path}. Stop at any time; the next run goes on from there.",
+            file=sys.stderr,
+        )
+        if sys.stdin.isatty() and not yes and input("Build it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+            raise MoeflowError("no model: give one, as in moeflow chat org/name, or build the demo model later.")
+        build_demo_model()
+    return str(folder)

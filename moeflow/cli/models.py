@@ -1,0 +1,42 @@
+"""`moeflow pack` and `moeflow demo-model`: commands that write a model's folder."""
+
+import json
+
+
+def add_pack_command(commands) -> None:
+    """Add `pack` to the parser's commands."""
+    pack = commands.add_parser("pack", help="write a folder whose experts are one aligned, checksummed read each")
+    pack.add_argument("model", help="hub id or folder")
+    pack.add_argument("out", help="folder to write; a killed run is continued by the next")
+    pack.add_argument("--json", action="store_true", help="print one JSON object")
+    pack.set_defaults(run=_pack)
+
+
+def add_demo_model_command(commands) -> None:
+    """Add `demo-model` to the parser's commands."""
+    demo = commands.add_parser("demo-model", help="build the demo model: 480 experts, 1.4 GB, no hub needed")
+    demo.add_argument("out", nargs="?", help="folder to write; without it the user's cache directory")
+    demo.add_argument("--json", action="store_true", help="print one JSON object")
+    demo.set_defaults(run=_demo_model)
+
+
+def _pack(arguments) -> int:
+    from moeflow.cli.progress import bytes_progress
+    from moeflow.convert.pack import pack_model
+
+    with bytes_progress(f"packing {arguments.model}") as progress:
+        folder = pack_model(arguments.model, arguments.out, progress=progress)
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "bytes": num_bytes}))
+    else:
+        print(f"wrote {folder}, {num_bytes:,} bytes: load_moe({str(folder)!r})")
+    return 0
+
+
+def _demo_model(arguments) -> int:
+    from moeflow.demo.model import build_demo_model
+
+    folder = build_demo_model(arguments.out)
+    print(json.dumps({"folder": str(folder)}) if arguments.json else folder)
+    return 0
