@@ -1,4 +1,4 @@
-"""Several predictors as one: it learns online whom to trust, for each layer and each distance."""
+"""Ensemble of predictors: it learns online how much each counts, for each layer and each distance."""
 
 import numpy as np
 
@@ -7,14 +7,14 @@ from moeflow.predictors.odds import log_odds, multi_hot, sigmoid
 from moeflow.predictors.protocol import Predictor
 
 _LEARNING_RATE = 0.1
-_KEEP = 0.999  # of the squared gradients, a step
-_LARGEST = 3.0  # weight of a member
+_SQUARES_DECAY = 0.999  # a step
+_MAX_WEIGHT = 3.0  # of a member
 
 
 class Ensemble:
     """Mixes its members' log-odds by weights that follow the gradient of the log-likelihood, by AdaGrad.
 
-    A member that has not refined a layer stands by what it said before. Weights outlive `begin`. The steps after the
+    A member that has not refined a layer keeps its opinion from before. Weights outlive `begin`. The steps after the
     coming one are those of the first member that predicts them.
 
     Args:
@@ -96,7 +96,7 @@ class Ensemble:
         weights = self.weights[distances, layers][:, :, None, None]
         if self._complete:
             answer = sigmoid((weights * opinions).sum(1))
-        else:  # those who are silent leave their weight to the others
+        else:  # members without an opinion leave their weight to the others
             silent = np.isnan(opinions)
             present = np.where(silent, np.float32(0), weights)
             share = weights.sum(1) / np.maximum(present.sum(1), 1e-6)
@@ -105,8 +105,8 @@ class Ensemble:
         self._said[distances, layers], self._answered[distances, layers] = opinions, answer
         return answer.transpose(1, 0, 2)
 
-    def _learn(self):
-        """Move every weight along the gradient of what was demanded."""
+    def _learn(self) -> None:
+        """Move every weight along the gradient of the likelihood of the experts demanded."""
         demanded = multi_hot(np.stack(self._chosen), self.num_experts)  # [L, B, E]
         took_part = demanded.any((0, 2))
         if not self._learning_rate or not took_part.any():
@@ -114,6 +114,6 @@ class Ensemble:
         error = np.nan_to_num(demanded - self._answered)[:, :, None, took_part]  # [D + 1, L, 1, B, E]
         said = np.nan_to_num(self._said[:, :, :, took_part])
         gradient = (error * said).sum((3, 4)) / took_part.sum()
-        self._squares = _KEEP * self._squares + gradient**2
+        self._squares = _SQUARES_DECAY * self._squares + gradient**2
         self.weights += self._learning_rate * gradient / np.sqrt(self._squares + 1e-6)
-        np.clip(self.weights, 0.0, _LARGEST, out=self.weights)
+        np.clip(self.weights, 0.0, _MAX_WEIGHT, out=self.weights)

@@ -1,4 +1,4 @@
-"""Trained predictors as files: safetensors with what they were trained on, refused for any other model."""
+"""Files of trained predictors: safetensors with a card of the training, refused for any other model."""
 
 import json
 import os
@@ -22,11 +22,12 @@ from moeflow.predictors.sequence.predictor import SequencePredictor
 from moeflow.predictors.sequence.token_table import TokenTable
 
 FORMAT, VERSION = "moeflow-predictor", 1
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class PredictorCard:
-    """What a predictor's file says of it.
+    """Card of a predictor: what its file says of it.
 
     Args:
         kind: a name in KINDS.
@@ -49,7 +50,7 @@ class PredictorCard:
     shape: dict = field(default_factory=dict)
 
 
-def _sequence_arrays(predictor: SequencePredictor):
+def _sequence_arrays(predictor: SequencePredictor) -> tuple[Arrays, dict]:
     table = predictor.table
     return {
         **predictor.arrays,
@@ -60,7 +61,7 @@ def _sequence_arrays(predictor: SequencePredictor):
     }, vars(predictor.shape)
 
 
-def _load_sequence(arrays, card):
+def _load_sequence(arrays: Arrays, card: PredictorCard) -> SequencePredictor:
     shape = SequenceShape(**card.shape)
     known, flat = shape.num_known_tokens, (shape.num_layers, shape.num_experts)
     table_shapes = {"known_ids": (known,), "num_seen": (known + 1,), "counts": (known + 1, *flat), "popularity": flat}
@@ -72,31 +73,32 @@ def _load_sequence(arrays, card):
     return SequencePredictor(shape, TokenTable(**table), arrays)
 
 
-def _path_arrays(predictor: PathPredictor):
+def _path_arrays(predictor: PathPredictor) -> tuple[Arrays, dict]:
     return {name: value.numpy() for name, value in predictor.net.state_dict().items()}, vars(predictor.net.shape)
 
 
-def _load_path(arrays, card):
+def _load_path(arrays: Arrays, card: PredictorCard) -> PathPredictor:
     with torch.device("meta"):
         net = PathNet(PathShape(**card.shape))
     net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
     return PathPredictor(net)
 
 
-def _popularity_arrays(predictor: Popularity):
+def _popularity_arrays(predictor: Popularity) -> tuple[Arrays, dict]:
+    assert predictor.popularity is not None, "counts of training"
     return {"popularity": predictor.popularity}, {}
 
 
-def _load_popularity(arrays, card):
+def _load_popularity(arrays: Arrays, card: PredictorCard) -> Popularity:
     _require_shapes(arrays, {"popularity": (card.num_layers, card.num_experts)})
     return Popularity(card.num_layers, card.num_experts, arrays["popularity"])
 
 
-def _markov_arrays(predictor: Markov):
+def _markov_arrays(predictor: Markov) -> tuple[Arrays, dict]:
     return {name: getattr(predictor, name) for name in ("by_layer", "by_token", "popularity", "num_steps")}, {}
 
 
-def _load_markov(arrays, card):
+def _load_markov(arrays: Arrays, card: PredictorCard) -> Markov:
     markov = Markov(card.num_layers, card.num_experts, learn=False)
     _require_shapes(arrays, {name: array.shape for name, array in _markov_arrays(markov)[0].items()})
     vars(markov).update(arrays)
@@ -104,15 +106,15 @@ def _load_markov(arrays, card):
     return markov
 
 
-def _require_shapes(arrays, shapes) -> None:
+def _require_shapes(arrays: Arrays, shapes: dict[str, tuple[int, ...]]) -> None:
     found = {name: array.shape for name, array in arrays.items()}
     if found != shapes:
         name = next(name for name in sorted({*found, *shapes}) if found.get(name) != shapes.get(name))
         raise ValueError(f"{name} is {found.get(name)} and should be {shapes.get(name)}")
 
 
-# kind -> how its arrays and sizes are taken out of a predictor, and how one is built from them
-KINDS: dict[str, tuple[Callable, Callable]] = {
+# kind -> the function that takes arrays and sizes out of a predictor, and the one that builds a predictor of them
+KINDS: dict[str, tuple[Callable[..., tuple[Arrays, dict]], Callable[[Arrays, PredictorCard], Predictor]]] = {
     "sequence": (_sequence_arrays, _load_sequence),
     "path": (_path_arrays, _load_path),
     "popularity": (_popularity_arrays, _load_popularity),
@@ -203,7 +205,7 @@ def load_predictor(
     return predictor, card
 
 
-def _read_card(path, metadata: dict) -> PredictorCard:
+def _read_card(path: str | Path, metadata: dict) -> PredictorCard:
     if metadata.get("format") != FORMAT:
         raise PredictorError(f"{path} is no predictor's file. Train one: moeflow predictor train.")
     if metadata.get("version") != str(VERSION):
@@ -217,7 +219,13 @@ def _read_card(path, metadata: dict) -> PredictorCard:
     return card
 
 
-def _require(path, card: PredictorCard, fingerprint, num_layers, num_experts) -> None:
+def _require(
+    path: str | Path,
+    card: PredictorCard,
+    fingerprint: str | None,
+    num_layers: int | None,
+    num_experts: int | None,
+) -> None:
     wanted = {"model": fingerprint, "layers": num_layers, "experts a layer": num_experts}
     found = {"model": card.fingerprint, "layers": card.num_layers, "experts a layer": card.num_experts}
     for name, value in wanted.items():

@@ -1,18 +1,18 @@
-"""The coming layers' own routers, asked early: their norm and router on this layer's residual stream. No training.
+"""Predictor from the coming layers' own routers: norm and router of each, on this layer's residual stream. No training.
 
-The residual stream changes little from layer to layer, so a router that speaks one to three layers early is mostly
-right. Norm and router are folded into one matrix a layer, and the coming layers' matrices lie one after another, so
-that asking all of them is one small matrix-vector product. Source: "Speculating Experts" (next layer, no training).
+The residual stream changes little from layer to layer, so a router that runs one to three layers early is mostly right.
+Norm and router are folded into one matrix a layer, and the coming layers' matrices lie one after another, so that all
+of them together are one small matrix-vector product. Source: "Speculating Experts" (next layer, no training).
 """
 
 import numpy as np
 import torch
 
 _LEARNING_RATE = 0.05
-_ALWAYS_UPDATES = 300  # of the calibration, before it goes on now and then only
-_LEARN_EVERY = 8  # steps
-_FAR = -10.0  # margins below it say the same
-_MIN_AGREEMENT = 0.9  # with what the router itself chose, below which the folded router is not believed
+_FIRST_UPDATES = 300  # the calibration learns at every step until then
+_LEARN_EVERY_STEPS = 8  # after that
+_MIN_MARGIN = -10.0  # margins below it count as this
+_MIN_AGREEMENT = 0.9  # share of the router's own choices that a usable folded router makes too
 _CHECKED_ROWS = 16
 _SMALL_BYTES = 64 << 20  # of float32 routers: above it they stay in the model's dtype
 
@@ -31,7 +31,7 @@ class Lookahead:
         eps: of each layer's norm.
         top_k: K.
         reach: how many layers ahead.
-        stride: the routers are asked at every stride-th layer, which costs a stride-th; at most `reach`.
+        stride: the routers run at every stride-th layer only, for a stride-th of the cost; at most `reach`.
     """
 
     name = "lookahead"
@@ -63,8 +63,9 @@ class Lookahead:
             if router is not None:
                 self._routers[layer, : len(router)] = router
                 self._biases[layer, len(router) :] = -np.inf  # a smaller layer has no such expert
-                if biases[layer] is not None:
-                    self._biases[layer, : len(router)] = biases[layer].detach().float().cpu().numpy()
+                bias = biases[layer]
+                if bias is not None:
+                    self._biases[layer, : len(router)] = bias.detach().float().cpu().numpy()
                 self.usable[layer] = True
         if not self._biases.any():
             self._biases = None
@@ -78,7 +79,7 @@ class Lookahead:
         self._num_updates = 0
         self._steps = 0
         self._learning = True
-        self._margins: dict[int, list[tuple[int, np.ndarray]]] = {}  # what was said of a layer: (distance - 1, [B, E])
+        self._margins: dict[int, list[tuple[int, np.ndarray]]] = {}  # layer -> (distance - 1, [B, E])
 
     @property
     def unchecked(self) -> np.ndarray:
@@ -86,24 +87,26 @@ class Lookahead:
         return self._rows_to_check > 0
 
     def begin(self, num_sequences: int) -> None:
-        """Forget what was said of the layers to come; the calibration stays."""
+        """Forget the predictions of the layers to come; the calibration stays."""
         self._margins.clear()
 
-    def prefill(self, token_ids, experts, weights) -> None:
-        """Nothing: what a prompt's residual stream says was learned as it passed."""
+    def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
+        """Ignore the routes of a prompt: the calibration needs the residual stream."""
 
-    def step(self, token_ids) -> None:
-        """Nothing is known before the first layer."""
+    def step(self, token_ids: np.ndarray) -> None:
+        """Begin a step; nothing is known before the first layer."""
         self._margins.clear()
         self._steps += 1
-        self._learning = self._num_updates < _ALWAYS_UPDATES or self._steps % _LEARN_EVERY == 0
+        self._learning = self._num_updates < _FIRST_UPDATES or self._steps % _LEARN_EVERY_STEPS == 0
 
     def later(self) -> None:
-        """Nothing is known of later steps."""
+        """Return None: nothing is known of later steps."""
 
     @torch.no_grad()
-    def observe(self, layer: int, experts: np.ndarray, weights, signal: torch.Tensor | None = None):
-        """Ask the next layers' routers about the residual stream [B, H]; returns [B, n, E]."""
+    def observe(
+        self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: torch.Tensor | None = None
+    ) -> np.ndarray | None:
+        """Run the next layers' routers on the residual stream [B, H]; return [B, n, E]."""
         if self._rows_to_check[layer] and signal is not None:
             self._check(layer, experts, signal)
         if self._learning:
@@ -113,7 +116,7 @@ class Lookahead:
         last = min(layer + self.reach, self.num_layers - 1)
         if signal is None or not self.usable[layer + 1 : last + 1].any():
             return None
-        scores = self._scores(layer, layer + 1, last + 1, signal)
+        scores = self._scores(layer + 1, last + 1, signal)
         margins = self._margins_of(scores, slice(layer + 1, last + 1))
         if self._learning:
             for distance in range(last - layer):
@@ -125,45 +128,45 @@ class Lookahead:
             probability[:, ~usable] = np.nan
         return probability
 
-    def _scores(self, layer, begin, end, signal) -> np.ndarray:
-        """Score the experts of layers begin to end on the residual stream of `layer`: [B, end - begin, E]."""
-        if self._arrays is not None:  # on the CPU numpy is the quicker of the two for one token
+    def _scores(self, begin: int, end: int, signal: torch.Tensor) -> np.ndarray:
+        """Score the experts of layers begin to end on a residual stream [B, H]: [B, end - begin, E]."""
+        if self._arrays is not None:  # on the CPU numpy is faster than torch for one token
             hidden = signal.float().numpy()
             scores = hidden @ self._arrays[:, begin * self.num_experts : end * self.num_experts]
             scale = 1 / np.sqrt(np.einsum("bh,bh->b", hidden, hidden) / hidden.shape[1] + self._eps[begin])
         else:
-            hidden = signal.float()
-            hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self._eps[begin])
-            scores = (hidden.to(self._dtype) @ self._routers[begin:end].flatten(0, 1).T).float().cpu().numpy()
+            stream = signal.float()
+            stream = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + self._eps[begin])
+            scores = (stream.to(self._dtype) @ self._routers[begin:end].flatten(0, 1).T).float().cpu().numpy()
             scale = np.ones(len(scores), np.float32)
         scores = scores.reshape(len(scores), end - begin, self.num_experts) * scale[:, None, None]
         return scores if self._biases is None else scores + self._biases[begin:end]
 
-    def _margins_of(self, scores, layers) -> np.ndarray:
-        """Return how far scores [B, n, E] lie above the middle of the K-th and the next best, in their usual spread."""
+    def _margins_of(self, scores: np.ndarray, layers: slice) -> np.ndarray:
+        """Return scores [B, n, E] less the middle of the K-th and the next best, in units of their usual spread."""
         top_k = self._top_k
         if top_k >= self.num_experts:
             return np.full_like(scores, 10.0)
         ranked = np.partition(scores, (-top_k - 1, -top_k), axis=-1)
         margins = scores - (ranked[..., -top_k, None] + ranked[..., -top_k - 1, None]) * 0.5
         if self._learning:
-            spread = np.sqrt((np.maximum(margins, _FAR) ** 2).mean((0, 2)))
+            spread = np.sqrt((np.maximum(margins, _MIN_MARGIN) ** 2).mean((0, 2)))
             known = self._spread[layers] > 0
             self._spread[layers] = np.where(known, 0.95 * self._spread[layers] + 0.05 * spread, spread)
         return margins / (self._spread[layers, None] + 1e-6)
 
-    def _check(self, layer, experts, signal) -> None:
-        """Compare the folded router with what the model's own chose, until enough was seen to judge it."""
+    def _check(self, layer: int, experts: np.ndarray, signal: torch.Tensor) -> None:
+        """Compare the folded router's choice with the model's own, on the first `_CHECKED_ROWS` rows."""
         experts = experts[: self._rows_to_check[layer]]
-        scores = self._scores(layer, layer, layer + 1, signal[: len(experts)])[:, 0]
+        scores = self._scores(layer, layer + 1, signal[: len(experts)])[:, 0]
         best = np.argsort(-scores, axis=1)[:, : experts.shape[1]]
         self._agreed[layer] += sum(len(np.intersect1d(a, b)) / len(a) for a, b in zip(best, experts, strict=True))
         self._rows_to_check[layer] -= len(experts)
         if not self._rows_to_check[layer]:
             self.usable[layer] &= self._agreed[layer] >= _MIN_AGREEMENT * _CHECKED_ROWS
 
-    def _learn(self, layer, experts) -> None:
-        """Fit the curve of each distance to what the router chose."""
+    def _learn(self, layer: int, experts: np.ndarray) -> None:
+        """Fit the curve of each distance to the router's choice."""
         said = self._margins.pop(layer, None)
         if not said:
             return
@@ -171,7 +174,7 @@ class Lookahead:
         margins = np.stack([margins for _, margins in said])  # [n, B, E]
         if margins.shape[1] != len(experts) or np.isnan(margins).any():
             return
-        margins = np.maximum(margins, _FAR)  # an expert that does not exist is infinitely far below
+        margins = np.maximum(margins, _MIN_MARGIN)  # an expert that does not exist is infinitely far below
         chosen = np.zeros(margins.shape[1:], np.float32)
         inside = experts < self.num_experts
         chosen[np.nonzero(inside)[0], experts[inside]] = 1

@@ -1,11 +1,11 @@
-"""First-order tables: from one layer's experts to the next layer's, and from one token's to the next token's."""
+"""Predictor of first-order tables: from one layer's experts to the next layer's, and from one token's to the next's."""
 
 import numpy as np
 
 from moeflow.predictors.odds import log_odds, multi_hot, sigmoid
 from moeflow.predictors.routes import Routes
 
-_PRIOR_COUNTS = 4.0  # how many demands' worth the popularity weighs in a row of a table
+_PRIOR_COUNTS = 4.0  # demands: the weight of the popularity in a row of a table
 
 
 class Markov:
@@ -77,28 +77,28 @@ class Markov:
     def later(self) -> None:
         return None
 
-    def _finish_step(self):
+    def _finish_step(self) -> None:
         now = np.stack(self._now, 1)
         if self.learn:
             self._count(np.stack([multi_hot(self._before, self.num_experts), multi_hot(now, self.num_experts)], 1))
             self._summarise()
         self._before = now
 
-    def _count(self, hot):
-        """Count the steps hot [B, T, L, E], 0 or 1; the first of each sequence is only where the second comes from."""
+    def _count(self, hot: np.ndarray) -> None:
+        """Count the transitions between the steps hot [B, T, L, E], 0 or 1."""
         before, now = (part.reshape(-1, *part.shape[2:]).transpose(1, 0, 2) for part in (hot[:, :-1], hot[:, 1:]))
         self.by_token[:, :-1] += before.transpose(0, 2, 1) @ now
         self.by_layer[:-1, :-1] += now[:-1].transpose(0, 2, 1) @ now[1:]
         self.popularity += now.sum(1)
         self.num_steps += now[0].any(-1).sum()
 
-    def _summarise(self):
+    def _summarise(self) -> None:
         """Turn counts into probabilities."""
         popularity = self.popularity / np.maximum(self.num_steps, 1.0)
         top_k = np.maximum(popularity.sum(1, keepdims=True), 1e-6)
         self._general = log_odds(popularity)
 
-        def rows(counts, prior):
+        def rows(counts: np.ndarray, prior: np.ndarray) -> np.ndarray:
             times = counts.sum(2, keepdims=True) / top_k[:, None]
             return (counts + _PRIOR_COUNTS * prior[:, None]) / (times + _PRIOR_COUNTS)
 
@@ -106,6 +106,6 @@ class Markov:
         self._layer_rows = rows(self.by_layer, np.roll(popularity, -1, 0))
 
 
-def _from_nothing(hot):
+def _from_nothing(hot: np.ndarray) -> np.ndarray:
     """Put a step without experts before hot [B, T, L, E]."""
     return np.concatenate([np.zeros_like(hot[:, :1]), hot], 1)

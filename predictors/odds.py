@@ -32,7 +32,7 @@ def weighted_hot(experts: np.ndarray, weights: np.ndarray | None, num_experts: i
     return _scatter(experts, 0.5 + 0.5 * experts.shape[-1] * share, num_experts)
 
 
-def _scatter(experts, values, num_experts):
+def _scatter(experts: np.ndarray, values: np.ndarray | np.float32, num_experts: int) -> np.ndarray:
     """Return float32 [..., E] with values [..., K] at experts [..., K]."""
     lead, top_k = experts.shape[:-1], experts.shape[-1]
     rows = np.zeros((math.prod(lead), num_experts + 1), np.float32)  # the last column for those that stand for none

@@ -1,11 +1,11 @@
-"""The simplest baseline: experts that were demanded often will be demanded again."""
+"""Popularity, the simplest baseline: experts that were demanded often will be demanded again."""
 
 import numpy as np
 
 from moeflow.predictors.odds import multi_hot
 from moeflow.predictors.routes import Routes
 
-_PRIOR_STEPS = 16.0  # how many steps' worth what was known before weighs
+_PRIOR_STEPS = 16.0  # the weight of the popularity known from training
 
 
 class Popularity:

@@ -1,12 +1,12 @@
-"""What every predictor answers, in replay and live: routes in, probabilities out. No caches, no devices, no models.
+"""Protocol of predictors, in replay and live: routes in, probabilities out. No caches, no devices, no models.
 
-The life of a predictor: `begin`, perhaps `prefill`, and then for every decode step `step` before the first layer runs
-and `observe` after each layer's router has spoken, in the order of the layers. A probability of NaN means that
-nothing is known; an answer that is NaN throughout, or outside 0 to 1, is taken for a failure. Expert numbers of
+The calls of a predictor: `begin`, perhaps `prefill`, and then for every decode step `step` before the first layer runs
+and `observe` after each layer's router has chosen, in the order of the layers. A probability of NaN means that
+nothing is known; an answer that is NaN throughout, or outside 0 to 1, counts as a failure. Expert numbers of
 num_experts or more, as padding has them, stand for none.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,12 +15,12 @@ class Predictor(Protocol):
     """Predicts which experts the coming layers will demand, for B sequences at once.
 
     Args:
-        name: what reports call it.
+        name: its name in reports.
         num_layers: L, MoE layers.
         num_experts: E, the largest number of experts in a layer.
         reach: D, how many layers ahead `observe` refines; 0 where it never does.
-        signal: what `observe` is given besides the routes: "none", "residual" (the residual stream at this layer's
-            router, before its norm: [B, H]) or "recorded" (what a trace holds of it: expert ids [B, D, M]).
+        signal: input of `observe` besides the routes: "none", "residual" (the residual stream at this layer's router,
+            before its norm: tensor [B, H]) or "recorded" (the lookahead of a trace: expert ids, array [B, D, M]).
     """
 
     name: str
@@ -42,12 +42,12 @@ class Predictor(Protocol):
         """
 
     def observe(
-        self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: np.ndarray | None = None
+        self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: Any = None
     ) -> np.ndarray | None:
-        """Take in what the router of a layer chose and refine the layers above it.
+        """Take in the experts that a layer's router chose and refine the layers above it.
 
         Args:
-            layer: the layer whose router spoke; the last layer ends the step.
+            layer: the layer of the router; the last layer ends the step.
             experts: [B, K], by falling weight.
             weights: [B, K], or None where they are not known.
             signal: see the class.

@@ -1,16 +1,16 @@
-"""Replays what a predictor said while a trace was recorded: ranks of experts, turned into probabilities."""
+"""Predictor from the lookahead that a trace recorded: ranks of experts, turned into probabilities."""
 
 import numpy as np
 
-_PRIOR_TRIALS = 8.0  # of each rank, before anything was seen
-_KEEP = 0.999  # of what was seen, a layer
+_PRIOR_TRIALS = 8.0  # of each rank, before the first
+_DECAY = 0.999  # of trials and hits, a layer
 
 
 class RecordedLookahead:
     """Predicts from the expert ids a trace holds for the coming layers, likeliest first.
 
-    How much a rank is worth is learned while the trace is replayed: for each distance and rank, how often its expert
-    was then demanded; experts that were not listed share one such rate.
+    It learns a rank's probability while the trace is replayed: for each distance and rank, the share of its experts
+    that were then demanded; experts that are not listed share one such rate.
 
     Args:
         num_layers: L.
@@ -27,12 +27,12 @@ class RecordedLookahead:
         self.num_layers, self.num_experts, self.reach = num_layers, num_experts, reach
         first = np.where(np.arange(num_ranks) < top_k, 0.7, 0.1)
         unlisted = max(top_k - first.sum(), 0.0) / max(num_experts - num_ranks, 1)
-        self._trials = np.full((reach, num_ranks + 1), _PRIOR_TRIALS)  # the last column: those that were not listed
+        self._trials = np.full((reach, num_ranks + 1), _PRIOR_TRIALS)  # the last column: experts that are not listed
         self._hits = self._trials * np.append(first, np.clip(unlisted, 0.001, 0.5))
         self.begin(1)
 
     def begin(self, num_sequences: int) -> None:
-        self._listed: dict[int, list[tuple[int, np.ndarray]]] = {}  # layer -> what was said of it: (distance, [B, M])
+        self._listed: dict[int, list[tuple[int, np.ndarray]]] = {}  # layer -> predictions of it: (distance, [B, M])
         self._sequences = np.arange(num_sequences)[:, None]
 
     def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
@@ -66,17 +66,17 @@ class RecordedLookahead:
     def later(self) -> None:
         return None
 
-    def _learn(self, layer, experts):
+    def _learn(self, layer: int, experts: np.ndarray) -> None:
         demanded = np.zeros((len(experts), self.num_experts + 1), bool)
         demanded[self._sequences, np.minimum(experts, self.num_experts)] = True
         demanded[:, -1] = False
-        took_part = demanded.any(1)
+        took_part = np.any(demanded, axis=1)
         for distance, listed in self._listed.pop(layer, ()):
             said = (listed < self.num_experts) & took_part[:, None]
             hits = np.where(said, demanded[self._sequences, listed], False)
             trials, successes = self._trials[distance], self._hits[distance]
-            trials *= _KEEP
-            successes *= _KEEP
+            trials *= _DECAY
+            successes *= _DECAY
             ranks = listed.shape[1]
             trials[:ranks] += said.sum(0)
             successes[:ranks] += hits.sum(0)

@@ -1,5 +1,6 @@
-"""Routes to learn from, as plain arrays: what training takes, whatever file they came from."""
+"""Routes to learn from, as plain arrays: the input of training, from whichever file they came."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,16 +37,20 @@ class Routes:
     def num_tokens(self) -> int:
         return sum(map(len, self.token_ids))
 
-    def select(self, sequences) -> "Routes":
+    def select(self, sequences: Iterable[int]) -> "Routes":
         """Return these sequences alone, by their numbers here."""
-        pick = lambda arrays: [arrays[s] for s in sequences]  # noqa: E731
+        numbers = list(sequences)
+
+        def pick(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            return [arrays[s] for s in numbers]
+
         weights = pick(self.weights) if self.weights is not None else None
         return Routes(pick(self.token_ids), pick(self.experts), weights, self.num_experts)
 
     def cut(self, length: int) -> "Routes":
         """Return the same routes with longer sequences cut into pieces of at most `length` tokens."""
 
-        def pieces(arrays):
+        def pieces(arrays: list[np.ndarray]) -> list[np.ndarray]:
             return [array[i : i + length] for array in arrays for i in range(0, len(array), length)]
 
         weights = pieces(self.weights) if self.weights is not None else None

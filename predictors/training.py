@@ -1,4 +1,4 @@
-"""How predictors are trained: options, the split for early stopping, and the loop that both kinds share."""
+"""Training shared by all kinds of predictors: options, the split for early stopping, and the loop."""
 
 import copy
 import math
@@ -11,9 +11,9 @@ import torch
 from moeflow.errors import ConfigError
 from moeflow.predictors.routes import Routes
 
-STOPPING_EVERY = 10  # of the training sequences, one decides when to stop
+STOPPING_EVERY = 10  # one of so many training sequences decides when to stop
 _WARM_UP_UPDATES = 50
-_PATIENCE = 2  # epochs without improvement
+_PATIENCE_EPOCHS = 2  # without improvement
 
 Progress = Callable[[float, str], None]
 
@@ -36,7 +36,7 @@ class TrainingOptions:
     learning_rate: float = 2e-3
     batch_size: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ConfigError(f"epochs is {self.epochs}. Allowed: 1 or more.")
         if not 0 <= self.seed < 2**63:
@@ -58,7 +58,7 @@ class TrainingOptions:
 
 
 def stopping_split(routes: Routes) -> tuple[Routes, Routes]:
-    """Split training sequences into those that are learned from and every tenth, which decides when to stop.
+    """Split training sequences into those to learn from and every tenth, which decides when to stop.
 
     Raises:
         ConfigError: fewer than two sequences.
@@ -100,8 +100,8 @@ def fit(
         options: seed, learning rate.
         epochs: at most.
         updates_per_epoch: about how many losses an epoch yields.
-        progress: called with the share done, 0 to 1, and what is going on.
-        title: what is going on.
+        progress: called with the share done, 0 to 1, and the title.
+        title: of the training.
     """
     parameters, rng = list(parameters), np.random.default_rng(options.seed)
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
@@ -122,11 +122,11 @@ def fit(
             if progress is not None:
                 progress(min(update / total, 1.0), f"{title}, epoch {epoch + 1} of {epochs}, best loss {best:.4f}")
         module.eval()
-        loss = stopping_loss()
-        since = 0 if loss < best else since + 1
-        if loss < best:
-            best, best_state = loss, copy.deepcopy(module.state_dict())
-        if since == _PATIENCE:
+        stopping = stopping_loss()
+        since = 0 if stopping < best else since + 1
+        if stopping < best:
+            best, best_state = stopping, copy.deepcopy(module.state_dict())
+        if since == _PATIENCE_EPOCHS:
             break
     module.load_state_dict(best_state)
     module.eval()

@@ -1,9 +1,10 @@
 """`moeflow predictor`: train predictors on traces and measure them."""
 
+import argparse
 import json
 
 
-def add_predictor_commands(commands) -> None:
+def add_predictor_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `predictor` and its commands to the parser's commands."""
     predictor = commands.add_parser("predictor", help="routing predictors: train them on traces, measure them")
     below = predictor.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -29,7 +30,7 @@ def add_predictor_commands(commands) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
-def _train(arguments) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from moeflow.cli.progress import share_progress
@@ -51,7 +52,7 @@ def _train(arguments) -> int:
     return 0
 
 
-def _evaluate(arguments) -> int:
+def _evaluate(arguments: argparse.Namespace) -> int:
     from moeflow.cli.progress import share_progress
     from moeflow.replay.predictor_quality import evaluate_predictor
     from moeflow.trace.trace import RoutingTrace

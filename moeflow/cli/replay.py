@@ -1,12 +1,18 @@
-"""`moeflow trace replay` and `moeflow trace report`: what caches would have hit, as rows, plots and a page."""
+"""`moeflow trace replay` and `moeflow trace report`: hits and costs of caches on a trace, as rows, plots and a page."""
 
+import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from moeflow.errors import ConfigError
 
+if TYPE_CHECKING:
+    from moeflow.replay.link import LinkModel
+    from moeflow.trace.trace import RoutingTrace
 
-def add_replay_commands(commands) -> None:
+
+def add_replay_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `replay` and `report` to the commands of `moeflow trace`."""
     replay = commands.add_parser("replay", help="hit rates of eviction policies on a trace")
     replay.add_argument("trace", help="a trace file")
@@ -43,8 +49,8 @@ def add_replay_commands(commands) -> None:
     report.set_defaults(run=_report)
 
 
-def _add_machine(parser) -> None:
-    """Add a machine, who predicts on it, and which sequences are replayed."""
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a machine, of a predictor on it, and of the sequences to replay."""
     machine = parser.add_argument_group("on a machine", "what decoding would cost; the first three go together")
     machine.add_argument("--link-gb-s", type=float, metavar="GB", help="gigabytes a second of the link")
     machine.add_argument("--expert-mb", type=float, metavar="MB", help="megabytes of one expert")
@@ -59,13 +65,13 @@ def _add_machine(parser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences of those")
 
 
-def _add_phase(parser) -> None:
+def _add_phase(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--phase", default="decode", choices=("decode", "all"), help="all: prompts too, token by token (decode)"
     )
 
 
-def _replay(arguments) -> int:
+def _replay(arguments: argparse.Namespace) -> int:
     from moeflow.replay.demand import replay_trace, sequence_rows
     from moeflow.replay.machine import replayed_places
     from moeflow.replay.plots import check_plot_path, heat_map_figure, hit_rate_figure, save_figure
@@ -103,8 +109,8 @@ def _replay(arguments) -> int:
     return 0
 
 
-def _machine_of(arguments):
-    """Return the machine that was asked for, None without one.
+def _machine_of(arguments: argparse.Namespace) -> "LinkModel | None":
+    """Return the machine of the options, None without one.
 
     Raises:
         ConfigError: options that do not go together, or no sizes.
@@ -147,7 +153,14 @@ def _machine_of(arguments):
     )
 
 
-def _machine_rows(trace, residencies, policies, link, predictor, places) -> list[dict]:
+def _machine_rows(
+    trace: "RoutingTrace",
+    residencies: list[float],
+    policies: list[str],
+    link: "LinkModel",
+    predictor: str | None,
+    places: list[int],
+) -> list[dict]:
     """Replay every policy at every residency on a machine, a predictor's last."""
     from moeflow.cli.progress import count_progress
     from moeflow.replay.demand import slots_of
@@ -177,7 +190,7 @@ def _machine_rows(trace, residencies, policies, link, predictor, places) -> list
     return rows
 
 
-def _report(arguments) -> int:
+def _report(arguments: argparse.Namespace) -> int:
     from moeflow.replay.measured import read_realised
     from moeflow.replay.report import write_report
     from moeflow.trace.trace import RoutingTrace
@@ -218,7 +231,7 @@ def _percents(text: str) -> list[float]:
     return [int(value) if value.is_integer() else value for value in dict.fromkeys(values)]
 
 
-def _print_rows(rows) -> None:
+def _print_rows(rows: list[dict]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -233,7 +246,7 @@ def _print_rows(rows) -> None:
     Console(file=sys.stdout).print(table)
 
 
-def _hit_cells(row) -> dict[str, str]:
+def _hit_cells(row: dict) -> dict[str, str]:
     return {
         "policy": row["policy"],
         "residency": f"{row['residency']:g} %",
@@ -244,7 +257,7 @@ def _hit_cells(row) -> dict[str, str]:
     }
 
 
-def _cost_cells(row) -> dict[str, str]:
+def _cost_cells(row: dict) -> dict[str, str]:
     wasted = f"{row['prefetch']['wasted_bytes'] / row['tokens'] / 1e6:.1f}" if "prefetch" in row else ""
     return {
         "policy": row.get("predictor", row["policy"]),

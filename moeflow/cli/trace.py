@@ -1,14 +1,19 @@
-"""`moeflow trace`: record, convert and look at routing traces; replays have their own file."""
+"""`moeflow trace`: record, convert and describe routing traces; replays have their own file."""
 
+import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.replay import add_replay_commands
 from moeflow.errors import TraceError
 
+if TYPE_CHECKING:
+    import torch
 
-def add_trace_commands(commands) -> None:
+
+def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `trace` and its commands to the parser's commands."""
     trace = commands.add_parser("trace", help="routing traces: which experts every token is routed to")
     below = trace.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -40,7 +45,7 @@ def add_trace_commands(commands) -> None:
     add_replay_commands(below)
 
 
-def _record(arguments) -> int:
+def _record(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.cli.progress import count_progress
     from moeflow.cli.prompts import read_prompts
@@ -70,7 +75,7 @@ def _record(arguments) -> int:
     return 0
 
 
-def _input_ids(tokenizer, prompt: str):
+def _input_ids(tokenizer: Any, prompt: str) -> "torch.Tensor":
     """Return a prompt's tokens [1, T], as a user's turn where the tokenizer has a chat template."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
@@ -79,7 +84,7 @@ def _input_ids(tokenizer, prompt: str):
     return tokenizer(prompt, return_tensors="pt")["input_ids"]
 
 
-def _convert(arguments) -> int:
+def _convert(arguments: argparse.Namespace) -> int:
     from moeflow.trace.convert import convert_trace
 
     num_tokens = convert_trace(
@@ -92,7 +97,7 @@ def _convert(arguments) -> int:
     return 0
 
 
-def _info(arguments) -> int:
+def _info(arguments: argparse.Namespace) -> int:
     from moeflow.trace.format import DECODE
     from moeflow.trace.trace import RoutingTrace
 

@@ -1,7 +1,7 @@
-/* The inner loop of moeflow/replay/demand.py: one demand-only eviction policy over recorded routing.
+/* Inner loop of moeflow/replay/demand.py: one demand-only eviction policy over recorded routing.
  *
- * moeflow/replay/demand_loop.py is the same loop in Python and says what each policy means; every decision here must agree with
- * it to the last tie. Plain C99 with a C ABI, called through ctypes; knows nothing of Python.
+ * moeflow/replay/demand_loop.py is the same loop in Python and describes each policy; every decision here must agree
+ * with it to the last tie. Plain C99 with a C ABI, called through ctypes; knows nothing of Python.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -33,7 +33,7 @@ static uint64_t next_random(Cache *cache) {
     return z ^ (z >> 31);
 }
 
-/* The lowest goes. Inlined with a constant policy, so that each scan below is a loop of its own. */
+/* The lowest score is evicted. Inlined with a constant policy, so that each scan below is a loop of its own. */
 static inline double score(const Cache *cache, int policy, int slot) {
     switch (policy) {
     case LFU: /* then the lowest layer and expert number */
@@ -90,7 +90,7 @@ static int64_t run_event(Cache *cache, int64_t layer, int num_experts, const uin
     int64_t hits = 0;
     cache->event_begin = cache->clock + 1;
     cache->passes[layer]++;
-    for (int k = 0; k < top_k; k++) { /* all hits first: what is resident now is not evicted for this event */
+    for (int k = 0; k < top_k; k++) { /* all hits first: this event does not evict experts resident now */
         if (experts[k] >= num_experts) continue;
         int64_t key = layer * num_experts + experts[k];
         int32_t slot = cache->slot_of[key];
@@ -132,7 +132,7 @@ static void empty(Cache *cache) {
     if (cache->policy != POPULARITY) memset(cache->expert_count, 0, sizeof(int32_t) * cache->num_keys);
 }
 
-/* For each access of rows begin to end, the next row that demands the same expert: backwards. */
+/* Finds, from the last row to the first, the next row that demands the same expert as each access does. */
 static void find_next_rows(const uint16_t *experts, int64_t begin, int64_t end, int64_t layers, int top_k,
                            int num_experts, int32_t *next, int32_t *seen) {
     for (int64_t key = 0; key < layers * num_experts; key++) seen[key] = NEVER;
@@ -193,5 +193,5 @@ EXPORTED int moeflow_replay(const uint16_t *experts, int64_t layers, int top_k, 
     return failed;
 }
 
-/* Windows links an extension module only with this symbol; nobody imports the module. */
+/* Windows links an extension module only with this symbol; no code imports the module. */
 EXPORTED void *PyInit__replay(void) { return NULL; }

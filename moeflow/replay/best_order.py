@@ -1,4 +1,4 @@
-"""The best order of copies known for one sequence, and the time that no order undercuts.
+"""Best known order of copies for one sequence, and a lower bound on the time of every order.
 
 Knows a sequence's demands and a link. Knows nothing of predictors or of a prefetcher.
 """
@@ -11,7 +11,7 @@ from moeflow.replay.link import LinkModel
 
 
 def least_time_s(num_tokens: int, num_layers: int, belady_misses: int, link: LinkModel) -> float:
-    """Return seconds that no order of copies undercuts: all the compute, or all the copies that Belady needs.
+    """Return a lower bound in seconds on every order of copies: all the compute, or all the copies that Belady needs.
 
     Args:
         num_tokens: of one sequence, which starts cold.
@@ -24,11 +24,13 @@ def least_time_s(num_tokens: int, num_layers: int, belady_misses: int, link: Lin
 
 
 def replay_best_order(experts: np.ndarray, num_experts: int, num_slots: int, link: LinkModel) -> dict:
-    """Replay one sequence as it goes with the best order of copies known, from a cold cache.
+    """Replay one sequence with the best order of copies known, from a cold cache.
 
-    The link is never idle while a copy is worth it: it fetches what is needed next and absent, in place of what is
-    needed last, unless that is needed sooner. Cao, Felten, Karlin and Li (1995) call this aggressive and show that it
-    takes at most 1 + F / slots times the best, F the demands during one copy.
+    The link is never idle while a copy is worth it: it fetches the next expert that is demanded and absent, in place of
+    the one demanded last, unless that is demanded sooner. It takes at most 1 + F / slots times the best order, F the
+    demands during one copy.
+
+    Source: Cao, Felten, Karlin and Li (1995), who call this aggressive prefetching.
 
     Args:
         experts: [T, L, K]; num_experts or more stand for none.
@@ -82,7 +84,7 @@ class _BestOrder:
         return {"seconds": now_s, "accesses": sum(found.values()), **found, "copies": self._copies}
 
     def _fetch(self, place: int, since_s: float) -> bool:
-        """Begin one copy while the event at `place`, begun at since_s, waits or computes; False if none does good."""
+        """Begin one copy while the event at `place`, begun at since_s, waits or computes; False if no copy helps."""
         absent = self._next_absent(place)
         if absent is None:
             return False
@@ -110,7 +112,7 @@ class _BestOrder:
         return None
 
     def _victim(self, event: int) -> int | None:
-        """Return whom the farthest next use makes room, if it lies behind `event`."""
+        """Return the key with the farthest next use, if that lies behind `event`."""
         heap = self._farthest
         while heap and (heap[0][1] not in self._arrival_s or -heap[0][0] != self._next_use(heap[0][1])):
             heapq.heappop(heap)

@@ -1,14 +1,19 @@
-"""Prediction without error, from the future of a trace: the live prefetcher shows what it makes of perfect routes."""
+"""Predictor without error, from the future of a trace: the bound of what a prefetcher can make of predictions.
+
+Knows a trace's routes. Knows nothing of caches or links.
+"""
+
+from typing import Any
 
 import numpy as np
 
 from moeflow.predictors.odds import multi_hot
 
-NUM_STEPS = 30  # that a clairvoyant sees after the coming one
+NUM_STEPS = 30  # seen after the coming one
 
 
 class Clairvoyant:
-    """Says exactly what the coming steps demand.
+    """Predicts exactly the experts that the coming steps demand.
 
     Args:
         sequences: experts [T, L, K] of each sequence, in the order in which they are replayed; the n-th `begin` starts
@@ -35,16 +40,16 @@ class Clairvoyant:
         self._routes = np.pad(routes, ((0, self.num_steps + 1), (0, 0), (0, 0)))  # nothing is demanded after the end
         self._row = -1
 
-    def prefill(self, token_ids, experts, weights) -> None:
-        """Nothing: a sequence's decode steps are known already."""
+    def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
+        """Ignore the prompt: a sequence's decode steps are known already."""
 
     def step(self, token_ids: np.ndarray) -> np.ndarray:
         """Look up the coming step: [1, L, E]."""
         self._row += 1
         return self._routes[None, self._row]
 
-    def observe(self, layer, experts, weights, signal=None) -> None:
-        """Nothing that was not known."""
+    def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: Any = None) -> None:
+        """Ignore the routes: they are known already."""
 
     def later(self) -> np.ndarray:
         """Look up the steps after it: [1, steps, L, E]."""

@@ -1,11 +1,12 @@
-"""Replay of demand-only eviction policies over recorded routing: what a cache of a given size would have hit.
+"""Replay of demand-only eviction policies over recorded routing: hits of a cache of a given size.
 
 One event is one layer of one token. A hit is counted against what is resident when the token reaches the layer; then
 the experts it demands are resident, and this event does not evict them. Within an event experts are taken by rising
-number: that is the order in which what ties goes. Nothing is prefetched and nothing costs time.
+number: that order decides ties. Nothing is prefetched and nothing costs time.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_uint64
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +23,7 @@ REPLAY_POLICIES = ("lru", "lfu", "lfru", "static", "popularity", "belady", "rand
 
 
 class Replay(NamedTuple):
-    """What one policy hit.
+    """Hits and accesses of one policy.
 
     Args:
         layer_hits: [L].
@@ -82,8 +83,8 @@ def replay(
 
 def replay_trace(
     trace: RoutingTrace,
-    residencies: list[float],
-    policies: list[str],
+    residencies: Sequence[float],
+    policies: Sequence[str],
     *,
     per_layer: bool = False,
     warm: bool = False,
@@ -173,8 +174,8 @@ def slots_of(residency: float, experts_per_layer: tuple[int, ...], top_k: int, *
     return num_slots
 
 
-def _check(experts, starts, num_slots, policy) -> None:
-    """Refuse what cannot be replayed."""
+def _check(experts: np.ndarray, starts: np.ndarray, num_slots: int, policy: str) -> None:
+    """Refuse an unknown policy, malformed starts, an empty trace and too few slots."""
     if policy not in REPLAY_POLICIES:
         raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(REPLAY_POLICIES)}.")
     if (
@@ -205,11 +206,20 @@ def _in_order(experts: np.ndarray, num_experts: int) -> np.ndarray:
     return ordered
 
 
-def _replay(ordered, num_experts, starts, num_slots, policy, per_layer, warm, seed) -> Replay:
-    """Replay rows that `_check` and `_in_order` have seen."""
+def _replay(
+    ordered: np.ndarray,
+    num_experts: int,
+    starts: np.ndarray,
+    num_slots: int,
+    policy: str,
+    per_layer: bool,
+    warm: bool,
+    seed: int,
+) -> Replay:
+    """Replay rows that `_check` has passed and `_in_order` has sorted."""
     loop = _compiled_loop() or replay_loop
     top_k = ordered.shape[2]
-    # Of a static cache, one event's experts and one in flight may change: the rest is fixed, as load_moe has it.
+    # A static cache fixes all slots but one event's and one in flight, as the live one does.
     options = {"warm": warm, "num_fixed": num_slots - top_k - 1, "seed": seed}
     if not per_layer:
         result = Replay(*loop(ordered, num_experts, starts, num_slots, policy, **options))
@@ -222,7 +232,7 @@ def _replay(ordered, num_experts, starts, num_slots, policy, per_layer, warm, se
     return result
 
 
-def _compiled_loop():
+def _compiled_loop() -> Callable[..., tuple[np.ndarray, np.ndarray]] | None:
     """Return the compiled loop, called like `replay_loop`; None where it was not built."""
     words, counts = np.ctypeslib.ndpointer(np.uint16, flags="C"), np.ctypeslib.ndpointer(np.int64, flags="C")
     function = c_function(
@@ -233,7 +243,18 @@ def _compiled_loop():
     return None if function is None else partial(_run_compiled, function)
 
 
-def _run_compiled(function, experts, num_experts, starts, num_slots, policy, *, warm, num_fixed, seed):
+def _run_compiled(
+    function: Callable[..., int],
+    experts: np.ndarray,
+    num_experts: int,
+    starts: np.ndarray,
+    num_slots: int,
+    policy: str,
+    *,
+    warm: bool,
+    num_fixed: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
     num_layers, top_k = experts.shape[1:]
     hits, accesses = np.zeros(num_layers, np.int64), np.zeros(num_layers, np.int64)
     failed = function(

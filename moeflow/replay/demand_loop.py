@@ -1,5 +1,6 @@
-"""The replay's inner loop in plain Python: what each policy means, the oracle of `_replay.c`, and what runs where no
-compiler was there when moeflow was installed.
+"""Inner loop of a demand replay in plain Python: the meaning of each policy, and the oracle of `_replay.c`.
+
+It runs where moeflow was installed without a compiler.
 
 Knows nothing of traces: rows of expert numbers in, hits out.
 """
@@ -15,7 +16,7 @@ _NEVER = 2**31 - 1
 
 
 class ReplayCache:
-    """Slots as a replay needs them: no copies in flight, so an expert is resident or it is not.
+    """Slots of a replay: no copies in flight, so an expert is resident or it is not.
 
     A slot that the present event has touched is not evicted. Frequencies outlive an eviction; ages count the passes of
     the expert's own layer, as in `moeflow.policy.cache`.
@@ -29,7 +30,9 @@ class ReplayCache:
         seed: of the random policy.
     """
 
-    def __init__(self, num_layers, num_slots, policy, *, num_fixed, popularity, seed):
+    def __init__(
+        self, num_layers: int, num_slots: int, policy: str, *, num_fixed: int, popularity: np.ndarray, seed: int
+    ):
         self.num_layers, self.num_slots, self.policy, self.num_fixed = num_layers, num_slots, policy, num_fixed
         self.popularity = popularity
         self._random = RandomBits(seed)
@@ -59,7 +62,7 @@ class ReplayCache:
         """
         event_begin = self.clock + 1
         self.passes[layer] += 1
-        demands = []  # (key, when it was touched, its next row)
+        demands = []  # (key, clock of its touch, its next row)
         for expert, next_row in zip(experts, next_rows, strict=True):
             self.clock += 1
             key = (layer, expert)
@@ -81,10 +84,10 @@ class ReplayCache:
             self._enter(slot, key, touch, next_row)
         return len(experts) - len(misses)
 
-    def _enter(self, slot, key, touch, next_row):
+    def _enter(self, slot: int, key: tuple[int, int], touch: int, next_row: int) -> None:
         self.last_touch[slot], self.last_pass[slot], self.next_row[slot] = touch, self.passes[key[0]], next_row
 
-    def _victim(self, event_begin):
+    def _victim(self, event_begin: int) -> int:
         if self.policy == "random":
             while True:
                 slot = self._random.next() % len(self.key_of)
@@ -98,17 +101,17 @@ class ReplayCache:
 def _lfru(cache: ReplayCache, slot: int) -> float:
     key = cache.key_of[slot]
     age = cache.passes[key[0]] - cache.last_pass[slot]
-    # Among equals the most recent goes: its layer is the last to run again.
+    # Among equals the most recent is evicted: its layer is the last to run again.
     return cache.uses[key] / (age + 1) - 1e-12 * cache.last_touch[slot]
 
 
 # Each policy maps a slot to a score; the lowest is evicted, among equals the least recently used.
-# lfu: among equals the lowest layer and expert number goes, as the reference figures for gpt-oss-20b have it; the live
-# cache takes the least recent there and hits up to half a percent more.
-# static: the first experts to arrive stay, the rest go by age.
+# lfu: among equals the lowest layer and expert number is evicted, as in the reference figures for gpt-oss-20b; the live
+# cache evicts the least recent there and hits up to half a percent more.
+# static: the first experts to arrive stay, the others are evicted by age.
 # popularity: the experts that all the replayed rows demand most stay, a static hot set chosen with hindsight.
-# belady: the expert whose next use is farthest goes, always in favour of the one demanded (L. A. Belady, A study of
-# replacement algorithms for a virtual-storage computer, 1966).
+# belady: the expert whose next use is farthest is evicted, always in favour of the one demanded (Source: L. A. Belady,
+# A study of replacement algorithms for a virtual-storage computer, 1966).
 SCORES: dict[str, Callable[[ReplayCache, int], float | tuple]] = {
     "lru": lambda cache, slot: cache.last_touch[slot],
     "lfu": lambda cache, slot: (cache.uses[cache.key_of[slot]], cache.key_of[slot]),
@@ -120,7 +123,15 @@ SCORES: dict[str, Callable[[ReplayCache, int], float | tuple]] = {
 
 
 def replay_loop(
-    experts: np.ndarray, num_experts: int, starts: np.ndarray, num_slots: int, policy: str, *, warm, num_fixed, seed
+    experts: np.ndarray,
+    num_experts: int,
+    starts: np.ndarray,
+    num_slots: int,
+    policy: str,
+    *,
+    warm: bool,
+    num_fixed: int,
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replay one policy.
 

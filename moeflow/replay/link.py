@@ -1,7 +1,7 @@
-"""Replay with a link and a clock: what a trace would cost on a machine.
+"""Replay with a link and a clock: the cost of a trace's decode steps on a machine.
 
-The cache and the prefetcher are the live runtime's own; only the copies are imagined, and take time. One link serves
-one copy after another, those that somebody waits for before those that nobody waits for yet.
+The cache and the prefetcher are the live runtime's own; only the copies are simulated, and take time. One link runs one
+copy after another, demanded ones before prefetches.
 """
 
 from collections import deque
@@ -21,15 +21,17 @@ from moeflow.predictors.protocol import Predictor
 from moeflow.trace.format import DECODE
 from moeflow.trace.trace import RoutingTrace
 
+STEPS_AHEAD = 4  # over which evictions compare predicted uses
+
 
 class LinkModel(NamedTuple):
-    """A machine as the replay sees it.
+    """The machine of a replay: one link, and one time for every layer.
 
     Args:
         expert_bytes: bytes of one expert.
         bytes_per_s: of the link.
         layer_s: seconds of compute in one layer, everything resident.
-        in_flight: prefetches that may be under way at once, one of them copying and the others behind it.
+        in_flight: most prefetches under way at once, one of them copying and the others behind it.
     """
 
     expert_bytes: int
@@ -44,13 +46,13 @@ class LinkModel(NamedTuple):
 
 
 class LinkReplay:
-    """One sequence's way through a cache, a prefetcher and a link.
+    """Replay of one sequence through a cache, a prefetcher and a link.
 
     Args:
         link: the machine.
         cache: slots and policy.
         prefetcher: None for demand only.
-        switch: decides for each step whether to predict, by the imagined clock; always when None.
+        switch: decides for each step whether to predict, by the simulated clock; always when None.
     """
 
     def __init__(
@@ -64,8 +66,11 @@ class LinkReplay:
         self.cache = cache
         self.prefetcher = prefetcher
         self._switch = switch
-        self._predicting = prefetcher is not None
-        self._before = (None, 0, 0.0 if prefetcher is None else prefetcher.ledger.net_s)  # when the last step began
+        self._predicting = prefetcher  # None while the switch is off
+        # As the last step began: the clock (None before the first), misses so far, net seconds saved so far.
+        self._before: tuple[float | None, int, float] = (
+            None, 0, 0.0 if prefetcher is None else prefetcher.ledger.net_s
+        )  # fmt: skip
         self.now_s = 0.0
         self.hits = self.late = self.misses = 0
         self._link_free_s = 0.0
@@ -74,15 +79,15 @@ class LinkReplay:
 
     def begin_step(self, token_id: int) -> None:
         """Predict the step that feeds this token."""
-        if self.prefetcher is not None:
-            self._choose()
-        if self._predicting:
-            self.prefetcher.begin_step(np.array([token_id]))
-            self._prefetch()
+        if self.prefetcher is not None and self._switch is not None:
+            self._choose(self.prefetcher, self._switch)
+        if self._predicting is not None:
+            self._predicting.begin_step(np.array([token_id]))
+            self._prefetch(self._predicting)
 
     def layer(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: np.ndarray | None) -> None:
-        """Run one layer for one token: experts [K], weights [K], what the predictor is shown besides."""
-        cache = self.cache
+        """Run one layer for one token: experts [K], weights [K], and the predictor's signal."""
+        cache, predicting = self.cache, self._predicting
         self._advance()
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
         cache.touch(keys)
@@ -96,9 +101,9 @@ class LinkReplay:
             self.late + len(in_flight),
             self.misses + len(absent),
         )
-        if self._predicting:
+        if predicting is not None:
             others = [key for key in self._arrivals if key not in in_flight]
-            self.prefetcher.record_demand(Demand(layer, resident, in_flight, absent, self.link.copy_s, others))
+            predicting.record_demand(Demand(layer, resident, in_flight, absent, self.link.copy_s, others))
         for key in in_flight:
             if key in self._queue:  # it jumps the queue
                 self._queue.remove(key)
@@ -106,36 +111,34 @@ class LinkReplay:
         for key in absent:
             while cache.reserve(key) is None:
                 self._give_way(keys)
-            if self._predicting:
+            if predicting is not None:
                 for gone in cache.evicted:
-                    self.prefetcher.ledger.evict(gone)
+                    predicting.ledger.evict(gone)
             self._copy(key)
         ready_s = max([self.now_s] + [self._arrivals[key] for key in in_flight + absent])
-        if self._predicting:
-            self.prefetcher.observe(layer, experts[None], None if weights is None else weights[None], signal)
-            self._prefetch()
+        if predicting is not None:
+            predicting.observe(layer, experts[None], None if weights is None else weights[None], signal)
+            self._prefetch(predicting)
         for key in in_flight + absent:
             self._arrive(key, wanted=True)
         self.now_s = ready_s + self.link.layer_s
         for key in keys:
             cache.unpin(key)
 
-    def _choose(self) -> None:
-        """Ask the switch about the step that begins, as the live loop does; what waits in the queue is taken back."""
-        if self._switch is None:
-            return
+    def _choose(self, prefetcher: Prefetcher, switch: PredictionSwitch) -> None:
+        """Ask the switch about the step that begins, as the live loop does; off, it empties the queue."""
         began_s, before_missed, before_net_s = self._before
-        missed, net_s = self.late + self.misses, self.prefetcher.ledger.net_s
+        missed, net_s = self.late + self.misses, prefetcher.ledger.net_s
         self._before = (self.now_s, missed, net_s)
         step_s = None if began_s is None else self.now_s - began_s
-        on = self._switch.step(step_s, missed - before_missed, net_s - before_net_s)
-        if self._predicting and not on:
+        on = switch.step(step_s, missed - before_missed, net_s - before_net_s)
+        if self._predicting is not None and not on:
             for key in list(self._queue):
                 self._drop(key)
-            self.prefetcher.ledger.clear()
-        self._predicting = on
+            prefetcher.ledger.clear()
+        self._predicting = prefetcher if on else None
         if not on:
-            self.prefetcher.rest()
+            prefetcher.rest()
 
     def _copy(self, key: ExpertKey, begin_s: float = 0.0) -> None:
         self._link_free_s = max(self._link_free_s, begin_s or self.now_s) + self.link.copy_s
@@ -155,25 +158,26 @@ class LinkReplay:
             self.cache.unpin(key)
 
     def _give_way(self, wanted: list[ExpertKey]) -> None:
-        """Take back the last prefetch in the queue, or wait for the first on its way, which can be evicted then."""
+        """Cancel the last prefetch in the queue, or wait for the first in flight, which can be evicted then."""
         if self._queue:
             self._drop(self._queue[-1])
             return
-        first = min((key for key in self._arrivals if key not in wanted), key=self._arrivals.get)
+        first = min((key for key in self._arrivals if key not in wanted), key=self._arrivals.__getitem__)
         self.now_s = max(self.now_s, self._arrivals[first])
         self._arrive(first, wanted=False)
 
     def _drop(self, key: ExpertKey) -> None:
+        assert self.prefetcher is not None, "only a prefetcher fills the queue"
         self._queue.remove(key)
         self.cache.abort(key)
         self.prefetcher.ledger.drop(key)
 
-    def _prefetch(self) -> None:
-        """Queue what is worth prefetching, and take back what comes too late."""
-        for key in self.prefetcher.overdue(list(self._queue)):
+    def _prefetch(self, prefetcher: Prefetcher) -> None:
+        """Queue the experts worth prefetching, and cancel those that come too late."""
+        for key in prefetcher.overdue(list(self._queue)):
             self._drop(key)
         while len(self._queue) + len(self._arrivals) < self.link.in_flight:
-            found = self.prefetcher.take()
+            found = prefetcher.take()
             if found is None:
                 return
             if self._link_free_s <= self.now_s:
@@ -192,7 +196,7 @@ def replay_link(
     sequences: Sequence[int] | None = None,
     window: int | None = None,
     min_probability: float | None = None,
-    num_steps: int = 4,
+    num_steps: int = STEPS_AHEAD,
     switch: PredictionSwitch | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
@@ -208,7 +212,7 @@ def replay_link(
         predictor: None for demand only.
         sequences: places in trace.sequences(); all when None.
         window, min_probability: see `Prefetcher`; its defaults when None.
-        num_steps: how many steps ahead evictions bet.
+        num_steps: steps ahead over which evictions compare predicted uses.
         switch: turns prediction off and on as in a live model; always on when None.
         progress: called with (tokens done, tokens in all).
 
@@ -225,7 +229,6 @@ def replay_link(
     all_rows, numbers = trace.sequences(), np.arange(len(trace))
     chosen = [numbers[all_rows[place]] for place in (range(len(all_rows)) if sequences is None else sequences)]
     ledger = PrefetchLedger(trace.num_layers, expert_bytes=link.expert_bytes)
-    options = {"window": window, "min_probability": min_probability, "num_steps": num_steps}
     num_tokens = sum(int((trace.phase[rows] == DECODE).sum()) for rows in chosen)
     if not num_tokens:
         raise ConfigError(f"{trace.name} has no decode rows here: there is nothing to replay. Record longer answers.")
@@ -235,7 +238,9 @@ def replay_link(
         cache, prefetcher = ExpertCache(num_slots, policy), None
         if predictor is not None:
             ledger.clear()
-            prefetcher = Prefetcher(predictor, cache, ledger, **options)
+            prefetcher = Prefetcher(
+                predictor, cache, ledger, window=window, min_probability=min_probability, num_steps=num_steps
+            )
             prefetcher.begin(1)
             _show_prompt(predictor, trace, rows[trace.phase[rows] != DECODE])
         replay = LinkReplay(link, cache, prefetcher, switch)

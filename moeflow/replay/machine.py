@@ -1,7 +1,7 @@
-"""What a trace would cost on a machine, a row for each policy and residency: on demand, predicted, foreseen.
+"""Cost of a trace on a machine, a row for each policy and residency: on demand, predicted, foreseen.
 
-On demand nothing is copied while a layer computes, so that hits say it all and the compiled replay finds them; with
-prediction the live cache and prefetcher run on an imagined link.
+On demand nothing is copied while a layer computes, so the hits that the compiled replay counts decide the time; with
+prediction the live cache and prefetcher run on a simulated link.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from moeflow.errors import ConfigError
+from moeflow.predictors.protocol import Predictor
 from moeflow.replay.best_order import least_time_s, replay_best_order
+from moeflow.replay.clairvoyant import NUM_STEPS as CLAIRVOYANT_STEPS
 from moeflow.replay.clairvoyant import Clairvoyant
 from moeflow.replay.demand import REPLAY_POLICIES, replay, sequence_rows, slots_of
-from moeflow.replay.link import LinkModel, replay_link
+from moeflow.replay.link import STEPS_AHEAD, LinkModel, replay_link
 from moeflow.trace.format import DECODE
 from moeflow.trace.trace import RoutingTrace
 from moeflow.trace.train_predictor import open_predictor, split_sequences
 
 FORECAST, BEST_ORDER = "forecast", "best-order"
 MACHINE_POLICIES = (*REPLAY_POLICIES, FORECAST, BEST_ORDER)
-_UNTRAINED = ("clairvoyant", "lookahead")  # predictors that learned from no sequence of the trace
+_UNTRAINED = ("clairvoyant", "lookahead")  # predictors that learn from no sequence of the trace
 
 
 def replay_machine(
@@ -38,8 +40,8 @@ def replay_machine(
     Args:
         trace: the routing.
         residency: percent of all experts.
-        policy: a name in `REPLAY_POLICIES`, on demand; "forecast", what a predictor makes of it; "best-order", the
-            bound with perfect routes.
+        policy: a name in `REPLAY_POLICIES`, on demand; "forecast", by a predictor; "best-order", the bound with perfect
+            routes.
         link: the machine.
         predictor: of "forecast": a name or file as `open_predictor` takes it, or "clairvoyant".
         places: in `trace.sequences()`; all when None.
@@ -58,6 +60,7 @@ def replay_machine(
     num_slots = slots_of(residency, trace.experts_per_layer, trace.top_k)
     places = list(range(len(trace.sequences())) if places is None else places)
     if policy == FORECAST:
+        assert predictor is not None, "check_policy refuses a forecast without a predictor"
         found = _forecast(trace, num_slots, link, predictor, places, progress)
     else:
         chosen = trace.select(trace.sequence_numbers[places])
@@ -117,24 +120,38 @@ def replayed_places(
     return places[:limit]
 
 
-def _forecast(trace, num_slots, link, name, places, progress) -> dict:
-    options = {}
+def _forecast(
+    trace: RoutingTrace,
+    num_slots: int,
+    link: LinkModel,
+    name: str | Path,
+    places: list[int],
+    progress: Callable[[int, int], None],
+) -> dict:
+    predictor: Predictor
     if str(name) == "clairvoyant":
         numbers = np.arange(len(trace))
         rows = [numbers[trace.sequences()[place]] for place in places]
         sequences = [trace.experts[some[trace.phase[some] == DECODE]] for some in rows]
-        predictor = Clairvoyant(sequences, trace.num_experts)
-        options = {"num_steps": predictor.num_steps + 1}
+        predictor, num_steps = Clairvoyant(sequences, trace.num_experts), CLAIRVOYANT_STEPS + 1
     else:
-        predictor = open_predictor(name, trace)[0]
+        predictor, num_steps = open_predictor(name, trace)[0], STEPS_AHEAD
     found = replay_link(
-        trace, num_slots, link, policy=FORECAST, predictor=predictor, sequences=places, progress=progress, **options
+        trace,
+        num_slots,
+        link,
+        policy=FORECAST,
+        predictor=predictor,
+        sequences=places,
+        num_steps=num_steps,
+        progress=progress,
     )
     return {name: found[name] for name in found if name not in ("policy", "slots", "hit_rate")}
 
 
-def _best_order(trace, experts, starts, num_slots, link) -> dict:
-    found, least_s = dict.fromkeys(("seconds", "accesses", "hits", "late", "misses"), 0), 0.0
+def _best_order(trace: RoutingTrace, experts: np.ndarray, starts: np.ndarray, num_slots: int, link: LinkModel) -> dict:
+    found: dict[str, float] = dict.fromkeys(("seconds", "accesses", "hits", "late", "misses"), 0)
+    least_s = 0.0
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         rows = experts[start:end]
         run = replay_best_order(rows, trace.num_experts, num_slots, link)
@@ -145,6 +162,6 @@ def _best_order(trace, experts, starts, num_slots, link) -> dict:
     return found | speed | {"share_at_most": _speed(trace, len(experts), least_s, link)["share"]}
 
 
-def _speed(trace, num_tokens, seconds, link) -> dict:
+def _speed(trace: RoutingTrace, num_tokens: int, seconds: float, link: LinkModel) -> dict:
     compute_s = num_tokens * trace.num_layers * link.layer_s
     return {"tokens": num_tokens, "tokens_per_s": num_tokens / seconds, "share": compute_s / seconds}

@@ -1,15 +1,15 @@
-"""What was measured with prediction and prefetch, as a benchmark wrote it, for a report to show beside replays."""
+"""Figures measured with prediction and prefetch, as a benchmark wrote them, for a report to show beside replays."""
 
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moeflow.errors import ConfigError
 
 
 class Realised(NamedTuple):
-    """What was measured elsewhere, as the file of `--realised` holds it.
+    """Measured figures, as the file of `--realised` holds them.
 
     Args:
         rows: policy, residency (percent) and hit_rate of each.
@@ -65,11 +65,11 @@ def read_realised(path: str | Path) -> Realised:
     return Realised(rows, recall, wasted, timeliness)
 
 
-def _is_number(value, most) -> bool:
+def _is_number(value: Any, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
-def _named(path, content, section, *, nested=False) -> dict:
+def _named(path: str | Path, content: dict, section: str, *, nested: bool = False) -> dict:
     """Return a section as name -> value; a value without a name stands for all."""
     value = content.get(section)
     if value is None:

@@ -7,18 +7,21 @@ bytes. In SVG made for a page, ink takes the colour of the page's text.
 import io
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeflow.errors import ConfigError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; a policy keeps its colour from figure to figure.
+# Okabe and Ito's colours, distinct to colour-blind readers; a policy has the same colour in every figure.
 _COLOURS = {
     "lru": "#56B4E9", "lfu": "#E69F00", "lfru": "#0072B2", "belady": "#009E73", "static": "#CC79A7",
     "popularity": "#D55E00", "random": "#8C8C8C",
@@ -26,10 +29,10 @@ _COLOURS = {
 OTHER_COLOURS = ("#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#0072B2", "#009E73")
 _NAMES = {"lru": "LRU", "lfu": "LFU", "lfru": "LFRU", "belady": "Belady (bound)"}
 MARKERS = "osD^vPX<>*"
-# Black for files, and what `page_svg` finds and replaces: no other part of a figure has it.
+# Black in files; `page_svg` finds and replaces it: no other part of a figure has it.
 INK = "#010203"
 FAINT = "#8c8d8f"
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10.0, "axes.titlesize": 11.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 10.0, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
@@ -66,7 +69,7 @@ def hit_rate_figure(rows: Sequence[dict], realised: Sequence[dict] = ()) -> "Fig
             )  # fmt: skip
             name = _NAMES.get(policy, policy) + (" (realised)" if measured else "")
             labels.append((y[-1], name, colour))
-        _label_lines(axes, labels)
+        _label_lines(figure, axes, labels)
         axes.set_title("What a cache of this size hits")
         axes.set_xlabel("residency, % of all experts")
         axes.set_ylabel("hit rate")
@@ -76,7 +79,7 @@ def hit_rate_figure(rows: Sequence[dict], realised: Sequence[dict] = ()) -> "Fig
 
 
 def heat_map_figure(demand: np.ndarray) -> "Figure":
-    """Draw which share of its layer's demand each expert takes.
+    """Draw each expert's share of its layer's demand.
 
     Args:
         demand: [L, E], uses of each expert; NaN where a layer has no such expert.
@@ -98,14 +101,14 @@ def heat_map_figure(demand: np.ndarray) -> "Figure":
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+            _whole_numbers(axis)
         for spine in axes.spines.values():
             spine.set_visible(False)
     return figure
 
 
 def recall_figure(recall_by_distance: dict[str, dict]) -> "Figure":
-    """Draw recall over how many layers ahead a prediction was made.
+    """Draw recall over the distance of a prediction in layers.
 
     Args:
         recall_by_distance: of each predictor, distance in layers -> recall (0 to 1).
@@ -121,11 +124,11 @@ def recall_figure(recall_by_distance: dict[str, dict]) -> "Figure":
             labels.append((y[-1], name, colour))
         axes.set_ylim(0, 1)
         axes.margins(x=0)
-        _label_lines(axes, labels)
+        _label_lines(figure, axes, labels)
         axes.set_title("Recall by distance")
         axes.set_xlabel("layers ahead")
         axes.set_ylabel("recall")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes.xaxis)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
     return figure
@@ -149,7 +152,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
 
 
 def check_plot_path(path: str | Path) -> str:
-    """Return "png" or "svg", which is what a plot's file can be.
+    """Return the kind of a plot's file, "png" or "svg".
 
     Raises:
         ConfigError: another suffix, or matplotlib is absent.
@@ -166,7 +169,7 @@ def page_svg(figure: "Figure", label: str) -> str:
 
     Args:
         figure: the figure.
-        label: what a screen reader says.
+        label: text for screen readers.
     """
     text = _rendered(figure, "svg", facecolor="none", transparent=True).decode()
     element = text[text.index("<svg") :].replace(INK, "currentColor").replace("#0072b2", "var(--blue, #0072b2)")
@@ -185,22 +188,24 @@ def require_matplotlib() -> None:
         raise ConfigError('plots need matplotlib: pip install "moeflow[plot]", or pip install matplotlib.') from error
 
 
-def plain_style():
+def plain_style() -> AbstractContextManager[None]:
     """Return matplotlib's settings as a context, free of the user's own."""
     require_matplotlib()
     import matplotlib
 
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": "agg"})
+    settings: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
+    settings |= {**_STYLE, "backend": "agg"}
+    return matplotlib.rc_context(settings)
 
 
-def _figure(width, height):
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _rendered(figure, kind, **options) -> bytes:
+def _rendered(figure: "Figure", kind: str, **options: Any) -> bytes:
     with plain_style():
         buffer = io.BytesIO()
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
@@ -208,16 +213,21 @@ def _rendered(figure, kind, **options) -> bytes:
     return buffer.getvalue()
 
 
-def _by_policy(rows) -> dict[str, list[tuple[float, float]]]:
+def _by_policy(rows: Sequence[dict]) -> dict[str, list[tuple[float, float]]]:
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         points.setdefault(row["policy"], []).append((row["residency"], row["hit_rate"]))
     return {policy: sorted(of_policy) for policy, of_policy in points.items()}
 
 
-def _label_lines(axes, labels) -> None:
+def _whole_numbers(axis: "Axis") -> None:
+    locator = axis.get_major_locator()
+    locator.set_params(integer=True)  # type: ignore[call-arg]  # an axis begins with an AutoLocator, which takes it
+
+
+def _label_lines(figure: "Figure", axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
     """Write (height, name, colour) beside the right edge of axes that reach from 0 to 1, none over another."""
-    gap = 13 / (axes.figure.get_figheight() * 72 * 0.8)  # one line of text, in heights of the axes
+    gap = 13 / (figure.get_figheight() * 72 * 0.8)  # one line of text, in heights of the axes
     labels = sorted(labels, key=lambda label: label[0])
     # Less a gap for each label below, heights need only rise: neighbours that do not are set to their mean.
     groups: list[list[float]] = []

@@ -1,4 +1,4 @@
-"""How good a predictor's guesses are: recall and precision over the sequences of a trace that it was not trained on.
+"""Recall and precision of predictors over the sequences of a trace that they were not trained on.
 
 Knows predictors and traces. Knows nothing of caches, links or what a prefetch costs.
 """
@@ -17,7 +17,7 @@ _BATCH_SIZE = 16
 
 
 class PredictionQuality:
-    """How many of the demanded experts were among the likeliest, by distance and layer.
+    """Counts of demanded experts that were among the likeliest, by distance and layer.
 
     Args:
         num_layers: L.
@@ -38,9 +38,9 @@ class PredictionQuality:
         """Count a prediction of layers from `layer` on.
 
         Args:
-            distance: layers between it and the last that had spoken; 0 before the step.
+            distance: layers from the last one observed to the one predicted; 0 before the step.
             layer: the first layer predicted.
-            probability: [B, n, E]; what is NaN counts as predicted last.
+            probability: [B, n, E]; NaN counts as predicted last.
             demanded: [B, n, E], 0 or 1; tokens that demand nothing are left out.
         """
         took_part = demanded.any((1, 2))
@@ -73,8 +73,9 @@ class PredictionQuality:
         return [_ratio(int(hit), int(all_)) for hit, all_ in zip(hits, self.demanded[distance], strict=True)]
 
     def batch_recall(self) -> float | None:
-        """Return ExpertFlow's figure: of the experts any token of a batch demands, how many some token's K likeliest
-        hold. It grows with the batch, and predicting all experts makes it 1.
+        """Return the share of the experts demanded by any token of a batch that some token's K likeliest hold.
+
+        It grows with the batch, and predicting all experts makes it 1. Source: ExpertFlow.
         """
         return _ratio(self.union_hits, self.union_demanded)
 
@@ -91,7 +92,7 @@ def evaluate_predictor(
 
     Args:
         predictor: for this trace's model.
-        trace: the truth.
+        trace: its demand counts as true.
         places: in `trace.sequences()`; those that `split_sequences` holds out when None.
         batch_size: sequences side by side.
         progress: called with the share done and what is going on.
@@ -107,7 +108,7 @@ def evaluate_predictor(
     order = sorted(places, key=lambda place: int(is_decode[rows[place]].sum()))
     num_tokens = 0
     for start in range(0, len(order), batch_size):
-        batch = [_Sequence(trace, rows[place], is_decode[rows[place]]) for place in order[start : start + batch_size]]
+        batch = [_Sequence(rows[place], is_decode[rows[place]]) for place in order[start : start + batch_size]]
         num_tokens += sum(len(sequence.decode) for sequence in batch)
         _follow(predictor, trace, batch, quality)
         if progress is not None:
@@ -127,13 +128,13 @@ def evaluate_predictor(
 class _Sequence:
     """One sequence's rows, its prompt apart from its decode steps."""
 
-    def __init__(self, trace: RoutingTrace, rows, is_decode):
+    def __init__(self, rows: slice | np.ndarray, is_decode: np.ndarray):
         rows = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         self.prefill, self.decode = rows[~is_decode], rows[is_decode]
 
 
 def _follow(predictor: Predictor, trace: RoutingTrace, batch: list[_Sequence], quality: PredictionQuality) -> None:
-    """Run a predictor along a batch of sequences and count how good it was."""
+    """Run a predictor along a batch of sequences and count its predictions."""
     predictor.begin(len(batch))
     prompts = max(len(sequence.prefill) for sequence in batch)
     if prompts:
@@ -172,19 +173,17 @@ def _padded(rows: np.ndarray, length: int, at_end: bool) -> np.ndarray:
     return np.concatenate([rows, padding] if at_end else [padding, rows])
 
 
-def _gather(trace: RoutingTrace, rows: list[np.ndarray]):
+def _gather(
+    trace: RoutingTrace, rows: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Return token ids [B, T], experts [B, T, L, K], weights and lookahead or None; padding is experts of none."""
-    rows = np.stack(rows)
-    padding = rows < 0
-
-    def take(field):
-        return None if field is None else field[rows]
-
-    experts, recorded = take(trace.experts), take(trace.lookahead)
-    experts[padding] = trace.none
+    places = np.stack(rows)
+    experts, weights, recorded = trace.experts[places], trace.weights, trace.lookahead
+    experts[places < 0] = trace.none
     if recorded is not None:
-        recorded[padding] = trace.none
-    return take(trace.token_ids), experts, take(trace.weights), recorded
+        recorded = recorded[places]
+        recorded[places < 0] = trace.none
+    return trace.token_ids[places], experts, None if weights is None else weights[places], recorded
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -1,7 +1,7 @@
-"""`moeflow trace report`: one HTML file about a trace, which needs no network and reads in the dark as well.
+"""`moeflow trace report`: one HTML file about a trace, for light and dark screens, without network.
 
-What the trace is, what caches would hit, how far routing is local, which residency to buy; and what was realised with
-prediction and prefetch, where a file of that is given.
+It shows the trace's facts, hit rates of caches, locality of routing, the residency to buy, and, from a file, figures
+measured with prediction and prefetch.
 """
 
 import os
@@ -20,8 +20,8 @@ from moeflow.trace.locality import Locality, demand_by_expert, measure_locality
 from moeflow.trace.trace import RoutingTrace
 
 POLICIES = ("lru", "lfu", "lfru", "belady")
-STEP = 5  # percent of all experts
-WORTH_POINTS = 2.0  # percentage points of hit rate that STEP more residency must buy
+STEP_PERCENT = 5  # of all experts
+WORTH_POINTS = 2.0  # percentage points of hit rate that STEP_PERCENT more residency must buy
 
 
 def write_report(
@@ -38,7 +38,7 @@ def write_report(
     Args:
         trace: the routing.
         out: HTML file to write.
-        realised: what was measured elsewhere.
+        realised: figures measured elsewhere.
         phase: "decode", or "all" for prompts too.
         expert_bytes: bytes of one expert, for the advice.
         max_tokens: of a longer trace, evenly spread sequences of about so many tokens are replayed.
@@ -96,12 +96,13 @@ def advice(rows: list[dict], num_experts: int, expert_bytes: int | None = None, 
     residency = row["residency"]
     if knee == len(curve) - 1:
         return (
-            f"Buy as much residency as you can, up to {residency:g} % ({size}): the last {STEP} % of the experts still "
-            f"buys {gains[-1] if gains else 0:.1f} points of hit rate, so no smaller size is a place to stop at."
+            f"Buy as much residency as you can, up to {residency:g} % ({size}): the last {STEP_PERCENT} % of the "
+            f"experts still buys {gains[-1] if gains else 0:.1f} points of hit rate, "
+            "so no smaller size is a place to stop at."
         )
     words = (
         f"Buy {residency:g} % residency ({size}): {policy.upper()} on demand hits {row['hit_rate']:.1%} there, and no "
-        f"further {STEP} % of the experts buys {WORTH_POINTS:g} points (the next buys {gains[knee]:.1f})."
+        f"further {STEP_PERCENT} % of the experts buys {WORTH_POINTS:g} points (the next buys {gains[knee]:.1f})."
     )
     if residency in bound:
         words += (
@@ -111,12 +112,12 @@ def advice(rows: list[dict], num_experts: int, expert_bytes: int | None = None, 
     return words
 
 
-def _residencies(trace) -> list[int]:
+def _residencies(trace: RoutingTrace) -> list[int]:
     least = 100 * trace.top_k / sum(trace.experts_per_layer)
-    return [residency for residency in range(STEP, 101, STEP) if residency >= least]
+    return [residency for residency in range(STEP_PERCENT, 101, STEP_PERCENT) if residency >= least]
 
 
-def _sample(trace, max_tokens) -> RoutingTrace:
+def _sample(trace: RoutingTrace, max_tokens: int) -> RoutingTrace:
     """Return every n-th sequence, so that about max_tokens rows remain."""
     if len(trace) <= max_tokens:
         return trace
@@ -124,7 +125,7 @@ def _sample(trace, max_tokens) -> RoutingTrace:
     return trace.select(numbers[:: max(1, round(len(trace) / max_tokens))])
 
 
-def _about(trace, num_tokens, num_sequences, phase) -> str:
+def _about(trace: RoutingTrace, num_tokens: int, num_sequences: int, phase: str) -> str:
     sizes = sorted(set(trace.experts_per_layer))
     experts = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     which = "decode tokens" if phase == "decode" else "tokens, prompts included"
@@ -140,7 +141,7 @@ def _about(trace, num_tokens, num_sequences, phase) -> str:
     return f"<dl>{rows}</dl>"
 
 
-def _hit_rates(rows, realised) -> str:
+def _hit_rates(rows: list[dict], realised: Realised | None) -> str:
     measured = realised.rows if realised else []
     residencies = sorted({row["residency"] for row in rows})
     curves = {policy: {r["residency"]: r for r in rows if r["policy"] == policy} for policy in POLICIES}
@@ -163,7 +164,7 @@ def _hit_rates(rows, realised) -> str:
     return f"{text}{figure}<details><summary>as a table</summary>{table}</details>"
 
 
-def _realised_sections(realised) -> list[tuple[str, str]]:
+def _realised_sections(realised: Realised | None) -> list[tuple[str, str]]:
     if realised is None:
         return []
     sections = []
@@ -181,7 +182,7 @@ def _realised_sections(realised) -> list[tuple[str, str]]:
     return sections
 
 
-def _locality(locality: Locality, trace) -> str:
+def _locality(locality: Locality, trace: RoutingTrace) -> str:
     lines = [
         [f"{back} token{'s' if back > 1 else ''} back", format_percent(share), format_percent(locality.chance[back])]
         for back, share in locality.reuse.items()
@@ -203,13 +204,13 @@ def _locality(locality: Locality, trace) -> str:
     return reuse + skew
 
 
-def _table(header, lines) -> str:
+def _table(header: list[str], lines: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _page(title, sections) -> str:
+def _page(title: str, sections: list[tuple[str, str]]) -> str:
     body = "".join(f"<section>{f'<h2>{name}</h2>' if name else ''}{content}</section>\n" for name, content in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'

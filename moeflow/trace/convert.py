@@ -1,4 +1,4 @@
-"""Conversion: routing that others recorded becomes a trace.
+"""Conversion of routing recorded by other programs into a trace.
 
 Two forms are read: a folder of the gpt-oss-20b collection (one .npz and sequences.json), and JSON lines, one token a
 line. Needs numpy, not torch.
@@ -161,7 +161,7 @@ def _read_lines(file: Path) -> Iterator[tuple[int, list[list[int]]]]:
         raise TraceError(f"{file} cannot be read as text ({error}). Give JSON lines.") from error
 
 
-def _parse_line(file, number, line) -> tuple[int, list[list[int]]]:
+def _parse_line(file: Path, number: int, line: str) -> tuple[int, list[list[int]]]:
     try:
         entry = json.loads(line)
         count, layers = entry["tok"], entry["layers"]
@@ -177,7 +177,7 @@ def _parse_line(file, number, line) -> tuple[int, list[list[int]]]:
     return count, layers
 
 
-def _bad_line(file, number, what) -> TraceError:
+def _bad_line(file: Path, number: int, what: str) -> TraceError:
     return TraceError(
         f'{file}, line {number}: {what}. A line reads {{"tok": 1, "layers": [[6, 8], [7, 16]]}}, '
         "with the expert numbers of each layer."

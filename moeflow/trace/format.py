@@ -1,12 +1,13 @@
-"""How a routing trace lies in its file: the fields of a row and the header before them (docs/trace_format.md).
+"""Layout of a routing trace's file: the fields of a row and the header before them (docs/trace_format.md).
 
-Knows nothing of who writes or reads rows. Needs numpy, not torch.
+Knows nothing of writers or readers of rows. Needs numpy, not torch.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from moeflow.errors import TraceError
 
 FORMAT, VERSION = "moeflow-trace", 1
 PREFILL, DECODE = 0, 1  # phases
-_HEADER_BYTES = 4096  # reserved at least, the 8 bytes of the length included
+_MIN_HEADER_BYTES = 4096  # the 8 bytes of the length included
 _ROW_ALIGNMENT_BYTES = 8
 _COUNT_DIGITS = 40  # room for the row count and the end offset to grow into
 
@@ -60,7 +61,7 @@ class TraceFormat:
     def dtype(self) -> np.dtype:
         """The structured dtype of a row: two-byte fields on even offsets, a multiple of 8 bytes in all."""
         ids, ranks = ("u1" if self.none == 255 else "<u2"), (self.num_layers, self.top_k)
-        fields = [("token_id", "<i4", ()), ("sequence", "<u4", ())]
+        fields: list[tuple[str, str, tuple[int, ...]]] = [("token_id", "<i4", ()), ("sequence", "<u4", ())]
         if self.has_weights:
             fields.append(("weights", "<f2", ranks))
         fields.append(("experts", ids, ranks))
@@ -103,14 +104,14 @@ class TraceHeader:
     sequence_facts: tuple[dict, ...] = ()
 
     @classmethod
-    def reserve(cls, format: TraceFormat, sequence_facts=()) -> "TraceHeader":
+    def reserve(cls, format: TraceFormat, sequence_facts: Iterable[dict] = ()) -> "TraceHeader":
         """Lay out the header of a trace without rows, with room for any number of them."""
         header = cls(format, format.dtype, 0, 0, tuple(sequence_facts))
         return cls(
             format,
             header.dtype,
             0,
-            align_up(8 + len(header._text()) + _COUNT_DIGITS, _HEADER_BYTES),
+            align_up(8 + len(header._text()) + _COUNT_DIGITS, _MIN_HEADER_BYTES),
             header.sequence_facts,
         )
 
@@ -120,8 +121,9 @@ class TraceHeader:
         return length.to_bytes(8, "little") + self._text().ljust(length)
 
     def _text(self) -> bytes:
-        about = self.format
-        fields = {name: [*_field_code(dtype), offset] for name, (dtype, offset) in self.dtype.fields.items()}
+        about, described = self.format, self.dtype.fields
+        assert described is not None, "a row has named fields"
+        fields = {name: [*_field_code(field[0]), field[1]] for name, field in described.items()}
         trace = {
             "num_layers": about.num_layers,
             "num_experts": list(about.experts_per_layer),
@@ -188,7 +190,7 @@ def read_trace_header(path: Path, file: BinaryIO) -> TraceHeader:
     return found
 
 
-def _parse(metadata, rows, data_offset) -> TraceHeader:
+def _parse(metadata: dict, rows: dict, data_offset: int) -> TraceHeader:
     trace = json.loads(metadata["trace"])
     fields = [(name, code, tuple(shape), offset) for name, (code, shape, offset) in trace["row"].items()]
     num_rows, row_bytes = rows["shape"]
@@ -196,17 +198,21 @@ def _parse(metadata, rows, data_offset) -> TraceHeader:
         raise ValueError(f"rows {rows}")
     dtype = _structured(fields, row_bytes)
     num_layers, top_k = dtype["experts"].shape
+    names, lookahead = set(dtype.names or ()), None
+    if "lookahead" in names:
+        _, distances, ranks = dtype["lookahead"].shape
+        lookahead = (distances, ranks)
     format = TraceFormat(
         experts_per_layer=tuple(int(count) for count in trace["num_experts"]),
         top_k=int(trace["top_k"]),
         fingerprint=str(trace["fingerprint"]),
         has_weights=bool(trace["has_weights"]),
         ranked=bool(trace["ranked"]),
-        lookahead=dtype["lookahead"].shape[1:] if "lookahead" in dtype.names else None,
+        lookahead=lookahead,
         source=str(trace["source"]),
     )
     required = {"token_id", "sequence", "phase"} | ({"weights"} if format.has_weights else set())
-    if (num_layers, top_k) != (format.num_layers, format.top_k) or not required <= set(dtype.names):
+    if (num_layers, top_k) != (format.num_layers, format.top_k) or not required <= names:
         raise ValueError(f"row {trace['row']}")
     facts = json.loads(metadata.get("sequences", "[]"))
     if not isinstance(facts, list):
@@ -214,7 +220,7 @@ def _parse(metadata, rows, data_offset) -> TraceHeader:
     return TraceHeader(format, dtype, num_rows, data_offset, tuple(facts))
 
 
-def _structured(fields, row_bytes) -> np.dtype:
+def _structured(fields: list[tuple[str, str, tuple[int, ...], int]], row_bytes: int) -> np.dtype:
     return np.dtype(
         {
             "names": [name for name, *_ in fields],
@@ -229,15 +235,15 @@ def _field_code(dtype: np.dtype) -> tuple[str, list[int]]:
     return dtype.base.str.lstrip("|"), list(dtype.shape)
 
 
-def _compact(value) -> str:
+def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     return repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
 
 
-def _foreign(path) -> TraceError:
+def _foreign(path: Path) -> TraceError:
     return TraceError(
         f"{path} is not a routing trace. Give a file written by moeflow trace record or moeflow trace convert."
     )

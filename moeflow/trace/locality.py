@@ -1,4 +1,4 @@
-"""How much of a trace's demand comes back: reuse, skew and demand by layer. Arrays in, numbers out."""
+"""Locality of a trace: reuse within sequences, skew, and demand by layer. Arrays in, numbers out."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Locality(NamedTuple):
-    """What a cache can live on.
+    """Reuse and skew of routing: what a cache can live on.
 
     Args:
         reuse: tokens back -> share of the experts demanded that one of so many tokens before demanded, same layer.
@@ -32,7 +32,11 @@ def demand_by_expert(experts: np.ndarray, experts_per_layer: tuple[int, ...]) ->
 
 
 def measure_locality(
-    experts: np.ndarray, starts: np.ndarray, experts_per_layer: tuple[int, ...], *, distances=(1, 4, 16)
+    experts: np.ndarray,
+    starts: np.ndarray,
+    experts_per_layer: tuple[int, ...],
+    *,
+    distances: tuple[int, ...] = (1, 4, 16),
 ) -> Locality:
     """Measure reuse within sequences and skew over all of them.
 

@@ -1,4 +1,4 @@
-"""What a model's lookahead says while the model runs, as a trace holds it: expert ids, likeliest first."""
+"""Recording of a model's lookahead while the model runs: expert ids, likeliest first, as a trace holds them."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from moeflow.predictors.lookahead import Lookahead
 
 
 class LookaheadRecord:
-    """Asks a lookahead of its own at every layer of every pass, whoever predicts for the runtime.
+    """Asks a lookahead of its own at every layer of every pass, whichever predictor the runtime has.
 
     Args:
         lookahead: of this model.
@@ -25,9 +25,9 @@ class LookaheadRecord:
         self._ids = np.empty((0, 0, 0, 0), np.int64)
 
     def begin_pass(self, num_tokens: int) -> None:
-        """Say that a pass over so many tokens begins: nothing is said of it yet."""
+        """Begin a pass over so many tokens: nothing is predicted of it yet."""
         self._tap.listen(True)
-        self.lookahead.step(None)
+        self.lookahead.step(np.empty(0, np.int64))
         self._ids = np.full((num_tokens, self.lookahead.num_layers, *self.shape), self._none)
 
     def observe(self, layer: int, top_k_index: torch.Tensor, hidden_states: torch.Tensor) -> None:
@@ -42,7 +42,7 @@ class LookaheadRecord:
 
     @property
     def ids(self) -> np.ndarray:
-        """What was said in this pass: [T, L, D, M]."""
+        """Predictions of this pass: [T, L, D, M]."""
         return self._ids
 
     def close(self) -> None:

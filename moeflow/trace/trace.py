@@ -20,10 +20,17 @@ class RoutingTrace:
         format: the model and the fields.
         rows: [N], of the format's structured dtype.
         sequence_facts: what is known of each sequence, by sequence number.
-        name: what errors call the trace.
+        name: the trace's name in errors.
     """
 
-    def __init__(self, format: TraceFormat, rows: np.ndarray, *, sequence_facts: Iterable[dict] = (), name="trace"):
+    def __init__(
+        self,
+        format: TraceFormat,
+        rows: np.ndarray,
+        *,
+        sequence_facts: Iterable[dict] = (),
+        name: str | Path = "trace",
+    ):
         self.format = format
         self.sequence_facts = list(sequence_facts)
         self.name = str(name)
@@ -102,7 +109,7 @@ class RoutingTrace:
 
     @property
     def lookahead(self) -> np.ndarray | None:
-        """[N, L, D, M], what was predicted at layer l for layers l + 1 to l + D, likeliest first; None without."""
+        """[N, L, D, M], predicted at layer l for layers l + 1 to l + D, likeliest first; None without."""
         return self._field("lookahead") if self.format.lookahead is not None else None
 
     @property
@@ -138,21 +145,22 @@ class RoutingTrace:
                 "Record a trace of that model."
             )
 
-    def _field(self, name) -> np.ndarray:
+    def _field(self, name: str) -> np.ndarray:
         return self._rows[name].view(np.ndarray)  # a memmap object would cost time at every slice
 
-    def _where(self, mask) -> "RoutingTrace":
+    def _where(self, mask: np.ndarray) -> "RoutingTrace":
         if mask.all():
             return self
         return RoutingTrace(self.format, self._rows[mask], sequence_facts=self.sequence_facts, name=self.name)
 
     @functools.cached_property
-    def _order(self):
+    def _order(self) -> tuple[np.ndarray, list[slice | np.ndarray]]:
+        """The sequences' numbers, ascending, and the rows of each."""
         numbers = np.ascontiguousarray(self.sequence)
         order = np.argsort(numbers, kind="stable")
         sorted_numbers = numbers[order]
         starts = np.flatnonzero(np.r_[True, sorted_numbers[1:] != sorted_numbers[:-1]][: len(order)])
-        groups = []
+        groups: list[slice | np.ndarray] = []
         for rows in np.split(order, starts[1:]) if len(order) else []:
             first, last = int(rows[0]), int(rows[-1])
             groups.append(slice(first, last + 1) if last - first + 1 == len(rows) else rows)

@@ -1,6 +1,8 @@
-"""Training predictors on a trace, less the sequences that are held out, and opening them for one."""
+"""Training of predictors on a trace, less the sequences that are held out, and opening one for a trace."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moeflow.errors import ConfigError, PredictorError
 from moeflow.predictors.files import PredictorCard, load_predictor, save_predictor
@@ -15,8 +17,8 @@ from moeflow.predictors.training import Progress, TrainingOptions
 from moeflow.trace.trace import RoutingTrace
 
 HOLD_OUT = 5
-TRAINERS = {"path": train_path, "sequence": train_sequence}
-BASELINES = {"popularity": Popularity.train, "markov": Markov.train}
+TRAINERS: dict[str, Callable[..., Predictor]] = {"path": train_path, "sequence": train_sequence}
+BASELINES: dict[str, Callable[[Routes], Predictor]] = {"popularity": Popularity.train, "markov": Markov.train}
 
 
 def split_sequences(trace: RoutingTrace, hold_out: int = HOLD_OUT) -> tuple[list[int], list[int]]:
@@ -69,7 +71,7 @@ def train_predictor(
     hold_out: int = HOLD_OUT,
     options: TrainingOptions | None = None,
     progress: Progress | None = None,
-    **sizes,
+    **sizes: Any,
 ) -> PredictorCard:
     """Train a predictor on a trace's training sequences and write its file, whole or not at all.
 
@@ -121,7 +123,7 @@ def open_predictor(name: str | Path, trace: RoutingTrace) -> tuple[Predictor, in
     if str(name) in BASELINES:
         return BASELINES[str(name)](trace_routes(trace, split_sequences(trace)[0])), HOLD_OUT
     if str(name) == "lookahead":
-        if trace.lookahead is None:
+        if trace.format.lookahead is None:
             raise ConfigError(f"{trace.name} holds no lookahead. Record a trace of a model that has one.")
         reach, num_ranks = trace.format.lookahead
         return RecordedLookahead(trace.num_layers, trace.num_experts, trace.top_k, reach, num_ranks), HOLD_OUT

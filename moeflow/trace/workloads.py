@@ -1,4 +1,4 @@
-"""Workloads for placement, from whatever a person has: a routing trace, a recording of others, a file of counts."""
+"""Workloads for placement, from a routing trace, a recording of another program, or a file of counts."""
 
 import tempfile
 from collections.abc import Iterator

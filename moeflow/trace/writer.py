@@ -1,4 +1,4 @@
-"""Appending rows to a routing trace, so that what was written before a kill stays readable.
+"""Writer of routing traces: appends rows; those written before a kill stay readable.
 
 Knows nothing of models or torch; docs/trace_format.md specifies the file.
 """
@@ -6,6 +6,7 @@ Knows nothing of models or torch; docs/trace_format.md specifies the file.
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from moeflow.trace.trace import RoutingTrace
 
 
 class TraceWriter:
-    """Appends rows to a trace file. What was written before a kill stays readable.
+    """Appends rows to a trace file. Rows written before a kill stay readable.
 
     Args:
         path: the file.
@@ -47,7 +48,8 @@ class TraceWriter:
             self._file.close()
             raise
 
-    def _begin(self, format, sequence_facts):
+    def _begin(self, format: TraceFormat, sequence_facts: Iterable[dict]) -> None:
+        """Write the header of a new file, or check that of the file that is there."""
         _lock(self._file, self.path)
         if not self._file.seek(0, os.SEEK_END):
             self._header = TraceHeader.reserve(format, sequence_facts)
@@ -72,7 +74,7 @@ class TraceWriter:
     def __enter__(self) -> "TraceWriter":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def new_rows(self, num_rows: int) -> np.ndarray:
@@ -85,7 +87,7 @@ class TraceWriter:
         return rows
 
     def write(self, rows: np.ndarray) -> None:
-        """Append rows as `new_rows` makes them, then say in the header that they are there.
+        """Append rows as `new_rows` makes them, then count them in the header.
 
         Raises:
             TraceError: the disk is full or the file was closed.
@@ -106,12 +108,12 @@ class TraceWriter:
         self.next_sequence = max(self.next_sequence, int(rows["sequence"].max()) + 1)
 
     def close(self) -> None:
-        """Cut off what an interrupted append left behind and close the file. Once is enough, twice is no error."""
+        """Cut off the rest of an interrupted append and close the file; a second call does nothing."""
         if not self._file.closed:
             self._file.truncate(self._header.data_offset + self._header.num_rows * self._header.dtype.itemsize)
             self._file.close()
 
-    def _write_header(self, num_rows):
+    def _write_header(self, num_rows: int) -> None:
         self._header = TraceHeader(
             self._header.format,
             self._header.dtype,
@@ -124,7 +126,7 @@ class TraceWriter:
         self._file.flush()
 
 
-def _lock(file, path) -> None:
+def _lock(file: BinaryIO, path: Path) -> None:
     """Keep other processes from appending to the same file at the same time."""
     try:
         import fcntl

@@ -1,4 +1,4 @@
-"""The routing path network: a small encoder-decoder transformer over token ids with one linear head per MoE layer.
+"""Routing path network: a small encoder-decoder transformer over token ids with one linear head per MoE layer.
 
 Every position sees itself and a bounded window before it, in each block, so that one token can be added at a time with
 the keys and values of the window kept. Source: ExpertFlow, section 3 (d_model 32, d_ff 2048, T5's relative positions).
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+Cache = dict[nn.Module, torch.Tensor]  # each attention's keys and values of the positions in its window
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PathShape:
     window: int = 32
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """Attention over a window of positions, with a learned bias a distance."""
 
     def __init__(self, shape: PathShape):
@@ -47,8 +49,8 @@ class _Attention(nn.Module):
         self.out = nn.Linear(shape.width, shape.width, bias=False)
         self.distance = nn.Parameter(torch.zeros(shape.num_heads, shape.window))
 
-    def forward(self, hidden, source, cache: dict | None):
-        """Attend from hidden [B, T, C] to source [B, T, C] and, with a cache, to what it holds of earlier positions."""
+    def forward(self, hidden: torch.Tensor, source: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Attend from hidden [B, T, C] to source [B, T, C] and to the earlier positions in the cache."""
         shape = self.shape
         keys_values = self.key_value(source)
         if cache is not None:
@@ -57,7 +59,7 @@ class _Attention(nn.Module):
             cache[self] = keys_values[:, 1 - shape.window :]
         num_queries, num_keys = hidden.shape[1], keys_values.shape[1]
 
-        def split(x):
+        def split(x: torch.Tensor) -> torch.Tensor:
             return x.view(*x.shape[:2], shape.num_heads, -1).transpose(1, 2)
 
         keys, values = (split(x) for x in keys_values.chunk(2, -1))
@@ -69,18 +71,18 @@ class _Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Self-attention, attention to the encoder in a decoder's block, and a feed-forward layer."""
 
     def __init__(self, shape: PathShape, decoder: bool):
         super().__init__()
-        self.attention = _Attention(shape)
-        self.cross = _Attention(shape) if decoder else None
+        self.attention = Attention(shape)
+        self.cross = Attention(shape) if decoder else None
         self.norms = nn.ModuleList(nn.RMSNorm(shape.width) for _ in range(3 if decoder else 2))
         self.inner = nn.Linear(shape.width, shape.inner_width, bias=False)
         self.outer = nn.Linear(shape.inner_width, shape.width, bias=False)
 
-    def forward(self, hidden, encoded, cache):
+    def forward(self, hidden: torch.Tensor, encoded: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
         normed = self.norms[0](hidden)
         hidden = hidden + self.attention(normed, normed, cache)
         if self.cross is not None:
@@ -99,12 +101,12 @@ class PathNet(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.num_rows, shape.width)
-        self.encoder = nn.ModuleList(_Block(shape, decoder=False) for _ in range(shape.num_blocks))
-        self.decoder = nn.ModuleList(_Block(shape, decoder=True) for _ in range(shape.num_blocks))
+        self.encoder = nn.ModuleList(Block(shape, decoder=False) for _ in range(shape.num_blocks))
+        self.decoder = nn.ModuleList(Block(shape, decoder=True) for _ in range(shape.num_blocks))
         self.encoder_norm, self.decoder_norm = nn.RMSNorm(shape.width), nn.RMSNorm(shape.width)
         self.heads = nn.Linear(shape.width, shape.num_layers * shape.num_experts)  # one a layer, side by side
 
-    def forward(self, token_ids: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Predict token_ids [B, T]: logits [B, T, L, E]; `cache` is kept from call to call of one sequence."""
         embedded = encoded = self.embedding(token_ids % self.shape.num_rows)
         for block in self.encoder:

@@ -1,14 +1,16 @@
-"""The routing path predictor, live: all layers of a step from token ids alone, before its first MoE layer runs.
+"""Routing path predictor, live: all layers of a step from token ids alone, before its first MoE layer runs.
 
 Prompts go through the torch network; a step is the same arithmetic in numpy, for one token and the keys and values of
 the window before it, because a hundred small torch operations would take longer than their arithmetic.
 """
 
+from typing import cast
+
 import numpy as np
 import torch
 
 from moeflow.predictors.odds import sigmoid
-from moeflow.predictors.path.net import PathNet, PathShape
+from moeflow.predictors.path.net import Attention, Block, Cache, PathNet, PathShape
 
 _EPS = np.finfo(np.float32).eps  # of nn.RMSNorm
 
@@ -29,8 +31,8 @@ class PathPredictor:
         self.num_layers, self.num_experts = net.shape.num_layers, net.shape.num_experts
         self._embedding, self._heads = net.embedding.weight.numpy(), _linear(net.heads)
         self._heads_bias = net.heads.bias.numpy()
-        self._encoder = [_Block(block, net.shape) for block in net.encoder]
-        self._decoder = [_Block(block, net.shape) for block in net.decoder]
+        self._encoder = [_Block(cast(Block, block), net.shape) for block in net.encoder]
+        self._decoder = [_Block(cast(Block, block), net.shape) for block in net.decoder]
         self._norms = net.encoder_norm.weight.numpy(), net.decoder_norm.weight.numpy()
         self.begin(1)
 
@@ -44,7 +46,7 @@ class PathPredictor:
     def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
         valid = experts[:, :, 0, 0] < self.num_experts
         for b, fed in enumerate(ids[mask] for ids, mask in zip(token_ids, valid, strict=True)):
-            cache = {}
+            cache: Cache = {}
             if len(fed):
                 self.net(torch.from_numpy(fed.astype(np.int64))[None], cache)
             for block in (*self._encoder, *self._decoder):
@@ -78,7 +80,7 @@ class PathPredictor:
 class _Attention:
     """One attention with the keys and values of its window, the newest last."""
 
-    def __init__(self, attention, shape: PathShape):
+    def __init__(self, attention: Attention, shape: PathShape):
         self._source, self._shape = attention, shape
         self._query, self._key_value, self._out = map(_linear, (attention.query, attention.key_value, attention.out))
         self._query = self._query / np.sqrt(shape.width // shape.num_heads, dtype=np.float32)
@@ -88,8 +90,8 @@ class _Attention:
         head_width = self._shape.width // self._shape.num_heads
         self._kept = np.zeros((2, num_sequences, self._shape.num_heads, self._shape.window, head_width), np.float32)
 
-    def fill(self, sequence: int, cache: dict) -> None:
-        """Take over what the network kept of a prompt, nothing where it was empty."""
+    def fill(self, sequence: int, cache: Cache) -> None:
+        """Take over the network's keys and values of a prompt; none where it was empty."""
         self._kept[:, sequence] = 0
         if self._source in cache:
             kept = cache[self._source][0].numpy()  # [n, 2 * width]
@@ -97,7 +99,7 @@ class _Attention:
             self._kept[:, sequence, :, self._shape.window - len(kept) :] = heads
 
     def feed(self, hidden: np.ndarray, source: np.ndarray, masked: np.ndarray) -> np.ndarray:
-        """Attend from hidden [B, C] to source [B, C] and what was fed before."""
+        """Attend from hidden [B, C] to source [B, C] and to the tokens fed before."""
         kept, shape = self._kept, (len(hidden), self._shape.num_heads, 1, -1)
         kept[..., :-1, :] = kept[..., 1:, :]
         kept[..., -1, :] = (source @ self._key_value).reshape(len(hidden), 2, *kept.shape[2:3], -1).swapaxes(0, 1)
@@ -111,9 +113,9 @@ class _Attention:
 class _Block:
     """One block of the encoder or decoder."""
 
-    def __init__(self, block, shape: PathShape):
+    def __init__(self, block: Block, shape: PathShape):
         self.attentions = [_Attention(one, shape) for one in (block.attention, block.cross) if one is not None]
-        self._norms = [norm.weight.numpy() for norm in block.norms]
+        self._norms = [cast(torch.nn.RMSNorm, norm).weight.numpy() for norm in block.norms]
         self._inner, self._outer = _linear(block.inner), _linear(block.outer)
 
     def feed(self, hidden: np.ndarray, encoded: np.ndarray | None, masked: np.ndarray) -> np.ndarray:
@@ -125,9 +127,9 @@ class _Block:
         return hidden + np.maximum(_norm(hidden, self._norms[-1]) @ self._inner, 0) @ self._outer
 
 
-def _linear(module) -> np.ndarray:
+def _linear(module: torch.nn.Linear) -> np.ndarray:
     return module.weight.numpy().T
 
 
-def _norm(hidden, weight):
+def _norm(hidden: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return hidden / np.sqrt(np.mean(hidden * hidden, 1, keepdims=True) + _EPS) * weight

@@ -1,5 +1,7 @@
 """Training of the path network: token ids in, logged routes as targets, binary cross-entropy."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -11,18 +13,18 @@ from moeflow.predictors.path.predictor import PathPredictor
 from moeflow.predictors.routes import Routes
 from moeflow.predictors.training import Progress, TrainingOptions, fit, length_batches, stopping_split
 
-_MAX_LENGTH = 128  # tokens of a piece; a multiple of the window
+_MAX_TOKENS = 128  # of a piece; a multiple of the window
 
 
 def train_path(
-    routes: Routes, options: TrainingOptions | None = None, progress: Progress | None = None, **sizes
+    routes: Routes, options: TrainingOptions | None = None, progress: Progress | None = None, **sizes: int
 ) -> PathPredictor:
     """Train a routing path predictor.
 
     Args:
         routes: to learn from; every tenth sequence only decides when to stop.
         options: seed, epochs, device.
-        progress: called with the share done and what is going on.
+        progress: called with the share done, 0 to 1, and a title.
         sizes: other than PathShape's.
 
     Raises:
@@ -30,7 +32,7 @@ def train_path(
     """
     options = options or TrainingOptions()
     torch.manual_seed(options.seed)
-    learned, stopping = (part.cut(_MAX_LENGTH) for part in stopping_split(routes))
+    learned, stopping = (part.cut(_MAX_TOKENS) for part in stopping_split(routes))
     net = PathNet(PathShape(routes.num_layers, routes.num_experts, **sizes)).to(options.torch_device)
     demanded = sum(multi_hot(experts, routes.num_experts).sum(0) for experts in learned.experts)
     popularity = np.clip(demanded / learned.num_tokens, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
@@ -38,12 +40,12 @@ def train_path(
         net.heads.bias.copy_(torch.from_numpy(log_odds(popularity).astype(np.float32)).flatten())
     lengths = [len(token_ids) for token_ids in learned.token_ids]
 
-    def losses(rng):
+    def losses(rng: np.random.Generator) -> Iterator[torch.Tensor]:
         for batch in length_batches(lengths, options.batch_size, rng):
             yield _loss(net, learned, batch)
 
     @torch.no_grad()
-    def stopping_loss():
+    def stopping_loss() -> float:
         total = sum(
             float(_loss(net, stopping, [s])) * len(stopping.token_ids[s]) for s in range(len(stopping.token_ids))
         )
@@ -63,10 +65,10 @@ def train_path(
     return PathPredictor(net)
 
 
-def _loss(net, routes, sequences):
+def _loss(net: PathNet, routes: Routes, sequences: list[int]) -> torch.Tensor:
     device = net.heads.weight.device
 
-    def pad(arrays):
+    def pad(arrays: list[np.ndarray]) -> torch.Tensor:
         return pad_sequence([torch.from_numpy(np.ascontiguousarray(array)) for array in arrays], batch_first=True)
 
     token_ids = pad([routes.token_ids[s].astype(np.int64) for s in sequences]).to(device)

@@ -1,6 +1,6 @@
-"""What the sequence model is told of each step: the same evidence computed for whole sequences at once, for training.
+"""Inputs of the sequence model: the evidence of each step, computed for whole sequences at once, for training.
 
-SequencePredictor computes it step by step; a test holds the two together. All evidence is in log-odds or 0/1 an
+SequencePredictor computes the same step by step; a test holds the two together. All evidence is in log-odds or 0/1 an
 expert, so that the model only has to weigh it.
 """
 
@@ -15,9 +15,9 @@ from moeflow.predictors.sequence.repeats import find_repeats
 from moeflow.predictors.sequence.token_table import PRIOR_TOKENS, TokenTable
 
 RECENT_HALF_LIVES = (8.0, 64.0)  # steps
-RECALL_HALF_LIFE = 200.0  # steps, of what the same token took earlier in the sequence
+RECALL_HALF_LIFE = 200.0  # steps, of the routes of the same token earlier in the sequence
 NUM_EVIDENCE = 8  # token, recall, two of recent use, repeats of three orders, the previous step
-NUM_CONTEXT = 7  # how far each piece can be trusted, see context()
+NUM_CONTEXT = 7  # columns of context()
 MAX_POSITION = 512
 NO_REPEAT = math.log1p(1000)
 
@@ -72,7 +72,7 @@ def sequence_inputs(
     """
     num_experts, length = table.popularity.shape[1], len(token_ids)
 
-    def tensor(array):
+    def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     routes = tensor(multi_hot(experts, num_experts)).flatten(1)
@@ -115,14 +115,16 @@ def sequence_inputs(
     )
 
 
-def context(num_seen, recalled, repeats, runs, positions) -> np.ndarray:
-    """Return [T, NUM_CONTEXT]: how much there is behind each piece of evidence.
+def context(
+    num_seen: np.ndarray, recalled: np.ndarray, repeats: np.ndarray, runs: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Return [T, NUM_CONTEXT]: the number of observations behind each piece of evidence.
 
     Args:
         num_seen: [T], how often the token was fed in training.
         recalled: [T], how often in this sequence, the distant past counting less.
         repeats: [T, NUM_ORDERS], positions of repeats or -1.
-        runs: [T], for how many tokens the longest repeat has been going on.
+        runs: [T], tokens that the longest repeat lasts so far.
         positions: [T], steps since the start.
     """
     since = np.where(repeats[:, 0] >= 0, np.log1p(positions - repeats[:, 0]), NO_REPEAT)
@@ -147,7 +149,7 @@ def best_repeat(repeats: np.ndarray) -> np.ndarray:
 
 
 def pad_inputs(inputs: list[SequenceInputs]) -> SequenceInputs:
-    """Stack sequences, the shorter ones padded at their end."""
+    """Stack sequences, shorter ones padded at their end."""
     padded = {
         name: torch.nn.utils.rnn.pad_sequence([getattr(one, name) for one in inputs], batch_first=True)
         for name in SequenceInputs.__dataclass_fields__

@@ -1,5 +1,6 @@
-"""The sequence model as torch trains it: a recurrent network beside weighed evidence, then in-step refinement and
-rollout on top of it. SequencePredictor runs the same arithmetic step by step in numpy.
+"""Network of the sequence predictor: a recurrent network beside weighed evidence, then refinement and rollout on top.
+
+Torch trains it. SequencePredictor runs the same arithmetic step by step in numpy.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from moeflow.predictors.odds import log_odds
 from moeflow.predictors.sequence.inputs import NUM_CONTEXT, NUM_EVIDENCE, SequenceInputs
 
-_FIRST_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3, 0.3, 0.5)  # of the evidence, before training
+_INITIAL_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3, 0.3, 0.5)  # of the evidence, before training
 _MAX_REFINE_ENTRIES = 16_000_000
 NUM_LATER_EVIDENCE = 4  # the coming step's logits, two of recent use, the continuation of the repeat
 
@@ -28,9 +29,9 @@ class SequenceShape:
         width: of the recurrent state.
         token_width: of a token's embedding.
         reach: D, layers ahead that a layer's routes refine.
-        memory: R, how many layers' routes refine one.
+        memory: R, layers whose routes refine one.
         num_later: steps after the coming one that are predicted.
-        later_rank: width of the recurrent state's say in them.
+        later_rank: width of the recurrent state's part in them.
     """
 
     num_layers: int
@@ -57,7 +58,7 @@ class SequenceNet(nn.Module):
 
     Args:
         shape: sizes.
-        popularity: [L, E], where the biases start.
+        popularity: [L, E], initial biases as probabilities.
         dropout: of inputs and state while training.
     """
 
@@ -75,7 +76,7 @@ class SequenceNet(nn.Module):
         self.trust = nn.Linear(NUM_CONTEXT + shape.width, NUM_EVIDENCE * shape.num_layers)
         nn.init.zeros_(self.trust.weight)
         with torch.no_grad():
-            self.trust.bias.copy_(torch.tensor(_FIRST_WEIGHTS).repeat_interleave(shape.num_layers))
+            self.trust.bias.copy_(torch.tensor(_INITIAL_WEIGHTS).repeat_interleave(shape.num_layers))
         columns = shape.memory * shape.reach * shape.num_experts
         self.refine = nn.Parameter(torch.zeros(shape.num_layers, shape.num_experts, columns))
         later_flat = shape.num_later * shape.later_rank
@@ -86,7 +87,9 @@ class SequenceNet(nn.Module):
         nn.init.zeros_(self.later_trust.weight)
         nn.init.constant_(self.later_trust.bias, 0.3)
 
-    def forward(self, inputs: SequenceInputs, state: torch.Tensor | None = None):
+    def forward(
+        self, inputs: SequenceInputs, state: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Predict padded sequences.
 
         Args:
@@ -99,7 +102,7 @@ class SequenceNet(nn.Module):
         shape = self.shape
         lead = inputs.token_rows.shape
         rows = inputs.token_rows
-        if self.training:  # so that the model knows what to do with a token it does not know
+        if self.training:  # teaches the row of unknown tokens
             rows = torch.where(torch.rand(lead, device=rows.device) < 0.1, 0, rows)
         tokens = torch.cat([self.embedding(rows), self.embedding(inputs.previous_rows)], -1)
         tokens = F.dropout(tokens, self.dropout, self.training)
@@ -135,7 +138,9 @@ class SequenceNet(nn.Module):
         target = torch.arange(anchors)[:, None] + 1 + torch.arange(shape.reach)
         return logits[:, target.clamp(max=anchors)] + heard, target <= anchors
 
-    def later(self, inputs: SequenceInputs, logits, states, at: torch.Tensor) -> torch.Tensor:
+    def later(
+        self, inputs: SequenceInputs, logits: torch.Tensor, states: torch.Tensor, at: torch.Tensor
+    ) -> torch.Tensor:
         """Predict the steps after the coming one, for some positions of one sequence.
 
         Args:

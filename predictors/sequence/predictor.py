@@ -1,4 +1,4 @@
-"""The sequence predictor, live: one step of the recurrent model and its evidence, in numpy, for B sequences at once."""
+"""Sequence predictor, live: one step of the recurrent model and its evidence, in numpy, for B sequences at once."""
 
 import numpy as np
 
@@ -14,16 +14,16 @@ from moeflow.predictors.sequence.net import NUM_LATER_EVIDENCE, SequenceShape
 from moeflow.predictors.sequence.repeats import RepeatFinder
 from moeflow.predictors.sequence.token_table import PRIOR_TOKENS, TokenTable
 
-_PROMPT_STEPS = 64  # of a prompt that the recurrent state goes through
+_PROMPT_STEPS = 64  # last steps of a prompt, which the recurrent state goes through
 _RECENT_DECAYS = np.array([2 ** (-1 / half_life) for half_life in RECENT_HALF_LIVES], np.float32)
-_MEMORY_STEPS = 2048  # of a sequence's own routes; what is older has faded from everything else too
+_MEMORY_STEPS = 2048  # of a sequence's own routes; older ones have faded from all other evidence too
 _RECALL_DECAY = 2 ** (-1 / RECALL_HALF_LIFE)
 
 
 class _Past:
-    """One sequence's routes so far, and what each of its tokens took when it was fed before."""
+    """One sequence's routes so far, and those of each of its tokens when it was fed before."""
 
-    def __init__(self, num_layers, num_experts):
+    def __init__(self, num_layers: int, num_experts: int):
         self.position = 0
         self.finder = RepeatFinder()
         self._routes = np.zeros((64, num_layers * num_experts), bool)
@@ -51,18 +51,18 @@ class _Past:
             oldest = self.position - _MEMORY_STEPS
             self._recall = {token: entry for token, entry in self._recall.items() if entry[2] >= oldest}
 
-    def at(self, position) -> np.ndarray:
-        """Return the routes at a position, zeros for -1 and for what is forgotten."""
+    def at(self, position: int) -> np.ndarray:
+        """Return the routes at a position; zeros for -1 and for positions older than the memory."""
         return self._routes[position % len(self._routes)] if self._knows(position) else self._unknown
 
     def after(self, position: int, num_steps: int) -> np.ndarray:
-        """Return [num_steps, L * E]: how the sequence went on after a position, over and over."""
+        """Return [num_steps, L * E]: the routes after a position, repeated as often as needed."""
         if not self._knows(position):
             return np.zeros((num_steps, len(self._unknown)), np.float32)
         steps = np.arange(1, num_steps + 1) % (self.position - position)
         return self._routes[(position + steps) % len(self._routes)].astype(np.float32)
 
-    def _knows(self, position):
+    def _knows(self, position: int) -> bool:
         return position >= max(0, self.position - _MEMORY_STEPS)
 
 
@@ -108,13 +108,14 @@ class SequencePredictor:
         self._recent_steps = np.zeros((num_sequences, len(RECENT_HALF_LIVES)), np.float32)
         self._sequences = np.arange(num_sequences)[:, None]
         self._surprise = np.zeros((num_sequences, self.num_experts + 1), np.float32)
-        self._chosen, self._chosen_weights = [], []  # of the step under way, by layer
-        # row a: what is known of layers a + 1 to a + reach once layer a has spoken
+        self._chosen: list[np.ndarray] = []  # of the step under way, by layer
+        self._chosen_weights: list[np.ndarray | None] = []
+        # row a: refinement of layers a + 1 to a + reach after layer a
         rows = self.num_layers + shape.memory
         self._heard = np.zeros((num_sequences, rows, self.reach, self.num_experts), np.float32)
         self._coming = np.zeros((num_sequences, self.num_layers + self.reach, self.num_experts), np.float32)
         self._probability = np.zeros((num_sequences, self.num_layers, self.num_experts), np.float32)
-        self._asked = None
+        self._asked: np.ndarray | None = None  # [B], the position whose continuation each sequence repeats
 
     def prefill(self, token_ids: np.ndarray, experts: np.ndarray, weights: np.ndarray | None) -> None:
         length = token_ids.shape[1]
@@ -170,7 +171,7 @@ class SequencePredictor:
         if layer == self.num_layers - 1:
             self._finish_step()
             return None
-        surprise = self._surprise  # routes less what was expected; its last column takes in those that stand for none
+        surprise = self._surprise  # routes less their probability; the last column takes in experts that stand for none
         np.negative(self._probability[:, layer], out=surprise[:, :num_experts])
         surprise[self._sequences, np.minimum(experts, num_experts)] += 1.0
         told = surprise[:, :num_experts] @ self._refine[layer]
@@ -196,10 +197,11 @@ class SequencePredictor:
         logits += trust[:, :, -1] * copied.reshape(full)
         return sigmoid(logits)
 
-    def _tokens(self, rows):
+    def _tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Return the embeddings of the token fed and of the one before it: [B, 2 * token_width]."""
         return np.concatenate([self._embedding[rows], self._embedding[self._previous_rows]], 1)
 
-    def _recur(self, tokens):
+    def _recur(self, tokens: np.ndarray) -> np.ndarray:
         """Return the next recurrent states [B, width]."""
         inward = np.concatenate([self._previous, tokens], 1) @ self._inward[0] + self._inward[1]
         by_input = np.maximum(inward, 0.0) @ self._input_gates[0] + self._input_gates[1]
@@ -209,7 +211,9 @@ class SequencePredictor:
         new = np.tanh(by_input[:, 2 * width :] + reset * by_state[:, 2 * width :])
         return new + update * (self._state - new)
 
-    def _gather_evidence(self, rows, fed, repeats):
+    def _gather_evidence(
+        self, rows: np.ndarray, fed: list[tuple[np.ndarray, float]], repeats: np.ndarray
+    ) -> np.ndarray:
         """Return [B, NUM_EVIDENCE, L * E], as sequence_inputs does."""
         evidence = np.empty((len(rows), NUM_EVIDENCE, len(self._popularity)), np.float32)
         counts = self.table.counts[rows].reshape(len(rows), -1)
@@ -228,12 +232,12 @@ class SequencePredictor:
         evidence[:, 7] = self._previous_routes
         return evidence
 
-    def _finish_step(self):
+    def _finish_step(self) -> None:
         """Take in the routes of the whole step, for the sequences that took part in it."""
         num_sequences = len(self._past)
-        chosen, weights = np.stack(self._chosen, 1), None
-        if all(of_layer is not None for of_layer in self._chosen_weights):
-            weights = np.stack(self._chosen_weights, 1)
+        chosen = np.stack(self._chosen, 1)
+        known = [of_layer for of_layer in self._chosen_weights if of_layer is not None]
+        weights = np.stack(known, 1) if len(known) == len(self._chosen) else None
         hot = multi_hot(chosen, self.num_experts).reshape(num_sequences, -1)
         for b, past in enumerate(self._past):
             past.add(hot[b] > 0, *self._fed[b])
@@ -242,7 +246,7 @@ class SequencePredictor:
         self._previous_rows[fed] = self._fed_rows[fed]
         self._end_step(hot, fed)
 
-    def _end_step(self, hot, fed):
+    def _end_step(self, hot: np.ndarray, fed: np.ndarray) -> None:
         self._previous_routes[fed] = hot[fed]
         self._recent[fed] = (self._recent[fed] + hot[fed, None]) * _RECENT_DECAYS[:, None]
         self._recent_steps[fed] = (self._recent_steps[fed] + 1) * _RECENT_DECAYS

@@ -1,4 +1,4 @@
-"""Where a sequence repeats itself: the last time the same token, or the same run of tokens, was fed before."""
+"""Repeats within a sequence: the latest earlier position of the same token, or of the same run of tokens."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ NUM_ORDERS = 3  # runs of one, two and three tokens
 class RepeatFinder:
     """Finds, token by token, the latest earlier position at which the last 1, 2 and 3 tokens were the same."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._latest: list[dict[tuple, int]] = [{} for _ in range(NUM_ORDERS)]
         self._tail: tuple = ()
         self._position = 0
@@ -18,8 +18,8 @@ class RepeatFinder:
         """Take in the token fed next.
 
         Returns:
-            For each run length its latest earlier position, -1 where there is none; and for how many tokens the
-            longest run has been going on without a break.
+            For each run length its latest earlier position, -1 where there is none; and the tokens that the longest
+            run lasts so far without a break.
         """
         self._tail = (*self._tail[1 - NUM_ORDERS :], token_id) if self._tail else (token_id,)
         found = []

@@ -1,17 +1,17 @@
-"""Which experts each token took in training: counts by token id, with a row for the tokens that never occurred."""
+"""Counts of the experts that each token took in training, with a row for the tokens that never occurred."""
 
 import numpy as np
 
 from moeflow.predictors.odds import MIN_PROBABILITY, multi_hot
 from moeflow.predictors.routes import Routes
 
-PRIOR_TOKENS = 2.0  # how many tokens' worth the general popularity weighs against a token's own counts
+PRIOR_TOKENS = 2.0  # the weight of the general popularity against a token's own counts
 _MAX_ENTRIES = 32_000_000
-_MAX_COUNT = 60_000  # the counts are kept in 16 bits
+_MAX_COUNT = 60_000  # files keep counts in 16 bits
 
 
 class TokenTable:
-    """Counts of training, shrunk towards the popularity of all tokens together.
+    """Counts by token, which predictors shrink towards the popularity of all tokens together.
 
     Args:
         known_ids: [V] int32, ascending.
@@ -28,7 +28,7 @@ class TokenTable:
 
     @classmethod
     def count(cls, routes: Routes) -> "TokenTable":
-        """Count training routes; where the table would grow too large the rarest tokens are left out."""
+        """Count training routes; a table that would grow too large leaves out the rarest tokens."""
         ids = np.concatenate(routes.token_ids)
         known, times = np.unique(ids[ids >= 0], return_counts=True)
         room = _MAX_ENTRIES // (routes.num_layers * routes.num_experts)

@@ -1,4 +1,6 @@
-"""Training of the sequence model: the recurrent network and its evidence first, then what builds on its answers."""
+"""Training of the sequence model: the recurrent network and its evidence first, then refinement and rollout."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,24 +13,24 @@ from moeflow.predictors.sequence.predictor import SequencePredictor
 from moeflow.predictors.sequence.token_table import TokenTable
 from moeflow.predictors.training import Progress, TrainingOptions, fit, length_batches, stopping_split
 
-_MAX_LENGTH = 1024  # tokens; longer sequences are cut for training
-_WINDOW = 128  # steps through which gradients flow
+_MAX_TOKENS = 1024  # longer sequences are cut for training
+_WINDOW_STEPS = 128  # through which gradients flow
 _HEAD_EPOCHS = 3
 _HEAD_SEQUENCES = 2  # of an update of the heads
-_HEAD_ROWS = 96  # positions of a sequence that one update of the heads looks at
+_HEAD_ROWS = 96  # positions of a sequence in one update of the heads
 _HEADS = ("refine", "later_in", "later_out", "later_trust")
 _FIRST_SHARE = 0.8  # of the progress
 
 
 def train_sequence(
-    routes: Routes, options: TrainingOptions | None = None, progress: Progress | None = None, **sizes
+    routes: Routes, options: TrainingOptions | None = None, progress: Progress | None = None, **sizes: int
 ) -> SequencePredictor:
     """Train a sequence predictor.
 
     Args:
         routes: to learn from; every tenth sequence only decides when to stop.
         options: seed, epochs, device.
-        progress: called with the share done and what is going on.
+        progress: called with the share done, 0 to 1, and a title.
         sizes: other than SequenceShape's.
 
     Raises:
@@ -36,7 +38,7 @@ def train_sequence(
     """
     options = options or TrainingOptions()
     torch.manual_seed(options.seed)
-    learned, stopping = (part.cut(_MAX_LENGTH) for part in stopping_split(routes))
+    learned, stopping = (part.cut(_MAX_TOKENS) for part in stopping_split(routes))
     table = TokenTable.count(learned)
     shape = SequenceShape(routes.num_layers, routes.num_experts, len(table.known_ids), **sizes).within_limits()
     net = SequenceNet(shape, table.popularity).to(options.torch_device)
@@ -71,7 +73,7 @@ class _Trainer:
     def train_network(self, progress: Progress | None) -> None:
         batch_size = self.options.batch_size
         mean = sum(self.lengths) / len(self.lengths)
-        updates = -(-len(self.lengths) // batch_size) * max(1, round(mean / _WINDOW + 0.5))
+        updates = -(-len(self.lengths) // batch_size) * max(1, round(mean / _WINDOW_STEPS + 0.5))
         fit(
             self.net,
             self.rest,
@@ -97,17 +99,17 @@ class _Trainer:
             title="refinement and rollout",
         )
 
-    def _network_losses(self, rng):
+    def _network_losses(self, rng: np.random.Generator) -> Iterator[torch.Tensor]:
         for batch in length_batches(self.lengths, self.options.batch_size, rng):
             inputs, state = pad_inputs([self.inputs(self.learned, s) for s in batch]), None
-            for start in range(0, inputs.valid.shape[1], _WINDOW):
-                window = inputs.window(start, start + _WINDOW)
+            for start in range(0, inputs.valid.shape[1], _WINDOW_STEPS):
+                window = inputs.window(start, start + _WINDOW_STEPS)
                 logits, _, state = self.net(window, state)
                 state = state.detach()
                 yield F.binary_cross_entropy_with_logits(logits.flatten(2)[window.valid], window.routes[window.valid])
 
     @torch.no_grad()
-    def _network_stopping_loss(self):
+    def _network_stopping_loss(self) -> float:
         losses = []
         for s in range(len(self.stopping)):
             inputs = pad_inputs([self.inputs(self.stopping, s)])
@@ -115,19 +117,19 @@ class _Trainer:
             losses.append((len(inputs.routes[0]), F.binary_cross_entropy_with_logits(logits.flatten(2), inputs.routes)))
         return float(sum(n * loss for n, loss in losses) / sum(n for n, _ in losses))
 
-    def _head_losses(self, rng):
+    def _head_losses(self, rng: np.random.Generator) -> Iterator[torch.Tensor]:
         order = rng.permutation(len(self.lengths))
         for i in range(0, len(order), _HEAD_SEQUENCES):
             batch = order[i : i + _HEAD_SEQUENCES]
             yield torch.stack([self._head_loss(self.learned, s, rng) for s in batch]).mean()
 
     @torch.no_grad()
-    def _head_stopping_loss(self):
+    def _head_stopping_loss(self) -> float:
         rng = np.random.default_rng(self.options.seed)
         return float(torch.stack([self._head_loss(self.stopping, s, rng) for s in range(len(self.stopping))]).mean())
 
-    def _head_loss(self, routes, sequence, rng):
-        """Return refinement's and rollout's loss on some positions of a sequence, on what the network says there."""
+    def _head_loss(self, routes: Routes, sequence: int, rng: np.random.Generator) -> torch.Tensor:
+        """Return refinement's and rollout's loss on some positions of a sequence, given the network's answers there."""
         inputs = pad_inputs([self.inputs(routes, sequence)])
         shape = self.net.shape
         with torch.no_grad():
@@ -158,5 +160,5 @@ def _with_all_counts(net: SequenceNet, table: TokenTable, full: TokenTable) -> S
     arrays = {name: value.detach().cpu().numpy() for name, value in net.state_dict().items()}
     arrays["embedding.weight"] = arrays["embedding.weight"][np.r_[0, table.rows(full.known_ids)]]
     shape = SequenceShape(**{**vars(net.shape), "num_known_tokens": len(full.known_ids)})
-    full.popularity = table.popularity  # what the biases were trained with
+    full.popularity = table.popularity  # the biases were trained with it
     return SequencePredictor(shape, full, arrays)
