@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class PredictorCard:
-    """Card of a predictor: what its file says of it.
+    """Card of a predictor in its file.
 
     Args:
         kind: a name in KINDS.

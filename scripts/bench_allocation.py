@@ -1,4 +1,4 @@
-"""How long the choice of widths takes at the size of a large model, and what it is worth against simpler choices.
+"""Measure the choice of widths at the size of a large model: its time, and its cost against simpler choices.
 
     python scripts/bench_allocation.py [--layers 58] [--experts 256] [--bits 2.5] [--gap 0.01] [--repeats 5]
 

@@ -32,7 +32,7 @@ class Row(NamedTuple):
     """One line of the table.
 
     Args:
-        name: what is printed.
+        name: in the table.
         engine: one of ENGINES.
         budget: expert_memory, or None where the engine has no such thing.
         capped: whether it runs under --cap.
@@ -65,7 +65,7 @@ def plan_rows(only: tuple[str, ...], residencies: tuple[str, ...], capped: bool,
 
 
 class Bench:
-    """Runs the rows' jobs, one process at a time, and keeps what they measured.
+    """Runs the rows' jobs, one process at a time, and keeps their measurements.
 
     Args:
         args: the command line.
@@ -99,7 +99,7 @@ class Bench:
         unusable = {}
         if "llama" in args.only and (why := self._prepare_llama()):
             unusable["llama"] = why
-        if "transformers" not in args.only:  # somebody has to say what is right
+        if "transformers" not in args.only:  # one engine has to be the reference
             found = self._run_job(Row("reference", "transformers", None, False, 1), num_repeats=0)
             say(f"reference not available, outputs are not compared: {found['error']}") if "error" in found else None
         rows = []

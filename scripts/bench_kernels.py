@@ -19,7 +19,7 @@ FORMATS = (
     "mxfp4", "fp8",
 )  # fmt: skip
 PARTS = ("gemv", "block", "gemm")
-FIGURES = (  # of the issue: what, key of a result, at least
+FIGURES = (  # to reach: name, key of a result, at least
     ("one token, int4: x torch's int4", "gemv int4 ratio", 2.0),
     ("one token, int4: share of the read bandwidth", "gemv int4 share", 0.55),
     ("one token, int8: share of the read bandwidth", "gemv int8 share", 0.75),
@@ -96,7 +96,7 @@ def kernel_card(is_quick: bool) -> dict:
 
 
 def card_lines(card: dict) -> dict[str, str]:
-    """Return what a card says, a line a fact."""
+    """Return the lines of a card, by name."""
     from bench.machine import software
 
     read, peak = card["read_bytes_per_s"] / 1e9, card["peak_flop_per_s"] / 1e9
@@ -291,7 +291,7 @@ def measure_gemm(arguments) -> list[dict]:
 
 
 def print_figures(result: dict) -> dict[str, float | None]:
-    """Print the figures the project set itself beside what was measured; return the latter."""
+    """Print the figures to reach beside the measured ones; return the measured."""
     found: dict[str, float | None] = {}
     for row in result.get("gemv", []):
         form = {"int4-g64": "int4"}.get(row["format"], row["format"])

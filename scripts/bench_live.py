@@ -1,4 +1,4 @@
-"""Measure what prediction does to decoding: moeflow with a predictor against moeflow without, in turns, on the CPU.
+"""Measure decoding with a predictor against decoding without, in turns, on the CPU.
 
 Capped: fresh processes in turns, each whole in a memory cgroup of its own, budget "auto". Residencies: both models in
 one process, generating in turns, so that whatever else the machine does falls on both. Outputs must be equal.
@@ -27,7 +27,7 @@ PROMPTS = (
 
 
 def work(job: dict) -> dict:
-    """Generate in turns with each of the job's predictors in this process; return what each turn measured."""
+    """Generate in turns with each of the job's predictors in this process; return the measurements of each turn."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging

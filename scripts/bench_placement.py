@@ -1,4 +1,4 @@
-"""What placement is worth on real routing, how near the best it is, and what it takes.
+"""Measure placement on real routing: its gain, its gap to the optimum, its time and memory.
 
     python scripts/bench_placement.py [--data ../shared/data] [--only gpt-oss deepseek small gap scale] [--plot FOLDER]
 

@@ -114,7 +114,7 @@ def measure(name: str, files: dict, trace: RoutingTrace, places: list[int]) -> d
 
 
 def chance(trace: RoutingTrace) -> dict:
-    """Return what guessing would reach."""
+    """Return the recall of guessing."""
     return {f"recall@{k}": k / trace.num_experts for k in (4, 6, 8)} | {"precision@4": trace.top_k / trace.num_experts}
 
 

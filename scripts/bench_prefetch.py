@@ -3,7 +3,7 @@
     python scripts/bench_prefetch.py --trace T --predictor P [--limit 3] [--jobs 2] [--realised-out FILE]
 
 The machine is one that runs gpt-oss-20b: 25 GB/s, 13.2 MB an expert, 0.35 ms of compute a layer; one FIFO, demand
-ahead of prefetch; a step waits for what it lacks; each sequence starts cold. Demand-only policies, the predictor
+ahead of prefetch; a step waits for missing experts; each sequence starts cold. Demand-only policies, the predictor
 (forecast), the same prefetcher with perfect routes (clairvoyant), and the best order of copies known (best-order).
 """
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layer-ms", type=float, default=0.35, help="milliseconds of compute a layer")
     parser.add_argument("--in-flight", type=int, default=4, help="prefetches under way at once")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--realised-out", metavar="FILE", help="write what moeflow trace report --realised takes")
+    parser.add_argument("--realised-out", metavar="FILE", help="write the file of moeflow trace report --realised")
     parser.add_argument("--json", action="store_true", help="print the JSON object alone")
     arguments = parser.parse_args(argv)
     trace = RoutingTrace.open(arguments.trace)
@@ -123,7 +123,7 @@ def find_row(task: Task) -> dict:
 
 
 def write_realised(path: str, result: dict, figures: dict) -> None:
-    """Write the rows with prediction and what it wasted, at the residency nearest 25 %, for a trace's report."""
+    """Write the rows with prediction and the bytes it wasted, at the residency nearest 25 %, for a trace's report."""
     predicted = [row for row in result["rows"] if "prefetch" in row]
     shown = min({row["residency"] for row in predicted}, key=lambda residency: abs(residency - 25))
     at_shown = {row["policy"]: row["prefetch"] for row in predicted if row["residency"] == shown}
@@ -146,7 +146,7 @@ def write_realised(path: str, result: dict, figures: dict) -> None:
 
 
 def card_lines(trace: RoutingTrace, result: dict, arguments) -> dict[str, str]:
-    """Return what was replayed, and the machine, a line a fact."""
+    """Return the lines of the card, by name."""
     link = result["link"]
     return {
         "trace": f"{trace.fingerprint}: {trace.num_layers} layers of {trace.num_experts} experts, {trace.top_k} a "

@@ -1,4 +1,4 @@
-"""What regrouping tokens is worth: active experts on real routing, and tokens a second on a model.
+"""Measure the regrouping of tokens: active experts on real routing, and tokens a second on a model.
 
     python scripts/bench_scheduler.py [--data ../shared/data] [--trials 100]
     python scripts/bench_scheduler.py --live MODEL [--new-tokens 64]
@@ -13,7 +13,7 @@ fed as well with a memory that has seen nothing but these sequences, and with on
 With --live the first 32 prompts of Spec-Bench run on a model at 25 % residency: by `generate` prompt by prompt (the
 first --generate of them), and by the engine: all in one pass, and in passes of 16 that decode, by arrival and
 regrouped, whose steps run in turn, each on a model of its own, so that both meet the same machine. Each step's true
-routes say what the best order could save. Then 32 copies of one prompt with all experts resident, where nothing can be
+routes give the saving of the best order. Then 32 copies of one prompt with all experts resident, where nothing can be
 gained: steps of both engines in turn. The last line is one JSON object.
 """
 
@@ -93,7 +93,7 @@ class Steps:
         memory.observe(number, self.trace.token_ids[rows].tolist(), self.trace.experts[rows])
 
     def likely(self, memory, drawn, *, tokens: bool = True) -> np.ndarray:
-        """Return [tokens, L, E] bool: what a memory expects that has seen all drawn sequences up to their steps."""
+        """Return [tokens, L, E] bool: likely routes of a memory that has seen all drawn sequences up to their steps."""
         memory = copy.deepcopy(memory)
         for number, step in drawn:
             self.feed(memory, number, step)

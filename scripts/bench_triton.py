@@ -162,7 +162,7 @@ def median_s(run, draws, repeats):
 
 
 def read_bytes_per_s(repeats=10):
-    """Measure what a large read of the GPU's memory reaches."""
+    """Measure the bandwidth of a large read of the GPU's memory."""
     large = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
     seconds = median_s(lambda: large.sum(), [()], repeats)
     return large.numel() * 4 / seconds

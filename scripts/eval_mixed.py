@@ -3,7 +3,7 @@
     python scripts/eval_mixed.py MODEL --text wikitext2/valid.txt [--calibration books_train.txt.xz]
         [--average-bits 2.5,3] [--method hqq] [--windows 16] [--window-tokens 512] [--statistics FILE] [--save FOLDER]
 
-The model runs in float32 with its experts replaced by what the formats make of them, so figures depend on no kernel.
+The model runs in float32 with its experts rounded to the formats, so figures depend on no kernel.
 Perplexity: windows evenly spread over the text, every token but a window's first predicted from those before it.
 Choices between two uniform widths are held against the straight line and the geometric mean of the two perplexities.
 `--save` writes formats as JSON, [layers][experts]. Calibrate on other text than is judged.
@@ -66,7 +66,7 @@ class Rounded:
 
     @torch.no_grad()
     def put(self, formats: list[list[str]] | None) -> None:
-        """Replace every expert by what its format makes of it; None restores all."""
+        """Round every expert to its format; None restores all."""
         for layer, (module, exact) in enumerate(zip(self.modules, self.exact, strict=True)):
             for name, values in exact.items():
                 for expert, value in enumerate(values):

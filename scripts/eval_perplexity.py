@@ -142,7 +142,7 @@ def expert_weights(model) -> dict[str, torch.Tensor]:
 
 
 def replace_experts(target: torch.Tensor, weights: torch.Tensor, name: str, method: str, label: str) -> None:
-    """Put into the model what the experts of one matrix are worth in a format."""
+    """Put the experts of one matrix into the model, rounded to a format."""
     spec = find_format(name)
     with torch.no_grad():
         for expert, weight in enumerate(weights):

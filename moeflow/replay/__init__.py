@@ -1,4 +1,4 @@
-"""What would have happened: policies, predictors and machines over a recorded trace; figures and an HTML page.
+"""Replays of a recorded trace: policies, predictors and machines over it; figures and an HTML page.
 
 Knows traces and policies. Knows nothing of models or torch. Only `cli/` and scripts import it.
 """

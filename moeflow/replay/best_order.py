@@ -30,7 +30,7 @@ def replay_best_order(experts: np.ndarray, num_experts: int, num_slots: int, lin
     the one demanded last, unless that is demanded sooner. It takes at most 1 + F / slots times the best order, F the
     demands during one copy.
 
-    Source: Cao, Felten, Karlin and Li (1995), who call this aggressive prefetching.
+    Source: Cao, Felten, Karlin and Li (1995), "aggressive" prefetching.
 
     Args:
         experts: [T, L, K]; num_experts or more stand for none.

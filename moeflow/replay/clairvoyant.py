@@ -1,4 +1,4 @@
-"""Predictor without error, from the future of a trace: the bound of what a prefetcher can make of predictions.
+"""Predictor without error, from the future of a trace: a bound for prefetchers.
 
 Knows a trace's routes. Knows nothing of caches or links.
 """

@@ -1,6 +1,6 @@
 """Replay of demand-only eviction policies over recorded routing: hits of a cache of a given size.
 
-One event is one layer of one token. A hit is counted against what is resident when the token reaches the layer; then
+One event is one layer of one token. A hit is an expert that is resident when the token reaches the layer; then
 the experts it demands are resident, and this event does not evict them. Within an event experts are taken by rising
 number: that order decides ties. Nothing is prefetched and nothing costs time.
 """
@@ -67,7 +67,7 @@ def replay(
         num_slots: of one pool for all layers, or of each layer's own pool where per_layer.
         policy: a name in `REPLAY_POLICIES`.
         per_layer: whether each layer has a pool of its own.
-        warm: whether a sequence starts with what the one before it left, instead of nothing.
+        warm: whether a sequence starts with the experts that the one before it left, instead of none.
         seed: of the random policy.
 
     Returns:
@@ -98,7 +98,7 @@ def replay_trace(
         residencies: percent of all experts.
         policies: names in `REPLAY_POLICIES`.
         per_layer: whether each layer has a pool of its own.
-        warm: whether a sequence starts with what the one before it left.
+        warm: whether a sequence starts with the experts that the one before it left.
         phase: "decode", or "all" for prompts too, token by token (a live prefill demands each expert once instead).
         seed: of the random policy.
 

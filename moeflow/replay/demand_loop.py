@@ -142,7 +142,7 @@ def replay_loop(
         starts: [S + 1], rows at which sequences start, and the end of the last.
         num_slots: of one pool for all layers.
         policy: a name in `SCORES`, or "random".
-        warm: whether a sequence starts with what the one before it left.
+        warm: whether a sequence starts with the experts that the one before it left.
         num_fixed: slots that the static policy never empties.
         seed: of the random policy.
 

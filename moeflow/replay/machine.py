@@ -86,7 +86,7 @@ def check_policy(policy: str, predictor: str | Path | None) -> None:
     """Refuse an unknown policy, and prediction without a predictor.
 
     Raises:
-        ConfigError: says what is allowed.
+        ConfigError: the message lists what is allowed.
     """
     if policy not in MACHINE_POLICIES:
         raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(MACHINE_POLICIES)}.")
@@ -97,11 +97,11 @@ def check_policy(policy: str, predictor: str | Path | None) -> None:
 def replayed_places(
     trace: RoutingTrace, predictor: str | Path | None, hold_out: int | None, limit: int | None = None
 ) -> list[int]:
-    """Return which sequences to replay: all, or those held out of a predictor's training, and at most `limit`.
+    """Return the places of the sequences to replay: all, or those held out of a predictor's training; at most `limit`.
 
     Args:
         predictor: as `replay_machine` takes it; sequences that it learned from are never replayed.
-        hold_out: every which sequence is held out; as the predictor was trained when None.
+        hold_out: N: every N-th sequence is held out; as the predictor was trained when None.
 
     Raises:
         ConfigError: another hold_out than the predictor was trained with, a limit below 1, or too few sequences.

@@ -41,7 +41,7 @@ _STYLE: dict[str, Any] = {
 
 
 def hit_rate_figure(rows: Sequence[dict], realised: Sequence[dict] = ()) -> "Figure":
-    """Draw hit rate over residency, one line a policy, and what random routing would hit.
+    """Draw hit rate over residency, one line a policy, and the hit rate of random routing.
 
     Args:
         rows: policy, residency (percent) and hit_rate (0 to 1) of each, as `replay_trace` returns them.

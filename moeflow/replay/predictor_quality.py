@@ -1,6 +1,6 @@
 """Recall and precision of predictors over the sequences of a trace that they were not trained on.
 
-Knows predictors and traces. Knows nothing of caches, links or what a prefetch costs.
+Knows predictors and traces. Knows nothing of caches, links or prefetches.
 """
 
 import numpy as np
@@ -95,11 +95,11 @@ def evaluate_predictor(
         trace: its demand counts as true.
         places: in `trace.sequences()`; those that `split_sequences` holds out when None.
         batch_size: sequences side by side.
-        progress: called with the share done and what is going on.
+        progress: called with the share done, 0 to 1, and a title.
 
     Returns:
         `all_layers` (before the step), `next_layer` (given the layers before it in the step), each with recall@k and
-        precision@k; `by_distance`, `by_layer`, `batch_recall` and what was counted.
+        precision@k; `by_distance`, `by_layer`, `batch_recall`, and the numbers of sequences and tokens.
     """
     if places is None:
         places = split_sequences(trace)[1]

@@ -23,15 +23,15 @@ _COUNT_DIGITS = 40  # room for the row count and the end offset to grow into
 
 @dataclass(frozen=True)
 class TraceFormat:
-    """What a trace says of the model and of its rows.
+    """The model and the rows of a trace.
 
     Args:
         experts_per_layer: [L], routed experts of each MoE layer.
         top_k: K, ranks a row holds.
-        fingerprint: which model, see fingerprint.model_fingerprint; other sources use the model's name.
+        fingerprint: of the model, see hf.fingerprint.model_fingerprint; other sources use the model's name.
         has_weights: whether rows hold the ranks' weights.
         ranked: whether rank 0 has the highest weight; else the order of the ranks says nothing.
-        lookahead: (D, M), layers ahead and expert ids each of what a predictor said at every layer; None without.
+        lookahead: (D, M), layers ahead and expert ids of each, as predicted at every layer; None without.
         source: free text, where the rows come from.
     """
 
@@ -94,7 +94,7 @@ class TraceHeader:
         dtype: of a row, as the file describes it.
         num_rows: rows that were completely written.
         data_offset: bytes before the first row.
-        sequence_facts: what is known of each sequence, by sequence number; may be empty.
+        sequence_facts: facts of each sequence, by sequence number; may be empty.
     """
 
     format: TraceFormat

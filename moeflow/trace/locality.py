@@ -6,11 +6,11 @@ import numpy as np
 
 
 class Locality(NamedTuple):
-    """Reuse and skew of routing: what a cache can live on.
+    """Reuse and skew of routing, which decide the hits of a cache.
 
     Args:
-        reuse: tokens back -> share of the experts demanded that one of so many tokens before demanded, same layer.
-        chance: tokens back -> what even, independent routing would give.
+        reuse: tokens back -> share of the demanded experts that one of so many tokens before demanded, same layer.
+        chance: tokens back -> that share were routing even and independent.
         hottest_quarter: [L], share of a layer's demand that its most demanded quarter of experts takes.
         idle: experts that nothing demanded.
     """

@@ -19,7 +19,7 @@ class RoutingTrace:
     Args:
         format: the model and the fields.
         rows: [N], of the format's structured dtype.
-        sequence_facts: what is known of each sequence, by sequence number.
+        sequence_facts: facts of each sequence, by sequence number.
         name: the trace's name in errors.
     """
 

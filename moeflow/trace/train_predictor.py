@@ -79,9 +79,9 @@ def train_predictor(
         trace: to learn from.
         kind: path or sequence.
         out: the file.
-        hold_out: every which sequence is left for evaluation.
+        hold_out: N: every N-th sequence is held out for evaluation.
         options: seed, epochs, device.
-        progress: called with the share done, 0 to 1, and what is going on.
+        progress: called with the share done, 0 to 1, and a title.
         sizes: of the model, by the kind's own names.
 
     Raises:
@@ -109,7 +109,7 @@ def train_predictor(
 
 
 def open_predictor(name: str | Path, trace: RoutingTrace) -> tuple[Predictor, int]:
-    """Return a predictor for a trace and every which sequence was held out from its training.
+    """Return a predictor for a trace, and N where every N-th sequence was held out of its training.
 
     Args:
         name: a baseline, which is counted on the training sequences at once; lookahead, where the trace holds one; or

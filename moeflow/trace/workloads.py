@@ -80,7 +80,7 @@ def is_count_file(path: str | Path) -> bool:
 
 @contextmanager
 def opened_routes(path: str | Path) -> Iterator[RoutingTrace]:
-    """Open a trace, or what `convert_trace` makes one of; the converted file is gone when the context ends.
+    """Open a trace, or convert a recording to one; the converted file is deleted when the context ends.
 
     Raises:
         PlacementError: nothing is there.

@@ -22,7 +22,7 @@ class TraceWriter:
         path: the file.
         format: the model and the fields.
         append: whether to go on with an existing file, which must then be of the same format.
-        sequence_facts: what is known of each sequence, by sequence number; written once, at creation.
+        sequence_facts: facts of each sequence, by sequence number; written once, at creation.
 
     Raises:
         TraceError: the file exists and `append` is false, is of another model or format, or cannot be written;

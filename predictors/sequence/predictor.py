@@ -41,7 +41,7 @@ class _Past:
         return routes * np.float32(decay), number * decay
 
     def add(self, routes: np.ndarray, recalled: np.ndarray, number: float) -> None:
-        """Take in the routes [L * E] of the token just fed; `recalled` and `number` are what feed returned."""
+        """Take in the routes [L * E] of the token just fed; `recalled` and `number` come from feed."""
         if self.position == len(self._routes) < _MEMORY_STEPS:
             self._routes = np.concatenate([self._routes, np.zeros_like(self._routes)])
         self._routes[self.position % len(self._routes)] = routes
@@ -67,7 +67,7 @@ class _Past:
 
 
 class SequencePredictor:
-    """Predicts from all layers' routes of the past steps, the token just fed, and what repeats.
+    """Predicts from all layers' routes of the past steps, the token just fed, and repeats.
 
     Args:
         shape: sizes.

@@ -1,4 +1,4 @@
-"""What the processor can do at most: bytes read from memory and operations a second, measured."""
+"""Measured ceilings of the processor: bytes read from memory and operations, a second."""
 
 import time
 from pathlib import Path

@@ -136,7 +136,7 @@ class Finished(NamedTuple):
 
     Args:
         returncode: as in subprocess.
-        stdout, stderr: what it wrote.
+        stdout, stderr: its output.
         peak_bytes: its cgroup's highest usage, or None without a cgroup.
         oom_killed: whether the kernel killed it for its limit.
         timed_out: whether it was ended for taking too long.
@@ -181,7 +181,7 @@ def run_process(command: list[str], *, limit_bytes: int | None, timeout_s: float
             timed_out = True
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # its session: the process, if alive, and what it started
+                os.killpg(process.pid, signal.SIGKILL)  # its session: the process, if alive, and its children
             process.wait()
         texts = []
         for file in (out, err):

@@ -133,7 +133,7 @@ class Engine(NamedTuple):
 
 
 def work(job: dict) -> dict:
-    """Run one job of one engine and return what was measured."""
+    """Run one job of one engine and return its measurements."""
     begin = time.perf_counter()
     engine = {
         "moeflow": load_moeflow,

@@ -16,7 +16,7 @@ import numpy as np
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 
 FORMAT = 1  # raise it when files of an older exporter must not be used again
-# GGUF name -> checkpoint name, for what exists once a layer.
+# GGUF name -> checkpoint name, of the tensors that exist once a layer.
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -27,7 +27,7 @@ LAYER_NAMES = {
     "ffn_gate_inp": "block_sparse_moe.gate",
 }
 EXPERT_NAMES = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
-KEPT_IN_F32 = ("_norm", "ffn_gate_inp")  # what llama.cpp's own converter keeps
+KEPT_IN_F32 = ("_norm", "ffn_gate_inp")  # as in llama.cpp's own converter
 
 
 class ExportError(ValueError):
@@ -87,7 +87,7 @@ def read_tensor(source: Checkpoint, name: str) -> np.ndarray:
 
 
 def _fingerprint(source: Checkpoint, pre: str) -> str:
-    """Hash what the file depends on; of the shards, name, size and time stand for their content."""
+    """Hash the inputs of the file; of the shards, name, size and time stand for their content."""
     digest = hashlib.sha256(f"{FORMAT} {pre}".encode())
     for file in source.files:
         status = file.stat()

@@ -1,4 +1,4 @@
-"""What regrouping tokens is worth on a running model: engines whose steps take turns, and the bound of each step."""
+"""Regrouping of tokens on a running model: engines whose steps take turns, and the bound of each step."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ _PROOF_STEPS = 100_000_000  # of a best split's search, some seconds
 
 
 class RouteLog:
-    """Sits among a runtime's observers and keeps what the routers of each pass chose, [tokens, L, E] bool."""
+    """Observer of a runtime that keeps the routers' choices of each pass, [tokens, L, E] bool."""
 
     def __init__(self, num_layers: int, num_experts: int):
         self.passes: list[np.ndarray] = []
@@ -34,7 +34,7 @@ class RouteLog:
 
 
 def bench_live(arguments) -> dict:
-    """Tokens a second and active experts a pass, by who runs together."""
+    """Measure tokens a second and active experts a pass of generate and of engines with different groups."""
     prompts = live_prompts(arguments)
     log = []
     runs = {

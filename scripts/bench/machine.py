@@ -1,4 +1,4 @@
-"""The machine and the software of a benchmark, and the card that tells them.
+"""The machine and the software of a benchmark, and its card.
 
 Knows nothing of models or engines, and imports no torch.
 """

@@ -19,7 +19,7 @@ TORCH_GROUP = 64  # of torch's int4
 
 
 class WrongResult(Exception):
-    """A kernel's result is not what float64 arithmetic gives."""
+    """A kernel's result that differs from float64 arithmetic by more than the bound."""
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, bound: float, what: str) -> float:

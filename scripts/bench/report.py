@@ -1,4 +1,4 @@
-"""What bench_decode makes of its measurements: ratios, the card, the table."""
+"""Ratios, card and table of bench_decode."""
 
 import statistics
 
@@ -6,7 +6,7 @@ from bench.engines import READ_THREADS
 from bench.machine import describe, software
 from bench.rounds import spread
 
-OVERHEAD_LIMIT_BYTES = 550_000_000  # what a process may take beside its budget and the dense weights
+OVERHEAD_LIMIT_BYTES = 550_000_000  # of a process beside its budget and the dense weights
 
 
 def find_ratios(rows: list[dict], disk: dict | None) -> dict:
@@ -73,7 +73,7 @@ def run_card(bench) -> dict:
 
 
 def card_lines(card: dict) -> dict[str, str]:
-    """Return what a card says, a line a fact."""
+    """Return the lines of a card, by name."""
     disk, cap = card["disk_bytes_per_s"], "none"
     if card["cap_bytes"]:
         cap = f"{card['cap_bytes'] / 1e6:.0f} MB"

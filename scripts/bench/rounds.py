@@ -1,4 +1,4 @@
-"""Measurements that take turns: what a round holds, ratios round by round, and how they are written."""
+"""Measurements that take turns: cases, ratios round by round, and their writing."""
 
 import statistics
 import time
