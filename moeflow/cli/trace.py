@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.replay import add_replay_commands
@@ -11,6 +11,8 @@ from moeflow.errors import TraceError
 
 if TYPE_CHECKING:
     import torch
+
+    from moeflow.offload.runtime import ExpertRuntime
 
 
 def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -56,7 +58,8 @@ def _record(arguments: argparse.Namespace) -> int:
     if out.exists() and not arguments.append:
         raise TraceError(f"{out} exists already. Give --append to go on with it, or another name.")
     model, tokenizer = load_model(arguments.model, arguments)
-    with model.moeflow, count_progress("recording") as progress:
+    runtime = cast("ExpertRuntime", model.moeflow)  # transformers types it as a module
+    with runtime, count_progress("recording") as progress:
         recorder = attach_recorder(model, out, lookahead=arguments.lookahead)
         before = recorder.num_tokens
         params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
