@@ -59,6 +59,16 @@ def test_dotted_names_in_backticks_are_modules_or_in_one(page):
         assert resolves(name), f"{page.name} names {name}, which is neither a module nor in one"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_options_that_scripts_have(page):
+    libraries = "".join(path.read_text() for path in (ROOT / "scripts" / "bench").glob("*.py"))
+    text = page.read_text().replace("\\\n", " ")
+    for script, arguments in re.findall(r"scripts/(\w+\.py)([^`\n]*)", text):
+        source = (ROOT / "scripts" / script).read_text() + libraries
+        for option in re.findall(r"(?<= )--[a-z][\w-]*", arguments):
+            assert f'"{option}"' in source, f"{page.name} gives {script} the option {option}, which it does not have"
+
+
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or a name that a module defines or gives out."""
     module, _, last = name.rpartition(".")
