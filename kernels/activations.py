@@ -99,12 +99,14 @@ class Activation(NamedTuple):
             activated = activated.clamp(max=self.limit)
         return activated * (up + terms.up_offset)
 
-    def _act(self, act, x):
+    def _act(self, act: str, x: torch.Tensor) -> torch.Tensor:
         if act == "silu":
             return x * torch.sigmoid(self.alpha * x)
         if act == "relu2":
             return F.relu(x).square()
-        return {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[act](x)
+        if act == "relu":
+            return F.relu(x)
+        return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 @torch.no_grad()
@@ -126,7 +128,7 @@ def recognise(apply: Callable[[torch.Tensor], torch.Tensor], has_gate: bool) -> 
     pairs = torch.cartesian_prod(torch.tensor(_SAMPLES), torch.tensor(_SAMPLES))
     for gate in ("concatenated", "interleaved"):
 
-        def value(gate_value, up_value, gate=gate):
+        def value(gate_value: float, up_value: float, gate: str = gate) -> float:
             return apply(_laid_out(torch.tensor([[gate_value, up_value]] * 2), gate))[0, 0].item()
 
         offset = value(1.0, 0.0)
@@ -141,19 +143,19 @@ def recognise(apply: Callable[[torch.Tensor], torch.Tensor], has_gate: bool) -> 
     return None
 
 
-def _laid_out(pairs, gate):
+def _laid_out(pairs, gate) -> torch.Tensor:
     """Return one row of gates and ups as the gate has them: [1, 2I] of [I, 2]."""
     return (pairs.T if gate == "concatenated" else pairs).reshape(1, -1)
 
 
-def _alphas(activated):
+def _alphas(activated) -> list[float]:
     """List what alpha may be where silu(1) is this."""
     if not 0.5 < activated < 1:
         return [1.0]
     return [1.0, float(f"{math.log(activated / (1 - activated)):.4g}")]
 
 
-def _first(candidates, apply, sample):
+def _first(candidates, apply, sample) -> Activation | None:
     found = apply(sample)
     for candidate in candidates:
         expected = candidate.apply(sample.clone())

@@ -64,7 +64,7 @@ def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     return torch.cat([combine(part, part_weights) for part, part_weights in parts])
 
 
-def _linear(hidden_states, weights, name, is_transposed):
+def _linear(hidden_states, weights, name, is_transposed) -> torch.Tensor:
     weight, bias = weights[name], weights.get(f"{name}_bias")
     if not is_transposed:
         return F.linear(hidden_states, weight, bias)

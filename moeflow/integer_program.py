@@ -9,6 +9,7 @@ import importlib.util
 import math
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psutil
 import pulp
@@ -81,7 +82,7 @@ def proven_bound(program: pulp.LpProblem) -> float:
 class _Cbc(pulp.PULP_CBC_CMD):
     """pulp's CBC, whose process and files end with the solving however that ends."""
 
-    def actualSolve(self, lp, **options):
+    def actualSolve(self, lp: pulp.LpProblem, **options: Any) -> int:
         with tempfile.TemporaryDirectory(prefix="moeflow-cbc-") as self.tmpDir:
             try:
                 return super().actualSolve(lp, **options)
@@ -101,24 +102,24 @@ def _end_children_naming(folder: str) -> None:
             continue
 
 
-def _highs(warm_start):
+def _highs(warm_start: bool) -> type[pulp.LpSolver]:
     """pulp's HiGHS, silent and with a start; made here since highspy may be absent."""
     import highspy
 
     class SilentHighs(highspy.Highs):
-        def enableCallbacks(self):
+        def enableCallbacks(self) -> None:
             self.setOptionValue("output_flag", False)  # before the first callback: that prints who made HiGHS
             super().enableCallbacks()
 
     class PulpHighs(pulp.HiGHS):
-        def createAndConfigureSolver(self, lp):
+        def createAndConfigureSolver(self, lp: pulp.LpProblem) -> None:
             lp.solverModel = SilentHighs()
             lp.solverModel.HandleUserInterrupt = True
             options = {"threads": self.threads, "time_limit": float(self.timeLimit), "mip_rel_gap": self.gapRel}
             for option, value in {"output_flag": False, **options, **self.optionsDict}.items():
                 lp.solverModel.setOptionValue(option, value)
 
-        def callSolver(self, lp):
+        def callSolver(self, lp: pulp.LpProblem) -> None:
             if warm_start:
                 start = highspy.HighsSolution()
                 start.col_value = [float(variable.value()) for variable in lp.variables()]

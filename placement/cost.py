@@ -50,7 +50,7 @@ class StepShape:
     expert_flops: int = 2 * 3 * 4096 * 2048
     communication: str = "path"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("assignments", "token_bytes", "expert_bytes", "expert_flops"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise PlacementError(f"a step with {name} {getattr(self, name)}. It must be above 0.")
@@ -108,6 +108,11 @@ class PlacementCost:
     def compute_imbalance(self) -> float:
         """Compute time of the slowest GPU over the mean, mean over the layers."""
         return _imbalance(self.compute_s)
+
+    def known_path_bytes(self) -> np.ndarray:
+        """Return `path_bytes` of a workload that has transitions, as every workload of a problem by path has."""
+        assert self.path_bytes is not None, "a workload without transitions"
+        return self.path_bytes
 
     @property
     def crossing(self) -> float | None:
@@ -182,7 +187,7 @@ def judge(plan: Plan, workload: Workload, topology: Topology, step: StepShape) -
     )
 
 
-def _path_bytes(workload, shares, step):
+def _path_bytes(workload, shares, step) -> np.ndarray | None:
     if workload.transitions is None:
         return None
     out = np.zeros((workload.num_layers - 1, *2 * (shares.shape[2],)))
@@ -192,7 +197,7 @@ def _path_bytes(workload, shares, step):
     return out / np.maximum(totals, 1e-300) * step.assignments * step.token_bytes
 
 
-def _colocated(workload, shares):
+def _colocated(workload, shares) -> float | None:
     if workload.coactivation is None or not workload.coactivation.sum():
         return None
     together = sum(

@@ -28,7 +28,7 @@ class Plan:
     num_gpus: int
     experts: tuple[tuple[tuple[int, ...], ...], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.experts or not self.experts[0]:
             raise PlacementError("a plan without experts. Give one list of GPUs for each expert of each layer.")
         for layer, experts in enumerate(self.experts):

@@ -32,7 +32,7 @@ class Problem:
     num_replicas: int = 0
     worst_case: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "workloads", tuple(self.workloads))
         if not self.workloads:
             raise PlacementError("no workload: give counts or a trace to place experts by.")
@@ -125,7 +125,7 @@ class Problem:
                 f"{self.slots[gpu]} slots a layer."
             )
 
-    def _check_memory(self):
+    def _check_memory(self) -> None:
         needed = self.num_experts + self.num_replicas
         room = int(self.limits.sum())
         if room < needed:

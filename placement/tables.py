@@ -53,7 +53,10 @@ class Tables:
         self.arithmetic_s = np.array([balance * step.expert_flops / gpu.flops_per_s for gpu in gpus])
         self.reading_s = np.array([balance * step.expert_bytes / gpu.memory_bytes_per_s for gpu in gpus])
         self.link_s = np.zeros(num_gpus)
-        self.traffic = self.traffic_back = self.transitions = self.transitions_back = None
+        self.traffic: np.ndarray | None = None
+        self.traffic_back: np.ndarray | None = None
+        self.transitions: np.ndarray | None = None
+        self.transitions_back: np.ndarray | None = None
         per_byte = 1 / problem.topology.bandwidth_bytes_per_s  # the diagonal is 0
         unit = float(per_byte.max()) or 1.0
         self.distance = np.ascontiguousarray(per_byte / unit)
@@ -62,7 +65,7 @@ class Tables:
             each = per_byte.max(axis=0) + per_byte.max(axis=1)
             self.link_s = balance * each * step.token_bytes / num_gpus
             return
-        transitions = np.stack([workload.transitions for workload in problem.workloads])
+        transitions = np.stack([workload.known_transitions() for workload in problem.workloads])
         transitions = transitions / np.maximum(transitions.sum(axis=(2, 3), keepdims=True), 1e-300)
         if slowest:
             self.transitions, self.transitions_back = transitions, _transposed(transitions)
@@ -86,5 +89,5 @@ class Tables:
         return np.maximum(tokens * self.arithmetic_s, active * self.reading_s) + tokens * self.link_s
 
 
-def _transposed(layers) -> np.ndarray:
+def _transposed(layers: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.swapaxes(layers, -1, -2))

@@ -86,12 +86,14 @@ def total(costs: np.ndarray, tier: np.ndarray) -> float:
     return float(costs[np.arange(len(tier)), tier].sum())
 
 
-def _unit(costs):
+def _unit(costs: np.ndarray) -> float:
     """Solvers' tolerances are absolute: costs are handed over in this unit."""
     return float(costs[:, 1].sum()) or 1.0
 
 
-def _program(sizes, costs, budgets, start, kind):
+def _program(
+    sizes: np.ndarray, costs: np.ndarray, budgets: tuple[float, float], start: np.ndarray, kind: str
+) -> tuple[pulp.LpProblem, list[dict[int, pulp.LpVariable]], list[pulp.LpConstraint | None]]:
     """Return the program, x as [N] dicts by tier, and the budgets' constraints, None where there is no limit."""
     unit = _unit(costs)
     largest = float(sizes.max())

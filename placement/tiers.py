@@ -120,8 +120,9 @@ def choose_tiers(
     tier = fill_in_order(sizes, budgets, np.argsort(-uses, kind="stable"))
     bound, ended = total(costs, tier), True
     if sizes.min() < sizes.max():
-        limits = {"seed": seed, "time_limit_s": time_limit_s, "solver": solver}
-        tier, bound, ended = improve_tiers(sizes, costs, budgets, tier, **limits)
+        tier, bound, ended = improve_tiers(
+            sizes, costs, budgets, tier, seed=seed, time_limit_s=time_limit_s, solver=solver
+        )
     cost = total(costs, tier)
     if not math.isfinite(cost):
         raise PlacementError(
@@ -185,7 +186,7 @@ def static_or_dynamic(plan: TierPlan, hit_rates: Mapping[str, float]) -> CacheAd
         raise PlacementError("every expert that is used stays on the GPU: there is nothing to move.")
     miss_s = plan.s_per_token / (1 - plan.hit_rate)
     seconds = {"static": plan.s_per_token, **{name: (1 - rate) * miss_s for name, rate in hit_rates.items()}}
-    best = min(seconds, key=seconds.get)  # of equals the first: static, where nothing moves
+    best = min(seconds, key=lambda name: seconds[name])  # of equals the first: static, where nothing moves
     return CacheAdvice(best, seconds, plan.s_per_token - min(seconds[name] for name in hit_rates))
 
 

@@ -45,7 +45,7 @@ class Topology:
     gpus: tuple[Gpu, ...]
     bandwidth_bytes_per_s: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "gpus", tuple(self.gpus))
         if not self.gpus:
             raise PlacementError(f"topology {self.name} has no GPU. Give one or more.")

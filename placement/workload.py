@@ -4,6 +4,7 @@ Knows numbers. Knows nothing of traces, files or GPUs.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Workload:
     top_k: int | None = None
     first_layer: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         load = _counts(self.name, "load", self.load, None)
         if load.ndim != 2 or not load.size:
             raise PlacementError(
@@ -57,7 +58,7 @@ class Workload:
                 object.__setattr__(self, name, _counts(self.name, name, getattr(self, name), shape))
 
     @classmethod
-    def of_counts(cls, name: str, load: np.ndarray, **others) -> "Workload":
+    def of_counts(cls, name: str, load: np.ndarray, **others: Any) -> "Workload":
         """Take the rows of a whole model: rows without load before all others are dense layers and are left out."""
         load = _counts(name, "load", load, None)
         used = np.flatnonzero(load.any(axis=1)) if load.ndim == 2 else np.zeros(1, int)
@@ -100,7 +101,12 @@ class Workload:
     @property
     def shape(self) -> tuple[int, int]:
         """(L, E)."""
-        return self.load.shape
+        return self.num_layers, self.num_experts
+
+    def known_transitions(self) -> np.ndarray:
+        """Return the transitions of a workload that has them, as every workload of a problem by path has."""
+        assert self.transitions is not None, f"{self.name} counts no transitions"
+        return self.transitions
 
     def shares(self) -> np.ndarray:
         """Return [L, E], each layer's load as shares of 1."""

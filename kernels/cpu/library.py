@@ -6,10 +6,11 @@ Knows the library's functions by name and argument types. Knows nothing of tenso
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from moeflow.c_library import built_library
 from moeflow.errors import ConfigError
@@ -77,7 +78,11 @@ def library() -> Library | None:
     return Library(name, held, free, _SUM_LANES)
 
 
-def _share_threads(library):
+loaded = cast("Callable[[], Library]", library)
+"""`library`, for callers that hold an `ExpertKernel` or asked `instruction_set`: there it is never None."""
+
+
+def _share_threads(library: ctypes.PyDLL) -> None:
     """Hand the library the threads of the OpenMP that torch has loaded; without it kernels run in one thread."""
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     path = _loaded_openmp()
@@ -99,4 +104,4 @@ def _loaded_openmp() -> str | None:
         return None
     paths = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
     beside_torch = [path for path in sorted(paths) if Path(path).parent.parent.name.startswith("torch")]
-    return (beside_torch or sorted(paths) or [None])[0]
+    return next(iter(beside_torch or sorted(paths)), None)

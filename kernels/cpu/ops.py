@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moeflow.errors import ConfigError
-from moeflow.kernels.cpu.library import library
+from moeflow.kernels.cpu.library import library, loaded
 from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel, described_matrix, float_matrix, parts_of
 from moeflow.kernels.quantization.formats import WeightFormat
 
@@ -50,7 +50,7 @@ def run_experts(
     hidden_states = hidden_states.contiguous()
     num_experts = len(kernels)
     rows = np.array((tokens, places), dtype=np.int64)
-    failed = library().free.moeflow_cpu_experts(
+    failed = loaded().free.moeflow_cpu_experts(
         (c_void_p * num_experts)(*[kernel.pointer for kernel in kernels]),
         (c_void_p * num_experts)(*addresses),
         (c_int64 * (num_experts + 1))(*starts),
@@ -89,7 +89,7 @@ def run_token(
     arrays = _arrays(num_experts)
     arrays[0][:] = [kernel.pointer for kernel in kernels]
     arrays[1][:] = addresses
-    failed = library().held.moeflow_cpu_token(
+    failed = loaded().held.moeflow_cpu_token(
         arrays[0],
         arrays[1],
         num_experts,
@@ -114,7 +114,7 @@ def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, out: torch.Tenso
     """
     num_tokens, top_k = top_k_weights.shape
     weights = top_k_weights.contiguous()
-    failed = library().held.moeflow_cpu_combine(
+    failed = loaded().held.moeflow_cpu_combine(
         outputs.data_ptr(), weights.data_ptr(), DTYPES[weights.dtype], num_tokens, top_k, out.shape[-1],
         out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -177,16 +177,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     """
     x = x.contiguous()
     num_features = x.shape[-1]
-    failed = library().held.moeflow_cpu_rms_norm(
+    failed = loaded().held.moeflow_cpu_rms_norm(
         x.data_ptr(), num_features * x.element_size(), weight.data_ptr(), eps, x.numel() // num_features,
-        num_features, out.data_ptr(), DTYPES[x.dtype], library().sum_lanes,
+        num_features, out.data_ptr(), DTYPES[x.dtype], loaded().sum_lanes,
     )  # fmt: skip
     _check(failed, f"a norm of {num_features} features")
 
 
 def read(block: torch.Tensor) -> int:
     """Read a contiguous block of memory, whole pieces of 1 MiB of it, and return the exclusive or of its words."""
-    return library().free.moeflow_cpu_read(
+    return loaded().free.moeflow_cpu_read(
         block.data_ptr(), block.numel() * block.element_size(), torch.get_num_threads()
     )
 
@@ -212,16 +212,16 @@ def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
     return num_bytes / best
 
 
-def _multiply(pointer, x, out, activation_bits):
+def _multiply(pointer, x, out, activation_bits) -> None:
     x, in_features = x.contiguous(), x.shape[-1]
-    failed = library().held.moeflow_cpu_linear(
+    failed = loaded().held.moeflow_cpu_linear(
         pointer, None, x.data_ptr(), DTYPES[x.dtype], in_features * x.element_size(), x.numel() // in_features,
         out.data_ptr(), activation_bits, torch.get_num_threads(),
     )  # fmt: skip
     _check(failed, f"{list(x.shape)} of a linear")
 
 
-def _check(failed, what):
+def _check(failed, what) -> None:
     if failed:
         raise MemoryError(f"no memory for {what}")
 
@@ -229,7 +229,7 @@ def _check(failed, what):
 _cached = threading.local()
 
 
-def _arrays(num_experts):
+def _arrays(num_experts) -> tuple[ctypes.Array, ctypes.Array]:
     """Return two arrays of pointers, this thread's own."""
     arrays = _cached.__dict__.get(num_experts)
     if arrays is None:

@@ -124,8 +124,9 @@ def described_matrix(
     num_rows, in_features = shape
     padded = spec.padded(in_features)
     scale, zero, bias = (places.get(part, -1) for part in parts_of(name))
+    bias_format = 0 if bias_dtype is None else DTYPES[bias_dtype]
     return Matrix(
-        places[name], scale, zero, bias, _FORMATS.index(kind), DTYPES.get(bias_dtype, 0), num_rows, in_features,
+        places[name], scale, zero, bias, _FORMATS.index(kind), bias_format, num_rows, in_features,
         spec.group_size or padded, padded, is_transposed,
     )  # fmt: skip
 
@@ -143,7 +144,7 @@ def parts_of(name: str) -> tuple[str, str, str]:
     return f"{name}_scale", f"{name}_zero", f"{name}_bias"
 
 
-def _matrix(record, name, is_transposed):
+def _matrix(record, name, is_transposed) -> Matrix | None:
     """Describe one matrix of a record; None where it is not there or no kernel knows it."""
     tensors = {spec.name: spec for spec in record.tensors}
     places = {part: tensors[part].offset for part in (name, *parts_of(name)) if part in tensors}

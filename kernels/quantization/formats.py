@@ -84,7 +84,9 @@ class WeightFormat(NamedTuple):
         num_rows, in_features = shape
         if self.kind == "float":
             return [(name, self.dtype, (num_rows, in_features))]
-        found = [(name, self.dtype, (num_rows, self.padded(in_features) * self.bits // 8))]
+        found: list[tuple[str, str, tuple[int, ...]]] = [
+            (name, self.dtype, (num_rows, self.padded(in_features) * self.bits // 8))
+        ]
         groups = self.num_groups(in_features)
         if self.kind == "fp8":
             return [*found, (f"{name}_scale", "F32", (-(-num_rows // FP8_BLOCK), groups))]

@@ -8,6 +8,7 @@ Knows groups of weights and a Hessian. Knows nothing of packing, files or models
 Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
 """
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -90,14 +91,14 @@ def round_with_hessian(groups: torch.Tensor, spec: WeightFormat, hessian: Hessia
     grid = fit_grid(groups, spec, hessian.importance.view(groups.shape[1:]))
     order = hessian.order
     # [Kp, N]: a column of the weight is contiguous
-    columns = Grid(*(None if part is None else part.expand_as(groups).flatten(1).T[order] for part in grid))
+    columns = grid.map(lambda part: part.expand_as(groups).flatten(1).T[order])
     weights = groups.flatten(1).T[order]
     codes = torch.empty_like(weights)
     for first in range(0, len(weights), _BLOCK_COLUMNS):
         last = min(first + _BLOCK_COLUMNS, len(weights))
         errors = torch.empty_like(weights[first:last])
         for column in range(first, last):
-            here = Grid(*(None if part is None else part[column] for part in columns))
+            here = columns.map(itemgetter(column))
             codes[column] = encode(weights[column], here, spec)
             error = (weights[column] - decode(codes[column], here, spec)) / hessian.factor[column, column]
             weights[column + 1 : last].addr_(hessian.factor[column, column + 1 : last], error, alpha=-1)

@@ -36,17 +36,18 @@ def fit_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tensor)
     start = range_grid(groups, spec, importance)
     if not spec.has_zeros:
         return start
-    importance = None if (importance == 1).all() else importance
-    best, least = start, _squared_error(groups, start, spec, importance)
+    weights = None if (importance == 1).all() else importance
+    best, least = start, _squared_error(groups, start, spec, weights)
     middle = (2**spec.bits - 1) / 2
     for share in _STARTS:
         scale = round_scale(start.scale * share)
         grid = Grid(scale, round_zero(middle - (middle - start.zero) * start.scale / scale))
         for _ in range(_STEPS):
-            grid = _solve(groups, encode(groups, grid, spec), grid, importance)
-        error = _squared_error(groups, grid, spec, importance)
+            grid = _solve(groups, encode(groups, grid, spec), grid, weights)
+        error = _squared_error(groups, grid, spec, weights)
         better = error < least
-        best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best, strict=True)))
+        assert grid.zero is not None and best.zero is not None, "a format with zeros"  # noqa: PT018
+        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
         least = torch.where(better, error, least)
     return best
 

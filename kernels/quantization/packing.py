@@ -42,7 +42,7 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return _unpack_blocks(packed.reshape(packed.shape[0], -1, 4 * bits), bits).flatten(1)
 
 
-def _pack_blocks(codes, bits):
+def _pack_blocks(codes, bits) -> torch.Tensor:
     """Pack [N, blocks, 32] to [N, blocks, 4 * bits]."""
     if bits == 3:
         return torch.cat((_pack_blocks(codes & 3, 2), _pack_blocks(codes >> 2, 1)), dim=-1)
@@ -56,7 +56,7 @@ def _pack_blocks(codes, bits):
     return packed
 
 
-def _unpack_blocks(packed, bits):
+def _unpack_blocks(packed, bits) -> torch.Tensor:
     """Unpack [N, blocks, 4 * bits] to [N, blocks, 32]."""
     if bits == 3:
         return _unpack_blocks(packed[..., :8], 2) | (_unpack_blocks(packed[..., 8:], 1) << 2)

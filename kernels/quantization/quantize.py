@@ -63,9 +63,10 @@ def quantize(
     parts = [
         _stored(*round_part(groups), spec) for groups in _row_parts(_checked(weight, name), spec, _PART_WEIGHTS[method])
     ]
-    codes, scale, zero = (None if found[0] is None else torch.cat(found) for found in zip(*parts, strict=True))
-    stored = {name: codes, f"{name}_scale": scale}
-    return stored | ({f"{name}_zero": zero} if zero is not None else {})
+    codes, scale, zeros = zip(*parts, strict=True)
+    stored = {name: torch.cat(codes), f"{name}_scale": torch.cat(scale)}
+    present = [zero for zero in zeros if zero is not None]
+    return stored | ({f"{name}_zero": torch.cat(present)} if present else {})
 
 
 def _rounding(spec, method, calibration, in_features, name) -> Rounding:
@@ -77,7 +78,7 @@ def _rounding(spec, method, calibration, in_features, name) -> Rounding:
     mask = mask.unflatten(0, (spec.num_groups(in_features), -1))
     fit = range_grid if method == "rtn" else fit_grid
 
-    def round_part(groups):
+    def round_part(groups: torch.Tensor) -> tuple[torch.Tensor, Grid]:
         grid = fit(groups, spec, mask)
         return encode(groups, grid, spec), grid
 
@@ -106,7 +107,7 @@ def _row_parts(weight, spec, part_weights) -> Iterator[torch.Tensor]:
         yield F.pad(part, (0, padded - in_features)).unflatten(1, (spec.num_groups(in_features), -1))
 
 
-def _stored(codes, grid, spec):
+def _stored(codes, grid, spec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return packed codes, scale and zero (or None) as they are stored."""
     whole = codes.flatten(1).to(torch.int8).view(torch.uint8)
     zero = None if grid.zero is None else grid.zero.squeeze(-1).half()

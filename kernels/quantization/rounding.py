@@ -5,6 +5,7 @@ A grid holds the float16 numbers that will be stored, so that codes are chosen a
 Knows groups of weights. Knows nothing of packing or files.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class Grid(NamedTuple):
 
     scale: torch.Tensor
     zero: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Grid":
+        """Return the grid whose scale and zero a function makes of this one's."""
+        return Grid(function(self.scale), None if self.zero is None else function(self.zero))
 
 
 def largest_weight(spec: WeightFormat) -> float:
@@ -95,7 +100,7 @@ def decode(codes: torch.Tensor, grid: Grid, spec: WeightFormat) -> torch.Tensor:
     return (codes if grid.zero is None else codes - grid.zero) * grid.scale
 
 
-def _round_up(scale):
+def _round_up(scale) -> torch.Tensor:
     """Return the positive float16 number not below each scale, as float32: the end of a range is not cut off."""
     half = scale.clamp(_SMALLEST, _LARGEST).half()
     above = (half.view(torch.int16) + 1).view(torch.half)

@@ -155,7 +155,7 @@ def _pairs(
     return _run_pairs(_BUILT[number], hidden_states, arena, slots.contiguous(), tokens=tokens.contiguous())
 
 
-def _run_pairs(experts, hidden_states, arena, slots, **rows):
+def _run_pairs(experts, hidden_states, arena, slots, **rows) -> torch.Tensor:
     from moeflow.kernels.triton.activation import LINEAR
     from moeflow.kernels.triton.decode import multiply_pairs
 
@@ -183,15 +183,15 @@ def _prefill(
     assert outputs.is_contiguous(), outputs.stride()
     num_tokens, num_entries = hidden_states.shape[0], tokens.numel()
     tile = next((tile for most, tile in _TILE_TOKENS if num_tokens <= most), _LARGEST_TILE)
-    common = {"num_entries": num_entries, "block_tokens": tile}
     inner = hidden_states.new_empty(num_entries, experts.down.in_features)
     slots, offsets = slots.contiguous(), offsets.contiguous()
     multiply_groups(
         hidden_states.contiguous(), inner, arena, slots, offsets, experts.first, experts.step,
-        sources=tokens.contiguous(), **common,
+        num_entries=num_entries, block_tokens=tile, sources=tokens.contiguous(),
     )  # fmt: skip
     multiply_groups(
-        inner, outputs, arena, slots, offsets, experts.down, LINEAR, places=places.contiguous(), **common
+        inner, outputs, arena, slots, offsets, experts.down, LINEAR,
+        num_entries=num_entries, block_tokens=tile, places=places.contiguous(),
     )  # fmt: skip
 
 
@@ -201,14 +201,14 @@ def _combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dt
     return combine_pairs(outputs, top_k_weights, dtype)
 
 
-def _check(experts, hidden_states, arena):
+def _check(experts, hidden_states, arena) -> None:
     assert arena.dtype == torch.uint8, arena.dtype
     assert arena.stride(1) == 1 and not arena.stride(0) % 64, f"slots lie at multiples of 64 bytes: {arena.stride()}"  # noqa: PT018
     assert hidden_states.shape[-1] == experts.first.in_features, (hidden_states.shape, experts.first.in_features)
     assert hidden_states.dtype in (torch.float32, torch.bfloat16, torch.float16), hidden_states.dtype
 
 
-def _register(name, function, fake, mutates_args=()):
+def _register(name, function, fake, mutates_args=()) -> None:
     torch.library.custom_op(f"moeflow::{name}", function, mutates_args=mutates_args).register_fake(fake)
 
 

@@ -93,10 +93,12 @@ class MatrixPlan(NamedTuple):
             return None
         if (spec.kind, spec.bits) not in _DECODE_BLOCKS:
             return None
-        offsets = {f"{part}_at": tensors[f"{name}_{part}"].offset for part in ("scale", "zero") if _has(spec, part)}
-        if bias is not None:
-            offsets |= {"bias_at": bias.offset, "bias_dtype": bias.dtype}
-        return cls(num_rows, in_features, spec, is_transposed, codes.offset, **offsets)
+        plan = cls(
+            num_rows, in_features, spec, is_transposed, codes.offset,
+            scale_at=-1 if spec.kind == "float" else tensors[f"{name}_scale"].offset,
+            zero_at=tensors[f"{name}_zero"].offset if spec.has_zeros else -1,
+        )  # fmt: skip
+        return plan if bias is None else plan._replace(bias_at=bias.offset, bias_dtype=bias.dtype)
 
     def constants(self) -> dict:
         """Return what every kernel that reads the matrix is compiled for."""
@@ -137,10 +139,6 @@ class MatrixPlan(NamedTuple):
         """Runs a block of 32 values is unpacked in."""
         return _PLANES.get((self.spec.kind, self.spec.bits), 1)
 
-    def _at_most(self, blocks):
+    def _at_most(self, blocks) -> int:
         num_blocks = -(-self.in_features // BLOCK)
         return min(blocks, 1 << (num_blocks - 1).bit_length())
-
-
-def _has(spec, part):
-    return spec.has_zeros if part == "zero" else spec.kind != "float"

@@ -1,19 +1,30 @@
 """`moeflow parallel`: continue prompts with the experts spread over several processes, one a GPU, under torchrun."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.prompts import read_prompts
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes, format_percent
 
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moeflow.expert_parallel.traffic import Traffic
+
 _LAUNCH = "torchrun --nproc-per-node 2 -m moeflow parallel MODEL PROMPT --plan PLAN"
 
 
-def add_parallel_command(commands) -> None:
+def add_parallel_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser's commands."""
     parallel = commands.add_parser("parallel", help=f"spread the experts over several processes: {_LAUNCH}")
     parallel.add_argument("model", help="hub id or folder, the same for every process")
@@ -25,7 +36,7 @@ def add_parallel_command(commands) -> None:
     parallel.set_defaults(run=_parallel)
 
 
-def _parallel(arguments) -> int:
+def _parallel(arguments: argparse.Namespace) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ConfigError("give one prompt, or --prompts FILE, not both.")
     prompts = [arguments.prompt] if arguments.prompts is None else read_prompts(arguments.prompts)
@@ -44,7 +55,7 @@ def _parallel(arguments) -> int:
     os._exit(0)
 
 
-def _print(arguments, answers, traffic) -> None:
+def _print(arguments: argparse.Namespace, answers: list[dict], traffic: Traffic) -> None:
     if arguments.json:
         print(json.dumps({"answers": answers, "traffic": traffic.as_dict()}))
         return
@@ -57,7 +68,14 @@ def _print(arguments, answers, traffic) -> None:
     console.print(_summary(traffic))
 
 
-def _answer(model, tokenizer, prompts, rank, num_ranks, arguments):
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    rank: int,
+    num_ranks: int,
+    arguments: argparse.Namespace,
+) -> tuple[list[dict], Traffic]:
     """Continue every num_ranks-th prompt here; return the answers to all, in order, and what was sent for them."""
     import torch.distributed as dist
 
@@ -74,13 +92,13 @@ def _answer(model, tokenizer, prompts, rank, num_ranks, arguments):
             figures = ("num_prompt_tokens", "num_new_tokens", "ttft_s", "tokens_per_s")
             facts = {name: getattr(stream.answer, name) for name in figures}
             own.append({"prompt": prompt, "text": stream.answer.text, "rank": rank, **facts})
-    gathered = [None] * num_ranks
+    gathered: list[list[dict]] = [[] for _ in range(num_ranks)]
     dist.all_gather_object(gathered, own)
     return [gathered[number % num_ranks][number // num_ranks] for number in range(len(prompts))], spread.stats()
 
 
 @contextmanager
-def _process_group(arguments):
+def _process_group(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """Join the other processes that torchrun started; choose this one's GPU. Yields rank and number of ranks."""
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -100,7 +118,7 @@ def _process_group(arguments):
         dist.destroy_process_group()
 
 
-def _table(traffic):
+def _table(traffic: Traffic) -> Table:
     """Bytes from each rank to each: hidden states to experts, and outputs back."""
     from rich.table import Table
 
@@ -112,7 +130,7 @@ def _table(traffic):
     return table
 
 
-def _summary(traffic) -> str:
+def _summary(traffic: Traffic) -> str:
     sent = (traffic.dispatch_bytes + traffic.combine_bytes).sum(axis=0)
     crossing = (sent.sum() - sent.trace()) / max(sent.sum(), 1)
     beside = format_bytes(int(traffic.metadata_bytes[0, 0]))

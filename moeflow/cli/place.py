@@ -1,13 +1,25 @@
 """`moeflow place`: which GPU holds which expert, how good that is, and the plan as engines take it."""
 
+from __future__ import annotations
+
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeflow.cli.place_problem import add_step_options, read_problem
 from moeflow.errors import ConfigError, MoeflowError
 
+if TYPE_CHECKING:
+    from moeflow.placement.plan import Plan
+    from moeflow.placement.problem import Problem, Solution
+    from moeflow.placement.solve import Attempts
 
-def add_place_command(commands) -> None:
+    Solvers = dict[str, Callable[..., Solution]]
+
+
+def add_place_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser's commands."""
     place = commands.add_parser("place", help="plan which GPU holds which expert, with a proven gap")
     place.add_argument(
@@ -49,7 +61,7 @@ def add_place_command(commands) -> None:
     place.set_defaults(run=_place)
 
 
-def _place(arguments) -> int:
+def _place(arguments: argparse.Namespace) -> int:
     from moeflow.cli.place_tables import names_of, print_tables, solver_rows
     from moeflow.placement.files.plan import solution_facts, write_plan
 
@@ -62,7 +74,7 @@ def _place(arguments) -> int:
     rows = solver_rows(problem, attempts, held_out)
     facts = solution_facts(problem, best, seed=arguments.seed, held_out=held_out)
     facts |= {"workloads": names_of(problem.workloads), "held_out_workloads": names_of(held_out)}
-    crossing = {}
+    crossing: dict[str, float] = {}
     if arguments.max_imbalance is not None:
         names = ("max_imbalance", "crossing", "crossing_bound")
         crossing = {name: getattr(best, name) for name in names}
@@ -92,13 +104,13 @@ def _place(arguments) -> int:
     print(f"wrote {arguments.out}: {best.solver}, {_proven(best)}")
     if crossing:
         print(
-            f"{best.crossing:.3f} of all transitions change GPU; no plan within an imbalance of {best.max_imbalance:g} "
-            f"is below {best.crossing_bound:.3f} (semidefinite relaxation)"
+            f"{crossing['crossing']:.3f} of all transitions change GPU; no plan within an imbalance of "
+            f"{crossing['max_imbalance']:g} is below {crossing['crossing_bound']:.3f} (semidefinite relaxation)"
         )
     return 0
 
 
-def _check_numbers(arguments) -> None:
+def _check_numbers(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.time_limit < float("inf"):
         raise ConfigError(f"--time-limit {arguments.time_limit:g} is no time. Give seconds, 0 or more.")
     if arguments.seed < 0:
@@ -109,11 +121,11 @@ def _check_numbers(arguments) -> None:
         )
 
 
-def _checked_outputs(arguments) -> list[tuple[str, str]]:
+def _checked_outputs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Refuse, before the work, what could not be written after it; return the exports as (kind, file)."""
     from moeflow.placement.files.exports import check_export
 
-    exports = [tuple(text.partition("=")[::2]) for text in arguments.export]
+    exports = [(kind, file) for kind, _, file in (text.partition("=") for text in arguments.export)]
     for kind, file in exports:
         if not file:
             raise ConfigError(f"--export {kind} names no file. Give KIND=FILE, such as sglang=location.json.")
@@ -134,7 +146,7 @@ def _checked_outputs(arguments) -> list[tuple[str, str]]:
     return exports
 
 
-def _solvers(arguments) -> dict:
+def _solvers(arguments: argparse.Namespace) -> Solvers:
     """Return the solvers to run by name: contiguous always, joint last, since it makes most of the time."""
     from moeflow.placement.solvers import SOLVERS
 
@@ -150,14 +162,14 @@ def _solvers(arguments) -> dict:
     return solvers | {"crossing": crossing_solver(arguments.max_imbalance)}
 
 
-def _chosen(arguments, attempts):
+def _chosen(arguments: argparse.Namespace, attempts: Attempts) -> Solution:
     """The solution to write: the fastest, or the one with the least crossing where a limit was given."""
     if arguments.max_imbalance is None:
         return attempts.best
     return next(solution for solution in attempts.solutions if solution.solver == "crossing")
 
 
-def _solve(problem, solvers, arguments):
+def _solve(problem: Problem, solvers: Solvers, arguments: argparse.Namespace) -> Attempts:
     from moeflow.cli.progress import share_progress
     from moeflow.placement.solve import solve_all
 
@@ -171,7 +183,7 @@ def _solve(problem, solvers, arguments):
     return attempts
 
 
-def _export(exports, problem, plan) -> list[dict]:
+def _export(exports: list[tuple[str, str]], problem: Problem, plan: Plan) -> list[dict]:
     import numpy as np
 
     from moeflow.placement.files.exports import export_plan
@@ -185,7 +197,7 @@ def _export(exports, problem, plan) -> list[dict]:
     ]
 
 
-def _plot_files(where) -> tuple[Path, ...]:
+def _plot_files(where: str) -> tuple[Path, ...]:
     """Return the file of one figure, or of two in a folder."""
     from moeflow.replay.plots import check_plot_path, require_matplotlib
 
@@ -197,7 +209,7 @@ def _plot_files(where) -> tuple[Path, ...]:
     return (path,)
 
 
-def _plot(where, problem, attempts, best) -> list[str]:
+def _plot(where: str | None, problem: Problem, attempts: Attempts, best: Solution) -> list[str]:
     """Draw load and traffic before, which is contiguous, and after."""
     from moeflow.cli.place_tables import traffic
 
@@ -207,11 +219,10 @@ def _plot(where, problem, attempts, best) -> list[str]:
     from moeflow.replay.plots import save_figure
 
     before = next((s for s in attempts.solutions if s.solver == "contiguous"), attempts.solutions[0])
-    plans = before, best
-    costs = [problem.costs(solution.plan)[0] for solution in plans]
-    names = tuple(solution.solver for solution in plans)
-    loads = tuple(cost.tokens for cost in costs)
-    sent = tuple(traffic(cost, problem.step.communication) for cost in costs)
+    old, new = (problem.costs(solution.plan)[0] for solution in (before, best))
+    names = before.solver, best.solver
+    loads = old.tokens, new.tokens
+    sent = traffic(old, problem.step.communication), traffic(new, problem.step.communication)
     files = _plot_files(where)
     try:
         files[0].parent.mkdir(exist_ok=True)
@@ -220,12 +231,12 @@ def _plot(where, problem, attempts, best) -> list[str]:
     if len(files) == 1:
         save_figure(placement_figure(loads, sent, names), files[0])
     else:
-        save_figure(load_figure(*loads, names), files[0])
-        save_figure(traffic_figure(*sent, names), files[1])
+        save_figure(load_figure(loads[0], loads[1], names), files[0])
+        save_figure(traffic_figure(sent[0], sent[1], names), files[1])
     return [str(file) for file in files]
 
 
-def _headline(arguments, problem) -> str:
+def _headline(arguments: argparse.Namespace, problem: Problem) -> str:
     from moeflow.formatting import format_bytes
 
     step = problem.step
@@ -242,7 +253,7 @@ def _headline(arguments, problem) -> str:
     )
 
 
-def _proven(solution) -> str:
+def _proven(solution: Solution) -> str:
     step = f"a step in {solution.objective * 1000:.4g} ms"
     if solution.status == "optimal":
         return f"{step}, proven optimal ({solution.bound_by})"

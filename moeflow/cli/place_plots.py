@@ -3,7 +3,7 @@
 Needs matplotlib, as `plots`, whose look it has. Takes plain arrays; knows nothing of solvers.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,7 +62,8 @@ def placement_figure(
     with plain_style():
         height = float(np.clip(1.6 + len(loads[0]) * 0.09, 2.8, 6.0))
         figure = Figure(figsize=(8.4, height + 3.9), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=(height, 3.9))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(height, 3.9))  # [2] figures: its own type is wider
+        top, bottom = parts
         _draw_loads(top, top.subplots(1, 2, sharey=True), loads, names)
         _draw_traffic(bottom, bottom.subplots(1, 2, sharey=True), traffic, names)
     return figure
@@ -88,10 +89,10 @@ def pareto_figure(
         for name in [*curves, *points]:
             colours.setdefault(_base(name), _COLOURS[len(colours) % len(_COLOURS)])
         for name, curve in curves.items():
-            x, y = zip(*sorted(curve), strict=True)
+            xs, ys = zip(*sorted(curve), strict=True)
             dashes = (0, (4, 2)) if _is_held_out(name) else "-"
             axes.plot(
-                x, y, color=colours[_base(name)], linewidth=1.8, linestyle=dashes, marker="o", markersize=3.5,
+                xs, ys, color=colours[_base(name)], linewidth=1.8, linestyle=dashes, marker="o", markersize=3.5,
                 label=name, zorder=3,
             )  # fmt: skip
         bases = list(colours)
@@ -112,7 +113,7 @@ def pareto_figure(
     return figure
 
 
-def _pair(height):
+def _pair(height: float) -> "tuple[Figure, np.ndarray]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, height), layout="constrained")

@@ -87,7 +87,8 @@ def known_top_k(given: int | None, workloads: Sequence[Workload]) -> int | None:
     Raises:
         PlacementError: the two contradict each other, or layers have fewer experts.
     """
-    known, num_experts = {workload.top_k for workload in workloads} - {None}, workloads[0].num_experts
+    known = {workload.top_k for workload in workloads if workload.top_k is not None}
+    num_experts = workloads[0].num_experts
     if given is None:
         return max(known, default=None)
     if known - {given}:

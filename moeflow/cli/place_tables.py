@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from moeflow.formatting import MISSING, format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    import numpy as np
+    from rich.table import Table
 
     from moeflow.placement.cost import PlacementCost
     from moeflow.placement.problem import Problem, Solution
@@ -26,7 +29,7 @@ def solver_rows(problem: Problem, attempts: Attempts, held_out: Sequence[Workloa
     """
     from moeflow.placement.cost import judge
 
-    def costs(solution: Solution, workloads) -> dict[str, dict]:
+    def costs(solution: Solution, workloads: Sequence[Workload]) -> dict[str, dict]:
         judged = [judge(solution.plan, workload, problem.topology, problem.step) for workload in workloads]
         return {name: cost.summary() for name, cost in zip(names_of(workloads), judged, strict=True)}
 
@@ -57,10 +60,10 @@ def names_of(workloads: Sequence[Workload]) -> list[str]:
     return names
 
 
-def traffic(cost: PlacementCost, communication: str):
+def traffic(cost: PlacementCost, communication: str) -> np.ndarray:
     """Return [G, G], bytes that go from GPU to GPU in a step, both ways of a dispatch included."""
     if communication == "path":
-        return cost.path_bytes.sum(axis=0)
+        return cost.known_path_bytes().sum(axis=0)
     return cost.dispatch_bytes.sum(axis=0) + cost.dispatch_bytes.sum(axis=0).T
 
 
@@ -88,7 +91,9 @@ def print_tables(rows: list[dict], attempts: Attempts, best: Solution, problem: 
         console.print(f"{solver} found no plan: {why}", markup=False, soft_wrap=True)
 
 
-def _table(title, lines, chosen, communication, *, proven, narrow):
+def _table(
+    title: str, lines: list[tuple[dict, dict]], chosen: str, communication: str, *, proven: bool, narrow: bool
+) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -129,7 +134,7 @@ def _table(title, lines, chosen, communication, *, proven, narrow):
     return table
 
 
-def _mean(summaries) -> dict:
+def _mean(summaries: Iterable[dict]) -> dict:
     """Each figure's mean over the workloads; None where one does not know it."""
     summaries = list(summaries)
     return {

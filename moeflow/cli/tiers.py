@@ -1,16 +1,35 @@
 """`moeflow tiers`: which experts stay on one GPU, in host memory and on disk, and whether a cache would do better."""
 
+from __future__ import annotations
+
+import argparse
 import json
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, TypedDict
 
 from moeflow.cli.place_problem import known_top_k
 from moeflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moeflow.placement.tiers import TierPlan
+    from moeflow.placement.workload import Workload
+    from moeflow.trace.trace import RoutingTrace
 
 _CACHES = ("lru", "lfu", "lfru")  # what load_moe can run
 _BOUND = "belady"
 
 
-def add_tiers_command(commands) -> None:
+class _Sizes(TypedDict):
+    """How large an expert is and how fast it comes."""
+
+    expert_bytes: int
+    host_bytes_per_s: float
+    disk_bytes_per_s: float
+
+
+def add_tiers_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser's commands."""
     tiers = commands.add_parser("tiers", help="which experts to keep on one GPU; a fixed choice against a cache")
     tiers.add_argument("workload", metavar="TRACE_OR_COUNTS", help="trace, gpt-oss folder or count file")
@@ -25,7 +44,7 @@ def add_tiers_command(commands) -> None:
     tiers.set_defaults(run=_tiers)
 
 
-def _tiers(arguments) -> int:
+def _tiers(arguments: argparse.Namespace) -> int:
     from moeflow.placement.tiers import choose_tiers, judge_tiers
     from moeflow.trace.workloads import is_count_file, opened_routes
 
@@ -42,16 +61,16 @@ def _tiers(arguments) -> int:
         if judged is not workload:
             plan = judge_tiers(plan, judged, top_k=top_k, **sizes)
         slots = int((plan.tier == 0).sum())
-        caches = {} if trace is None or plan.hit_rate >= 1 else _replayed(trace, numbers, slots)
+        caches = {} if trace is None or numbers is None or plan.hit_rate >= 1 else _replayed(trace, numbers, slots)
     about = _about(plan, sizes, judged, caches)
     if arguments.json:
         print(json.dumps(about | {"tiers": _names(plan)}))
     else:
-        _print(about, plan, sizes, trace is not None)
+        _print(about, plan, trace is not None)
     return 0
 
 
-def _sizes(arguments) -> dict[str, float]:
+def _sizes(arguments: argparse.Namespace) -> _Sizes:
     values = {
         "--expert-mb": arguments.expert_mb,
         "--host-gb-s": arguments.host_gb_s,
@@ -69,7 +88,9 @@ def _sizes(arguments) -> dict[str, float]:
     }
 
 
-def _workloads(arguments, trace):
+def _workloads(
+    arguments: argparse.Namespace, trace: RoutingTrace | None
+) -> tuple[Workload, Workload, np.ndarray | None]:
     """Return what to choose by, what to judge on, and the numbers of the sequences judged on; None without a trace."""
     import numpy as np
 
@@ -87,7 +108,7 @@ def _workloads(arguments, trace):
     return seen, counted(trace, f"{arguments.workload}, held out", held_out), held_out
 
 
-def _budgets(arguments, workload) -> tuple[int, float]:
+def _budgets(arguments: argparse.Namespace, workload: Workload) -> tuple[int, float]:
     from moeflow.memory_size import parse_memory
 
     whole = round(workload.load.size * arguments.expert_mb * 1e6)
@@ -97,7 +118,7 @@ def _budgets(arguments, workload) -> tuple[int, float]:
     return gpu, parse_memory(arguments.host_memory, name="--host-memory", whole_bytes=whole)
 
 
-def _replayed(trace, numbers, num_slots) -> dict[str, float]:
+def _replayed(trace: RoutingTrace, numbers: np.ndarray, num_slots: int) -> dict[str, float]:
     """Return what each cache of so many slots hits; sequences begin with what the one before them left."""
     from moeflow.cli.progress import count_progress
     from moeflow.replay.demand import replay, sequence_rows
@@ -113,7 +134,7 @@ def _replayed(trace, numbers, num_slots) -> dict[str, float]:
     return rates
 
 
-def _about(plan, sizes, judged, caches) -> dict:
+def _about(plan: TierPlan, sizes: _Sizes, judged: Workload, caches: dict[str, float]) -> dict:
     from moeflow.placement.tiers import TIERS, static_or_dynamic
 
     counts = [int((plan.tier == tier).sum()) for tier in range(3)]
@@ -135,13 +156,13 @@ def _about(plan, sizes, judged, caches) -> dict:
     return about
 
 
-def _names(plan) -> list[list[str]]:
+def _names(plan: TierPlan) -> list[list[str]]:
     from moeflow.placement.tiers import TIERS
 
     return [[TIERS[tier] for tier in layer] for layer in plan.tier.tolist()]
 
 
-def _print(about, plan, sizes, has_trace) -> None:
+def _print(about: dict, plan: TierPlan, has_trace: bool) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -165,7 +186,7 @@ def _print(about, plan, sizes, has_trace) -> None:
     print(_advice(about, plan, has_trace))
 
 
-def _advice(about, plan, has_trace) -> str:
+def _advice(about: dict, plan: TierPlan, has_trace: bool) -> str:
     if plan.hit_rate >= 1:
         return "every expert that is used stays on the GPU: nothing needs to move."
     if not has_trace:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -38,13 +39,20 @@ from moeflow.expert_parallel.traffic import Traffic
 from moeflow.hf import experts_interface, forward
 from moeflow.hf.fingerprint import model_fingerprint
 from moeflow.moe.experts import OffloadedExperts
+from moeflow.offload.runtime import ExpertRuntime
 from moeflow.placement.files.plan import read_plan
 from moeflow.placement.plan import Plan
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 
 
-def apply(model, plan: Plan | str | Path | None = None, group=None) -> "ExpertParallel":
+def apply(
+    model: "PreTrainedModel", plan: Plan | str | Path | None = None, group: "dist.ProcessGroup | None" = None
+) -> "ExpertParallel":
     """Spread a model's experts over the ranks of a group. All ranks must call it, on the same checkpoint and plan.
 
     From then on the model runs inside `with model.moeflow.parallel.session():` only, and a rank reads no experts but
@@ -64,19 +72,20 @@ def apply(model, plan: Plan | str | Path | None = None, group=None) -> "ExpertPa
         PlacementError: the plan is not of this model or number of ranks.
         ParallelError: another rank refused, or has another model or plan.
     """
-    runtime = getattr(model, "moeflow", None)
+    runtime: ExpertRuntime | None = getattr(model, "moeflow", None)
     if runtime is None:
         raise ConfigError("expert parallelism takes a model that load_moe returned.")
     ranks = RankGroup(group, runtime.device)
     ranks.check()
-    refused = None
+    followed, refused = None, None
     try:
-        plan = _checked_plan(model, plan, ranks.world_size)
-        said = _digest(model, plan)
+        followed = _checked_plan(model, runtime, plan, ranks.world_size)
+        said = _digest(model, runtime, followed)
     except MoeflowError as error:
         refused, said = error, f"!{error}"
     told = ranks.texts(said)
-    if refused is not None:
+    if followed is None or refused is not None:
+        assert refused is not None, "no plan and no reason"
         raise refused
     for rank, text in enumerate(told):
         if text.startswith("!"):
@@ -86,11 +95,11 @@ def apply(model, plan: Plan | str | Path | None = None, group=None) -> "ExpertPa
                 f"rank {rank} has another model, dtype, quantisation or plan than rank {ranks.rank}. Load the same "
                 "checkpoint with the same options on all ranks, and give all the same plan."
             )
-    experts = [module._moeflow for _, module in experts_interface.experts_modules(model)]
-    runtime.parallel = ExpertParallel(experts, plan, ranks)
+    experts = [cast(OffloadedExperts, module._moeflow) for _, module in experts_interface.experts_modules(model)]
+    spread = runtime.parallel = ExpertParallel(experts, followed, ranks)
     for layer, served in enumerate(experts):
-        served.use(outputs_of=partial(runtime.parallel.outputs, layer))
-    return runtime.parallel
+        served.use(outputs_of=partial(spread.outputs, layer))
+    return spread
 
 
 class ExpertParallel:
@@ -178,7 +187,9 @@ class ExpertParallel:
             places = assigned.places.to(hidden_states.device)
             rows = hidden_states[places // top_k_index.shape[1]]
             outputs = hidden_states.new_zeros(top_k_index.numel(), hidden_states.shape[1], dtype=outputs_dtype)
-            outputs[places] = self._rounds.meet(ASKS, Request(layer, rows, assigned.counts, outputs_dtype))
+            answered = self._rounds.meet(ASKS, Request(layer, rows, assigned.counts, outputs_dtype))
+            assert answered is not None, "a rank that asks is not done"
+            outputs[places] = answered
             return outputs
 
     def _tell(self, error: BaseException) -> None:
@@ -189,9 +200,10 @@ class ExpertParallel:
             _log.warning("the other ranks could not be told of a failure here: %s", lost)
 
 
-def _checked_plan(model, plan, world_size: int) -> Plan:
+def _checked_plan(
+    model: "PreTrainedModel", runtime: ExpertRuntime, plan: Plan | str | Path | None, world_size: int
+) -> Plan:
     """Return the plan, if model and ranks can follow it."""
-    runtime = model.moeflow
     if runtime.predictor is not None:
         raise ConfigError(
             f"the model has a predictor ({runtime.predictor.name!r}), which foresees what this rank's tokens need, and "
@@ -223,10 +235,10 @@ def _checked_plan(model, plan, world_size: int) -> Plan:
     return plan
 
 
-def _digest(model, plan: Plan) -> str:
+def _digest(model: "PreTrainedModel", runtime: ExpertRuntime, plan: Plan) -> str:
     """Hash what all ranks must have alike: the model, how its experts are stored, and the plan."""
     digest = hashlib.sha256(f"{model_fingerprint(model)} {model.dtype} {plan}".encode())
     for layer in range(plan.num_layers):
-        for record in model.moeflow.records(layer):
+        for record in runtime.records(layer):
             digest.update(repr(record).encode())
     return digest.hexdigest()

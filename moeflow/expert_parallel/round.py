@@ -152,7 +152,7 @@ class Rounds:
             rows[:, 5:] = request.counts
         self.sent.rounds += 1
         self.sent.metadata_bytes[self.rank] += rows[0].nbytes
-        return [Header(*row[:5], row[5:]) for row in self._ranks.rows(rows).tolist()]
+        return [Header(row[0], row[1], row[2], row[3], row[4], row[5:]) for row in self._ranks.rows(rows).tolist()]
 
     def _dispatch(self, request, headers) -> torch.Tensor:
         """Send hidden states to the ranks that hold their experts; return what came, as bytes."""

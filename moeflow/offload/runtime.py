@@ -7,7 +7,7 @@ is `Residency`'s. Knows nothing of routers or arithmetic.
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,7 +85,7 @@ class ExpertRuntime:
         self.device = pool.device
         self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
-        self.parallel = None  # the model's ExpertParallel, where its experts are spread over processes
+        self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
         self._prediction = prediction

@@ -47,7 +47,7 @@ def with_balance_bound(problem: Problem, solver: str, plan: Plan, begin: float, 
     return Solution(solver, plan, objective, min(bound, objective), "balance", time.perf_counter() - begin, status)
 
 
-def _bound(problem, weights):
+def _bound(problem, weights) -> float:
     """The bound on the mean of the workloads by weights [W]."""
     used = np.flatnonzero(weights)
     each = [_resources(problem, problem.workloads[w]) for w in used]
@@ -63,7 +63,7 @@ def _bound(problem, weights):
     return sum(_layer(costs[:, layer], least[:, layer], prices, members, slots) for layer in range(problem.num_layers))
 
 
-def _resources(problem, workload):
+def _resources(problem, workload) -> tuple[np.ndarray, np.ndarray]:
     """What a layer's slowest GPU, and with dispatch its slowest links, take of each expert.
 
     Returns:
@@ -78,24 +78,24 @@ def _resources(problem, workload):
         rates = [step.token_bytes / problem.num_gpus / bandwidth.min(axis=axis) for axis in (0, 1)]
     most = int(min(problem.num_gpus, problem.slots.sum() - problem.num_experts + 1))  # replicas of one expert
 
-    def seconds(tokens):
+    def seconds(tokens: np.ndarray) -> np.ndarray:
         return np.stack([step.expert_seconds(tokens, topology), *(tokens[..., None] * rate for rate in rates)])
 
     alone = [np.sort(seconds(tokens.max(axis=1) / r), axis=-1)[..., r - 1] for r in range(1, most + 1)]
     return seconds(tokens), np.min(alone, axis=0)
 
 
-def _kinds(problem, costs):
+def _kinds(problem, costs) -> tuple[list[list[int]], list[int], np.ndarray]:
     """GPUs by what they cost and hold: [K] lists of GPUs, the first of each, and how many [K]."""
     marks = np.column_stack([costs.reshape(-1, problem.num_gpus).T, problem.slots])
-    groups = {}
+    groups: dict[bytes, list[int]] = {}
     for gpu, mark in enumerate(marks):
         groups.setdefault(mark.tobytes(), []).append(gpu)
     kinds = list(groups.values())
     return kinds, [group[0] for group in kinds], np.array([len(group) for group in kinds])
 
 
-def _layer(costs, least, prices, members, slots):
+def _layer(costs, least, prices, members, slots) -> float:
     multipliers, rents = _multipliers(costs, least, prices, members, slots)
     return max(layer_bound(costs, least, prices, members, slots, multipliers, rents), float(prices @ least))
 
@@ -127,7 +127,7 @@ def layer_bound(
     return float(chosen.sum() - rents @ slots + rest @ least)
 
 
-def _multipliers(costs, least, prices, members, slots):
+def _multipliers(costs, least, prices, members, slots) -> tuple[np.ndarray, np.ndarray]:
     """Solve the program; return its multipliers [R, K] of the resources and [K] of the slots, none negative."""
     import pulp
 

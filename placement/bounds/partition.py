@@ -86,7 +86,7 @@ def partition_bound(
     return best * scale
 
 
-def _balance(partition) -> float:
+def _balance(partition: Partition) -> float:
     """The bound without traffic: work spread evenly."""
     if partition.work is None:
         return 0.0
@@ -106,7 +106,7 @@ class _Relaxation:
         self.cost = -partition.traffic / scale  # of X between layers; the constant 1 is added in bound()
         self.num_layers, self.num_experts = partition.traffic.shape[0] + 1, partition.traffic.shape[1]
         experts = self.num_experts
-        self.caps = []
+        self.caps: list[_WorkCap | _CountCap] = []
         if partition.work is not None:
             self.caps.append(_WorkCap(partition.work / scale, self.parts))
         if not partition.equal:
@@ -162,8 +162,8 @@ class _Relaxation:
         least = least if self.equal else np.minimum(least, 0.0)
         value += multiplier.sum() / self.parts + self.trace * least.sum()
         for cap, rough in zip(self.caps, self.cap_multipliers, strict=True):
-            exact, least = cap.exact(self.rho * np.where(cap.seen, rough, 0.0))
-            value += least
+            exact, paid = cap.exact(self.rho * np.where(cap.seen, rough, 0.0))
+            value += paid
             inside, across = _unrows(exact)
             within, between = within + inside, between + across
         diagonal = np.arange(self.num_experts)
@@ -173,14 +173,14 @@ class _Relaxation:
         cost[:, diagonal, diagonal] = 0
         return float(value + np.minimum(cost, 0).sum() + np.minimum(self.cost - between, 0).sum())
 
-    def _semidefinite(self, target):
+    def _semidefinite(self, target) -> np.ndarray:
         """The nearest X with X - 1/G positive semidefinite on the basis."""
         reduced = self.basis.T @ (target - 1 / self.parts) @ self.basis
         values, vectors = np.linalg.eigh((reduced + reduced.transpose(0, 2, 1)) / 2)
         reduced = (vectors * np.maximum(values, 0)[:, None, :]) @ vectors.transpose(0, 2, 1)
         return self.basis @ reduced @ self.basis.T + 1 / self.parts
 
-    def _average(self, semidefinite, capped):
+    def _average(self, semidefinite, capped) -> tuple[np.ndarray, np.ndarray]:
         within, between = _unpair(semidefinite + self.multiplier)
         inside = np.full(self.num_layers, 2.0)
         inside[[0, -1]] -= 1
@@ -207,20 +207,20 @@ class _WorkCap:
         num_parts: G.
     """
 
-    def __init__(self, work, num_parts):
+    def __init__(self, work: np.ndarray, num_parts: int):
         self.work = work
         self.norm = np.maximum((work**2).sum(axis=1), 1e-300)
         self.least = work.sum(axis=1) / num_parts
         self.seen = _seen(*work.shape)
 
-    def project(self, rows, rho):
+    def project(self, rows: np.ndarray, rho: float) -> np.ndarray:
         """The nearest rows [L, 3E, E] under the best caps."""
         found = np.where(self.seen[..., 0], (rows * self.work[:, None, :]).sum(axis=2), -np.inf)
         cap = np.maximum(_water_level(found, self.norm / rho), self.least)
         over = np.maximum(found - cap[:, None], 0) / self.norm[:, None]
         return rows - over[..., None] * self.work[:, None, :]
 
-    def exact(self, multiplier):
+    def exact(self, multiplier: np.ndarray) -> tuple[np.ndarray, float]:
         """Multipliers of the form that has a finite minimum, near those given, and that minimum.
 
         With -y work', y >= 0 and sum y <= 1: min of B - y (rows work) under rows work <= B and B >= least.
@@ -238,22 +238,22 @@ class _CountCap:
         most: slots.
     """
 
-    def __init__(self, shape, most):
+    def __init__(self, shape: tuple[int, int], most: int):
         self.most, self.num_experts = most, shape[1]
         self.seen = _seen(*shape)
 
-    def project(self, rows, rho):
+    def project(self, rows: np.ndarray, rho: float) -> np.ndarray:
         """The nearest rows [L, 3E, E] whose sums are at most the slots."""
         over = np.maximum(rows.sum(axis=2) - self.most, 0) / self.num_experts
         return rows - over[..., None]
 
-    def exact(self, multiplier):
+    def exact(self, multiplier: np.ndarray) -> tuple[np.ndarray, float]:
         """As `_WorkCap.exact`, for -y 1', y >= 0: the minimum is -most * sum y."""
         y = np.maximum(-multiplier.mean(axis=2), 0)
         return np.broadcast_to(-y[..., None], multiplier.shape), -float(self.most * y.sum())
 
 
-def _water_level(values, amounts):
+def _water_level(values, amounts) -> np.ndarray:
     """[N], the level at which the parts of values [N, M] above it sum to amounts [N]."""
     ordered = -np.sort(-values, axis=1)
     counts = np.arange(1, values.shape[1] + 1)
@@ -262,7 +262,7 @@ def _water_level(values, amounts):
     return levels.max(axis=1)
 
 
-def _off_ones(num_experts):
+def _off_ones(num_experts) -> np.ndarray:
     """[2E, 2E - 2], an orthonormal basis of what is orthogonal to each layer's vector of ones."""
     start = np.eye(num_experts)
     start[:, 0] = 1
@@ -273,14 +273,14 @@ def _off_ones(num_experts):
     return out
 
 
-def _pairs(within, between):
+def _pairs(within, between) -> np.ndarray:
     """Z as one matrix [2E, 2E] for each pair of consecutive layers."""
     top = np.concatenate([within[:-1], between], axis=2)
     bottom = np.concatenate([between.transpose(0, 2, 1), within[1:]], axis=2)
     return np.concatenate([top, bottom], axis=1)
 
 
-def _unpair(pairs):
+def _unpair(pairs) -> tuple[np.ndarray, np.ndarray]:
     """Sum such matrices back: within [L, E, E] and, both triangles together, between [L - 1, E, E]."""
     half = pairs.shape[1] // 2
     within = np.zeros((len(pairs) + 1, half, half))
@@ -289,7 +289,7 @@ def _unpair(pairs):
     return within, pairs[:, :half, half:] + pairs[:, half:, :half].transpose(0, 2, 1)
 
 
-def _rows(within, between):
+def _rows(within, between) -> np.ndarray:
     """[L, 3E, E], what rows of the layer before, of the layer itself and of the layer after share with each layer."""
     none = np.zeros_like(within[:1])
     before = np.concatenate([none, between])
@@ -297,14 +297,14 @@ def _rows(within, between):
     return np.concatenate([before, within, after], axis=1)
 
 
-def _unrows(rows):
+def _unrows(rows) -> tuple[np.ndarray, np.ndarray]:
     """Sum such rows back, as `_unpair`."""
     size = rows.shape[2]
     before, within, after = rows[:, :size], rows[:, size : 2 * size], rows[:, 2 * size :]
     return within, before[1:] + after[:-1].transpose(0, 2, 1)
 
 
-def _seen(num_layers, num_experts):
+def _seen(num_layers, num_experts) -> np.ndarray:
     """[L, 3E, 1], which of those rows there are: the first layer has none before it, the last none after."""
     seen = np.ones((num_layers, 3 * num_experts, 1), bool)
     seen[0, :num_experts] = False

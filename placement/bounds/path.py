@@ -27,6 +27,7 @@ def path_bound(
         progress: called with the share done.
     """
     problem = tables.problem
+    assert tables.traffic is not None, "tables by path, with the mean over the links"
     alike = len({(gpu.flops_per_s, gpu.memory_bytes_per_s) for gpu in problem.topology.gpus}) == 1
     nodes, within, between = _levels(problem, tables.distance)
     share = 1.0 if between is None else 0.5
@@ -64,7 +65,7 @@ def _work(tables) -> np.ndarray:
     return np.einsum("w,wle->le", tables.weights, tables.seconds(one_copy)[..., 0])
 
 
-def _levels(problem, distance):
+def _levels(problem, distance) -> tuple[np.ndarray, float, float | None]:
     """Return nodes [G], the least distance of two GPUs, and that of two nodes (None where it is no larger)."""
     apart = ~np.eye(problem.num_gpus, dtype=bool)
     nodes = np.array(problem.topology.nodes)

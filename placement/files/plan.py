@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from moeflow.errors import PlacementError
 from moeflow.placement.cost import judge
@@ -85,7 +86,7 @@ def read_plan_facts(path: str | Path) -> dict:
     return {key: value for key, value in _read(path).items() if key != "experts"}
 
 
-def _read(path) -> dict:
+def _read(path: str | Path) -> dict:
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -119,15 +120,15 @@ def _read(path) -> dict:
     return content
 
 
-def _is_list(value) -> bool:
+def _is_list(value: object) -> TypeGuard[list]:
     return isinstance(value, list)
 
 
-def _is_whole(value, least) -> bool:
+def _is_whole(value: object, least: int) -> bool:
     return type(value) is int and value >= least
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """Replace what JSON cannot say, an infinite gap, by null."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}

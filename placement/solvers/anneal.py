@@ -8,7 +8,9 @@ Knows problems and plans. The inner loop is `_anneal.c`, or `anneal_loop.py` whe
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_double, c_int64, c_uint8, c_uint64
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +21,13 @@ from moeflow.placement.tables import Tables
 from moeflow.random_bits import RandomBits
 
 _MAX_GPUS = 1024  # of the C loop's arrays on the stack
-_TABLES = {
+_CNumber = type["ctypes._SimpleCData[Any]"]
+_TABLES: dict[str, _CNumber] = {
     "slots": c_int64, "tokens": c_double, "active": c_double, "arithmetic_s": c_double, "reading_s": c_double,
     "link_s": c_double, "weights": c_double, "traffic": c_double, "traffic_back": c_double, "distance": c_double,
     "transitions": c_double, "transitions_back": c_double, "crossing_s": c_double,
 }  # fmt: skip
-_ARRAYS = {
+_ARRAYS: dict[str, _CNumber] = {
     "copy_expert": c_int64, "copy_gpu": c_int64, "holds": c_uint8, "num_copies": c_int64, "used": c_int64,
     "busy_s": c_double, "pull_s": c_double, "inflow": c_double, "outflow": c_double, "flow": c_double,
     "slowest_s": c_double,
@@ -122,7 +125,7 @@ class Annealing:
     def _flows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         transitions, shares = self.tables.transitions, self._shares()
         if transitions is None:
-            return tuple(np.zeros(0) for _ in range(4))
+            return np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0)
         inflow = np.zeros((len(transitions), *shares.shape))
         outflow = np.zeros_like(inflow)
         inflow[:, 1:] = self.tables.transitions_back @ shares[:-1]
@@ -132,12 +135,12 @@ class Annealing:
         return inflow, outflow, flow, slowest
 
 
-def _close(kept, fresh) -> bool:
+def _close(kept: np.ndarray, fresh: np.ndarray) -> bool:
     """Whether sums kept by small changes are right; what many changes round off is measured against the largest."""
     return np.allclose(kept, fresh, rtol=1e-9, atol=1e-12 * np.abs(fresh).max(initial=0.0))
 
 
-def _c_tables(tables, num_copies) -> _CTables:
+def _c_tables(tables: Tables, num_copies: int) -> _CTables:
     out = _CTables(
         *tables.tokens.shape[1:], len(tables.slots), len(tables.weights), num_copies, tables.active.shape[3],
         tables.free_slots, tables.may_replicate,
@@ -148,11 +151,11 @@ def _c_tables(tables, num_copies) -> _CTables:
     return out
 
 
-def _c_state(state) -> _CState:
+def _c_state(state: Annealing) -> _CState:
     pointers = [getattr(state, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
     return _CState(*pointers, state.random.state)
 
 
-def _c_loop():
+def _c_loop() -> Callable[..., int] | None:
     argtypes = (POINTER(_CTables), POINTER(_CState), c_int64, c_double)
     return c_function("anneal", __file__, argtypes, c_int64, without="placement searches a hundred times slower")

@@ -5,9 +5,13 @@ Knows the arrays of an `Annealing`. Knows nothing of problems, temperatures or p
 """
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from moeflow.placement.solvers.anneal import Annealing
+    from moeflow.placement.tables import Tables
 
 
 class Change(NamedTuple):
@@ -18,7 +22,7 @@ class Change(NamedTuple):
     joins: int
 
 
-def anneal(problem, state, num_proposals: int, temperature: float) -> int:
+def anneal(problem: "Tables", state: "Annealing", num_proposals: int, temperature: float) -> int:
     """Try changes at one temperature; return how many were kept.
 
     A change is one of three: two copies change places; a copy moves into a free slot; where replicas may change,
@@ -75,7 +79,7 @@ def anneal(problem, state, num_proposals: int, temperature: float) -> int:
     return kept
 
 
-def _propose(problem, state):
+def _propose(problem, state) -> tuple[int, Change, Change | None, int, int | None] | None:
     """Draw a change: (layer, first, second or None, place of the copy, place of the other copy or None), or None."""
     num_layers, num_copies = state.copy_expert.shape
     _, num_experts, num_gpus = state.holds.shape
@@ -155,7 +159,7 @@ def _spread_traffic(problem, state, layer, change) -> None:
         state.pull_s[other] += row[:, None] * reach
 
 
-def _flow_after(state, workload, link, layer, changes, shares):
+def _flow_after(state, workload, link, layer, changes, shares) -> np.ndarray:
     """[G, G], the shares of a link's transitions, should changes be made in the layer before it or after it."""
     flow = state.flow[workload, link].copy()
     for change, share in zip(changes, np.array(shares), strict=True):

@@ -103,9 +103,10 @@ def pack(seconds: np.ndarray, copies: np.ndarray, slots: np.ndarray) -> np.ndarr
     return mask
 
 
-def _pack_layer(seconds, copies, slots, held):
+def _pack_layer(seconds, copies, slots, held) -> None:
     """seconds [W, E, G], copies [E], slots [G]; fills held [E, G]."""
     done, free = np.zeros((len(seconds), len(slots))), slots.copy()
+    gpu: int | None
     for expert in np.argsort(-seconds.mean(axis=(0, 2)), kind="stable"):
         for _ in range(copies[expert]):
             open_gpus = (free > 0) & ~held[expert]
@@ -121,7 +122,7 @@ def _pack_layer(seconds, copies, slots, held):
             free[gpu] -= 1
 
 
-def _make_room(seconds, held, free, done, expert):
+def _make_room(seconds, held, free, done, expert) -> int | None:
     """Move an expert from a full GPU that lacks `expert` to a free one; return the GPU that has room now, or None."""
     for gpu in np.flatnonzero(~held[expert]):
         for target in np.flatnonzero(free > 0):

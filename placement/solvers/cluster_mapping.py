@@ -44,7 +44,7 @@ def cluster_bytes(problem: Problem, shares: np.ndarray) -> np.ndarray:
     """Return [W, L - 1, G, G], bytes from each cluster to each of the next layer in each workload's step."""
     out = np.empty((len(problem.workloads), len(shares) - 1, *2 * (shares.shape[2],)))
     for w, workload in enumerate(problem.workloads):
-        for layer, counts in enumerate(workload.transitions):
+        for layer, counts in enumerate(workload.known_transitions()):
             out[w, layer] = shares[layer].T @ counts @ shares[layer + 1] / max(counts.sum(), 1e-300)
     return out * problem.step.assignments * problem.step.token_bytes
 
@@ -63,16 +63,16 @@ def slowest_transfers(problem: Problem, traffic: np.ndarray, order: np.ndarray, 
     return seconds.max(axis=0) if problem.worst_case else seconds.mean(axis=0)
 
 
-def _alike(problem):
+def _alike(problem) -> list[list[int]]:
     """Lists of GPUs of equal speed and slots."""
-    groups = {}
+    groups: dict[tuple[float, float, int], list[int]] = {}
     for number, gpu in enumerate(problem.topology.gpus):
         mark = gpu.flops_per_s, gpu.memory_bytes_per_s, int(problem.slots[number])
         groups.setdefault(mark, []).append(number)
     return list(groups.values())
 
 
-def _by_tokens(problem, shares, alike):
+def _by_tokens(problem, shares, alike) -> np.ndarray:
     """Dispatch: what a cluster takes over links depends on its tokens alone; most tokens, fastest links."""
     tokens = np.mean([np.einsum("le,leg->lg", w.shares(), shares) for w in problem.workloads], axis=0)
     bandwidth = problem.topology.bandwidth_bytes_per_s
@@ -85,7 +85,7 @@ def _by_tokens(problem, shares, alike):
     return order
 
 
-def _best_chain(problem, traffic, alike):
+def _best_chain(problem, traffic, alike) -> np.ndarray:
     """Dynamic program over the layers; a state is an order of the clusters."""
     orders = np.array([_order(alike, chosen) for chosen in itertools.product(*map(itertools.permutations, alike))])
     seconds, came_from = np.zeros(len(orders)), []
@@ -100,7 +100,7 @@ def _best_chain(problem, traffic, alike):
     return orders[states[::-1]]
 
 
-def _order(alike, chosen):
+def _order(alike, chosen) -> list[int]:
     order = [0] * sum(map(len, alike))
     for group, places in zip(alike, chosen, strict=True):
         for cluster, gpu in zip(group, places, strict=True):
@@ -108,7 +108,7 @@ def _order(alike, chosen):
     return order
 
 
-def _sweep(problem, traffic, alike, deadline):
+def _sweep(problem, traffic, alike, deadline) -> tuple[np.ndarray, bool]:
     """traffic [L - 1, G, G] bytes."""
     num_layers = len(traffic) + 1
     per_byte = 1 / problem.topology.bandwidth_bytes_per_s  # 0 on the diagonal

@@ -11,13 +11,18 @@ experts of consecutive layers that a transition joins:
 Every product of two choices is exact at whole y; sums over sets make z as tight as a linear program can.
 """
 
+from __future__ import annotations
+
 import itertools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem
+
+if TYPE_CHECKING:
+    import pulp
 
 _MOST_PRODUCTS = 6000  # z of a program that is still small
 _MOST_GPUS = 4
@@ -91,7 +96,8 @@ class _Model:
             for expert in range(problem.num_experts)
             for number, group in enumerate(self.sets)
         }
-        self.seconds = [[] for _ in problem.workloads]  # of each workload: what sums to its step
+        # Of each workload, the parts that sum to its step.
+        self.seconds: list[list[pulp.LpVariable]] = [[] for _ in problem.workloads]
         self._place()
         for number, workload in enumerate(problem.workloads):
             self._compute(number, workload)
@@ -99,7 +105,7 @@ class _Model:
             self._paths()
         self.program.setObjective(self.total())
 
-    def total(self):
+    def total(self) -> pulp.LpAffineExpression:
         """The objective as an expression."""
         if not hasattr(self, "_total"):
             sums = [self.pulp.lpSum(parts) for parts in self.seconds]
@@ -112,7 +118,7 @@ class _Model:
                 self._total = self.pulp.lpSum(sums) * (1 / len(sums))
         return self._total
 
-    def _place(self):
+    def _place(self) -> None:
         problem, lp_sum = self.problem, self.pulp.lpSum
         for layer in range(problem.num_layers):
             for expert in range(problem.num_experts):
@@ -127,7 +133,7 @@ class _Model:
             for gpu in range(problem.num_gpus):
                 self.program += lp_sum(y for y, group in every if gpu in group) <= int(problem.slots[gpu])
 
-    def _compute(self, number, workload):
+    def _compute(self, number, workload) -> None:
         problem, step = self.problem, self.problem.step
         tokens = workload.shares() * step.assignments
         sizes = range(1, len(self.sets[-1]) + 1)
@@ -147,7 +153,7 @@ class _Model:
                         lambda e, g, n, at=layer, rates=rates: tokens[at, e] / n * rates[g],
                     )
 
-    def _slowest(self, number, name, layer, cost):
+    def _slowest(self, number, name, layer, cost) -> None:
         """A time that no GPU's sum of cost(expert, GPU, copies) in a layer exceeds."""
         slowest = self.pulp.LpVariable(name, 0)
         self.seconds[number].append(slowest)
@@ -160,12 +166,12 @@ class _Model:
             ]
             self.program += self.pulp.lpSum(taken) <= slowest
 
-    def _paths(self):
+    def _paths(self) -> None:
         problem, gpus = self.problem, range(self.problem.num_gpus)
         per_byte = problem.step.assignments * problem.step.token_bytes / self.scale
         seconds = per_byte / problem.topology.bandwidth_bytes_per_s
         for layer in range(problem.num_layers - 1):
-            counts = np.stack([workload.transitions[layer] for workload in problem.workloads])
+            counts = np.stack([workload.known_transitions()[layer] for workload in problem.workloads])
             shares = counts / np.maximum(counts.sum(axis=(1, 2), keepdims=True), 1e-300)
             both = self._products(layer, shares.sum(axis=0))
             for number in range(len(problem.workloads)):
@@ -179,9 +185,10 @@ class _Model:
                     ]
                     self.program += self.pulp.lpSum(taken) <= slowest
 
-    def _products(self, layer, used):
+    def _products(self, layer, used) -> dict[tuple, pulp.LpVariable]:
         """z for every pair of experts that some transition joins."""
-        lp_sum, both = self.pulp.lpSum, {}
+        lp_sum = self.pulp.lpSum
+        both: dict[tuple, pulp.LpVariable] = {}
         for e, f in np.argwhere(used > 0).tolist():
             for (i, s), (j, t) in itertools.product(enumerate(self.sets), repeat=2):
                 both[e, s, f, t] = self.pulp.LpVariable(f"z_{layer}_{e}_{i}_{f}_{j}", 0)

@@ -41,9 +41,8 @@ def joint(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progre
     end = time.monotonic() + time_limit_s
     tell = progress or (lambda share, what: None)
     bound, bound_by = balance_bound(problem), "balance"
-    best, ended = _Best(problem), True
-    for solver in (greedy, eplb):
-        best.take(solver(problem, seed=seed).plan)
+    best, ended = _Best(problem, greedy(problem, seed=seed).plan), True
+    best.take(eplb(problem, seed=seed).plan)
     if is_small(problem):
         found = exact(problem, start=best.plan, time_limit_s=_EXACT_SHARE * time_limit_s, seed=seed)
         best.take(found.plan)
@@ -66,8 +65,8 @@ def joint(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progre
 class _Best:
     """The best plan so far, by the objective itself."""
 
-    def __init__(self, problem: Problem):
-        self.problem, self.plan, self.objective = problem, None, float("inf")
+    def __init__(self, problem: Problem, plan: Plan):
+        self.problem, self.plan, self.objective = problem, plan, problem.objective(plan)
 
     def take(self, plan: Plan) -> None:
         """Keep a plan if it is better."""
@@ -122,7 +121,7 @@ def _cool(tables, start, proposals, seed, end, progress) -> Found:
     return descend(slowest, found.plan, proposals, seed=seed, deadline=end)
 
 
-def _solution(problem, best, bound, bound_by, begin, ended):
+def _solution(problem, best, bound, bound_by, begin, ended) -> Solution:
     problem.check(best.plan)
     optimal = best.objective <= bound * (1 + 1e-6)
     status = "optimal" if optimal else "feasible" if ended else "time limit"

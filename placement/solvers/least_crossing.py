@@ -19,7 +19,7 @@ from moeflow.placement.bounds.balance import balance_bound
 from moeflow.placement.bounds.path import path_bound
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
-from moeflow.placement.solvers.baselines import greedy, random_placement
+from moeflow.placement.solvers.baselines import Progress, greedy, random_placement
 from moeflow.placement.solvers.search import HOT, cool
 from moeflow.placement.tables import Tables
 from moeflow.placement.topology import Topology
@@ -28,12 +28,8 @@ _PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and 
 _MOST_WEIGHT = 4.0  # beyond which balance is all that counts
 _HALVINGS = 7
 _FACTORS = (1.0, 0.96, 0.92, 0.88, 1.04, 1.08)  # of the weight that short searches find, for the long ones
-_WARM, _LIGHTER, _WALK, _MISSES = (
-    0.1,
-    0.95,
-    40,
-    5,
-)  # a temperature that keeps to a plan's neighbourhood; the walk along the curve
+_WARM = 0.1  # a temperature that keeps to a plan's neighbourhood
+_LIGHTER, _WALK, _MISSES = 0.95, 40, 5  # the walk along the curve: factor of a step's weight, steps, failures in a row
 _EVEN, _LAST_TRIES = 1e3, 20  # a weight by which only balance counts, and searches by it where no plan keeps the limit
 _BOUND_SHARE = 0.3  # of the time limit
 _ROUNDING = 1 + 1e-9  # even load may come out as a little above 1
@@ -148,7 +144,9 @@ class CrossingSolution(Solution):
 def crossing_solver(max_imbalance: float) -> Callable[..., CrossingSolution]:
     """Return `least_crossing` as a solver among the others, which judges its plan by time too."""
 
-    def crossing(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress=None) -> CrossingSolution:
+    def crossing(
+        problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None
+    ) -> CrossingSolution:
         found = least_crossing(problem, max_imbalance, seed=seed, time_limit_s=time_limit_s, progress=progress)
         bound, objective = balance_bound(problem), problem.objective(found.point.plan)
         status = "optimal" if objective <= bound * (1 + 1e-9) else found.status
@@ -209,7 +207,7 @@ def crossing_bounds(problem: Problem, weights: Sequence[float], limits: Sequence
 class _Curve:
     """The plans found so far, and the problem with GPUs and links alike, in which they are found."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem) -> None:
         if any(workload.transitions is None or not workload.transitions.any() for workload in problem.workloads):
             raise PlacementError("crossing needs transitions between layers, and counts have none. Give a trace.")
         gpus = tuple(replace(gpu, flops_per_s=1e12, memory_bytes_per_s=1e30) for gpu in problem.topology.gpus)
@@ -217,6 +215,7 @@ class _Curve:
         self.problem = replace(problem, topology=alike, step=replace(problem.step, communication="path"))
         self.points: list[Point] = []
         tables = Tables(self.problem)
+        assert tables.traffic is not None, "a problem by path, with the mean over the links"
         self.all_crossing = float(tables.traffic.sum())  # seconds where every transition crosses
         self.all_even = float((tables.tokens[0].sum() * tables.arithmetic_s[0]) / problem.num_gpus)
 
@@ -228,9 +227,8 @@ class _Curve:
         """Judge a plan and keep it."""
         costs = self.problem.costs(plan)
         # A workload without transitions between two layers counts less, as it does in the traffic that is searched.
-        crossing = float(
-            np.average([cost.crossing for cost in costs], weights=[cost.path_bytes.sum() for cost in costs])
-        )
+        weights = [cost.known_path_bytes().sum() for cost in costs]
+        crossing = float(np.average([cost.crossing for cost in costs], weights=weights))
         self.points.append(Point(plan, weight, crossing, float(np.mean([cost.imbalance for cost in costs]))))
         return self.points[-1]
 

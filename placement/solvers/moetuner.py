@@ -13,7 +13,10 @@ whole program starts from there, unless it is too large to. The second is
 Source: MoETuner (arXiv 2502.06643, section 4).
 """
 
+from __future__ import annotations
+
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +26,9 @@ from moeflow.placement.problem import Problem, Solution
 from moeflow.placement.solvers.baselines import Progress, mean_tokens, pack, replica_seconds
 from moeflow.placement.solvers.cluster_mapping import map_clusters
 from moeflow.placement.solvers.eplb import replicate
+
+if TYPE_CHECKING:
+    import pulp
 
 _GAP = 1e-3  # of a layer's slowest cluster, at which its program may stop
 _MOST_CHOICES = 512  # x of a layer's whole program
@@ -46,7 +52,7 @@ def moetuner(
     return with_balance_bound(problem, "moetuner", Plan.of_mask(placed), begin, status)
 
 
-def _balance(problem, held, seed, deadline, progress):
+def _balance(problem, held, seed, deadline, progress) -> bool:
     """Improve the clusters held [L, E, G] in place; return whether every layer's programs ended in time."""
     shares = np.stack([workload.shares() for workload in problem.workloads])
     tokens = shares * problem.step.assignments / held.sum(axis=2)
@@ -63,7 +69,7 @@ def _balance(problem, held, seed, deadline, progress):
     return ended
 
 
-def _balance_layer(problem, seconds, clusters, seed, until):
+def _balance_layer(problem, seconds, clusters, seed, until) -> bool:
     """seconds [W, E, G]; improves clusters [E, G] in place; returns whether it ended before `until`."""
     alike = len({(gpu.flops_per_s, gpu.memory_bytes_per_s) for gpu in problem.topology.gpus}) == 1
     improved = True
@@ -84,7 +90,7 @@ def _balance_layer(problem, seconds, clusters, seed, until):
     return _solve(problem, seconds, clusters, np.arange(problem.num_gpus), seed, until)
 
 
-def _improve(problem, seconds, clusters, pair, seed, until):
+def _improve(problem, seconds, clusters, pair, seed, until) -> bool:
     """Let two clusters share out their experts anew, unless that helps neither them nor the whole."""
     before, busy = clusters.copy(), (seconds * clusters).sum(axis=1)
     _solve(problem, seconds, clusters, pair, seed, until)
@@ -98,12 +104,12 @@ def _improve(problem, seconds, clusters, pair, seed, until):
     return False
 
 
-def _slowest(problem, busy):
+def _slowest(problem, busy) -> float:
     """busy [W, G]: the slowest cluster, by the mean of the workloads or the worst."""
     return float(busy.max() if problem.worst_case else busy.max(axis=1).mean())
 
 
-def _solve(problem, seconds, clusters, gpus, seed, until):
+def _solve(problem, seconds, clusters, gpus, seed, until) -> bool:
     """Let the clusters of some GPUs share out their experts anew, in place; return whether that ended by itself."""
     import pulp
 
@@ -121,7 +127,7 @@ def _solve(problem, seconds, clusters, gpus, seed, until):
     return program.sol_status == pulp.LpSolutionOptimal
 
 
-def _program(seconds, start, slots, worst_case):
+def _program(seconds, start, slots, worst_case) -> tuple[pulp.LpProblem, list[list[pulp.LpVariable]]]:
     """Build one program.
 
     Args:
