@@ -25,7 +25,7 @@ def built_library(name: str, beside: str) -> str:
     Raises:
         FileNotFoundError: it was not built.
     """
-    for suffix in EXTENSION_SUFFIXES:
+    for suffix in reversed(EXTENSION_SUFFIXES):  # the plain ".so" that an installation builds comes first
         path = Path(beside).with_name(name + suffix)
         if path.is_file():
             return str(path)

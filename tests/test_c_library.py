@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
@@ -41,3 +42,12 @@ def test_each_library_that_is_absent_has_its_own_warning(tmp_path, caplog):
     for name in ("one", "other"):
         assert absent(str(tmp_path / "module.py"), name) is None
     assert [record.args[0] for record in caplog.records] == ["one", "other"]
+
+
+def test_a_plain_name_comes_before_one_with_a_python_abi(tmp_path):
+    tagged = tmp_path / f"_sum{EXTENSION_SUFFIXES[0]}"
+    for path in (tagged, tmp_path / "_sum.so"):
+        path.touch()
+    assert built_library("_sum", str(tmp_path / "module.py")) == str(tmp_path / "_sum.so")
+    (tmp_path / "_sum.so").unlink()
+    assert built_library("_sum", str(tmp_path / "module.py")) == str(tagged)

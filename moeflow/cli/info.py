@@ -3,10 +3,9 @@
 import importlib.metadata
 import json
 import platform
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 from moeflow import __version__
+from moeflow.c_library import built_library
 from moeflow.formatting import format_bytes
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
@@ -40,7 +39,7 @@ def describe_installation() -> dict:
     """Describe versions, memory and GPUs without importing torch."""
     from moeflow import hardware
     from moeflow.demo.model import default_demo_path
-    from moeflow.kernels.quantization import formats
+    from moeflow.kernels import cpu
 
     demo = default_demo_path()
     return {
@@ -50,7 +49,7 @@ def describe_installation() -> dict:
         "memory_limit_bytes": hardware.memory_limit_bytes(),
         "memory_available_bytes": hardware.available_memory_bytes(),
         "gpus": hardware.gpu_names(),
-        "cpu_kernels_built": any(Path(formats.__file__).parents[1].glob("cpu/_cpu*" + EXTENSION_SUFFIXES[-1])),
+        "cpu_kernels_built": _is_built("_cpu", cpu.__file__),
         "demo_model": str(demo),
         "demo_model_built": demo.is_dir(),
     }
@@ -105,6 +104,14 @@ def model_text(about: dict):
         per_layer = f"{row['resident_experts_per_layer']:g}" if row["runs"] else "too small"
         budgets.add_row(f"{row['share_percent']:g}%", format_bytes(row["bytes"]), str(row["slots"]), per_layer)
     return Group(facts, "", budgets)
+
+
+def _is_built(library: str, beside: str) -> bool:
+    try:
+        built_library(library, beside)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,41 @@
+"""How the compiled libraries are built; all else stands in pyproject.toml.
+
+They are loaded by ctypes and know nothing of Python, so neither their names nor the wheel's name a Python ABI. Where
+MOEFLOW_ZIG and MOEFLOW_TARGET are set, as scripts/build_wheel.py does, zig builds them for another machine and an older
+glibc.
+"""
+
+import os
+import subprocess
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+
+class BuildLibraries(build_ext):
+    """Builds libraries under plain names, `_cpu.so`."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        zig = os.environ.get("MOEFLOW_ZIG")
+        if not zig:
+            super().build_extension(ext)
+            return
+        path = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        compiler = [zig, "c++" if ext.language == "c++" else "cc", "-target", os.environ["MOEFLOW_TARGET"]]
+        flags = ["-shared", "-fPIC", "-s", *ext.extra_compile_args]
+        subprocess.run([*compiler, *flags, *ext.sources, "-lm", "-o", path], check=True)
+
+
+class TagForAnyPython(bdist_wheel):
+    """Names the wheel after the machine alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", os.environ.get("MOEFLOW_PLATFORM") or super().get_tag()[2]
+
+
+setup(cmdclass={"build_ext": BuildLibraries, "bdist_wheel": TagForAnyPython})
