@@ -12,7 +12,6 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from moeflow.checkpoint.packed_file import PACKED_FILE, header_bytes, record_off
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, align_up
 from moeflow.errors import ConfigError, MoeflowError
+from moeflow.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,6 @@ _JOURNAL = "experts.journal"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 _READS_IN_FLIGHT = 4
 _COPY_BYTES = 16 << 20
-
-Progress = Callable[[int, int], None]
 
 
 def check_output(folder: Path, out: Path) -> None:
@@ -55,7 +53,7 @@ def write_packed(
     out: Path,
     *,
     settings: str = "",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Write a folder of records and of all tensors that feed no expert.
 
@@ -103,7 +101,7 @@ def write_packed(
 class _Report:
     """Adds up bytes for a progress callback."""
 
-    def __init__(self, progress: Progress | None, total: int):
+    def __init__(self, progress: ProgressCallback | None, total: int):
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, num_bytes: int) -> None:
