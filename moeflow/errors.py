@@ -45,5 +45,9 @@ class PlacementError(MoeflowError, ValueError):
     """A placement problem has no solution, or its counts, topology or plan are malformed."""
 
 
+class DemoModelError(MoeflowError):
+    """The demo model could not be fetched or built."""
+
+
 class ParallelError(MoeflowError):
     """Another rank of an expert-parallel run failed, or was lost."""

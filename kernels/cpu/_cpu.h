@@ -11,9 +11,9 @@
 
 namespace moeflow {
 
-/* In the order of _FORMATS in cpu.py. */
+/* In the order of _FORMATS in structs.py. */
 enum Format { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT4, UINT3, UINT2, SIGN1, MXFP4, FP8, NUM_FORMATS };
-/* In the order of _KINDS in cpu.py. */
+/* In the order of _KINDS in structs.py. */
 enum Kind { SILU, GELU, GELU_TANH, RELU, RELU2 };
 enum Gate { NO_GATE, CONCATENATED, INTERLEAVED };
 

@@ -5,16 +5,14 @@ GPTQ asks for them expert by expert. Kept in the model's own dtype: T x H values
 
 import hashlib
 import json
-from collections.abc import Callable
 
 import torch
 
 from moeflow.hf import experts_interface
 from moeflow.kernels.expert_mlp import hidden_activations
+from moeflow.progress import ProgressCallback
 
 _BATCH_WINDOWS = 8
-
-Progress = Callable[[int, int], None]
 
 
 class ExpertInputs:
@@ -66,7 +64,7 @@ class ExpertInputs:
 
 @torch.no_grad()
 def record_inputs(
-    model: torch.nn.Module, windows: list[list[int]], *, progress: Progress | None = None
+    model: torch.nn.Module, windows: list[list[int]], *, progress: ProgressCallback | None = None
 ) -> ExpertInputs:
     """Run a model over text and keep what its experts see.
 

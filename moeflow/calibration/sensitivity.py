@@ -21,12 +21,11 @@ from moeflow.kernels.expert_mlp import expert_mlp
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import WeightFormat, find_format
 from moeflow.kernels.quantization.quantize import quantize
+from moeflow.progress import ProgressCallback
 
 _TOKENS_OF_EXPERT = 256  # that an expert's error is measured on, besides those of the copied windows
 _PROBE_BITS = 3  # an error of this size is what layers are probed with, where it is among the formats
 _MIN_SQUARE = 1e-12
-
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def measure_experts(
     *,
     method: str = "hqq",
     num_probes: int = 4,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ExpertStatistics:
     """Run a model over text and measure every expert in every format.
 

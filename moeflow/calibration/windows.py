@@ -1,9 +1,8 @@
 """What a model is calibrated on: windows of tokens, cut from a text, or from texts that are at hand everywhere."""
 
-from collections.abc import Callable
-
 from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
 from moeflow.errors import ConfigError
+from moeflow.progress import ProgressCallback
 
 _WINDOW_TOKENS = 256
 _VARIED_TOKENS = 128  # shorter: more topics for the same work
@@ -34,7 +33,7 @@ def cut_windows(tokenizer, text: str | None, num_tokens: int) -> list[list[int]]
 
 
 def varied_windows(
-    model, tokenizer, num_tokens: int, progress: Callable[[int, int], None] = lambda done, of: None
+    model, tokenizer, num_tokens: int, progress: ProgressCallback = lambda done, of: None
 ) -> list[list[int]]:
     """Return windows of 128 tokens: half of what the model writes itself, half of the Python standard library, in turn.
 

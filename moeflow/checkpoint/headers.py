@@ -51,7 +51,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ModelSourceError(f"{folder} is not a folder. Give a folder with a checkpoint, or a hub id.")
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
-        weight_map, names = {}, [SINGLE_FILE]
+        weight_map: dict[str, str] = {}
+        names = [SINGLE_FILE]
     elif index.is_file():
         weight_map = _read_weight_map(index)
         names = sorted(set(weight_map.values()))
@@ -67,10 +68,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
     for number, file in enumerate(files):
         tensors.update(read_header(file, number))
-    for name, file in weight_map.items():
+    for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{index}: tensor {name!r} is not in {file}, where the index says it is. The index and the shards "
+                f"{index}: tensor {name!r} is not in {shard}, where the index says it is. The index and the shards "
                 "do not belong together: download the checkpoint again."
             )
     return Checkpoint(folder, files, tensors)

@@ -36,6 +36,9 @@ class PieceTable(NamedTuple):
         return self.num_bytes if self.sizes is None else self.sizes[expert]
 
 
+Convert = Callable[[int, list[np.ndarray], np.ndarray], None]
+
+
 class Conversion(NamedTuple):
     """Pieces that become one or more tensors of the record by arithmetic (transpose, interleave, cast).
 
@@ -45,7 +48,7 @@ class Conversion(NamedTuple):
     """
 
     pieces: tuple[PieceTable, ...]
-    convert: Callable
+    convert: Convert
 
 
 class LayerSource(NamedTuple):

@@ -4,6 +4,7 @@ import json
 import zlib
 from array import array
 from pathlib import Path
+from typing import Any
 
 from moeflow.checkpoint.layer_source import LayerSource, PieceTable
 from moeflow.core import PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, MatrixSpec, RecordLayout, TensorSpec, align_up
@@ -51,7 +52,8 @@ def header_bytes(layouts: list[LayerLayout], crc32: list[list[int]] | None = Non
 
 def record_offsets(layouts: list[LayerLayout], header_length: int) -> tuple[list[list[int]], int]:
     """Return the file offset of each record, [num_layers][num_experts], and the length of the file."""
-    offsets, position = [], header_length
+    offsets: list[list[int]] = []
+    position = header_length
     for layout in layouts:
         offsets.append([])
         for expert in range(layout.num_experts):
@@ -130,7 +132,7 @@ def _foreign(file: Path, why: str) -> CheckpointError:
 
 
 def _describe(record: RecordLayout) -> dict:
-    found = {
+    found: dict[str, Any] = {
         "record_bytes": record.num_bytes,
         "tensors": [
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset} for t in record.tensors

@@ -12,10 +12,10 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -23,8 +23,9 @@ from moeflow.checkpoint.headers import SINGLE_FILE, Checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_file import PACKED_FILE, header_bytes, record_offsets, stride
 from moeflow.checkpoint.store import ExpertStore
-from moeflow.core import ExpertKey, align_up
+from moeflow.core import ExpertKey, LayerLayout, align_up
 from moeflow.errors import ConfigError, MoeflowError
+from moeflow.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ _JOURNAL = "experts.journal"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 _READS_IN_FLIGHT = 4
 _COPY_BYTES = 16 << 20
-
-Progress = Callable[[int, int], None]
 
 
 def check_output(folder: Path, out: Path) -> None:
@@ -55,7 +54,7 @@ def write_packed(
     out: Path,
     *,
     settings: str = "",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Write a folder of records and of all tensors that feed no expert.
 
@@ -103,7 +102,7 @@ def write_packed(
 class _Report:
     """Adds up bytes for a progress callback."""
 
-    def __init__(self, progress: Progress | None, total: int):
+    def __init__(self, progress: ProgressCallback | None, total: int):
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, num_bytes: int) -> None:
@@ -112,7 +111,7 @@ class _Report:
             self._progress(self._done, self._total)
 
 
-def _identity(checkpoint: Checkpoint, layouts, settings: str) -> str:
+def _identity(checkpoint: Checkpoint, layouts: list[LayerLayout], settings: str) -> str:
     """Name the inputs: a partial folder of other inputs must not be continued."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     return hashlib.sha256(json.dumps([files, layouts, settings]).encode()).hexdigest()
@@ -152,7 +151,8 @@ def _check_space(partial: Path, total: int, *, fresh: bool) -> None:
 
 def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _Report) -> None:
     """Copy tensors, bytes as they are, into one safetensors file."""
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    position = 0
     for name in names:
         entry = checkpoint.tensors[name]
         offsets = [position, position + entry.num_bytes]
@@ -179,7 +179,9 @@ def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _
         os.fsync(target.fileno())
 
 
-def _write_experts(checkpoint, layers, partial, done, report) -> None:
+def _write_experts(
+    checkpoint: Checkpoint, layers: list[LayerSource], partial: Path, done: list[int], report: _Report
+) -> None:
     layouts = [source.layout for source in layers]
     offsets, end = record_offsets(layouts, len(header_bytes(layouts)))
     keys = [ExpertKey(number, expert) for number, layout in enumerate(layouts) for expert in range(layout.num_experts)]
@@ -191,14 +193,13 @@ def _write_experts(checkpoint, layers, partial, done, report) -> None:
         with open(file, "r+b" if file.exists() else "w+b") as target, open(partial / _JOURNAL, "a") as journal:
             target.truncate(end)
 
-            def read(key):
+            def read(key: ExpertKey) -> np.ndarray:
                 record = np.zeros(stride(layouts[key.layer], key.expert), np.uint8)
                 store.read(key, record)
                 return record
 
-            waiting = deque()
-            todo = iter(keys[len(done) :])
-            for key in todo:
+            waiting: deque[tuple[ExpertKey, Future[np.ndarray]]] = deque()
+            for key in keys[len(done) :]:
                 waiting.append((key, threads.submit(read, key)))
                 if len(waiting) < _READS_IN_FLIGHT:
                     continue
@@ -206,9 +207,8 @@ def _write_experts(checkpoint, layers, partial, done, report) -> None:
             while waiting:
                 sums.append(_write_record(target, journal, layouts, offsets, report, *waiting.popleft()))
             os.fsync(target.fileno())
-            sums_by_layer, sums = [], iter(sums)
-            for layout in layouts:
-                sums_by_layer.append([next(sums) for _ in range(layout.num_experts)])
+            in_order = iter(sums)
+            sums_by_layer = [[next(in_order) for _ in range(layout.num_experts)] for layout in layouts]
             target.seek(0)
             target.write(header_bytes(layouts, sums_by_layer))
             target.flush()
@@ -218,12 +218,20 @@ def _write_experts(checkpoint, layers, partial, done, report) -> None:
         store.close()
 
 
-def _write_record(target, journal, layouts, offsets, report, key, future) -> int:
+def _write_record(
+    target: BinaryIO,
+    journal: TextIO,
+    layouts: list[LayerLayout],
+    offsets: list[list[int]],
+    report: _Report,
+    key: ExpertKey,
+    future: Future[np.ndarray],
+) -> int:
     record = future.result()
     target.seek(offsets[key.layer][key.expert])
-    target.write(record)
+    target.write(record.data)
     target.flush()
-    value = zlib.crc32(record[: layouts[key.layer].record_of(key.expert).num_bytes])
+    value = zlib.crc32(record[: layouts[key.layer].record_of(key.expert).num_bytes].data)
     journal.write(f"{value:08x}\n")  # after the record: what the journal names is in the file
     journal.flush()
     report.add(record.nbytes)

@@ -4,32 +4,44 @@ Per-expert tensors and stacked ones become the same thing, a file and an offset 
 """
 
 from array import array
+from typing import Any, NamedTuple
 
 from moeflow.checkpoint.headers import TensorEntry
 from moeflow.checkpoint.layer_source import PieceTable
 from moeflow.errors import CheckpointError
 
 
-def source_order(groups: dict[str, list], converter) -> list[str]:
+class Feeding(NamedTuple):
+    """The checkpoint's tensors that feed one parameter of an experts module.
+
+    Args:
+        converter: transformers' rule, None where a tensor is the parameter as it is.
+        groups: {source pattern: [(tensor name, entry)]}.
+        place: of the parameter among the converter's targets.
+    """
+
+    converter: Any
+    groups: dict[str, list[tuple[str, TensorEntry]]]
+    place: int
+
+
+def source_order(groups: dict[str, list], converter: Any) -> list[str]:
     """Return the source patterns in the order in which their tensors follow one another in the parameter."""
     return [pattern for pattern in converter.source_patterns if pattern in groups] if converter else list(groups)
 
 
-def piece_tables(
-    name: str, groups: dict[str, list[tuple[str, TensorEntry]]], num_experts: int, place: int, converter
-) -> list[PieceTable]:
+def piece_tables(name: str, feeding: Feeding, num_experts: int) -> list[PieceTable]:
     """Build one table per source pattern, in the converter's order; stacked tensors are sliced along the expert.
 
     Args:
         name: of the parameter that is fed, for errors.
-        groups: {source pattern: [(tensor name, entry)]}.
+        feeding: the tensors.
         num_experts: how many the parameter has.
-        place: of the parameter among the converter's targets.
-        converter: transformers' rule, or None.
 
     Raises:
         CheckpointError: another number of experts, or experts that differ.
     """
+    converter, groups, place = feeding
     splits_list = converter is not None and len(converter.target_patterns) > 1
     tables = []
     for pattern in source_order(groups, converter):

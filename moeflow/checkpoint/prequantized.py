@@ -14,7 +14,7 @@ A quantised matrix [N, K] is stored in pieces of its own names:
 Knows headers and config.json. Knows nothing of torch, models or transformers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moeflow.checkpoint.headers import TensorEntry
 from moeflow.errors import CheckpointError, UnsupportedModelError
@@ -25,7 +25,7 @@ _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _GPTQ_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # version 1 stores each zero point less one
 
 
-class NativeScheme(NamedTuple):
+class QuantizationScheme(NamedTuple):
     """How a checkpoint is quantised.
 
     Args:
@@ -81,7 +81,7 @@ class StoredMatrix(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_scheme(quantization: dict, source: str) -> NativeScheme:
+def read_scheme(quantization: dict, source: str) -> QuantizationScheme:
     """Read a config's `quantization_config`.
 
     Args:
@@ -94,13 +94,13 @@ def read_scheme(quantization: dict, source: str) -> NativeScheme:
     method = str(quantization.get("quant_method"))
     method = "awq" if method == "gptq" and _awq_layout(quantization) else method
     if method == "mxfp4":
-        return NativeScheme(method)
+        return QuantizationScheme(method)
     if method == "fp8":
         block = list(quantization.get("weight_block_size", [BLOCK, BLOCK]) or [])
         _allow(source, method, "weight_block_size", block, [[BLOCK, BLOCK]])
         _allow(source, method, "activation_scheme", quantization.get("activation_scheme", "dynamic"), ["dynamic"])
         _allow(source, method, "fmt", quantization.get("fmt", "e4m3"), ["e4m3"])
-        return NativeScheme(method)
+        return QuantizationScheme(method)
     if method not in ("gptq", "awq"):
         raise UnsupportedModelError(
             f"{source} is quantised with {method}, which this version does not read. Allowed: mxfp4, fp8, gptq and awq "
@@ -114,32 +114,32 @@ def read_scheme(quantization: dict, source: str) -> NativeScheme:
         version = str(quantization.get("version") or quantization.get("format") or "gemm").lower()
         _allow(source, method, "version", version, ["gemm"])
         _allow(source, method, "zero_point", quantization.get("zero_point", True), [True])
-        return NativeScheme(method, group_size)
+        return QuantizationScheme(method, group_size)
     layout = str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq").lower()
     _allow(source, method, "checkpoint_format", layout, list(_GPTQ_ZERO_OFFSETS))
     _allow(source, method, "desc_act", bool(quantization.get("desc_act", False)), [False])
     exceptions = [rule for rule in quantization.get("dynamic") or {} if not rule.startswith("-:")]
     _allow(source, method, "dynamic", exceptions, [[]])
-    return NativeScheme(method, group_size, _GPTQ_ZERO_OFFSETS[layout], quantization.get("sym") is True)
+    return QuantizationScheme(method, group_size, _GPTQ_ZERO_OFFSETS[layout], quantization.get("sym") is True)
 
 
-def _awq_layout(quantization) -> bool:
+def _awq_layout(quantization: dict) -> bool:
     return str(quantization.get("checkpoint_format") or quantization.get("format")).lower() == "gemm"
 
 
-def _allow(source, method, name, found, allowed) -> None:
+def _allow(source: str, method: str, name: str, found: Any, allowed: list) -> None:
     if found not in allowed:
         raise _refusal(source, method, name, found, " or ".join(str(value) for value in allowed))
 
 
-def _refusal(source, method, name, found, allowed) -> UnsupportedModelError:
+def _refusal(source: str, method: str, name: str, found: Any, allowed: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{source} is quantised with {method} and {name}={found!r}, which this version does not read. Allowed: "
         f"{allowed}. Use another quantisation of the model, or its float32, bfloat16 or float16 checkpoint."
     )
 
 
-def find_matrices(tensors: dict[str, TensorEntry], scheme: NativeScheme) -> dict[str, StoredMatrix]:
+def find_matrices(tensors: dict[str, TensorEntry], scheme: QuantizationScheme) -> dict[str, StoredMatrix]:
     """Find the quantised matrices of a checkpoint and check their pieces against each other.
 
     Args:
@@ -184,39 +184,40 @@ def stand_ins(tensors: dict[str, TensorEntry], matrices: dict[str, StoredMatrix]
     return seen | {name: next(iter(matrix.pieces.values()))[1] for name, matrix in matrices.items()}
 
 
-def _lacks(name, beside) -> CheckpointError:
+def _lacks(name: str, beside: str) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint has {beside} and lacks {name}, which belongs to it. The checkpoint is incomplete: "
         "download it again."
     )
 
 
-def _shape(pieces, scheme) -> tuple[int, ...]:
+def _shape(pieces: dict[str, tuple[str, TensorEntry]], scheme: QuantizationScheme) -> tuple[int, ...]:
     """Return the matrix's shape, from its codes, after a check of every piece."""
-    key, codes = pieces[scheme.codes]
+    _, codes = pieces[scheme.codes]
     if scheme.method == "mxfp4":
-        _check(key, codes, ("U8",), (*codes.shape[:-1], 16) if len(codes.shape) == 4 else None)
-        _check(*pieces["_scales"], ("U8", "F8_E8M0"), codes.shape[:-1])
+        _check(pieces[scheme.codes], ("U8",), (*codes.shape[:-1], 16) if len(codes.shape) == 4 else None)
+        _check(pieces["_scales"], ("U8", "F8_E8M0"), codes.shape[:-1])
         return (*codes.shape[:2], codes.shape[2] * 32)
     if scheme.method == "fp8":
-        _check(key, codes, ("F8_E4M3",), codes.shape if len(codes.shape) in (2, 3) else None)
+        _check(pieces[scheme.codes], ("F8_E4M3",), codes.shape if len(codes.shape) in (2, 3) else None)
         *stack, rows, columns = codes.shape
-        _check(*pieces["_scale_inv"], _SCALE_DTYPES, (*stack, -(-rows // BLOCK), -(-columns // BLOCK)))
+        _check(pieces["_scale_inv"], _SCALE_DTYPES, (*stack, -(-rows // BLOCK), -(-columns // BLOCK)))
         return codes.shape
-    _check(key, codes, ("I32",), codes.shape if len(codes.shape) == 2 else None)
+    _check(pieces[scheme.codes], ("I32",), codes.shape if len(codes.shape) == 2 else None)
     if scheme.method == "gptq":
         columns, rows = codes.shape[0] * _INTS, codes.shape[1]
     else:
         columns, rows = codes.shape[0], codes.shape[1] * _INTS
     groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
-    _check(*pieces[".scales"], ("F16",), (groups, rows))
-    _check(*pieces[".qzeros"], ("I32",), (groups, rows // _INTS))
+    _check(pieces[".scales"], ("F16",), (groups, rows))
+    _check(pieces[".qzeros"], ("I32",), (groups, rows // _INTS))
     if ".g_idx" in pieces:
-        _check(*pieces[".g_idx"], ("I32",), (columns,))
+        _check(pieces[".g_idx"], ("I32",), (columns,))
     return rows, columns
 
 
-def _check(key, entry, dtypes, shape) -> None:
+def _check(piece: tuple[str, TensorEntry], dtypes: tuple[str, ...], shape: tuple[int, ...] | None) -> None:
+    key, entry = piece
     if entry.dtype not in dtypes or entry.shape != shape:
         wanted = f"of shape {list(shape)}" if shape is not None else "of that many dimensions"
         raise CheckpointError(

@@ -1,16 +1,18 @@
-"""How records are filled from a checkpoint whose experts are quantised already: their own bits, in the weight formats.
+"""Records filled from a checkpoint whose experts are quantised already: their own bits, in the weight formats.
 
 Where the checkpoint's bytes are the format's, they are copied; else one expert's matrix is rearranged as it is read.
 """
 
-from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 
-from moeflow.checkpoint.layer_source import Conversion, PieceTable
-from moeflow.checkpoint.pieces import piece_tables, source_order
-from moeflow.checkpoint.prequantized import BLOCK, NativeScheme, StoredMatrix
+from moeflow.checkpoint.headers import TensorEntry
+from moeflow.checkpoint.layer_source import Conversion, Convert, PieceTable
+from moeflow.checkpoint.pieces import Feeding, piece_tables, source_order
+from moeflow.checkpoint.prequantized import BLOCK, QuantizationScheme, StoredMatrix
 from moeflow.checkpoint.prequantized_values import in_format
 from moeflow.core import MatrixSpec, RecordLayout, TensorSpec
 from moeflow.dtypes import TORCH_DTYPES
@@ -23,7 +25,7 @@ _PIECE_DTYPES = {
 _ROWS_FOLLOW = {"MergeModulelist": 0, "Concatenate": 1}  # operations that leave each expert's rows as they are
 
 
-def native_record(record: RecordLayout, matrices: list[MatrixSpec]) -> RecordLayout:
+def quantized_record(record: RecordLayout, matrices: list[MatrixSpec]) -> RecordLayout:
     """Return a float record's layout with some of its parameters in a weight format.
 
     Args:
@@ -44,9 +46,9 @@ def place_matrix(
     name: str,
     matrix: MatrixSpec,
     record: RecordLayout,
-    feeding: tuple,
+    feeding: Feeding,
     stored: dict[str, StoredMatrix],
-    scheme: NativeScheme,
+    scheme: QuantizationScheme,
     num_experts: int,
 ) -> tuple[list[tuple[PieceTable, int]], list[Conversion]]:
     """Return the copies and conversions that fill one matrix of every expert.
@@ -55,7 +57,7 @@ def place_matrix(
         name: full name of the parameter, for errors.
         matrix: how the record stores it.
         record: the record's layout.
-        feeding: (converter, groups of stand-ins, place), as `experts_interface.collect_expert_tensors` found them.
+        feeding: the stand-ins that feed it.
         stored: the checkpoint's quantised matrices.
         scheme: how they are quantised.
         num_experts: of the layer.
@@ -71,7 +73,7 @@ def place_matrix(
     for ending in endings:
         pieces = {pattern: [(key, _piece(stored[key], ending, key)) for key, _ in members]
                   for pattern, members in groups.items()}  # fmt: skip
-        tables[ending] = piece_tables(name, pieces, num_experts, place, converter)
+        tables[ending] = piece_tables(name, Feeding(converter, pieces, place), num_experts)
     parts = [stored[groups[pattern][0][0]].shape for pattern in source_order(groups, converter)]
     rows = [shape[-2] for shape in parts]
     if sum(rows) != matrix.shape[0] or any(shape[-1] != matrix.shape[1] for shape in parts):
@@ -101,7 +103,7 @@ def place_matrix(
     return copies, conversions
 
 
-def _refuse_mixing(name, converter) -> None:
+def _refuse_mixing(name: str, converter: Any) -> None:
     for operation in converter.operations if converter is not None else ():
         kind = type(operation).__name__
         if kind not in _ROWS_FOLLOW or operation.dim != _ROWS_FOLLOW[kind]:
@@ -111,13 +113,13 @@ def _refuse_mixing(name, converter) -> None:
             )
 
 
-def _piece(matrix: StoredMatrix, ending: str, key: str):
+def _piece(matrix: StoredMatrix, ending: str, key: str) -> TensorEntry:
     if ending not in matrix.pieces:
         raise CheckpointError(f"{key} has no {ending}, which other experts of its layer have. Download it again.")
     return matrix.pieces[ending][1]
 
 
-def _same_bytes(scheme, tables, shape) -> bool:
+def _same_bytes(scheme: QuantizationScheme, tables: dict[str, PieceTable], shape: tuple[int, int]) -> bool:
     """Tell whether the checkpoint's bytes are those of the format."""
     if scheme.method == "mxfp4":
         return True
@@ -128,10 +130,18 @@ def _row_offset(spec: TensorSpec, row: int) -> int:
     return spec.offset + row * (spec.num_bytes // spec.shape[0])
 
 
-def _converter(name, matrix, specs, scheme, tables, shape, first_row) -> Callable:
+def _converter(
+    name: str,
+    matrix: MatrixSpec,
+    specs: dict[str, TensorSpec],
+    scheme: QuantizationScheme,
+    tables: dict[str, PieceTable],
+    shape: tuple[int, int],
+    first_row: int,
+) -> Convert:
     """Build the function that brings one part of one expert's matrix into the record."""
 
-    def convert(expert, pieces, record):
+    def convert(expert: int, pieces: list[np.ndarray], record: np.ndarray) -> None:
         tensors = {
             ending: torch.from_numpy(piece).view(_PIECE_DTYPES[table.dtype]).view(table.shape)
             for (ending, table), piece in zip(tables.items(), pieces, strict=True)

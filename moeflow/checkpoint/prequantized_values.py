@@ -7,19 +7,19 @@ Knows tensors of one matrix. Knows nothing of files, models or transformers.
 
 import torch
 
-from moeflow.checkpoint.prequantized import BLOCK, NativeScheme
+from moeflow.checkpoint.prequantized import BLOCK, QuantizationScheme
 from moeflow.core import align_up
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format
 
-_LOW = 0x0F0F0F0F  # the low halves of an int32's bytes
-_ROWS = 1024  # made at a time; a multiple of BLOCK
-# Which out feature of a run of eight the i-th code of an AWQ int32 is of.
+_LOW_HALVES = 0x0F0F0F0F  # of an int32's bytes
+_ROWS_AT_ONCE = 1024  # a multiple of BLOCK
+# The out feature, in a run of eight, of the i-th code of an AWQ int32.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def in_format(
-    pieces: dict[str, torch.Tensor], scheme: NativeScheme, shape: tuple[int, int], name: str
+    pieces: dict[str, torch.Tensor], scheme: QuantizationScheme, shape: tuple[int, int], name: str
 ) -> dict[str, torch.Tensor]:
     """Return a matrix's stored tensors in the scheme's weight format, without loss.
 
@@ -45,22 +45,24 @@ def in_format(
 
 
 def values(
-    pieces: dict[str, torch.Tensor], scheme: NativeScheme, shape: tuple[int, int], dtype: torch.dtype
+    pieces: dict[str, torch.Tensor], scheme: QuantizationScheme, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return what a matrix's pieces are worth, [N, K] in `dtype`; arguments and errors as `in_format`."""
+    """Return a matrix's values, [N, K] in `dtype`; arguments and errors as `in_format`."""
     stored, spec = in_format(pieces, scheme, shape, "weight"), find_format(scheme.format)
     out = torch.empty(shape, dtype=dtype, device=stored["weight"].device)
-    for first in range(0, shape[0], _ROWS):  # so that no second copy in float32 comes about
+    for first in range(0, shape[0], _ROWS_AT_ONCE):  # so that no second copy in float32 arises
         part = {}
         for name, tensor in stored.items():
             rows = BLOCK if scheme.method == "fp8" and name == "weight_scale" else 1  # that share a row of the tensor
-            part[name] = tensor[first // rows : (first + _ROWS) // rows]
-        piece = out[first : first + _ROWS]
-        piece.copy_(dequantize(part, "weight", spec, tuple(piece.shape), dtype))
+            part[name] = tensor[first // rows : (first + _ROWS_AT_ONCE) // rows]
+        piece = out[first : first + _ROWS_AT_ONCE]
+        piece.copy_(dequantize(part, "weight", spec, (len(piece), shape[1]), dtype))
     return out
 
 
-def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
+def _int4(
+    pieces: dict[str, torch.Tensor], scheme: QuantizationScheme, shape: tuple[int, int], name: str
+) -> dict[str, torch.Tensor]:
     in_features = shape[1]
     group_size = in_features if scheme.group_size == -1 else scheme.group_size
     if ".g_idx" in pieces:
@@ -79,7 +81,7 @@ def _int4(pieces, scheme, shape, name) -> dict[str, torch.Tensor]:
     scales = _finite(pieces[".scales"])
     repeats, wanted = -(-group_size // stored), padded // stored
 
-    def spread(numbers):
+    def spread(numbers: torch.Tensor) -> torch.Tensor:
         """Turn [groups, N] of the checkpoint into [N, groups] of the format."""
         return numbers.half().repeat_interleave(repeats, dim=0)[:wanted].T.contiguous()
 
@@ -117,7 +119,7 @@ def _awq_codes(words: torch.Tensor, padded: int) -> torch.Tensor:
 
 def _join(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the codes of two int32 tensors into common bytes: those at even places, and those at odd ones."""
-    return (first & _LOW) | ((second & _LOW) << 4), ((first >> 4) & _LOW) | (second & ~_LOW)
+    return (first & _LOW_HALVES) | ((second & _LOW_HALVES) << 4), ((first >> 4) & _LOW_HALVES) | (second & ~_LOW_HALVES)
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:

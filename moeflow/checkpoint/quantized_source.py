@@ -1,4 +1,4 @@
-"""Experts quantised on their way from the checkpoint into a record: the same plan, with one step more at its end.
+"""Layer sources that quantise experts on their way from the checkpoint into a record.
 
 Behind `load_moe(quantization=...)`, where it happens at every read, and `moeflow quantize`, where it happens once.
 """
@@ -17,7 +17,7 @@ from moeflow.kernels.quantization.quantize import quantize
 
 
 class Calibration(Protocol):
-    """Knows what experts see; `moeflow.calibration.expert_inputs.ExpertInputs` is one."""
+    """Inputs of experts on calibration text; `moeflow.calibration.expert_inputs.ExpertInputs` is one."""
 
     fingerprint: str
 
@@ -55,18 +55,25 @@ def quantize_sources(
         formats: [num_layers][num_experts], names of formats.
         transposed: [num_layers], whether the module stores its matrices [in, out].
         method: "rtn", "hqq" or "gptq".
-        calibration: what GPTQ learns from.
+        calibration: the inputs that GPTQ learns from.
 
     Raises:
         ConfigError: an unknown format, or experts that are quantised already.
     """
     return [
-        _quantized(layer, *arguments, method, calibration)
-        for layer, arguments in enumerate(zip(sources, formats, transposed, strict=True))
+        _quantized(layer, source, names, turned, method, calibration)
+        for layer, (source, names, turned) in enumerate(zip(sources, formats, transposed, strict=True))
     ]
 
 
-def _quantized(number, source, names, transposed, method, calibration) -> LayerSource:
+def _quantized(
+    number: int,
+    source: LayerSource,
+    names: list[str],
+    transposed: bool,
+    method: str,
+    calibration: Calibration | None,
+) -> LayerSource:
     layout = source.layout
     if layout.record.matrices:
         raise ConfigError(
@@ -81,7 +88,7 @@ def _quantized(number, source, names, transposed, method, calibration) -> LayerS
     largest = max(variants, key=lambda record: record.num_bytes)
     new = LayerLayout(layout.name, layout.num_experts, largest, *((variants, kinds) if len(variants) > 1 else ()))
 
-    def convert(expert, pieces, record):
+    def convert(expert: int, pieces: list[np.ndarray], record: np.ndarray) -> None:
         raw = np.empty(layout.record.num_bytes, np.uint8)
         source.fill(expert, pieces, raw)
         target = new.record_of(expert)

@@ -1,4 +1,4 @@
-"""The far tier: experts on disk, read whole, several at a time, past the page cache where the filesystem allows.
+"""Reads experts from disk: each whole, several at a time, past the page cache where the filesystem allows.
 
 Knows files and bytes. Knows nothing of models, caches or devices; torch is not imported here.
 """
@@ -20,6 +20,7 @@ from moeflow.errors import ClosedModelError, ExpertReadError
 
 # Two pieces of one file this close are read in one go: the gap costs less than a second request.
 COALESCE_GAP_BYTES = 128 * 1024
+_CLOSED = "the model was closed: load it again to use it."
 
 
 class Extent(NamedTuple):
@@ -123,11 +124,11 @@ class ExpertStore:
                 os.close(fd)
 
     @staticmethod
-    def _file_of(source, expert):
+    def _file_of(source: LayerSource, expert: int) -> int:
         return next(source.pieces()).files[expert]
 
-    def _plan(self, source, expert):
-        """Merge an expert's pieces into few extents; also tell where each piece lies (extent, offset)."""
+    def _plan(self, source: LayerSource, expert: int) -> tuple[list[Extent], list[tuple[int, int]]]:
+        """Merge an expert's pieces into few extents; return those, and where each piece lies (extent, offset)."""
         pieces = [(t.files[expert], t.begins[expert], t.bytes_of(expert)) for t in source.pieces()]
         extents: list[Extent] = []
         for file, begin, num_bytes in sorted(pieces):
@@ -143,7 +144,7 @@ class ExpertStore:
         return extents, places
 
     @staticmethod
-    def _lands_in_place(source, extents, record) -> bool:
+    def _lands_in_place(source: LayerSource, extents: list[Extent], record: np.ndarray) -> bool:
         return (
             len(extents) == 1
             and len(source.copies) == 1
@@ -153,16 +154,16 @@ class ExpertStore:
             and record.nbytes >= align_up(extents[0].end - extents[0].begin, PAGE_BYTES)
         )
 
-    def _read_in_place(self, extent, record) -> int:
-        return self._pread(extent, memoryview(record)[: align_up(extent.end - extent.begin, PAGE_BYTES)], extent.begin)
+    def _read_in_place(self, extent: Extent, record: np.ndarray) -> int:
+        return self._pread(extent, record.data[: align_up(extent.end - extent.begin, PAGE_BYTES)], extent.begin)
 
-    def _read_staged(self, extents):
+    def _read_staged(self, extents: list[Extent]) -> tuple[int, list[np.ndarray]]:
         """Read every extent into this thread's page-aligned buffer; return the bytes and a view per extent."""
         starts = [extent.begin - extent.begin % PAGE_BYTES for extent in extents]
         sizes = [align_up(extent.end - start, PAGE_BYTES) for extent, start in zip(extents, starts, strict=True)]
         buffer, views, offset, num_bytes = self._buffer(sum(sizes)), [], 0, 0
         for extent, start, size in zip(extents, starts, sizes, strict=True):
-            num_bytes += self._pread(extent, memoryview(buffer)[offset : offset + size], start)
+            num_bytes += self._pread(extent, buffer.data[offset : offset + size], start)
             first = offset + extent.begin - start
             views.append(buffer[first : first + extent.end - extent.begin])
             offset += size
@@ -203,34 +204,39 @@ class ExpertStore:
             return fd
         with self._lock:
             if self._closed:
-                raise ClosedModelError("the model was closed: load it again to use it.")
-            if self._fds[file] is None:
+                raise ClosedModelError(_CLOSED)
+            fd = self._fds[file]
+            if fd is None:
                 flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
                 if self._direct[file]:
                     try:
-                        self._fds[file] = os.open(self.files[file], flags | os.O_DIRECT)
+                        fd = os.open(self.files[file], flags | os.O_DIRECT)
                     except OSError as error:
                         if error.errno != errno.EINVAL:
                             raise
                         self._direct[file] = False
-                if self._fds[file] is None:
-                    self._fds[file] = os.open(self.files[file], flags)
-            return self._fds[file]
+                if fd is None:
+                    fd = os.open(self.files[file], flags)
+                self._fds[file] = fd
+            return fd
 
     def _reopen_buffered(self, file: int) -> int:
         """Give up direct reads of one file: some filesystems take the flag and refuse the read."""
         with self._lock:
+            fd = self._fds[file]
+            if fd is None:
+                raise ClosedModelError(_CLOSED)
             if self._direct[file]:
+                self._retired.append(fd)  # another thread may be reading from it
                 fd = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                self._retired.append(self._fds[file])  # another thread may be reading from it
                 self._direct[file], self._fds[file] = False, fd
-            return self._fds[file]
+            return fd
 
-    def _check(self, source, key, record) -> None:
+    def _check(self, source: LayerSource, key: ExpertKey, record: np.ndarray) -> None:
         """Compare a record with its checksum the first time it is read."""
         if source.crc32 is None or key in self._verified:
             return
-        found = zlib.crc32(record[: source.layout.record_of(key.expert).num_bytes])
+        found = zlib.crc32(record[: source.layout.record_of(key.expert).num_bytes].data)
         if found != source.crc32[key.expert]:
             raise ExpertReadError(
                 f"expert {key.expert} of {source.layout.name} is corrupt in "

@@ -1,26 +1,28 @@
-"""Which format each expert gets: calibration text and an average width go in, a format for every expert comes out.
+"""Chooses a format for each expert, from calibration text and an average width.
 
 An average of 2.5 bits means bytes, not codes: the experts may take what uniform formats of 2 and 3 bits take on the
 straight line between them, scales and zeros included.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from moeflow.calibration.expert_statistics import ExpertStatistics
 from moeflow.calibration.sensitivity import measure_experts
 from moeflow.calibration.windows import cut_windows, varied_windows
 from moeflow.convert.bit_allocation import Allocation, allocate
+from moeflow.convert.calibrate import model_to_measure
 from moeflow.errors import ConfigError
-from moeflow.hf import pretrained
 from moeflow.kernels.quantization.formats import FORMATS
+from moeflow.progress import ShareCallback
 
 WIDTHS = (1, 2, 3, 4, 8)
-_WRITING = 0.25  # of the time, where the model writes its own text
+_WRITING_SHARE = 0.25  # of the time, where the model writes its own text
 
 
 class MixedPrecision(NamedTuple):
@@ -48,10 +50,10 @@ def choose_formats(
     group_size: int = 64,
     method: str = "hqq",
     num_tokens: int = 6144,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     miss_rates: np.ndarray | None = None,
     transfer_weight: float = 0.0,
-    progress: Callable[[float, str], None] = lambda share, stage: None,
+    progress: ShareCallback = lambda share, stage: None,
 ) -> MixedPrecision:
     """Measure a model's experts on text and choose a format for each under a budget of bytes.
 
@@ -78,37 +80,21 @@ def choose_formats(
     widths = default_widths(average_bits) if widths is None else widths
     formats = _format_names(widths, group_size)
     _check_average(average_bits, sorted(widths))
-    loaded = None
-    if not isinstance(model, torch.nn.Module):
-        from transformers import AutoTokenizer
-
-        from moeflow.loading.load_moe import load_moe
-
-        folder = pretrained.resolve_folder(model)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-        model = loaded = load_moe(
-            folder, dtype="auto" if torch.cuda.is_available() else torch.float32, predictor=None, policy="lru"
-        )
-    if tokenizer is None:
-        raise ConfigError("a model in memory does not say how text becomes tokens: give choose_formats its tokenizer.")
-    try:
-        begin = _WRITING if text is None else 0.0
+    begin = _WRITING_SHARE if text is None else 0.0
+    with model_to_measure(model, tokenizer) as (measured, tokenizer):
         if text is None:
             windows = varied_windows(
-                model, tokenizer, num_tokens, lambda done, of: progress(begin * done / of, "writing text")
+                measured, tokenizer, num_tokens, lambda done, of: progress(begin * done / of, "writing text")
             )
         else:
             windows = cut_windows(tokenizer, text, num_tokens)
         statistics = measure_experts(
-            model,
+            measured,
             windows,
             formats,
             method=method,
             progress=lambda done, of: progress(begin + (1 - begin) * done / of, "measuring experts"),
         )
-    finally:
-        if loaded is not None:
-            loaded.moeflow.close()
     return allocate_formats(statistics, average_bits, miss_rates=miss_rates, transfer_weight=transfer_weight)
 
 
@@ -166,7 +152,7 @@ def default_widths(average_bits: float) -> tuple[int, ...]:
     return WIDTHS if average_bits < 2 else WIDTHS[1:]
 
 
-def _format_names(widths, group_size) -> list[str]:
+def _format_names(widths: Sequence[int], group_size: int) -> list[str]:
     names = [f"int{bits}-g{group_size}" for bits in sorted(set(widths))]
     unknown = [name for name in names if name not in FORMATS]
     if unknown or len(names) < 2:
@@ -177,7 +163,7 @@ def _format_names(widths, group_size) -> list[str]:
     return names
 
 
-def _check_average(average_bits, widths) -> None:
+def _check_average(average_bits: float, widths: Sequence[int]) -> None:
     if not widths[0] <= average_bits <= widths[-1]:
         raise ConfigError(
             f"average_bits={average_bits} is outside the widths {', '.join(map(str, widths))}. Give one between them."

@@ -1,13 +1,13 @@
 """Packs a checkpoint: the same weights, experts as one aligned, checksummed record each."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from moeflow.checkpoint.packed_writer import check_output, write_packed
 from moeflow.hf.model_folder import ModelFolder
+from moeflow.progress import ProgressCallback
 
 
-def pack_model(model: str | Path, out: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
+def pack_model(model: str | Path, out: str | Path, *, progress: ProgressCallback | None = None) -> Path:
     """Write `model` as a folder that load_moe reads faster: one aligned read an expert, no conversion.
 
     Args:

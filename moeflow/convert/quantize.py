@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moeflow.checkpoint.layer_source import LayerSource
-from moeflow.checkpoint.packed_writer import Progress, check_output, write_packed
+from moeflow.checkpoint.packed_writer import check_output, write_packed
 from moeflow.checkpoint.quantized_source import Calibration, quantize_sources, writable_format
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
+from moeflow.progress import ProgressCallback
 
 METHODS = ("hqq", "rtn", "gptq")
 
@@ -37,7 +38,7 @@ def quantize_model(
     *,
     method: str = "hqq",
     calibration: Calibration | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Written:
     """Write `model` as a packed folder whose experts are quantised; load_moe(out) reads it. Lossy.
 

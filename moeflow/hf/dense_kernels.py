@@ -1,4 +1,4 @@
-"""The model's dense parts on the CPU: linears and norms that run moeflow's own kernels while tokens are few.
+"""Dense parts of a model on the CPU: linears and norms that run moeflow's own kernels while tokens are few.
 
 torch's kernels for one token reach a quarter to a half of the memory's bandwidth, and eager transformers spends more
 time between kernels than in them. Which kernel runs depends on the number of tokens alone, so bits do not depend on a
@@ -6,6 +6,7 @@ budget. Every call is a torch.library op, so that torch.compile takes the model 
 """
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -13,8 +14,7 @@ from moeflow.kernels.cpu import ops as cpu
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.structs import DTYPES
 
-# Up to here the row-by-row kernel is ahead of torch's matrix product.
-MAX_TOKENS = 16
+MAX_TOKENS = 16  # up to here the row-by-row kernel is ahead of torch's matrix product
 
 _LIBRARY = torch.library.Library("moeflow", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -49,12 +49,12 @@ _LIBRARY.impl("rms_norm", rms_norm, "CPU")
 
 
 @torch.library.register_fake("moeflow::linear")
-def _(x, weight, bias):
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("moeflow::rms_norm")
-def _(x, weight, eps):
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -74,7 +74,7 @@ class FewTokensLinear(torch.nn.Linear):
         return linear(x, weight, self.bias)
 
 
-def _norm_forward(self, x):
+def _norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     if not _few(x) or x.dtype != self.weight.dtype:
         return self._transformers_forward(x)
     if torch.compiler.is_compiling():
@@ -102,7 +102,7 @@ def speed_up_dense(model: torch.nn.Module) -> None:
             module.__class__ = norms[kind]
 
 
-def _is_known_norm(module) -> bool:
+def _is_known_norm(module: Any) -> bool:
     """Whether a norm computes what `rms_norm` does, bit for bit, on a sample."""
     if module.weight.dim() != 1 or len(inspect.signature(module.forward).parameters) != 1:
         return False  # those with a gate take two

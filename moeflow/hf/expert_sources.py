@@ -1,26 +1,29 @@
 """Where each expert of a checkpoint lies: transformers' conversion rules, applied to one expert at a time.
 
-transformers tells which tensors feed which parameter and by which operations; here that becomes byte ranges, and for
-the few layouts that are not stored as the module wants them, a conversion of one expert alone.
+transformers tells which tensors feed which parameter and by which operations; this file turns that into byte ranges,
+and, for the few layouts that are not stored as the module wants them, into a conversion of one expert alone.
 """
 
 import copy
-from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from moeflow.checkpoint.headers import TensorEntry
-from moeflow.checkpoint.layer_source import Conversion, LayerSource
-from moeflow.checkpoint.pieces import piece_tables
-from moeflow.checkpoint.prequantized import NativeScheme, StoredMatrix, find_matrices, stand_ins
-from moeflow.checkpoint.prequantized_records import native_record, place_matrix
-from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
+from moeflow.checkpoint.layer_source import Conversion, Convert, LayerSource, PieceTable
+from moeflow.checkpoint.pieces import Feeding, piece_tables
+from moeflow.checkpoint.prequantized import QuantizationScheme, StoredMatrix, find_matrices, stand_ins
+from moeflow.checkpoint.prequantized_records import place_matrix, quantized_record
+from moeflow.core import LayerLayout, MatrixSpec, RecordLayout, TensorSpec
 from moeflow.dtypes import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
 from moeflow.errors import CheckpointError, UnsupportedModelError
 from moeflow.hf import experts_interface, quantizer
+from moeflow.hf.experts_interface import ExpertsModule
 
 
-def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
+def map_experts(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
     """Find every expert's bytes in a checkpoint, by transformers' own conversion mapping.
 
     Experts that the checkpoint holds quantised get records in a weight format.
@@ -41,20 +44,19 @@ def map_experts(model, tensors: dict[str, TensorEntry]) -> list[LayerSource]:
     ]
 
 
-def map_layouts(model) -> list[LayerLayout]:
+def map_layouts(model: PreTrainedModel) -> list[LayerLayout]:
     """Return how each layer's unquantised experts lie in a slot, from the empty model alone."""
     return [_layout(path, module) for path, module in experts_interface.experts_modules(model)]
 
 
-def _layout(path, module) -> LayerLayout:
+def _layout(path: str, module: ExpertsModule) -> LayerLayout:
     parameters = {name: value for name, value in module._parameters.items() if value is not None}
     num_experts = next(iter(parameters.values())).shape[0]
     for name, value in parameters.items():
         if value.shape[0] != num_experts or not value.dtype.is_floating_point:
             raise UnsupportedModelError(
-                f"{path}.{name} is {value.dtype} {list(value.shape)}: moeflow needs float experts "
-                "stacked along the first "
-                f"dimension, here {num_experts}."
+                f"{path}.{name} is {value.dtype} {list(value.shape)}: moeflow needs float experts stacked along the "
+                f"first dimension, here {num_experts}."
             )
     return LayerLayout(
         path,
@@ -63,7 +65,7 @@ def _layout(path, module) -> LayerLayout:
     )
 
 
-def expert_tensor_names(model, tensors: dict[str, TensorEntry]) -> set[str]:
+def expert_tensor_names(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> set[str]:
     """Return the names of the checkpoint tensors that feed routed experts."""
     _, stored = _quantised(model, tensors)
     collected = experts_interface.collect_expert_tensors(model, stand_ins(tensors, stored)).values()
@@ -72,12 +74,20 @@ def expert_tensor_names(model, tensors: dict[str, TensorEntry]) -> set[str]:
     return pieces | (keys - stored.keys())
 
 
-def _quantised(model, tensors) -> tuple[NativeScheme | None, dict[str, StoredMatrix]]:
-    scheme = quantizer.native_scheme(model.config)
+def _quantised(
+    model: PreTrainedModel, tensors: dict[str, TensorEntry]
+) -> tuple[QuantizationScheme | None, dict[str, StoredMatrix]]:
+    scheme = quantizer.quantization_scheme(model.config)
     return scheme, find_matrices(tensors, scheme) if scheme is not None else {}
 
 
-def _layer_source(path, module, collected, stored, scheme) -> LayerSource:
+def _layer_source(
+    path: str,
+    module: ExpertsModule,
+    collected: dict[str, Feeding],
+    stored: dict[str, StoredMatrix],
+    scheme: QuantizationScheme | None,
+) -> LayerSource:
     layout = _layout(path, module)
     floats = layout.record
     missing = [spec.name for spec in floats.tensors if f"{path}.{spec.name}" not in collected]
@@ -86,13 +96,14 @@ def _layer_source(path, module, collected, stored, scheme) -> LayerSource:
             f"no tensor of the checkpoint feeds {path}.{missing[0]}. The checkpoint is incomplete or of another model: "
             "compare its config.json with its weights, or download it again."
         )
-    matrices = _native_matrices(path, module, floats, collected, stored, scheme)
-    layout = layout._replace(record=native_record(floats, list(matrices.values())) if matrices else floats)
+    matrices = {} if scheme is None else _quantised_matrices(path, module, floats, collected, stored, scheme)
+    layout = layout._replace(record=quantized_record(floats, list(matrices.values())) if matrices else floats)
     places = {spec.name: spec for spec in layout.record.tensors}
-    copies, conversions = [], []
+    copies: list[tuple[PieceTable, int]] = []
+    conversions: list[Conversion] = []
     for spec in floats.tensors:
         full_name = f"{path}.{spec.name}"
-        if spec.name in matrices:
+        if scheme is not None and spec.name in matrices:
             found = place_matrix(
                 full_name, matrices[spec.name], layout.record, collected[full_name], stored, scheme, layout.num_experts
             )
@@ -103,7 +114,14 @@ def _layer_source(path, module, collected, stored, scheme) -> LayerSource:
     return LayerSource(layout, tuple(copies), tuple(conversions))
 
 
-def _native_matrices(path, module, floats, collected, stored, scheme) -> dict[str, MatrixSpec]:
+def _quantised_matrices(
+    path: str,
+    module: ExpertsModule,
+    floats: RecordLayout,
+    collected: dict[str, Feeding],
+    stored: dict[str, StoredMatrix],
+    scheme: QuantizationScheme,
+) -> dict[str, MatrixSpec]:
     """Return the parameters that the checkpoint holds quantised; a layer has all its matrices so, or none."""
     found = {}
     for spec in floats.tensors:
@@ -115,9 +133,8 @@ def _native_matrices(path, module, floats, collected, stored, scheme) -> dict[st
                     f"{path}.{spec.name} is quantised in part: {min(keys - stored.keys())} is not. Use the model's "
                     "float32, bfloat16 or float16 checkpoint."
                 )
-            found[spec.name] = MatrixSpec(
-                spec.name, scheme.format, spec.shape[::-1] if module.is_transposed else spec.shape
-            )
+            rows, columns = spec.shape[::-1] if module.is_transposed else spec.shape
+            found[spec.name] = MatrixSpec(spec.name, scheme.format, (rows, columns))
     unquantised = [spec.name for spec in floats.tensors if len(spec.shape) == 2 and spec.name not in found]
     if found and unquantised:
         raise UnsupportedModelError(
@@ -127,18 +144,21 @@ def _native_matrices(path, module, floats, collected, stored, scheme) -> dict[st
     return found
 
 
-def _place_floats(full_name, spec, feeding, num_experts) -> tuple[list, list]:
+def _place_floats(
+    full_name: str, spec: TensorSpec, feeding: Feeding, num_experts: int
+) -> tuple[list[tuple[PieceTable, int]], list[Conversion]]:
     """Return the copies and conversions that fill one float tensor of every expert."""
-    converter, groups, place = feeding
+    converter, groups, _ = feeding
     for key, entry in (member for members in groups.values() for member in members):
         if entry.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
                 f"{key} is stored as {entry.dtype}, which this version does not read yet. "
                 "Use the model's float32, bfloat16 or float16 checkpoint."
             )
-    copies, conversions = [], []
+    copies: list[tuple[PieceTable, int]] = []
+    conversions: list[Conversion] = []
     operations = list(converter.operations) if converter is not None else []
-    tables = piece_tables(full_name, groups, num_experts, place, converter)
+    tables = piece_tables(full_name, feeding, num_experts)
     steps = _per_expert_steps(full_name, operations, tables, spec.shape)
     if not steps and all(table.dtype == spec.dtype for table in tables):
         offset = spec.offset
@@ -158,7 +178,7 @@ def _place_floats(full_name, spec, feeding, num_experts) -> tuple[list, list]:
     return copies, conversions
 
 
-def _per_expert_steps(name, operations, tables, shape) -> list:
+def _per_expert_steps(name: str, operations: list[Any], tables: list[PieceTable], shape: tuple[int, ...]) -> list[Any]:
     """Return the operations one expert's bytes still need, none if they only have to follow one another."""
     steps, moves_only = [], True
     for operation in operations:
@@ -178,24 +198,25 @@ def _per_expert_steps(name, operations, tables, shape) -> list:
         dims = [getattr(operation, dim) for dim in ("dim", "dim0", "dim1") if hasattr(operation, dim)]
         if kind not in ("Transpose", "Interleave", "Concatenate") or not dims or min(dims) < 1:
             raise UnsupportedModelError(
-                f"{name} is stored in a form that needs {kind}, which cannot be done for one expert "
-                "alone. Write the model "
-                "anew with from_pretrained(...).save_pretrained(...) on a large machine, or report "
-                "the model to moeflow."
+                f"{name} is stored in a form that needs {kind}, which cannot be done for one expert alone. Write the "
+                "model anew with from_pretrained(...).save_pretrained(...) on a large machine, or report the model to "
+                "moeflow."
             )
         steps.append(operation)
         moves_only = False
     return [] if moves_only else steps
 
 
-def _converter(converter, steps, tables, patterns, spec) -> Callable:
+def _converter(
+    converter: Any, steps: list[Any], tables: list[PieceTable], patterns: list[str], spec: TensorSpec
+) -> Convert:
     """Build the function that turns one expert's raw pieces into its tensor inside the record."""
     target_dtype = TORCH_DTYPES[spec.dtype]
     shapes = [(TORCH_DTYPES[table.dtype], table.shape) for table in tables]
     target = converter.target_patterns[:1] if converter else ["tensor"]
     concatenates = len(tables) > 1 and not any(type(step).__name__ == "Concatenate" for step in steps)
 
-    def convert(expert, pieces, record):
+    def convert(expert: int, pieces: list[np.ndarray], record: np.ndarray) -> None:
         tensors = [
             torch.from_numpy(piece).view(dtype).view(1, *shape)
             for piece, (dtype, shape) in zip(pieces, shapes, strict=True)

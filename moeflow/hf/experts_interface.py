@@ -1,19 +1,22 @@
-"""Routed experts as transformers has them: the door through which it calls them, and the tensors that feed them.
+"""Routed experts as transformers has them: the interface through which it calls them, and the tensors that feed them.
 
-Every family runs its experts through one interface, and here the function behind it is registered. Which checkpoint
-tensor feeds which expert is asked of transformers' own conversion mapping, so that no list of architectures is kept.
+Every family runs its experts through one interface; this file registers the function behind it. transformers' own
+conversion mapping tells which checkpoint tensor feeds which expert, so that no list of architectures is kept.
 """
 
 import re
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
 from moeflow.checkpoint.headers import TensorEntry
+from moeflow.checkpoint.pieces import Feeding
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
+    from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -30,26 +33,46 @@ _TOP_K_NAMES = (
 )
 
 
-def _experts_forward(module, hidden_states, top_k_index, top_k_weights):
+class ExpertsModule(torch.nn.Module):
+    """What transformers' experts modules have in common; for annotations alone."""
+
+    num_experts: int
+    is_transposed: bool  # whether matrices are stored [in, out]
+    has_bias: bool
+    has_gate: bool
+    has_post_expert_norm: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    _is_hf_initialized: bool
+    _moeflow: Any  # the `OffloadedExperts` that run in its place
+
+
+def _experts_forward(
+    module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     return module._moeflow(hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
-def experts_modules(model) -> list[tuple[str, torch.nn.Module]]:
+def experts_modules(model: torch.nn.Module) -> list[tuple[str, ExpertsModule]]:
     """List the modules transformers runs through its experts interface, in the model's order.
 
     Raises:
         UnsupportedModelError: there is none.
     """
     marks = ("is_transposed", "has_bias", "has_gate", "_apply_gate")
-    found = [(name, module) for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)]
+    found = [
+        (name, cast(ExpertsModule, module))
+        for name, module in model.named_modules()
+        if all(hasattr(module, mark) for mark in marks)
+    ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no routed experts that transformers runs through its experts "
-            "interface: it is a "
-            "dense model, or a family that cannot be offloaded. Load it with AutoModelForCausalLM.from_pretrained."
+            f"{type(model).__name__} has no routed experts that transformers runs through its experts interface: it is "
+            "a dense model, or a family that cannot be offloaded. Load it with AutoModelForCausalLM.from_pretrained."
         )
     return found
 
@@ -60,34 +83,34 @@ def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Te
     return (*args, *(kwargs[name] for name in names[len(args) :]))
 
 
-def activation_of(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def activation_of(module: ExpertsModule) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what an experts module does between its matrices: [n, 2I] or [n, I] in, [n, I] out."""
     return module._apply_gate if module.has_gate else module.act_fn
 
 
-def has_post_norm(module: torch.nn.Module) -> bool:
+def has_post_norm(module: ExpertsModule) -> bool:
     """Tell whether an experts module normalises each expert's output."""
     return getattr(module, "has_post_expert_norm", False)
 
 
-def post_norm(module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+def post_norm(module: ExpertsModule, output: torch.Tensor) -> torch.Tensor:
     """Return an expert's output [n, H] as its module hands it on: normalised where the family has a norm there."""
     return module.post_expert_norm(output) if has_post_norm(module) else output
 
 
-def gated_hidden(mlp: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+def gated_hidden(mlp: Any, inputs: torch.Tensor) -> torch.Tensor:
     """Return what a dense gated MLP multiplies its down projection with: [T, H] in, [T, I] out."""
     return mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
 
 
-def transposed(model) -> list[bool]:
+def transposed(model: torch.nn.Module) -> list[bool]:
     """Tell for each experts module whether it stores its matrices [in, out]."""
     return [bool(module.is_transposed) for _, module in experts_modules(model)]
 
 
-def num_experts_per_tok(model) -> int:
+def num_experts_per_tok(model: PreTrainedModel) -> int:
     """Return the largest number of experts a token is routed to, as the routers and the config name it."""
-    owners = [model.config, model.config.get_text_config(decoder=True)]
+    owners: list[Any] = [model.config, model.config.get_text_config(decoder=True)]
     for path, module in experts_modules(model):
         block = model.get_submodule(path.rpartition(".")[0])
         owners += [module, getattr(module, "config", None), block, *block.children()]
@@ -96,7 +119,7 @@ def num_experts_per_tok(model) -> int:
     return max((value for value in found if type(value) is int), default=1)
 
 
-def router_parameters(block) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def router_parameters(block: torch.nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Find a MoE block's router: its weight [E, H] and bias [E], each None where there is no single such parameter."""
     experts = next((module for module in block.children() if hasattr(module, "_apply_gate")), None)
     num_experts = getattr(experts, "num_experts", None)
@@ -112,14 +135,14 @@ def router_parameters(block) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return weight, bias if bias is not None and bias.shape == weight.shape[:1] else None
 
 
-def conversions(model) -> tuple[list, list]:
+def conversions(model: PreTrainedModel) -> tuple[list, list]:
     """Return transformers' rules for this model's checkpoints: renamings, and converters."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
 
-def collect_expert_tensors(model, tensors: dict[str, TensorEntry]) -> dict[str, tuple]:
+def collect_expert_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> dict[str, Feeding]:
     """Group a checkpoint's tensors by the expert parameter they feed, by transformers' own conversion mapping.
 
     Args:
@@ -127,13 +150,13 @@ def collect_expert_tensors(model, tensors: dict[str, TensorEntry]) -> dict[str, 
         tensors: the checkpoint's tensors by their names in the checkpoint.
 
     Returns:
-        {parameter: (converter or None, {source pattern: [(tensor name, entry)]}, place among the converter's targets)}
+        {parameter: its tensors}.
     """
     parameters = model.state_dict()
     expert_names = {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
     renamings, converters = conversions(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    collected = {}
+    collected: dict[str, Feeding] = {}
     for key in sorted(tensors, key=_natural_order):
         renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if renamed not in parameters and key in parameters:
@@ -146,8 +169,8 @@ def collect_expert_tensors(model, tensors: dict[str, TensorEntry]) -> dict[str, 
         if not expert_names.intersection(targets):
             continue
         for place, target in enumerate(targets):
-            _, groups, _ = collected.setdefault(target, (converter, {}, place))
-            groups.setdefault(pattern or key, []).append((key, tensors[key]))
+            feeding = collected.setdefault(target, Feeding(converter, {}, place))
+            feeding.groups.setdefault(pattern or key, []).append((key, tensors[key]))
     for name, stored in model.all_tied_weights_keys.items():  # experts used from two places are stored once
         if name not in collected and stored in collected:
             collected[name] = collected[stored]

@@ -1,15 +1,16 @@
-"""Which model a trace or a predictor belongs to, in 16 hexadecimal digits."""
+"""Fingerprint of a model: 16 hexadecimal digits that tie a trace or a predictor to it."""
 
 import hashlib
 import json
 
 import torch
+from transformers import PreTrainedModel
 
 from moeflow.hf import experts_interface
 
 
 @torch.no_grad()
-def model_fingerprint(model) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """Hash what makes a model route as it does: its shape and its routers' weights, rounded to bfloat16.
 
     A checkpoint in bfloat16 has the same fingerprint loaded as float32 or as bfloat16, with its experts or without.
@@ -44,7 +45,7 @@ def model_fingerprint(model) -> str:
     return digest.hexdigest()[:16]
 
 
-def _num_experts(module) -> int:
+def _num_experts(module: torch.nn.Module) -> int:
     """Return how many experts a module holds; where they were taken off, stubs of their shape are left."""
     held = (*module.parameters(recurse=False), *vars(module).values())
     return next(tensor.shape[0] for tensor in held if isinstance(tensor, torch.Tensor))

@@ -1,6 +1,6 @@
-"""Passes of a model as transformers runs them: the cache they go on from, the attention in them, where decoding ends.
+"""Forward passes as transformers runs them: their tokens, their key-value cache, their attention, where decoding ends.
 
-For those who run passes themselves, and for those who watch what `generate` runs.
+For rooms that run passes themselves, and for those that watch the passes of `generate`.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from moeflow.errors import UnsupportedModelError
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
-    from transformers import CompileConfig
+    from transformers import CompileConfig, PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -83,19 +83,20 @@ def _continues(cache: Any, num_positions: int) -> bool:
     return cache is not None and num_positions == 1
 
 
-def key_value_bytes_per_position(model) -> int:
+def key_value_bytes_per_position(model: PreTrainedModel) -> int:
     """Estimate the key-value cache of one position, from the attention modules' projections."""
     features = 0
     for module in model.modules():
         for names in (("k_proj", "v_proj"), ("kv_b_proj",), ("qkv_proj",), ("query_key_value",)):
-            projections = [getattr(module, name, None) for name in names]
-            if all(isinstance(projection, torch.nn.Linear) for projection in projections):
+            found = [getattr(module, name, None) for name in names]
+            projections = [projection for projection in found if isinstance(projection, torch.nn.Linear)]
+            if len(projections) == len(names):
                 features += sum(projection.out_features for projection in projections)
                 break
     return features * model.dtype.itemsize
 
 
-def check_key_value_cache(model) -> None:
+def check_key_value_cache(model: PreTrainedModel) -> None:
     """Refuse a model that keeps anything else of earlier positions than keys and values.
 
     Raises:
@@ -111,19 +112,19 @@ def check_key_value_cache(model) -> None:
         )
 
 
-def context_positions(model) -> int | None:
+def context_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions the model was made for; None where its config does not say."""
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
-def end_tokens(model) -> frozenset[int]:
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """Return the tokens at which generation ends."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset([found] if isinstance(found, int) else found or ())
 
 
-def sampling_settings(model) -> dict[str, Any]:
+def sampling_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Return do_sample and the sampling that the checkpoint asks for, under the names of `generate`.
 
     What its generation settings leave open is transformers' default.
@@ -132,16 +133,19 @@ def sampling_settings(model) -> dict[str, Any]:
     return {name: _SAMPLING_DEFAULTS[name] if value is None else value for name, value in found.items()}
 
 
-def packed_forward(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache, keep: torch.Tensor):
+def packed_forward(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache, keep: torch.Tensor
+) -> torch.Tensor:
     """Run one pass and return the logits [len(keep), V] of the tokens at these places.
 
     Args:
         input_ids: [1, N].
         position_ids: [1, N].
+        cache: the key-value cache.
         keep: [S], places in 0..N-1.
     """
     known = inspect.signature(model.forward).parameters
-    arguments = {"cache" if "cache" in known else "past_key_values": cache}
+    arguments: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache}
     if "logits_to_keep" in known:
         arguments["logits_to_keep"] = keep
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **arguments).logits[0]
@@ -155,13 +159,14 @@ def register_packed_attention(attention: Callable, mask: Callable) -> None:
 
 
 @contextmanager
-def attention_replaced(model) -> Iterator[dict[int, str]]:
+def attention_replaced(model: PreTrainedModel) -> Iterator[dict[int, str]]:
     """Let the model's attention be the registered function, and its masks the registered masks.
 
     Yields:
         The implementation that each config has otherwise, by the config's id: "sdpa" or "eager".
     """
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs = {id(config): config for config in found}
     before = {key: config._attn_implementation for key, config in configs.items()}
     own = {key: name if name == "eager" or not model._supports_sdpa else "sdpa" for key, name in before.items()}
     own = {key: name if name in ("eager", "sdpa") else "eager" for key, name in own.items()}
@@ -174,22 +179,23 @@ def attention_replaced(model) -> Iterator[dict[int, str]]:
             config._attn_implementation_internal = before[key]
 
 
-def attention_function(module, implementation: str) -> Callable:
+def attention_function(module: torch.nn.Module, implementation: str) -> Callable:
     """Return the function that an attention module would call with this implementation."""
     of_model = sys.modules[type(module).__module__]
-    eager = getattr(of_model, "eager_attention_forward", None)
+    eager: Any = getattr(of_model, "eager_attention_forward", None)
     return getattr(of_model, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS).get_interface(implementation, eager)
 
 
-def compile_decoding(model) -> None:
+def compile_decoding(model: PreTrainedModel) -> None:
     """Let generate() compile its decode steps, on any device: a static key-value cache, and torch.compile."""
     # Checks of what the compiler itself has allocated would take as long as the smaller kernels.
-    compiling = CompileConfig(mode=None, fullgraph=False, options={"size_asserts": False})
+    no_mode: Any = None  # CompileConfig says str, torch.compile takes None beside options
+    compiling: Any = CompileConfig(mode=no_mode, fullgraph=False, options={"size_asserts": False})
     compiling._compile_all_devices = True  # without it transformers compiles on accelerators only
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = compiling
 
 
-def compiles_decoding(model) -> bool:
+def compiles_decoding(model: PreTrainedModel) -> bool:
     """Tell whether `compile_decoding` was called."""
     return getattr(getattr(model, "generation_config", None), "compile_config", None) is not None

@@ -1,4 +1,4 @@
-"""A model from its folder, by transformers: config, tokenizer, the empty model, and the model without its experts.
+"""What transformers loads from a folder: config, tokenizer, the empty model, and the model without its experts.
 
 Knows folders, configs and from_pretrained. Knows nothing of where an expert's bytes lie: see `model_folder`.
 """
@@ -16,7 +16,7 @@ from moeflow.checkpoint.headers import Checkpoint
 from moeflow.checkpoint.prequantized import StoredMatrix, find_matrices
 from moeflow.errors import CheckpointError, ModelSourceError, UnsupportedModelError
 from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
-from moeflow.hf.quantizer import WithoutExperts, native_scheme
+from moeflow.hf.quantizer import WithoutExperts, quantization_scheme
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
@@ -36,8 +36,12 @@ with parts_of_transformers():
 Found = TypeVar("Found")
 
 
-def resolve_folder(model: str | Path, **download_kwargs) -> Path:
+def resolve_folder(model: str | Path, **hub_options: Any) -> Path:
     """Return the local folder of `model`, fetching it from the hub when it is an id.
+
+    Args:
+        model: a hub id or a folder.
+        **hub_options: of the download.
 
     Raises:
         ModelSourceError: neither a folder nor an id the hub (or its local cache) can serve.
@@ -57,7 +61,7 @@ def resolve_folder(model: str | Path, **download_kwargs) -> Path:
                 str(model),
                 allow_patterns=["*.json", "*.safetensors", "*.moeflow", "*.jinja", "*.model", "*.txt", "*.py"],
                 ignore_patterns=["original/*", "consolidated*"],
-                **download_kwargs,
+                **hub_options,
             )
         )
     except (OSError, ValueError) as error:
@@ -67,8 +71,12 @@ def resolve_folder(model: str | Path, **download_kwargs) -> Path:
         ) from error
 
 
-def load_config(folder: Path, **config_kwargs):
+def load_config(folder: Path, **config_options: Any) -> PreTrainedConfig:
     """Read config.json and refuse what this version cannot run.
+
+    Args:
+        folder: of the checkpoint.
+        **config_options: passed to transformers' AutoConfig.
 
     Raises:
         CheckpointError: no or a corrupt config.json.
@@ -82,13 +90,13 @@ def load_config(folder: Path, **config_kwargs):
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON ({error}). Download it again.") from None
     try:
-        config = AutoConfig.from_pretrained(folder, **config_kwargs)
+        config = AutoConfig.from_pretrained(folder, **config_options)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} does not know the model in {folder}: {error} "
             "A newer transformers may (pip install -U transformers)."
         ) from error
-    native_scheme(config, str(folder))
+    quantization_scheme(config, str(folder))
     return config
 
 
@@ -109,7 +117,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def model_class(config):
+def model_class(config: PreTrainedConfig) -> Any:
     """Return the transformers class that loads this config: causal LM first, then what its architecture says."""
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
@@ -120,7 +128,7 @@ def model_class(config):
     return AutoModel
 
 
-def empty_model(config, dtype: torch.dtype | None = None):
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Build the model on the meta device, with experts and without any weight."""
     cls = model_class(config)
     config = copy.deepcopy(config)
@@ -148,7 +156,7 @@ def load_without_experts(
         UnsupportedModelError: a quantised dense weight that is not the model's as it is.
     """
     folder = checkpoint.folder
-    cls, scheme = model_class(config), native_scheme(config, str(folder))
+    cls, scheme = model_class(config), quantization_scheme(config, str(folder))
     stored: dict[str, StoredMatrix] = {}
     found: list[Found] = []
     if scheme is not None:
@@ -185,7 +193,7 @@ def load_without_experts(
     return loaded, info, found[0]
 
 
-def _check_dense(model, stored: dict[str, StoredMatrix]) -> None:
+def _check_dense(model: PreTrainedModel, stored: dict[str, StoredMatrix]) -> None:
     """Refuse quantised dense weights that cannot be loaded one by one, before anything large is read."""
     if not stored:
         return
@@ -210,7 +218,7 @@ def _check_dense(model, stored: dict[str, StoredMatrix]) -> None:
 def _take_experts_off(model: PreTrainedModel) -> None:
     """Remove the routed experts' parameters from an empty model and keep the loader quiet about them."""
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    scheme = native_scheme(model.config)
+    scheme = quantization_scheme(model.config)
     if scheme is not None and scheme.method == "gptq":
         ignored.add(r"\.bias$")  # some tools write a bias of zeros beside every matrix
     for path, module in experts_modules(model):
@@ -219,7 +227,7 @@ def _take_experts_off(model: PreTrainedModel) -> None:
             ignored.add(r"(^|\.)" + re.escape(f"{tail}."))
         for name in list(module._parameters):
             # What stays is an attribute of the right shape without memory: some families' init code looks at it.
-            stub = module._parameters.pop(name)
+            stub: Any = module._parameters.pop(name)
             if stub is not None:
                 stub._is_hf_initialized = True
             module.__dict__[name] = stub
@@ -230,7 +238,7 @@ def _take_experts_off(model: PreTrainedModel) -> None:
     model._keys_to_ignore_on_load_unexpected = ignored
 
 
-def own_dense_weights(model) -> None:
+def own_dense_weights(model: PreTrainedModel) -> None:
     """Move parameters and buffers on the CPU out of the checkpoint's memory mapping, one at a time.
 
     Mapped weights would be paged out under memory pressure, and lie at whatever offset the file has, on which the

@@ -6,15 +6,18 @@ checkpoint's pieces. The model that comes out knows nothing of it.
 """
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from moeflow.checkpoint.prequantized import NativeScheme, read_scheme
+from moeflow.checkpoint.prequantized import QuantizationScheme, read_scheme
 from moeflow.checkpoint.prequantized_values import values
 from moeflow.hf.experts_interface import IMPLEMENTATION
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.core_model_loading import ConversionOps, WeightConverter
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
@@ -30,16 +33,23 @@ class WithoutExperts(QuantizationConfigMixin):
         scheme: how the checkpoint is quantised, in place of its own quantization_config; None where it is not.
     """
 
-    def __init__(self, on_empty=None, scheme: NativeScheme | None = None, **kwargs):
+    quant_method: Any
+
+    def __init__(
+        self,
+        on_empty: Callable[[PreTrainedModel], None] | None = None,
+        scheme: QuantizationScheme | None = None,
+        **kwargs: Any,
+    ):
         self.quant_method = IMPLEMENTATION
         self.on_empty = on_empty
         self.scheme = scheme
         self.problems: list[str] = []  # with dense weights: transformers would only log what is raised meanwhile
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> "WithoutExperts":
         return self
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"quant_method": IMPLEMENTATION}
 
 
@@ -50,42 +60,42 @@ class _ExpertsRemover(HfQuantizer):
     The dense weights of a quantised checkpoint become plain values, each as it is loaded.
     """
 
-    def __init__(self, quantization_config, **kwargs):
+    def __init__(self, quantization_config: WithoutExperts, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = quantization_config.scheme is not None  # else transformers casts codes to floats
 
-    def get_weight_conversions(self):
+    def get_weight_conversions(self) -> list[WeightConverter]:
         scheme = self.quantization_config.scheme
         if scheme is None or scheme.method == "mxfp4":  # of experts only
             return []
         operation = _Dequantize(scheme, self.quantization_config.problems)
         return [WeightConverter(list(operation.endings), ".weight", [operation])]
 
-    def update_weight_conversions(self, weight_conversions, *args):
+    def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
         return weight_conversions + self.get_weight_conversions()
 
-    def get_new_dtype(self, converter, param, dtype):
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, _Dequantize):
                 operation.dtype = dtype  # of its own target: every target has its own converter
                 return None
         return dtype
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.quantization_config.on_empty(model)
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)
         for module in model.modules():
             if hasattr(module, "config") and getattr(module.config, "_is_quantized", False):
                 module.config._is_quantized = False
         return model
 
-    def is_serializable(self):
+    def is_serializable(self) -> bool:
         return False
 
     @property
-    def is_trainable(self):
+    def is_trainable(self) -> bool:
         return False
 
 
@@ -97,17 +107,19 @@ class _Dequantize(ConversionOps):
         problems: gets a sentence for every weight that could not be made.
     """
 
-    def __init__(self, scheme: NativeScheme, problems: list[str]):
+    def __init__(self, scheme: QuantizationScheme, problems: list[str]):
         self.scheme = scheme
         self.problems = problems
-        self.dtype = None
+        self.dtype: torch.dtype | None = None
         stem = "" if scheme.stands_for else ".weight"  # what the names of all pieces begin with
         self.endings = {re.escape(stem + ending) + "$": ending for ending in (scheme.codes, *scheme.companions)}
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> "_Dequantize":
         return _Dequantize(self.scheme, self.problems)
 
-    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         pieces = {
             self.endings[pattern]: value[0] if isinstance(value, list) else value
             for pattern, value in input_dict.items()
@@ -124,7 +136,7 @@ class _Dequantize(ConversionOps):
             return {full_layer_name: torch.zeros(parameter.shape, dtype=dtype)}
 
 
-def native_scheme(config, source: str = "the model") -> NativeScheme | None:
+def quantization_scheme(config: PreTrainedConfig, source: str = "the model") -> QuantizationScheme | None:
     """Tell how the checkpoint of this config is quantised, None where it is not.
 
     Args:

@@ -1,12 +1,15 @@
-"""The residual stream in front of each MoE layer's router, and that router folded with its norm: what lookahead asks.
+"""The residual stream in front of each MoE layer's router, and that router folded with its norm, for lookahead.
 
-Which norm feeds the experts is found by looking: the one whose output is the very tensor the experts receive. Knows
-torch modules by their shapes, not by their families.
+The norm that feeds the experts is the one whose output is the very tensor they receive. Knows torch modules by their
+shapes, not by their families.
 """
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from moeflow.hf import experts_interface
 from moeflow.predictors.lookahead import Lookahead
@@ -20,8 +23,10 @@ class ResidualTap:
     """
 
     def __init__(self, model: torch.nn.Module):
-        self._latest: dict[int, dict] = {}  # layer -> {norm: (its input, its output)} of the pass under way
-        self._hooks: list = []
+        self._latest: dict[
+            int, dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+        ] = {}  # layer -> {norm: (its input, its output)} of the pass under way
+        self._hooks: list[RemovableHandle] = []
         self.norms = {
             layer: _norms_around(model, path)
             for layer, (path, _) in enumerate(experts_interface.experts_modules(model))
@@ -51,11 +56,11 @@ class ResidualTap:
         self._hooks.clear()
         self._latest.clear()
 
-    def _keep(self, layer: int):
+    def _keep(self, layer: int) -> Callable[[torch.nn.Module, tuple, Any], None]:
         tap = weakref.ref(self)
 
         @torch.compiler.disable
-        def hook(norm, args, output):
+        def hook(norm: torch.nn.Module, args: tuple, output: Any) -> None:
             found = tap()
             if found is not None and args and isinstance(output, torch.Tensor):
                 found._latest.setdefault(layer, {})[norm] = args[0].detach(), output.detach()
@@ -77,7 +82,7 @@ def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:
             norms = [norm for norm in norms if getattr(norm, "weight", None) is not None]
             norms = [norm for norm in norms if norm.weight.shape == weight.shape[1:]]
         known = weight is not None and len(norms) > 0
-        routers.append(weight * _scale(norms[-1], weight) if known else None)
+        routers.append(weight * _scale(norms[-1], weight) if weight is not None and norms else None)
         biases.append(bias)
         eps.append(_eps(norms[-1]) if known else 0.0)
     if all(router is None for router in routers):
@@ -85,7 +90,7 @@ def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:
     return Lookahead(routers, biases, eps, top_k)
 
 
-def _norms_around(model, path: str) -> list[torch.nn.Module]:
+def _norms_around(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
     """List the norms beside the MoE block and inside it, in the order they are registered."""
     block = path.rpartition(".")[0]
     layer = model.get_submodule(block.rpartition(".")[0])

@@ -22,7 +22,7 @@ from helpers.prequantized_checkpoints import (
 )
 from moeflow import load_moe
 from moeflow.checkpoint.headers import open_checkpoint
-from moeflow.checkpoint.prequantized import NativeScheme, read_scheme
+from moeflow.checkpoint.prequantized import QuantizationScheme, read_scheme
 from moeflow.checkpoint.prequantized_values import in_format, values
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.convert.pack import pack_model
@@ -298,7 +298,7 @@ def test_values_do_not_depend_on_how_many_rows_are_made_at_a_time():
     name, weight = "weight", torch.randn(2200, 130, generator=torch.Generator().manual_seed(0))
     pieces, expected = fp8_quantiser()(name, weight)
     pieces = {ending: pieces[f"{name}{ending}"] for ending in ("", "_scale_inv")}
-    found = values(pieces, NativeScheme("fp8"), tuple(weight.shape), torch.float64)
+    found = values(pieces, QuantizationScheme("fp8"), tuple(weight.shape), torch.float64)
     assert torch.equal(found, expected)
 
 
@@ -320,7 +320,7 @@ def test_symmetric_zero_points_are_eight_whichever_way_they_are_stored():
     ("group_size", "stored"), [(32, 32), (64, 64), (96, 32), (128, 128), (192, 64), (256, 128), (-1, 128)]
 )
 def test_groups_are_cut_into_groups_of_a_format(group_size, stored):
-    assert NativeScheme("awq", group_size).format == f"int4-g{stored}"
+    assert QuantizationScheme("awq", group_size).format == f"int4-g{stored}"
 
 
 @pytest.mark.parametrize(

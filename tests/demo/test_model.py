@@ -17,8 +17,9 @@ from moeflow.calibration.sample_texts import calibration_prompts, library_texts
 from moeflow.checkpoint.headers import read_header
 from moeflow.demo import model as demo_model
 from moeflow.demo import source as demo_source
-from moeflow.demo.model import DemoModelError, Stages, build_checkpoint, build_demo_model, default_demo_path
+from moeflow.demo.model import Stages, build_checkpoint, build_demo_model, default_demo_path
 from moeflow.demo.recipe import Recipe, Stream, replay_layer, spherical_kmeans, split_layer
+from moeflow.errors import DemoModelError
 
 NUM_LAYERS = 3
 TINY = Recipe(
