@@ -48,13 +48,14 @@ class TorchCompute:
     def _mlp(self, hidden_states: torch.Tensor, resident: Resident) -> torch.Tensor:
         """Run one expert on [n, H] tokens where its weights are. Returns [n, H] where the tokens are."""
         module, weights, dtype = self._module(), resident.tensors(), hidden_states.dtype
+        assert module is not None, "the module of these experts is gone"
         for name, form, shape in resident.record.matrices:
             weights = {**weights, name: dequantize(weights, name, find_format(form), shape, dtype)}
         output = expert_mlp(
             hidden_states.to(resident.pool.device),
             weights,
             activation=experts_interface.activation_of(module),
-            is_transposed=module.is_transposed and not resident.record.matrices,
+            is_transposed=bool(module.is_transposed) and not resident.record.matrices,
         ).to(hidden_states.device)
         # The norm's own weight stays on the device.
         return experts_interface.post_norm(module, output)

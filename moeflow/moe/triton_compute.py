@@ -28,11 +28,17 @@ class TritonCompute:
         self._torch = TorchCompute(module)
         self._activation = activation
         self._is_transposed = bool(module.is_transposed)
-        self._kernels: dict[int, TritonExperts | None] = {}  # by the record's identity: equal ones are one object
+        self._kernels: dict[int, TritonExperts] = {}  # by the record's identity: equal records are one object
 
     def can_run(self, records: list[RecordLayout]) -> bool:
-        """Whether there is a kernel for each of these."""
-        return all(self._kernel(record) is not None for record in records)
+        """Prepare a kernel for each record that `run` may meet; return whether all have one."""
+        for record in records:
+            if id(record) not in self._kernels:
+                kernel = TritonExperts.build(record, self._activation, is_transposed=self._is_transposed)
+                if kernel is None:
+                    return False
+                self._kernels[id(record)] = kernel
+        return True
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1], dtype=torch.float32)
@@ -58,7 +64,7 @@ class TritonCompute:
         for resident in residents:
             slots[dispatch.places(resident.expert)[0]] = resident.slot
         on_device = torch.tensor([slots], dtype=torch.int32).to(hidden_states.device, non_blocking=True)
-        kernel = self._kernel(residents[0].record)
+        kernel = self._kernels[id(residents[0].record)]
         return kernel.decode(hidden_states, residents[0].pool.tensor, on_device, top_k_weights)
 
     def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -67,7 +73,7 @@ class TritonCompute:
     def _run_alike(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
     ) -> None:
-        kernel, arena = self._kernel(residents[0].record), residents[0].pool.tensor
+        kernel, arena = self._kernels[id(residents[0].record)], residents[0].pool.tensor
         slots = [resident.slot for resident in residents]
         places = [dispatch.places(resident.expert) for resident in residents]
         counts = [len(chosen) for chosen in places]
@@ -83,9 +89,3 @@ class TritonCompute:
         else:
             offsets = on_device([0, *accumulate(counts)])
             kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs)
-
-    def _kernel(self, record: RecordLayout) -> TritonExperts | None:
-        key = id(record)
-        if key not in self._kernels:
-            self._kernels[key] = TritonExperts.build(record, self._activation, is_transposed=self._is_transposed)
-        return self._kernels[key]

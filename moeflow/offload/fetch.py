@@ -5,7 +5,7 @@ Decides in which order and where, device or host tier. Knows nothing of what is 
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from moeflow.core import ExpertKey, RecordLayout
 from moeflow.errors import ExpertReadError
@@ -44,7 +44,7 @@ class ExpertFetch:
         records: list[RecordLayout],
         num_tokens: dict[ExpertKey, int],
         router_output: RouterOutput | None,
-    ) -> Iterator[list[Resident]]:
+    ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once; see `ExpertRuntime.fetch`.
 
         Args:
@@ -58,7 +58,7 @@ class ExpertFetch:
             residency.settle_ended()
         demand = residency.claim(layer, list(num_tokens))
         held, in_flight, absent = list(demand.resident), demand.in_flight, demand.absent
-        on_host = []
+        on_host: list[ExpertKey] = []
         if self._host_compute is not None:
             on_host = self._host_compute.choose(absent, num_tokens, residency.cache, residency.pool.stride)
         to_start, resident = deque(key for key in absent if key not in on_host), held.copy()
@@ -69,7 +69,7 @@ class ExpertFetch:
         stats.misses += len(absent) + len(in_flight)
         stats.waited_for_prefetch += len(in_flight)
 
-        def arrive(arrived):
+        def arrive(arrived: list[ExpertKey]) -> None:
             resident.extend(arrived)
             held.extend(arrived)
 
@@ -80,7 +80,8 @@ class ExpertFetch:
             if prediction is not None and router_output is not None:
                 prediction.observe(layer, router_output, stats)
                 arrive(residency.prefetch(waiting))
-            yield from self._fetch_from_host(on_host, records, stats)
+            if self._host_compute is not None:
+                yield from self._fetch_from_host(self._host_compute, on_host, records, stats)
             while resident or waiting:
                 if not resident:
                     residency.start(to_start)
@@ -114,14 +115,14 @@ class ExpertFetch:
                 self._host_compute.release()
 
     def _fetch_from_host(
-        self, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
-    ) -> Iterator[list[Resident]]:
+        self, host_compute: HostCompute, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
+    ) -> Generator[list[Resident], None, None]:
         """Yield experts where they lie in the host tier; give one that the link has time for a device slot."""
         residency = self._residency
         for key in on_host:
             record = records[key.expert]
-            yield [self._host_compute.start(key, record)]
-            stats.compute_s += self._host_compute.finish(key, record.num_bytes)
+            yield [host_compute.start(key, record)]
+            stats.compute_s += host_compute.finish(key, record.num_bytes)
             stats.decisions.computed_on_host += 1
             # Without this an expert that is always computed here would never become resident.
             transfers = residency.transfers

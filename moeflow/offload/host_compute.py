@@ -79,6 +79,6 @@ class HostCompute:
         while self._num_tokens:
             self._host.cache.unpin(self._num_tokens.popitem()[0])
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, float | None]:
         """Return the bandwidths that decide; see `MissSplit.as_dict`."""
         return self._split.as_dict()

@@ -4,7 +4,8 @@ the way when it fails. The one place where tensors become the predictor's arrays
 
 import logging
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class PredictionLoop:
         self._tap = tap
         self.predictor = prefetcher.predictor
         self._num_sequences = 0
-        self._prompt: list | None = None  # (token ids, routes of each layer) of the prefill under way
+        # Token ids [B, T] of the prefill under way, and (experts, weights) [B * T, K] of each layer so far.
+        self._prompt: tuple[torch.Tensor, list[tuple[np.ndarray, np.ndarray]]] | None = None
         self._began: float | None = None  # when the decode step before this one began
         self._before = (0, 0.0)  # misses and the account at that time
         self._steps = {True: 0, False: 0}
@@ -105,7 +107,7 @@ class PredictionLoop:
         self._steps = {True: 0, False: 0}
         self._before = (0, 0.0)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Return what prediction did: who predicts, whether it is on and why, and the account of prefetch."""
         return {
             "predictor": self.predictor.name,
@@ -130,7 +132,7 @@ class PredictionLoop:
         self._guarded(self._end_prefill)
         decode = continues and num_positions == 1
         if not continues:
-            self._begin_prefill(token_ids, num_sequences, num_positions)
+            self._begin_prefill(token_ids, num_sequences)
         elif token_ids is None:  # nobody can tell whose tokens these are, nor those of the next pass
             self._pause()
             self._num_sequences = 0
@@ -153,14 +155,16 @@ class PredictionLoop:
         self._before = (misses, net_s)
         return self._switch.step(step_s, misses - before_misses, net_s - before_net_s)
 
-    def _begin_prefill(self, token_ids, num_sequences, num_positions) -> None:
+    def _begin_prefill(self, token_ids: torch.Tensor | None, num_sequences: int) -> None:
         """Only watch: a prompt demands nearly every expert, and its reads are all in flight without predictions."""
         self._pause()
         self._num_sequences = num_sequences
         self._guarded(self.prefetcher.begin, num_sequences)
         self.prefetcher.rest()
-        self.watching = self._switch.on and token_ids is not None and self.predictor.signal == "none"
-        self._prompt = (token_ids, []) if self.watching else None
+        if token_ids is not None and self._switch.on and self.predictor.signal == "none":
+            self.watching, self._prompt = True, (token_ids, [])
+        else:
+            self.watching, self._prompt = False, None
 
     def _end_prefill(self) -> None:
         """Hand the prompt's routes to the predictor, if every layer was seen."""
@@ -176,7 +180,7 @@ class PredictionLoop:
             weights = np.stack([weights.reshape(shape) for _, weights in routes], axis=2)
             self.predictor.prefill(token_ids.cpu().numpy(), experts, weights)
 
-    def _begin_step(self, token_ids, num_sequences) -> None:
+    def _begin_step(self, token_ids: torch.Tensor, num_sequences: int) -> None:
         if num_sequences != self._num_sequences:  # beams, or sequences that were added
             self._num_sequences = num_sequences
             self.prefetcher.begin(num_sequences)
@@ -189,7 +193,7 @@ class PredictionLoop:
         self.watching = False
         self.prefetcher.rest()
 
-    def _guarded(self, call, *args) -> None:
+    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
         """Run the predictor; whatever it raises switches it off for good, and generation goes on without it."""
         try:
             call(*args)

@@ -8,7 +8,7 @@ import threading
 import time
 
 from moeflow.errors import ExpertReadError, MoeflowError
-from moeflow.offload.transfer import Transfer
+from moeflow.offload.transfer import Transfer, Work
 
 
 class ReadingThreads:
@@ -32,7 +32,7 @@ class ReadingThreads:
         self._ended: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(
-                target=_serve_work,
+                target=_run_queued,
                 args=(self._tickets, (self._demands, self._prefetches), self._ended),
                 name="moeflow-read",
                 daemon=True,
@@ -47,7 +47,7 @@ class ReadingThreads:
         (self._prefetches if transfer.prefetch else self._demands).put(transfer)
         self._tickets.put(True)
 
-    def run_here(self, transfer: Transfer, work: tuple) -> None:
+    def run_here(self, transfer: Transfer, work: Work) -> None:
         """Run work in the calling thread; its end is reported as any."""
         _run(self._ended, transfer, work)
 
@@ -73,7 +73,11 @@ class ReadingThreads:
         self._ended = queue.SimpleQueue()
 
 
-def _serve_work(tickets, queues, ended) -> None:
+def _run_queued(
+    tickets: queue.SimpleQueue[bool],
+    queues: tuple[queue.SimpleQueue[Transfer], ...],
+    ended: queue.SimpleQueue[Transfer],
+) -> None:
     """Run what is queued, demands first, until a ticket says no more: the life of a reading thread."""
     while tickets.get():
         for waiting in queues:
@@ -88,7 +92,7 @@ def _serve_work(tickets, queues, ended) -> None:
         del transfer, work  # while this thread waits, it holds nothing of the runtime's
 
 
-def _run(ended, transfer, work) -> None:
+def _run(ended: queue.SimpleQueue[Transfer], transfer: Transfer, work: Work) -> None:
     """Run one read and always report its end: whoever waits would otherwise wait for ever."""
     function, *arguments = work
     begin = time.perf_counter()

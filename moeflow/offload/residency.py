@@ -8,9 +8,8 @@ of routers, passes or arithmetic.
 import time
 from collections import deque
 from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
 
-from moeflow.core import ExpertKey, Tier
+from moeflow.core import ExpertKey, RecordLayout, Tier
 from moeflow.errors import ExpertReadError
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
@@ -77,9 +76,10 @@ class Residency:
         others = transfers.prefetches() if predicted else []
         return Demand(layer, resident, in_flight, absent, transfers.copy_s, others)
 
-    def begin_use(self, keys: list[ExpertKey], records: list) -> list[Resident]:
+    def begin_use(self, keys: list[ExpertKey], records: list[RecordLayout]) -> list[Resident]:
         """Return where pinned experts lie, when this thread's compute may read them; `records` are their layer's."""
-        slot_of, wait, residents = self.cache.slot, self._streams.wait, []
+        slot_of, wait = self.cache.slot, self._streams.wait
+        residents: list[Resident] = []
         for key in keys:
             slot = slot_of(key)
             # This call's stream may be another than that of the call that had the expert copied or used it.
@@ -95,7 +95,7 @@ class Residency:
             self._last_use[cache.slot(key)] = event
             cache.unpin(key)
 
-    def start(self, to_start: deque) -> None:
+    def start(self, to_start: deque[ExpertKey]) -> None:
         """Start copies, in order, while there is a slot and a place in flight for them."""
         decisions = self._stats.now.decisions
         while to_start and self.transfers.has_room:
@@ -126,13 +126,14 @@ class Residency:
             return None
         return self.transfers.start(key, slot, self._last_use[slot])
 
-    def prefetch(self, waiting: AbstractSet[ExpertKey] = frozenset()) -> list[ExpertKey]:
+    def prefetch(self, waiting: set[ExpertKey] | None = None) -> list[ExpertKey]:
         """Start what is worth prefetching while the link has room, and take back what comes too late.
 
         Returns:
             The experts of `waiting` that have arrived meanwhile, pinned.
         """
-        prefetcher, transfers, arrived = self._prefetcher, self.transfers, []
+        prefetcher, transfers = self._prefetcher, self.transfers
+        arrived: list[ExpertKey] = []
         if prefetcher is None or not prefetcher.active:
             return arrived
         try:
@@ -163,7 +164,7 @@ class Residency:
             self._stats.now.stall_s += time.perf_counter() - begin
         return self.settle(transfer, waiting)
 
-    def settle(self, transfer: Transfer, wanted: AbstractSet[ExpertKey] = frozenset()) -> list[ExpertKey]:
+    def settle(self, transfer: Transfer, wanted: set[ExpertKey] | None = None) -> list[ExpertKey]:
         """Enter an ended copy; return its expert, pinned, if it is wanted, and take it out of `wanted`.
 
         Raises:
@@ -174,7 +175,7 @@ class Residency:
             cache.abort(key)
             if self._prefetcher is not None:
                 self._prefetcher.ledger.drop(key)
-            if key in wanted:
+            if wanted and key in wanted:
                 raise transfer.error
             return []
         cache.commit(key)
@@ -184,7 +185,7 @@ class Residency:
         else:
             now.bytes_from_host += transfer.num_bytes
         self._ready[transfer.slot] = transfer.event
-        if key in wanted:
+        if wanted and key in wanted:
             wanted.discard(key)
             return [key]
         cache.unpin(key)

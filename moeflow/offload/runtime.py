@@ -6,8 +6,8 @@ is `Residency`'s. Knows nothing of routers or arithmetic.
 
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,7 +79,6 @@ class ExpertRuntime:
         prediction: PredictionLoop | None = None,
         misses: MissSplit | None = None,
     ):
-        assert misses is None or host is not None, "without a host tier no expert lies anywhere else"
         self.store = store
         self.cache = cache
         self.device = pool.device
@@ -94,14 +93,17 @@ class ExpertRuntime:
         self._host = host
         self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
-        self._host_compute = None if misses is None else HostCompute(misses, host, self._transfers)
+        self._host_compute = None
+        if misses is not None:
+            assert host is not None, "without a host tier no expert lies anywhere else"
+            self._host_compute = HostCompute(misses, host, self._transfers)
         prefetcher = None if prediction is None else prediction.prefetcher
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._lock = threading.RLock()
         # Equal records become one object, so that layers share the tensor views of a slot.
-        records: dict = {}
+        records: dict[RecordLayout, RecordLayout] = {}
         self._records = [
             [
                 records.setdefault(record, record)
@@ -115,7 +117,7 @@ class ExpertRuntime:
     def __enter__(self) -> "ExpertRuntime":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     @property
@@ -174,7 +176,7 @@ class ExpertRuntime:
         experts: list[int],
         router_output: RouterOutput | None = None,
         num_tokens: list[int] | None = None,
-    ) -> Iterator[list[Resident]]:
+    ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once, where it lies: the resident ones together, then others as they arrive.
 
         Where experts wait for a slot, each resident one is yielded alone, so that its slot is free as soon as may be.
@@ -206,7 +208,7 @@ class ExpertRuntime:
                 raise
             self._torn = False
 
-    def stats(self) -> dict:
+    def stats(self) -> dict[str, Any]:
         """Return what has happened since loading or the last reset_stats(), with units in the names."""
         with self._lock:
             now, peak = process_memory_bytes()

@@ -57,7 +57,7 @@ class SlotPool:
                 self.bytes = np.frombuffer(arena, np.uint8).reshape(num_slots, self.stride)
                 self.tensor = torch.from_numpy(self.bytes)
             else:
-                self.bytes = None
+                self.bytes = np.empty((0, 0), np.uint8)  # none that the CPU can address
                 self.tensor = torch.empty(num_slots, self.stride, dtype=torch.uint8, device=self.device)
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
             raise BudgetError(
@@ -80,7 +80,7 @@ class SlotPool:
     def fit(self, slot: int, num_bytes: int) -> None:
         """Say that the slot will hold this much, and give pages beyond it back to the system; host memory only."""
         needed = slot_bytes(num_bytes)
-        if self._filled[slot] > needed:
+        if self._arena is not None and self._filled[slot] > needed:
             self._arena.madvise(mmap.MADV_DONTNEED, slot * self.stride + needed, self._filled[slot] - needed)
         self._filled[slot] = needed
 
@@ -95,7 +95,7 @@ class SlotPool:
             torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
             self._registered = False
         self._views.clear()
-        self.bytes = self.tensor = self._arena = None
+        self.bytes, self.tensor, self._arena = np.empty((0, 0), np.uint8), torch.empty(0), None
 
     def _register(self) -> None:
         address = ctypes.c_void_p(self.tensor.data_ptr()).value

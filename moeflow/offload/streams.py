@@ -3,7 +3,7 @@
 Two implementations of one small protocol. `CudaStreams` is not yet measured on hardware.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -39,26 +39,26 @@ class Streams(Protocol):
 class HostStreams:
     """One memory: copies have ended when they return."""
 
-    def copy(self, target, source, after):
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
         target.copy_(source)
         return None
 
-    def compute_event(self):
+    def compute_event(self) -> object:
         return None
 
-    def wait(self, event):
+    def wait(self, event: object) -> None:
         return None
 
-    def synchronize(self, event):
+    def synchronize(self, event: object) -> None:
         return None
 
-    def done(self, event):
+    def done(self, event: object) -> bool:
         return True
 
-    def copy_s(self, event):
+    def copy_s(self, event: object) -> float:
         return 0.0
 
-    def finish(self):
+    def finish(self) -> None:
         return None
 
 
@@ -78,7 +78,7 @@ class CudaStreams:
         # The pool may lie on memory that queued kernels of an earlier owner still use.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def copy(self, target, source, after):
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(_end(after))
@@ -88,28 +88,28 @@ class CudaStreams:
             end.record(self._stream)
         return _CopyEnd(begin, end)
 
-    def compute_event(self):
+    def compute_event(self) -> object:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def wait(self, event):
+    def wait(self, event: object) -> None:
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(_end(event))
 
-    def synchronize(self, event):
+    def synchronize(self, event: object) -> None:
         if event is not None:
             _end(event).synchronize()
 
-    def done(self, event):
+    def done(self, event: object) -> bool:
         return event is None or _end(event).query()
 
-    def copy_s(self, event):
+    def copy_s(self, event: object) -> float:
         return event.begin.elapsed_time(event.end) / 1000 if isinstance(event, _CopyEnd) else 0.0
 
-    def finish(self):
+    def finish(self) -> None:
         torch.cuda.synchronize(self._device)
 
 
-def _end(event):
+def _end(event: Any) -> torch.cuda.Event:
     return event.end if isinstance(event, _CopyEnd) else event

@@ -1,6 +1,10 @@
 """One expert in flight: where its bytes come from, where they go, and the read that brings them."""
 
+from typing import Any
+
 from moeflow.core import ExpertKey, Tier
+
+Work = tuple[Any, ...]  # a function, then its arguments
 
 
 class Transfer:
@@ -37,13 +41,13 @@ class Transfer:
         self.num_bytes = 0
         self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
         self.beside = False  # whether the CPU computed an expert while it was under way
-        self._work: list = []
+        self._work: list[Work] = []
 
-    def give_work(self, work: tuple) -> None:
+    def give_work(self, work: Work) -> None:
         """Attach what a reading thread has to run: a function and its arguments."""
         self._work.append(work)
 
-    def take_work(self) -> tuple | None:
+    def take_work(self) -> Work | None:
         """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
         try:
             return self._work.pop()

@@ -12,7 +12,7 @@ from moeflow.offload.host_tier import HostTier
 from moeflow.offload.read_threads import ReadingThreads
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfer import Transfer
+from moeflow.offload.transfer import Transfer, Work
 
 _MEASURED = 32  # ended copies kept until somebody asks what they took
 
@@ -89,7 +89,7 @@ class Transfers:
         num_bytes = self._store.layers[key.layer].layout.record_of(key.expert).num_bytes
         if self._host is None:
             transfer = Transfer(key, slot, Tier.DISK, None, prefetch=prefetch)
-            work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
+            work: Work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
         else:
             host = self._host
             host.cache.touch([key])
@@ -125,7 +125,7 @@ class Transfers:
         if not transfer.prefetch or transfer.take_work() is None:
             return False
         del self._in_flight[key]
-        if transfer.host_slot is not None:
+        if self._host is not None:
             self._host.cache.abort(key)
         return True
 
@@ -188,6 +188,7 @@ class Transfers:
             if transfer.error is not None:
                 cache.unpin(transfer.key)
                 return transfer
+            assert transfer.host_slot is not None, "with a host tier every copy passes through one of its slots"
             self._host.last_copy[transfer.host_slot] = transfer.event
             cache.unpin(transfer.key)
         return transfer
@@ -211,17 +212,28 @@ class Transfers:
         self._copying = running
 
 
-def _read_to_device(store, pool, transfer, num_bytes) -> None:
+def _read_to_device(store: ExpertStore, pool: SlotPool, transfer: Transfer, num_bytes: int) -> None:
     pool.fit(transfer.slot, num_bytes)
     transfer.num_bytes = store.read(transfer.key, pool.bytes[transfer.slot])
 
 
-def _read_through_host(store, pool, host_pool, streams, transfer, num_bytes, after, last_copy) -> None:
+def _read_through_host(
+    store: ExpertStore,
+    pool: SlotPool,
+    host_pool: SlotPool,
+    streams: Streams,
+    transfer: Transfer,
+    num_bytes: int,
+    after: object,
+    last_copy: object,
+) -> None:
     streams.synchronize(last_copy)
     transfer.num_bytes = store.read(transfer.key, host_pool.bytes[transfer.host_slot])
     _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after)
 
 
-def _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after) -> None:
+def _copy_to_device(
+    pool: SlotPool, host_pool: SlotPool, streams: Streams, transfer: Transfer, num_bytes: int, after: object
+) -> None:
     source = host_pool.tensor[transfer.host_slot, :num_bytes]
     transfer.event = streams.copy(pool.tensor[transfer.slot, :num_bytes], source, after)

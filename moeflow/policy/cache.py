@@ -48,7 +48,7 @@ class ExpertCache:
         self._emptied: set[int] = set()
         self.peak_used = 0
         self.num_transient = num_transient
-        self._victim_scores: Callable = POLICIES[policy]
+        self._victim_scores = POLICIES[policy]
         self.sizes = sizes
         self._slot_of: dict[ExpertKey, int] = {}
         self._key_of: list[ExpertKey | None] = [None] * num_slots
@@ -140,11 +140,12 @@ class ExpertCache:
             slot = self._victim()
             if slot is None:
                 return None
-            if worth is not None and self.forecast.worth[self._layer[slot], self._expert[slot]] >= worth:
-                return None
-            self.evicted.append(self._key_of[slot])
+            if worth is not None:
+                assert self.forecast is not None, "a worth was given, and there is no forecast"
+                if self.forecast.worth[self._layer[slot], self._expert[slot]] >= worth:
+                    return None
+            self.evicted.append(self._release(slot))
             self.evictions += 1
-            self._release(slot)
             self._emptied.add(slot)
         slot = self._free.pop()  # the one emptied last
         self._emptied.discard(slot)
@@ -275,13 +276,16 @@ class ExpertCache:
         )
         self._passes = np.pad(self._passes, more[0])
 
-    def _release(self, slot: int) -> None:
+    def _release(self, slot: int) -> ExpertKey:
+        """Free a slot; return the expert that sat in it."""
         key, self._key_of[slot] = self._key_of[slot], None
+        assert key is not None, f"slot {slot} is free already"
         self.used -= self.size(key)
         del self._slot_of[key]
         self._present[key] = False
         self._state[slot], self._pins[slot], self._blocked[slot] = _FREE, 0, np.inf
         self._free.append(slot)
+        return key
 
 
 def _lru(cache: ExpertCache) -> np.ndarray:

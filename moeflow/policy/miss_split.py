@@ -15,7 +15,7 @@ _PROBE_TOKENS = 4  # the most that a probe computes on the CPU: what a prefill w
 class _Pace:
     """Moving average of seconds a byte of expert weights, and how many decisions ago it was measured or asked for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.s_per_byte: float | None = None
         self.age = _STALE
         self._weight = 1.0  # of the next measurement
@@ -49,7 +49,7 @@ class MissSplit:
     computing take equal time, copying wins: a copied expert is there the next time.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         # Of copies, and of computations by `_size`; each alone (False) and beside the other kind (True).
         self._copy = {beside: _Pace() for beside in (False, True)}
         self._host: dict[bool, dict[int, _Pace]] = {beside: {0: _Pace()} for beside in (False, True)}
@@ -101,13 +101,16 @@ class MissSplit:
                 return None
             copy = (num_ahead + copies) * num_bytes * pace
         if on_host:
-            paces = {tokens: self._host_pace(tokens, beside) for tokens in set(num_tokens[:on_host])}
-            if None in paces.values():
-                return None
+            paces = {}
+            for tokens in set(num_tokens[:on_host]):
+                pace = self._host_pace(tokens, beside)
+                if pace is None:
+                    return None
+                paces[tokens] = pace
             host = num_bytes * sum(paces[tokens] for tokens in num_tokens[:on_host])
         return max(copy, host)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, float | None]:
         """Return the bandwidths the decisions rest on, those of few tokens for the CPU; None where not measured."""
         return {
             "copy_bytes_per_s": _rate(self._copy[False]),
@@ -116,7 +119,7 @@ class MissSplit:
             "host_beside_copies_bytes_per_s": _rate(self._host[True][0]),
         }
 
-    def _fastest(self, num_tokens, num_bytes, num_ahead) -> int:
+    def _fastest(self, num_tokens: Sequence[int], num_bytes: int, num_ahead: int) -> int:
         best, best_s = 0, self.finish_s(num_tokens, num_bytes, num_ahead, 0)
         if best_s is None:
             return 0

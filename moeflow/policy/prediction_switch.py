@@ -21,7 +21,7 @@ class PredictionSwitch:
     steps a trial takes fifteen into the other mode, and ever less while the trials agree.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.on = True
         self.reason = "starting"
         self.num_trials = 0

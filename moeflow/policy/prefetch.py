@@ -4,6 +4,8 @@ Owns the forecast the cache evicts by and the account of what prefetch did. Know
 cache's; knows no tensors, files, streams or clocks, so that the replay drives this very code.
 """
 
+from typing import Any
+
 import numpy as np
 
 from moeflow.core import ExpertKey
@@ -88,7 +90,7 @@ class Prefetcher:
         self.ledger.record_demand(demand)
         self._forecast.pass_layer(demand.layer)
 
-    def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: object) -> None:
+    def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: Any) -> None:
         """Show the predictor what the router of a layer chose, experts and weights [B, K], and plan anew.
 
         Raises:
@@ -143,7 +145,9 @@ class Prefetcher:
             distance = 1 + num_layers - first
             self._queue = self._wanted(self._next_step[wrap], present[wrap], 0, distance, least) + self._queue
 
-    def _wanted(self, probability, present, first_layer, distance, least) -> list[tuple[ExpertKey, int]]:
+    def _wanted(
+        self, probability: np.ndarray, present: np.ndarray, first_layer: int, distance: int, least: float
+    ) -> list[tuple[ExpertKey, int]]:
         """List (expert, distance) of some layers' absent and likely experts, the most urgent last."""
         rows, experts = ((probability >= least) & ~present).nonzero()
         if not len(rows):

@@ -1,5 +1,7 @@
 """What prefetches saved and cost: one set of counters for replay and live. Numbers only."""
 
+from typing import Any
+
 import numpy as np
 
 from moeflow.core import ExpertKey
@@ -125,7 +127,7 @@ class PrefetchLedger:
         for entries in (self._pending, self._unused, self._by_layer, self._evicted):
             entries.clear()
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Return the counts by distance and in all, with precision and timeliness (None where nothing was issued)."""
         total = self._row(slice(None))
         total["recall_of_misses"] = _ratio(
@@ -135,9 +137,9 @@ class PrefetchLedger:
         total["losing"] = int((self._off_steps > 0).sum())
         return total
 
-    def _row(self, distance) -> dict:
+    def _row(self, distance: int | slice) -> dict[str, Any]:
         names = ("issued", "in_time", "late", "mispredicted", "wasted", "dropped")
-        row = {name: int(getattr(self, name)[:, distance].sum()) for name in names}
+        row: dict[str, Any] = {name: int(getattr(self, name)[:, distance].sum()) for name in names}
         row["saved_s"], row["cost_s"] = float(self.saved_s[:, distance].sum()), float(self.cost_s[:, distance].sum())
         row["wasted_bytes"] = row["wasted"] * self.expert_bytes
         used = row["in_time"] + row["late"]
