@@ -1,4 +1,4 @@
-"""Experts on the CPU by the compiled kernels, straight from their records."""
+"""Runs experts on the CPU by the compiled kernels, straight from their records."""
 
 import torch
 
@@ -15,10 +15,10 @@ class CpuCompute:
     """The compiled kernels, straight from the records.
 
     Args:
-        activation: what the module does between its matrices.
+        activation: of the module, between its matrices.
         is_transposed: whether float matrices are stored [in, out].
-        activation_bits: of activations that meet integer codes: 16 where they were rounded to a half precision before
-            anyway, else 0 for float32.
+        activation_bits: width of activations that meet integer codes: 16 where they are rounded to a half precision
+            anyway, 0 for float32.
     """
 
     def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int):

@@ -1,4 +1,4 @@
-"""The function behind transformers' experts interface: route tokens to experts that may not be here yet."""
+"""The function behind transformers' experts interface: one layer's routed experts, fetched as tokens need them."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class OffloadedExperts:
         self._before: Sequence[BeforeStep] = ()
         self._outputs_of: OutputsOf | None = None
         self._num_experts = runtime.experts_per_layer[layer]
-        self._module = weakref.ref(module)  # the module holds this object, not the other way round
+        self._module = weakref.ref(module)  # the module holds this object
         self._computes: dict[torch.dtype, ExpertCompute] = {}
         self._handle = id(self)
         _BY_HANDLE[self._handle] = self
@@ -47,7 +47,7 @@ class OffloadedExperts:
 
         Args:
             before: steps that change the routes before anything else sees them, such as pruning, in this order.
-            outputs_of: what returns the outputs of every place instead of this process alone, see `ExpertParallel`.
+            outputs_of: returns the outputs of every place where several processes compute them, see `ExpertParallel`.
         """
         self._before = before or self._before
         self._outputs_of = outputs_of or self._outputs_of
@@ -80,7 +80,7 @@ class OffloadedExperts:
 
     @torch.no_grad()
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """Do the work of a call, outside autograd and compilation."""
+        """Run the routed experts, outside autograd and compilation; arguments as for a call."""
         if hidden_states.device != self.runtime.device:
             raise ConfigError(
                 f"the model's activations are on {hidden_states.device}, its experts on "
@@ -142,10 +142,10 @@ class OffloadedExperts:
         return outputs
 
     def outputs_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return what experts' outputs are kept in until they are summed, for hidden states of `dtype`."""
-        nobody = torch.empty(0, 1, dtype=torch.int64)
+        """Return the dtype of experts' outputs until they are summed, for hidden states of `dtype`."""
+        no_routes = torch.empty(0, 1, dtype=torch.int64)
         empty = torch.empty(0, 1, dtype=dtype, device=self.runtime.device)
-        return self._compute(dtype).allocate_outputs(empty, Dispatch(nobody, self._num_experts)).dtype
+        return self._compute(dtype).allocate_outputs(empty, Dispatch(no_routes, self._num_experts)).dtype
 
     def _compute(self, dtype: torch.dtype) -> ExpertCompute:
         found = self._computes.get(dtype)

@@ -1,4 +1,4 @@
-"""Experts in plain torch: the compute that runs everything, everywhere."""
+"""Runs experts in plain torch: any module, any format, any device."""
 
 import weakref
 
@@ -14,14 +14,14 @@ from moeflow.offload.slot_pool import Resident
 
 
 class TorchCompute:
-    """Plain torch, for whatever a module does and wherever its weights lie.
+    """Plain torch, for any activation or norm of a module and for weights on any device.
 
     Args:
         module: the experts module, whose parameters were taken off.
     """
 
     def __init__(self, module: torch.nn.Module):
-        self._module = weakref.ref(module)  # the module holds this object, not the other way round
+        self._module = weakref.ref(module)  # the module holds this object
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1])

@@ -1,4 +1,4 @@
-"""Experts on a GPU by Triton kernels, straight from the device's slots."""
+"""Runs experts on a GPU by Triton kernels, straight from the device's slots."""
 
 from itertools import accumulate
 
@@ -12,8 +12,8 @@ from moeflow.moe.dispatch import Dispatch
 from moeflow.moe.torch_compute import TorchCompute
 from moeflow.offload.slot_pool import Resident
 
-# Tokens of a pass up to which a GPU multiplies pair by pair; beyond, experts are multiplied with all their tokens.
-_MOST_PAIRED_TOKENS = 16
+# Up to so many tokens a pass the GPU multiplies pair by pair; beyond, each expert with all its tokens.
+_MAX_PAIRED_TOKENS = 16
 
 
 class TritonCompute:
@@ -21,7 +21,7 @@ class TritonCompute:
 
     Args:
         module: the experts module, for experts that the CPU computes in the host tier.
-        activation: what the module does between its matrices.
+        activation: of the module, between its matrices.
     """
 
     def __init__(self, module: torch.nn.Module, activation: Activation):
@@ -83,7 +83,7 @@ class TritonCompute:
 
         flat = on_device([place for chosen in places for place in chosen])
         tokens = flat // dispatch.top_k
-        if dispatch.num_tokens <= _MOST_PAIRED_TOKENS:
+        if dispatch.num_tokens <= _MAX_PAIRED_TOKENS:
             paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
             outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
         else:

@@ -1,6 +1,6 @@
 """Fetch of one layer's demanded experts, each once: the resident ones first, the others as they arrive.
 
-Decides in which order and where, device or host tier. Knows nothing of what is computed with them.
+Decides the order and the place, device or host tier. Knows nothing of the arithmetic.
 """
 
 import time
@@ -17,13 +17,13 @@ from moeflow.offload.stats import PhaseStats, Stats
 
 
 class ExpertFetch:
-    """How a runtime answers a layer's demand.
+    """Answers a layer's demand, and tells the predictor of it.
 
     Args:
-        residency: what is on the device, and who brings the rest.
+        residency: brings experts to the device.
         host_compute: the experts that the CPU computes where they lie; None where all are copied.
-        prediction: is told what was demanded and chosen; None where nobody predicts.
-        stats: what is counted.
+        prediction: takes in demands and router outputs; None without a predictor.
+        stats: the counters.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ExpertFetch:
         """Yield every demanded expert once; see `ExpertRuntime.fetch`.
 
         Args:
-            layer: which MoE layer.
+            layer: number among the MoE layers.
             records: [E], how its experts are stored.
             num_tokens: of each demanded expert.
-            router_output: what the router chose for each token, for whoever predicts.
+            router_output: what the router chose for each token, for the predictor.
         """
         stats, residency, prediction = self._stats.now, self._residency, self._prediction
         if self._host_compute is not None:
@@ -105,7 +105,8 @@ class ExpertFetch:
             stats.decisions.went_on_with_resident += went_on
             stats.decisions.hidden_behind_resident += went_on and stats.stall_s == stall_s
         except (GeneratorExit, ExpertReadError) as end:
-            # These come where pins and `held` agree. An interrupt may come between the two: what it leaves is cleared.
+            # Both are raised only where `held` equals the pins. KeyboardInterrupt may fall between: then `_mend` of the
+            # runtime clears the cache.
             if isinstance(end, ExpertReadError):
                 residency.settle_all()  # a copy that fails later must not be blamed on the next call
             residency.end_use(held)
@@ -117,7 +118,7 @@ class ExpertFetch:
     def _fetch_from_host(
         self, host_compute: HostCompute, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
     ) -> Generator[list[Resident], None, None]:
-        """Yield experts where they lie in the host tier; give one that the link has time for a device slot."""
+        """Yield experts where they lie in the host tier; copy one to the device where the link is idle."""
         residency = self._residency
         for key in on_host:
             record = records[key.expert]

@@ -1,6 +1,6 @@
 """Slots: one arena of memory for experts of all layers, on the device or pinned on the host.
 
-Knows where a slot's bytes are and how to look at them as tensors. Knows nothing of who sits in it.
+Knows where a slot's bytes lie and how to view them as tensors. Knows nothing of which expert sits in a slot.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from moeflow.core import PAGE_BYTES, RecordLayout, align_up
 from moeflow.dtypes import tensors_of
 from moeflow.errors import BudgetError
 
-# Pages come from the system as experts arrive; where these differ in size, never as many as there is room for.
+# The system hands out pages as experts arrive: where these differ in size, slots never take all their room.
 _ARENA_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
@@ -78,7 +78,7 @@ class SlotPool:
         return found
 
     def fit(self, slot: int, num_bytes: int) -> None:
-        """Say that the slot will hold this much, and give pages beyond it back to the system; host memory only."""
+        """Size a slot for this many bytes: give pages beyond them back to the system; host memory only."""
         needed = slot_bytes(num_bytes)
         if self._arena is not None and self._filled[slot] > needed:
             self._arena.madvise(mmap.MADV_DONTNEED, slot * self.stride + needed, self._filled[slot] - needed)
@@ -110,7 +110,7 @@ class SlotPool:
 
 
 class Resident(NamedTuple):
-    """An expert's weights where they lie, valid while whoever handed it out keeps the slot pinned."""
+    """An expert's weights where they lie, valid while their slot is pinned."""
 
     expert: int
     pool: SlotPool
@@ -119,9 +119,9 @@ class Resident(NamedTuple):
 
     @property
     def address(self) -> int:
-        """Where its record begins in memory."""
+        """The address of its record in memory."""
         return self.pool.address + self.slot * self.pool.stride
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what its record holds, by name, without a copy."""
+        """Return the tensors of its record, by name, without a copy."""
         return self.pool.views(self.slot, self.record)

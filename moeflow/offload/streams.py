@@ -1,4 +1,4 @@
-"""Order between copies and kernels: CUDA streams and events, or nothing where memory is one.
+"""Order between copies and kernels: CUDA streams and events, or nothing where host and device memory are one.
 
 Two implementations of one small protocol. `CudaStreams` is not yet measured on hardware.
 """
@@ -9,9 +9,9 @@ import torch
 
 
 class Streams(Protocol):
-    """Copies run beside compute; an event is what one of them has reached.
+    """Runs copies beside compute, ordered by events.
 
-    An event is opaque; None is an event that has always happened.
+    An event is opaque: a point in the queue of copies or of compute. None is an event that has always happened.
     """
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
@@ -63,7 +63,7 @@ class HostStreams:
 
 
 class _CopyEnd(NamedTuple):
-    """The event of a copy's end, with that of its begin."""
+    """The events of a copy's begin and end."""
 
     begin: torch.cuda.Event
     end: torch.cuda.Event
@@ -83,7 +83,7 @@ class CudaStreams:
             if after is not None:
                 self._stream.wait_event(_end(after))
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(self._stream)  # behind the copies that stand before it: only its own time counts
+            begin.record(self._stream)  # behind earlier copies: only its own time counts
             target.copy_(source, non_blocking=True)
             end.record(self._stream)
         return _CopyEnd(begin, end)

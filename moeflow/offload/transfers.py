@@ -1,7 +1,7 @@
-"""Copies of experts towards the device: from disk, or from the host tier, one completion each.
+"""Copies of experts towards the device, from disk or from the host tier, one completion each.
 
-Owns the table of copies in flight, which is what keeps anybody from starting a second copy of an expert. All methods
-are called by one thread at a time (the runtime's lock); only reads run elsewhere.
+Owns the table of copies in flight, so that no expert is copied twice at once. One thread at a time calls its methods
+(the runtime's lock); only reads run elsewhere.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfer import Transfer, Work
 
-_MEASURED = 32  # ended copies kept until somebody asks what they took
+_MAX_MEASURED_COPIES = 32  # ended ones, kept until `take_copied`
 
 
 class Transfers:
@@ -44,8 +44,8 @@ class Transfers:
         self._streams = streams
         self._host = host
         self._in_flight: dict[ExpertKey, Transfer] = {}
-        self._copying: list[Transfer] = []  # handed out, and the device may still run them
-        self._copied: deque[Transfer] = deque(maxlen=_MEASURED)
+        self._copying: list[Transfer] = []  # handed out, while the device may still run them
+        self._copied: deque[Transfer] = deque(maxlen=_MAX_MEASURED_COPIES)
         self._copy_s = 0.0
         self._threads = ReadingThreads(num_threads)
 
@@ -62,7 +62,7 @@ class Transfers:
 
     @property
     def num_copying(self) -> int:
-        """How many copies are under way, those included that have been handed out and that the device still runs."""
+        """How many copies are under way, including those handed out that the device still runs."""
         self._end_copies()
         return len(self._in_flight) + len(self._copying)
 
@@ -83,7 +83,7 @@ class Transfers:
             key: an expert that is not in flight.
             slot: reserved for it.
             after: the event of the last compute that read the slot.
-            prefetch: let every copy that somebody waits for go first.
+            prefetch: let every demanded copy go first.
         """
         assert key not in self._in_flight, f"a copy of {key} is in flight already"
         num_bytes = self._store.layers[key.layer].layout.record_of(key.expert).num_bytes
@@ -113,11 +113,11 @@ class Transfers:
         return transfer
 
     def promote(self, key: ExpertKey) -> None:
-        """Say that somebody waits for a copy in flight: where it has not begun, it jumps the queue."""
+        """Turn a prefetch in flight into a demanded copy: if it has not begun, it jumps the queue."""
         transfer = self._in_flight[key]
         if transfer.prefetch:
             transfer.prefetch = False
-            self._threads.put(transfer)  # whoever finds it second finds its work taken
+            self._threads.put(transfer)  # queued twice now: the second thread finds its work taken
 
     def drop(self, key: ExpertKey) -> bool:
         """Forget a prefetch that has not begun; return whether it could be. Its slot is the caller's again."""
@@ -130,7 +130,7 @@ class Transfers:
         return True
 
     def prefetches(self) -> list[ExpertKey]:
-        """List the experts on their way that nobody waits for."""
+        """List the experts whose prefetch is in flight."""
         return [key for key, transfer in self._in_flight.items() if transfer.prefetch]
 
     def compute_beside(self) -> bool:
@@ -141,7 +141,7 @@ class Transfers:
         return bool(on_link)
 
     def take_copied(self) -> list[Transfer]:
-        """Hand out, once each, the latest copies from the host tier that have ended; `seconds` is what each took."""
+        """Return, once each, the latest copies from the host tier that have ended, with the `seconds` of each."""
         self._end_copies()
         copied = list(self._copied)
         self._copied.clear()
@@ -199,7 +199,7 @@ class Transfers:
         return self._copying + [transfer for transfer in started if not self._streams.done(transfer.event)]
 
     def _end_copies(self) -> None:
-        """Take in what has ended on the device, and how long it took there."""
+        """Measure the copies that have ended on the device, and keep those that still run."""
         running = []
         for transfer in self._copying:
             if not self._streams.done(transfer.event):

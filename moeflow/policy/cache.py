@@ -1,8 +1,8 @@
 """Which expert sits in which slot, and which is evicted when a slot is needed.
 
 The one residency map. A slot is free, loading (a copy into it is under way) or resident. A pinned slot is used by a
-running kernel or an in-flight copy and is never evicted. Bookkeeping only: what moves, and when, `offload.residency`
-decides. Knows nothing of tensors or I/O.
+running kernel or an in-flight copy and is never evicted. Bookkeeping only: `offload.residency` decides which copy
+starts, and when. Knows nothing of tensors or I/O.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class ExpertCache:
         num_slots: how many experts fit at most.
         policy: a name in `POLICIES`.
         num_transient: slots the static policy keeps for experts outside its fixed set.
-        sizes: [num_layers][num_experts], what each expert takes of the limit, where experts differ in size and a slot
-            takes no more memory than who sits in it; else each takes one.
+        sizes: [num_layers][num_experts], units of the limit that each expert takes, where experts differ in size and a
+            slot takes no more memory than its expert; one each when None.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class ExpertCache:
         if num_slots < 1:
             raise ConfigError(f"a cache of {num_slots} slots holds nothing. Give at least 1.")
         self.num_slots = num_slots
-        # What may be used at present, and what is used: slots, or the sizes of who sits in them.
+        # Units allowed at present, and units in use: slots, or the sizes of the experts in them.
         self.limit = num_slots if sizes is None else num_slots * max(map(max, sizes))
         self.used = 0
-        self.forecast: Forecast | None = None  # kept up to date by whoever predicts, None while nobody does
+        self.forecast: Forecast | None = None  # kept up to date by the prefetcher; None while nothing is predicted
         self.policy = policy
         self.evictions = 0
         self.evicted: list[ExpertKey] = []  # by the last reserve()
@@ -77,7 +77,7 @@ class ExpertCache:
 
     @property
     def slots(self) -> dict[ExpertKey, int]:
-        """Who has a slot, resident or loading; not to be changed."""
+        """The slot of every expert that has one, resident or loading; not to be changed."""
         return self._slot_of
 
     def touch(self, keys: list[ExpertKey]) -> None:
@@ -128,8 +128,8 @@ class ExpertCache:
 
         Args:
             key: the expert.
-            worth: what a slot is worth for the expert by the forecast. Where it is given, no expert that is worth as
-                much is evicted.
+            worth: of a slot for the expert, by the forecast. Where it is given, no expert that is worth as much is
+                evicted.
 
         Returns:
             The slot, or None when no slot may be taken. A pinned slot cannot be evicted.
@@ -159,14 +159,14 @@ class ExpertCache:
         return slot
 
     def commit(self, key: ExpertKey) -> int:
-        """Say that a copy has arrived: the expert is resident. The pin of `reserve` stays with the caller."""
+        """Make a loading expert resident: its copy has arrived. The pin of `reserve` stays with the caller."""
         slot = self._slot_of[key]
         assert self._state[slot] == _LOADING, f"{key} is not loading"
         self._state[slot] = _RESIDENT
         return slot
 
     def abort(self, key: ExpertKey) -> None:
-        """Say that a copy failed: the slot is free again, whatever pins it had."""
+        """Free the slot of a loading expert, whatever pins it had: its copy failed or was taken back."""
         slot = self._slot_of[key]
         assert self._state[slot] == _LOADING, f"{key} is not loading"
         self._release(slot)
@@ -187,7 +187,7 @@ class ExpertCache:
         return found
 
     def set_limit(self, limit: int) -> list[int]:
-        """Allow `limit` slots (or sizes) from now on, evicting by policy what is over it and not pinned.
+        """Allow `limit` units from now on, evicting by policy until no more are in use, pinned slots apart.
 
         Returns:
             The slots that became free.
@@ -201,7 +201,7 @@ class ExpertCache:
         return freed
 
     def size(self, key: ExpertKey) -> int:
-        """Return what an expert takes of the limit."""
+        """Return how many units of the limit an expert takes."""
         return 1 if self.sizes is None else self.sizes[key.layer][key.expert]
 
     def pin(self, key: ExpertKey) -> int:
@@ -230,7 +230,7 @@ class ExpertCache:
         return [key for key, slot in self._slot_of.items() if self._state[slot] == _RESIDENT]
 
     def check_integrity(self) -> None:
-        """Assert the invariants: one slot an expert, states and pins agree, nothing is lost."""
+        """Assert the invariants: one slot per expert, states and pins agree, no slot is lost."""
         for key, slot in self._slot_of.items():
             assert self._key_of[slot] == key, f"slot {slot} holds {self._key_of[slot]}, the map says {key}"
             assert self._state[slot] != _FREE, f"{key} sits in a free slot"
@@ -243,7 +243,7 @@ class ExpertCache:
         assert (self._pins >= 0).all(), "a pin count is negative"
         free = (self._state == _RESIDENT) & (self._pins == 0)
         assert np.array_equal(free, self._blocked == 0), "a slot is barred from eviction, or open to it, by mistake"
-        assert self._present.sum() == len(self._slot_of), "the map of who is present is stale"
+        assert self._present.sum() == len(self._slot_of), "the map of present experts is stale"
         assert self.used == sum(map(self.size, self._slot_of)), "what is used does not add up"
         for key, slot in self._slot_of.items():
             assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
@@ -308,7 +308,7 @@ def _static(cache: ExpertCache) -> np.ndarray:
 
 
 def _forecast(cache: ExpertCache) -> np.ndarray:
-    """The expert whose slot is worth the least by prediction goes; while nobody predicts, lfru's."""
+    """The expert whose slot is worth the least by prediction goes; without a prediction, lfru's."""
     if cache.forecast is None:
         return _lfru(cache)
     return cache.forecast.worth[cache._layer, cache._expert].astype(np.float64)
