@@ -1,4 +1,4 @@
-"""Choice of the kernels that run a layer's experts, made once from module, records and device."""
+"""Chooses the kernels that run a layer's experts, once, from module, records and device."""
 
 import torch
 

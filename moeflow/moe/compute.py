@@ -1,7 +1,7 @@
 """Protocol of the arithmetic behind one layer's experts.
 
 Every implementation computes a token's output of an expert from that token and that expert alone, in an order that
-depends on how many tokens go to the expert and on nothing else, so that the bits do not depend on what is resident.
+depends on how many tokens go to the expert and on nothing else, so that the bits do not depend on residency.
 """
 
 from typing import Protocol
@@ -16,7 +16,7 @@ class ExpertCompute(Protocol):
     """Runs experts of one layer. `allocate_outputs`, then `run` for every part of the experts, then `combine`."""
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """Return room for the outputs of every place: [T * K, H], zero where no expert writes."""
+        """Return memory for the outputs of every place: [T * K, H], zero where no expert writes."""
 
     def run(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor

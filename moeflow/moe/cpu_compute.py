@@ -1,4 +1,4 @@
-"""Experts on the CPU by the compiled kernels, straight from their records."""
+"""Runs experts on the CPU by the compiled kernels, straight from their records."""
 
 import torch
 
@@ -15,21 +15,29 @@ class CpuCompute:
     """The compiled kernels, straight from the records.
 
     Args:
-        activation: what the module does between its matrices.
+        activation: of the module, between its matrices.
         is_transposed: whether float matrices are stored [in, out].
-        activation_bits: of activations that meet integer codes: 16 where they were rounded to a half precision before
-            anyway, else 0 for float32.
+        activation_bits: width of activations that meet integer codes: 16 where they are rounded to a half precision
+            anyway, 0 for float32.
     """
 
     def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int):
         self._activation = activation
         self._is_transposed = is_transposed
         self._bits = activation_bits
-        self._kernels: dict[int, ExpertKernel | None] = {}  # by the record's identity: equal ones are one object
+        self._kernels: dict[int, ExpertKernel] = {}  # by the record's identity: equal records are one object
 
     def can_run(self, records: list[RecordLayout]) -> bool:
-        """Whether there is a kernel for each of these."""
-        return instruction_set() is not None and all(self._kernel(record) is not None for record in records)
+        """Prepare a kernel for each record that `run` may meet; return whether all have one."""
+        if instruction_set() is None:
+            return False
+        for record in records:
+            if id(record) not in self._kernels:
+                kernel = ExpertKernel.build(record, self._activation, is_transposed=self._is_transposed)
+                if kernel is None:
+                    return False
+                self._kernels[id(record)] = kernel
+        return True
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         shape = dispatch.num_places, hidden_states.shape[-1]
@@ -38,13 +46,14 @@ class CpuCompute:
     def run(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
     ) -> None:
-        starts, places = [0], []
+        starts: list[int] = [0]
+        places: list[int] = []
         for resident in residents:
             places += dispatch.places(resident.expert)
             starts.append(len(places))
         cpu.run_experts(
             hidden_states,
-            [self._kernel(resident.record) for resident in residents],
+            [self._kernels[id(resident.record)] for resident in residents],
             [resident.address for resident in residents],
             starts,
             [place // dispatch.top_k for place in places],
@@ -60,7 +69,7 @@ class CpuCompute:
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         cpu.run_token(
             hidden_states.contiguous(),
-            [self._kernel(resident.record) for resident in ordered],
+            [self._kernels[id(resident.record)] for resident in ordered],
             [resident.address for resident in ordered],
             top_k_weights.contiguous(),
             out,
@@ -72,9 +81,3 @@ class CpuCompute:
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         cpu.combine(outputs, top_k_weights, out)
         return out
-
-    def _kernel(self, record: RecordLayout) -> ExpertKernel | None:
-        key = id(record)
-        if key not in self._kernels:
-            self._kernels[key] = ExpertKernel.build(record, self._activation, is_transposed=self._is_transposed)
-        return self._kernels[key]

@@ -1,6 +1,6 @@
-"""Which tokens go to which expert: a layer's routes turned round, once a call.
+"""Groups a layer's (token, k) pairs by expert, once a call.
 
-A place is where one (token, k) pair's output goes: token * K + k. Each token's K outputs are written apart and then
+The place of a pair's output is token * K + k. Each token's K outputs are written apart and then
 summed in the order of K, so that the order in which experts arrive never shows in the result.
 """
 

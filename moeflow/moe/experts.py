@@ -1,8 +1,9 @@
-"""The function behind transformers' experts interface: route tokens to experts that may not be here yet."""
+"""The function behind transformers' experts interface: one layer's routed experts, fetched as tokens need them."""
 
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,7 +37,7 @@ class OffloadedExperts:
         self._before: Sequence[BeforeStep] = ()
         self._outputs_of: OutputsOf | None = None
         self._num_experts = runtime.experts_per_layer[layer]
-        self._module = weakref.ref(module)  # the module holds this object, not the other way round
+        self._module = weakref.ref(module)  # the module holds this object
         self._computes: dict[torch.dtype, ExpertCompute] = {}
         self._handle = id(self)
         _BY_HANDLE[self._handle] = self
@@ -46,7 +47,7 @@ class OffloadedExperts:
 
         Args:
             before: steps that change the routes before anything else sees them, such as pruning, in this order.
-            outputs_of: what returns the outputs of every place instead of this process alone, see `ExpertParallel`.
+            outputs_of: returns the outputs of every place where several processes compute them, see `ExpertParallel`.
         """
         self._before = before or self._before
         self._outputs_of = outputs_of or self._outputs_of
@@ -78,8 +79,8 @@ class OffloadedExperts:
         return self.run(hidden_states, top_k_index, top_k_weights)
 
     @torch.no_grad()
-    def run(self, hidden_states, top_k_index, top_k_weights):
-        """Do the work of a call, outside autograd and compilation."""
+    def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """Run the routed experts, outside autograd and compilation; arguments as for a call."""
         if hidden_states.device != self.runtime.device:
             raise ConfigError(
                 f"the model's activations are on {hidden_states.device}, its experts on "
@@ -93,14 +94,15 @@ class OffloadedExperts:
         for observer in self.runtime.observers:
             observer.observe(self.layer, top_k_index, top_k_weights, hidden_states)
         if self._outputs_of is not None:
-            outputs = self._outputs_of(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
-            return self._compute(hidden_states.dtype).combine(hidden_states, outputs, top_k_weights)
+            spread = self._outputs_of(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
+            return self._compute(hidden_states.dtype).combine(hidden_states, spread, top_k_weights)
         router_output = None
         if self.runtime.predicting:
             router_output = RouterOutput(top_k_index, top_k_weights, hidden_states)
         dispatch = Dispatch(top_k_index, self._num_experts)
         compute = self._compute(hidden_states.dtype)
-        outputs = output = None
+        outputs: torch.Tensor | None = None
+        output: torch.Tensor | None = None
         fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, dispatch.num_tokens_of())
         with closing(fetched):
             for residents in fetched:
@@ -140,16 +142,18 @@ class OffloadedExperts:
         return outputs
 
     def outputs_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return what experts' outputs are kept in until they are summed, for hidden states of `dtype`."""
-        nobody = torch.empty(0, 1, dtype=torch.int64)
+        """Return the dtype of experts' outputs until they are summed, for hidden states of `dtype`."""
+        no_routes = torch.empty(0, 1, dtype=torch.int64)
         empty = torch.empty(0, 1, dtype=dtype, device=self.runtime.device)
-        return self._compute(dtype).allocate_outputs(empty, Dispatch(nobody, self._num_experts)).dtype
+        return self._compute(dtype).allocate_outputs(empty, Dispatch(no_routes, self._num_experts)).dtype
 
     def _compute(self, dtype: torch.dtype) -> ExpertCompute:
         found = self._computes.get(dtype)
         if found is None:
             records = self.runtime.records(self.layer)
-            found = self._computes[dtype] = choose_compute(self._module(), records, self.runtime.device, dtype)
+            module = self._module()
+            assert module is not None, "the module of these experts is gone"
+            found = self._computes[dtype] = choose_compute(module, records, self.runtime.device, dtype)
         return found
 
 
@@ -157,11 +161,17 @@ class _NoBackward(torch.autograd.Function):
     """Marks the experts' output as part of the graph and says clearly that it has no gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_states, top_k_index, top_k_weights, experts):
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        experts: OffloadedExperts,
+    ) -> torch.Tensor:
         return experts.run(hidden_states, top_k_index, top_k_weights)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
         raise RuntimeError(
             "moeflow's offloaded experts have no backward pass: their weights are not in memory at "
             "once. Load the model with "
@@ -169,7 +179,9 @@ class _NoBackward(torch.autograd.Function):
         )
 
 
-def _experts_op(hidden_states, top_k_index, top_k_weights, handle):
+def _experts_op(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, handle: int
+) -> torch.Tensor:
     return _BY_HANDLE[handle].run(hidden_states, top_k_index, top_k_weights)
 
 
@@ -180,5 +192,5 @@ _LIBRARY.impl("experts", _experts_op, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("moeflow::experts")
-def _(hidden_states, top_k_index, top_k_weights, handle):
+def _(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, handle: int) -> torch.Tensor:
     return torch.empty_like(hidden_states)

@@ -1,4 +1,4 @@
-"""Experts in plain torch: the compute that runs everything, everywhere."""
+"""Runs experts in plain torch: any module, any format, any device."""
 
 import weakref
 
@@ -14,14 +14,14 @@ from moeflow.offload.slot_pool import Resident
 
 
 class TorchCompute:
-    """Plain torch, for whatever a module does and wherever its weights lie.
+    """Plain torch, for any activation or norm of a module and for weights on any device.
 
     Args:
         module: the experts module, whose parameters were taken off.
     """
 
     def __init__(self, module: torch.nn.Module):
-        self._module = weakref.ref(module)  # the module holds this object, not the other way round
+        self._module = weakref.ref(module)  # the module holds this object
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1])
@@ -48,13 +48,14 @@ class TorchCompute:
     def _mlp(self, hidden_states: torch.Tensor, resident: Resident) -> torch.Tensor:
         """Run one expert on [n, H] tokens where its weights are. Returns [n, H] where the tokens are."""
         module, weights, dtype = self._module(), resident.tensors(), hidden_states.dtype
+        assert module is not None, "the module of these experts is gone"
         for name, form, shape in resident.record.matrices:
             weights = {**weights, name: dequantize(weights, name, find_format(form), shape, dtype)}
         output = expert_mlp(
             hidden_states.to(resident.pool.device),
             weights,
             activation=experts_interface.activation_of(module),
-            is_transposed=module.is_transposed and not resident.record.matrices,
+            is_transposed=bool(module.is_transposed) and not resident.record.matrices,
         ).to(hidden_states.device)
         # The norm's own weight stays on the device.
         return experts_interface.post_norm(module, output)

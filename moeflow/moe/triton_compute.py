@@ -1,4 +1,4 @@
-"""Experts on a GPU by Triton kernels, straight from the device's slots."""
+"""Runs experts on a GPU by Triton kernels, straight from the device's slots."""
 
 from itertools import accumulate
 
@@ -12,8 +12,8 @@ from moeflow.moe.dispatch import Dispatch
 from moeflow.moe.torch_compute import TorchCompute
 from moeflow.offload.slot_pool import Resident
 
-# Tokens of a pass up to which a GPU multiplies pair by pair; beyond, experts are multiplied with all their tokens.
-_MOST_PAIRED_TOKENS = 16
+# Up to so many tokens a pass the GPU multiplies pair by pair; beyond, each expert with all its tokens.
+_MAX_PAIRED_TOKENS = 16
 
 
 class TritonCompute:
@@ -21,18 +21,24 @@ class TritonCompute:
 
     Args:
         module: the experts module, for experts that the CPU computes in the host tier.
-        activation: what the module does between its matrices.
+        activation: of the module, between its matrices.
     """
 
     def __init__(self, module: torch.nn.Module, activation: Activation):
         self._torch = TorchCompute(module)
         self._activation = activation
         self._is_transposed = bool(module.is_transposed)
-        self._kernels: dict[int, TritonExperts | None] = {}  # by the record's identity: equal ones are one object
+        self._kernels: dict[int, TritonExperts] = {}  # by the record's identity: equal records are one object
 
     def can_run(self, records: list[RecordLayout]) -> bool:
-        """Whether there is a kernel for each of these."""
-        return all(self._kernel(record) is not None for record in records)
+        """Prepare a kernel for each record that `run` may meet; return whether all have one."""
+        for record in records:
+            if id(record) not in self._kernels:
+                kernel = TritonExperts.build(record, self._activation, is_transposed=self._is_transposed)
+                if kernel is None:
+                    return False
+                self._kernels[id(record)] = kernel
+        return True
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1], dtype=torch.float32)
@@ -58,7 +64,7 @@ class TritonCompute:
         for resident in residents:
             slots[dispatch.places(resident.expert)[0]] = resident.slot
         on_device = torch.tensor([slots], dtype=torch.int32).to(hidden_states.device, non_blocking=True)
-        kernel = self._kernel(residents[0].record)
+        kernel = self._kernels[id(residents[0].record)]
         return kernel.decode(hidden_states, residents[0].pool.tensor, on_device, top_k_weights)
 
     def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -67,7 +73,7 @@ class TritonCompute:
     def _run_alike(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
     ) -> None:
-        kernel, arena = self._kernel(residents[0].record), residents[0].pool.tensor
+        kernel, arena = self._kernels[id(residents[0].record)], residents[0].pool.tensor
         slots = [resident.slot for resident in residents]
         places = [dispatch.places(resident.expert) for resident in residents]
         counts = [len(chosen) for chosen in places]
@@ -77,15 +83,9 @@ class TritonCompute:
 
         flat = on_device([place for chosen in places for place in chosen])
         tokens = flat // dispatch.top_k
-        if dispatch.num_tokens <= _MOST_PAIRED_TOKENS:
+        if dispatch.num_tokens <= _MAX_PAIRED_TOKENS:
             paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
             outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
         else:
             offsets = on_device([0, *accumulate(counts)])
             kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs)
-
-    def _kernel(self, record: RecordLayout) -> TritonExperts | None:
-        key = id(record)
-        if key not in self._kernels:
-            self._kernels[key] = TritonExperts.build(record, self._activation, is_transposed=self._is_transposed)
-        return self._kernels[key]

@@ -1,11 +1,11 @@
 """Fetch of one layer's demanded experts, each once: the resident ones first, the others as they arrive.
 
-Decides in which order and where, device or host tier. Knows nothing of what is computed with them.
+Decides the order and the place, device or host tier. Knows nothing of the arithmetic.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from moeflow.core import ExpertKey, RecordLayout
 from moeflow.errors import ExpertReadError
@@ -17,13 +17,13 @@ from moeflow.offload.stats import PhaseStats, Stats
 
 
 class ExpertFetch:
-    """How a runtime answers a layer's demand.
+    """Answers a layer's demand, and tells the predictor of it.
 
     Args:
-        residency: what is on the device, and who brings the rest.
+        residency: brings experts to the device.
         host_compute: the experts that the CPU computes where they lie; None where all are copied.
-        prediction: is told what was demanded and chosen; None where nobody predicts.
-        stats: what is counted.
+        prediction: takes in demands and router outputs; None without a predictor.
+        stats: the counters.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class ExpertFetch:
         records: list[RecordLayout],
         num_tokens: dict[ExpertKey, int],
         router_output: RouterOutput | None,
-    ) -> Iterator[list[Resident]]:
+    ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once; see `ExpertRuntime.fetch`.
 
         Args:
-            layer: which MoE layer.
+            layer: number among the MoE layers.
             records: [E], how its experts are stored.
             num_tokens: of each demanded expert.
-            router_output: what the router chose for each token, for whoever predicts.
+            router_output: what the router chose for each token, for the predictor.
         """
         stats, residency, prediction = self._stats.now, self._residency, self._prediction
         if self._host_compute is not None:
             residency.settle_ended()
         demand = residency.claim(layer, list(num_tokens))
         held, in_flight, absent = list(demand.resident), demand.in_flight, demand.absent
-        on_host = []
+        on_host: list[ExpertKey] = []
         if self._host_compute is not None:
             on_host = self._host_compute.choose(absent, num_tokens, residency.cache, residency.pool.stride)
         to_start, resident = deque(key for key in absent if key not in on_host), held.copy()
@@ -69,7 +69,7 @@ class ExpertFetch:
         stats.misses += len(absent) + len(in_flight)
         stats.waited_for_prefetch += len(in_flight)
 
-        def arrive(arrived):
+        def arrive(arrived: list[ExpertKey]) -> None:
             resident.extend(arrived)
             held.extend(arrived)
 
@@ -80,7 +80,8 @@ class ExpertFetch:
             if prediction is not None and router_output is not None:
                 prediction.observe(layer, router_output, stats)
                 arrive(residency.prefetch(waiting))
-            yield from self._fetch_from_host(on_host, records, stats)
+            if self._host_compute is not None:
+                yield from self._fetch_from_host(self._host_compute, on_host, records, stats)
             while resident or waiting:
                 if not resident:
                     residency.start(to_start)
@@ -104,7 +105,8 @@ class ExpertFetch:
             stats.decisions.went_on_with_resident += went_on
             stats.decisions.hidden_behind_resident += went_on and stats.stall_s == stall_s
         except (GeneratorExit, ExpertReadError) as end:
-            # These come where pins and `held` agree. An interrupt may come between the two: what it leaves is cleared.
+            # Both are raised only where `held` equals the pins. KeyboardInterrupt may fall between: then `_mend` of the
+            # runtime clears the cache.
             if isinstance(end, ExpertReadError):
                 residency.settle_all()  # a copy that fails later must not be blamed on the next call
             residency.end_use(held)
@@ -114,14 +116,14 @@ class ExpertFetch:
                 self._host_compute.release()
 
     def _fetch_from_host(
-        self, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
-    ) -> Iterator[list[Resident]]:
-        """Yield experts where they lie in the host tier; give one that the link has time for a device slot."""
+        self, host_compute: HostCompute, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
+    ) -> Generator[list[Resident], None, None]:
+        """Yield experts where they lie in the host tier; copy one to the device where the link is idle."""
         residency = self._residency
         for key in on_host:
             record = records[key.expert]
-            yield [self._host_compute.start(key, record)]
-            stats.compute_s += self._host_compute.finish(key, record.num_bytes)
+            yield [host_compute.start(key, record)]
+            stats.compute_s += host_compute.finish(key, record.num_bytes)
             stats.decisions.computed_on_host += 1
             # Without this an expert that is always computed here would never become resident.
             transfers = residency.transfers

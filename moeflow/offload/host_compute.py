@@ -1,7 +1,7 @@
 """Experts that the CPU computes where they lie, in the pinned host tier, while copies to the device run.
 
-Asks the split of misses which ones, keeps them in their host slots meanwhile, and measures what both ways take. Knows
-nothing of the device's slots. Its logic is tested on the CPU; what it gains is not yet measured on a GPU.
+Asks `MissSplit` which ones, keeps them in their host slots meanwhile, and measures both ways. Knows nothing of the
+device's slots. Its logic is tested on the CPU; the gain is not yet measured on a GPU.
 """
 
 import time
@@ -19,7 +19,7 @@ class HostCompute:
 
     Args:
         split: decides how many.
-        host: where the experts lie.
+        host: the tier in which the experts lie.
         transfers: the copies that run beside.
     """
 
@@ -27,9 +27,9 @@ class HostCompute:
         self._split = split
         self._host = host
         self._transfers = transfers
-        self._num_tokens: dict[ExpertKey, int] = {}  # of the experts chosen and not yet computed, which are pinned
+        self._num_tokens: dict[ExpertKey, int] = {}  # of experts chosen and not yet computed; they are pinned
         # Every copy in flight may need a host slot of its own.
-        self._most = host.pool.num_slots - transfers.max_in_flight
+        self._max_experts = host.pool.num_slots - transfers.max_in_flight
         self._began_s, self._beside = 0.0, False
 
     def choose(
@@ -38,21 +38,21 @@ class HostCompute:
         """Choose which experts the CPU computes; they stay in their host slots until `finish` or `release`.
 
         Args:
-            absent: experts of one layer that are not on the device and not on their way.
-            num_tokens: how many tokens go to each.
-            cache: who knows how often they are needed.
+            absent: experts of one layer that are not on the device and not in flight.
+            num_tokens: tokens that go to each.
+            cache: the device's, which counts how often each was needed.
             num_bytes: of one of them.
 
         Returns:
-            The experts in the order of use: of those with equally many tokens, the ones needed most come first,
-            because one of them may get a place on the device.
+            The experts in the order of use: of those with equally many tokens, the most used come first, because one
+            of them may get a slot on the device.
         """
         for transfer in self._transfers.take_copied():
             self._split.copied(transfer.num_bytes, transfer.seconds, beside=transfer.beside)
         host = self._host.cache
         near = [key for key in absent if key in host]
         near.sort(key=lambda key: (num_tokens[key], cache.uses(key)))
-        able = near[: self._most]
+        able = near[: self._max_experts]
         num_ahead = self._transfers.num_on_link + len(near) - len(able)
         chosen = able[: self._split.split([num_tokens[key] for key in able], num_bytes, num_ahead)][::-1]
         host.touch(chosen)
@@ -68,7 +68,7 @@ class HostCompute:
         return Resident(key.expert, self._host.pool, self._host.cache.slot(key), record)
 
     def finish(self, key: ExpertKey, num_bytes: int) -> float:
-        """Say that an expert was computed, which frees its host slot; return the seconds it took."""
+        """Free the host slot of an expert that was computed; return the seconds it took."""
         seconds = time.perf_counter() - self._began_s
         self._split.computed(num_bytes, self._num_tokens.pop(key), seconds, beside=self._beside)
         self._host.cache.unpin(key)
@@ -79,6 +79,6 @@ class HostCompute:
         while self._num_tokens:
             self._host.cache.unpin(self._num_tokens.popitem()[0])
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, float | None]:
         """Return the bandwidths that decide; see `MissSplit.as_dict`."""
         return self._split.as_dict()

@@ -5,7 +5,7 @@ from moeflow.policy.cache import ExpertCache
 
 
 class HostTier:
-    """Pinned slots and who sits in them.
+    """Pinned slots and the cache that fills them.
 
     Args:
         pool: pinned host memory.

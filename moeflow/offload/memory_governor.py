@@ -1,20 +1,20 @@
-"""`expert_memory="auto"` on the CPU: how many slots the process can afford, measured while it runs.
+"""Number of slots that the process can afford, measured while it runs: `expert_memory="auto"` on the CPU.
 
-What a process needs beside its experts is not known when it loads (tokenizer, kernels' code, activations, key-value
-cache), and a process that takes too much has its own libraries paged out. So the budget starts low and follows what is
-really free.
+The need of a process beside its experts is not known when it loads (tokenizer, kernels' code, activations, KV cache),
+and a process that takes too much has its own libraries paged out. So the budget starts low and follows the memory that
+is really free.
 """
 
 from moeflow import hardware
 
-# Free memory is kept between these shares of the limit, and never below the bytes.
+# Free memory is kept at this share of the limit, and never below the bytes.
 _KEEP_SHARE, _KEEP_BYTES = 0.05, 48 << 20
-_GROW_SHARE = 0.5  # of what is free beyond that, taken at a time
-_PASSES = 4  # between two measurements in decode
+_GROW_SHARE = 0.5  # of the free memory beyond that, taken at a time
+_PASSES_PER_MEASUREMENT = 4  # in decode
 
 
 class MemoryGovernor:
-    """Tells how many slots may be used.
+    """Limits the number of slots in use by the memory that is free.
 
     Args:
         slot_bytes: bytes of a slot.
@@ -35,15 +35,15 @@ class MemoryGovernor:
         Args:
             used: slots that hold an expert.
             limit: the present limit.
-            now: measure whatever the last time was.
+            now: measure in this pass, however recent the last measurement.
         """
         self._passes += 1
-        if not now and self._passes % _PASSES:
+        if not now and self._passes % _PASSES_PER_MEASUREMENT:
             return limit
         return self.target(used, limit, hardware.available_memory_bytes())
 
     def target(self, used: int, limit: int, free_bytes: int) -> int:
-        """Return the limit for this much free memory; slots under the limit that are still empty count as taken."""
+        """Return the limit for this much free memory; empty slots under the present limit count as taken."""
         spare = free_bytes - self._keep_bytes - (limit - used) * self._slot_bytes
         step = spare / self._slot_bytes
         wanted = limit + int(step * _GROW_SHARE) if step > 0 else limit + int(step) - 1

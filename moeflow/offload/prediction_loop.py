@@ -1,10 +1,12 @@
-"""Prediction beside a running model: feeds the predictor, decides step by step whether it is worth it, takes it out of
-the way when it fails. The one place where tensors become the predictor's arrays.
+"""Prediction beside a running model: feeds the predictor, pauses it where it does not pay, drops it when it fails.
+
+The one place where tensors become the predictor's arrays. Knows nothing of slots or copies.
 """
 
 import logging
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +43,8 @@ class PredictionLoop:
     """Runs one prefetcher along the passes of one model.
 
     Args:
-        prefetcher: the predictor, the forecast and the account.
-        switch: decides for each decode step.
+        prefetcher: the predictor, the forecast and the ledger.
+        switch: decides for each decode step whether to predict.
         tap: shows the residual stream, where that is the predictor's signal.
     """
 
@@ -56,9 +58,10 @@ class PredictionLoop:
         self._tap = tap
         self.predictor = prefetcher.predictor
         self._num_sequences = 0
-        self._prompt: list | None = None  # (token ids, routes of each layer) of the prefill under way
+        # Token ids [B, T] of the prefill under way, and (experts, weights) [B * T, K] of each layer so far.
+        self._prompt: tuple[torch.Tensor, list[tuple[np.ndarray, np.ndarray]]] | None = None
         self._began: float | None = None  # when the decode step before this one began
-        self._before = (0, 0.0)  # misses and the account at that time
+        self._before = (0, 0.0)  # misses and the ledger's net seconds at that time
         self._steps = {True: 0, False: 0}
 
     def begin_forward(
@@ -69,7 +72,7 @@ class PredictionLoop:
         continues: bool,
         stats: PhaseStats,
     ) -> None:
-        """Say that a pass over [num_sequences, num_positions] tokens begins, and predict it where that is wanted."""
+        """Begin a pass over [num_sequences, num_positions] tokens, and predict it if it is a decode step that pays."""
         if self.failure is None:
             self._begin_pass(token_ids, num_sequences, num_positions, continues, stats)
         if self._tap is not None:
@@ -95,7 +98,7 @@ class PredictionLoop:
         stats.predict_s += time.perf_counter() - begin
 
     def clear(self) -> None:
-        """Say that the cache was emptied."""
+        """Forget prefetches and pause: the cache was emptied."""
         self.prefetcher.ledger.clear()
         self._pause()
 
@@ -105,8 +108,8 @@ class PredictionLoop:
         self._steps = {True: 0, False: 0}
         self._before = (0, 0.0)
 
-    def as_dict(self) -> dict:
-        """Return what prediction did: who predicts, whether it is on and why, and the account of prefetch."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the predictor's name, whether it is on and why, its steps, and the ledger of prefetch."""
         return {
             "predictor": self.predictor.name,
             "on": self.failure is None and self._switch.on,
@@ -130,11 +133,11 @@ class PredictionLoop:
         self._guarded(self._end_prefill)
         decode = continues and num_positions == 1
         if not continues:
-            self._begin_prefill(token_ids, num_sequences, num_positions)
-        elif token_ids is None:  # nobody can tell whose tokens these are, nor those of the next pass
+            self._begin_prefill(token_ids, num_sequences)
+        elif token_ids is None:  # unknown tokens: their sequences are unknown too, in this pass and the next
             self._pause()
             self._num_sequences = 0
-        elif not decode:  # several positions at once, as assisted generation verifies: nobody predicts those
+        elif not decode:  # several positions at once, as assisted generation verifies: not predicted
             self._pause()
         else:
             on = self._choose(begin, stats)
@@ -153,14 +156,16 @@ class PredictionLoop:
         self._before = (misses, net_s)
         return self._switch.step(step_s, misses - before_misses, net_s - before_net_s)
 
-    def _begin_prefill(self, token_ids, num_sequences, num_positions) -> None:
-        """Only watch: a prompt demands nearly every expert, and its reads are all in flight without predictions."""
+    def _begin_prefill(self, token_ids: torch.Tensor | None, num_sequences: int) -> None:
+        """Watch without predicting: a prompt demands nearly every expert, and all its reads are in flight at once."""
         self._pause()
         self._num_sequences = num_sequences
         self._guarded(self.prefetcher.begin, num_sequences)
         self.prefetcher.rest()
-        self.watching = self._switch.on and token_ids is not None and self.predictor.signal == "none"
-        self._prompt = (token_ids, []) if self.watching else None
+        if token_ids is not None and self._switch.on and self.predictor.signal == "none":
+            self.watching, self._prompt = True, (token_ids, [])
+        else:
+            self.watching, self._prompt = False, None
 
     def _end_prefill(self) -> None:
         """Hand the prompt's routes to the predictor, if every layer was seen."""
@@ -176,7 +181,7 @@ class PredictionLoop:
             weights = np.stack([weights.reshape(shape) for _, weights in routes], axis=2)
             self.predictor.prefill(token_ids.cpu().numpy(), experts, weights)
 
-    def _begin_step(self, token_ids, num_sequences) -> None:
+    def _begin_step(self, token_ids: torch.Tensor, num_sequences: int) -> None:
         if num_sequences != self._num_sequences:  # beams, or sequences that were added
             self._num_sequences = num_sequences
             self.prefetcher.begin(num_sequences)
@@ -189,8 +194,8 @@ class PredictionLoop:
         self.watching = False
         self.prefetcher.rest()
 
-    def _guarded(self, call, *args) -> None:
-        """Run the predictor; whatever it raises switches it off for good, and generation goes on without it."""
+    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
+        """Run the predictor; any error switches it off for good, and generation goes on without it."""
         try:
             call(*args)
         except Exception as error:

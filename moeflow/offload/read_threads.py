@@ -8,14 +8,14 @@ import threading
 import time
 
 from moeflow.errors import ExpertReadError, MoeflowError
-from moeflow.offload.transfer import Transfer
+from moeflow.offload.transfer import Transfer, Work
 
 
 class ReadingThreads:
-    """Run the work of transfers and report the end of each, failed or not.
+    """Runs the work of transfers and reports the end of each, failed or not.
 
     Args:
-        num_threads: reads at once.
+        num_threads: reads in flight.
     """
 
     def __init__(self, num_threads: int):
@@ -23,16 +23,16 @@ class ReadingThreads:
         self.start()
 
     def start(self) -> None:
-        """Begin, with nothing queued and nothing reported."""
-        # Not a ThreadPoolExecutor: an interrupt inside its submit() leaves a lock held for ever.
-        # One ticket an entry of the two queues; a thread that holds one looks among the demands first.
+        """Start the threads, with nothing queued and nothing reported."""
+        # Not a ThreadPoolExecutor: an interrupt inside its submit() leaves a lock held forever.
+        # One ticket for each entry of the two queues; a thread with a ticket looks among the demands first.
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._demands: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._prefetches: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(
-                target=_serve_work,
+                target=_run_queued,
                 args=(self._tickets, (self._demands, self._prefetches), self._ended),
                 name="moeflow-read",
                 daemon=True,
@@ -43,12 +43,12 @@ class ReadingThreads:
             thread.start()
 
     def put(self, transfer: Transfer) -> None:
-        """Queue a transfer that was given work, among those that somebody waits for unless it is a prefetch."""
+        """Queue a transfer that was given work: a prefetch behind every demand, else among the demands."""
         (self._prefetches if transfer.prefetch else self._demands).put(transfer)
         self._tickets.put(True)
 
-    def run_here(self, transfer: Transfer, work: tuple) -> None:
-        """Run work in the calling thread; its end is reported as any."""
+    def run_here(self, transfer: Transfer, work: Work) -> None:
+        """Run work in the calling thread; its end is reported like any other."""
         _run(self._ended, transfer, work)
 
     def wait(self) -> Transfer:
@@ -63,7 +63,7 @@ class ReadingThreads:
             return None
 
     def stop(self) -> None:
-        """Let running work end, stop the threads, and forget what was queued and reported."""
+        """Let running work end, stop the threads, and forget the queues and reports."""
         for _ in self._threads:
             self._tickets.put(False)
         for thread in self._threads:
@@ -73,8 +73,12 @@ class ReadingThreads:
         self._ended = queue.SimpleQueue()
 
 
-def _serve_work(tickets, queues, ended) -> None:
-    """Run what is queued, demands first, until a ticket says no more: the life of a reading thread."""
+def _run_queued(
+    tickets: queue.SimpleQueue[bool],
+    queues: tuple[queue.SimpleQueue[Transfer], ...],
+    ended: queue.SimpleQueue[Transfer],
+) -> None:
+    """Run queued work, demands first, until a ticket is False: the body of a reading thread."""
     while tickets.get():
         for waiting in queues:
             try:
@@ -88,8 +92,8 @@ def _serve_work(tickets, queues, ended) -> None:
         del transfer, work  # while this thread waits, it holds nothing of the runtime's
 
 
-def _run(ended, transfer, work) -> None:
-    """Run one read and always report its end: whoever waits would otherwise wait for ever."""
+def _run(ended: queue.SimpleQueue[Transfer], transfer: Transfer, work: Work) -> None:
+    """Run one read and always report its end: a missing report would leave its layer waiting forever."""
     function, *arguments = work
     begin = time.perf_counter()
     try:

@@ -1,16 +1,14 @@
-"""What moves between the tiers: the copies that bring experts to the device, and what has arrived.
+"""Moves experts to the device: starts copies, enters arrivals, and orders compute behind them.
 
-The one place that moves an expert between absent, in flight and resident: it asks the cache for a slot and the
-transfers for a copy, and enters what has arrived. Which expert sits in which slot is the cache's to say. Knows nothing
-of routers, passes or arithmetic.
+The one place that moves an expert between absent, in flight and resident. The cache says which expert sits in which
+slot; this module says which copy starts, and when. Knows nothing of routers, passes or arithmetic.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
 
-from moeflow.core import ExpertKey, Tier
+from moeflow.core import ExpertKey, RecordLayout, Tier
 from moeflow.errors import ExpertReadError
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
@@ -21,19 +19,19 @@ from moeflow.policy.cache import ExpertCache
 from moeflow.policy.demand import Demand
 from moeflow.policy.prefetch import Prefetcher
 
-_MAX_PREFETCHES = 2  # copies under way while nobody waits: more would only stand before a demand
+_MAX_PREFETCHES = 2  # in flight at once: more would only delay a demanded copy
 
 
 class Residency:
     """Moves experts to the device, on demand and ahead of it.
 
     Args:
-        cache: who sits in which slot.
+        cache: which expert sits in which slot.
         pool: the slots.
         streams: the order between copies and compute.
         transfers: the copies.
-        prefetcher: says what to prefetch; None for demand only.
-        stats: what is counted.
+        prefetcher: chooses prefetches; None for demand only.
+        stats: the counters.
     """
 
     def __init__(
@@ -55,14 +53,14 @@ class Residency:
         self._last_use: list[object] = [None] * pool.num_slots
 
     def claim(self, layer: int, keys: list[ExpertKey]) -> Demand:
-        """Say that a layer needs experts now: those that are resident are pinned, those in flight go before prefetches.
+        """Claim a layer's demanded experts: pin the resident ones, put those in flight before prefetches.
 
         Args:
             layer: number among the MoE layers.
             keys: its demanded experts.
 
         Returns:
-            Where each was found; the state of the link only where a predicted pass wants it.
+            Where each was found; `others_in_flight` is filled only in a pass that is predicted.
         """
         cache, transfers = self.cache, self.transfers
         cache.touch(keys)
@@ -77,25 +75,26 @@ class Residency:
         others = transfers.prefetches() if predicted else []
         return Demand(layer, resident, in_flight, absent, transfers.copy_s, others)
 
-    def begin_use(self, keys: list[ExpertKey], records: list) -> list[Resident]:
-        """Return where pinned experts lie, when this thread's compute may read them; `records` are their layer's."""
-        slot_of, wait, residents = self.cache.slot, self._streams.wait, []
+    def begin_use(self, keys: list[ExpertKey], records: list[RecordLayout]) -> list[Resident]:
+        """Return where pinned experts lie, ready for compute of the calling thread; `records` are their layer's."""
+        slot_of, wait = self.cache.slot, self._streams.wait
+        residents: list[Resident] = []
         for key in keys:
             slot = slot_of(key)
-            # This call's stream may be another than that of the call that had the expert copied or used it.
+            # The stream of this call may differ from that of the call that copied or used the expert.
             wait(self._ready[slot])
             wait(self._last_use[slot])
             residents.append(Resident(key.expert, self.pool, slot, records[key.expert]))
         return residents
 
     def end_use(self, keys: Iterable[ExpertKey]) -> None:
-        """Say that no more compute will be started on pinned experts."""
+        """Unpin experts on which no more compute will be started."""
         cache, event = self.cache, self._streams.compute_event()
         for key in keys:
             self._last_use[cache.slot(key)] = event
             cache.unpin(key)
 
-    def start(self, to_start: deque) -> None:
+    def start(self, to_start: deque[ExpertKey]) -> None:
         """Start copies, in order, while there is a slot and a place in flight for them."""
         decisions = self._stats.now.decisions
         while to_start and self.transfers.has_room:
@@ -109,7 +108,7 @@ class Residency:
                 decisions.read += 1
 
     def copy(self, key: ExpertKey, *, only_if_likelier: bool = False) -> Transfer | None:
-        """Start the copy of an absent expert; None where no slot may be taken for it.
+        """Start the copy of an absent expert; return None where no slot may be taken for it.
 
         Args:
             only_if_likelier: where the future is forecast, evict only an expert that is worth less.
@@ -126,20 +125,21 @@ class Residency:
             return None
         return self.transfers.start(key, slot, self._last_use[slot])
 
-    def prefetch(self, waiting: AbstractSet[ExpertKey] = frozenset()) -> list[ExpertKey]:
-        """Start what is worth prefetching while the link has room, and take back what comes too late.
+    def prefetch(self, waiting: set[ExpertKey] | None = None) -> list[ExpertKey]:
+        """Start prefetches while the link has room, and take back those that come too late.
 
         Returns:
             The experts of `waiting` that have arrived meanwhile, pinned.
         """
-        prefetcher, transfers, arrived = self._prefetcher, self.transfers, []
+        prefetcher, transfers = self._prefetcher, self.transfers
+        arrived: list[ExpertKey] = []
         if prefetcher is None or not prefetcher.active:
             return arrived
         try:
             while (transfer := transfers.poll_completed()) is not None:
                 arrived += self.settle(transfer, waiting)
         except ExpertReadError:
-            self.end_use(arrived)  # whoever waits hears of the failure only
+            self.end_use(arrived)  # the caller sees the error and not these
             raise
         for key in prefetcher.overdue(transfers.prefetches()):
             if transfers.drop(key):
@@ -155,7 +155,7 @@ class Residency:
 
     def await_one(self, waiting: set[ExpertKey]) -> list[ExpertKey]:
         """Wait for the next copy to end; return its expert, pinned, if it is one of `waiting`."""
-        assert len(self.transfers), "waiting for a copy that nobody started"
+        assert len(self.transfers), "waiting for a copy that was never started"
         transfer = self.transfers.poll_completed()
         if transfer is None:
             begin = time.perf_counter()
@@ -163,7 +163,7 @@ class Residency:
             self._stats.now.stall_s += time.perf_counter() - begin
         return self.settle(transfer, waiting)
 
-    def settle(self, transfer: Transfer, wanted: AbstractSet[ExpertKey] = frozenset()) -> list[ExpertKey]:
+    def settle(self, transfer: Transfer, wanted: set[ExpertKey] | None = None) -> list[ExpertKey]:
         """Enter an ended copy; return its expert, pinned, if it is wanted, and take it out of `wanted`.
 
         Raises:
@@ -174,7 +174,7 @@ class Residency:
             cache.abort(key)
             if self._prefetcher is not None:
                 self._prefetcher.ledger.drop(key)
-            if key in wanted:
+            if wanted and key in wanted:
                 raise transfer.error
             return []
         cache.commit(key)
@@ -184,29 +184,29 @@ class Residency:
         else:
             now.bytes_from_host += transfer.num_bytes
         self._ready[transfer.slot] = transfer.event
-        if key in wanted:
+        if wanted and key in wanted:
             wanted.discard(key)
             return [key]
         cache.unpin(key)
         return []
 
     def settle_ended(self) -> None:
-        """Enter what has arrived that nobody waits for."""
+        """Enter every copy that has ended; no layer waits for any."""
         while (transfer := self.transfers.poll_completed()) is not None:
             self.settle(transfer)
 
     def settle_all(self) -> None:
-        """Let every copy end, and enter it; nobody waits for any."""
+        """Let every copy end, and enter it; no layer waits for any."""
         while len(self.transfers):
             self.settle(self.transfers.wait_completed())
 
     def set_limit(self, limit: int) -> None:
-        """Change how much of the cache may be used."""
+        """Change how much of the cache may be used; see `ExpertCache.set_limit`."""
         evictions = self.cache.evictions
         self.pool.discard(self.cache.set_limit(limit))
         self._stats.now.evictions += self.cache.evictions - evictions
 
     def clear(self) -> None:
-        """Start from nothing resident and nothing on its way, whatever state the bookkeeping is in."""
+        """Reset to nothing resident and nothing in flight, whatever state the bookkeeping is in."""
         self.transfers.abandon()
         self.cache.clear()

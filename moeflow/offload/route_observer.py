@@ -1,4 +1,4 @@
-"""Protocol of observers of router output: the trace recorder and the token scheduler.
+"""Protocol for observers of router output: the trace recorder and the token scheduler.
 
 Knows passes and routes. Knows nothing of tiers.
 """
@@ -12,18 +12,19 @@ if TYPE_CHECKING:
 
 
 class RouteObserver(Protocol):
-    """Sits in a runtime's `observers`: a trace recorder for good, others for a pass.
+    """Sees the routes of every layer and never changes them.
 
-    Sees and never changes. Called in the order of the list, by the thread that runs the pass.
+    Sits in a runtime's `observers`: a trace recorder for good, the token scheduler's for one pass. Called in the order
+    of the list, by the thread that runs the pass.
     """
 
     def begin_pass(self, begun: "ForwardPass") -> None:
-        """Hear that a pass begins, before its first layer."""
+        """Take in the description of a pass, before its first layer."""
 
     def observe(
         self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_states: torch.Tensor
     ) -> None:
-        """Take in one layer of a pass, before its experts run.
+        """Take in the routes of one layer, before its experts run.
 
         Args:
             layer: number among the MoE layers.
@@ -31,8 +32,8 @@ class RouteObserver(Protocol):
             top_k_weights: [T, K].
             hidden_states: [T, H], what the router saw.
 
-        All are valid during the call only: a compiled graph uses the memory of its tensors again.
+        All are valid during the call only: a compiled graph reuses the memory of its tensors.
         """
 
     def close(self) -> None:
-        """End what the observer keeps: the runtime is closed."""
+        """Release what the observer holds: the runtime is closed."""

@@ -1,12 +1,12 @@
-"""The runtime behind one model: one lock over the tiers of its experts, and everything that must be released.
+"""The runtime behind one model: one lock over the tiers of its experts, and all resources that must be released.
 
-Hears of passes and demands, and tells what happened. How a demand is answered is `ExpertFetch`'s matter, what moves
-is `Residency`'s. Knows nothing of routers or arithmetic.
+Takes in passes and demands, and reports statistics. `ExpertFetch` answers a demand, `Residency` moves experts. Knows
+nothing of routers or arithmetic.
 """
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ from moeflow.predictors.protocol import Predictor
 
 
 class _Parts(NamedTuple):
-    """What close() and garbage collection release, in this order."""
+    """The parts that close() and garbage collection release, in this order."""
 
     transfers: Transfers
     store: ExpertStore
@@ -55,14 +55,14 @@ class ExpertRuntime:
     Args:
         store: the far tier.
         pool: device slots.
-        cache: who sits in them.
+        cache: which expert sits in which slot.
         streams: the order between copies and compute on the device.
         host: the pinned tier, on machines where the device has its own memory.
         num_threads: disk reads in flight.
-        expert_budget_bytes: what the user allowed; the slots' bytes when None.
+        expert_budget_bytes: the user's budget; the slots' bytes when None.
         governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
-        prediction: says what to prefetch; None for demand only.
-        misses: says which experts the CPU computes in the host tier; None where all are copied.
+        prediction: chooses prefetches; None for demand only.
+        misses: chooses the experts that the CPU computes in the host tier; None where all are copied.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class ExpertRuntime:
         prediction: PredictionLoop | None = None,
         misses: MissSplit | None = None,
     ):
-        assert misses is None or host is not None, "without a host tier no expert lies anywhere else"
         self.store = store
         self.cache = cache
         self.device = pool.device
@@ -90,18 +89,21 @@ class ExpertRuntime:
         self._governor = governor
         self._prediction = prediction
         self._slot_bytes = pool.stride
-        self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of what the cache counts
+        self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of one unit of the cache's limit
         self._host = host
         self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
-        self._host_compute = None if misses is None else HostCompute(misses, host, self._transfers)
+        self._host_compute = None
+        if misses is not None:
+            assert host is not None, "without a host tier no expert lies anywhere else"
+            self._host_compute = HostCompute(misses, host, self._transfers)
         prefetcher = None if prediction is None else prediction.prefetcher
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._lock = threading.RLock()
         # Equal records become one object, so that layers share the tensor views of a slot.
-        records: dict = {}
+        records: dict[RecordLayout, RecordLayout] = {}
         self._records = [
             [
                 records.setdefault(record, record)
@@ -115,7 +117,7 @@ class ExpertRuntime:
     def __enter__(self) -> "ExpertRuntime":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     @property
@@ -125,12 +127,12 @@ class ExpertRuntime:
 
     @property
     def predictor(self) -> Predictor | None:
-        """Who predicts."""
+        """The predictor, or None."""
         return None if self._prediction is None else self._prediction.predictor
 
     @property
     def predicting(self) -> bool:
-        """Whether somebody wants to see the routes of the pass under way."""
+        """Whether the predictor wants the routes of the pass under way."""
         return self._prediction is not None and self._prediction.watching
 
     def records(self, layer: int) -> list[RecordLayout]:
@@ -147,10 +149,12 @@ class ExpertRuntime:
     def begin_forward(
         self, num_sequences: int, num_positions: int, *, continues: bool, token_ids: torch.Tensor | None = None
     ) -> None:
-        """Say that a pass over [num_sequences, num_positions] new tokens begins.
+        """Begin a pass over [num_sequences, num_positions] new tokens.
 
         Args:
-            continues: whether earlier positions lie in a key-value cache, which makes the pass decode.
+            num_sequences: in the pass.
+            num_positions: new ones of each sequence, padding included.
+            continues: whether earlier positions lie in a KV cache, which makes the pass decode.
             token_ids: the tokens, [num_sequences, num_positions], where they are known.
         """
         with self._lock:
@@ -174,19 +178,19 @@ class ExpertRuntime:
         experts: list[int],
         router_output: RouterOutput | None = None,
         num_tokens: list[int] | None = None,
-    ) -> Iterator[list[Resident]]:
+    ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once, where it lies: the resident ones together, then others as they arrive.
 
-        Where experts wait for a slot, each resident one is yielded alone, so that its slot is free as soon as may be.
-        Where the split of misses says so, weights come from the host tier instead of the device, before all others:
-        copies run beside what the CPU does. What was yielded is valid until more is asked for. Closing the
-        iterator early is safe at any point: copies still in flight end by themselves and become resident.
+        Where experts wait for a slot, each resident one is yielded alone, so that its slot is free as soon as possible.
+        Experts that `MissSplit` gives to the CPU are yielded in the host tier, before all others: copies run beside
+        their computation. A yielded list is valid until the next is asked for. Closing the iterator early is safe at
+        any point: copies still in flight end by themselves and become resident.
 
         Args:
-            layer: which MoE layer.
+            layer: number among the MoE layers.
             experts: distinct expert numbers; may be more than there are slots.
-            router_output: what the router chose for each token, for whoever predicts.
-            num_tokens: how many tokens go to each of the experts; one where None.
+            router_output: what the router chose for each token, for the predictor.
+            num_tokens: tokens that go to each of the experts; one each when None.
 
         Raises:
             ExpertReadError: an expert could not be read. The runtime stays usable.
@@ -206,8 +210,8 @@ class ExpertRuntime:
                 raise
             self._torn = False
 
-    def stats(self) -> dict:
-        """Return what has happened since loading or the last reset_stats(), with units in the names."""
+    def stats(self) -> dict[str, Any]:
+        """Return the counters since loading or the last reset_stats(), with units in the names."""
         with self._lock:
             now, peak = process_memory_bytes()
             host, slot_bytes, unit_bytes = self._host, self._slot_bytes, self._unit_bytes
@@ -240,7 +244,7 @@ class ExpertRuntime:
             }
 
     def reset_stats(self) -> None:
-        """Begin to count anew; what is resident stays."""
+        """Reset the counters; resident experts stay."""
         with self._lock:
             self._stats.reset()
             if self._prediction is not None:
@@ -262,7 +266,7 @@ class ExpertRuntime:
                 assert self._host is None or not self._host.cache.num_pinned, "a host slot is pinned while nothing runs"
 
     def _mend(self) -> None:
-        """Start from nothing resident if an interrupt struck in the middle of the bookkeeping."""
+        """Reset to nothing resident if an interrupt struck in the middle of the bookkeeping."""
         if self._torn:
             self._residency.clear()
             if self._prediction is not None:

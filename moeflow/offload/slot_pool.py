@@ -1,6 +1,6 @@
 """Slots: one arena of memory for experts of all layers, on the device or pinned on the host.
 
-Knows where a slot's bytes are and how to look at them as tensors. Knows nothing of who sits in it.
+Knows where a slot's bytes lie and how to view them as tensors. Knows nothing of which expert sits in a slot.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from moeflow.core import PAGE_BYTES, RecordLayout, align_up
 from moeflow.dtypes import tensors_of
 from moeflow.errors import BudgetError
 
-# Pages come from the system as experts arrive; where these differ in size, never as many as there is room for.
+# The system hands out pages as experts arrive: where these differ in size, slots never take all their room.
 _ARENA_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
@@ -57,7 +57,7 @@ class SlotPool:
                 self.bytes = np.frombuffer(arena, np.uint8).reshape(num_slots, self.stride)
                 self.tensor = torch.from_numpy(self.bytes)
             else:
-                self.bytes = None
+                self.bytes = np.empty((0, 0), np.uint8)  # none that the CPU can address
                 self.tensor = torch.empty(num_slots, self.stride, dtype=torch.uint8, device=self.device)
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
             raise BudgetError(
@@ -78,9 +78,9 @@ class SlotPool:
         return found
 
     def fit(self, slot: int, num_bytes: int) -> None:
-        """Say that the slot will hold this much, and give pages beyond it back to the system; host memory only."""
+        """Size a slot for this many bytes: give pages beyond them back to the system; host memory only."""
         needed = slot_bytes(num_bytes)
-        if self._filled[slot] > needed:
+        if self._arena is not None and self._filled[slot] > needed:
             self._arena.madvise(mmap.MADV_DONTNEED, slot * self.stride + needed, self._filled[slot] - needed)
         self._filled[slot] = needed
 
@@ -95,7 +95,7 @@ class SlotPool:
             torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
             self._registered = False
         self._views.clear()
-        self.bytes = self.tensor = self._arena = None
+        self.bytes, self.tensor, self._arena = np.empty((0, 0), np.uint8), torch.empty(0), None
 
     def _register(self) -> None:
         address = ctypes.c_void_p(self.tensor.data_ptr()).value
@@ -110,7 +110,7 @@ class SlotPool:
 
 
 class Resident(NamedTuple):
-    """An expert's weights where they lie, valid while whoever handed it out keeps the slot pinned."""
+    """An expert's weights where they lie, valid while their slot is pinned."""
 
     expert: int
     pool: SlotPool
@@ -119,9 +119,9 @@ class Resident(NamedTuple):
 
     @property
     def address(self) -> int:
-        """Where its record begins in memory."""
+        """The address of its record in memory."""
         return self.pool.address + self.slot * self.pool.stride
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what its record holds, by name, without a copy."""
+        """Return the tensors of its record, by name, without a copy."""
         return self.pool.views(self.slot, self.record)

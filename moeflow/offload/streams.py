@@ -1,17 +1,17 @@
-"""Order between copies and kernels: CUDA streams and events, or nothing where memory is one.
+"""Order between copies and kernels: CUDA streams and events, or nothing where host and device memory are one.
 
 Two implementations of one small protocol. `CudaStreams` is not yet measured on hardware.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 
 class Streams(Protocol):
-    """Copies run beside compute; an event is what one of them has reached.
+    """Runs copies beside compute, ordered by events.
 
-    An event is opaque; None is an event that has always happened.
+    An event is opaque: a point in the queue of copies or of compute. None is an event that has always happened.
     """
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
@@ -39,31 +39,31 @@ class Streams(Protocol):
 class HostStreams:
     """One memory: copies have ended when they return."""
 
-    def copy(self, target, source, after):
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
         target.copy_(source)
         return None
 
-    def compute_event(self):
+    def compute_event(self) -> object:
         return None
 
-    def wait(self, event):
+    def wait(self, event: object) -> None:
         return None
 
-    def synchronize(self, event):
+    def synchronize(self, event: object) -> None:
         return None
 
-    def done(self, event):
+    def done(self, event: object) -> bool:
         return True
 
-    def copy_s(self, event):
+    def copy_s(self, event: object) -> float:
         return 0.0
 
-    def finish(self):
+    def finish(self) -> None:
         return None
 
 
 class _CopyEnd(NamedTuple):
-    """The event of a copy's end, with that of its begin."""
+    """The events of a copy's begin and end."""
 
     begin: torch.cuda.Event
     end: torch.cuda.Event
@@ -78,38 +78,38 @@ class CudaStreams:
         # The pool may lie on memory that queued kernels of an earlier owner still use.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def copy(self, target, source, after):
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(_end(after))
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(self._stream)  # behind the copies that stand before it: only its own time counts
+            begin.record(self._stream)  # behind earlier copies: only its own time counts
             target.copy_(source, non_blocking=True)
             end.record(self._stream)
         return _CopyEnd(begin, end)
 
-    def compute_event(self):
+    def compute_event(self) -> object:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def wait(self, event):
+    def wait(self, event: object) -> None:
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(_end(event))
 
-    def synchronize(self, event):
+    def synchronize(self, event: object) -> None:
         if event is not None:
             _end(event).synchronize()
 
-    def done(self, event):
+    def done(self, event: object) -> bool:
         return event is None or _end(event).query()
 
-    def copy_s(self, event):
+    def copy_s(self, event: object) -> float:
         return event.begin.elapsed_time(event.end) / 1000 if isinstance(event, _CopyEnd) else 0.0
 
-    def finish(self):
+    def finish(self) -> None:
         torch.cuda.synchronize(self._device)
 
 
-def _end(event):
+def _end(event: Any) -> torch.cuda.Event:
     return event.end if isinstance(event, _CopyEnd) else event

@@ -1,6 +1,10 @@
 """One expert in flight: where its bytes come from, where they go, and the read that brings them."""
 
+from typing import Any
+
 from moeflow.core import ExpertKey, Tier
+
+Work = tuple[Any, ...]  # a function, then its arguments
 
 
 class Transfer:
@@ -28,23 +32,23 @@ class Transfer:
 
     def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
         self.key = key
-        self.prefetch = prefetch  # nobody waits for it yet
+        self.prefetch = prefetch  # whether no layer waits for it yet
         self.slot = slot
         self.source = source
         self.host_slot = host_slot
         self.event: object = None
         self.error: Exception | None = None
         self.num_bytes = 0
-        self.seconds = 0.0  # from the claim of its work to its end, waiting for a thread not included
+        self.seconds = 0.0  # from the start of its work to its end, without the wait for a thread
         self.beside = False  # whether the CPU computed an expert while it was under way
-        self._work: list = []
+        self._work: list[Work] = []
 
-    def give_work(self, work: tuple) -> None:
-        """Attach what a reading thread has to run: a function and its arguments."""
+    def give_work(self, work: Work) -> None:
+        """Attach the work of a reading thread."""
         self._work.append(work)
 
-    def take_work(self) -> tuple | None:
-        """Take the work, or None where somebody has taken it: one claim succeeds, from whatever thread."""
+    def take_work(self) -> Work | None:
+        """Take the work, or None where it is taken already: of all threads one succeeds."""
         try:
             return self._work.pop()
         except IndexError:

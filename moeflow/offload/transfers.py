@@ -1,7 +1,7 @@
-"""Copies of experts towards the device: from disk, or from the host tier, one completion each.
+"""Copies of experts towards the device, from disk or from the host tier, one completion each.
 
-Owns the table of copies in flight, which is what keeps anybody from starting a second copy of an expert. All methods
-are called by one thread at a time (the runtime's lock); only reads run elsewhere.
+Owns the table of copies in flight, so that no expert is copied twice at once. One thread at a time calls its methods
+(the runtime's lock); only reads run elsewhere.
 """
 
 from collections import deque
@@ -12,9 +12,9 @@ from moeflow.offload.host_tier import HostTier
 from moeflow.offload.read_threads import ReadingThreads
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfer import Transfer
+from moeflow.offload.transfer import Transfer, Work
 
-_MEASURED = 32  # ended copies kept until somebody asks what they took
+_MAX_MEASURED_COPIES = 32  # ended ones, kept until `take_copied`
 
 
 class Transfers:
@@ -44,8 +44,8 @@ class Transfers:
         self._streams = streams
         self._host = host
         self._in_flight: dict[ExpertKey, Transfer] = {}
-        self._copying: list[Transfer] = []  # handed out, and the device may still run them
-        self._copied: deque[Transfer] = deque(maxlen=_MEASURED)
+        self._copying: list[Transfer] = []  # handed out, while the device may still run them
+        self._copied: deque[Transfer] = deque(maxlen=_MAX_MEASURED_COPIES)
         self._copy_s = 0.0
         self._threads = ReadingThreads(num_threads)
 
@@ -62,7 +62,7 @@ class Transfers:
 
     @property
     def num_copying(self) -> int:
-        """How many copies are under way, those included that have been handed out and that the device still runs."""
+        """How many copies are under way, including those handed out that the device still runs."""
         self._end_copies()
         return len(self._in_flight) + len(self._copying)
 
@@ -83,13 +83,13 @@ class Transfers:
             key: an expert that is not in flight.
             slot: reserved for it.
             after: the event of the last compute that read the slot.
-            prefetch: let every copy that somebody waits for go first.
+            prefetch: let every demanded copy go first.
         """
         assert key not in self._in_flight, f"a copy of {key} is in flight already"
         num_bytes = self._store.layers[key.layer].layout.record_of(key.expert).num_bytes
         if self._host is None:
             transfer = Transfer(key, slot, Tier.DISK, None, prefetch=prefetch)
-            work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
+            work: Work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
         else:
             host = self._host
             host.cache.touch([key])
@@ -113,11 +113,11 @@ class Transfers:
         return transfer
 
     def promote(self, key: ExpertKey) -> None:
-        """Say that somebody waits for a copy in flight: where it has not begun, it jumps the queue."""
+        """Turn a prefetch in flight into a demanded copy: if it has not begun, it jumps the queue."""
         transfer = self._in_flight[key]
         if transfer.prefetch:
             transfer.prefetch = False
-            self._threads.put(transfer)  # whoever finds it second finds its work taken
+            self._threads.put(transfer)  # queued twice now: the second thread finds its work taken
 
     def drop(self, key: ExpertKey) -> bool:
         """Forget a prefetch that has not begun; return whether it could be. Its slot is the caller's again."""
@@ -125,12 +125,12 @@ class Transfers:
         if not transfer.prefetch or transfer.take_work() is None:
             return False
         del self._in_flight[key]
-        if transfer.host_slot is not None:
+        if self._host is not None:
             self._host.cache.abort(key)
         return True
 
     def prefetches(self) -> list[ExpertKey]:
-        """List the experts on their way that nobody waits for."""
+        """List the experts whose prefetch is in flight."""
         return [key for key, transfer in self._in_flight.items() if transfer.prefetch]
 
     def compute_beside(self) -> bool:
@@ -141,7 +141,7 @@ class Transfers:
         return bool(on_link)
 
     def take_copied(self) -> list[Transfer]:
-        """Hand out, once each, the latest copies from the host tier that have ended; `seconds` is what each took."""
+        """Return, once each, the latest copies from the host tier that have ended, with the `seconds` of each."""
         self._end_copies()
         copied = list(self._copied)
         self._copied.clear()
@@ -188,6 +188,7 @@ class Transfers:
             if transfer.error is not None:
                 cache.unpin(transfer.key)
                 return transfer
+            assert transfer.host_slot is not None, "with a host tier every copy passes through one of its slots"
             self._host.last_copy[transfer.host_slot] = transfer.event
             cache.unpin(transfer.key)
         return transfer
@@ -198,7 +199,7 @@ class Transfers:
         return self._copying + [transfer for transfer in started if not self._streams.done(transfer.event)]
 
     def _end_copies(self) -> None:
-        """Take in what has ended on the device, and how long it took there."""
+        """Measure the copies that have ended on the device, and keep those that still run."""
         running = []
         for transfer in self._copying:
             if not self._streams.done(transfer.event):
@@ -211,17 +212,28 @@ class Transfers:
         self._copying = running
 
 
-def _read_to_device(store, pool, transfer, num_bytes) -> None:
+def _read_to_device(store: ExpertStore, pool: SlotPool, transfer: Transfer, num_bytes: int) -> None:
     pool.fit(transfer.slot, num_bytes)
     transfer.num_bytes = store.read(transfer.key, pool.bytes[transfer.slot])
 
 
-def _read_through_host(store, pool, host_pool, streams, transfer, num_bytes, after, last_copy) -> None:
+def _read_through_host(
+    store: ExpertStore,
+    pool: SlotPool,
+    host_pool: SlotPool,
+    streams: Streams,
+    transfer: Transfer,
+    num_bytes: int,
+    after: object,
+    last_copy: object,
+) -> None:
     streams.synchronize(last_copy)
     transfer.num_bytes = store.read(transfer.key, host_pool.bytes[transfer.host_slot])
     _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after)
 
 
-def _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after) -> None:
+def _copy_to_device(
+    pool: SlotPool, host_pool: SlotPool, streams: Streams, transfer: Transfer, num_bytes: int, after: object
+) -> None:
     source = host_pool.tensor[transfer.host_slot, :num_bytes]
     transfer.event = streams.copy(pool.tensor[transfer.slot, :num_bytes], source, after)

@@ -1,8 +1,8 @@
 """Which expert sits in which slot, and which is evicted when a slot is needed.
 
 The one residency map. A slot is free, loading (a copy into it is under way) or resident. A pinned slot is used by a
-running kernel or an in-flight copy and is never evicted. Bookkeeping only: what moves, and when, `offload.residency`
-decides. Knows nothing of tensors or I/O.
+running kernel or an in-flight copy and is never evicted. Bookkeeping only: `offload.residency` decides which copy
+starts, and when. Knows nothing of tensors or I/O.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class ExpertCache:
         num_slots: how many experts fit at most.
         policy: a name in `POLICIES`.
         num_transient: slots the static policy keeps for experts outside its fixed set.
-        sizes: [num_layers][num_experts], what each expert takes of the limit, where experts differ in size and a slot
-            takes no more memory than who sits in it; else each takes one.
+        sizes: [num_layers][num_experts], units of the limit that each expert takes, where experts differ in size and a
+            slot takes no more memory than its expert; one each when None.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class ExpertCache:
         if num_slots < 1:
             raise ConfigError(f"a cache of {num_slots} slots holds nothing. Give at least 1.")
         self.num_slots = num_slots
-        # What may be used at present, and what is used: slots, or the sizes of who sits in them.
+        # Units allowed at present, and units in use: slots, or the sizes of the experts in them.
         self.limit = num_slots if sizes is None else num_slots * max(map(max, sizes))
         self.used = 0
-        self.forecast: Forecast | None = None  # kept up to date by whoever predicts, None while nobody does
+        self.forecast: Forecast | None = None  # kept up to date by the prefetcher; None while nothing is predicted
         self.policy = policy
         self.evictions = 0
         self.evicted: list[ExpertKey] = []  # by the last reserve()
         self._emptied: set[int] = set()
         self.peak_used = 0
         self.num_transient = num_transient
-        self._victim_scores: Callable = POLICIES[policy]
+        self._victim_scores = POLICIES[policy]
         self.sizes = sizes
         self._slot_of: dict[ExpertKey, int] = {}
         self._key_of: list[ExpertKey | None] = [None] * num_slots
@@ -77,7 +77,7 @@ class ExpertCache:
 
     @property
     def slots(self) -> dict[ExpertKey, int]:
-        """Who has a slot, resident or loading; not to be changed."""
+        """The slot of every expert that has one, resident or loading; not to be changed."""
         return self._slot_of
 
     def touch(self, keys: list[ExpertKey]) -> None:
@@ -128,8 +128,8 @@ class ExpertCache:
 
         Args:
             key: the expert.
-            worth: what a slot is worth for the expert by the forecast. Where it is given, no expert that is worth as
-                much is evicted.
+            worth: of a slot for the expert, by the forecast. Where it is given, no expert that is worth as much is
+                evicted.
 
         Returns:
             The slot, or None when no slot may be taken. A pinned slot cannot be evicted.
@@ -140,11 +140,12 @@ class ExpertCache:
             slot = self._victim()
             if slot is None:
                 return None
-            if worth is not None and self.forecast.worth[self._layer[slot], self._expert[slot]] >= worth:
-                return None
-            self.evicted.append(self._key_of[slot])
+            if worth is not None:
+                assert self.forecast is not None, "a worth was given, and there is no forecast"
+                if self.forecast.worth[self._layer[slot], self._expert[slot]] >= worth:
+                    return None
+            self.evicted.append(self._release(slot))
             self.evictions += 1
-            self._release(slot)
             self._emptied.add(slot)
         slot = self._free.pop()  # the one emptied last
         self._emptied.discard(slot)
@@ -158,14 +159,14 @@ class ExpertCache:
         return slot
 
     def commit(self, key: ExpertKey) -> int:
-        """Say that a copy has arrived: the expert is resident. The pin of `reserve` stays with the caller."""
+        """Make a loading expert resident: its copy has arrived. The pin of `reserve` stays with the caller."""
         slot = self._slot_of[key]
         assert self._state[slot] == _LOADING, f"{key} is not loading"
         self._state[slot] = _RESIDENT
         return slot
 
     def abort(self, key: ExpertKey) -> None:
-        """Say that a copy failed: the slot is free again, whatever pins it had."""
+        """Free the slot of a loading expert, whatever pins it had: its copy failed or was taken back."""
         slot = self._slot_of[key]
         assert self._state[slot] == _LOADING, f"{key} is not loading"
         self._release(slot)
@@ -186,7 +187,7 @@ class ExpertCache:
         return found
 
     def set_limit(self, limit: int) -> list[int]:
-        """Allow `limit` slots (or sizes) from now on, evicting by policy what is over it and not pinned.
+        """Allow `limit` units from now on, evicting by policy until no more are in use, pinned slots apart.
 
         Returns:
             The slots that became free.
@@ -200,7 +201,7 @@ class ExpertCache:
         return freed
 
     def size(self, key: ExpertKey) -> int:
-        """Return what an expert takes of the limit."""
+        """Return how many units of the limit an expert takes."""
         return 1 if self.sizes is None else self.sizes[key.layer][key.expert]
 
     def pin(self, key: ExpertKey) -> int:
@@ -229,7 +230,7 @@ class ExpertCache:
         return [key for key, slot in self._slot_of.items() if self._state[slot] == _RESIDENT]
 
     def check_integrity(self) -> None:
-        """Assert the invariants: one slot an expert, states and pins agree, nothing is lost."""
+        """Assert the invariants: one slot per expert, states and pins agree, no slot is lost."""
         for key, slot in self._slot_of.items():
             assert self._key_of[slot] == key, f"slot {slot} holds {self._key_of[slot]}, the map says {key}"
             assert self._state[slot] != _FREE, f"{key} sits in a free slot"
@@ -242,7 +243,7 @@ class ExpertCache:
         assert (self._pins >= 0).all(), "a pin count is negative"
         free = (self._state == _RESIDENT) & (self._pins == 0)
         assert np.array_equal(free, self._blocked == 0), "a slot is barred from eviction, or open to it, by mistake"
-        assert self._present.sum() == len(self._slot_of), "the map of who is present is stale"
+        assert self._present.sum() == len(self._slot_of), "the map of present experts is stale"
         assert self.used == sum(map(self.size, self._slot_of)), "what is used does not add up"
         for key, slot in self._slot_of.items():
             assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
@@ -275,13 +276,16 @@ class ExpertCache:
         )
         self._passes = np.pad(self._passes, more[0])
 
-    def _release(self, slot: int) -> None:
+    def _release(self, slot: int) -> ExpertKey:
+        """Free a slot; return the expert that sat in it."""
         key, self._key_of[slot] = self._key_of[slot], None
+        assert key is not None, f"slot {slot} is free already"
         self.used -= self.size(key)
         del self._slot_of[key]
         self._present[key] = False
         self._state[slot], self._pins[slot], self._blocked[slot] = _FREE, 0, np.inf
         self._free.append(slot)
+        return key
 
 
 def _lru(cache: ExpertCache) -> np.ndarray:
@@ -304,7 +308,7 @@ def _static(cache: ExpertCache) -> np.ndarray:
 
 
 def _forecast(cache: ExpertCache) -> np.ndarray:
-    """The expert whose slot is worth the least by prediction goes; while nobody predicts, lfru's."""
+    """The expert whose slot is worth the least by prediction goes; without a prediction, lfru's."""
     if cache.forecast is None:
         return _lfru(cache)
     return cache.forecast.worth[cache._layer, cache._expert].astype(np.float64)

@@ -6,7 +6,7 @@ from moeflow.core import ExpertKey
 
 
 class Demand(NamedTuple):
-    """What one layer demands in one pass, and what the link does at that moment.
+    """The experts that one layer demands in one pass, and the state of the link at that moment.
 
     Args:
         layer: number among the MoE layers.

@@ -1,11 +1,11 @@
-"""How much it is worth to keep each expert, from a predictor's probabilities. Arrays only, no predictor here.
+"""The worth of keeping each expert, from a predictor's probabilities. Arrays only, no predictor here.
 
 Times are counted in layers: the next layer is one away, the same layer of the next step L away.
 """
 
 import numpy as np
 
-_SELDOM = 1e-3  # probability a step that stands for never
+_MIN_PROBABILITY = 1e-3  # a step, of an expert that was never used
 
 
 class Forecast:
@@ -25,7 +25,7 @@ class Forecast:
     def __init__(self, num_layers: int, num_experts: int, num_steps: int = 4):
         self.num_layers = num_layers
         self.num_experts = num_experts
-        self.layer = -1  # the last one whose router has spoken in this step
+        self.layer = -1  # the last one whose router has run in this step
         self.now = np.full((num_layers, num_experts), np.nan, np.float32)  # probability in this step
         self._later = np.zeros((num_steps, num_layers, num_experts), np.float32)
         self._worth = np.zeros((num_layers, num_experts), np.float32)
@@ -40,15 +40,15 @@ class Forecast:
         self._rows = np.arange(num_layers, dtype=np.float32)
 
     def begin_step(self, now: np.ndarray | None, later: np.ndarray | None, usual: np.ndarray) -> None:
-        """Enter what is predicted before the first layer.
+        """Enter the prediction made before the first layer of a step.
 
         Args:
             now: [L, E], probability that the coming step demands each expert; None or NaN where nothing is known.
             later: [steps, L, E], the same for the steps after it.
-            usual: [L, E], probability a step of an expert of which nothing is known.
+            usual: [L, E], probability a step of each expert, where the others say nothing.
         """
         self.layer = -1
-        usual = np.clip(usual, _SELDOM, 1)
+        usual = np.clip(usual, _MIN_PROBABILITY, 1)
         self.now[:] = usual if now is None else np.where(np.isnan(now), usual, now)
         steps = len(self._later)
         if later is None:
@@ -67,20 +67,20 @@ class Forecast:
         self._bet(slice(None), self.now)
 
     def refine(self, first_layer: int, now: np.ndarray) -> None:
-        """Enter what is known better by now, [n, E] for layers from `first_layer` on; NaN keeps what was known."""
+        """Enter better probabilities, [n, E] for layers from `first_layer` on; NaN keeps the old one."""
         rows = slice(first_layer, first_layer + len(now))
         self.now[rows] = now if not np.isnan(now).any() else np.where(np.isnan(now), self.now[rows], now)
         self._bet(rows, self.now[rows])
 
     def pass_layer(self, layer: int) -> None:
-        """Say that a layer's router has spoken: its experts are needed in the next step at the earliest."""
+        """Move on behind a layer whose router has run: its experts are needed in the next step at the earliest."""
         self.layer = layer
         self._chance[:, layer], self._kept[:, layer] = self._passed_chance[:, layer], self._passed_kept[:, layer]
         self._fresh = False
 
     @property
     def worth(self) -> np.ndarray:
-        """What a slot is worth for each expert, in uses a layer: [L, E]."""
+        """The worth of a slot for each expert, in uses a layer: [L, E]."""
         if not self._fresh:
             away = self._rows - self.layer
             away[: self.layer + 1] += self.num_layers

@@ -1,23 +1,23 @@
-"""Which misses of a layer are computed where their weights lie, and which are copied to the device.
+"""Splits a layer's misses: some are computed where their weights lie, the others copied to the device.
 
-Plain numbers; the caller has the clock, the tensors and the tiers. What both ways take is measured, each kind alone and
-beside the other: copies and the CPU draw on one memory.
+Plain numbers; the caller has the clock, the tensors and the tiers. Both ways are measured, each alone and beside the
+other, because copies and the CPU draw on one memory.
 """
 
 from collections.abc import Sequence
 
-_WEIGHT = 0.1  # of a new measurement in a moving average
-_WEIGHT_OF_PROBE = 0.5  # of one that is the first for a long time
-_STALE = 64  # decisions after which a figure that nobody measured is measured again
-_PROBE_TOKENS = 4  # the most that a probe computes on the CPU: what a prefill would cost there is not tried out
+_SAMPLE_WEIGHT = 0.1  # of a new measurement in a moving average
+_PROBE_WEIGHT = 0.5  # of the first measurement after the average went stale
+_STALE_DECISIONS = 64  # without a measurement, after which an average is stale
+_MAX_PROBE_TOKENS = 4  # of an expert that is sent to the CPU to measure it: no prefill is tried there
 
 
 class _Pace:
-    """Moving average of seconds a byte of expert weights, and how many decisions ago it was measured or asked for."""
+    """Moving average of seconds per byte of expert weights, and the decisions since it was measured or asked for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.s_per_byte: float | None = None
-        self.age = _STALE
+        self.age = _STALE_DECISIONS
         self._weight = 1.0  # of the next measurement
 
     def measure(self, num_bytes: int, seconds: float) -> None:
@@ -25,13 +25,13 @@ class _Pace:
         value = seconds / num_bytes
         before = self.s_per_byte
         self.s_per_byte = value if before is None else before + self._weight * (value - before)
-        self.age, self._weight = 0, _WEIGHT
+        self.age, self._weight = 0, _SAMPLE_WEIGHT
 
     def ask(self) -> bool:
-        """Whether it is time to measure; who is told so is asked again only after as many decisions."""
-        if self.age < _STALE:
+        """Whether the average is stale; answers so once, and again only after as many decisions."""
+        if self.age < _STALE_DECISIONS:
             return False
-        self.age, self._weight = 0, _WEIGHT_OF_PROBE
+        self.age, self._weight = 0, _PROBE_WEIGHT
         return True
 
 
@@ -49,7 +49,7 @@ class MissSplit:
     computing take equal time, copying wins: a copied expert is there the next time.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         # Of copies, and of computations by `_size`; each alone (False) and beside the other kind (True).
         self._copy = {beside: _Pace() for beside in (False, True)}
         self._host: dict[bool, dict[int, _Pace]] = {beside: {0: _Pace()} for beside in (False, True)}
@@ -63,7 +63,7 @@ class MissSplit:
             num_ahead: copies that occupy the link already.
 
         Returns:
-            How many of them to compute on the CPU: the first ones, who have the fewest tokens.
+            How many of them to compute on the CPU: the first ones, which have the fewest tokens.
         """
         m = len(num_tokens)
         if not m:
@@ -72,22 +72,22 @@ class MissSplit:
         on_host = self._fastest(num_tokens, num_bytes, num_ahead)
         if on_host == m and self._copy[m > 1].ask():
             return m - 1
-        if on_host == 0 and num_tokens[0] <= _PROBE_TOKENS:
+        if on_host == 0 and num_tokens[0] <= _MAX_PROBE_TOKENS:
             beside = m > 1 or num_ahead > 0
             if self._host[beside].setdefault(_size(num_tokens[0]), _Pace()).ask():
                 return 1
         return on_host
 
     def copied(self, num_bytes: int, seconds: float, *, beside: bool) -> None:
-        """Enter what a copy from the host tier took, and whether the CPU computed an expert meanwhile."""
+        """Enter the seconds of a copy from the host tier, and whether the CPU computed an expert meanwhile."""
         self._copy[beside].measure(num_bytes, seconds)
 
     def computed(self, num_bytes: int, num_tokens: int, seconds: float, *, beside: bool) -> None:
-        """Enter what an expert took on the CPU, activations there and back included, and whether copies ran then."""
+        """Enter the seconds of an expert on the CPU, with its activations' way, and whether copies ran meanwhile."""
         self._host[beside].setdefault(_size(num_tokens), _Pace()).measure(num_bytes, seconds)
 
     def finish_s(self, num_tokens: Sequence[int], num_bytes: int, num_ahead: int, on_host: int) -> float | None:
-        """Foresee when a layer's misses are done, in seconds; None while a figure for that is missing.
+        """Estimate the seconds until a layer's misses are done; None while a measurement for that is missing.
 
         Args:
             on_host: how many of them, the first ones, the CPU computes; else as for `split`.
@@ -101,14 +101,17 @@ class MissSplit:
                 return None
             copy = (num_ahead + copies) * num_bytes * pace
         if on_host:
-            paces = {tokens: self._host_pace(tokens, beside) for tokens in set(num_tokens[:on_host])}
-            if None in paces.values():
-                return None
+            paces = {}
+            for tokens in set(num_tokens[:on_host]):
+                pace = self._host_pace(tokens, beside)
+                if pace is None:
+                    return None
+                paces[tokens] = pace
             host = num_bytes * sum(paces[tokens] for tokens in num_tokens[:on_host])
         return max(copy, host)
 
-    def as_dict(self) -> dict:
-        """Return the bandwidths the decisions rest on, those of few tokens for the CPU; None where not measured."""
+    def as_dict(self) -> dict[str, float | None]:
+        """Return the measured bandwidths, the CPU's for one token; None where not measured."""
         return {
             "copy_bytes_per_s": _rate(self._copy[False]),
             "copy_beside_compute_bytes_per_s": _rate(self._copy[True]),
@@ -116,7 +119,7 @@ class MissSplit:
             "host_beside_copies_bytes_per_s": _rate(self._host[True][0]),
         }
 
-    def _fastest(self, num_tokens, num_bytes, num_ahead) -> int:
+    def _fastest(self, num_tokens: Sequence[int], num_bytes: int, num_ahead: int) -> int:
         best, best_s = 0, self.finish_s(num_tokens, num_bytes, num_ahead, 0)
         if best_s is None:
             return 0
@@ -131,7 +134,7 @@ class MissSplit:
         return self._copy[not beside].s_per_byte if pace is None else pace
 
     def _host_pace(self, num_tokens: int, beside: bool) -> float | None:
-        """Return the seconds a byte for so many tokens; where only fewer were measured, as if each took its own pass.
+        """Return the seconds per byte for a number of tokens; from fewer tokens, as if each took its own pass.
 
         That is an upper bound, which keeps a prefill off the CPU without trying.
         """

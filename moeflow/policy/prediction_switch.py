@@ -1,17 +1,16 @@
-"""Whether prediction is worth its while, step by step: off where nothing is missed, else decided by the clock.
+"""Switches prediction on and off, step by step: off where nothing is missed, else by the clock.
 
-Only the time of whole steps counts. What prefetch saves and costs by its own account leaves out what it costs others:
-on a CPU the reads beside the arithmetic take cores, caches and bandwidth from it. Plain numbers; the caller has the
-clock.
+Only the time of whole steps counts. The ledger of prefetch leaves out its cost to the arithmetic: on a CPU the reads
+take cores, caches and bandwidth from it. Plain numbers; the caller has the clock.
 """
 
 import statistics
 
-_BLOCK_STEPS = 12  # measured in one mode before the other has its turn
-_SETTLE_STEPS = 3  # after a change of mode, not measured: the cache still shows the other mode's choices
-_FIRST_HOLD, _LAST_HOLD = 192, 6144  # steps between two trials, doubled each time the same mode wins
-_LEAST_GAIN = 0.02  # of a step's time: below that, the quiet way is the better one
-_QUIET_STEPS = 8  # without a single miss: there is nothing to save
+_BLOCK_STEPS = 12  # measured in one mode before the other
+_SETTLE_STEPS = 3  # after a change of mode, not measured: the cache still holds the other mode's choices
+_MIN_HOLD_STEPS, _MAX_HOLD_STEPS = 192, 6144  # between two trials, doubled each time the same mode wins
+_MIN_GAIN_SHARE = 0.02  # of a step's time; a smaller gain is no reason to predict
+_QUIET_STEPS = 8  # without a miss, after which there is nothing to save
 
 
 class PredictionSwitch:
@@ -21,11 +20,11 @@ class PredictionSwitch:
     steps a trial takes fifteen into the other mode, and ever less while the trials agree.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.on = True
         self.reason = "starting"
         self.num_trials = 0
-        self._hold = _FIRST_HOLD
+        self._hold = _MIN_HOLD_STEPS
         self._steps_left = 2 * _BLOCK_STEPS  # of the present phase
         self._trial: dict[bool, float] | None = {}  # median step of the modes tried so far; None between trials
         self._times: list[float] = []
@@ -36,9 +35,9 @@ class PredictionSwitch:
         """Choose for the step that begins.
 
         Args:
-            step_s: seconds the last step took; None where it says nothing (the first, or after a prefill).
-            num_misses: experts the last step had to wait for, those arriving too late included.
-            saved_s: what prefetch saved less what it cost in the last step, by its own account.
+            step_s: seconds of the last step; None where there is none to compare (the first, or after a prefill).
+            num_misses: experts the last step had to wait for, late prefetches included.
+            saved_s: seconds that prefetch saved less those it cost in the last step, by its ledger.
 
         Returns:
             Whether to predict.
@@ -71,9 +70,9 @@ class PredictionSwitch:
             self._steps_left = _BLOCK_STEPS
             return
         self.num_trials += 1
-        better = self._trial[True] < (1 - _LEAST_GAIN) * self._trial[False]
+        better = self._trial[True] < (1 - _MIN_GAIN_SHARE) * self._trial[False]
         same = better == (not self.on)  # the mode that was on before this trial is the other one
-        self._hold = min(2 * self._hold, _LAST_HOLD) if same else _FIRST_HOLD
+        self._hold = min(2 * self._hold, _MAX_HOLD_STEPS) if same else _MIN_HOLD_STEPS
         self._choose(better, "faster by trial" if better else "slower by trial")
         self._trial, self._steps_left = None, self._hold
 

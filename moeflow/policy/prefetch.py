@@ -1,8 +1,10 @@
-"""From predictions to copies: which absent expert is worth a place in flight now, and what may be evicted for it.
+"""From predictions to prefetches: which absent expert is copied next, and which may be evicted for it.
 
-Owns the forecast the cache evicts by and the account of what prefetch did. Knows the predictor's protocol and the
-cache's; knows no tensors, files, streams or clocks, so that the replay drives this very code.
+Owns the forecast by which the cache evicts, and the ledger of prefetch. Knows the predictor's protocol and the cache's.
+Knows nothing of tensors, files, streams or clocks, so that the replay drives this very code.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -14,20 +16,20 @@ from moeflow.policy.forecast import Forecast
 from moeflow.policy.prefetch_ledger import PrefetchLedger
 from moeflow.predictors.protocol import Predictor
 
-# An unwanted copy delays whoever misses meanwhile by half a copy: the more often that is, the surer one has to be.
-_LEAST, _MOST = 0.15, 0.5
-_MEMORY = 0.01  # weight of one layer in the moving average of misses
+# A wrong prefetch delays a concurrent miss by half a copy on average, so the threshold rises with the miss rate.
+_MIN_THRESHOLD, _MAX_THRESHOLD = 0.15, 0.5  # probability
+_LAYER_WEIGHT = 0.01  # of one layer in the moving average of misses
 
 
 class Prefetcher:
     """Keeps the forecast of one model and hands out experts to prefetch, the most urgent first.
 
     Args:
-        predictor: who says what comes.
-        cache: where the experts sit; its `forecast` is kept up to date.
-        ledger: where the outcome of every prefetch is entered.
-        window: how many layers ahead an expert may be fetched; a whole step when None.
-        min_probability: below it an expert is not fetched; by the misses of late when None.
+        predictor: gives the probabilities.
+        cache: of the experts; its `forecast` is kept up to date.
+        ledger: takes the outcome of every prefetch.
+        window: layers ahead within which an expert may be fetched; a whole step when None.
+        min_probability: below it an expert is not fetched; by the recent miss rate when None.
         num_steps: how many steps ahead evictions bet.
     """
 
@@ -48,20 +50,20 @@ class Prefetcher:
         self._forecast = Forecast(predictor.num_layers, predictor.num_experts, num_steps)
         self._window = min(window or predictor.num_layers, predictor.num_layers)
         self._min_probability = min_probability
-        self._miss_rate = _MOST  # misses a layer, late arrivals included
+        self._miss_rate = _MAX_THRESHOLD  # misses a layer, late arrivals included
         self._next_step = np.zeros((predictor.num_layers, predictor.num_experts), np.float32)
         self._next_step_known = False
         self._queue: list[tuple[ExpertKey, int]] = []
-        self._planned = True  # whether the queue shows what is known by now
+        self._planned = True  # whether the queue follows from the latest prediction
 
     def begin(self, num_sequences: int) -> None:
-        """Say that new sequences start. What only `observe` predicts is predicted from here on."""
+        """Begin new sequences. Predictions that need only `observe` start here."""
         self.predictor.begin(num_sequences)
         self._queue = []
         self._begin_forecast(None, None)
 
     def rest(self) -> None:
-        """Say that nothing is predicted until the next step that begins here: the cache goes by what it saw."""
+        """Stop predicting until the next `begin_step`: the cache evicts by its own counts."""
         self.active, self._queue, self._planned = False, [], True
         self._cache.forecast = None
 
@@ -79,17 +81,16 @@ class Prefetcher:
         self._planned = False
 
     def record_demand(self, demand: Demand) -> None:
-        """Enter what a layer demanded. What was fetched for it in vain has nothing left to protect it.
+        """Enter a layer's demand. An expert fetched for it in vain loses this step's worth and keeps the next steps'.
 
-        It is worth what it is from the next step on; to throw it out whatever it is worth then costs 1 % of the speed
-        on the gpt-oss trace.
+        To evict it whatever the next steps say costs 1 % of the speed on the gpt-oss trace.
         """
-        self._miss_rate += _MEMORY * (len(demand.absent) + len(demand.in_flight) - self._miss_rate)
+        self._miss_rate += _LAYER_WEIGHT * (len(demand.absent) + len(demand.in_flight) - self._miss_rate)
         self.ledger.record_demand(demand)
         self._forecast.pass_layer(demand.layer)
 
-    def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: object) -> None:
-        """Show the predictor what the router of a layer chose, experts and weights [B, K], and plan anew.
+    def observe(self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: Any) -> None:
+        """Show the predictor a layer's routes, experts and weights [B, K], and plan anew.
 
         Raises:
             PredictorError: the predictor answered with something that is not a probability.
@@ -116,7 +117,7 @@ class Prefetcher:
         return None
 
     def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:
-        """Tell which of these prefetches come too late: their layer has passed, or passes now."""
+        """Return the prefetches of these that come too late: their layer has passed, or passes now."""
         layer, window = self._forecast.layer, self._window
         num_layers = self._forecast.num_layers
         return [key for key in keys if (key.layer - layer - 1) % num_layers >= window or key.layer == layer]
@@ -131,24 +132,26 @@ class Prefetcher:
     def _plan(self) -> None:
         """Queue the absent experts of the window that are likely enough, near and likely ones first."""
         self._planned = True
-        least = self._min_probability
-        if least is None:
-            least = min(max(self._miss_rate, _LEAST), _MOST)
+        threshold = self._min_probability
+        if threshold is None:
+            threshold = min(max(self._miss_rate, _MIN_THRESHOLD), _MAX_THRESHOLD)
         forecast, first = self._forecast, self._forecast.layer + 1
         num_layers, last = forecast.num_layers, self._forecast.layer + 1 + self._window
         present = self._cache.present(num_layers, forecast.num_experts)
-        self._queue = self._wanted(forecast.now[first:last], present[first:last], first, 1, least)
+        self._queue = self._wanted(forecast.now[first:last], present[first:last], first, 1, threshold)
         if last > num_layers and self._next_step_known:
             wrap = slice(0, min(last - num_layers, first))
             distance = 1 + num_layers - first
-            self._queue = self._wanted(self._next_step[wrap], present[wrap], 0, distance, least) + self._queue
+            self._queue = self._wanted(self._next_step[wrap], present[wrap], 0, distance, threshold) + self._queue
 
-    def _wanted(self, probability, present, first_layer, distance, least) -> list[tuple[ExpertKey, int]]:
+    def _wanted(
+        self, probability: np.ndarray, present: np.ndarray, first_layer: int, distance: int, threshold: float
+    ) -> list[tuple[ExpertKey, int]]:
         """List (expert, distance) of some layers' absent and likely experts, the most urgent last."""
-        rows, experts = ((probability >= least) & ~present).nonzero()
+        rows, experts = ((probability >= threshold) & ~present).nonzero()
         if not len(rows):
             return []
-        # Neither the nearest first, who may be unlikely, nor the likeliest, who can wait: something between.
+        # By probability and distance together: the nearest may be unlikely, and the likeliest can wait.
         order = np.argsort(probability[rows, experts] / np.sqrt(rows + distance), kind="stable")
         allowed = self.ledger.allowed
         return [

@@ -1,23 +1,28 @@
-"""What prefetches saved and cost: one set of counters for replay and live. Numbers only."""
+"""Ledger of prefetches: the outcome of each, the seconds saved and lost, and where prefetching is switched off.
+
+One set of counters for replay and live. Knows numbers only.
+"""
+
+from typing import Any
 
 import numpy as np
 
 from moeflow.core import ExpertKey
 from moeflow.policy.demand import Demand
 
-_DECAY = 0.98  # of the recent account, a step
-_CLEAR_LOSS = 0.1  # of a copy, lost by each recent prefetch: below that it is even
-_TRIED = 6.0  # recent prefetches below which a layer and distance is given a chance
-_FIRST_HOLD, _LAST_HOLD = 64, 4096  # steps that a losing one is switched off, doubled each time it loses again
+_DECAY_PER_STEP = 0.98  # of the recent sums
+_MIN_LOSS_COPIES = 0.1  # lost by each recent prefetch: a smaller loss counts as even
+_MIN_TRIED = 6.0  # recent prefetches, before a layer and distance is judged
+_MIN_HOLD_STEPS, _MAX_HOLD_STEPS = 64, 4096  # that a loser is switched off, doubled each time it loses again
 
 
 class PrefetchLedger:
-    """What prefetch did, an entry for each layer and distance, and what that saved and cost in seconds.
+    """Counts the outcomes of prefetches by layer and distance, with the seconds saved and lost.
 
     A prefetch is in time when its expert is resident as its layer demands it, late when the layer has to wait for the
-    copy, mispredicted when its layer passes without demanding it, wasted when it is evicted before anybody used it.
-    It saves the copy that the demand would have waited for (a late one, half of it). It costs when a demanded copy has
-    to share the link with it, and when the expert it evicted is demanded.
+    copy, mispredicted when its layer passes without demanding it, wasted when it is evicted before it was used.
+    It saves the copy that the demand would have waited for (a late one, half of it). It costs half a copy when a
+    demanded copy shares the link with it, and a copy when the expert it evicted is demanded.
 
     Args:
         num_layers: L.
@@ -31,15 +36,15 @@ class PrefetchLedger:
         shape = self._shape = (num_layers, num_distances)
         self.reset()
         self._recent_net_s, self._recent_issued = np.zeros(shape), np.zeros(shape)
-        self._off_steps, self._hold = np.zeros(shape, np.int64), np.full(shape, _FIRST_HOLD)
+        self._off_steps, self._hold = np.zeros(shape, np.int64), np.full(shape, _MIN_HOLD_STEPS)
         self._copy_s = 0.0
         self._pending: dict[ExpertKey, tuple[int, int]] = {}  # place of the prefetch, until its layer has passed
         self._unused: dict[ExpertKey, tuple[int, int]] = {}  # mispredicted, still resident
         self._by_layer: dict[int, set[ExpertKey]] = {}
-        self._evicted: dict[ExpertKey, tuple[int, int]] = {}  # whom a prefetch evicted
+        self._evicted: dict[ExpertKey, tuple[int, int]] = {}  # experts that a prefetch evicted, with its place
 
     def reset(self) -> None:
-        """Begin to count anew; what is pending stays."""
+        """Reset the counters; pending prefetches stay."""
         self.issued, self.in_time, self.late, self.mispredicted, self.wasted, self.dropped = (
             np.zeros(self._shape, np.int64) for _ in range(6)
         )
@@ -48,7 +53,7 @@ class PrefetchLedger:
         self.missed = 0  # demands that no prefetch had covered
 
     def start(self, key: ExpertKey, distance: int, evicted: list[ExpertKey]) -> None:
-        """Enter a prefetch that has been started and whom it evicted."""
+        """Enter a prefetch that was started, and the experts it evicted."""
         place = (key.layer, min(distance, self.num_distances) - 1)
         self.issued[place] += 1
         self._recent_issued[place] += 1
@@ -60,21 +65,21 @@ class PrefetchLedger:
             self.evict(gone)
 
     def evict(self, key: ExpertKey) -> None:
-        """Enter that an expert was evicted, for whatever reason."""
+        """Enter the eviction of an expert, for whatever reason."""
         place = self._pending.pop(key, None) or self._unused.pop(key, None)
         if place is not None:
             self._by_layer[key.layer].discard(key)
             self.wasted[place] += 1
 
     def drop(self, key: ExpertKey) -> None:
-        """Enter that a copy was taken back before it began, or failed, if it was a prefetch."""
+        """Enter a copy that was taken back before it began, or failed, if it was a prefetch."""
         place = self._pending.pop(key, None) or self._unused.pop(key, None)
         if place is not None:
             self._by_layer[key.layer].discard(key)
             self.dropped[place] += 1
 
     def record_demand(self, demand: Demand) -> None:
-        """Enter what a layer demanded, by how it was found."""
+        """Enter a layer's demand, each expert by where it was found."""
         layer, copy_s = demand.layer, demand.copy_s
         self._copy_s = copy_s
         for key in demand.resident:
@@ -104,28 +109,28 @@ class PrefetchLedger:
             self.mispredicted[place] += 1
 
     def allowed(self, layer: int, distance: int) -> bool:
-        """Whether prefetches for this layer from this distance are not switched off for having lost."""
+        """Whether prefetches for this layer from this distance are on; they are switched off while they lose."""
         return not self._off_steps[layer, min(distance, self.num_distances) - 1]
 
     def decay(self) -> None:
-        """Let the past count less, switch off what loses and try again what was off long enough; once a step."""
-        self._recent_net_s *= _DECAY
-        self._recent_issued *= _DECAY
+        """Decay the recent sums, switch off losers, and retry those that were off long enough; once a step."""
+        self._recent_net_s *= _DECAY_PER_STEP
+        self._recent_issued *= _DECAY_PER_STEP
         self._off_steps -= self._off_steps > 0
-        tried = self._recent_issued >= _TRIED
-        losing = tried & (self._recent_net_s < -_CLEAR_LOSS * self._copy_s * self._recent_issued)
-        self._hold[tried & ~losing] = _FIRST_HOLD
+        tried = self._recent_issued >= _MIN_TRIED
+        losing = tried & (self._recent_net_s < -_MIN_LOSS_COPIES * self._copy_s * self._recent_issued)
+        self._hold[tried & ~losing] = _MIN_HOLD_STEPS
         if losing.any():
             self._off_steps[losing] = self._hold[losing]
-            self._hold[losing] = np.minimum(2 * self._hold[losing], _LAST_HOLD)
+            self._hold[losing] = np.minimum(2 * self._hold[losing], _MAX_HOLD_STEPS)
             self._recent_net_s[losing] = self._recent_issued[losing] = 0  # the next trial is judged by itself
 
     def clear(self) -> None:
-        """Forget what is pending, as after everything was evicted; the counts stay."""
+        """Forget pending prefetches, as after everything was evicted; the counts stay."""
         for entries in (self._pending, self._unused, self._by_layer, self._evicted):
             entries.clear()
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Return the counts by distance and in all, with precision and timeliness (None where nothing was issued)."""
         total = self._row(slice(None))
         total["recall_of_misses"] = _ratio(
@@ -135,9 +140,9 @@ class PrefetchLedger:
         total["losing"] = int((self._off_steps > 0).sum())
         return total
 
-    def _row(self, distance) -> dict:
+    def _row(self, distance: int | slice) -> dict[str, Any]:
         names = ("issued", "in_time", "late", "mispredicted", "wasted", "dropped")
-        row = {name: int(getattr(self, name)[:, distance].sum()) for name in names}
+        row: dict[str, Any] = {name: int(getattr(self, name)[:, distance].sum()) for name in names}
         row["saved_s"], row["cost_s"] = float(self.saved_s[:, distance].sum()), float(self.cost_s[:, distance].sum())
         row["wasted_bytes"] = row["wasted"] * self.expert_bytes
         used = row["in_time"] + row["late"]

@@ -523,7 +523,7 @@ def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_on
 ):
     model = load_moe(mixtral_folder, expert_memory="50%", predictor=None)  # more slots than a layer has experts
     with model.moeflow as runtime, Engine(model, max_batch_size=6, **groups) as engine:
-        cache, serve, read, fetched, layers = runtime.cache, runtime.serve, runtime.store.read, [], []
+        cache, fetch, read, fetched, layers = runtime.cache, runtime.fetch, runtime.store.read, [], []
 
         def reading(key, record):
             fetched.append(key)
@@ -533,7 +533,7 @@ def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_on
             keys, order, under_way = [ExpertKey(layer, expert) for expert in experts], [], []
             resident = {key.expert for key in keys if key in cache}
             fetched.clear()
-            for batch in serve(layer, experts, *rest):
+            for batch in fetch(layer, experts, *rest):
                 order += [one.expert for one in batch]
                 under_way.append(sum(key in cache.slots and key not in cache for key in keys))
                 yield batch
@@ -545,7 +545,7 @@ def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_on
             layers.append(bool(resident and missing))
 
         monkeypatch.setattr(runtime.store, "read", reading)
-        monkeypatch.setattr(runtime, "serve", watched)
+        monkeypatch.setattr(runtime, "fetch", watched)
         runtime.reset_stats()
         assert answers(engine) == expected
         assert len(layers) == 3 * engine.stats()["passes"]

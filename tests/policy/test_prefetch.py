@@ -1,4 +1,4 @@
-"""Prefetcher and cache together: who is fetched, who makes room, and what is refused."""
+"""Prefetcher and cache together: which expert is fetched, which is evicted, and what is refused."""
 
 import numpy as np
 import pytest
@@ -231,7 +231,10 @@ def test_any_sequence_of_a_batch_may_demand():
 
 def test_at_rest_the_cache_goes_by_what_it_saw():
     prefetcher, cache = build(certain(key(1, 1)))
+    assert not prefetcher.active
     step(prefetcher)
+    assert prefetcher.active
     prefetcher.rest()
+    assert not prefetcher.active
     assert cache.forecast is None
     assert prefetcher.take() is None

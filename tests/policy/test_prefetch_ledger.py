@@ -42,7 +42,7 @@ def test_a_demand_that_misses_whom_a_prefetch_evicted_costs_a_copy():
     account = ledger()
     account.start(KEY, 1, evicted=[OTHER])
     demand(account, layer=1, absent=[OTHER])
-    demand(account, layer=1, absent=[OTHER])  # the second time it is nobody's fault
+    demand(account, layer=1, absent=[OTHER])  # the second time no prefetch is to blame
     assert account.as_dict()["cost_s"] == 1.0
     assert account.as_dict()["by_distance"][0]["cost_s"] == 1.0
 
@@ -51,7 +51,7 @@ def test_a_demanded_copy_beside_an_unwanted_one_costs_half():
     account = ledger()
     account.start(OTHER, 2, [])
     demand(account, absent=[KEY], others=[OTHER])
-    demand(account, resident=[KEY], others=[OTHER])  # nobody waits: no harm
+    demand(account, resident=[KEY], others=[OTHER])  # no layer waits: no harm
     assert account.as_dict()["by_distance"][1]["cost_s"] == 0.5
 
 
