@@ -33,7 +33,7 @@ class Completion(NamedTuple):
     logprobs: list | None
 
 
-class Progress(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step brought to one request.
 
     Args:
