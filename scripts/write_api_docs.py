@@ -33,9 +33,9 @@ _NAMES = (
     ('model.moeflow.stats()["decode"]', "moeflow.offload.stats", "PhaseStats", ()),
     ('model.moeflow.stats()["decode"]["decisions"]', "moeflow.offload.stats", "Decisions", ()),
     ("Engine", "moeflow.engine.engine", "Engine", None),
-    ("SamplingParams", "moeflow.engine.sampling", "SamplingParams", ()),
+    ("SamplingParams", "moeflow.engine.sampling_params", "SamplingParams", ()),
     ("Completion", "moeflow.engine.request", "Completion", ()),
-    ("Progress", "moeflow.engine.request", "Progress", ()),
+    ("StepOutput", "moeflow.engine.request", "StepOutput", ()),
 )
 _ERRORS = "moeflow.errors"
 _Definition = ast.ClassDef | ast.FunctionDef
