@@ -187,8 +187,7 @@ def run_prompt(
         raise ConfigError("the prompt is empty; type one, or pipe text in")
     if not tokenizer.chat_template:
         print(_NO_TEMPLATE, file=stderr)
-    conversation = Conversation(system)
-    conversation.turns.append({"role": "user", "content": prompt})
+    conversation = Conversation(system, [{"role": "user", "content": prompt}])
     answer, before, after = _answer_once(
         model, tokenizer, conversation, params or checkpoint_params(model), threading.Event(),
         show=list if as_json else lambda pieces: write_pieces(pieces, stdout),

@@ -80,9 +80,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self._prompts = Prompts(model, tokenizer)
-        self._end_tokens = forward.end_tokens(model)
-        if tokenizer is not None and tokenizer.eos_token_id is not None:  # where chat models name their end of turn
-            self._end_tokens |= {tokenizer.eos_token_id}
+        self._end_tokens = forward.end_tokens(model, tokenizer)
         self._groups = None
         if group_size is not None:
             if getattr(model, "moeflow", None) is None:
