@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeflow.engine.engine import Engine
-    from moeflow.engine.sampling import SamplingParams
+    from moeflow.engine.sampling_params import SamplingParams
     from moeflow.errors import MoeflowError
     from moeflow.loading.load_moe import load_moe
 
@@ -20,7 +20,7 @@ __all__ = ["Engine", "MoeflowError", "SamplingParams", "__version__", "load_moe"
 _HOMES = {
     "Engine": "moeflow.engine.engine",
     "MoeflowError": "moeflow.errors",
-    "SamplingParams": "moeflow.engine.sampling",
+    "SamplingParams": "moeflow.engine.sampling_params",
     "load_moe": "moeflow.loading.load_moe",
 }
 

@@ -35,7 +35,7 @@ _NAMES = (
     ("Engine", "moeflow.engine.engine", "Engine", None),
     ("SamplingParams", "moeflow.engine.sampling_params", "SamplingParams", ()),
     ("Completion", "moeflow.engine.request", "Completion", ()),
-    ("Progress", "moeflow.engine.request", "Progress", ()),
+    ("StepOutput", "moeflow.engine.request", "StepOutput", ()),
 )
 _ERRORS = "moeflow.errors"
 _Definition = ast.ClassDef | ast.FunctionDef

@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 
-from moeflow.chat.figures import stats_delta
 from moeflow.formatting import MISSING, format_bytes, format_percent, format_seconds
 
 
@@ -74,7 +73,7 @@ class BatchFigures:
     def __init__(self, engine, requests: list):
         self._engine = engine
         self._share = BatchShare({request.id: request.params.max_new_tokens for request in requests})
-        self._before = engine.model.moeflow.stats()
+        self._before = engine.model.moeflow.snapshot()
         self._begin_s = time.perf_counter()
         self._line_s = None  # when the last line was made
 
@@ -101,16 +100,15 @@ class BatchFigures:
         step of several passes counts a pair once for each pass that demanded it.
         """
         elapsed_s = time.perf_counter() - self._begin_s
-        delta, engine = stats_delta(self._before, self._engine.model.moeflow.stats()), self._engine.stats()
-        phases = [delta[name] for name in ("prefill", "decode")]
-        hits, misses = (sum(phase[name] for phase in phases) for name in ("hits", "misses"))
+        cost, engine = self._engine.model.moeflow.snapshot() - self._before, self._engine.stats()
+        hits, misses = cost.prefill.hits + cost.decode.hits, cost.prefill.misses + cost.decode.misses
         return {
             "new_tokens": self._share.num_tokens,
             "elapsed_s": elapsed_s,
             "tokens_per_s": self._share.num_tokens / elapsed_s,
             "hit_rate": hits / (hits + misses) if hits + misses else None,
             "experts_per_step": (hits + misses) / engine["steps"] if engine["steps"] else None,
-            "moeflow": delta,
+            "moeflow": cost.as_dict(),
             "engine": engine,
         }
 

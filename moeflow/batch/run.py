@@ -66,8 +66,7 @@ def _prompt(tokenizer, content) -> str | list[int]:
     if isinstance(content, str):
         return content
     has_system = content[0]["role"] == "system"
-    conversation = Conversation(content[0]["content"] if has_system else None)
-    conversation.turns = content[has_system:]
+    conversation = Conversation(content[0]["content"] if has_system else None, content[has_system:])
     return conversation.encode(tokenizer)[0].tolist()
 
 

@@ -177,12 +177,14 @@ def stream_answer(
     import torch
     from transformers import StoppingCriteriaList
 
+    from moeflow.hf.forward import end_tokens
+
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ConfigError(f"input_ids has shape {list(input_ids.shape)}; it must be [1, num_prompt_tokens], not empty")
     for name in NOT_IN_GENERATE:
         if getattr(params, name) != getattr(SamplingParams, name):
             raise ConfigError(f"{name} is {getattr(params, name)!r}; only the engine and `moeflow batch` know it")
-    eos_token_ids = _eos_token_ids(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     stop_event = stop_event or threading.Event()
     closed = threading.Event()
     pieces = SimpleQueue()
@@ -194,10 +196,10 @@ def stream_answer(
         return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
 
     options = {"max_new_tokens": params.max_new_tokens, "num_beams": 1, **_generate_options(model, params)}
-    if eos_token_ids:
+    if ends:
         pad_token_id = tokenizer.pad_token_id
-        options["eos_token_id"] = eos_token_ids
-        options["pad_token_id"] = eos_token_ids[0] if pad_token_id is None else pad_token_id
+        options["eos_token_id"] = list(ends)
+        options["pad_token_id"] = ends[0] if pad_token_id is None else pad_token_id
 
     def generate():
         if params.seed is not None:
@@ -213,7 +215,7 @@ def stream_answer(
     def describe(streamer, begin_s):
         num_new_tokens = len(streamer.token_ids)
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
-        if streamer.token_ids[-1] in eos_token_ids:
+        if streamer.token_ids[-1] in ends:
             stopped = "eos"
         elif num_new_tokens >= params.max_new_tokens:
             stopped = "length"
@@ -243,12 +245,3 @@ def _generate_options(model: PreTrainedModel, params: SamplingParams) -> dict[st
     if params.min_p or model.generation_config.min_p:  # a min_p of 0 would cost a softmax a token
         options["min_p"] = params.min_p
     return options
-
-
-def _eos_token_ids(model, tokenizer):
-    """Collect what ends an answer: chat models often name their end of turn only in the tokenizer."""
-    eos = model.generation_config.eos_token_id
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    return ids

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from moeflow.chat.answer import Answer, checkpoint_params, stream_answer
 from moeflow.chat.conversation import Conversation
@@ -24,6 +24,8 @@ from moeflow.errors import ConfigError, MoeflowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moeflow.offload.stats import RuntimeStats
 
 _LEAVING = "Ctrl-D or /exit leaves"
 _NO_TEMPLATE = "this tokenizer has no chat template: the model continues the text instead of answering it"
@@ -138,7 +140,7 @@ class Chat:
         self.screen.note(f"{len(self.conversation.messages)} messages loaded from {path}")
 
     def _stats(self, argument):
-        stats = _stats(self.model)
+        stats = _snapshot(self.model)
         if stats is None:
             raise MoeflowError("this model runs without moeflow, so nothing was counted")
         self.screen.console.print(stats_table(stats))
@@ -185,8 +187,7 @@ def run_prompt(
         raise ConfigError("the prompt is empty; type one, or pipe text in")
     if not tokenizer.chat_template:
         print(_NO_TEMPLATE, file=stderr)
-    conversation = Conversation(system)
-    conversation.turns.append({"role": "user", "content": prompt})
+    conversation = Conversation(system, [{"role": "user", "content": prompt}])
     answer, before, after = _answer_once(
         model, tokenizer, conversation, params or checkpoint_params(model), threading.Event(),
         show=list if as_json else lambda pieces: write_pieces(pieces, stdout),
@@ -257,7 +258,7 @@ def _answer_once(
     stop_event: threading.Event,
     show: Callable[[Iterable[str]], object],
     note: Callable[[str], None],
-) -> tuple[Answer, dict[str, Any] | None, dict[str, Any] | None]:
+) -> tuple[Answer, RuntimeStats | None, RuntimeStats | None]:
     """Answer the conversation's last message; returns the answer and the model's counters around it."""
     input_ids, num_free, num_forgotten = conversation.fit(model, tokenizer, params.max_new_tokens)
     if num_forgotten:
@@ -266,13 +267,13 @@ def _answer_once(
         note(f"the context has room for {num_free} more tokens")
     seed = None if params.seed is None else (params.seed + len(conversation.turns)) % 2**63
     params = replace(params, max_new_tokens=num_free, seed=seed)
-    before = _stats(model)
+    before = _snapshot(model)
     with stream_answer(model, tokenizer, input_ids, params, stop_event=stop_event) as stream:
         show(stream)
     assert stream.answer is not None, "an answer that was shown to its end"
-    return stream.answer, before, _stats(model)
+    return stream.answer, before, _snapshot(model)
 
 
-def _stats(model: PreTrainedModel) -> dict[str, Any] | None:
+def _snapshot(model: PreTrainedModel) -> RuntimeStats | None:
     handle = getattr(model, "moeflow", None)
-    return None if handle is None else handle.stats()
+    return None if handle is None else handle.snapshot()

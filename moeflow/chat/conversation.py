@@ -8,20 +8,31 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeflow.errors import MoeflowError
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 class Conversation:
-    """The messages so far: an optional system prompt, then user and assistant in turn."""
+    """The messages so far: an optional system prompt, then user and assistant in turn.
 
-    def __init__(self, system: str | None = None):
+    Args:
+        system: the system prompt.
+        turns: messages with "role" and "content".
+    """
+
+    def __init__(self, system: str | None = None, turns: Iterable[dict[str, str]] = ()):
         self.system = system
-        self.turns: list[dict] = []
+        self.turns = list(turns)
 
     @property
-    def messages(self) -> list[dict]:
+    def messages(self) -> list[dict[str, str]]:
         """Every message, the system prompt first."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
@@ -67,11 +78,9 @@ class Conversation:
         roles = [message.get("role") for message in messages]
         if roles != ["user", "assistant"] * (len(roles) // 2):
             raise MoeflowError(f"{wanted} in which user and assistant take turns and the assistant is last")
-        conversation = cls(system)
-        conversation.turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        return conversation
+        return cls(system, ({"role": m["role"], "content": m["content"]} for m in messages))
 
-    def encode(self, tokenizer):
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Return the prompt for the next answer, [1, num_prompt_tokens]; without a chat template, plain text.
 
         Raises:
@@ -95,7 +104,9 @@ class Conversation:
                 refusal = error
         raise MoeflowError(f"the model's chat template refuses this conversation: {refusal}") from refusal
 
-    def fit(self, model, tokenizer, max_new_tokens: int):
+    def fit(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    ) -> tuple[torch.Tensor, int, int]:
         """Encode the conversation, forgetting its oldest exchanges until the answer has room.
 
         Args:
@@ -110,7 +121,9 @@ class Conversation:
         Raises:
             MoeflowError: the last message alone does not fit.
         """
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        from moeflow.hf.forward import context_positions
+
+        context = context_positions(model)
         input_ids, num_forgotten = self.encode(tokenizer), 0
         if context is None:
             return input_ids, max_new_tokens, num_forgotten

@@ -1,6 +1,6 @@
 """The figures of an answer: the line below it, its JSON, and the table of a model's counters.
 
-Knows the dict that `model.moeflow.stats()` returns. Knows nothing of models; imports neither torch nor rich at the top.
+Knows snapshots of a runtime's counters. Knows nothing of models; imports neither torch nor rich at the top.
 """
 
 from __future__ import annotations
@@ -14,52 +14,29 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moeflow.chat.answer import Answer
+    from moeflow.offload.stats import RuntimeStats
 
-PHASES = ("prefill", "decode")
-COUNTERS = (
-    "tokens", "forwards", "hits", "misses", "evictions", "bytes_from_disk", "bytes_from_host", "stall_s", "compute_s",
-)  # fmt: skip
+_PHASES = ("prefill", "decode")
 
 
-def stats_delta(before: dict, after: dict) -> dict:
-    """Return what happened between two `stats()`: counters as differences, memory as it is now.
-
-    Args:
-        before: `model.moeflow.stats()` at the start.
-        after: the same, at the end.
-    """
-    delta = {**after, "io": {**after["io"]}}
-    for phase in PHASES:
-        counted = {name: after[phase][name] - before[phase][name] for name in COUNTERS}
-        lookups = counted["hits"] + counted["misses"]
-        counted["hit_rate"] = counted["hits"] / lookups if lookups else None
-        counted["decisions"] = {
-            name: number - before[phase]["decisions"][name] for name, number in after[phase]["decisions"].items()
-        }
-        delta[phase] = counted
-    for name in ("reads", "bytes"):
-        delta["io"][name] -= before["io"][name]
-    return delta
-
-
-def answer_figures(before: dict | None, after: dict | None, answer: Answer) -> dict:
+def answer_figures(before: RuntimeStats | None, after: RuntimeStats | None, answer: Answer) -> dict:
     """Return an answer and what it cost as one dict that `json.dumps` takes.
 
     Args:
-        before: `model.moeflow.stats()` before the answer; None for a model that runs without moeflow.
+        before: `model.moeflow.snapshot()` before the answer; None for a model that runs without moeflow.
         after: the same after it.
         answer: the answer.
     """
     figures = asdict(answer)
-    figures["moeflow"] = None if before is None or after is None else stats_delta(before, after)
+    figures["moeflow"] = None if before is None or after is None else (after - before).as_dict()
     return figures
 
 
-def stats_line(before: dict | None, after: dict | None, answer: Answer) -> str:
+def stats_line(before: RuntimeStats | None, after: RuntimeStats | None, answer: Answer) -> str:
     """Write the line that stands below an answer.
 
     Args:
-        before: `model.moeflow.stats()` before the answer; None for a model that runs without moeflow.
+        before: `model.moeflow.snapshot()` before the answer; None for a model that runs without moeflow.
         after: the same after it.
         answer: the answer.
     """
@@ -69,11 +46,11 @@ def stats_line(before: dict | None, after: dict | None, answer: Answer) -> str:
         parts.append(f"{rate:.1f} tok/s" if rate < 100 else f"{rate:.0f} tok/s")
     parts.append(f"TTFT {format_seconds(answer.ttft_s)}")
     if before is not None and after is not None:
-        delta = stats_delta(before, after)
-        memory = delta["memory"]
-        if delta["decode"]["hit_rate"] is not None:
-            parts.append(f"hit rate {format_percent(delta['decode']['hit_rate'])} (decode)")
-        parts.append(f"{format_bytes(delta['io']['bytes'])} read")
+        cost = after - before
+        memory = cost.memory
+        if cost.decode.hit_rate is not None:
+            parts.append(f"hit rate {format_percent(cost.decode.hit_rate)} (decode)")
+        parts.append(f"{format_bytes(cost.io.bytes)} read")
         held, everything = format_bytes(memory["device_bytes"]), format_bytes(memory["all_experts_bytes"])
         parts.append(f"experts {held} of {everything}")
         if memory["host_bytes"]:
@@ -86,14 +63,14 @@ def stats_line(before: dict | None, after: dict | None, answer: Answer) -> str:
     return " · ".join(parts)
 
 
-def stats_table(stats: dict) -> Table:
-    """Lay `model.moeflow.stats()` out as a table: the counters of prefill and decode, then the memory."""
+def stats_table(stats: RuntimeStats) -> Table:
+    """Lay a snapshot out as a table: the counters of prefill and decode, then the memory."""
     from rich import box
     from rich.table import Table
 
-    title = f"{stats['slots']} slots on {stats['device']} · {stats['num_experts']} experts · policy {stats['policy']}"
+    title = f"{stats.slots} slots on {stats.device} · {stats.num_experts} experts · policy {stats.policy}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for heading in ("", *PHASES):
+    for heading in ("", *_PHASES):
         table.add_column(heading, justify="right" if heading else "left")
     counters = [
         ("tokens", "tokens", "{:,}".format),
@@ -108,15 +85,15 @@ def stats_table(stats: dict) -> Table:
         ("computing experts", "compute_s", format_seconds),
     ]
     for label, name, write in counters:
-        table.add_row(label, *(write(stats[phase][name]) for phase in PHASES))
+        table.add_row(label, *(write(getattr(phase, name)) for phase in (stats.prefill, stats.decode)))
     table.add_section()
     table.add_row("", "now", "peak", style="bold")
-    memory, io = stats["memory"], stats["io"]
+    memory, io = stats.memory, stats.io
     for label, name in (("device experts", "device"), ("host experts", "host"), ("process", "process")):
         table.add_row(label, format_bytes(memory[f"{name}_bytes"]), format_bytes(memory[f"{name}_peak_bytes"]))
     table.add_row("staging", format_bytes(memory["staging_bytes"]), "")
     table.add_section()
     budget, everything = format_bytes(memory["expert_budget_bytes"]), format_bytes(memory["all_experts_bytes"])
     table.add_row("expert budget", budget, f"of {everything}")
-    table.add_row(f"{io['mode']} reads, {io['threads']} threads", f"{io['reads']:,}", format_bytes(io["bytes"]))
+    table.add_row(f"{io.mode} reads, {io.threads} threads", f"{io.reads:,}", format_bytes(io.bytes))
     return table

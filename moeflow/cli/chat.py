@@ -69,13 +69,13 @@ def _generate(arguments) -> int:
     model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow:
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        before = model.moeflow.stats()
+        before = model.moeflow.snapshot()
         with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:
             if arguments.json:
                 list(stream)
             else:
                 write_pieces(stream, sys.stdout)
-        after = model.moeflow.stats()
+        after = model.moeflow.snapshot()
     if arguments.json:
         print(json.dumps(answer_figures(before, after, stream.answer), ensure_ascii=sys.stdout.isatty()))
     else:

@@ -3,15 +3,13 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.replay import add_replay_commands
 from moeflow.errors import TraceError
 
 if TYPE_CHECKING:
-    import torch
-
     from moeflow.offload.runtime import ExpertRuntime
 
 
@@ -49,6 +47,7 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _record(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params, stream_answer
+    from moeflow.chat.conversation import Conversation
     from moeflow.cli.progress import count_progress
     from moeflow.cli.prompts import read_prompts
     from moeflow.trace.recorder import attach_recorder
@@ -65,7 +64,8 @@ def _record(arguments: argparse.Namespace) -> int:
         params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
         for number, prompt in enumerate(prompts):
             progress(number, len(prompts))
-            with stream_answer(model, tokenizer, _input_ids(tokenizer, prompt), params) as stream:
+            input_ids = Conversation(turns=[{"role": "user", "content": prompt}]).encode(tokenizer)
+            with stream_answer(model, tokenizer, input_ids, params) as stream:
                 for _ in stream:
                     pass
             recorder.flush()
@@ -76,15 +76,6 @@ def _record(arguments: argparse.Namespace) -> int:
     else:
         print(f"wrote {out}: {num_tokens:,} tokens of {len(prompts):,} prompts")
     return 0
-
-
-def _input_ids(tokenizer: Any, prompt: str) -> "torch.Tensor":
-    """Return a prompt's tokens [1, T], as a user's turn where the tokenizer has a chat template."""
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return tokenizer(prompt, return_tensors="pt")["input_ids"]
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -12,9 +12,10 @@ from dataclasses import asdict
 
 import torch
 
-from moeflow.engine.model_runner import PackedPasses
+from moeflow.engine.kept_prefix import KeptPrefix
+from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
-from moeflow.engine.request import Completion, Progress, Request
+from moeflow.engine.request import Completion, Request, StepOutput
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.scheduler import Scheduler
 from moeflow.engine.sequence import Piece, Sequence
@@ -79,24 +80,24 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self._prompts = Prompts(model, tokenizer)
-        self._end_tokens = forward.end_tokens(model)
-        if tokenizer is not None and tokenizer.eos_token_id is not None:  # where chat models name their end of turn
-            self._end_tokens |= {tokenizer.eos_token_id}
+        self._end_tokens = forward.end_tokens(model, tokenizer)
         self._groups = None
         if group_size is not None:
             if getattr(model, "moeflow", None) is None:
                 raise ConfigError("group_size is for models of load_moe, whose experts are fetched. Leave it out.")
             self._groups = StepGroups(model, group_size, regrouping=regrouping)
-        self._passes = PackedPasses(model, nullcontext if self._groups is None else self._groups.watching)
-        self._slots = self._passes.slots
+        max_positions = None
         if budget_bytes is None:
             budget_bytes = _AUTO_BYTES
             if self._prompts.context is not None:
-                budget_bytes = min(max_batch_size * self._prompts.context * self._slots.position_bytes, _AUTO_BYTES)
-        self._slots.budget_bytes = budget_bytes
+                max_positions = max_batch_size * self._prompts.context
+        watching = nullcontext if self._groups is None else self._groups.watching
+        self._runner = ModelRunner(model, budget_bytes, max_positions, watching)
+        self._slots = self._runner.slots
         self._scheduler = Scheduler(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
+        self._kept = KeptPrefix(self._scheduler.wants, self._slots.free)
         self._requests: dict[str, Request] = {}
-        self._unreported: list[Progress] = []
+        self._unreported: list[StepOutput] = []
         self._names = map("request-{}".format, itertools.count(1))
         self._closed = False
         self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "shared_tokens", "new_tokens"), 0)
@@ -128,8 +129,8 @@ class Engine:
             id = next(name for name in self._names if name not in self._requests)
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
-        if self._scheduler.kept is not None and self._scheduler.kept.id == id:
-            self._drop_kept()  # a slot has one name
+        if any(kept.id == id for kept in self._kept.donors()):
+            self._kept.drop()  # a slot has one name
         ids = self._prompts.token_ids(prompt, params)
         sequence = Sequence(id, ids, self._prompts.most_new_tokens(ids, params))
         request = self._requests[id] = Request(sequence, params, self.tokenizer)
@@ -142,7 +143,7 @@ class Engine:
             self._scheduler.add(sequence)
         return id
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[StepOutput]:
         """Run one pass, or one for each group, and return what it brought to each request that got or ended something.
 
         Raises:
@@ -150,14 +151,14 @@ class Engine:
         """
         self._check_open()
         begin = time.perf_counter()
-        pieces = self._scheduler.plan(self._admit, self._share)
+        pieces = self._scheduler.plan(self._admit, self._share, self._kept.donors)
         if pieces:
             self._counts["steps"] += 1
             for passed in [pieces] if self._groups is None else self._groups.split(pieces):
                 self._counts["passes"] += 1
-                for computed in self._passes.run(passed):
+                for computed in self._runner.run(passed):
                     self._advance(*computed)
-            self._drop_unwanted()
+            self._kept.drop_unwanted()
             step_s = time.perf_counter() - begin
             self._step_s += step_s
             if self._groups is not None:
@@ -190,9 +191,9 @@ class Engine:
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 ids.append(self.add(prompt, one))
-            for progress in self._until(ids):
-                if progress.completion is not None:
-                    completions[progress.id] = progress.completion
+            for output in self._until(ids):
+                if output.completion is not None:
+                    completions[output.id] = output.completion
         finally:
             self._forget(ids)
         return [completions[id] for id in ids]
@@ -205,11 +206,11 @@ class Engine:
         """
         id = self.add(prompt, params)
         try:
-            for progress in self._until([id]):
-                if progress.text:
-                    yield progress.text
-                if progress.completion is not None and progress.completion.finish_reason == "error":
-                    raise MoeflowError(progress.completion.error)
+            for output in self._until([id]):
+                if output.text:
+                    yield output.text
+                if output.completion is not None and output.completion.finish_reason == "error":
+                    raise MoeflowError(output.completion.error)
         finally:
             self._forget([id])
 
@@ -217,7 +218,7 @@ class Engine:
         """Return what has happened since the engine was made, with units in the names."""
         return {
             **self._counts,
-            "retries": self._passes.num_retries,
+            "retries": self._runner.num_retries,
             "step_s": self._step_s,
             "waiting": len(self._scheduler.waiting),
             "running": len(self._scheduler.running),
@@ -232,7 +233,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that running sequences and the kept one, and nobody else, have slots, and that bytes are right."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        holders = running if self._scheduler.kept is None else [*running, self._scheduler.kept]
+        holders = [*running, *self._kept.donors()]
         assert len(holders) == len(self._slots), f"{len(self._slots)} slots for {len(holders)} sequences"
         for sequence in holders:
             assert self._slots[sequence.id].num_positions == sequence.num_positions, f"{sequence.id} has another's slot"
@@ -258,12 +259,9 @@ class Engine:
             if self._slots.allocate(sequence.id, sequence.num_positions):
                 return True
         except RuntimeError as error:  # there is less memory than the budget allows
-            if self._scheduler.kept is None and not self._scheduler.running:
+            if not self._kept.donors() and not self._scheduler.running:
                 self._end(self._requests[sequence.id], [], "", "error", f"no memory for keys and values: {error}")
-        if self._scheduler.kept is None:
-            return False
-        self._drop_kept()
-        return self._admit(sequence)
+        return self._kept.drop() and self._admit(sequence)
 
     def _share(self, donor: Sequence, receiver: Sequence, num_tokens: int) -> None:
         self._slots[receiver.id].copy_from(self._slots[donor.id], num_tokens)
@@ -288,30 +286,20 @@ class Engine:
             return
         self._counts["new_tokens"] += 1
         if reason is None:
-            self._unreported.append(Progress(sequence.id, [token_id], text, None))
+            self._unreported.append(StepOutput(sequence.id, [token_id], text, None))
         else:
             self._end(request, [token_id], text, reason)
 
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
-        """Take a request out of the schedule, free its slot unless somebody may share it, and report it."""
+        """Take a request out of the schedule, free its slot unless another may share it, and report it."""
         sequence = request.sequence
         if self._scheduler.remove(sequence):
-            if reason in ("stop", "length") and self._scheduler.wants(sequence):
-                self._drop_kept()
-                self._scheduler.kept = sequence
+            if reason in ("stop", "length"):
+                self._kept.offer(sequence)
             else:
                 self._slots.free(sequence.id)
-        self._drop_unwanted()
+        self._kept.drop_unwanted()
         self._report(request, token_ids, text, reason, error)
-
-    def _drop_unwanted(self) -> None:
-        if self._scheduler.kept is not None and not self._scheduler.wants(self._scheduler.kept):
-            self._drop_kept()
-
-    def _drop_kept(self) -> None:
-        if self._scheduler.kept is not None:
-            self._slots.free(self._scheduler.kept.id)
-            self._scheduler.kept = None
 
     def _report(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None) -> None:
         rest, completion = request.finish(reason, error)
@@ -319,20 +307,20 @@ class Engine:
         if self._groups is not None:
             self._groups.forget(completion.id)
         self._reasons[reason] += 1
-        self._unreported.append(Progress(completion.id, token_ids, text + rest, completion))
+        self._unreported.append(StepOutput(completion.id, token_ids, text + rest, completion))
 
-    def _until(self, ids: list[str]) -> Iterator[Progress]:
+    def _until(self, ids: list[str]) -> Iterator[StepOutput]:
         """Step until these have ended, and yield what they got; what others got is kept for the next step()."""
         left, wanted, others = set(ids), set(ids), []
         try:
             while left:
-                for progress in self.step():
-                    if progress.id not in wanted:
-                        others.append(progress)
+                for output in self.step():
+                    if output.id not in wanted:
+                        others.append(output)
                         continue
-                    if progress.completion is not None:
-                        left.discard(progress.id)
-                    yield progress
+                    if output.completion is not None:
+                        left.discard(output.id)
+                    yield output
                 if not any(id in self._requests for id in left):
                     return  # whoever called step() meanwhile was told the end
         finally:
@@ -342,4 +330,4 @@ class Engine:
         """Cancel what is still under way of these, and report none of them."""
         for id in ids:
             self.cancel(id)
-        self._unreported = [progress for progress in self._unreported if progress.id not in ids]
+        self._unreported = [output for output in self._unreported if output.id not in ids]

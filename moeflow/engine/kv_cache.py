@@ -69,14 +69,17 @@ class KeyValueSlots:
 
     Args:
         layout: the layers that keep keys and values, by their number.
-        budget_bytes: what all slots together may take.
+        budget_bytes: most bytes of all slots together.
+        max_positions: most positions of all slots together, beyond which a budget is of no use; None for no limit.
     """
 
-    def __init__(self, layout: dict[int, LayerShape], budget_bytes: int):
+    def __init__(self, layout: dict[int, LayerShape], budget_bytes: int, max_positions: int | None = None):
         self.layout = layout
+        self.position_bytes = sum(shape.position_bytes for shape in layout.values())
+        if max_positions is not None:
+            budget_bytes = min(budget_bytes, max_positions * self.position_bytes)
         self.budget_bytes = budget_bytes
         self.used_bytes = self.peak_bytes = 0
-        self.position_bytes = sum(shape.position_bytes for shape in layout.values())
         self._slots: dict[str, KeyValueSlot] = {}
 
     def __len__(self) -> int:

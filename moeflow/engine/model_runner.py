@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache import KeyValueSlots
 from moeflow.engine.sequence import Piece
-from moeflow.engine.varlen_attention import PackedCache, Segment
+from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
 from moeflow.hf import forward
 
@@ -32,27 +33,35 @@ class Computed(NamedTuple):
     error: str | None = None
 
 
-class PackedPasses:
+class ModelRunner:
     """Runs pieces, and keeps the keys and values of their sequences.
 
     Args:
         model: whose passes these are.
+        budget_bytes: most bytes of keys and values.
+        max_positions: most positions of all sequences together; None for no limit.
         watching: stands around each pass, called with its pieces.
 
     Attributes:
-        slots: where keys and values lie; their budget is the engine's to set.
+        slots: where keys and values lie.
         num_retries: passes that failed, whose pieces then ran one by one.
 
     Raises:
         UnsupportedModelError: the model attends in a way of its own.
     """
 
-    def __init__(self, model, watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        budget_bytes: int,
+        max_positions: int | None = None,
+        watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext,
+    ):
         self._model = model
         self._watching = watching
-        self._cache = PackedCache()
+        self._cache = VarlenCache()
         self._cache.learn(model)
-        self.slots = KeyValueSlots(self._cache.shapes, 0)
+        self.slots = KeyValueSlots(self._cache.shapes, budget_bytes, max_positions)
         self.num_retries = 0
 
     def run(self, pieces: list[Piece]) -> list[Computed]:

@@ -1,6 +1,6 @@
 """What an engine's users give and get: one request, what a step brought it, and how it ended."""
 
-from collections.abc import Set
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Completion(NamedTuple):
     logprobs: list | None
 
 
-class Progress(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step brought to one request.
 
     Args:
@@ -60,7 +60,7 @@ class Request:
         self.text = ""  # what is certain of the answer so far
         self.logprobs = None if params.logprobs is None else []
 
-    def choose(self, logits: torch.Tensor, end_tokens: Set[int]) -> tuple[int, str, str | None]:
+    def choose(self, logits: torch.Tensor, end_tokens: Collection[int]) -> tuple[int, str, str | None]:
         """Choose the next token and enter it.
 
         Args:

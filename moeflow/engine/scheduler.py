@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from moeflow.engine.sequence import Piece, Sequence
 
-_LEAST_SHARED = 16  # tokens of a common beginning worth a copy
+_MIN_SHARED_TOKENS = 16  # a shorter common beginning is not worth a copy
 
 
 class Scheduler:
@@ -24,7 +24,6 @@ class Scheduler:
 
     Attributes:
         waiting, running: sequences in the order of arrival, and of admission.
-        kept: one that has ended, whose keys and values are there still, since somebody who is to begin may share them.
     """
 
     def __init__(self, max_batch_size: int, max_step_tokens: int, *, share_prefixes: bool = True):
@@ -34,7 +33,6 @@ class Scheduler:
         self.share_prefixes = share_prefixes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.kept: Sequence | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -54,18 +52,24 @@ class Scheduler:
             return False
         soon = [*itertools.islice(self.waiting, self.max_batch_size), *(one for one in self.running if not one.begun)]
         return any(
-            min(len(ended.prompt_ids), len(one.prompt_ids) - 1) >= _LEAST_SHARED
-            and _common(ended.prompt_ids, one.prompt_ids, _LEAST_SHARED) == _LEAST_SHARED
+            min(len(ended.prompt_ids), len(one.prompt_ids) - 1) >= _MIN_SHARED_TOKENS
+            and ended.prompt_ids[:_MIN_SHARED_TOKENS] == one.prompt_ids[:_MIN_SHARED_TOKENS]
             for one in soon
         )
 
-    def plan(self, admit: Callable[[Sequence], bool], share: Callable[[Sequence, Sequence, int], None]) -> list[Piece]:
-        """Choose what the next step computes, and admit whom there is room for.
+    def plan(
+        self,
+        admit: Callable[[Sequence], bool],
+        share: Callable[[Sequence, Sequence, int], None],
+        donors: Callable[[], list[Sequence]] = list,
+    ) -> list[Piece]:
+        """Choose what the next step computes, and admit the sequences that there is room for.
 
         Args:
             admit: takes a slot for a sequence; False where there is none now. The first that gets none lets all
                 behind it wait as well.
             share: (donor, receiver, num_tokens) copies the keys and values of a common beginning.
+            donors: returns ended sequences whose keys and values are still there, once admission is over.
 
         Returns:
             The pieces, decoding sequences first; each sequence has at most one.
@@ -74,8 +78,7 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
         pieces = [Piece(one, [one.token_ids[-1]], True) for one in self.running if one.decoding]
         left = self.max_step_tokens - len(pieces)
-        donors = self.running if self.kept is None else [*self.running, self.kept]
-        after = {one: one.num_computed for one in donors}  # what is computed when the step has ended
+        after = {one: one.num_computed for one in [*self.running, *donors()]}  # positions, once the step has ended
         for one in self.running:
             if one.decoding or not left:
                 continue
@@ -94,7 +97,7 @@ class Scheduler:
 
     def _longest(self, sequence: Sequence, after: dict[Sequence, int]) -> tuple[Sequence | None, int]:
         """Find who has, or has after this step, most of this prompt's beginning; its last token is never shared."""
-        best, longest = None, _LEAST_SHARED - 1
+        best, longest = None, _MIN_SHARED_TOKENS - 1
         prompt = sequence.prompt_ids[:-1]
         for other, computed in after.items():
             limit = min(computed, len(prompt), len(other.prompt_ids))

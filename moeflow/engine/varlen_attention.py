@@ -17,7 +17,7 @@ from moeflow.engine.kv_cache import KeyValueSlot, LayerShape
 from moeflow.errors import ExpertReadError, UnsupportedModelError
 from moeflow.hf import forward
 
-_cache: ContextVar["PackedCache"] = ContextVar("_cache")  # of the pass under way
+_cache: ContextVar["VarlenCache"] = ContextVar("_cache")  # of the pass under way
 _PER_PASS = {"position_ids", "cache_position"}  # tensors an attention function gets and does not use
 _PER_HEAD = {"s_aux"}  # and such as say the same of every token
 _TRIED_TOKENS = 8  # by which a model is learnt, where experts that the first ones need cannot be read
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
         return self.start + self.count
 
 
-class PackedCache(forward.KeyValueCache):
+class VarlenCache(forward.KeyValueCache):
     """What a packed pass hands to the model as its key-value cache."""
 
     def __init__(self):

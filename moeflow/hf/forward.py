@@ -15,7 +15,7 @@ from moeflow.errors import UnsupportedModelError
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
-    from transformers import CompileConfig, PreTrainedModel
+    from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache, DynamicCache
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -118,10 +118,15 @@ def context_positions(model: PreTrainedModel) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Return the tokens at which generation ends."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
+    """Return the tokens at which an answer ends: those of the generation settings, then the tokenizer's own.
+
+    Chat models often name their end of turn only in the tokenizer.
+    """
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return frozenset([found] if isinstance(found, int) else found or ())
+    tokens = [found] if isinstance(found, int) else list(found or ())
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(tokens if own is None or own in tokens else [*tokens, own])
 
 
 def sampling_settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from moeflow.offload.stats import PhaseStats
+from moeflow.offload.stats import PhaseStats, PredictionStats
 from moeflow.policy.demand import Demand
 from moeflow.policy.prediction_switch import PredictionSwitch
 from moeflow.policy.prefetch import Prefetcher
@@ -108,18 +108,18 @@ class PredictionLoop:
         self._steps = {True: 0, False: 0}
         self._before = (0, 0.0)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the predictor's name, whether it is on and why, its steps, and the ledger of prefetch."""
-        return {
-            "predictor": self.predictor.name,
-            "on": self.failure is None and self._switch.on,
-            "reason": "it failed" if self.failure else self._switch.reason,
-            "failure": self.failure,
-            "steps_on": self._steps[True],
-            "steps_off": self._steps[False],
-            "trials": self._switch.num_trials,
-            "prefetch": self.prefetcher.ledger.as_dict(),
-        }
+    def stats(self) -> PredictionStats:
+        """Return what prediction has done."""
+        return PredictionStats(
+            predictor=self.predictor.name,
+            on=self.failure is None and self._switch.on,
+            reason="it failed" if self.failure else self._switch.reason,
+            failure=self.failure,
+            steps_on=self._steps[True],
+            steps_off=self._steps[False],
+            trials=self._switch.num_trials,
+            prefetch=self.prefetcher.ledger.counts(),
+        )
 
     def _begin_pass(
         self,

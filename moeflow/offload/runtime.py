@@ -23,7 +23,7 @@ from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
-from moeflow.offload.stats import Stats
+from moeflow.offload.stats import ReadStats, RuntimeStats, Stats
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
@@ -212,36 +212,41 @@ class ExpertRuntime:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters since loading or the last reset_stats(), with units in the names."""
+        return self.snapshot().as_dict()
+
+    def snapshot(self) -> RuntimeStats:
+        """Return what stats() says as numbers: the difference of two snapshots is what happened between them."""
         with self._lock:
             now, peak = process_memory_bytes()
             host, slot_bytes, unit_bytes = self._host, self._slot_bytes, self._unit_bytes
-            return {
-                "device": str(self.device),
-                "policy": self.cache.policy,
-                "slots": min(self.cache.limit, self.cache.num_slots),
-                "num_experts": sum(self.experts_per_layer),
-                "prefill": self._stats.prefill.as_dict(),
-                "decode": self._stats.decode.as_dict(),
-                "memory": {
-                    "expert_budget_bytes": self._budget_bytes or self.cache.limit * unit_bytes,
-                    "all_experts_bytes": unit_bytes
-                    * sum(
-                        self.cache.size(ExpertKey(layer, expert))
-                        for layer, records in enumerate(self._records)
-                        for expert in range(len(records))
-                    ),
-                    "device_bytes": self.cache.used * unit_bytes,
-                    "device_peak_bytes": self.cache.peak_used * unit_bytes,
-                    "host_bytes": len(host.cache) * slot_bytes if host else 0,
-                    "host_peak_bytes": host.cache.peak_used * slot_bytes if host else 0,
-                    "staging_bytes": self.store.staging_bytes,
-                    "process_bytes": now,
-                    "process_peak_bytes": peak,
-                },
-                "miss": None if self._host_compute is None else self._host_compute.as_dict(),
-                "prediction": None if self._prediction is None else self._prediction.as_dict(),
-                "io": {**self.store.stats(), "threads": self._transfers.num_threads},
+            memory = {
+                "expert_budget_bytes": self._budget_bytes or self.cache.limit * unit_bytes,
+                "all_experts_bytes": unit_bytes
+                * sum(
+                    self.cache.size(ExpertKey(layer, expert))
+                    for layer, records in enumerate(self._records)
+                    for expert in range(len(records))
+                ),
+                "device_bytes": self.cache.used * unit_bytes,
+                "device_peak_bytes": self.cache.peak_used * unit_bytes,
+                "host_bytes": len(host.cache) * slot_bytes if host else 0,
+                "host_peak_bytes": host.cache.peak_used * slot_bytes if host else 0,
+                "staging_bytes": self.store.staging_bytes,
+                "process_bytes": now,
+                "process_peak_bytes": peak,
             }
+            return RuntimeStats(
+                device=str(self.device),
+                policy=self.cache.policy,
+                slots=min(self.cache.limit, self.cache.num_slots),
+                num_experts=sum(self.experts_per_layer),
+                prefill=self._stats.prefill.copy(),
+                decode=self._stats.decode.copy(),
+                memory=memory,
+                miss=None if self._host_compute is None else self._host_compute.as_dict(),
+                prediction=None if self._prediction is None else self._prediction.stats(),
+                io=ReadStats(**self.store.stats(), threads=self._transfers.num_threads),
+            )
 
     def reset_stats(self) -> None:
         """Reset the counters; resident experts stay."""

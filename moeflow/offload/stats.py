@@ -1,10 +1,32 @@
-"""Counters of a running model, prefill and decode apart."""
+"""Counters of a running model: prefill and decode apart, prediction, and reads.
 
-from dataclasses import asdict, dataclass, field
+Knows numbers. Knows nothing of tiers, threads or models.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from moeflow.policy.prefetch_ledger import PrefetchCounts
+
+_Own = TypeVar("_Own", bound="Counters")
+_NOW = {"now": True}  # metadata of a field that says how things are now and counts nothing
 
 
 @dataclass
-class Decisions:
+class Counters:
+    """Fields that count; the difference of two snapshots is what was counted between them."""
+
+    def __sub__(self: _Own, before: _Own) -> _Own:
+        """Return what was counted since `before`; what counts nothing is as it is in `self`."""
+        names = [one.name for one in fields(self) if "now" not in one.metadata]
+        counted = {
+            name: getattr(self, name) - getattr(before, name) for name in names if getattr(self, name) is not None
+        }
+        return replace(self, **counted)
+
+
+@dataclass
+class Decisions(Counters):
     """What was done about the demanded experts of one phase, and how often a layer had to wait for it.
 
     Of every demanded expert one of these; "resident" (`hits`) and "waited_for_prefetch" complete them in `stats()`:
@@ -37,7 +59,7 @@ class Decisions:
 
 
 @dataclass
-class PhaseStats:
+class PhaseStats(Counters):
     """What happened in one phase.
 
     Args:
@@ -68,19 +90,112 @@ class PhaseStats:
     predict_s: float = 0.0
     decisions: Decisions = field(default_factory=Decisions)
 
-    def as_dict(self) -> dict:
-        """Return the counters and the hit rate (None where nothing was demanded)."""
-        values = asdict(self)
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the demands that were resident; None where nothing was demanded."""
         demands = self.hits + self.misses
+        return self.hits / demands if demands else None
+
+    def copy(self) -> "PhaseStats":
+        """Return a snapshot, which later passes do not change."""
+        return replace(self, decisions=replace(self.decisions))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counters and the hit rate (None where nothing was demanded)."""
+        values: dict[str, Any] = asdict(self)
         values["decisions"] |= {"resident": self.hits, "waited_for_prefetch": self.waited_for_prefetch}
-        values["hit_rate"] = self.hits / demands if demands else None
+        values["hit_rate"] = self.hit_rate
         return values
+
+
+@dataclass
+class PredictionStats(Counters):
+    """What prediction did.
+
+    Args:
+        predictor: the predictor's name.
+        on: whether decode steps are predicted now.
+        reason: of that.
+        failure: what ended prediction; None while it runs.
+        steps_on: decode steps that were predicted.
+        steps_off: decode steps that were not.
+        trials: comparisons of steps with and without prediction.
+        prefetch: what became of the prefetches.
+    """
+
+    predictor: str = field(metadata=_NOW)
+    on: bool = field(metadata=_NOW)
+    reason: str = field(metadata=_NOW)
+    failure: str | None = field(metadata=_NOW)
+    steps_on: int
+    steps_off: int
+    trials: int
+    prefetch: PrefetchCounts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, with the prefetches by distance and in all."""
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"prefetch": self.prefetch.as_dict()}
+
+
+@dataclass
+class ReadStats(Counters):
+    """What was read from disk.
+
+    Args:
+        mode: how files are read.
+        reads: reads of one expert.
+        bytes: bytes of them.
+        read_s: seconds in them, summed over the threads.
+        threads: threads that read.
+    """
+
+    mode: str = field(metadata=_NOW)
+    reads: int
+    bytes: int
+    read_s: float
+    threads: int = field(metadata=_NOW)
+
+
+@dataclass
+class RuntimeStats(Counters):
+    """What a runtime's `stats()` says, as numbers.
+
+    Args:
+        device: where experts are computed.
+        policy: of eviction.
+        slots: slots that may be used now.
+        num_experts: of all layers.
+        prefill: counters of passes that continue nothing.
+        decode: counters of passes that continue a key-value cache.
+        memory: bytes now and at most, by name.
+        miss: bandwidths that decide where a miss is computed, as averaged until now; None where it is always copied.
+        prediction: None without a predictor.
+        io: reads from disk.
+    """
+
+    device: str = field(metadata=_NOW)
+    policy: str = field(metadata=_NOW)
+    slots: int = field(metadata=_NOW)
+    num_experts: int = field(metadata=_NOW)
+    prefill: PhaseStats
+    decode: PhaseStats
+    memory: dict[str, int] = field(metadata=_NOW)
+    miss: dict[str, float | None] | None = field(metadata=_NOW)
+    prediction: PredictionStats | None
+    io: ReadStats
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as one dict that `json.dumps` takes."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        prediction = None if self.prediction is None else self.prediction.as_dict()
+        phases = {"prefill": self.prefill.as_dict(), "decode": self.decode.as_dict()}
+        return values | phases | {"prediction": prediction, "io": asdict(self.io)}
 
 
 class Stats:
     """The counters of both phases; `now` is the phase of the pass under way."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:

@@ -3,6 +3,7 @@
 One set of counters for replay and live. Knows numbers only.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from moeflow.core import ExpertKey
 from moeflow.policy.demand import Demand
 
+_COUNTED = ("issued", "in_time", "late", "mispredicted", "wasted", "dropped", "saved_s", "cost_s")  # [L, D] each
 _DECAY_PER_STEP = 0.98  # of the recent sums
 _MIN_LOSS_COPIES = 0.1  # lost by each recent prefetch: a smaller loss counts as even
 _MIN_TRIED = 6.0  # recent prefetches, before a layer and distance is judged
@@ -130,25 +132,18 @@ class PrefetchLedger:
         for entries in (self._pending, self._unused, self._by_layer, self._evicted):
             entries.clear()
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts by distance and in all, with precision and timeliness (None where nothing was issued)."""
-        total = self._row(slice(None))
-        total["recall_of_misses"] = _ratio(
-            total["in_time"] + total["late"], total["in_time"] + total["late"] + self.missed
+    def counts(self) -> "PrefetchCounts":
+        """Return a copy of the counts, which later passes do not change."""
+        return PrefetchCounts(
+            **{name: getattr(self, name).copy() for name in _COUNTED},
+            missed=self.missed,
+            losing=int((self._off_steps > 0).sum()),
+            expert_bytes=self.expert_bytes,
         )
-        total["by_distance"] = [{"distance": d + 1, **self._row(d)} for d in range(self.num_distances)]
-        total["losing"] = int((self._off_steps > 0).sum())
-        return total
 
-    def _row(self, distance: int | slice) -> dict[str, Any]:
-        names = ("issued", "in_time", "late", "mispredicted", "wasted", "dropped")
-        row: dict[str, Any] = {name: int(getattr(self, name)[:, distance].sum()) for name in names}
-        row["saved_s"], row["cost_s"] = float(self.saved_s[:, distance].sum()), float(self.cost_s[:, distance].sum())
-        row["wasted_bytes"] = row["wasted"] * self.expert_bytes
-        used = row["in_time"] + row["late"]
-        row["precision"] = _ratio(used, used + row["mispredicted"])
-        row["timeliness"] = _ratio(row["in_time"], used)
-        return row
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts by distance and in all; see `PrefetchCounts.as_dict`."""
+        return self.counts().as_dict()
 
     def _account(self, place: tuple[int, int], seconds: float) -> None:
         if seconds >= 0:
@@ -157,6 +152,58 @@ class PrefetchLedger:
             self.cost_s[place] -= seconds
         self._recent_net_s[place] += seconds
         self.net_s += seconds
+
+
+@dataclass(frozen=True, eq=False)
+class PrefetchCounts:
+    """What a ledger had counted at one time; the difference of two is what was counted between them.
+
+    Args:
+        issued, in_time, late, mispredicted, wasted, dropped: [L, D] prefetches; see `PrefetchLedger`.
+        saved_s: [L, D] seconds.
+        cost_s: [L, D] seconds.
+        missed: demands that no prefetch had covered.
+        losing: (layer, distance) pairs that are switched off now.
+        expert_bytes: bytes of one expert.
+    """
+
+    issued: np.ndarray
+    in_time: np.ndarray
+    late: np.ndarray
+    mispredicted: np.ndarray
+    wasted: np.ndarray
+    dropped: np.ndarray
+    saved_s: np.ndarray
+    cost_s: np.ndarray
+    missed: int
+    losing: int
+    expert_bytes: int
+
+    def __sub__(self, before: "PrefetchCounts") -> "PrefetchCounts":
+        """Return what was counted since `before`; what is switched off is as it is now."""
+        counted = {name: getattr(self, name) - getattr(before, name) for name in (*_COUNTED, "missed")}
+        return replace(self, **counted)
+
+    def as_dict(self) -> dict:
+        """Return the counts by distance and in all, with precision and timeliness (None where nothing was issued)."""
+        total = self._row(slice(None))
+        total["recall_of_misses"] = _ratio(
+            total["in_time"] + total["late"], total["in_time"] + total["late"] + self.missed
+        )
+        num_distances = self.issued.shape[1]
+        total["by_distance"] = [{"distance": d + 1, **self._row(d)} for d in range(num_distances)]
+        total["losing"] = self.losing
+        return total
+
+    def _row(self, distance: int | slice) -> dict:
+        names = ("issued", "in_time", "late", "mispredicted", "wasted", "dropped")
+        row: dict = {name: int(getattr(self, name)[:, distance].sum()) for name in names}
+        row["saved_s"], row["cost_s"] = float(self.saved_s[:, distance].sum()), float(self.cost_s[:, distance].sum())
+        row["wasted_bytes"] = row["wasted"] * self.expert_bytes
+        used = row["in_time"] + row["late"]
+        row["precision"] = _ratio(used, used + row["mispredicted"])
+        row["timeliness"] = _ratio(row["in_time"], used)
+        return row
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -105,7 +105,7 @@ def run_engines(arguments, prompts, options: list[dict], log: list | None = None
         log: gets the routes of the passes of the last one.
     """
     from moeflow.engine.engine import Engine
-    from moeflow.engine.sampling import SamplingParams
+    from moeflow.engine.sampling_params import SamplingParams
 
     params = SamplingParams(max_new_tokens=arguments.new_tokens, ignore_eos=True)
     with ExitStack() as stack:
@@ -165,7 +165,7 @@ def bound_live(steps: list[np.ndarray]) -> dict:
 def bench_nothing_to_gain(arguments) -> dict:
     """Seconds of a step with and without a scheduler where all sequences are the same, step by step in turn."""
     from moeflow.engine.engine import Engine
-    from moeflow.engine.sampling import SamplingParams
+    from moeflow.engine.sampling_params import SamplingParams
 
     prompt, model = live_prompts(arguments)[0], load(arguments, "100%")
     seconds = {True: [], False: []}

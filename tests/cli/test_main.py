@@ -60,7 +60,9 @@ def test_generate_streams_an_answer_and_its_figures(folder):
     assert len(run.stdout.rstrip("\n")) > 0
     assert "tok/s" in run.stderr
     piped = moeflow("generate", folder, "--json", "--max-new-tokens", 5, "--temperature", 0, stdin="hello\n")
-    assert json.loads(piped.stdout)["num_new_tokens"] == 5
+    figures = json.loads(piped.stdout)
+    assert figures["num_new_tokens"] == 5
+    assert figures["moeflow"]["decode"].keys() >= {"predict_s", "waited_for_prefetch"}
 
 
 def test_predictor_none_is_demand_only(folder):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moeflow.engine.engine import Engine
+from moeflow.engine.kept_prefix import KeptPrefix
 from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.sequence import Sequence
 
 NEW = 4
 PREFIX = torch.randint(3, 120, (20,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -69,10 +71,10 @@ def test_nothing_is_kept_once_nobody_waits_for_it(mixtral):
         engine.add(PROMPTS[1], PARAMS, id="sharer")
         while "first" in engine._requests:
             engine.step()
-        assert engine._scheduler.kept.id == "first"
+        assert [one.id for one in engine._kept.donors()] == ["first"]
         engine.check_integrity()
         engine.cancel("sharer")
-        assert engine._scheduler.kept is None
+        assert engine._kept.donors() == []
         engine.check_integrity()
         engine.cancel("other")
         assert_empty(engine)
@@ -84,10 +86,10 @@ def test_nothing_is_kept_once_who_waited_has_begun(mixtral):
             engine.add(PROMPTS[0], PARAMS, id=id)
         while "first" in engine._requests:
             engine.step()
-        assert engine._scheduler.kept.id == "first"
+        assert [one.id for one in engine._kept.donors()] == ["first"]
         engine.step()
         assert engine.stats()["running"] == 1
-        assert engine._scheduler.kept is None
+        assert engine._kept.donors() == []
 
 
 def test_a_name_may_be_used_again_while_its_slot_is_kept(mixtral, expected):
@@ -96,7 +98,7 @@ def test_a_name_may_be_used_again_while_its_slot_is_kept(mixtral, expected):
             engine.add(prompt, PARAMS, id=id)
         while "name" in engine._requests:
             engine.step()
-        assert engine._scheduler.kept.id == "name"
+        assert [one.id for one in engine._kept.donors()] == ["name"]
         engine.add(PROMPTS[2], PARAMS, id="name")
         answers = run(engine)
         assert (answers["sharer"], answers["name"]) == (expected[1], expected[2])
@@ -110,7 +112,7 @@ def test_nothing_is_kept_for_a_beginning_too_short_to_share(mixtral, sharer):
         engine.add(sharer, PARAMS)
         while not engine.finished:
             engine.step()
-            assert engine._scheduler.kept is None
+            assert engine._kept.donors() == []
 
 
 def test_nothing_is_kept_where_nothing_is_shared(mixtral):
@@ -119,15 +121,32 @@ def test_nothing_is_kept_where_nothing_is_shared(mixtral):
             engine.add(prompt, PARAMS)
         while not engine.finished:
             engine.step()
-            assert engine._scheduler.kept is None
+            assert engine._kept.donors() == []
         assert engine.stats()["prompt_tokens"] == sum(map(len, PROMPTS))
+
+
+def test_every_slot_that_is_offered_is_freed_once_and_the_last_wanted_one_is_kept():
+    freed, wanted = [], {"a", "b"}
+    kept = KeptPrefix(lambda sequence: sequence.id in wanted, freed.append)
+    a, b, c = (Sequence(id, [1], 1) for id in "abc")
+    kept.offer(a)
+    assert (kept.donors(), freed) == ([a], [])
+    kept.offer(b)
+    kept.offer(c)
+    assert (kept.donors(), freed) == ([b], ["a", "c"])
+    kept.drop_unwanted()
+    assert kept.donors() == [b]
+    wanted.clear()
+    kept.drop_unwanted()
+    assert (kept.donors(), freed) == ([], ["a", "c", "b"])
+    assert not kept.drop()
 
 
 def test_what_is_closed_keeps_nothing(mixtral):
     engine = Engine(mixtral, max_batch_size=1)
     for prompt in PROMPTS:
         engine.add(prompt, PARAMS)
-    while engine._scheduler.kept is None:
+    while not engine._kept.donors():
         engine.step()
     engine.close()
     assert_empty(engine)

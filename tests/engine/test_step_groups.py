@@ -60,13 +60,13 @@ def test_tokens_do_not_depend_on_groups(offloaded, expected, group_size, regroup
 
 def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(offloaded, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        passes, forward = [], engine._passes._forward
+        passes, forward = [], engine._runner._forward
 
         def seen(pieces):
             passes.append([piece.sequence.id for piece in pieces if piece.sequence.decoding])
             return forward(pieces)
 
-        monkeypatch.setattr(engine._passes, "_forward", seen)
+        monkeypatch.setattr(engine._runner, "_forward", seen)
         for prompt in PROMPTS:
             engine.add(prompt, GREEDY)
         while not engine.finished:
@@ -79,7 +79,7 @@ def test_no_group_has_more_sequences_than_allowed_and_all_decode_once_a_step(off
 
 def test_a_pass_that_fails_leaves_no_observer_and_others_go_on(offloaded, expected, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        forward, failed = engine._passes._forward, []
+        forward, failed = engine._runner._forward, []
 
         def once(pieces):
             if len(pieces) > 1 and not failed:
@@ -88,7 +88,7 @@ def test_a_pass_that_fails_leaves_no_observer_and_others_go_on(offloaded, expect
                     raise ExpertReadError("a disk that stumbles")
             return forward(pieces)
 
-        monkeypatch.setattr(engine._passes, "_forward", once)
+        monkeypatch.setattr(engine._runner, "_forward", once)
         assert answers(engine) == expected
         assert failed
         assert not offloaded.moeflow.observers
@@ -119,14 +119,14 @@ def test_groups_leave_other_observers_in_place_and_these_see_every_layer(offload
 
 def test_a_sequence_that_fails_while_it_decodes_fails_alone(offloaded, expected, monkeypatch):
     with Engine(offloaded, group_size=2) as engine:
-        forward, completions = engine._passes._forward, {}
+        forward, completions = engine._runner._forward, {}
 
         def failing(pieces):
             if any(piece.sequence.id == "2" and piece.sequence.decoding for piece in pieces):
                 raise ExpertReadError("a disk that stumbles")
             return forward(pieces)
 
-        monkeypatch.setattr(engine._passes, "_forward", failing)
+        monkeypatch.setattr(engine._runner, "_forward", failing)
         for place, prompt in enumerate(PROMPTS):
             engine.add(prompt, GREEDY, id=str(place))
         while not engine.finished:
