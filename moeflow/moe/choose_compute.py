@@ -4,6 +4,7 @@ import torch
 
 from moeflow.core import RecordLayout
 from moeflow.hf import experts_interface
+from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import recognise
 from moeflow.kernels.cpu.structs import DTYPES
 from moeflow.moe.compute import ExpertCompute
@@ -13,7 +14,7 @@ from moeflow.moe.triton_compute import TritonCompute
 
 
 def choose_compute(
-    module: torch.nn.Module, records: list[RecordLayout], device: torch.device, dtype: torch.dtype
+    module: ExpertsModule, records: list[RecordLayout], device: torch.device, dtype: torch.dtype
 ) -> ExpertCompute:
     """Return the fastest kernels that can run a layer's experts.
 
@@ -26,12 +27,12 @@ def choose_compute(
     activation = None
     if not experts_interface.has_post_norm(module) and dtype in DTYPES:
         apply = experts_interface.activation_of(module)
-        activation = recognise(apply, bool(module.has_gate))
+        activation = recognise(apply, module.has_gate)
     if activation is None:
         return TorchCompute(module)
     compute: CpuCompute | TritonCompute
     if device.type == "cpu":
-        compute = CpuCompute(activation, bool(module.is_transposed), 0 if dtype == torch.float32 else 16)
+        compute = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
     else:
         compute = TritonCompute(module, activation)
     return compute if compute.can_run(records) else TorchCompute(module)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from moeflow.errors import ConfigError
+from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.dispatch import Dispatch
@@ -31,7 +32,7 @@ class OffloadedExperts:
         module: the experts module, whose parameters were taken off.
     """
 
-    def __init__(self, runtime: ExpertRuntime, layer: int, module: torch.nn.Module):
+    def __init__(self, runtime: ExpertRuntime, layer: int, module: ExpertsModule):
         self.runtime = runtime
         self.layer = layer
         self._before: Sequence[BeforeStep] = ()

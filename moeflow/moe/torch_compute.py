@@ -5,6 +5,7 @@ import weakref
 import torch
 
 from moeflow.hf import experts_interface
+from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.expert_mlp import combine, expert_mlp
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format
@@ -20,7 +21,7 @@ class TorchCompute:
         module: the experts module, whose parameters were taken off.
     """
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, module: ExpertsModule):
         self._module = weakref.ref(module)  # the module holds this object
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
@@ -55,7 +56,7 @@ class TorchCompute:
             hidden_states.to(resident.pool.device),
             weights,
             activation=experts_interface.activation_of(module),
-            is_transposed=bool(module.is_transposed) and not resident.record.matrices,
+            is_transposed=module.is_transposed and not resident.record.matrices,
         ).to(hidden_states.device)
         # The norm's own weight stays on the device.
         return experts_interface.post_norm(module, output)

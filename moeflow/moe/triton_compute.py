@@ -5,6 +5,7 @@ from itertools import accumulate
 import torch
 
 from moeflow.core import RecordLayout
+from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.triton.experts import TritonExperts
 from moeflow.moe.compute import run_apart
@@ -24,10 +25,10 @@ class TritonCompute:
         activation: of the module, between its matrices.
     """
 
-    def __init__(self, module: torch.nn.Module, activation: Activation):
+    def __init__(self, module: ExpertsModule, activation: Activation):
         self._torch = TorchCompute(module)
         self._activation = activation
-        self._is_transposed = bool(module.is_transposed)
+        self._is_transposed = module.is_transposed
         self._kernels: dict[int, TritonExperts] = {}  # by the record's identity: equal records are one object
 
     def can_run(self, records: list[RecordLayout]) -> bool:
