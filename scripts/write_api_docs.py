@@ -29,9 +29,17 @@ public; everything else may move. `python scripts/write_api_docs.py` writes this
 # Title, module, name, and the members to describe: None for all public ones.
 _NAMES = (
     ("load_moe", "moeflow.loading.load_moe", "load_moe", ()),
-    ("model.moeflow", "moeflow.offload.runtime", "ExpertRuntime", ("closed", "stats", "reset_stats", "close")),
+    (
+        "model.moeflow",
+        "moeflow.offload.runtime",
+        "ExpertRuntime",
+        ("closed", "stats", "snapshot", "reset_stats", "close"),
+    ),
+    ("model.moeflow.stats()", "moeflow.offload.stats", "RuntimeStats", ()),
     ('model.moeflow.stats()["decode"]', "moeflow.offload.stats", "PhaseStats", ()),
     ('model.moeflow.stats()["decode"]["decisions"]', "moeflow.offload.stats", "Decisions", ()),
+    ('model.moeflow.stats()["prediction"]', "moeflow.offload.stats", "PredictionStats", ()),
+    ('model.moeflow.stats()["io"]', "moeflow.offload.stats", "ReadStats", ()),
     ("Engine", "moeflow.engine.engine", "Engine", None),
     ("SamplingParams", "moeflow.engine.sampling_params", "SamplingParams", ()),
     ("Completion", "moeflow.engine.request", "Completion", ()),
@@ -89,17 +97,24 @@ def _describe(node: _Definition, members: tuple[str, ...] | None) -> Iterator[st
     for method in methods:
         if method.name == "__init__" and members is None:
             yield _signature(method, node.name)
-    fields = [ast.unparse(child) for child in node.body if isinstance(child, ast.AnnAssign)]
+    fields = [_field(child) for child in node.body if isinstance(child, ast.AnnAssign)]
     if fields:
         yield "\n".join(["```python", *fields, "```"])
-    yield _summary(node) if members else _prose(_doc(node))  # of a class that load_moe builds, not how it is built
-    public = [method for method in methods if method.name[0] != "_"] if members is None else methods
+    yield _summary(node) if members else _prose(_doc(node))  # load_moe builds the one class with chosen members
+    public = [method for method in methods if method.name[0] != "_" and method.name != "check_integrity"]
     for method in public:
         if members is None or method.name in members:
             is_property = any(ast.unparse(one) == "property" for one in method.decorator_list)
             yield f"### {node.name}.{method.name}"
             yield f"A property, `{ast.unparse(method.returns)}`." if is_property else _signature(method)
             yield _prose(_doc(method))
+
+
+def _field(node: ast.AnnAssign) -> str:
+    """Return a dataclass's field as code, its default where that is plain."""
+    if isinstance(node.value, ast.Call):
+        return f"{ast.unparse(node.target)}: {ast.unparse(node.annotation)}"
+    return ast.unparse(node)
 
 
 def _signature(node: ast.FunctionDef, name: str | None = None) -> str:
