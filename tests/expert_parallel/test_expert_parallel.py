@@ -52,7 +52,7 @@ def launch(folders, tmp_path_factory):
             out = tmp_path_factory.mktemp(f"ranks{num_ranks}")
             used = {name: str(folders[name]) for name in FAMILIES_OF[num_ranks]}
             (out / "folders.json").write_text(json.dumps(used))
-            command = [ROOT / "tests" / "parallel_ranks.py", out / "folders.json", out]
+            command = [ROOT / "tests" / "helpers" / "parallel_ranks.py", out / "folders.json", out]
             codes, texts = run_ranks(num_ranks, command)
             assert codes == [0] * num_ranks, "\n".join(texts)
             launched[num_ranks] = (
