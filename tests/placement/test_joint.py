@@ -136,7 +136,7 @@ def test_deepseek_load_on_32_gpus_is_even_within_2_percent_and_within_nine_slots
 
 def test_result_is_the_same_where_the_c_loop_was_not_built(monkeypatch):
     # By name: `moeflow.placement.solvers.joint` is the solver there, not its module.
-    monkeypatch.setattr(sys.modules["moeflow.placement.solvers.joint"], "_PROPOSALS", 4)
+    monkeypatch.setattr(sys.modules["moeflow.placement.solvers.joint"], "_NUM_PROPOSALS", 4)
     problems = [
         medium_problem(0, 2, links=1e6, num_gpus=5),
         medium_problem(0, 2, communication="dispatch", num_gpus=5, workloads=2, worst_case=True),
