@@ -119,7 +119,7 @@ def _budgets(arguments: argparse.Namespace, workload: Workload) -> tuple[int, fl
 
 
 def _replayed(trace: RoutingTrace, numbers: np.ndarray, num_slots: int) -> dict[str, float]:
-    """Return the hit rate of each cache of so many slots; each sequence begins with the cache that the last one left."""
+    """Return the hit rate of each cache of so many slots; a sequence begins with the cache that the last one left."""
     from moeflow.cli.progress import count_progress
     from moeflow.replay.demand import replay, sequence_rows
 

@@ -53,7 +53,7 @@ def partition_bound(
     time_limit_s: float = float("inf"),
     progress: Callable[[float], None] | None = None,
 ) -> float:
-    """Return a lower bound on the cost of every placement: crossing traffic plus, over the layers, the busiest part's work.
+    """Return a lower bound on every placement's cost: crossing traffic and, over the layers, the busiest part's work.
 
     Args:
         partition: the problem.
