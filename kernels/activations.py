@@ -1,4 +1,4 @@
-"""What stands between an expert's two matrices, recognised by what it does rather than by what it is called.
+"""The activation between an expert's two matrices, recognised by its values rather than by its name.
 
 Every activation the kernels know is one formula,
 
@@ -35,7 +35,7 @@ _SAMPLES = (
     -30.0,
     900.0,
 )
-_FAR = 1e4  # beyond any limit in use
+_FAR_VALUE = 1e4  # beyond any limit in use
 
 
 class Terms(NamedTuple):
@@ -132,8 +132,8 @@ def recognise(apply: Callable[[torch.Tensor], torch.Tensor], has_gate: bool) -> 
             return apply(_laid_out(torch.tensor([[gate_value, up_value]] * 2), gate))[0, 0].item()
 
         offset = value(1.0, 0.0)
-        limit = value(1.0, _FAR) / (offset or value(1.0, 1.0) or 1.0) - (1.0 if offset else 0.0)
-        limit = math.inf if not 0 < limit < 0.99 * _FAR else float(f"{limit:.4g}")
+        limit = value(1.0, _FAR_VALUE) / (offset or value(1.0, 1.0) or 1.0) - (1.0 if offset else 0.0)
+        limit = math.inf if not 0 < limit < 0.99 * _FAR_VALUE else float(f"{limit:.4g}")
         alphas = _alphas(offset or value(1.0, 1.0))
         candidates = [Activation(kind, gate) for kind in ("silu", "gelu", "gelu_tanh", "relu", "relu2")]
         for kind in ("silu", "swiglu_oai", "silu_limited", "silu_capped"):

@@ -1,4 +1,4 @@
-"""The arithmetic of routed experts, in plain torch: the oracle every faster kernel is measured against.
+"""The arithmetic of routed experts in plain torch: the oracle of every faster kernel.
 
 Knows tensors. Knows nothing of caches, files or models.
 """

@@ -1,4 +1,4 @@
-"""Online pruning: a token leaves out the experts its router hardly wants. Lossy.
+"""Online pruning: a token skips the experts of low router weight. Lossy.
 
 Rank k of a token is skipped where its weight over the token's largest is under the layer's threshold; what is kept is
 scaled up to the weight all ranks had. A token that matters keeps all its experts. MC-MoE takes a token for important by

@@ -17,7 +17,7 @@ import pulp
 from moeflow.errors import PlacementError
 
 SOLVERS = ("auto", "highs", "cbc")
-_MOST_SEED = 2**31 - 1  # both take a non-negative 32-bit number
+_MAX_SEED = 2**31 - 1  # both take a non-negative 32-bit number
 
 
 def pulp_solver(
@@ -40,7 +40,7 @@ def pulp_solver(
     highs = importlib.util.find_spec("highspy") is not None
     if name == "highs" and not highs:
         raise PlacementError("solver 'highs' is not installed. Run `pip install highspy`, or take 'cbc'.")
-    seed, time_limit_s = seed % _MOST_SEED, max(time_limit_s, 1e-3)
+    seed, time_limit_s = seed % _MAX_SEED, max(time_limit_s, 1e-3)
     if name == "highs" or (name == "auto" and highs):
         return _highs(warm_start)(msg=False, threads=1, timeLimit=time_limit_s, gapRel=gap, random_seed=seed)
     options = [f"randomSeed {seed}", f"randomCbcSeed {seed}"]
@@ -63,7 +63,7 @@ def found_solution(program: pulp.LpProblem) -> bool:
 
 
 def proven_bound(program: pulp.LpProblem) -> float:
-    """Return what no solution of a minimised program is below, as its solver proved it; -inf where it says nothing.
+    """Return a lower bound of a minimised program, as its solver proved it; -inf where it says nothing.
 
     CBC tells pulp no bound: where it reached the gap it was asked for, that gap below what it found is one.
     """
@@ -108,7 +108,7 @@ def _highs(warm_start: bool) -> type[pulp.LpSolver]:
 
     class SilentHighs(highspy.Highs):
         def enableCallbacks(self) -> None:
-            self.setOptionValue("output_flag", False)  # before the first callback: that prints who made HiGHS
+            self.setOptionValue("output_flag", False)  # before the first callback, which prints a banner
             super().enableCallbacks()
 
     class PulpHighs(pulp.HiGHS):

@@ -1,4 +1,4 @@
-"""What a placement costs: the one function that judges every solver's plan.
+"""The cost of a placement: one function judges every solver's plan.
 
 A step sends `assignments` (token, expert) pairs through every layer. Of each layer it counts the slowest GPU's compute
 and the slowest link's transfer, and sums them over the layers.

@@ -1,4 +1,4 @@
-"""A plan: which GPUs hold which expert, and which of them serves which token.
+"""A plan: the GPUs that hold each expert, and the replica that serves each token.
 
 Replicas of an expert share its tokens equally: the i-th (token, expert) assignment that comes from GPU h goes to
 replica (h + i) mod r of its r. The same rule counts bytes here and routes tokens in

@@ -1,4 +1,4 @@
-"""A placement problem and what a solver answers: a plan, its cost, and how far from the best it can be."""
+"""A placement problem, and a solver's answer to it: a plan, its cost, and its distance from the best at most."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Several solvers on one problem: they share the time, and the best bound that any of them proves counts for all."""
+"""Several solvers on one problem: they share the time, and the best bound that one proves holds for all."""
 
 import time
 from collections.abc import Callable, Sequence

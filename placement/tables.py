@@ -1,6 +1,6 @@
-"""A placement problem as arrays: what an inner loop and a bound read instead of the problem itself.
+"""A placement problem as arrays, which inner loops and bounds read instead of the problem itself.
 
-Knows problems. Knows nothing of who searches.
+Knows problems. Knows nothing of searches.
 """
 
 import numpy as np

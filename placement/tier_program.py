@@ -75,7 +75,7 @@ def improve_tiers(
 
 
 def dual_bound(sizes: np.ndarray, costs: np.ndarray, budgets: tuple[float, float], prices: list[float]) -> float:
-    """Return what no choice within the budgets costs less than, whatever the prices (>= 0) of a byte on two tiers."""
+    """Return a lower bound on every choice within the budgets, for any prices (>= 0) of a byte on two tiers."""
     paid = costs + np.stack([sizes * prices[0], sizes * prices[1], np.zeros(len(sizes))], axis=1)
     rent = sum(price * budget for price, budget in zip(prices, budgets, strict=True) if price)
     return max(float(paid.min(axis=1).sum() - rent), 0.0)

@@ -1,4 +1,4 @@
-"""Which experts stay on a GPU, which in host memory, which on disk: a 0-1 program over all layers, one tier an expert.
+"""Tiers of one GPU, host memory and disk: a 0-1 program over all layers that puts each expert on one tier.
 
     minimise sum uses[l, e] seconds[l, e, tier] x[l, e, tier]   with   sum_tier x = 1,   GPU and host within their bytes
 

@@ -1,4 +1,4 @@
-"""What a model's routing asks of its experts, in counts: how often each, which after which, which together.
+"""Counts of a model's routing: uses of each expert, transitions between layers, experts chosen together.
 
 Knows numbers. Knows nothing of traces, files or GPUs.
 """

@@ -1,4 +1,5 @@
-/* Routed experts, linears and norms on the CPU: the C ABI that kernels/cpu/ops.py calls by ctypes, and who computes what.
+/* Routed experts, linears and norms on the CPU: the C ABI that kernels/cpu/ops.py calls by ctypes, and the
+ * division of work among threads.
  *
  * The arithmetic is in _cpu_kernels.h, compiled for several instruction sets. Pieces of work are whole outputs, so which
  * thread takes which never shows in a result. Knows nothing of Python, torch or where records come from.

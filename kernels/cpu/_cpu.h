@@ -1,4 +1,4 @@
-/* What _cpu.cpp (C ABI, dispatch, threads) and the arithmetic of each instruction set say to one another. */
+/* The interface between _cpu.cpp (C ABI, dispatch, threads) and the arithmetic of each instruction set. */
 #ifndef MOEFLOW_CPU_H
 #define MOEFLOW_CPU_H
 
@@ -55,7 +55,7 @@ struct Expert {
 struct Rows {
     char *data;
     int64_t stride;
-    int64_t sums[3]; /* of groups of 32, 64, 128; -1: nobody asked */
+    int64_t sums[3]; /* of groups of 32, 64, 128; -1: no format needs them */
     int64_t codes, deltas;
     int32_t num_features, padded;
     int32_t is_rounded; /* whether codes and deltas are there, and sums are theirs */

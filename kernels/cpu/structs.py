@@ -1,4 +1,4 @@
-"""How matrices and experts in memory are described to the compiled CPU kernels: C structures, and what has one.
+"""Descriptions of matrices and experts in memory for the compiled CPU kernels, as C structures.
 
 The structures are those of `_cpu.h`. Knows records and formats. Knows nothing of the library: describing needs none.
 """

@@ -1,4 +1,4 @@
-"""What stored codes are worth, in plain torch: the oracle of every format and every kernel.
+"""Values of stored codes, in plain torch: the oracle of every format and every kernel.
 
 Knows formats. Knows nothing of how codes were chosen, nor of models.
 """

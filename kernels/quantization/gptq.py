@@ -1,4 +1,4 @@
-"""Codes chosen column by column, each column's rounding error made up for by the columns still to come.
+"""GPTQ: codes chosen column by column, and each column's rounding error compensated in the columns still to come.
 
 Uses what the layer's inputs say of its columns: their Hessian, X^T X. The grid is fitted beforehand, to weights that
 count as much as their inputs are large.
@@ -22,7 +22,7 @@ from moeflow.kernels.quantization.rounding import Grid, decode, encode
 _DAMPING = 0.02
 _FEW_DAMPING = 0.1
 _BLOCK_COLUMNS = 128
-_ASYMMETRY = 1e-4  # of the largest entry, that sums of products may have in float32
+_MAX_ASYMMETRY = 1e-4  # of the largest entry, that sums of products may have in float32
 
 
 class Hessian(NamedTuple):
@@ -113,4 +113,4 @@ def _is_hessian(calibration) -> bool:
     """Whether [tokens, K] is X^T X: square, symmetric, nothing negative on the diagonal."""
     if calibration.shape[0] != calibration.shape[1] or (calibration.diagonal() < 0).any():
         return False
-    return bool((calibration - calibration.T).abs().max() <= _ASYMMETRY * calibration.abs().max())
+    return bool((calibration - calibration.T).abs().max() <= _MAX_ASYMMETRY * calibration.abs().max())

@@ -1,10 +1,10 @@
-"""A grid fitted to a group's weights without data: scale and zero by alternating minimisation.
+"""HQQ: a grid fitted to a group's weights without data, scale and zero by alternating minimisation.
 
 As in half-quadratic quantisation, codes are chosen for a grid, the grid is solved in closed form for the codes, and so
 on. Unlike there, the scale is solved for as well as the zero, from several starts, and the error is the squared one,
 whose shrinkage step vanishes. Both changes were measured on a model's real layer outputs: an lp norm below 1 with the
 scale left alone saved 7 to 12 % of the squared output error of round-to-nearest, this saves 18 to 37 %, and shrinkage
-on top of it never saved more. Nothing changes for whoever reads the codes.
+on top of it never saved more. Readers of the codes see no difference.
 
 Knows groups of weights. Knows nothing of activations, packing or files.
 
@@ -16,8 +16,8 @@ import torch
 from moeflow.kernels.quantization.formats import WeightFormat
 from moeflow.kernels.quantization.rounding import Grid, decode, encode, range_grid, round_scale, round_zero
 
-_STARTS = (1.0, 0.85, 0.7, 0.55)  # shares of the group's range: few levels do better without its ends
-_STEPS = 8
+_START_SHARES = (1.0, 0.85, 0.7, 0.55)  # shares of the group's range: few levels do better without its ends
+_NUM_STEPS = 8
 
 
 def fit_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tensor) -> Grid:
@@ -39,10 +39,10 @@ def fit_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tensor)
     weights = None if (importance == 1).all() else importance
     best, least = start, _squared_error(groups, start, spec, weights)
     middle = (2**spec.bits - 1) / 2
-    for share in _STARTS:
+    for share in _START_SHARES:
         scale = round_scale(start.scale * share)
         grid = Grid(scale, round_zero(middle - (middle - start.zero) * start.scale / scale))
-        for _ in range(_STEPS):
+        for _ in range(_NUM_STEPS):
             grid = _solve(groups, encode(groups, grid, spec), grid, weights)
         error = _squared_error(groups, grid, spec, weights)
         better = error < least

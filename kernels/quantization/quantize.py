@@ -1,4 +1,4 @@
-"""A weight matrix in a format: checked, cut into groups, given a grid and codes by a method, packed.
+"""Quantisation of a weight matrix: checked, cut into groups, given a grid and codes by a method, packed.
 
 Knows formats and methods. Knows nothing of models or files.
 """

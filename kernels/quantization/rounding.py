@@ -12,8 +12,8 @@ import torch
 
 from moeflow.kernels.quantization.formats import WeightFormat
 
-_LARGEST = 65504.0  # of float16
-_SMALLEST = 2.0**-24  # positive, subnormal
+_MAX_FLOAT16 = 65504.0
+_MIN_FLOAT16 = 2.0**-24  # positive, subnormal
 INT8_LIMIT = 127
 
 
@@ -36,18 +36,18 @@ class Grid(NamedTuple):
 def largest_weight(spec: WeightFormat) -> float:
     """Return the largest magnitude that a group can have both signs of; beyond it weights saturate."""
     if spec.kind == "uint":
-        return _LARGEST * (2**spec.bits - 1) / 2
-    return _LARGEST * (INT8_LIMIT if spec.kind == "int" else 1)
+        return _MAX_FLOAT16 * (2**spec.bits - 1) / 2
+    return _MAX_FLOAT16 * (INT8_LIMIT if spec.kind == "int" else 1)
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
     """Return the positive float16 number nearest to each scale, as float32."""
-    return scale.clamp(_SMALLEST, _LARGEST).half().float()
+    return scale.clamp(_MIN_FLOAT16, _MAX_FLOAT16).half().float()
 
 
 def round_zero(zero: torch.Tensor) -> torch.Tensor:
     """Return the float16 number nearest to each zero, as float32."""
-    return zero.clamp(-_LARGEST, _LARGEST).half().float()
+    return zero.clamp(-_MAX_FLOAT16, _MAX_FLOAT16).half().float()
 
 
 def range_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tensor) -> Grid:
@@ -63,7 +63,7 @@ def range_grid(groups: torch.Tensor, spec: WeightFormat, importance: torch.Tenso
     """
     if spec.kind == "sign":
         shares = importance / importance.sum(-1, keepdim=True)
-        return Grid((groups.abs() * shares).sum(-1, keepdim=True).clamp(max=_LARGEST).half().float())
+        return Grid((groups.abs() * shares).sum(-1, keepdim=True).clamp(max=_MAX_FLOAT16).half().float())
     if spec.kind == "int":
         largest = groups.abs().amax(-1, keepdim=True)
         return Grid(_round_up(largest / INT8_LIMIT))
@@ -102,6 +102,6 @@ def decode(codes: torch.Tensor, grid: Grid, spec: WeightFormat) -> torch.Tensor:
 
 def _round_up(scale) -> torch.Tensor:
     """Return the positive float16 number not below each scale, as float32: the end of a range is not cut off."""
-    half = scale.clamp(_SMALLEST, _LARGEST).half()
+    half = scale.clamp(_MIN_FLOAT16, _MAX_FLOAT16).half()
     above = (half.view(torch.int16) + 1).view(torch.half)
-    return torch.where(half.float() < scale, above, half).clamp(max=_LARGEST).float()
+    return torch.where(half.float() < scale, above, half).clamp(max=_MAX_FLOAT16).float()

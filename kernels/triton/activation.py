@@ -1,4 +1,4 @@
-"""The step between an expert's first and second matrix, in registers.
+"""The activation between an expert's first and second matrix, in registers.
 
 The formula is that of `moeflow.kernels.activations`. Knows nothing of matrices.
 """

@@ -1,4 +1,4 @@
-"""Each token's expert outputs become one: weighted, in float32, always in the order of K."""
+"""Combine: the weighted sum of each token's expert outputs, in float32, always in the order of K."""
 
 import torch
 

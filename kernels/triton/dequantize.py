@@ -1,4 +1,4 @@
-"""Packed blocks of 32 values become numbers in registers: what the Triton kernels of every format share.
+"""Dequantisation of packed blocks of 32 values in registers, shared by the Triton kernels of every format.
 
 A tile is [R rows of a matrix, B blocks of 32 in features, J values]: the values of a block are taken in `PLANES` runs
 of J = 32 / PLANES neighbours, one shift of the bytes a run (`moeflow.kernels.quantization.formats`), so every byte is

@@ -1,4 +1,4 @@
-"""A stored matrix as the Triton kernels are told of it: constants of one compiled kernel, and its block sizes.
+"""The plan of a stored matrix for the Triton kernels: constants of one compiled kernel, and its block sizes.
 
 Knows formats and record layouts. Knows nothing of Triton itself, which may be absent.
 """

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.prompts import read_prompts
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeflow.expert_parallel.traffic import Traffic
+    from moeflow.offload.runtime import ExpertRuntime
 
 _LAUNCH = "torchrun --nproc-per-node 2 -m moeflow parallel MODEL PROMPT --plan PLAN"
 
@@ -44,7 +45,7 @@ def _parallel(arguments: argparse.Namespace) -> int:
         arguments.predictor = "none"  # a rank's memory serves other ranks' tokens
     with _process_group(arguments) as (rank, num_ranks):
         model, tokenizer = load_model(arguments.model, arguments)
-        with model.moeflow:
+        with cast("ExpertRuntime", model.moeflow):
             answers, traffic = _answer(model, tokenizer, prompts, rank, num_ranks, arguments)
     if not rank:
         _print(arguments, answers, traffic)

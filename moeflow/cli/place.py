@@ -1,4 +1,4 @@
-"""`moeflow place`: which GPU holds which expert, how good that is, and the plan as engines take it."""
+"""`moeflow place`: plans the GPU of each expert, tells how good the plan is, and writes it for engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of placements: load per GPU and layer, bytes between GPUs, and what solvers trade for what.
+"""Figures of placements: load per GPU and layer, bytes between GPUs, crossing over imbalance.
 
 Needs matplotlib, as `plots`, whose look it has. Takes plain arrays; knows nothing of solvers.
 """

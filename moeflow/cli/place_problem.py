@@ -1,4 +1,4 @@
-"""The problem that `moeflow place` is given: counts, the machine, and how large a step is."""
+"""The problem of `moeflow place`: counts, the machine, and the size of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moeflow place` shows: every solver's plan, in sample and out of sample, as rows and as tables."""
+"""Rows and tables of `moeflow place`: every solver's plan, in sample and out of sample."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from moeflow.placement.solve import Attempts
     from moeflow.placement.workload import Workload
 
-_WIDTH = 100  # of the widest table, a little spare
+_MIN_CONSOLE_WIDTH = 100  # of the widest table, with a little spare
 
 
 def solver_rows(problem: Problem, attempts: Attempts, held_out: Sequence[Workload]) -> list[dict]:
-    """Return what each solver's plan costs and what is proven of it.
+    """Return the cost and the proven gap of each solver's plan.
 
     Returns:
         Rows of solver, objective_s, bound_s, bound_by, gap (None where infinite), status, time_s, in_sample and
@@ -73,20 +73,17 @@ def print_tables(rows: list[dict], attempts: Attempts, best: Solution, problem: 
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = _WIDTH
+        console.width = _MIN_CONSOLE_WIDTH
     chosen, communication = best.solver, problem.step.communication
     several = len(problem.workloads) > 1
     name = "the worst of all workloads" if problem.worst_case else "the mean of all workloads"
     title = name if several else next(iter(rows[0]["in_sample"]))
     lines = [(row, _mean(row["in_sample"].values()) | {"step_s": row["objective_s"]}) for row in rows]
-    console.print(
-        _table(f"in sample: {title}", lines, chosen, communication, proven=True, narrow=console.width < _WIDTH)
-    )
+    narrow = console.width < _MIN_CONSOLE_WIDTH
+    console.print(_table(f"in sample: {title}", lines, chosen, communication, proven=True, narrow=narrow))
     for name in rows[0]["out_of_sample"]:
         lines = [(row, row["out_of_sample"][name]) for row in rows]
-        console.print(
-            _table(f"out of sample: {name}", lines, chosen, communication, proven=False, narrow=console.width < _WIDTH)
-        )
+        console.print(_table(f"out of sample: {name}", lines, chosen, communication, proven=False, narrow=narrow))
     for solver, why in attempts.failures.items():
         console.print(f"{solver} found no plan: {why}", markup=False, soft_wrap=True)
 

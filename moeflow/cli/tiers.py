@@ -1,4 +1,4 @@
-"""`moeflow tiers`: which experts stay on one GPU, in host memory and on disk, and whether a cache would do better."""
+"""`moeflow tiers`: the experts to keep on one GPU, in host memory and on disk, compared with a cache."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from moeflow.placement.workload import Workload
     from moeflow.trace.trace import RoutingTrace
 
-_CACHES = ("lru", "lfu", "lfru")  # what load_moe can run
-_BOUND = "belady"
+_CACHE_POLICIES = ("lru", "lfu", "lfru")  # what load_moe can run
+_BOUND_POLICY = "belady"
 
 
 class _Sizes(TypedDict):
@@ -91,7 +91,7 @@ def _sizes(arguments: argparse.Namespace) -> _Sizes:
 def _workloads(
     arguments: argparse.Namespace, trace: RoutingTrace | None
 ) -> tuple[Workload, Workload, np.ndarray | None]:
-    """Return what to choose by, what to judge on, and the numbers of the sequences judged on; None without a trace."""
+    """Return the workloads to choose by and to judge on, and the sequences of the latter; None without a trace."""
     import numpy as np
 
     from moeflow.trace.workloads import counted, held_out_sequences, kept_sequences, read_workload
@@ -119,12 +119,12 @@ def _budgets(arguments: argparse.Namespace, workload: Workload) -> tuple[int, fl
 
 
 def _replayed(trace: RoutingTrace, numbers: np.ndarray, num_slots: int) -> dict[str, float]:
-    """Return what each cache of so many slots hits; sequences begin with what the one before them left."""
+    """Return the hit rate of each cache of so many slots; a sequence begins with the cache that the last one left."""
     from moeflow.cli.progress import count_progress
     from moeflow.replay.demand import replay, sequence_rows
 
     experts, starts = sequence_rows(trace.select(numbers), "all")
-    policies = (*_CACHES, _BOUND)
+    policies = (*_CACHE_POLICIES, _BOUND_POLICY)
     rates = {}
     with count_progress("replaying caches") as progress:
         for number, policy in enumerate(policies):
@@ -151,7 +151,7 @@ def _about(plan: TierPlan, sizes: _Sizes, judged: Workload, caches: dict[str, fl
     }
     if caches:
         advice = static_or_dynamic(plan, caches)
-        real = static_or_dynamic(plan, {name: caches[name] for name in _CACHES})
+        real = static_or_dynamic(plan, {name: caches[name] for name in _CACHE_POLICIES})
         about |= {"s_per_token": advice.s_per_token, "best": real.best, "saved_s_per_token": real.saved_s_per_token}
     return about
 
@@ -179,7 +179,7 @@ def _print(about: dict, plan: TierPlan, has_trace: bool) -> None:
     choices = Table("on the GPU", box=box.SIMPLE_HEAD)
     for name in ("hit rate", "ms a token waits"):
         choices.add_column(name, justify="right")
-    names = {"static": "static: always the same", _BOUND: "belady: no cache hits more"}
+    names = {"static": "static: always the same", _BOUND_POLICY: "belady: no cache hits more"}
     for name, rate in about["hit_rate"].items():
         choices.add_row(names.get(name, name), f"{rate:.4f}", f"{about['s_per_token'][name] * 1000:.1f}")
     console.print(choices)

@@ -1,4 +1,4 @@
-"""The ranks of one process group and what they tell each other: fixed rows, bytes, and what went wrong.
+"""The ranks of one process group and their exchanges: fixed rows, bytes, and error texts.
 
 The only file that calls torch.distributed's collectives. NCCL takes tensors on the GPU, gloo on the CPU; every exchange
 is made of bytes, so that no dtype matters. With NCCL it is not yet measured on hardware.

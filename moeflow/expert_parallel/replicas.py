@@ -1,4 +1,4 @@
-"""Which rank serves which (token, expert) assignment of one layer: a plan's rule, for a whole call at once.
+"""The rank that serves each (token, expert) assignment of one layer: a plan's rule, for a whole call at once.
 
 The rule is `placement.plan.replica_of`'s. Knows expert numbers. Knows nothing of processes or hidden states.
 """

@@ -1,4 +1,4 @@
-"""One round of expert parallelism: what ranks ask of each other, and the three exchanges that answer it.
+"""One round of expert parallelism: the ranks' requests, and the three exchanges that answer them.
 
 Knows experts that can run rows, and the group. Knows nothing of plans, sessions or models;
 `moeflow.expert_parallel.expert_parallel` has the protocol.
@@ -143,7 +143,7 @@ class Rounds:
         self.failure = f"rank {rank} failed, so all stop. It said: {text}"
 
     def _exchange_headers(self, state, request) -> list[Header]:
-        """Say to each rank what this one wants; return [G], what they want of this one."""
+        """Send this rank's request to each rank; return [G], their requests to this one."""
         rows = torch.zeros(self.world_size, 5 + self._num_experts, dtype=torch.int64)
         rows[:, 0] = state
         if request is not None:

@@ -1,4 +1,4 @@
-"""What ranks sent to each other, counted from the very sizes the exchanges were made with."""
+"""Counters of the bytes that ranks sent each other, taken from the sizes the exchanges were made with."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What no plan can be below: balance, partition and path bounds.
+"""Lower bounds of every plan: balance, partition and path.
 
-Know problems as numbers. Know nothing of who searches. Solvers import them.
+Know problems as numbers. Know nothing of searches. Solvers import them.
 """

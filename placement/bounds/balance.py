@@ -1,4 +1,4 @@
-"""What no plan within the slots costs less than: compute, and for dispatch the links, spread as well as fractions can.
+"""Lower bound on a step's seconds from balance: compute, and for dispatch the links, spread evenly by a linear program.
 
 Let an expert with r replicas be on each of its GPUs by 1 / r. A GPU's time for n / r tokens is at least its time for n
 by 1 / r, since c(n) / n falls with n; tokens that a GPU serves are linear in its fractions. So every plan is a point of
@@ -21,7 +21,7 @@ from moeflow.placement.problem import Problem, Solution
 
 
 def balance_bound(problem: Problem) -> float:
-    """Return seconds of a step that `Problem.objective` of no plan within the slots is below."""
+    """Return a lower bound in seconds on `Problem.objective` of every plan within the slots."""
     count = len(problem.workloads)
     mean = np.full(count, 1 / count)
     if not problem.worst_case or count == 1:

@@ -1,4 +1,4 @@
-"""A proven bound on partitions of a chain of layers: a semidefinite relaxation, and what its multipliers prove.
+"""A proven bound on partitions of a chain of layers, from the multipliers of a semidefinite relaxation.
 
 X[i, j] is how much experts i and j share GPUs: the sum over GPUs of their shares of tokens there, 1 for two experts on
 one GPU and 0 for two that never meet. A transition between them costs 1 - X[i, j]. For every placement, with or without
@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_CHECK_EVERY = 25
-_FEWEST, _FLOPS_PER_S = 60, 1e10  # iterations below which nothing is proven, and what a core does of them
-_ENOUGH = 2e-4  # of the bound: what four checks in a row must gain to go on
+_CHECK_INTERVAL = 25
+_MIN_ITERATIONS, _FLOPS_PER_S = 60, 1e10  # fewer iterations prove nothing; the speed of one core
+_MIN_GAIN = 2e-4  # share of the bound that four checks in a row must gain to go on
 
 
 class Partition(NamedTuple):
@@ -53,7 +53,7 @@ def partition_bound(
     time_limit_s: float = float("inf"),
     progress: Callable[[float], None] | None = None,
 ) -> float:
-    """Return a cost that no placement is below: crossing traffic plus, over the layers, the busiest part's work.
+    """Return a lower bound on every placement's cost: crossing traffic and, over the layers, the busiest part's work.
 
     Args:
         partition: the problem.
@@ -65,7 +65,7 @@ def partition_bound(
     end = time.monotonic() + time_limit_s
     scale = float(partition.traffic.sum())
     pairs, size = len(partition.traffic), 2 * partition.traffic.shape[1]
-    if scale == 0 or _FEWEST * 10 * pairs * size**3 / _FLOPS_PER_S > time_limit_s:
+    if scale == 0 or _MIN_ITERATIONS * 10 * pairs * size**3 / _FLOPS_PER_S > time_limit_s:
         return _balance(partition)
     relaxation = _Relaxation(partition, scale)
     best, history = _balance(partition) / scale, []
@@ -73,14 +73,14 @@ def partition_bound(
         relaxation.step()
         if time.monotonic() > end:
             iteration = iterations
-        if iteration % _CHECK_EVERY == 0 or iteration == iterations:
+        if iteration % _CHECK_INTERVAL == 0 or iteration == iterations:
             best = max(best, relaxation.bound())
             history.append(best)
             if progress is not None:
                 progress(iteration / iterations)
             if iteration == iterations or time.monotonic() > end:
                 break
-            if len(history) > 4 and history[-1] - history[-5] < _ENOUGH * abs(history[-1]):
+            if len(history) > 4 and history[-1] - history[-5] < _MIN_GAIN * abs(history[-1]):
                 break
             relaxation.adapt()
     return best * scale

@@ -19,7 +19,7 @@ from moeflow.placement.tables import Tables
 def path_bound(
     tables: Tables, *, time_limit_s: float = float("inf"), progress: Callable[[float], None] | None = None
 ) -> float:
-    """Return seconds that `Annealing.objective` of no plan is below, nor `Problem.objective` where balance is 1.
+    """Return a lower bound in seconds on `Annealing.objective`, and where balance is 1 on `Problem.objective`.
 
     Args:
         tables: by path, on two GPUs or more, with the mean over the links.

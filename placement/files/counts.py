@@ -1,4 +1,4 @@
-"""Count files: how often each expert was demanded, as others and we write it, read into a `Workload`.
+"""Count files of moeflow and of other engines: how often tokens chose each expert, read into a `Workload`.
 
 Four forms (docs/placement.md): SGLang's record of expert load, fiddler's expert popularity, our own keys in JSON or
 .npz, and a bare [L, E] array in .npy. Knows nothing of traces.
@@ -15,7 +15,7 @@ from moeflow.placement.workload import Workload
 
 SUFFIXES = (".json", ".npz", ".npy")
 _OWN_KEYS = ("load", "transitions", "coactivation", "top_k", "first_layer")
-_OTHERS = {"logical_count": "SGLang", "expert_popularity": "fiddler"}  # key -> who writes it, among keys of their own
+_OTHERS = {"logical_count": "SGLang", "expert_popularity": "fiddler"}  # key -> the engine that writes it
 _ACCEPTED = (
     'Accepted are JSON with "logical_count" (SGLang) or "expert_popularity" (fiddler), JSON or .npz with "load" and '
     'perhaps "transitions", "coactivation", "top_k" and "first_layer", and .npy with an array [layers, experts]'

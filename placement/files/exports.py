@@ -1,4 +1,4 @@
-"""Plans as other engines take them: physical experts in a row, GPU after GPU (docs/placement.md).
+"""Plans in the formats of other engines: physical experts in a row, GPU after GPU (docs/placement.md).
 
 Engines number slots, "physical experts", and give every GPU equally many of them in every layer: slot p is on GPU
 p // slots_per_gpu. Where a plan leaves slots free, they hold second copies of the same GPU's experts, the most loaded

@@ -1,4 +1,4 @@
-"""Plan files: where every expert is, who found it and what it costs, in JSON (docs/placement.md specifies it)."""
+"""Plan files: each expert's GPUs, the solver and the cost, in JSON (docs/placement.md specifies it)."""
 
 import json
 import math

@@ -13,7 +13,7 @@ from moeflow.placement.topology import PRESETS, Gpu, Topology, preset
 
 _TOP_KEYS = ("name", "gpus", "links", "bandwidth_gb_per_s")
 _GPU_KEYS = ("name", "count", "memory", "tflops", "memory_gb_per_s", "node")
-_COUNTED = (("count", 1), ("node", 0))  # keys with what they usually are
+_COUNT_DEFAULTS = (("count", 1), ("node", 0))  # keys and their default values
 _LINK_KEYS = ("within_node_gb_per_s", "between_nodes_gb_per_s")
 
 
@@ -92,7 +92,7 @@ def _gpus(path, entries) -> list[Gpu]:
         _check_keys(path, entry, where, _GPU_KEYS, ("memory", "tflops", "memory_gb_per_s"))
         if isinstance(entry.get("name"), str):
             where += f" ({entry['name']})"
-        count, node = (_whole(path, f"{where}: {key}", entry.get(key, usual)) for key, usual in _COUNTED)
+        count, node = (_whole(path, f"{where}: {key}", entry.get(key, usual)) for key, usual in _COUNT_DEFAULTS)
         if not count:
             raise PlacementError(f"{path}: {where}: count is 0. Give at least 1, or leave the entry out.")
         gpu = Gpu(

@@ -1,6 +1,6 @@
 """Solvers of placement by name, all with one signature (see `moeflow.placement.solvers.baselines`).
 
-Know problems and bounds. Know nothing of files or of who compares them. `placement/solve.py` and `cli/` import them.
+Know problems and bounds. Know nothing of files or of their comparison. `placement/solve.py` and `cli/` import them.
 """
 
 from moeflow.placement.solvers.baselines import contiguous, greedy, random_placement

@@ -95,7 +95,7 @@ class Annealing:
         return Plan.of_mask(self.holds.astype(bool))
 
     def check_integrity(self) -> None:
-        """Assert that what is kept by small changes equals what the placement says."""
+        """Assert that the arrays kept by small changes equal those of the placement."""
         assert (self.holds.sum(axis=2) == self.num_copies).all(), "copies"
         assert (self.holds.sum(axis=1) == self.used).all(), "used slots"
         assert (self.used <= self.tables.slots).all(), "slots"

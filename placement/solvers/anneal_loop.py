@@ -1,5 +1,5 @@
-"""The annealing's inner loop in plain Python: what each change of a placement means, the oracle of `_anneal.c`, and
-what runs where no compiler was there when moeflow was installed, a hundred times slower.
+"""The annealing's inner loop in plain Python: the meaning of each change of a placement, the oracle of `_anneal.c`, and
+the fallback, a hundred times slower, for an installation without a compiler.
 
 Knows the arrays of an `Annealing`. Knows nothing of problems, temperatures or plans.
 """

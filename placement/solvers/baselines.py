@@ -1,4 +1,4 @@
-"""Placements that are usual without a program: experts in order, at random, and heaviest first.
+"""Placements without a program: experts in order, at random, and heaviest first.
 
 Every solver has this signature: problem, seed, time_limit_s, progress(done 0 to 1, what) -> Solution.
 """

@@ -1,4 +1,4 @@
-"""Which cluster of experts goes to which GPU, so that the path of tokens from layer to layer crosses fast links least.
+"""The mapping of clusters of experts to GPUs under which tokens lose least time on links between layers.
 
 Clusters move only between GPUs that are alike in speed and slots, so compute stays as it is. With few such orders the
 best chain of them is found exactly, by the sum over the layers of the slowest transfer. With more, each layer in turn
@@ -17,7 +17,7 @@ import numpy as np
 from moeflow.placement.problem import Problem
 from moeflow.placement.solvers.assignment import assign
 
-_MOST_ORDERS = 120  # a pair of layers takes their square
+_MAX_ORDERS = 120  # a pair of layers takes their square
 
 
 def map_clusters(problem: Problem, shares: np.ndarray, deadline: float = math.inf) -> tuple[np.ndarray, bool]:
@@ -35,7 +35,7 @@ def map_clusters(problem: Problem, shares: np.ndarray, deadline: float = math.in
     if problem.step.communication == "dispatch":
         return _by_tokens(problem, shares, alike), True
     traffic = cluster_bytes(problem, shares)
-    if math.prod(math.factorial(len(group)) for group in alike) <= _MOST_ORDERS:
+    if math.prod(math.factorial(len(group)) for group in alike) <= _MAX_ORDERS:
         return _best_chain(problem, traffic, alike), True
     return _sweep(problem, traffic.mean(axis=0), alike, deadline)
 

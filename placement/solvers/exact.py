@@ -24,8 +24,8 @@ from moeflow.placement.problem import Problem
 if TYPE_CHECKING:
     import pulp
 
-_MOST_PRODUCTS = 6000  # z of a program that is still small
-_MOST_GPUS = 4
+_MAX_PRODUCTS = 6000  # variables z of a small program
+_MAX_GPUS = 4
 
 
 class Exact(NamedTuple):
@@ -42,12 +42,12 @@ class Exact(NamedTuple):
 
 def is_small(problem: Problem) -> bool:
     """Return whether the whole program can be solved in moments."""
-    if problem.num_gpus > _MOST_GPUS:
+    if problem.num_gpus > _MAX_GPUS:
         return False
     per_layer = (problem.num_experts * len(_sets(problem))) ** 2
     by_path = problem.step.communication == "path"
-    return per_layer * (problem.num_layers - 1 if by_path else 0) <= _MOST_PRODUCTS and (
-        problem.num_layers * problem.num_experts * len(_sets(problem)) <= _MOST_PRODUCTS // 10
+    return per_layer * (problem.num_layers - 1 if by_path else 0) <= _MAX_PRODUCTS and (
+        problem.num_layers * problem.num_experts * len(_sets(problem)) <= _MAX_PRODUCTS // 10
     )
 
 

@@ -26,9 +26,9 @@ from moeflow.placement.solvers.exact import exact, is_small
 from moeflow.placement.solvers.search import Found, cool, descend
 from moeflow.placement.tables import Tables
 
-_ENOUGH = 5e-3  # gap at which a problem of load alone is left as it is
-_PROPOSALS = 500  # of a descent and of the first annealing, for each copy
-_ROUNDS, _LONGER = 4, 4  # annealings, and how many times longer each is
+_ACCEPTED_GAP = 5e-3  # at which a problem of load alone is not annealed
+_NUM_PROPOSALS = 500  # of a descent and of the first annealing, for each copy
+_NUM_ROUNDS, _ROUND_GROWTH = 4, 4  # annealings, and how many times longer each is
 _EXACT_SHARE, _BOUND_SHARE = 0.5, 0.3  # of the time limit, at most
 
 
@@ -81,24 +81,24 @@ def _improve(problem, best, bound, seed, end, tell) -> bool:
     copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
     if int(best.plan.num_replicas.sum()) == copies:  # packing may have found no room for a replica
         tables = Tables(problem, weights, may_replicate=False, slowest=True)
-        found = descend(tables, best.plan, _PROPOSALS * copies, seed=seed, deadline=end)
+        found = descend(tables, best.plan, _NUM_PROPOSALS * copies, seed=seed, deadline=end)
         best.take(found.plan)
-        if problem.step.communication == "dispatch" and best.objective <= bound * (1 + _ENOUGH):
+        if problem.step.communication == "dispatch" and best.objective <= bound * (1 + _ACCEPTED_GAP):
             return found.ended
     start, took = random_placement(problem, seed=seed).plan, 0.0
-    for turn in range(2 * _ROUNDS):
+    for turn in range(2 * _NUM_ROUNDS):
         number, mean = divmod(turn, 2)
         begin = time.monotonic()
-        if begin + (took if mean else _LONGER * took) > end:
+        if begin + (took if mean else _ROUND_GROWTH * took) > end:
             return False
         found = _cool(
             Tables(problem, weights, slowest=not mean),
             start,
-            _PROPOSALS * _LONGER**number * copies // 2,
+            _NUM_PROPOSALS * _ROUND_GROWTH**number * copies // 2,
             seed + number,
             end,
             lambda share, turn=turn: tell(
-                _BOUND_SHARE + (1 - _BOUND_SHARE) * (turn + share) / (2 * _ROUNDS), "annealing"
+                _BOUND_SHARE + (1 - _BOUND_SHARE) * (turn + share) / (2 * _NUM_ROUNDS), "annealing"
             ),
         )
         best.take(found.plan)

@@ -1,4 +1,4 @@
-"""Fewest transitions that change GPU, with tokens at most so unbalanced: MoETuner's two aims, one bounded.
+"""Fewest transitions that change GPU under a limit of imbalance: MoETuner's two aims, one of them bounded.
 
 Crossing + weight * imbalance is annealed for several weights; the plans along the way are a Pareto curve, and the best
 within the limit is the answer. The bound is Lagrange's: where crossing + weight * imbalance is at least J for every
@@ -24,13 +24,14 @@ from moeflow.placement.solvers.search import HOT, cool
 from moeflow.placement.tables import Tables
 from moeflow.placement.topology import Topology
 
-_PROPOSALS, _LONGER = 1000, 12  # for each copy: of a search along the way, and of the last ones to that
-_MOST_WEIGHT = 4.0  # beyond which balance is all that counts
-_HALVINGS = 7
-_FACTORS = (1.0, 0.96, 0.92, 0.88, 1.04, 1.08)  # of the weight that short searches find, for the long ones
-_WARM = 0.1  # a temperature that keeps to a plan's neighbourhood
-_LIGHTER, _WALK, _MISSES = 0.95, 40, 5  # the walk along the curve: factor of a step's weight, steps, failures in a row
-_EVEN, _LAST_TRIES = 1e3, 20  # a weight by which only balance counts, and searches by it where no plan keeps the limit
+_NUM_PROPOSALS, _LAST_GROWTH = 1000, 12  # for each copy in a short search; the last ones are so many times longer
+_MAX_WEIGHT = 4.0  # beyond which balance is all that counts
+_NUM_HALVINGS = 7
+_WEIGHT_FACTORS = (1.0, 0.96, 0.92, 0.88, 1.04, 1.08)  # of the weight that short searches find, for the long ones
+_WARM_TEMPERATURE = 0.1  # a temperature that keeps to a plan's neighbourhood
+_WEIGHT_STEP, _MAX_STEPS, _MAX_MISSES = 0.95, 40, 5  # of the walk along the curve; misses in a row
+_EVEN_WEIGHT = 1e3  # so large that only balance counts
+_MAX_TRIES = 20  # at that weight, where no plan keeps the limit
 _BOUND_SHARE = 0.3  # of the time limit
 _ROUNDING = 1 + 1e-9  # even load may come out as a little above 1
 
@@ -99,19 +100,19 @@ def least_crossing(
     begin, end = time.monotonic(), time.monotonic() + time_limit_s
     tell = progress or (lambda share, what: None)
     curve = _Curve(problem)
-    curve.add(greedy(curve.problem, seed=seed).plan, _MOST_WEIGHT)
+    curve.add(greedy(curve.problem, seed=seed).plan, _MAX_WEIGHT)
     search_end = end - _BOUND_SHARE * time_limit_s
     weight = _find_weight(curve, max_imbalance, seed, search_end, tell)
-    for number, factor in enumerate(_FACTORS):
-        tell(0.3 + 0.6 * number / len(_FACTORS), "annealing")
-        curve.anneal(factor * weight, _LONGER * _PROPOSALS, seed + number, search_end)
+    for number, factor in enumerate(_WEIGHT_FACTORS):
+        tell(0.3 + 0.6 * number / len(_WEIGHT_FACTORS), "annealing")
+        curve.anneal(factor * weight, _LAST_GROWTH * _NUM_PROPOSALS, seed + number, search_end)
     _walk(curve, max_imbalance, seed, search_end)
     if problem.num_replicas:  # replicas even out load; where paths are what counts they can be in the way
-        curve.anneal(weight, _LONGER * _PROPOSALS, seed, search_end, replicas=False)
-    for number in range(_LAST_TRIES):
+        curve.anneal(weight, _LAST_GROWTH * _NUM_PROPOSALS, seed, search_end, replicas=False)
+    for number in range(_MAX_TRIES):
         if curve.within(max_imbalance):
             break
-        curve.anneal(_EVEN, _PROPOSALS, seed + number, search_end)
+        curve.anneal(_EVEN_WEIGHT, _NUM_PROPOSALS, seed + number, search_end)
     within = curve.within(max_imbalance)
     if not within:
         least = min(point.imbalance for point in curve.points)
@@ -185,14 +186,14 @@ def pareto_curve(
     """
     curve, end = _Curve(problem), time.monotonic() + time_limit_s
     for number, weight in enumerate(weights):
-        curve.anneal(weight, 4 * _PROPOSALS, seed + number, end)
+        curve.anneal(weight, 4 * _NUM_PROPOSALS, seed + number, end)
         if progress is not None:
             progress((number + 1) / len(weights), "annealing")
     return curve.pareto()
 
 
 def crossing_bounds(problem: Problem, weights: Sequence[float], limits: Sequence[float]) -> list[float]:
-    """Return, for each limit of imbalance, a crossing that no plan within it is below.
+    """Return, for each limit of imbalance, a lower bound on the crossing of every plan within it.
 
     Args:
         problem: as in `least_crossing`.
@@ -239,7 +240,7 @@ class _Curve:
         if time.monotonic() >= end:
             return None
         problem = self.problem if replicas else replace(self.problem, num_replicas=0)
-        hot = HOT if start is None else _WARM
+        hot = HOT if start is None else _WARM_TEMPERATURE
         start = start or random_placement(problem, seed=seed).plan
         copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
         found = cool(self.tables(weight, problem), start, proposals * copies, seed=seed, hot=hot, deadline=end)
@@ -250,7 +251,7 @@ class _Curve:
         return [point for point in self.points if point.imbalance <= max_imbalance * _ROUNDING]
 
     def least(self, weight: float, time_limit_s: float = float("inf")) -> float:
-        """Return what crossing + weight * imbalance of no plan is below."""
+        """Return a lower bound on crossing + weight * imbalance of every plan."""
         if self.problem.num_gpus == 1:
             return weight
         return path_bound(self.tables(weight, self.problem), time_limit_s=max(time_limit_s, 0.0)) / self.all_crossing
@@ -271,26 +272,26 @@ def _walk(curve, max_imbalance, seed, end) -> None:
     if not within:
         return
     point, missed = min(within, key=lambda point: point.crossing), 0
-    for step in range(_WALK):
-        found = curve.anneal(point.weight * _LIGHTER, _PROPOSALS, seed + step, end, start=point.plan)
-        if found is None or missed == _MISSES:
+    for step in range(_MAX_STEPS):
+        found = curve.anneal(point.weight * _WEIGHT_STEP, _NUM_PROPOSALS, seed + step, end, start=point.plan)
+        if found is None or missed == _MAX_MISSES:
             return
         if found in curve.within(max_imbalance) and found.crossing < point.crossing:
             point, missed = found, 0
         else:
-            point, missed = point._replace(weight=point.weight * _LIGHTER), missed + 1
+            point, missed = point._replace(weight=point.weight * _WEIGHT_STEP), missed + 1
 
 
 def _find_weight(curve, max_imbalance, seed, end, tell) -> float:
     """Halve the range of weights around the least that keeps to the limit."""
-    free = curve.anneal(0.0, _PROPOSALS, seed, end)
+    free = curve.anneal(0.0, _NUM_PROPOSALS, seed, end)
     if free is None or free.imbalance <= max_imbalance * _ROUNDING:
         return 0.0
-    low, high = 0.01, _MOST_WEIGHT
-    for number in range(_HALVINGS):
-        tell(0.3 * number / _HALVINGS, "weighing balance")
+    low, high = 0.01, _MAX_WEIGHT
+    for number in range(_NUM_HALVINGS):
+        tell(0.3 * number / _NUM_HALVINGS, "weighing balance")
         weight = float(np.sqrt(low * high))
-        point = curve.anneal(weight, _PROPOSALS, seed, end)
+        point = curve.anneal(weight, _NUM_PROPOSALS, seed, end)
         if point is None:
             break
         low, high = (low, weight) if point.imbalance <= max_imbalance * _ROUNDING else (weight, high)

@@ -1,4 +1,4 @@
-"""MoETuner's two programs, done right: first which experts form a cluster, then which GPU takes which cluster.
+"""MoETuner's two programs, done right: the clusters of experts first, then the GPU of each cluster.
 
 The first, for each layer, with x[e, g] in {0, 1}:
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import pulp
 
 _GAP = 1e-3  # of a layer's slowest cluster, at which its program may stop
-_MOST_CHOICES = 512  # x of a layer's whole program
-_MOST_PARTNERS = 8  # that the slowest cluster of a layer tries
+_MAX_CHOICES = 512  # variables x of a layer's whole program
+_MAX_PARTNERS = 8  # that the slowest cluster of a layer tries
 _CLUSTERS_SHARE = 0.8  # of the time; the rest is the mapping's
 
 
@@ -79,13 +79,13 @@ def _balance_layer(problem, seconds, clusters, seed, until) -> bool:
             return True
         improved = False
         order = np.argsort((busy / busy.max(axis=1, keepdims=True)).max(axis=0), kind="stable")
-        for partner in order[:-1][:_MOST_PARTNERS]:
+        for partner in order[:-1][:_MAX_PARTNERS]:
             if time.perf_counter() > until:
                 return False
             if _improve(problem, seconds, clusters, np.sort([partner, order[-1]]), seed, until):
                 improved = True
                 break
-    if clusters.size > _MOST_CHOICES:
+    if clusters.size > _MAX_CHOICES:
         return True
     return _solve(problem, seconds, clusters, np.arange(problem.num_gpus), seed, until)
 

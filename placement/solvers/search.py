@@ -12,7 +12,7 @@ from moeflow.placement.solvers.anneal import Annealing
 from moeflow.placement.tables import Tables
 
 HOT, COLD = 0.7, 0.02  # where most changes are kept, and where hardly any is
-_STEPS = 200  # of a search: temperatures, and how often it looks at the clock
+_NUM_STEPS = 200  # temperatures of a search, and its checks of the deadline
 
 
 class Found(NamedTuple):
@@ -70,12 +70,12 @@ def cool(
 
 def _search(tables, plan, num_proposals, temperature, seed, deadline, progress) -> Found:
     annealing = Annealing(tables, plan, seed)
-    each, step = max(num_proposals // _STEPS, 1), 0
-    while step < _STEPS and time.monotonic() < deadline:
-        annealing.run(each, temperature(step / _STEPS))
+    each, step = max(num_proposals // _NUM_STEPS, 1), 0
+    while step < _NUM_STEPS and time.monotonic() < deadline:
+        annealing.run(each, temperature(step / _NUM_STEPS))
         step += 1
         if progress is not None:
-            progress(step / _STEPS)
-    if step < _STEPS or temperature(1.0) > 0:
+            progress(step / _NUM_STEPS)
+    if step < _NUM_STEPS or temperature(1.0) > 0:
         annealing.run(4 * each, 0.0)
-    return Found(annealing.plan(), step == _STEPS)
+    return Found(annealing.plan(), step == _NUM_STEPS)

@@ -1,12 +1,12 @@
 """The joint solver: never behind those it starts from, its gap honest, and what it does when there is no time."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-import moeflow.placement.solvers.joint as joint_module
 from helpers.placement_problems import machine, random_problem
 from moeflow.placement.cost import StepShape
 from moeflow.placement.problem import Problem
@@ -135,7 +135,8 @@ def test_deepseek_load_on_32_gpus_is_even_within_2_percent_and_within_nine_slots
 
 
 def test_result_is_the_same_where_the_c_loop_was_not_built(monkeypatch):
-    monkeypatch.setattr(joint_module, "_PROPOSALS", 4)
+    # By name: `moeflow.placement.solvers.joint` is the solver there, not its module.
+    monkeypatch.setattr(sys.modules["moeflow.placement.solvers.joint"], "_NUM_PROPOSALS", 4)
     problems = [
         medium_problem(0, 2, links=1e6, num_gpus=5),
         medium_problem(0, 2, communication="dispatch", num_gpus=5, workloads=2, worst_case=True),
