@@ -4,6 +4,9 @@
  * The arithmetic is in _cpu_kernels.h, compiled for several instruction sets. Pieces of work are whole outputs, so which
  * thread takes which never shows in a result. Knows nothing of Python, torch or where records come from.
  */
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
 #include <stdlib.h>
 
 #include "_cpu.h"
@@ -46,16 +49,25 @@ thread_local Workspace workspace;
 
 int64_t align(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+#if defined(__x86_64__) && defined(__GNUC__)
+/* Asks the processor itself, and the system whether it keeps the registers: zig's run-time library answers
+ * __builtin_cpu_supports with no, whatever the processor has. */
+bool supported_x86(bool is_avx512) {
+    unsigned int a, b, c, d, leaf7_b, leaf7_c, kept;
+    const unsigned int first = bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first) return false;
+    if (!__get_cpuid_count(7, 0, &a, &leaf7_b, &leaf7_c, &d) || !(leaf7_b & bit_AVX2)) return false;
+    __asm__("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
+    if (!is_avx512) return (kept & 0x06) == 0x06; /* XMM, YMM */
+    const unsigned int wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    return (kept & 0xe6) == 0xe6 && (leaf7_b & wide) == wide && (leaf7_c & bit_AVX512VNNI); /* and masks, ZMM */
+}
+#endif
+
 bool supported(const char *name) {
 #if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (!strcmp(name, "avx2")) return avx2;
-    if (!strcmp(name, "avx512"))
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(name, "avx2")) return supported_x86(false);
+    if (!strcmp(name, "avx512")) return supported_x86(true);
 #endif
     return !strcmp(name, "portable");
 }

@@ -1,6 +1,6 @@
 """Figures of placements: load per GPU and layer, bytes between GPUs, crossing over imbalance.
 
-Needs matplotlib, as `plots`, whose look it has. Takes plain arrays; knows nothing of solvers.
+Looks as `replay.plots` does. Takes plain arrays; knows nothing of solvers.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
 """Figures of routing and caches: hit rate over residency, demand by layer and expert, recall by distance.
 
-Needs matplotlib, which is optional. Takes plain rows and arrays; knows nothing of traces. The same input gives the same
+Takes plain rows and arrays; knows nothing of traces. The same input gives the same
 bytes. In SVG made for a page, ink takes the colour of the page's text.
 """
 
@@ -185,7 +185,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError('plots need matplotlib: pip install "moeflow[plot]", or pip install matplotlib.') from error
+        raise ConfigError(
+            "plots need matplotlib, which is installed with moeflow and is not here: pip install matplotlib."
+        ) from error
 
 
 def plain_style() -> AbstractContextManager[None]:

@@ -171,6 +171,7 @@ def terminal(shared_terminal):
     return shared_terminal
 
 
+@pytest.mark.slow
 def test_answer_is_followed_by_its_figures(terminal):
     text = terminal.ask("hello", r"length limit reached\n")
     pattern = (
@@ -247,6 +248,7 @@ def test_slash_after_a_space_is_text(terminal, tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())[0]["content"] == "/etc is what?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("term", "leave"), [("dumb", "/exit\r"), ("xterm-256color", "\x04")])
 def test_control_c_stops_the_answer_and_not_the_program(folder, tmp_path, term, leave):
     with open_terminal(folder, tmp_path, {"TERM": term}, max_new_tokens=ENDLESS) as terminal:
@@ -269,6 +271,7 @@ def test_control_c_stops_the_answer_and_not_the_program(folder, tmp_path, term, 
     assert (tmp_path / "chat_history").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_failing_answer_and_missing_template_and_history_leave_the_chat_running(folder, tmp_path):
     broken = tmp_path / "model"
     shutil.copytree(folder, broken)
@@ -285,6 +288,7 @@ def test_failing_answer_and_missing_template_and_history_leave_the_chat_running(
         terminal.ask(f"/save {tmp_path}/m.json", "2 messages saved")
 
 
+@pytest.mark.slow
 def test_piped_prompt_prints_only_the_answer_on_stdout(folder):
     done = subprocess.run(
         driver_command(folder, max_new_tokens=8),

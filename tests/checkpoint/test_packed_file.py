@@ -41,6 +41,7 @@ def test_packed_model_gives_the_same_bits_in_one_read_an_expert(mixtral_folder, 
         assert stats["memory"]["staging_bytes"] == 0  # read straight into the slot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gpt_oss", "inkling", "ernie4_5_vl_moe", "nemotron_h", "qwen3_vl_moe", "diffusion_gemma"]
 )
@@ -145,6 +146,7 @@ pack_model(sys.argv[1], sys.argv[2], progress=progress)
 """
 
 
+@pytest.mark.slow
 def test_killed_pack_is_continued_to_the_same_bytes(mixtral_folder, packed_folder, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     written = []
@@ -185,6 +187,7 @@ except MoeflowError as error:
 """
 
 
+@pytest.mark.slow
 def test_write_that_fails_leaves_nothing_under_the_final_name(mixtral_folder, tmp_path):
     """A file size limit makes the kernel refuse the write, as a full disk does."""
     out = tmp_path / "out"

@@ -195,6 +195,7 @@ def test_records_hold_exactly_the_values_of_the_checkpoint(made):
     store.close()
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_unquantised_values(made):
     for found, expected in zip(
         logits(made.native, dtype="float32"), plain_logits(made.plain, torch.float32), strict=True
@@ -202,6 +203,7 @@ def test_logits_are_those_of_the_unquantised_values(made):
         assert relative(found, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_any_share_of_the_experts_in_memory_gives_the_same_bits(made):
     some, whole = (logits(made.native, expert_memory=share) for share in ("75%", "100%"))
     assert all(torch.equal(a, b) for a, b in zip(some, whole, strict=True))
@@ -226,6 +228,7 @@ def test_every_piece_of_an_expert_is_told_apart_from_dense_tensors(made):
     assert feeding == {name for name in tensors if ".experts." in name}
 
 
+@pytest.mark.slow
 def test_packed_folder_gives_the_same_bits(made, tmp_path):
     packed = pack_model(made.native, tmp_path / "packed")
     for found, expected in zip(logits(packed), logits(made.native), strict=True):

@@ -61,6 +61,7 @@ def stop_in_the_middle(arguments, out, signal_number):
     return process.returncode, output, rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signal_number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)], ids=["killed", "Ctrl-C"]
 )

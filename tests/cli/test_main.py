@@ -43,6 +43,7 @@ def test_info_without_a_model_describes_the_installation():
     assert "moeflow" in moeflow("info").stdout
 
 
+@pytest.mark.slow
 def test_info_tells_from_headers_what_each_budget_buys(folder):
     about = json.loads(moeflow("info", folder, "--json").stdout)
     assert (about["moe_layers"], about["num_experts"], about["num_experts_per_tok"]) == (3, 24, 2)
@@ -54,6 +55,7 @@ def test_info_tells_from_headers_what_each_budget_buys(folder):
     assert "221,184 bytes" in text
 
 
+@pytest.mark.slow
 def test_generate_streams_an_answer_and_its_figures(folder):
     run = moeflow("generate", folder, "hello", "--max-new-tokens", 5, "--temperature", 0, "--expert-memory", "50%")
     assert run.returncode == 0, run.stderr
@@ -65,6 +67,7 @@ def test_generate_streams_an_answer_and_its_figures(folder):
     assert figures["moeflow"]["decode"].keys() >= {"predict_s", "waited_for_prefetch"}
 
 
+@pytest.mark.slow
 def test_predictor_none_is_demand_only(folder):
     options = ("hello", "--max-new-tokens", 5, "--json", "--temperature", 0, "--expert-memory", "50%")
     figures = [
@@ -74,6 +77,7 @@ def test_predictor_none_is_demand_only(folder):
     assert figures[0]["text"] == figures[1]["text"]
 
 
+@pytest.mark.slow
 def test_piped_chat_answers_once_and_ends(folder):
     run = moeflow("chat", folder, "--max-new-tokens", 4, "--temperature", 0, stdin="who are you?\n")
     assert run.returncode == 0, run.stderr
@@ -82,6 +86,7 @@ def test_piped_chat_answers_once_and_ends(folder):
     assert json.loads(figures.stdout)["num_new_tokens"] <= 4
 
 
+@pytest.mark.slow
 def test_pack_writes_a_folder_that_generate_takes(folder, tmp_path):
     run = moeflow("pack", folder, tmp_path / "packed", "--json")
     assert run.returncode == 0, run.stderr
@@ -91,6 +96,7 @@ def test_pack_writes_a_folder_that_generate_takes(folder, tmp_path):
     assert first.stdout == second.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

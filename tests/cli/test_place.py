@@ -145,6 +145,7 @@ def test_replicas_are_in_the_plan_and_exports_hold_the_same_placement(tmp_path, 
     assert out["exports"][0]["num_physical_experts"] == 12
 
 
+@pytest.mark.slow
 def test_pictures_go_to_one_file_or_to_a_folder(tmp_path, capsys):
     trace = write_trace(tmp_path / "t")
     for where, files in (("one.svg", ["one.svg"]), ("folder", ["folder/load.png", "folder/traffic.png"])):
@@ -249,6 +250,7 @@ def test_no_time_at_all_still_gives_the_best_plan_there_is(tmp_path, capsys):
     assert read_plan(tmp_path / "p").num_gpus == 4
 
 
+@pytest.mark.slow
 def test_interrupted_it_exits_with_130_and_writes_nothing(tmp_path):
     """HiGHS is at work on the one layer's program when Ctrl-C comes."""
     np.savez(tmp_path / "c.npz", load=np.random.default_rng(0).random((1, 24)))

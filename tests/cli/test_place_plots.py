@@ -74,6 +74,7 @@ def test_nothing_overlaps_or_is_cut_off():
     assert figure.legends[0].get_window_extent().x0 >= figure.axes[0].get_window_extent().x1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_same_plans_give_the_same_bytes(tmp_path, suffix):
     for name in "ab":
@@ -84,6 +85,7 @@ def test_same_plans_give_the_same_bytes(tmp_path, suffix):
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("num_gpus", [1, 3, 64])
 def test_any_number_of_gpus_can_be_drawn_even_if_nothing_crosses(tmp_path, num_gpus):

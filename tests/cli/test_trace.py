@@ -75,6 +75,7 @@ def test_lookahead_that_was_recorded_can_be_replayed(folder, tmp_path, capsys):
     assert rows[1]["prefetch"]["issued"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_recording_leaves_what_is_written(folder, tmp_path):
     (tmp_path / "p.txt").write_text("hello\n" * 10_000)
     command = [sys.executable, "-m", "moeflow", "trace", "record", str(folder), "--prompts", str(tmp_path / "p.txt")]

@@ -69,6 +69,7 @@ def mixed_folder(mixtral_folder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_of_many_formats_give_the_same_bits_at_every_budget_and_policy(mixed_folder, dtype):
     whole = load_moe(mixed_folder, expert_memory="100%", dtype=dtype)
@@ -139,6 +140,7 @@ quantize_model(sys.argv[1], sys.argv[2], "int4", progress=progress)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(mixtral_folder, tmp_path):
     quantize_model(mixtral_folder, tmp_path / "whole", "int4")
     out = tmp_path / "out"
@@ -151,6 +153,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(mixtral_folder, tmp_path):
     assert (out / PACKED_FILE).read_bytes() == (tmp_path / "whole" / PACKED_FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_partial_folder_of_another_format_or_method_is_begun_anew(mixtral_folder, tmp_path):
     out = tmp_path / "out"
     subprocess.run([sys.executable, "-c", _QUANTIZE, str(mixtral_folder), str(out), "0.6"], capture_output=True)

@@ -21,6 +21,8 @@ from moeflow.demo.model import Stages, build_checkpoint, build_demo_model, defau
 from moeflow.demo.recipe import Recipe, Stream, replay_layer, spherical_kmeans, split_layer
 from moeflow.errors import DemoModelError
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS = 3
 TINY = Recipe(
     num_experts=4, expert_size=32, kmeans_rounds=4, num_prompts=6, num_new_tokens=8, num_library_tokens=1024

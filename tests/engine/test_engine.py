@@ -104,6 +104,7 @@ def speaking(tokenizer):
     return tiny_mixtral(vocab_size=len(tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - REFUSED.keys() - WITHOUT_GENERATE))
 def test_greedy_tokens_are_those_of_generate(name):
     torch.set_num_threads(1)
@@ -117,6 +118,7 @@ def test_greedy_tokens_are_those_of_generate(name):
     assert found == [generated(model, prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_EVERY_WAY)
 def test_tokens_depend_neither_on_pieces_nor_on_sharing_nor_on_who_runs_beside(name):
     model = build_model(FAMILIES[name])
@@ -661,6 +663,7 @@ def test_an_engine_starts_though_experts_of_the_first_tokens_cannot_be_read(mixt
             Engine(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [{}, {"group_size": 4}], ids=["one pass", "groups"])
 def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtral, mixtral_folder, groups):
     torch.set_num_threads(1)

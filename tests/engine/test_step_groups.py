@@ -43,6 +43,7 @@ def answers(engine):
     return [done.token_ids for done in engine.generate(PROMPTS, GREEDY)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regrouping", [True, False])
 @pytest.mark.parametrize("group_size", [1, 2, 4, 6, 100])
 def test_tokens_do_not_depend_on_groups(offloaded, expected, group_size, regrouping):

@@ -28,6 +28,8 @@ from moeflow.placement.plan import Plan, replica_of
 from moeflow.placement.topology import preset
 from moeflow.placement.workload import Workload
 
+pytestmark = pytest.mark.slow
+
 PLANS = ("contiguous", "replicated")
 FAMILIES_OF = {2: ("mixtral", "gpt_oss", "zaya"), 4: ("mixtral", "gpt_oss")}
 CASES = [(num_ranks, family) for num_ranks, families in FAMILIES_OF.items() for family in families]

@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -18,6 +18,11 @@ ORDER = (
 )  # fmt: skip
 
 
+@cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 class SourceTree:
     """The package as its source files say it is.
 
@@ -27,7 +32,6 @@ class SourceTree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._syntax: dict[str, ast.Module] = {}
         self._imports: dict[str, frozenset[str]] = {}
 
     @cached_property
@@ -55,9 +59,7 @@ class SourceTree:
 
     def syntax(self, module: str) -> ast.Module:
         """Return a module's syntax tree."""
-        if module not in self._syntax:
-            self._syntax[module] = ast.parse(self.files[module].read_text())
-        return self._syntax[module]
+        return _parsed(self.files[module].read_text())
 
     def room(self, module: str) -> str:
         """Return where a module lives: a room of moeflow/, a family, or the root."""

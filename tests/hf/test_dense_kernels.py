@@ -82,6 +82,7 @@ def test_gradients_still_flow_through_the_dense_parts(mixtral_folder):
     model.moeflow.close()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_decodes_what_the_plain_one_does(tmp_path):
     """In float32 no token of a greedy generation is close enough to another for last bits to matter."""
     tiny_mixtral(num_hidden_layers=1).save_pretrained(tmp_path)

@@ -45,6 +45,7 @@ def test_the_table_is_large_enough():
     assert len(FAMILIES) >= NUM_FAMILIES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_family_equals_eager_and_keeps_its_bits_at_every_budget(name, tmp_path):
     torch.set_num_threads(1)
@@ -75,6 +76,7 @@ def test_family_equals_eager_and_keeps_its_bits_at_every_budget(name, tmp_path):
 HALF = [(name, torch.bfloat16) for name in sorted(FAMILIES)] + [(name, torch.float16) for name in sorted(FAMILIES)[::8]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), HALF)
 def test_family_keeps_its_bits_in_half_precision(name, dtype, tmp_path):
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """The CPU kernels in every instruction set of this machine: against the oracle in float64, and bit for bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +38,15 @@ def forced(request):
     use(request.param)
     yield request.param
     use("")
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="no /proc/cpuinfo here")
+def test_the_processor_is_asked_what_it_has():
+    flags = set(next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line), "").split())
+    has_avx2 = flags >= {"avx2", "fma", "f16c"}
+    has_avx512 = has_avx2 and flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
+    assert [*AVAILABLE] == [*["avx512"] * has_avx512, *["avx2"] * has_avx2, "portable"]
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import torch
 
 from helpers.paths import ROOT
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs the package triton (pip install 'triton>=3.6')"
-)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _HAS_TRITON, reason="needs the package triton (pip install 'triton>=3.6')"),
+]
 
 
 def run(*arguments, interpreted):

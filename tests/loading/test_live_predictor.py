@@ -60,6 +60,7 @@ def trained(mixtral_folder, tmp_path_factory):
     return folder / "p"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["15%", "50%", "100%"])
 @pytest.mark.parametrize("name", ["auto", *NAMES])
 def test_any_predictor_at_any_budget_gives_the_same_bits(mixtral_folder, expected, name, budget):
@@ -74,6 +75,7 @@ def test_any_predictor_at_any_budget_gives_the_same_bits(mixtral_folder, expecte
     model.moeflow.close()
 
 
+@pytest.mark.slow
 def test_a_trained_predictor_prefetches_and_changes_no_bit(mixtral_folder, expected, trained):
     model = load_moe(mixtral_folder, expert_memory="50%", predictor=trained)
     assert same(generate(model), expected)
@@ -93,6 +95,7 @@ def test_the_folded_routers_choose_as_the_models_own(mixtral_folder):
     model.moeflow.close()
 
 
+@pytest.mark.slow
 def test_batches_beams_and_assisted_decoding_go_on_with_a_predictor(mixtral_folder):
     whole = load_moe(mixtral_folder, expert_memory="100%", predictor=None)
     model = load_moe(mixtral_folder, expert_memory="30%", predictor="ensemble")
@@ -121,6 +124,7 @@ class Broken(Markov):
         return super().step(token_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["raises", np.nan, 7.0, np.inf, -0.5])
 def test_a_failing_predictor_is_switched_off_with_one_warning(mixtral_folder, expected, failure, caplog, monkeypatch):
     broken = Broken(3, 8, failure=failure)

@@ -46,6 +46,7 @@ def logits(model, ids=PROMPT, **kwargs):
         return model(ids, **kwargs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_the_same_bits_at_every_budget_and_policy(load, dtype):
     whole = load(expert_memory="100%", dtype=dtype)
@@ -158,6 +159,7 @@ def test_no_tokens_give_no_output(load):
     assert nothing.shape == (0, 64)
 
 
+@pytest.mark.slow
 def test_compiled_model_keeps_the_experts_as_one_op(load):
     model = load(expert_memory="50%")
     expected = logits(model)
@@ -246,6 +248,7 @@ def open_shards(folder):
     return [link for link in links if os.path.exists(link) and os.readlink(link).startswith(str(folder))]
 
 
+@pytest.mark.slow
 def test_close_and_garbage_collection_leave_no_thread_file_or_slot(mixtral_folder):
     gc.collect()
     before = len(readers())

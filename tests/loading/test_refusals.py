@@ -266,6 +266,7 @@ model.moeflow.close()
 """
 
 
+@pytest.mark.slow
 def test_interrupts_at_any_moment_leave_the_model_usable(mixtral_folder):
     """Real signals at random moments: after each the model gives the same bits and no slot is lost."""
     run = subprocess.run(

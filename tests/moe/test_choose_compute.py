@@ -53,6 +53,7 @@ def logits(wanted, folder, quantization="", **variables):
     return said["kinds"], torch.tensor(said["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["", "int4"])
 def test_every_kind_of_compute_gives_the_same_logits_at_every_budget(mixtral_folder, quantization):
     kinds, expected = logits("torch", mixtral_folder, quantization, MOEFLOW_CPU_KERNELS="off")
@@ -67,6 +68,7 @@ def test_every_kind_of_compute_gives_the_same_logits_at_every_budget(mixtral_fol
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 def test_a_path_that_does_not_exist_is_refused(mixtral_folder):
     with pytest.raises(AssertionError, match="no instruction set"):
         logits("cpu", mixtral_folder, MOEFLOW_CPU_KERNELS="sse9")

@@ -55,6 +55,7 @@ with moeflow.load_moe(sys.argv[2]).moeflow as runtime:
 """
 
 
+@pytest.mark.slow
 def test_limit_of_a_memory_cgroup_is_seen(mixtral_folder):
     root = Path("/sys/fs/cgroup/memory")
     if not os.access(root / "cgroup.procs", os.W_OK):

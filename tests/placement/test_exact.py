@@ -76,6 +76,7 @@ def least_of(name):
     return least(SMALL[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_exact_is_the_best_of_every_plan_and_proves_it(name):
     problem = SMALL[name]
@@ -93,6 +94,7 @@ def test_exact_is_the_best_of_every_plan_and_proves_it(name):
     assert solution.objective == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_problems_above_are_not_solved_by_packing():
     # Else they would show nothing: where greedy is the best there is nothing to find.
     missed = [

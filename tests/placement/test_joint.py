@@ -43,6 +43,7 @@ def check(problem, solution):
     assert (solution.plan.num_replicas.sum(axis=1) <= problem.num_experts + problem.num_replicas).all()
 
 
+@pytest.mark.slow
 @needs_c
 @pytest.mark.parametrize("links", [1e9, 1e6])
 @pytest.mark.parametrize(("num_replicas", "communication"), [(0, "path"), (4, "path"), (4, "dispatch")])
@@ -57,6 +58,7 @@ def test_joint_is_not_behind_the_others(num_replicas, communication, links):
     assert solution.objective <= 1.01 * others["moetuner"]
 
 
+@pytest.mark.slow
 @needs_c
 def test_joint_gains_where_paths_and_links_matter():
     problem = medium_problem(0, links=1e6)
@@ -66,6 +68,7 @@ def test_joint_gains_where_paths_and_links_matter():
     assert solution.bound > 1.05 * SOLVERS["greedy"](problem).bound
 
 
+@pytest.mark.slow
 @needs_c
 @pytest.mark.parametrize("seed", range(6))
 def test_joint_says_what_its_plan_costs_and_its_gap_is_honest(seed):
@@ -75,6 +78,7 @@ def test_joint_says_what_its_plan_costs_and_its_gap_is_honest(seed):
     assert solution.objective <= min(SOLVERS[name](problem).objective for name in ("greedy", "eplb"))
 
 
+@pytest.mark.slow
 @needs_c
 def test_same_seed_gives_the_same_plan_and_another_usually_another():
     problem = medium_problem(1, 2, links=1e6)
@@ -93,6 +97,7 @@ def test_without_time_there_is_a_plan_that_is_no_worse_than_packing(communicatio
     assert solution.objective <= min(SOLVERS[name](problem).objective for name in ("greedy", "eplb"))
 
 
+@pytest.mark.slow
 @needs_c
 @pytest.mark.parametrize("seed", [1, 3])
 def test_worst_case_lowers_the_worst_at_the_others_cost(seed):
@@ -134,6 +139,7 @@ def test_deepseek_load_on_32_gpus_is_even_within_2_percent_and_within_nine_slots
     assert (solution.plan.num_replicas == packed.num_replicas).all()  # replicas stay with whom they were
 
 
+@pytest.mark.slow
 def test_result_is_the_same_where_the_c_loop_was_not_built(monkeypatch):
     # By name: `moeflow.placement.solvers.joint` is the solver there, not its module.
     monkeypatch.setattr(sys.modules["moeflow.placement.solvers.joint"], "_NUM_PROPOSALS", 4)

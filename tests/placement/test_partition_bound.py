@@ -63,6 +63,7 @@ def is_below(bound, least):
 # --- the relaxation
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6))
 def test_no_placement_is_below_the_bound(seed):
@@ -72,6 +73,7 @@ def test_no_placement_is_below_the_bound(seed):
     assert is_below(bound, least_cost(partition, slots))
 
 
+@pytest.mark.slow
 def test_the_bound_is_near_the_best_of_small_partitions():
     ratios = []
     for seed in range(60):
@@ -181,6 +183,7 @@ def count_layers(problem):
     return sum(1 for _ in plans_within(problem.slots, 1, problem.num_experts))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
 def test_no_plan_of_a_tiny_problem_is_below_the_bound(seed):
@@ -191,6 +194,7 @@ def test_no_plan_of_a_tiny_problem_is_below_the_bound(seed):
     assert is_below(path_bound(Tables(problem)), min(map(problem.objective, plans)))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6))
 def test_nothing_that_annealing_counts_is_below_the_bound(seed):
@@ -214,6 +218,7 @@ def two_level_problem(seed, links=(9e4, 1e4)):
     return Problem([workload], Topology("t", cards, bandwidth), StepShape(20.0, 2000, 12288, 12288))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_no_plan_on_two_nodes_is_below_the_bound(seed):
     problem = two_level_problem(seed)
@@ -224,6 +229,7 @@ def test_no_plan_on_two_nodes_is_below_the_bound(seed):
     assert bound > path_bound(Tables(near))  # slow links between nodes are seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_no_plan_with_a_replica_on_two_nodes_is_below_the_bound(seed):
     problem = replace(two_level_problem(seed), num_replicas=1)

@@ -218,6 +218,7 @@ def test_moetuner_clusters_are_the_most_even_there_are(seed):
         assert slowest[0] <= min(slowest) * (1 + 1.1e-3)  # the gap at which a program may stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_moetuner_maps_clusters_with_the_least_slowest_transfers(seed):
     problem = replace(random_problem(seed, experts=(6, 8), gpus=(3, 4), layers=(3, 4)), topology=machine(1, 1, 1))

@@ -118,6 +118,7 @@ def best_possible_hits(experts, num_slots):
     return best(0, frozenset())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_slots", "per_layer"), REFERENCE)
 def test_reference_figures_are_reproduced(data_folder, num_slots, per_layer):
     folder = data_folder / "gpt_oss_20b"

@@ -46,6 +46,7 @@ def test_report_is_one_page_without_network_and_with_nothing_unescaped(trace_fil
     assert {file.name for file in tmp_path.iterdir()} == {"t.trace", "r.html"}
 
 
+@pytest.mark.slow
 def test_sections_of_what_was_realised_stand_only_where_it_was(trace_file, tmp_path):
     out, measured = tmp_path / "r.html", tmp_path / "m.json"
     trace = RoutingTrace.open(trace_file)

@@ -17,6 +17,9 @@ from moeflow.checkpoint.headers import open_checkpoint
 NUM_LAYERS, NUM_EXPERTS, NUM_HEADS, NUM_KEY_VALUE_HEADS = 3, 8, 4, 2
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Mixtral with a byte-level tokenizer of the same vocabulary size."""

@@ -15,6 +15,7 @@ from moeflow.kernels.cpu.library import instruction_set
 needs_library = pytest.mark.skipif(instruction_set() is None, reason="moeflow was installed without a C++ compiler")
 
 
+@pytest.mark.slow
 @needs_library
 def test_last_line_is_one_json_object_with_every_part():
     command = [sys.executable, str(ROOT / "scripts" / "bench_kernels.py"), "--quick", "--threads", "1"]

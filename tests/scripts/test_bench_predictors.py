@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 import bench_predictors as bench
 from helpers.small_traces import make_trace
 from moeflow.trace.writer import TraceWriter
 
 
+@pytest.mark.slow
 def test_bench_predictors_prints_a_row_for_every_predictor(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "_REPEATS", 1)
     monkeypatch.setattr(bench, "_STEPS", 2)

@@ -204,6 +204,7 @@ def test_a_model_that_is_dropped_unclosed_leaves_its_trace(load, mixtral_folder,
     assert len(RoutingTrace.open(tmp_path / "t")) == 14
 
 
+@pytest.mark.slow
 def test_the_compiled_model_records_the_same_routes(load, tmp_path):
     model = load(trace=tmp_path / "t")
     with torch.no_grad():

@@ -82,6 +82,7 @@ def test_json_lines_are_converted_and_nothing_is_left(tmp_path, temporary):
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_the_real_gpt_oss_folder_is_counted_as_its_trace_is_and_nothing_is_left(data_folder, tmp_path, temporary):
     source = data_folder / "gpt_oss_20b"
     seen, held_out = split_workload(source, 5)

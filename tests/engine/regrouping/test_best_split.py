@@ -36,6 +36,7 @@ def test_no_split_of_all_is_better(seed, tokens, share):
     assert np.bincount(groups, minlength=2).tolist() == [-(-tokens // 2), tokens // 2]
 
 
+@pytest.mark.slow
 def test_a_program_finds_no_better_one_where_the_search_alone_does_not_get_there(monkeypatch):
     monkeypatch.setattr(best_split_module, "regroup", lambda routes, num_groups: regroup(routes, 2, num_swaps=0))
     for seed in range(10):

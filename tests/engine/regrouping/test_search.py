@@ -73,6 +73,7 @@ def test_what_is_kept_equals_what_the_groups_say(seed, tokens, num_groups):
     assert (again.one == search.one).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("tokens", "num_groups"), [(8, 2), (9, 3), (8, 4)])
 def test_search_and_program_find_the_best_of_all_splits_and_the_bound_is_below(seed, tokens, num_groups):
