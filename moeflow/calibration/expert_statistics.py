@@ -1,4 +1,4 @@
-"""What calibration learnt of every expert: how often it is used, what each format does to its output, what it matters.
+"""Calibration figures of every expert: its use, the error of its output in each format, the sensitivity of its layer.
 
 The cost of storing expert e of layer l in format j is an estimate of how far it moves the model's predictions, in nats:
 
@@ -25,7 +25,7 @@ import numpy as np
 from moeflow.errors import ConfigError
 
 _VERSION = 1
-_EVEN_SHARE = 0.5  # of other text's tokens, taken to be routed evenly
+_EVEN_SHARE = 0.5  # of the tokens of other text, assumed to be routed evenly
 _FEW_TOKENS = 32  # an expert with fewer is judged more by its layer than by itself
 _TINY = 1e-12
 

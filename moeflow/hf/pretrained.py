@@ -132,7 +132,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> P
     """Build the model on the meta device, with experts and without any weight."""
     cls = model_class(config)
     config = copy.deepcopy(config)
-    dtype = dtype or getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
+    own: Any = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
+    dtype = dtype or own or torch.float32
     with torch.device("meta"):
         return cls.from_config(config, dtype=dtype) if hasattr(cls, "from_config") else cls(config).to(dtype)
 

@@ -60,6 +60,8 @@ class _ExpertsRemover(HfQuantizer):
     The dense weights of a quantised checkpoint become plain values, each as it is loaded.
     """
 
+    quantization_config: WithoutExperts
+
     def __init__(self, quantization_config: WithoutExperts, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = quantization_config.scheme is not None  # else transformers casts codes to floats
@@ -82,13 +84,15 @@ class _ExpertsRemover(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        assert self.quantization_config.on_empty is not None, "load_without_experts gives it"
         self.quantization_config.on_empty(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)
-        for module in model.modules():
-            if hasattr(module, "config") and getattr(module.config, "_is_quantized", False):
-                module.config._is_quantized = False
+        configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+        for config in configs:
+            if getattr(config, "_is_quantized", False):
+                config._is_quantized = False
         return model
 
     def is_serializable(self) -> bool:
@@ -117,7 +121,8 @@ class _Dequantize(ConversionOps):
     def __deepcopy__(self, memo: dict) -> "_Dequantize":
         return _Dequantize(self.scheme, self.problems)
 
-    def convert(
+    # transformers annotates other arguments than it gives: its own operations differ in the same way.
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         pieces = {

@@ -23,9 +23,8 @@ class ResidualTap:
     """
 
     def __init__(self, model: torch.nn.Module):
-        self._latest: dict[
-            int, dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
-        ] = {}  # layer -> {norm: (its input, its output)} of the pass under way
+        # layer -> {norm: (its input, its output)} of the pass under way
+        self._latest: dict[int, dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._hooks: list[RemovableHandle] = []
         self.norms = {
             layer: _norms_around(model, path)

@@ -101,7 +101,7 @@ def load_moe(
     try:
         attach_runtime(loaded, runtime)
         if prune:
-            prune_experts(loaded, folder.path, prune)
+            prune_experts(loaded, runtime, folder.path, prune)
         if compile:
             forward.compile_decoding(loaded)
         if trace is not None:
