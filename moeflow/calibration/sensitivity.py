@@ -85,7 +85,16 @@ def measure_experts(
 
 
 class _Survey:
-    """Takes each layer's tokens as they pass, measures its experts, and disturbs the layer's copies."""
+    """Hooks of all layers: measure a layer's experts on the tokens that pass, and disturb its copies.
+
+    Args:
+        model: to measure.
+        specs: the formats.
+        method: of quantisation.
+        shape: (windows, tokens of each).
+        num_probes: windows that are copied for each layer.
+        progress: called with (experts measured, experts in all).
+    """
 
     def __init__(
         self,
@@ -249,7 +258,7 @@ def _rounded(value: torch.Tensor, spec: WeightFormat, method: str, transposed: b
 
 
 def _bytes(weights: dict[str, torch.Tensor], spec: WeightFormat) -> int:
-    # Transposed or not makes a difference only in groups that do not divide a side; experts' records are the judge.
+    # Transposed or not makes a difference only in groups that do not divide a side; experts' records decide then.
     shapes = [value.shape for value in weights.values() if value.dim() == 2]
     return sum(spec.num_bytes((rows, columns)) for rows, columns in shapes)
 

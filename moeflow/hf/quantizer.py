@@ -1,8 +1,8 @@
 """The quantiser through which transformers loads a model without its experts.
 
-transformers lets a quantiser change the empty model before weights are loaded, and make each weight of what the
-checkpoint has. This one lets the caller take the experts off, and makes plain dense weights of a quantised
-checkpoint's pieces. The model that comes out knows nothing of it.
+transformers lets a quantiser change the empty model before weights are loaded, and make each weight of the
+checkpoint's tensors. This one takes the experts off, and makes plain dense weights of a quantised checkpoint's pieces.
+The loaded model knows nothing of it.
 """
 
 import re
@@ -30,7 +30,7 @@ class WithoutExperts(QuantizationConfigMixin):
 
     Args:
         on_empty: called with the empty model.
-        scheme: how the checkpoint is quantised, in place of its own quantization_config; None where it is not.
+        scheme: the checkpoint's quantisation, in place of its own quantization_config; None where it has none.
     """
 
     quant_method: Any
@@ -44,7 +44,7 @@ class WithoutExperts(QuantizationConfigMixin):
         self.quant_method = IMPLEMENTATION
         self.on_empty = on_empty
         self.scheme = scheme
-        self.problems: list[str] = []  # with dense weights: transformers would only log what is raised meanwhile
+        self.problems: list[str] = []  # with dense weights: transformers would only log an exception
 
     def __deepcopy__(self, memo: dict) -> "WithoutExperts":
         return self
@@ -108,7 +108,7 @@ class _Dequantize(ConversionOps):
 
     Args:
         scheme: how the checkpoint is quantised.
-        problems: gets a sentence for every weight that could not be made.
+        problems: receives a sentence for every weight that could not be made.
     """
 
     def __init__(self, scheme: QuantizationScheme, problems: list[str]):
@@ -142,11 +142,11 @@ class _Dequantize(ConversionOps):
 
 
 def quantization_scheme(config: PreTrainedConfig, source: str = "the model") -> QuantizationScheme | None:
-    """Tell how the checkpoint of this config is quantised, None where it is not.
+    """Return the quantisation of this config's checkpoint, None where it has none.
 
     Args:
         config: of a folder, or of an empty model that `load_without_experts` shows.
-        source: what the config is of, for errors.
+        source: of the config, for errors.
 
     Raises:
         UnsupportedModelError: by a method that is not read.

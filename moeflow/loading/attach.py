@@ -1,4 +1,4 @@
-"""Puts a runtime behind a transformers model: its experts, what its passes tell, pruning.
+"""Puts a runtime behind a transformers model: in place of its experts, told of its passes; sets pruning.
 
 Knows modules and their hooks. Knows nothing of budgets or tiers.
 """

@@ -1,4 +1,7 @@
-"""load_moe(): a transformers model whose experts live in the tiers instead of in the module."""
+"""load_moe(): loads a transformers model whose experts live in tiers instead of in its modules.
+
+Knows the order of the steps. Knows nothing of how each is done.
+"""
 
 from functools import partial
 from pathlib import Path
