@@ -1,14 +1,18 @@
-"""What experts see: the hidden states of calibration tokens in front of each MoE layer, and where they were routed.
+"""Inputs of experts: the hidden states of calibration tokens in front of each MoE layer, and their routes.
 
 GPTQ asks for them expert by expert. Kept in the model's own dtype: T x H values a layer.
+
+Knows hooks of a model. Knows nothing of how it was loaded.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 
 import torch
 
 from moeflow.hf import experts_interface
+from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.expert_mlp import hidden_activations
 from moeflow.progress import ProgressCallback
 
@@ -20,22 +24,22 @@ class ExpertInputs:
 
     Args:
         fingerprint: names the tokens they come from.
-        modules: [num_layers], the experts modules, for what they do between their matrices.
+        modules: [num_layers], the experts modules, for their activations.
     """
 
-    def __init__(self, fingerprint: str, modules: list[torch.nn.Module]):
+    def __init__(self, fingerprint: str, modules: list[ExpertsModule]):
         self.fingerprint = fingerprint
         self._modules = modules
         self._hidden_states: list[list[torch.Tensor]] = [[] for _ in modules]
         self._routes: list[list[torch.Tensor]] = [[] for _ in modules]
 
     def add(self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> None:
-        """Take in what one layer's experts were called with: [T, H] and [T, K]."""
+        """Take in the arguments of one layer's experts: [T, H] and [T, K]."""
         self._hidden_states[layer].append(hidden_states.cpu().clone())
         self._routes[layer].append(top_k_index.cpu().to(torch.int32))
 
     def inputs(self, layer: int, expert: int, name: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return what a matrix of an expert is multiplied with.
+        """Return the inputs of one matrix of an expert.
 
         Args:
             layer: number among the MoE layers.
@@ -66,7 +70,7 @@ class ExpertInputs:
 def record_inputs(
     model: torch.nn.Module, windows: list[list[int]], *, progress: ProgressCallback | None = None
 ) -> ExpertInputs:
-    """Run a model over text and keep what its experts see.
+    """Run a model over text and keep the inputs of its experts.
 
     Args:
         model: from load_moe or from_pretrained.
@@ -76,8 +80,8 @@ def record_inputs(
     modules = [module for _, module in experts_interface.experts_modules(model)]
     found = ExpertInputs(hashlib.sha256(json.dumps(windows).encode()).hexdigest(), modules)
 
-    def watch(layer):
-        def hook(module, args, kwargs):
+    def watch(layer: int) -> Callable[[torch.nn.Module, tuple, dict], None]:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             hidden_states, top_k_index, _ = experts_interface.experts_arguments(args, kwargs)
             found.add(layer, hidden_states, top_k_index)
 

@@ -1,4 +1,4 @@
-"""What calibration learnt of every expert: how often it is used, what each format does to its output, what it matters.
+"""Calibration figures of every expert: its use, the error of its output in each format, the sensitivity of its layer.
 
 The cost of storing expert e of layer l in format j is an estimate of how far it moves the model's predictions, in nats:
 
@@ -25,8 +25,8 @@ import numpy as np
 from moeflow.errors import ConfigError
 
 _VERSION = 1
-_EVEN_SHARE = 0.5  # of other text's tokens, taken to be routed evenly
-_FEW_TOKENS = 32  # an expert with fewer is judged more by its layer than by itself
+_EVEN_SHARE = 0.5  # of the tokens of other text, assumed to be routed evenly
+_PRIOR_TOKENS = 32  # an expert with fewer takes its layer's error more than its own
 _TINY = 1e-12
 
 
@@ -58,7 +58,7 @@ class ExpertStatistics(NamedTuple):
 
     @property
     def exists(self) -> np.ndarray:
-        """[L, E], which places of the arrays are experts."""
+        """[L, E], whether a place of the arrays is an expert."""
         return np.arange(self.routed.shape[1]) < np.array(self.num_experts)[:, None]
 
     def costs(self) -> np.ndarray:
@@ -66,7 +66,7 @@ class ExpertStatistics(NamedTuple):
         routed = self.routed[..., None].astype(np.float64)
         each_token = routed.sum(1, keepdims=True)
         layer_error = (routed * self.error).sum(1, keepdims=True) / np.maximum(each_token, 1)
-        error = (routed * self.error + _FEW_TOKENS * layer_error) / (routed + _FEW_TOKENS)
+        error = (routed * self.error + _PRIOR_TOKENS * layer_error) / (routed + _PRIOR_TOKENS)
         even = each_token / np.array(self.num_experts)[:, None, None]
         use = ((1 - _EVEN_SHARE) * routed + _EVEN_SHARE * even) / self.num_tokens
         return np.where(self.exists[..., None], self.sensitivity[:, None, None] * use * error, 0.0)
@@ -109,7 +109,7 @@ class ExpertStatistics(NamedTuple):
 
     @classmethod
     def load(cls, file: str | Path) -> "ExpertStatistics":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ConfigError: the file is missing, no such file, or of another version.

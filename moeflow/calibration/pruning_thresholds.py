@@ -1,4 +1,7 @@
-"""Thresholds of online pruning for every layer, from one pass over calibration text."""
+"""Thresholds of online pruning for every layer, from one pass over calibration text.
+
+Knows hooks of a model. Knows nothing of how thresholds are applied.
+"""
 
 import torch
 
@@ -30,7 +33,7 @@ def calibrate_pruning(
     """
     found: list[PruningThreshold] = []
 
-    def watch(module, args, kwargs):
+    def watch(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         hidden_states, _, weights = experts_interface.experts_arguments(args, kwargs)
         shares = {"skipped_share": skipped_share, "protected_share": protected_share}
         found.append(find_threshold(hidden_states, weights, **shares))

@@ -1,6 +1,6 @@
-"""Calibration text that exists on every machine: what the dense model writes itself, and Python's own library.
+"""Calibration text that exists on every machine: text that the model writes itself, and Python's own library.
 
-Knows nothing about experts or checkpoints: prompts and source files go in, lists of token ids come out.
+Knows prompts and source files, and gives lists of token ids. Knows nothing of experts or checkpoints.
 """
 
 import inspect
@@ -9,6 +9,10 @@ import random
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +142,7 @@ LIBRARY_FILES = (
 )
 
 
-def calibration_prompts(tokenizer, num_prompts: int, seed: int) -> list[list[int]]:
+def calibration_prompts(tokenizer: "PreTrainedTokenizerBase", num_prompts: int, seed: int) -> list[list[int]]:
     """Return the token ids of varied prompts, half of them chat requests and half openings of plain text.
 
     Args:
@@ -165,7 +169,7 @@ def calibration_prompts(tokenizer, num_prompts: int, seed: int) -> list[list[int
 
 
 def sample_continuations(
-    model,
+    model: "PreTrainedModel",
     prompts: list[list[int]],
     num_new_tokens: int,
     stop_id: int | None,
@@ -191,7 +195,7 @@ def sample_continuations(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     temperature = torch.linspace(0.6, 1.0, 5)[torch.arange(len(prompts)) % 5, None]
     known = inspect.signature(model.forward).parameters  # transformers 5.24 renamed the argument, and warns
-    cache = {"cache" if "cache" in known else "past_key_values": DynamicCache(config=model.config)}
+    cache: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": DynamicCache(config=model.config)}
     step, positions, sampled = rows, (mask.cumsum(1) - 1).clamp(min=0), []
     with torch.inference_mode():
         for _ in range(num_new_tokens):
@@ -213,7 +217,7 @@ def sample_continuations(
     return texts
 
 
-def library_texts(tokenizer, num_tokens: int, piece_tokens: int = 256) -> list[list[int]]:
+def library_texts(tokenizer: "PreTrainedTokenizerBase", num_tokens: int, piece_tokens: int = 256) -> list[list[int]]:
     """Return pieces of the Python standard library: two thirds source code, one third its English help pages.
 
     Args:
@@ -250,7 +254,7 @@ def _library_help() -> list[str]:
     return [topics[name] for name in sorted(topics) if len(topics[name]) > 4000]
 
 
-def _pieces(tokenizer, texts: list[str], piece_tokens: int) -> list[list[int]]:
+def _pieces(tokenizer: "PreTrainedTokenizerBase", texts: list[str], piece_tokens: int) -> list[list[int]]:
     """Cut texts into pieces and order them first pieces first, so that a short selection draws on every text."""
     characters = piece_tokens * 6  # enough for one piece of any of these texts
     ranked = []

@@ -1,21 +1,26 @@
-"""One pass of a model over calibration text that measures what each weight format does to each expert.
+"""Measures the error that each weight format causes in each expert, in one pass over calibration text.
 
 All windows of text go through the model as one batch, so that a layer's experts are met once, with every token that is
 routed to them; each is quantised, compared and forgotten before the next layer. Behind the windows lie L copies of the
-first few: in copies l, and there alone, layer l's output gets the error of its experts in one format, and what comes
-out at the end tells how much the model's predictions mind an error in that layer. No gradient, no second pass.
+first few: in copies l, and there alone, layer l's output gets the error of its experts in one format, and the final
+predictions of those copies tell how sensitive the model is to an error in that layer. No gradient, no second pass.
+
+Knows models and formats. Knows nothing of budgets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from moeflow.calibration.expert_statistics import ExpertStatistics
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
 from moeflow.dtypes import tensors_of
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
+from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.hf.residual import ResidualTap
 from moeflow.kernels.expert_mlp import expert_mlp
 from moeflow.kernels.quantization.dequantize import dequantize
@@ -23,14 +28,14 @@ from moeflow.kernels.quantization.formats import WeightFormat, find_format
 from moeflow.kernels.quantization.quantize import quantize
 from moeflow.progress import ProgressCallback
 
-_TOKENS_OF_EXPERT = 256  # that an expert's error is measured on, besides those of the copied windows
-_PROBE_BITS = 3  # an error of this size is what layers are probed with, where it is among the formats
+_MAX_TOKENS_OF_EXPERT = 256  # that its error is measured on, besides those of the copied windows
+_PROBE_BITS = 3  # layers are probed with the error of this width, where it is among the formats
 _MIN_SQUARE = 1e-12
 
 
 @torch.no_grad()
 def measure_experts(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     windows: list[list[int]],
     formats: list[str],
     *,
@@ -80,9 +85,26 @@ def measure_experts(
 
 
 class _Survey:
-    """Takes each layer's tokens as they pass, measures its experts, and disturbs the layer's copies."""
+    """Hooks of all layers: measure a layer's experts on the tokens that pass, and disturb its copies.
 
-    def __init__(self, model, specs, method, shape, num_probes, progress):
+    Args:
+        model: to measure.
+        specs: the formats.
+        method: of quantisation.
+        shape: (windows, tokens of each).
+        num_probes: windows that are copied for each layer.
+        progress: called with (experts measured, experts in all).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        specs: list[WeightFormat],
+        method: str,
+        shape: tuple[int, int],
+        num_probes: int,
+        progress: ProgressCallback | None,
+    ):
         self.tap = ResidualTap(model)
         self._specs, self._method, self._progress = specs, method, progress
         self._num_tokens, self._probed, self._num_probes = shape[0] * shape[1], num_probes * shape[1], num_probes
@@ -90,17 +112,28 @@ class _Survey:
         self._weights = [
             _reader(model, layer, module) for layer, (_, module) in enumerate(experts_interface.experts_modules(model))
         ]
-        self._layers: list[dict] = [{} for _ in self._weights]
-        self._total = self._done = 0
+        self._layers: list[dict[str, np.ndarray]] = [{} for _ in self._weights]
+        self._done = 0
 
-    def hook(self, layer: int):
-        def measure(module, args, kwargs, output):
+    def hook(self, layer: int) -> Callable[[ExpertsModule, tuple, dict, torch.Tensor], torch.Tensor]:
+        """Return the forward hook of one layer's experts."""
+
+        def measure(module: ExpertsModule, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
             hidden_states, index, weights = experts_interface.experts_arguments(args, kwargs)
             return self._measure(layer, module, hidden_states, index, weights, output)
 
         return measure
 
-    def _measure(self, layer, module, hidden_states, index, weights, output):
+    def _measure(
+        self,
+        layer: int,
+        module: ExpertsModule,
+        hidden_states: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Measure one layer's experts on their tokens; return the output with the error of its copies."""
         clean = slice(0, self._num_tokens)
         residual = self.tap.residual(layer, hidden_states)
         stream = output[clean] if residual is None else residual[clean] + output[clean]
@@ -125,7 +158,7 @@ class _Survey:
                     found["error"][expert, j] = (error.square().sum(-1) / square[tokens]).double().mean().item()
                     if j == self._probe:
                         disturbance.index_add_(0, tokens[probed], error[probed])
-            self._report(layer, num_experts)
+            self._report(num_experts)
         relative = disturbance.square().sum(-1) / square[: self._probed]
         found["disturbance"] = relative.double().view(self._num_probes, -1).mean(1).cpu().numpy()
         begin = self._num_tokens + layer * self._probed
@@ -133,7 +166,7 @@ class _Survey:
         output[begin : begin + self._probed] += disturbance.to(output.dtype)
         return output
 
-    def _errors(self, layer, expert, module, inputs):
+    def _errors(self, layer: int, expert: int, module: ExpertsModule, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield for each format the error of an expert's output, [n, H] float32."""
         exact_weights = self._weights[layer](expert)
         exact = _run(module, inputs, exact_weights)
@@ -144,16 +177,17 @@ class _Survey:
             }
             yield (_run(module, inputs, rounded) - exact).float()
 
-    def _report(self, layer, num_experts):
+    def _report(self, num_experts: int) -> None:
         self._done += 1
         if self._progress:
             self._progress(self._done, num_experts * len(self._weights))
 
-    def statistics(self, divergence) -> ExpertStatistics:
+    def statistics(self, divergence: np.ndarray) -> ExpertStatistics:
+        """Return the figures of all layers, with the divergence of each layer's copies [L, P]."""
         layers = self._layers
         most = max(len(layer["routed"]) for layer in layers)
 
-        def stacked(name):
+        def stacked(name: str) -> np.ndarray:
             return np.stack(
                 [np.pad(v, [(0, most - len(v))] + [(0, 0)] * (v.ndim - 1)) for v in (layer[name] for layer in layers)]
             )
@@ -171,13 +205,13 @@ class _Survey:
         )
 
 
-def _base(model):
+def _base(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
-def _reader(model, layer: int, module) -> Callable[[int], dict[str, torch.Tensor]]:
+def _reader(model: PreTrainedModel, layer: int, module: ExpertsModule) -> Callable[[int], dict[str, torch.Tensor]]:
     """Return a function that gives one expert's tensors as the module has them."""
-    runtime = getattr(model, "moeflow", None)
+    runtime: Any = getattr(model, "moeflow", None)
     if runtime is None:
         parameters = {name: value for name, value in module._parameters.items() if value is not None}
         return lambda expert: {name: value[expert] for name, value in parameters.items()}
@@ -189,7 +223,7 @@ def _reader(model, layer: int, module) -> Callable[[int], dict[str, torch.Tensor
         )
     raw = np.empty(align_up(layout.record.num_bytes, PAGE_BYTES), np.uint8)
 
-    def read(expert):
+    def read(expert: int) -> dict[str, torch.Tensor]:
         runtime.store.read(ExpertKey(layer, expert), raw)
         found = tensors_of(torch.from_numpy(raw), layout.record)
         return {name: value.to(runtime.device) for name, value in found.items()}
@@ -197,15 +231,15 @@ def _reader(model, layer: int, module) -> Callable[[int], dict[str, torch.Tensor
     return read
 
 
-def _sample(tokens, probed: int):
+def _sample(tokens: torch.Tensor, probed: int) -> torch.Tensor:
     """Return places in `tokens` to measure on: all of the copied windows, and some of the others, evenly spread."""
     others = (tokens >= probed).nonzero()[:, 0]
-    step = max(len(others) / _TOKENS_OF_EXPERT, 1.0)
+    step = max(len(others) / _MAX_TOKENS_OF_EXPERT, 1.0)
     places = (torch.arange(int(len(others) / step)) * step).long().to(tokens.device)
     return torch.cat([(tokens < probed).nonzero()[:, 0], others[places]])
 
 
-def _run(module, inputs, weights):
+def _run(module: ExpertsModule, inputs: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     output = expert_mlp(
         inputs,
         weights,
@@ -215,19 +249,21 @@ def _run(module, inputs, weights):
     return experts_interface.post_norm(module, output)
 
 
-def _rounded(value, spec: WeightFormat, method, transposed, name):
+def _rounded(value: torch.Tensor, spec: WeightFormat, method: str, transposed: bool, name: str) -> torch.Tensor:
     matrix = value.T if transposed else value
     stored = quantize(matrix, spec, method=method, name=name)
-    found = dequantize(stored, name, spec, tuple(matrix.shape), value.dtype)
+    rows, columns = matrix.shape
+    found = dequantize(stored, name, spec, (rows, columns), value.dtype)
     return found.T if transposed else found
 
 
-def _bytes(weights, spec: WeightFormat) -> int:
-    # Transposed or not makes a difference only in groups that do not divide a side; experts' records are the judge.
-    return sum(spec.num_bytes(tuple(value.shape)) for value in weights.values() if value.dim() == 2)
+def _bytes(weights: dict[str, torch.Tensor], spec: WeightFormat) -> int:
+    # Transposed or not makes a difference only in groups that do not divide a side; experts' records decide then.
+    shapes = [value.shape for value in weights.values() if value.dim() == 2]
+    return sum(spec.num_bytes((rows, columns)) for rows, columns in shapes)
 
 
-def _divergences(model, hidden_states, num_windows: int, num_probes: int) -> np.ndarray:
+def _divergences(model: PreTrainedModel, hidden_states: torch.Tensor, num_windows: int, num_probes: int) -> np.ndarray:
     """Return [L, probes], mean KL of each copy's predictions from its window's, in nats a token."""
     head = model.get_output_embeddings()
     clean = [head(row).float().log_softmax(-1) for row in hidden_states[:num_probes]]

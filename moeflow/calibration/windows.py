@@ -1,4 +1,9 @@
-"""What a model is calibrated on: windows of tokens, cut from a text, or from texts that are at hand everywhere."""
+"""Windows of tokens for calibration, cut from a text, or from texts that every machine has.
+
+Knows tokenizers. Knows nothing of experts.
+"""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
 from moeflow.errors import ConfigError
@@ -6,12 +11,17 @@ from moeflow.progress import ProgressCallback
 
 _WINDOW_TOKENS = 256
 _VARIED_TOKENS = 128  # shorter: more topics for the same work
-_CHARACTERS_OF_TOKEN = 8  # more than any text takes on average: a window is cut from that many
+_CHARACTERS_A_TOKEN = 8  # more than any text takes on average: a window is cut from that many
 _SEED = 0
 
 
-def cut_windows(tokenizer, text: str | None, num_tokens: int) -> list[list[int]]:
-    """Cut windows of 256 tokens, evenly spread over a text; None takes the Python standard library's.
+def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str | None, num_tokens: int) -> list[list[int]]:
+    """Cut windows of 256 tokens, evenly spread over a text.
+
+    Args:
+        tokenizer: the model's.
+        text: to cut; None takes the Python standard library's.
+        num_tokens: of all windows.
 
     Raises:
         ConfigError: the text is shorter than one window.
@@ -20,7 +30,7 @@ def cut_windows(tokenizer, text: str | None, num_tokens: int) -> list[list[int]]
     if text is None:
         windows = library_texts(tokenizer, count * _WINDOW_TOKENS, _WINDOW_TOKENS)
     else:
-        span = _WINDOW_TOKENS * _CHARACTERS_OF_TOKEN
+        span = _WINDOW_TOKENS * _CHARACTERS_A_TOKEN
         count = max(min(count, len(text) // span), 1)
         starts = [max(len(text) - span, 0) * i // max(count - 1, 1) for i in range(count)]
         pieces = [tokenizer(text[s : s + span], add_special_tokens=False)["input_ids"] for s in starts]
@@ -33,18 +43,21 @@ def cut_windows(tokenizer, text: str | None, num_tokens: int) -> list[list[int]]
 
 
 def varied_windows(
-    model, tokenizer, num_tokens: int, progress: ProgressCallback = lambda done, of: None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_tokens: int,
+    progress: ProgressCallback = lambda done, of: None,
 ) -> list[list[int]]:
-    """Return windows of 128 tokens: half of what the model writes itself, half of the Python standard library, in turn.
+    """Return windows of 128 tokens: half are written by the model, half are of the Python standard library, in turn.
 
-    What the model writes begins with chat requests and openings of plain text on many topics, so it is of the kinds the
-    model was trained on, as one domain's text is not.
+    The model's own text begins with chat requests and openings of plain text on many topics, so it is of the kinds that
+    the model was trained on, as one domain's text is not.
 
     Args:
         model: a causal language model whose experts are exact.
         tokenizer: the model's.
         num_tokens: tokens of all windows.
-        progress: called with (tokens written a prompt, of how many).
+        progress: called with (tokens written a prompt, tokens in all).
     """
     count = max(num_tokens // _VARIED_TOKENS, 2)
     prompts = calibration_prompts(tokenizer, count - count // 2, _SEED)
@@ -52,7 +65,7 @@ def varied_windows(
     new_tokens = _VARIED_TOKENS - min(map(len, prompts))
     done = 0
 
-    def on_token():
+    def on_token() -> None:
         nonlocal done
         done += 1
         progress(done, new_tokens)

@@ -1,7 +1,8 @@
-"""A safetensors checkpoint seen through its headers alone: which tensor lies in which bytes of which file.
+"""Headers of a safetensors checkpoint: file, offset and length of each tensor.
 
-Knows nothing of models, experts or torch. Format: https://github.com/huggingface/safetensors (8 bytes of
-little-endian header length, a JSON header, then the tensors' bytes).
+Knows headers and sizes of files. Knows nothing of models, experts or torch. Format:
+https://github.com/huggingface/safetensors (8 bytes of little-endian header length, a JSON header, then the tensors'
+bytes).
 """
 
 import json
@@ -18,7 +19,7 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor lies: file number, dtype, shape, absolute byte offset and length."""
+    """Place of one tensor: file number, dtype, shape, absolute byte offset and length."""
 
     file: int
     dtype: str
@@ -121,9 +122,8 @@ def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
-                    f"{file} is truncated or not a safetensors file: {size} bytes on disk, and a "
-                    f"header of {length} bytes "
-                    "announced. Download it again."
+                    f"{file} is truncated or not a safetensors file: {size} bytes on disk, and a header of {length} "
+                    "bytes announced. Download it again."
                 )
             header = json.loads(handle.read(length))
     except OSError as error:
@@ -141,9 +141,8 @@ def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
             num_bytes = math.prod(shape) * DTYPE_BYTES.get(info["dtype"], 0)
             if begin < 0 or end < begin or (num_bytes and end - begin != num_bytes):
                 raise CheckpointError(
-                    f"{file}: tensor {name!r} of {info['dtype']} {list(shape)} has bytes {begin} to "
-                    f"{end}, which cannot be. "
-                    "The header is corrupt: download it again."
+                    f"{file}: tensor {name!r} of {info['dtype']} {list(shape)} has bytes {begin} to {end}, which "
+                    "cannot be. The header is corrupt: download it again."
                 )
             entries[name] = TensorEntry(number, info["dtype"], shape, data + begin, end - begin)
             end_of_data = max(end_of_data, data + end)

@@ -1,6 +1,6 @@
-"""Where each expert's bytes come from: the plan a checkpoint or a packed file hands to the ExpertStore.
+"""Layer sources: for each expert, the places of its bytes in files and the steps that make a record of them.
 
-Pure numbers and bytes: no torch, no transformers, no open file.
+Knows numbers and bytes. Knows nothing of torch, transformers or open files.
 """
 
 from array import array
@@ -52,12 +52,12 @@ class Conversion(NamedTuple):
 
 
 class LayerSource(NamedTuple):
-    """How one layer's records are filled from the files.
+    """The bytes and steps that fill one layer's records from the files.
 
     Args:
         layout: the record and its layer's name.
-        copies: `(piece table, offset in the record)`: bytes that are moved as they are.
-        conversions: tensors that are not on disk as the module wants them.
+        copies: `(piece table, offset in the record)`: bytes that are copied as they are.
+        conversions: tensors that the disk holds in another form than the module.
         crc32: [num_experts], checksum of each record, or None where the file has none.
     """
 
@@ -77,7 +77,7 @@ class LayerSource(NamedTuple):
         """Make an expert's record of its raw pieces.
 
         Args:
-            expert: which one.
+            expert: its number.
             pieces: uint8 arrays in the order of `pieces()`.
             record: uint8 [>= record.num_bytes], written.
         """

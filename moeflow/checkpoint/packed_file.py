@@ -1,4 +1,7 @@
-"""The packed expert file: one aligned, checksummed record an expert. Specified in docs/packed_format.md."""
+"""The packed expert file: one aligned, checksummed record an expert. Specified in docs/packed_format.md.
+
+Knows layouts of records. Knows nothing of models.
+"""
 
 import json
 import zlib
@@ -30,7 +33,7 @@ def header_bytes(layouts: list[LayerLayout], crc32: list[list[int]] | None = Non
         crc32: [num_layers][num_experts] checksums; zeros while they are not known (the length stays the same).
     """
     offset = 0
-    for _ in range(2):  # the header's own length decides where records begin
+    for _ in range(2):  # records begin behind the header, whose length depends on their offsets
         layers, position = [], offset
         for number, layout in enumerate(layouts):
             sums = crc32[number] if crc32 else [0] * layout.num_experts
@@ -63,7 +66,7 @@ def record_offsets(layouts: list[LayerLayout], header_length: int) -> tuple[list
 
 
 def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
-    """Read a packed file's header and check it against the model it is to serve.
+    """Read a packed file's header and check it against the model.
 
     Args:
         folder: holds the packed file.
@@ -109,7 +112,7 @@ def _read_header(file: Path) -> dict:
 
 
 def _compare(file: Path, found: LayerLayout, wanted: LayerLayout) -> None:
-    """Refuse a layer that is not the model's. In a weight format, names and shapes decide; else every byte must fit."""
+    """Refuse a layer of another model: in a weight format names and shapes must agree, else every byte."""
     if (found.name, found.num_experts) != (wanted.name, wanted.num_experts):
         raise _foreign(
             file, f"{found.name} of {found.num_experts} experts is not {wanted.name} of {wanted.num_experts}"

@@ -1,7 +1,9 @@
-"""Write a packed model folder: the dense weights as they are, and one aligned, checksummed record an expert.
+"""Writes a packed model folder: the dense weights as they are, and one aligned, checksummed record an expert.
 
-Everything is written into `OUT.partial` and gets its final name when it is whole. A run that was killed is continued
-by the next one at the first expert that is not in the journal.
+The writer fills `OUT.partial` and renames it when it is whole. After a kill the next run continues at the first expert
+that is not in the journal.
+
+Knows checkpoints and layer sources. Knows nothing of models.
 """
 
 import errno
@@ -30,13 +32,13 @@ from moeflow.progress import ProgressCallback
 logger = logging.getLogger(__name__)
 
 _JOURNAL = "experts.journal"
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+_COPIED_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _READS_IN_FLIGHT = 4
-_COPY_BYTES = 16 << 20
+_COPY_CHUNK_BYTES = 16 << 20
 
 
 def check_output(folder: Path, out: Path) -> None:
-    """Refuse what cannot be packed, before anything is read.
+    """Refuse a folder that cannot be packed, before anything is read.
 
     Raises:
         ConfigError: `out` exists, or `folder` is packed already.
@@ -59,11 +61,11 @@ def write_packed(
     """Write a folder of records and of all tensors that feed no expert.
 
     Args:
-        checkpoint: where everything comes from.
-        layers: [num_layers], how records are made.
+        checkpoint: to copy from.
+        layers: [num_layers], the sources of records.
         feeding: names of the tensors that feed experts.
         out: the folder to write.
-        settings: what else decides the records' bytes; a partial folder of other settings is not continued.
+        settings: everything else that decides the records' bytes; a partial folder of other settings is not continued.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -83,7 +85,7 @@ def write_packed(
     _check_space(partial, total, fresh=not done)
     report = _Report(progress, total)
     try:
-        for pattern in _COPIED:
+        for pattern in _COPIED_FILES:
             for file in folder.glob(pattern):
                 if not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, partial / file.name)
@@ -112,7 +114,7 @@ class _Report:
 
 
 def _identity(checkpoint: Checkpoint, layouts: list[LayerLayout], settings: str) -> str:
-    """Name the inputs: a partial folder of other inputs must not be continued."""
+    """Hash the inputs: a partial folder of other inputs must not be continued."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     return hashlib.sha256(json.dumps([files, layouts, settings]).encode()).hexdigest()
 
@@ -169,7 +171,7 @@ def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _
             source, left = handles[entry.file], entry.num_bytes
             source.seek(entry.begin)
             while left:
-                chunk = source.read(min(left, _COPY_BYTES))
+                chunk = source.read(min(left, _COPY_CHUNK_BYTES))
                 if not chunk:
                     raise OSError(errno.EIO, f"{checkpoint.files[entry.file]} ends early")
                 target.write(chunk)

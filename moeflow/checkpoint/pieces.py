@@ -1,4 +1,4 @@
-"""Piece tables: where one piece of every expert of a layer lies, from tensors that a conversion mapping has grouped.
+"""Piece tables: file and offset of one piece of every expert of a layer, from tensors that feed one parameter.
 
 Per-expert tensors and stacked ones become the same thing, a file and an offset for each expert.
 """

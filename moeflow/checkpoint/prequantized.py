@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds quantised already: which methods are read, and which tensors belong together.
+"""Weights that a checkpoint holds quantised already: the methods that are read, and the tensors of each matrix.
 
 A quantised matrix [N, K] is stored in pieces of its own names:
 
@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 from moeflow.checkpoint.headers import TensorEntry
 from moeflow.errors import CheckpointError, UnsupportedModelError
 
-BLOCK = 128  # of fp8 scales, both ways
-_INTS = 8  # 4-bit codes in an int32
+BLOCK = 128  # rows and columns that share an fp8 scale
+_CODES_PER_INT32 = 8  # of 4 bits
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _GPTQ_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # version 1 stores each zero point less one
 
 
 class QuantizationScheme(NamedTuple):
-    """How a checkpoint is quantised.
+    """The quantisation of a checkpoint.
 
     Args:
         method: "mxfp4", "fp8", "gptq" or "awq".
         group_size: neighbours of a row that share a scale in gptq and awq, -1 for a whole row; else 0.
-        zero_offset: what has to be added to a stored zero point.
+        zero_offset: added to each stored zero point.
         symmetric: every zero point is 8. Some tools store it as it is where `zero_offset` says otherwise.
     """
 
@@ -42,17 +42,17 @@ class QuantizationScheme(NamedTuple):
 
     @property
     def codes(self) -> str:
-        """What the name of the tensor with the codes ends with."""
+        """Ending of the name of the tensor with the codes."""
         return {"mxfp4": "_blocks", "fp8": ""}.get(self.method, ".qweight")
 
     @property
     def stands_for(self) -> str:
-        """What a matrix's name ends with in place of `codes`."""
+        """Ending of a matrix's name in place of `codes`."""
         return ".weight" if self.method in ("gptq", "awq") else ""
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """What the names of a matrix's other tensors end with."""
+        """Endings of the names of a matrix's other tensors."""
         known = {"mxfp4": ("_scales",), "fp8": ("_scale_inv",), "gptq": (".qzeros", ".scales", ".g_idx")}
         return known.get(self.method, (".qzeros", ".scales"))
 
@@ -63,7 +63,7 @@ class QuantizationScheme(NamedTuple):
 
     @property
     def stored_group_size(self) -> int:
-        """The largest group of a weight format that a group of the checkpoint is a multiple of."""
+        """The largest group size of a weight format that divides the checkpoint's."""
         if self.group_size == -1:
             return 128
         return next(size for size in (128, 64, 32) if self.group_size % size == 0)
@@ -73,7 +73,7 @@ class StoredMatrix(NamedTuple):
     """One quantised matrix of a checkpoint, or one for each expert.
 
     Args:
-        pieces: {what the tensor's name ends with: (its name, entry)}; the codes come first.
+        pieces: {ending of the tensor's name: (its name, entry)}; the codes come first.
         shape: [N, K], or [E, N, K].
     """
 
@@ -86,7 +86,7 @@ def read_scheme(quantization: dict, source: str) -> QuantizationScheme:
 
     Args:
         quantization: as config.json has it.
-        source: what the config is of, for errors.
+        source: of the config, for errors.
 
     Raises:
         UnsupportedModelError: another method, or a variant of one that is not read.
@@ -205,12 +205,12 @@ def _shape(pieces: dict[str, tuple[str, TensorEntry]], scheme: QuantizationSchem
         return codes.shape
     _check(pieces[scheme.codes], ("I32",), codes.shape if len(codes.shape) == 2 else None)
     if scheme.method == "gptq":
-        columns, rows = codes.shape[0] * _INTS, codes.shape[1]
+        columns, rows = codes.shape[0] * _CODES_PER_INT32, codes.shape[1]
     else:
-        columns, rows = codes.shape[0], codes.shape[1] * _INTS
+        columns, rows = codes.shape[0], codes.shape[1] * _CODES_PER_INT32
     groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
     _check(pieces[".scales"], ("F16",), (groups, rows))
-    _check(pieces[".qzeros"], ("I32",), (groups, rows // _INTS))
+    _check(pieces[".qzeros"], ("I32",), (groups, rows // _CODES_PER_INT32))
     if ".g_idx" in pieces:
         _check(pieces[".g_idx"], ("I32",), (columns,))
     return rows, columns

@@ -30,7 +30,7 @@ def quantized_record(record: RecordLayout, matrices: list[MatrixSpec]) -> Record
 
     Args:
         record: as the module has its parameters.
-        matrices: which of them, and how they are stored.
+        matrices: those that are stored in a format.
     """
     by_name, tensors = {matrix.name: matrix for matrix in matrices}, []
     for spec in record.tensors:

@@ -24,7 +24,7 @@ def in_format(
     """Return a matrix's stored tensors in the scheme's weight format, without loss.
 
     Args:
-        pieces: the matrix's tensors by what their names end with.
+        pieces: the matrix's tensors by the endings of their names.
         scheme: how they are quantised.
         shape: [N, K].
         name: of the matrix.

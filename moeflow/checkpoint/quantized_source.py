@@ -1,6 +1,8 @@
 """Layer sources that quantise experts on their way from the checkpoint into a record.
 
-Behind `load_moe(quantization=...)`, where it happens at every read, and `moeflow quantize`, where it happens once.
+`load_moe(quantization=...)` quantises at every read, `moeflow quantize` once.
+
+Knows records and weight formats. Knows nothing of files.
 """
 
 from typing import Protocol
@@ -22,7 +24,7 @@ class Calibration(Protocol):
     fingerprint: str
 
     def inputs(self, layer: int, expert: int, name: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return what a matrix of an expert, whose unquantised parameters are given, is multiplied with: [n, K]."""
+        """Return the inputs [n, K] of a matrix of an expert, whose unquantised parameters are given."""
 
 
 def writable_format(name: str) -> WeightFormat:

@@ -18,7 +18,7 @@ from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
 from moeflow.errors import ClosedModelError, ExpertReadError
 
-# Two pieces of one file this close are read in one go: the gap costs less than a second request.
+# Pieces of one file that lie this close are one read: the gap costs less than a second request.
 COALESCE_GAP_BYTES = 128 * 1024
 _CLOSED = "the model was closed: load it again to use it."
 

@@ -1,4 +1,4 @@
-"""The width of each expert: a 0-1 program over all layers at once, one width an expert and one budget of bytes.
+"""Chooses a width for each expert by a 0-1 program over all layers at once, within one budget of bytes.
 
     minimise sum cost[l, e, j] x[l, e, j]   with   sum_j x[l, e, j] = 1,   sum bytes[l, e, j] x[l, e, j] <= budget
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.calibration.expert_inputs import ExpertInputs, record_inputs
 from moeflow.calibration.windows import cut_windows
@@ -20,8 +20,8 @@ from moeflow.progress import ProgressCallback
 
 @contextmanager
 def model_to_measure(
-    model: str | Path | torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Iterator[tuple[torch.nn.Module, PreTrainedTokenizerBase]]:
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """Give a model with its tokenizer; one that was loaded here is closed at the end.
 
     Args:
@@ -32,7 +32,7 @@ def model_to_measure(
     Raises:
         ConfigError: a model in memory comes without its tokenizer.
     """
-    if isinstance(model, torch.nn.Module):
+    if not isinstance(model, (str, Path)):
         if tokenizer is None:
             raise ConfigError(
                 "a model in memory does not say how text becomes tokens: give choose_formats its tokenizer."

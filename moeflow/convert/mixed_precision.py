@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.calibration.expert_statistics import ExpertStatistics
 from moeflow.calibration.sensitivity import measure_experts
@@ -31,8 +30,8 @@ class MixedPrecision(NamedTuple):
     Args:
         formats: [num_layers][num_experts], names.
         allocation: the program's answer; cost and bound in estimated nats a token.
-        statistics: what it was decided on.
-        budget_bytes: what the experts were allowed.
+        statistics: the figures that decided.
+        budget_bytes: allowed to all experts.
     """
 
     formats: list[list[str]]
@@ -42,7 +41,7 @@ class MixedPrecision(NamedTuple):
 
 
 def choose_formats(
-    model: str | Path | torch.nn.Module,
+    model: str | Path | PreTrainedModel,
     text: str | None = None,
     average_bits: float = 3.0,
     *,
@@ -60,8 +59,8 @@ def choose_formats(
     Args:
         model: a checkpoint folder or hub id, which is loaded by load_moe (in float32 on a CPU); or a model of load_moe
             or from_pretrained.
-        text: what to calibrate on: like what the model will be used for, and not what it will be judged by. None takes
-            text that the model writes itself on many topics, and the Python standard library.
+        text: calibration text, like the text that the model will be used for, and not the text that it will be judged
+            by. None takes text that the model writes itself on many topics, and the Python standard library.
         average_bits: between the smallest and the largest width.
         widths: bits that may be chosen; None takes 2, 3, 4 and 8, and 1 where the average is below 2.
         group_size: neighbours that share a scale: 32, 64 or 128.
@@ -71,7 +70,7 @@ def choose_formats(
         tokenizer: the model's; None loads it from the folder.
         miss_rates: [L, E], how often a token makes the expert be fetched, for `transfer_weight`.
         transfer_weight: nats a token that one fetch of an expert of average size is as bad as.
-        progress: called with (share done, what is going on).
+        progress: called with (share done, the stage under way).
 
     Raises:
         ConfigError: an option is malformed, the text is shorter than a window, or the experts are quantised already.

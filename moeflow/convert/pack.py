@@ -1,4 +1,7 @@
-"""Packs a checkpoint: the same weights, experts as one aligned, checksummed record each."""
+"""Packs a checkpoint: the same weights, each expert as one aligned, checksummed record.
+
+Knows packed folders. Knows nothing of budgets.
+"""
 
 from pathlib import Path
 

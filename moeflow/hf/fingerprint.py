@@ -11,7 +11,7 @@ from moeflow.hf import experts_interface
 
 @torch.no_grad()
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash what makes a model route as it does: its shape and its routers' weights, rounded to bfloat16.
+    """Hash the parts of a model that decide its routes: its shape and its routers' weights, rounded to bfloat16.
 
     A checkpoint in bfloat16 has the same fingerprint loaded as float32 or as bfloat16, with its experts or without.
 

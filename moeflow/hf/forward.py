@@ -97,7 +97,7 @@ def key_value_bytes_per_position(model: PreTrainedModel) -> int:
 
 
 def check_key_value_cache(model: PreTrainedModel) -> None:
-    """Refuse a model that keeps anything else of earlier positions than keys and values.
+    """Refuse a model that keeps other state of earlier positions than keys and values.
 
     Raises:
         UnsupportedModelError: the message names what it keeps.
@@ -193,7 +193,7 @@ def attention_function(module: torch.nn.Module, implementation: str) -> Callable
 
 def compile_decoding(model: PreTrainedModel) -> None:
     """Let generate() compile its decode steps, on any device: a static key-value cache, and torch.compile."""
-    # Checks of what the compiler itself has allocated would take as long as the smaller kernels.
+    # The compiler's checks of its own allocations would take as long as the smaller kernels.
     no_mode: Any = None  # CompileConfig says str, torch.compile takes None beside options
     compiling: Any = CompileConfig(mode=no_mode, fullgraph=False, options={"size_asserts": False})
     compiling._compile_all_devices = True  # without it transformers compiles on accelerators only

@@ -1,4 +1,4 @@
-"""What transformers loads from a folder: config, tokenizer, the empty model, and the model without its experts.
+"""Loads from a folder through transformers: config, tokenizer, the empty model, the model without its experts.
 
 Knows folders, configs and from_pretrained. Knows nothing of where an expert's bytes lie: see `model_folder`.
 """
@@ -118,7 +118,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """Return the transformers class that loads this config: causal LM first, then what its architecture says."""
+    """Return the transformers class that loads this config: causal LM first, then the one its architecture names."""
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
             return auto
@@ -132,7 +132,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> P
     """Build the model on the meta device, with experts and without any weight."""
     cls = model_class(config)
     config = copy.deepcopy(config)
-    dtype = dtype or getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
+    own: Any = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
+    dtype = dtype or own or torch.float32
     with torch.device("meta"):
         return cls.from_config(config, dtype=dtype) if hasattr(cls, "from_config") else cls(config).to(dtype)
 
@@ -226,7 +227,7 @@ def _take_experts_off(model: PreTrainedModel) -> None:
         if scheme is not None:  # the pieces have other names than the parameters
             ignored.add(r"(^|\.)" + re.escape(f"{tail}."))
         for name in list(module._parameters):
-            # What stays is an attribute of the right shape without memory: some families' init code looks at it.
+            # An attribute of the right shape without memory stays: some families' init code reads it.
             stub: Any = module._parameters.pop(name)
             if stub is not None:
                 stub._is_hf_initialized = True

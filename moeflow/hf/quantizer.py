@@ -1,8 +1,8 @@
 """The quantiser through which transformers loads a model without its experts.
 
-transformers lets a quantiser change the empty model before weights are loaded, and make each weight of what the
-checkpoint has. This one lets the caller take the experts off, and makes plain dense weights of a quantised
-checkpoint's pieces. The model that comes out knows nothing of it.
+transformers lets a quantiser change the empty model before weights are loaded, and make each weight of the
+checkpoint's tensors. This one takes the experts off, and makes plain dense weights of a quantised checkpoint's pieces.
+The loaded model knows nothing of it.
 """
 
 import re
@@ -30,7 +30,7 @@ class WithoutExperts(QuantizationConfigMixin):
 
     Args:
         on_empty: called with the empty model.
-        scheme: how the checkpoint is quantised, in place of its own quantization_config; None where it is not.
+        scheme: the checkpoint's quantisation, in place of its own quantization_config; None where it has none.
     """
 
     quant_method: Any
@@ -44,7 +44,7 @@ class WithoutExperts(QuantizationConfigMixin):
         self.quant_method = IMPLEMENTATION
         self.on_empty = on_empty
         self.scheme = scheme
-        self.problems: list[str] = []  # with dense weights: transformers would only log what is raised meanwhile
+        self.problems: list[str] = []  # with dense weights: transformers would only log an exception
 
     def __deepcopy__(self, memo: dict) -> "WithoutExperts":
         return self
@@ -59,6 +59,8 @@ class _ExpertsRemover(HfQuantizer):
 
     The dense weights of a quantised checkpoint become plain values, each as it is loaded.
     """
+
+    quantization_config: WithoutExperts
 
     def __init__(self, quantization_config: WithoutExperts, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -82,13 +84,15 @@ class _ExpertsRemover(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        assert self.quantization_config.on_empty is not None, "load_without_experts gives it"
         self.quantization_config.on_empty(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)
-        for module in model.modules():
-            if hasattr(module, "config") and getattr(module.config, "_is_quantized", False):
-                module.config._is_quantized = False
+        configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+        for config in configs:
+            if getattr(config, "_is_quantized", False):
+                config._is_quantized = False
         return model
 
     def is_serializable(self) -> bool:
@@ -104,7 +108,7 @@ class _Dequantize(ConversionOps):
 
     Args:
         scheme: how the checkpoint is quantised.
-        problems: gets a sentence for every weight that could not be made.
+        problems: receives a sentence for every weight that could not be made.
     """
 
     def __init__(self, scheme: QuantizationScheme, problems: list[str]):
@@ -117,7 +121,8 @@ class _Dequantize(ConversionOps):
     def __deepcopy__(self, memo: dict) -> "_Dequantize":
         return _Dequantize(self.scheme, self.problems)
 
-    def convert(
+    # transformers annotates other arguments than it gives: its own operations differ in the same way.
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         pieces = {
@@ -137,11 +142,11 @@ class _Dequantize(ConversionOps):
 
 
 def quantization_scheme(config: PreTrainedConfig, source: str = "the model") -> QuantizationScheme | None:
-    """Tell how the checkpoint of this config is quantised, None where it is not.
+    """Return the quantisation of this config's checkpoint, None where it has none.
 
     Args:
         config: of a folder, or of an empty model that `load_without_experts` shows.
-        source: what the config is of, for errors.
+        source: of the config, for errors.
 
     Raises:
         UnsupportedModelError: by a method that is not read.

@@ -16,16 +16,15 @@ from moeflow.predictors.lookahead import Lookahead
 
 
 class ResidualTap:
-    """Keeps what went into the norm before each layer's experts, one pass at a time.
+    """Keeps the input of the norm before each layer's experts, one pass at a time.
 
     Args:
         model: a model whose experts were taken off.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self._latest: dict[
-            int, dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
-        ] = {}  # layer -> {norm: (its input, its output)} of the pass under way
+        # layer -> {norm: (its input, its output)} of the pass under way
+        self._latest: dict[int, dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._hooks: list[RemovableHandle] = []
         self.norms = {
             layer: _norms_around(model, path)
@@ -71,14 +70,18 @@ class ResidualTap:
 def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:
     """Fold each layer's norm and router; None where no layer's can be.
 
-    Of several norms the last one before the MoE block is taken; Lookahead checks on the first tokens whether it was
-    the right one.
+    Of several norms the last one before the MoE block is taken; Lookahead checks on the first tokens whether it is the
+    right one.
+
+    Args:
+        model: its routers loaded.
+        top_k: experts a token is routed to.
     """
     routers, biases, eps = [], [], []
     for path, _ in experts_interface.experts_modules(model):
         weight, bias = experts_interface.router_parameters(model.get_submodule(path.rpartition(".")[0]))
         norms = _norms_around(model, path)
-        if weight is not None:  # a norm of attention heads, or one without a weight, is not what feeds a router
+        if weight is not None:  # a norm of attention heads, or one without a weight, does not feed a router
             norms = [norm for norm in norms if getattr(norm, "weight", None) is not None]
             norms = [norm for norm in norms if norm.weight.shape == weight.shape[1:]]
         known = weight is not None and len(norms) > 0
@@ -106,7 +109,7 @@ def _norms_around(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
 
 @torch.no_grad()
 def _scale(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
-    """Return what a root-mean-square norm multiplies its normalised input with: [H]."""
+    """Return the factor of a root-mean-square norm's normalised input: [H]."""
     return norm(torch.ones(1, like.shape[1], dtype=like.dtype, device=like.device))[0]
 
 

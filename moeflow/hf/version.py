@@ -1,4 +1,4 @@
-"""The version of transformers that moeflow needs, said where a part of it is missing."""
+"""Check of the version of transformers: an import that fails names the version that moeflow needs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from moeflow.errors import UnsupportedModelError
 
 @contextmanager
 def parts_of_transformers() -> Iterator[None]:
-    """Stand around imports of transformers' names that are not everywhere.
+    """Guard imports of names that not every version of transformers has.
 
     Raises:
         UnsupportedModelError: the installed transformers lacks one.

@@ -1,4 +1,4 @@
-"""`load_moe` and what it is made of: options, budgets, tiers, hooks, the description of a model from headers.
+"""`load_moe` and its parts: options, budgets, tiers, hooks, the description of a model from headers.
 
 Knows how all parts below fit together. Knows nothing of requests. `convert/`, `cli/` and `moeflow` itself import it.
 """

@@ -1,4 +1,4 @@
-"""Puts a runtime behind a transformers model: its experts, what its passes tell, pruning.
+"""Puts a runtime behind a transformers model: in place of its experts, told of its passes; sets pruning.
 
 Knows modules and their hooks. Knows nothing of budgets or tiers.
 """
@@ -29,8 +29,8 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
     """
     for layer, (_, module) in enumerate(experts_interface.experts_modules(model)):
         module._moeflow = OffloadedExperts(runtime, layer, module)
-    model.moeflow = runtime
-    model.save_pretrained = _refuse_to_save
+    changed: Any = model  # transformers' class has no such attributes
+    changed.moeflow, changed.save_pretrained = runtime, _refuse_to_save
     behind = weakref.ref(runtime)
 
     @torch.compiler.disable
@@ -47,17 +47,18 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
     model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True)
 
 
-def prune_experts(model: PreTrainedModel, folder: Path, share: float) -> None:
+def prune_experts(model: PreTrainedModel, runtime: ExpertRuntime, folder: Path, share: float) -> None:
     """Find every layer's pruning threshold on text that any machine has, and set it.
 
     Args:
         model: with its runtime attached.
+        runtime: of the model; its counts begin anew.
         folder: of the model, for its tokenizer.
         share: of the experts behind each token's first that are left out.
     """
     windows = cut_windows(pretrained.load_tokenizer(folder), None, _PRUNING_TOKENS)
     thresholds = calibrate_pruning(model, windows, skipped_share=share)
-    model.moeflow.reset_stats()
+    runtime.reset_stats()
     for (_, module), threshold in zip(experts_interface.experts_modules(model), thresholds, strict=True):
         module._moeflow.use(before=[threshold.apply])
 

@@ -1,4 +1,7 @@
-"""What a model is and what each budget buys, told from headers alone."""
+"""Description of a model from headers alone: its sizes, and the slots that each budget buys.
+
+Knows a model on disk. Knows nothing of loading it.
+"""
 
 from pathlib import Path
 
@@ -7,7 +10,7 @@ from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.budget import ExpertsSize
 
-_SHARES = (12.5, 25, 50, 75, 100)
+_BUDGET_SHARES_PERCENT = (12.5, 25, 50, 75, 100)
 
 
 def describe_model(model: str | Path) -> dict:
@@ -47,7 +50,7 @@ def describe_model(model: str | Path) -> dict:
         "experts_bytes": size.all_bytes,
         "dense_bytes": dense,
         "minimum_bytes": size.min_bytes,
-        "budgets": [_budget(size, len(layers), share) for share in _SHARES],
+        "budgets": [_budget(size, len(layers), share) for share in _BUDGET_SHARES_PERCENT],
         "machine": {
             "memory_available_bytes": hardware.available_memory_bytes(),
             "memory_limit_bytes": hardware.memory_limit_bytes(),

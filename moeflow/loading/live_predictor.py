@@ -1,6 +1,11 @@
-"""Which predictor a loaded model gets: by name, from a file, or whatever fits."""
+"""Chooses a loaded model's predictor: by name, from a file, or one that fits.
+
+Knows predictors and routers. Knows nothing of prefetching.
+"""
 
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.errors import ConfigError
@@ -16,9 +21,9 @@ NAMES = ("lookahead", "markov", "popularity", "ensemble")
 
 
 def build_predictor(
-    wanted: str | Path | None, model, layers: list[LayerSource], num_experts_per_tok: int
+    wanted: str | Path | None, model: PreTrainedModel, layers: list[LayerSource], num_experts_per_tok: int
 ) -> Predictor | None:
-    """Build the predictor that load_moe was asked for.
+    """Build the predictor that load_moe's option names.
 
     "auto" asks the coming layers' own routers (lookahead) where they are a matrix behind a norm, and otherwise counts
     which experts follow which (markov). "ensemble" weighs the two against each other while the model runs.

@@ -1,4 +1,7 @@
-"""load_moe(): a transformers model whose experts live in the tiers instead of in the module."""
+"""load_moe(): loads a transformers model whose experts live in tiers instead of in its modules.
+
+Knows the order of the steps. Knows nothing of how each is done.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -101,7 +104,7 @@ def load_moe(
     try:
         attach_runtime(loaded, runtime)
         if prune:
-            prune_experts(loaded, folder.path, prune)
+            prune_experts(loaded, runtime, folder.path, prune)
         if compile:
             forward.compile_decoding(loaded)
         if trace is not None:

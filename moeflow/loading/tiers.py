@@ -29,7 +29,7 @@ from moeflow.policy.prefetch import Prefetcher
 from moeflow.policy.prefetch_ledger import PrefetchLedger
 from moeflow.predictors.protocol import Predictor
 
-# What "auto" leaves at first to everything that is not an expert: tokenizer, kernels' code, activations, slack.
+# "auto" leaves these bytes at first to everything that is not an expert: tokenizer, kernels' code, activations, slack.
 _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
@@ -76,7 +76,7 @@ def build_runtime(
         policy = "lfru" if predictor is None else "forecast"
     budget = _device_budget(size, options, bytes_per_position)
     num_slots = size.slots_for(budget)
-    # What the cache counts in: slots, or the pages of experts that differ in size.
+    # The cache counts slots, or the pages of experts that differ in size.
     unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
     governor = None
     if options.expert_memory == "auto" and device.type == "cpu":

@@ -1,6 +1,6 @@
-"""Recording: what the routers of a running model chose, token by token, into a trace file.
+"""Records the routes of a running model, token by token, into a trace file.
 
-Sees what the experts see and never changes it. Knows nothing of tiers or budgets.
+Knows passes and routes, and changes neither. Knows nothing of tiers or budgets.
 """
 
 import logging
@@ -8,6 +8,7 @@ import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class TraceRecorder:
         path: the trace; appended to where it exists.
         format: of the rows.
         padding: token ids that stand for nothing when a batch decodes.
-        lookahead: says what goes into the rows' lookahead, where the format has it.
+        lookahead: fills the rows' lookahead, where the format has it.
 
     Raises:
         TraceError: the file is of another model, damaged, or cannot be written.
@@ -61,7 +62,7 @@ class TraceRecorder:
         self._sequences = np.empty(0, np.uint32)  # [B] of the latest pass
         self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._pass: _Pass | None = None
-        self._index = self._weights = None  # [L, T, K], routes of the pass under way
+        self._index = self._weights = torch.empty(0, 0, 0)  # [L, T, K], routes of the pass under way
         self._of_layer: list[tuple[torch.Tensor, torch.Tensor]] = []  # their views [T, K]
         self._close = weakref.finalize(self, rows.close)
 
@@ -93,10 +94,13 @@ class TraceRecorder:
         top_k_weights: torch.Tensor,
         hidden_states: torch.Tensor | None = None,
     ) -> None:
-        """Take in what a layer's router chose: [T, K] expert numbers and weights, sequence by sequence.
+        """Take in the choice of a layer's router, sequence by sequence.
 
         Args:
-            hidden_states: [T, H], what the router saw; only a lookahead needs it.
+            layer: number among the MoE layers.
+            top_k_index: [T, K], expert numbers.
+            top_k_weights: [T, K].
+            hidden_states: [T, H], the router's input; only a lookahead needs it.
         """
         current = self._pass
         if current is None:
@@ -121,6 +125,7 @@ class TraceRecorder:
             index[:, :top_k], weights[:, :top_k] = top_k_index, top_k_weights
             index[:, top_k:] = self._format.none
         if self._lookahead is not None:
+            assert hidden_states is not None, "a lookahead asks about hidden states"
             self._lookahead.observe(layer, top_k_index, hidden_states)
         current.seen.add(layer)
         if len(current.seen) == self._format.num_layers:
@@ -136,7 +141,7 @@ class TraceRecorder:
         self._rows.flush()
 
     def close(self) -> None:
-        """Write what is left and close the file; later passes are not recorded."""
+        """Write the rows that are left and close the file; later passes are not recorded."""
         if self._lookahead is not None:
             self._lookahead.close()
         self._drop_pass()
@@ -153,7 +158,7 @@ class TraceRecorder:
             self.dropped_tokens += self._pass.num_tokens
             self._pass = None
 
-    def _choose_sequences(self, num_sequences, continues, cache) -> None:
+    def _choose_sequences(self, num_sequences: int, continues: bool, cache: Any) -> None:
         known = self._of_cache.get(cache, self._sequences) if continues and _has_weakref(cache) else self._sequences
         if not continues or len(known) != num_sequences:
             known = np.arange(self._next_sequence, self._next_sequence + num_sequences, dtype=np.uint32)
@@ -162,10 +167,10 @@ class TraceRecorder:
         if _has_weakref(cache):
             self._of_cache[cache] = known
 
-    def _make_room(self, num_tokens, device) -> None:
-        """Have memory for the routes of a pass over so many tokens; the passes of a decode share it."""
+    def _make_room(self, num_tokens: int, device: torch.device) -> None:
+        """Allocate memory for the routes of a pass over so many tokens; the passes of a decode share it."""
         room = self._index
-        if room is None or room.shape[1] != num_tokens or room.device != device:
+        if room.shape[1] != num_tokens or room.device != device:
             shape = (self._format.num_layers, num_tokens, self._format.top_k)
             self._index = torch.empty(shape, dtype=torch.int32, device=device)
             self._weights = torch.empty(shape, dtype=torch.float32, device=device)
@@ -191,8 +196,8 @@ class TraceRecorder:
         kept = self._kept(current, rows["token_id"])
         self._rows.add(rows if kept is None else rows[kept])
 
-    def _kept(self, current, token_ids) -> np.ndarray | None:
-        """Tell the tokens that are none of padding: [T] bool, None for all."""
+    def _kept(self, current: "_Pass", token_ids: np.ndarray) -> np.ndarray | None:
+        """Tell which tokens are not padding: [T] bool, None for all."""
         kept = None
         if current.attention_mask is not None:
             kept = current.attention_mask[:, -current.num_positions :].reshape(-1).cpu().numpy() != 0
@@ -207,7 +212,14 @@ class TraceRecorder:
 class _Pass:
     """A pass under way: its tokens, and the layers seen so far."""
 
-    def __init__(self, token_ids, attention_mask, sequences, num_positions, phase):
+    def __init__(
+        self,
+        token_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        sequences: np.ndarray,
+        num_positions: int,
+        phase: int,
+    ):
         self.token_ids = token_ids
         self.attention_mask = attention_mask
         self.sequences = sequences
@@ -253,13 +265,13 @@ class _BufferedRows:
                 self.writer.close()
 
 
-def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> TraceRecorder:
+def attach_recorder(model: Any, path: str | Path, *, lookahead: bool = False) -> TraceRecorder:
     """Record every pass of a model that load_moe built, until its runtime is closed.
 
     Args:
         model: has its experts behind the runtime and the runtime as `model.moeflow`.
         path: the trace; appended to where it exists.
-        lookahead: whether to record as well what the coming layers' routers say early, for replays of it.
+        lookahead: whether to record the early answers of the coming layers' routers as well, for replays.
 
     Raises:
         TraceError: the file is of another model, damaged, or cannot be written; the model has no such routers.
@@ -298,5 +310,5 @@ def attach_recorder(model, path: str | Path, *, lookahead: bool = False) -> Trac
     return recorder
 
 
-def _has_weakref(value) -> bool:
+def _has_weakref(value: Any) -> bool:
     return value is not None and hasattr(value, "__weakref__")

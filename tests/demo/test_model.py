@@ -17,8 +17,11 @@ from moeflow.calibration.sample_texts import calibration_prompts, library_texts
 from moeflow.checkpoint.headers import read_header
 from moeflow.demo import model as demo_model
 from moeflow.demo import source as demo_source
-from moeflow.demo.model import Stages, build_checkpoint, build_demo_model, default_demo_path
-from moeflow.demo.recipe import Recipe, Stream, replay_layer, spherical_kmeans, split_layer
+from moeflow.demo.model import build_checkpoint, build_demo_model, default_demo_path
+from moeflow.demo.recipe import Recipe
+from moeflow.demo.split import replay_layer, spherical_kmeans, split_layer
+from moeflow.demo.stages import Stages
+from moeflow.demo.stream import Stream
 from moeflow.errors import DemoModelError
 
 pytestmark = pytest.mark.slow
@@ -38,7 +41,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from moeflow.demo.model import Stages, build_checkpoint
+from moeflow.demo.model import build_checkpoint
+from moeflow.demo.stages import Stages
 from moeflow.demo.recipe import Recipe
 
 dense, out, recipe, stage, steps = sys.argv[1:]
