@@ -1,10 +1,6 @@
-"""Check the types of the package as it is installed, and of a user's program that imports it, with mypy.
+"""Check the types of the package as it is installed, and of a user's program that imports it, with mypy."""
 
-    python scripts/check_types.py [WHEEL]
-
-Without a wheel the package's files are laid out as a wheel would have them, from this checkout.
-"""
-
+import argparse
 import os
 import subprocess
 import sys
@@ -15,11 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Return 0 where all types fit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", nargs="?", help="without it the files are laid out as a wheel has them, from here")
+    wheel = parser.parse_args(argv).wheel
     with tempfile.TemporaryDirectory() as folder:
-        if arguments:
-            zipfile.ZipFile(arguments[0]).extractall(folder)
+        if wheel:
+            zipfile.ZipFile(wheel).extractall(folder)
         else:
             lay_out = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "build_py"]
             subprocess.run([*lay_out, "--build-lib", folder], cwd=ROOT, check=True)
@@ -36,4 +35,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
