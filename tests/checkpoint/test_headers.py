@@ -119,6 +119,7 @@ print(process_memory_bytes()[1])  # not ru_maxrss, which a fork inherits from a 
 """
 
 
+@pytest.mark.slow
 def test_671b_index_opens_from_its_headers_in_little_memory(tmp_path):
     try:
         num_tensors = write_large_checkpoint(tmp_path)

@@ -42,6 +42,7 @@ def quantised(capsys, folder, out, *options):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average_bits", [2.5, 3])
 def test_average_bits_without_a_text_gives_a_folder_that_loads_and_keeps_to_the_bytes(
     capsys, folder, tmp_path, average_bits

@@ -84,6 +84,7 @@ def test_logits_equal_transformers_eager(load, eager):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -124,6 +124,7 @@ def test_by_dispatch_it_stops_at_half_a_percent_without_annealing():
     assert (solution.plan.num_replicas == packed.plan.num_replicas).all()  # replicas stay with whom they were
 
 
+@pytest.mark.slow
 @needs_c
 def test_deepseek_load_on_32_gpus_is_even_within_2_percent_and_within_nine_slots(data_folder):
     counts = json.loads((data_folder / "deepseek_v3_load" / "prefill_in1024.json").read_text())["logical_count"]
@@ -156,6 +157,7 @@ def test_result_is_the_same_where_the_c_loop_was_not_built(monkeypatch):
         assert again.status == solution.status
 
 
+@pytest.mark.slow
 @needs_c
 def test_progress_rises_to_the_end():
     told = []

@@ -259,6 +259,7 @@ def test_worst_workload_on_unequal_gpus_is_not_below_the_bound():
     assert is_below(path_bound(Tables(problem)), least)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_replicas", [0, 3])
 def test_nothing_that_a_search_finds_is_below_the_bound(seed, num_replicas):

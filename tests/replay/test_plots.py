@@ -21,6 +21,7 @@ def labels_of(figure):
     return {text.get_text(): text for text in figure.axes[0].texts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "begin"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
 def test_plot_is_of_the_kind_its_name_says_and_leaves_nothing_else(tmp_path, name, begin):
     save_figure(hit_rate_figure(ROWS), tmp_path / name)
@@ -28,6 +29,7 @@ def test_plot_is_of_the_kind_its_name_says_and_leaves_nothing_else(tmp_path, nam
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_same_rows_give_the_same_bytes_whatever_the_users_settings(tmp_path, suffix):
     import matplotlib

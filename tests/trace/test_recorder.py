@@ -196,6 +196,7 @@ def test_long_recordings_are_on_disk_before_they_are_closed(tmp_path):
     assert RoutingTrace.open(tmp_path / "t").token_ids.tolist() == list(range(700))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_dropped_unclosed_leaves_its_trace(load, mixtral_folder, tmp_path):
     model = load_moe(mixtral_folder, device="cpu", expert_memory="50%", trace=tmp_path / "t")
     generate(model)

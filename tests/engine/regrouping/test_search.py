@@ -146,6 +146,7 @@ def test_no_tokens_and_tokens_without_experts_are_no_trouble():
     assert regroup_bound(np.zeros((4, 2, 2), bool), 2) == 0
 
 
+@pytest.mark.slow
 def test_real_routes_activate_fewer_experts_than_by_medoids_or_arrival(data_folder, tmp_path):
     convert_trace(data_folder / "gpt_oss_20b", tmp_path / "t")
     trace = RoutingTrace.open(tmp_path / "t")
