@@ -1,9 +1,17 @@
 """What a batch costs: tokens a second, hit rate, activated experts a step, and how much of it is left."""
 
+from __future__ import annotations
+
 import time
 from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.formatting import MISSING, format_bytes, format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from moeflow.batch.requests import BatchRequest
+    from moeflow.engine.engine import Engine
+    from moeflow.offload.runtime import ExpertRuntime
 
 
 class BatchShare:
@@ -56,7 +64,7 @@ class BatchShare:
                 self._num_answered += 1
         self.num_ended += len(ended)
 
-    def _leave_waiting(self, name) -> int:
+    def _leave_waiting(self, name: str) -> int:
         most = self._most_tokens[name]
         self._waiting[most] -= 1
         return most
@@ -70,12 +78,13 @@ class BatchFigures:
         requests: [num_requests], the `BatchRequest`s to answer.
     """
 
-    def __init__(self, engine, requests: list):
+    def __init__(self, engine: Engine, requests: list[BatchRequest]):
         self._engine = engine
         self._share = BatchShare({request.id: request.params.max_new_tokens for request in requests})
-        self._before = engine.model.moeflow.snapshot()
+        self._runtime = cast("ExpertRuntime", engine.model.moeflow)  # transformers types it as a module
+        self._before = self._runtime.snapshot()
         self._begin_s = time.perf_counter()
-        self._line_s = None  # when the last line was made
+        self._line_s: float | None = None  # when the last line was made
 
     @property
     def due(self) -> bool:
@@ -93,14 +102,14 @@ class BatchFigures:
         """Count what came of a step: new tokens of each id that got some, and the ids that ended."""
         self._share.add(num_new, ended)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Return the figures up to now, for `json.dumps`.
 
         "experts_per_step" counts (layer, expert) pairs that the routers of a step demanded, on average of all steps. A
         step of several passes counts a pair once for each pass that demanded it.
         """
         elapsed_s = time.perf_counter() - self._begin_s
-        cost, engine = self._engine.model.moeflow.snapshot() - self._before, self._engine.stats()
+        cost, engine = self._runtime.snapshot() - self._before, self._engine.stats()
         hits, misses = cost.prefill.hits + cost.decode.hits, cost.prefill.misses + cost.decode.misses
         return {
             "new_tokens": self._share.num_tokens,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moeflow.engine.request import Completion
 
 # (token id, log-probability, the likeliest tokens with theirs) of each token
-_Logprobs = list[tuple[int, float, list[tuple[int, float]]]]
+_Logprobs = list[tuple[int, float | None, list[tuple[int, float]]]]
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
@@ -102,14 +102,13 @@ def batch_record(
 
 def token_logprobs(completion: Completion) -> _Logprobs:
     """Return (token id, log-probability, the likeliest tokens with theirs) of each token of a completion."""
-    return [
-        (token_id, logprob, top)
-        for token_id, (logprob, top) in zip(completion.token_ids, completion.logprobs, strict=True)
-    ]
+    assert completion.logprobs is not None, "its request asked for none"
+    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+    return [(token_id, logprob, top) for token_id, (logprob, top) in pairs]
 
 
 def _chat_logprobs(logprobs: _Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         return {"token": decode(token_id), "logprob": logprob, "bytes": None}
 
     return {"content": [{**entry(i, p), "top_logprobs": [entry(*each) for each in top]} for i, p, top in logprobs]}

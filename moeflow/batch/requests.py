@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from moeflow.batch.openai_format import CHAT_URL, OPENAI_FIELDS, TEXT_URL, openai_sampling
 from moeflow.engine.sampling_params import SamplingParams
@@ -77,13 +79,18 @@ def read_batch(
     Raises:
         ConfigError: the file cannot be read, or has no line that is a request.
     """
-    requests, refused, line_of = [], [], {}
+    requests: list[BatchRequest] = []
+    refused: list[RefusedLine] = []
+    line_of: dict[str, int] = {}
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
                     found = _read_line(number, line, defaults, answered_by, line_of)
-                    (requests if isinstance(found, BatchRequest) else refused).append(found)
+                    if isinstance(found, BatchRequest):
+                        requests.append(found)
+                    else:
+                        refused.append(found)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a file of JSON lines.") from error
     if not requests and not refused:
@@ -97,9 +104,12 @@ def read_batch(
     return requests, refused
 
 
-def _read_line(number, line, defaults, answered_by, line_of) -> BatchRequest | RefusedLine:
+def _read_line(
+    number: int, line: bytes, defaults: SamplingParams, answered_by: str, line_of: dict[str, int]
+) -> BatchRequest | RefusedLine:
     """Read one line, and note its id in `line_of`."""
-    own_id, url = f"#{number}", None
+    own_id = f"#{number}"
+    url: str | None = None
     try:
         entry = _parse(line)
         in_openai_style = "custom_id" in entry or "body" in entry
@@ -120,13 +130,13 @@ def _read_line(number, line, defaults, answered_by, line_of) -> BatchRequest | R
         body = _body(entry, number)
         wanted = "messages" if url == CHAT_URL else "prompt"
         _refuse_unknown(body, (wanted, *OPENAI_FIELDS))
-        content, params, model = _content(body), _params(openai_sampling(body, url), defaults), body.get("model")
+        content, params, model = _content(body), _params(openai_sampling(body, url or ""), defaults), body.get("model")
         return BatchRequest(number, own_id, url, content, params, model and str(model), answered_by)
     except ConfigError as error:
         return RefusedLine(number, own_id, url, str(error))
 
 
-def _parse(line: bytes) -> dict:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -136,7 +146,7 @@ def _parse(line: bytes) -> dict:
     return entry
 
 
-def _given_id(value) -> str | None:
+def _given_id(value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, int) and not isinstance(value, bool):
@@ -148,7 +158,7 @@ def _given_id(value) -> str | None:
     return _text(value, "its id")
 
 
-def _body(entry, number) -> dict:
+def _body(entry: dict[str, Any], number: int) -> dict[str, Any]:
     _refuse_unknown(entry, ("custom_id", "method", "url", "body"))
     if not isinstance(entry.get("custom_id"), str):
         raise ConfigError(f"it has no custom_id; give each line a text of its own, such as request-{number}")
@@ -161,13 +171,13 @@ def _body(entry, number) -> dict:
     return entry["body"]
 
 
-def _refuse_unknown(entry, allowed):
+def _refuse_unknown(entry: dict[str, Any], allowed: Collection[str]) -> None:
     unknown = [name for name in entry if name not in allowed]
     if unknown:
         raise ConfigError(f"it has {', '.join(map(repr, unknown))}; known are {', '.join(allowed)}")
 
 
-def _content(entry) -> str | list[dict]:
+def _content(entry: dict[str, Any]) -> str | list[dict]:
     prompt, messages = entry.get("prompt"), entry.get("messages")
     if (prompt is None) == (messages is None):
         raise ConfigError("it must have a prompt or messages, one of them")
@@ -183,7 +193,7 @@ def _content(entry) -> str | list[dict]:
     return messages
 
 
-def _message(place, message) -> dict:
+def _message(place: int, message: object) -> dict[str, str]:
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ConfigError(f"message {place} has no role out of {', '.join(_ROLES)}")
     content = message.get("content")
@@ -194,7 +204,7 @@ def _message(place, message) -> dict:
     return {"role": message["role"], "content": _text(content, f"message {place}")}
 
 
-def _params(entry, defaults) -> SamplingParams:
+def _params(entry: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     given = {name: entry[name] for name in _SAMPLING if entry.get(name) is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
@@ -209,6 +219,6 @@ def _text(value: str, what: str) -> str:
     return value
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}..."

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moeflow.batch.openai_format import batch_record, response_body, token_logprobs
 from moeflow.errors import ConfigError, MoeflowError
+
+if TYPE_CHECKING:
+    from moeflow.batch.requests import BatchRequest, RefusedLine
+    from moeflow.engine.request import Completion
 
 _START = b'{"id": '  # of every line
 
@@ -45,7 +50,7 @@ class BatchFile:
             os.close(self._descriptor)
             raise
 
-    def append(self, record: dict) -> None:
+    def append(self, record: dict[str, Any]) -> None:
         """Write one line; it is in the file, whole, when this returns.
 
         Args:
@@ -84,19 +89,19 @@ class BatchFile:
         """Let other processes write."""
         os.close(self._descriptor)
 
-    def __enter__(self):
+    def __enter__(self) -> BatchFile:
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _note(self, record):
+    def _note(self, record: dict[str, Any]) -> None:
         name, error = _id_of(record), _error_of(record)
         if error is None:
             self.digests[name] = _digest_of(record)
         self.finished[name] = error
 
-    def _read(self):
+    def _read(self) -> None:
         """Note what is finished; cut off a torn line."""
         with open(self.path, "rb") as file:
             lines = file.readlines()
@@ -111,12 +116,12 @@ class BatchFile:
         if torn:
             os.ftruncate(self._descriptor, sum(map(len, lines)))
 
-    def _refuse(self, number):
+    def _refuse(self, number: int) -> NoReturn:
         raise ConfigError(
             f"{self.path}, line {number} is no answer of a batch. Give another output; nothing was changed."
         )
 
-    def _replace(self, lines):
+    def _replace(self, lines: list[bytes]) -> None:
         """Put a file with these lines in place of the present one."""
         path = self.path.resolve()  # a link stays one
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -138,7 +143,7 @@ class BatchFile:
         self._descriptor = descriptor
 
 
-def answer_record(request, completion, decode) -> dict:
+def answer_record(request: BatchRequest, completion: Completion, decode: Callable[[int], str]) -> dict[str, Any]:
     """Return the line of a request that was answered, in the form the request has.
 
     Args:
@@ -147,7 +152,7 @@ def answer_record(request, completion, decode) -> dict:
         decode: a token id's text, for the log-probabilities of OpenAI's form.
     """
     if request.url is None:
-        record = {
+        record: dict[str, Any] = {
             "id": request.id,
             "text": completion.text,
             "finish_reason": completion.finish_reason,
@@ -172,7 +177,7 @@ def answer_record(request, completion, decode) -> dict:
     return batch_record(request.number, request.id, response=response)
 
 
-def failure_record(request, error: str) -> dict:
+def failure_record(request: BatchRequest | RefusedLine, error: str) -> dict[str, Any]:
     """Return the line of a request that failed, or of a line that was refused.
 
     Args:
@@ -185,14 +190,14 @@ def failure_record(request, error: str) -> dict:
     return batch_record(request.number, request.id, error=failure)
 
 
-def _id_of(record) -> str:
+def _id_of(record: dict[str, Any]) -> str:
     name = record["custom_id"] if "custom_id" in record else record["id"]
     if not isinstance(name, str):
         raise TypeError("an id is a text")
     return name
 
 
-def _error_of(record) -> str | None:
+def _error_of(record: dict[str, Any]) -> str | None:
     """Return why a line's request failed; None for an answer. KeyError where the line is neither."""
     if "custom_id" in record:
         error = record["error"]
@@ -203,18 +208,18 @@ def _error_of(record) -> str | None:
     return None
 
 
-def _digest_of(record) -> str:
+def _digest_of(record: dict[str, Any]) -> str:
     """Return the digest of the request that a line answers; KeyError where it tells none."""
     return record["response"]["request_id"].removeprefix("req_") if "custom_id" in record else record["request"]
 
 
-def _write(descriptor, data: bytes) -> None:
-    data = memoryview(data)
-    while data:
-        data = data[os.write(descriptor, data) :]
+def _write(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
-def _lock(descriptor, path) -> None:
+def _lock(descriptor: int, path: Path) -> None:
     """Keep other processes from appending to the same file at the same time."""
     try:
         import fcntl

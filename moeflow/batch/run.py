@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeflow.batch.requests import BatchRequest
 from moeflow.batch.results import BatchFile, answer_record, failure_record
@@ -11,12 +11,15 @@ from moeflow.chat.conversation import Conversation
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from moeflow.engine.engine import Engine
+    from moeflow.engine.request import Completion
 
 
 def answer_batch(
     engine: Engine,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     requests: list[BatchRequest],
     file: BatchFile,
     *,
@@ -53,15 +56,15 @@ def answer_batch(
         if not held:
             return
         num_new, ended = {}, []
-        for progress in engine.step():
-            num_new[progress.id] = len(progress.token_ids)
-            if progress.completion is not None:
-                file.append(_record(held.pop(progress.id), progress.completion, tokenizer))
-                ended.append(progress.id)
+        for output in engine.step():
+            num_new[output.id] = len(output.token_ids)
+            if output.completion is not None:
+                file.append(_record(held.pop(output.id), output.completion, tokenizer))
+                ended.append(output.id)
         on_step(num_new, ended)
 
 
-def _prompt(tokenizer, content) -> str | list[int]:
+def _prompt(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str | list[int]:
     """Return a prompt as it is, or the tokens of messages as the chat template writes them."""
     if isinstance(content, str):
         return content
@@ -70,7 +73,7 @@ def _prompt(tokenizer, content) -> str | list[int]:
     return conversation.encode(tokenizer)[0].tolist()
 
 
-def _record(request, completion, tokenizer) -> dict:
+def _record(request: BatchRequest, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if completion.finish_reason in ("error", "cancelled"):
         return failure_record(request, completion.error or completion.finish_reason)
-    return answer_record(request, completion, lambda token_id: tokenizer.decode([token_id]))
+    return answer_record(request, completion, lambda token_id: str(tokenizer.decode([token_id])))

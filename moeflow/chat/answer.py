@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.engine.detokenizer import Detokenizer
 from moeflow.engine.sampling_params import SamplingParams
@@ -18,7 +19,7 @@ from moeflow.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 512  # of an answer, where nothing else is asked for
 # Fields of SamplingParams that `generate` has not, or would do otherwise.
@@ -51,27 +52,29 @@ class Answer:
 class _TokenStreamer:
     """The streamer `generate` puts tokens into: notes the time, decodes, queues text as soon as it is whole."""
 
-    def __init__(self, tokenizer, pieces):
-        self.token_ids = []
-        self.times_s = []
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pieces: SimpleQueue[str | None]):
+        self.token_ids: list[int] = []
+        self.times_s: list[float] = []
         self.text = ""
         self._detokenizer = Detokenizer(tokenizer)
         self._pieces = pieces
         self._prompt_seen = False
 
-    def put(self, token_ids):
+    def put(self, value: torch.Tensor) -> None:
+        """Take the tokens of the prompt, then those of each step."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        token_ids = token_ids.flatten().tolist()
+        token_ids = value.flatten().tolist()
         self.token_ids += token_ids
         self.times_s.append(time.perf_counter())
         self._emit(self._detokenizer.push(token_ids))
 
-    def end(self):
+    def end(self) -> None:
+        """Queue what is left of the text."""
         self._emit(self._detokenizer.finish())
 
-    def _emit(self, piece):
+    def _emit(self, piece: str) -> None:
         if piece:
             self.text += piece
             self._pieces.put(piece)
@@ -84,7 +87,14 @@ class AnswerStream:
     is working on. An error in the generating thread is raised by the iteration, or by `close()`.
     """
 
-    def __init__(self, generate, streamer, pieces, closed, describe):
+    def __init__(
+        self,
+        generate: Callable[[], None],
+        streamer: _TokenStreamer,
+        pieces: SimpleQueue[str | None],
+        closed: threading.Event,
+        describe: Callable[[_TokenStreamer, float], Answer],
+    ):
         self.answer: Answer | None = None
         self._closed = closed
         self._describe = describe
@@ -96,7 +106,7 @@ class AnswerStream:
         self._future = self._executor.submit(generate)
         self._future.add_done_callback(lambda _: pieces.put(None))
 
-    def __iter__(self):
+    def __iter__(self) -> AnswerStream:
         return self
 
     def __next__(self) -> str:
@@ -108,22 +118,22 @@ class AnswerStream:
             raise StopIteration
         return piece
 
-    def close(self):
+    def close(self) -> None:
         """Stop generating and wait for the thread to end."""
         if not self._finished:
             self._closed.set()
             self._finish()
 
-    def __enter__(self):
+    def __enter__(self) -> AnswerStream:
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._closed.set()
 
-    def _finish(self):
+    def _finish(self) -> None:
         self._finished = True
         self._executor.shutdown(wait=True)
         self._future.result()
@@ -187,11 +197,11 @@ def stream_answer(
     ends = end_tokens(model, tokenizer)
     stop_event = stop_event or threading.Event()
     closed = threading.Event()
-    pieces = SimpleQueue()
+    pieces: SimpleQueue[str | None] = SimpleQueue()
     streamer = _TokenStreamer(tokenizer, pieces)
     input_ids = input_ids.to(model.device)
 
-    def stop_requested(generated_ids, scores, **kwargs):
+    def stop_requested(generated_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         stop = stop_event.is_set() or closed.is_set()
         return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
 
@@ -201,10 +211,10 @@ def stream_answer(
         options["eos_token_id"] = list(ends)
         options["pad_token_id"] = ends[0] if pad_token_id is None else pad_token_id
 
-    def generate():
+    def generate() -> None:
         if params.seed is not None:
             torch.manual_seed(params.seed)
-        model.generate(
+        cast("GenerationMixin", model).generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             streamer=streamer,
@@ -212,7 +222,7 @@ def stream_answer(
             **options,
         )
 
-    def describe(streamer, begin_s):
+    def describe(streamer: _TokenStreamer, begin_s: float) -> Answer:
         num_new_tokens = len(streamer.token_ids)
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
         if streamer.token_ids[-1] in ends:

@@ -23,6 +23,7 @@ from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
 
 if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeflow.offload.stats import RuntimeStats
@@ -50,7 +51,7 @@ class Chat:
         self.conversation = conversation
         self.params = params
         self.stop_event = threading.Event()
-        self.commands = {
+        self.commands: dict[str, tuple[Callable[[str], None] | None, str, str]] = {  # name: what runs, wants and means
             "/reset": (self._reset, "", "forget the conversation, keep the system prompt"),
             "/system": (self._system, " TEXT", "set the system prompt; without TEXT remove it"),
             "/save": (self._save, " FILE", "write the conversation to FILE as JSON"),
@@ -60,7 +61,7 @@ class Chat:
             "/exit": (None, "", "leave, like Ctrl-D"),
         }
 
-    def run(self, session) -> int:
+    def run(self, session: PromptSession[str]) -> int:
         """Read and answer until the user leaves.
 
         Args:
@@ -75,7 +76,7 @@ class Chat:
             signal.signal(signal.SIGINT, previous_handler)
         return 0
 
-    def _turn(self, session):
+    def _turn(self, session: PromptSession[str]) -> bool:
         """Read one message and deal with it; returns whether to go on."""
         try:
             line = session.prompt("> ")
@@ -96,15 +97,16 @@ class Chat:
             self.screen.note(f"error: {error}", style="red")
         return True
 
-    def _command(self, word, argument):
+    def _command(self, word: str, argument: str) -> None:
         if word not in self.commands:
             raise MoeflowError(f"there is no command {word}; /help lists them, a space before / sends it as text")
         run, wanted, _ = self.commands[word]
         if wanted == " FILE" and not argument:
             raise MoeflowError(f"{word} needs a file: {word}{wanted}")
+        assert run is not None, "/exit is dealt with before"
         run(argument)
 
-    def _answer(self, text):
+    def _answer(self, text: str) -> None:
         turns = self.conversation.turns
         turns.append({"role": "user", "content": text})
         self.stop_event.clear()
@@ -121,31 +123,31 @@ class Chat:
         turns.append({"role": "assistant", "content": answer.text})
         self.screen.note(stats_line(before, after, answer) + "\n")
 
-    def _reset(self, argument):
+    def _reset(self, argument: str) -> None:
         self.conversation.turns.clear()
         self.screen.note("conversation forgotten")
 
-    def _system(self, argument):
+    def _system(self, argument: str) -> None:
         self.conversation.system = argument or None
         self.screen.note("system prompt set" if argument else "system prompt removed")
 
-    def _save(self, argument):
+    def _save(self, argument: str) -> None:
         path = Path(argument).expanduser()
         self.conversation.save(path)
         self.screen.note(f"{len(self.conversation.messages)} messages saved to {path}")
 
-    def _load(self, argument):
+    def _load(self, argument: str) -> None:
         path = Path(argument).expanduser()
         self.conversation = Conversation.load(path)
         self.screen.note(f"{len(self.conversation.messages)} messages loaded from {path}")
 
-    def _stats(self, argument):
+    def _stats(self, argument: str) -> None:
         stats = _snapshot(self.model)
         if stats is None:
             raise MoeflowError("this model runs without moeflow, so nothing was counted")
         self.screen.console.print(stats_table(stats))
 
-    def _help(self, argument):
+    def _help(self, argument: str) -> None:
         for name, (_, wanted, meaning) in self.commands.items():
             self.screen.note(f"{name + wanted:<14}{meaning}", style="")
         self.screen.note(
@@ -161,8 +163,8 @@ def run_prompt(
     *,
     system: str | None = None,
     as_json: bool = False,
-    stdout=None,
-    stderr=None,
+    stdout: TextIO | None = None,
+    stderr: TextIO | None = None,
 ) -> int:
     """Answer one prompt: the answer alone goes to stdout, its figures to stderr.
 
@@ -206,8 +208,8 @@ def run_chat(
     params: SamplingParams | None = None,
     *,
     system: str | None = None,
-    stdin=None,
-    stdout=None,
+    stdin: TextIO | None = None,
+    stdout: TextIO | None = None,
     plain: bool | None = None,
     as_json: bool = False,
     name: str = "model",

@@ -10,13 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Conversation:
@@ -91,7 +91,6 @@ class Conversation:
             return tokenizer(text, return_tensors="pt")["input_ids"]
         from jinja2 import TemplateError
 
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         attempts = [self.messages]
         if self.system:
             # Gemma's and the first Mistrals' templates know no system role: then it goes before the first message.
@@ -99,7 +98,10 @@ class Conversation:
             attempts.append([merged, *self.turns[1:]])
         for messages in attempts:
             try:
-                return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+                encoded = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                )
+                return cast("BatchEncoding", encoded)["input_ids"]
             except TemplateError as error:
                 refusal = error
         raise MoeflowError(f"the model's chat template refuses this conversation: {refusal}") from refusal

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from markdown_it.token import Token
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 # What a model may say but a terminal must not act on: control characters other than tab and newline.
 _CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -25,20 +28,22 @@ class Screen:
         plain: True for text without markup or colour; None decides by the terminal and NO_COLOR.
     """
 
-    def __init__(self, stdout, plain: bool | None = None):
+    def __init__(self, stdout: TextIO, plain: bool | None = None):
         from rich.console import Console
 
         if plain is None:
             plain = not stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
         self.plain = plain
-        options = {"color_system": None, "force_terminal": False} if plain else {}
-        self.console = Console(file=stdout, highlight=False, **options)
+        if plain:
+            self.console = Console(file=stdout, highlight=False, color_system=None, force_terminal=False)
+        else:
+            self.console = Console(file=stdout, highlight=False)
 
     def note(self, text: str, style: str = "dim") -> None:
         """Print a line that is not the model's."""
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
-    def show(self, pieces, stop_event: threading.Event) -> None:
+    def show(self, pieces: Iterable[str], stop_event: threading.Event) -> None:
         """Show an answer while it comes, safe for the terminal whatever the model says.
 
         Args:
@@ -51,7 +56,7 @@ class Screen:
         else:
             self._show_markdown(safe, stop_event)
 
-    def _show_markdown(self, pieces, stop_event):
+    def _show_markdown(self, pieces: Iterable[str], stop_event: threading.Event) -> None:
         """Print each block of markdown when it is finished; the one being written is redrawn below them."""
         from rich.console import Group
         from rich.live import Live
@@ -60,14 +65,14 @@ class Screen:
         spinner = Spinner("dots", "reading the prompt", style="dim")
         rest, printed = "", False
 
-        def window():
-            shown = [""] if printed else []
+        def window() -> Tail:
+            shown: list[RenderableType] = [""] if printed else []
             shown.append(render_markdown(rest) if rest or printed else spinner)
             if stop_event.is_set():
                 shown.append("[dim]stopping after this token[/dim]")
             return Tail(Group(*shown))
 
-        def print_blocks(text):
+        def print_blocks(text: str) -> None:
             if printed:
                 self.console.print()
             self.console.print(render_markdown(text))
@@ -85,7 +90,7 @@ class Screen:
             print_blocks(rest)
 
 
-def write_pieces(pieces, file) -> None:
+def write_pieces(pieces: Iterable[str], file: IO[str]) -> None:
     """Write text as it comes, and end its last line; control characters never reach a terminal.
 
     Args:
@@ -102,12 +107,12 @@ def write_pieces(pieces, file) -> None:
         file.flush()
 
 
-def _without_control_characters(pieces):
+def _without_control_characters(pieces: Iterable[str]) -> Iterator[str]:
     return (piece.translate(_CONTROL_CHARACTERS) for piece in pieces)
 
 
 @contextmanager
-def echo_off(terminal):
+def echo_off(terminal: TextIO) -> Iterator[None]:
     """Keep what is typed during an answer out of it: the terminal hands it to the next prompt instead."""
     import termios
 
@@ -151,7 +156,7 @@ def split_markdown(text: str) -> tuple[str, str]:
     return "".join(f"{line}\n" for line in lines[:last]), "\n".join(lines[last:])
 
 
-def _parse_markdown(text):
+def _parse_markdown(text: str) -> list[Token]:
     from markdown_it import MarkdownIt
 
     return MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).parse(text)
@@ -160,13 +165,13 @@ def _parse_markdown(text):
 class _SingleSpaced:
     """Renderable without the blank lines of another that follow a blank line or stand at an end."""
 
-    def __init__(self, renderable):
+    def __init__(self, renderable: RenderableType):
         self.renderable = renderable
 
-    def __rich_console__(self, console, options):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         from rich.segment import Segment
 
-        num_blank = None  # None until the first line that is not blank
+        num_blank: int | None = None  # None until the first line that is not blank
         for line in console.render_lines(self.renderable, options.update(height=None), pad=False):
             # A coloured space is not blank: it is the margin of a code block.
             if all(not part.text.strip() and not (part.style and part.style.bgcolor) for part in line):
@@ -191,7 +196,7 @@ class Tail:
         self.renderable = renderable
         self.num_reserved_lines = num_reserved_lines
 
-    def __rich_console__(self, console, options):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         from rich.segment import Segment
 
         lines = console.render_lines(self.renderable, options.update(height=None), pad=False)

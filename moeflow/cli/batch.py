@@ -4,13 +4,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
-_MOST_SHOWN = 5
-_GROUPS_AHEAD = 4  # batches that the engine holds, so that it can choose what to compute together
+if TYPE_CHECKING:
+    from moeflow.batch.requests import BatchRequest
+    from moeflow.batch.results import BatchFile
+
+_MAX_SHOWN_FAILURES = 5
+_BATCHES_AHEAD = 4  # that the engine holds, so that it can choose what to compute together
 
 
 EXAMPLES = """\
@@ -21,7 +26,7 @@ a line of the input, in either form:
 docs/batch.md tells the rest."""
 
 
-def add_batch_command(commands) -> None:
+def add_batch_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser's commands."""
     batch = commands.add_parser(
         "batch",
@@ -59,7 +64,7 @@ def add_batch_command(commands) -> None:
     batch.set_defaults(run=_batch)
 
 
-def _batch(arguments) -> int:
+def _batch(arguments: argparse.Namespace) -> int:
     from moeflow.batch.requests import read_batch
     from moeflow.batch.results import BatchFile, failure_record
 
@@ -67,7 +72,7 @@ def _batch(arguments) -> int:
     requests, refused = read_batch(
         arguments.input, SamplingParams(**given_sampling(arguments)), _answered_by(arguments)
     )
-    line_of = {entry.id: entry.number for entry in [*requests, *refused]}
+    line_of = {request.id: request.number for request in requests} | {line.id: line.number for line in refused}
     with BatchFile(arguments.output) as file:
         _forget(arguments, requests, file)
         num_before = sum(name in file.finished for name in line_of)
@@ -107,7 +112,7 @@ def _batch(arguments) -> int:
     return 1 if failed else 0
 
 
-def _check_options(arguments):
+def _check_options(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be before a model is loaded."""
     from moeflow.memory_size import parse_memory
 
@@ -129,13 +134,13 @@ def _check_options(arguments):
         parse_memory(arguments.kv_memory, name="--kv-memory", whole_bytes=0)
 
 
-def _answered_by(arguments) -> str:
+def _answered_by(arguments: argparse.Namespace) -> str:
     """Return what an answer depends on beside its request: the model, by name wherever it lies, and its rounding."""
     name = Path(arguments.model).resolve().name
     return f"{name} dtype={arguments.dtype} quantization={arguments.quantization} prune={arguments.prune:g}"
 
 
-def _forget(arguments, requests, file):
+def _forget(arguments: argparse.Namespace, requests: "list[BatchRequest]", file: "BatchFile") -> None:
     """Remove the lines that are to be written anew; refuse a file that answers other requests."""
     changed = [request for request in requests if file.digests.get(request.id, request.digest) != request.digest]
     if changed and arguments.changed == "stop":
@@ -151,7 +156,9 @@ def _forget(arguments, requests, file):
     file.forget(names)
 
 
-def _answer(arguments, requests, file) -> tuple[dict, bool]:
+def _answer(
+    arguments: argparse.Namespace, requests: "list[BatchRequest]", file: "BatchFile"
+) -> tuple[dict[str, Any], bool]:
     """Answer the requests; returns the figures of doing so, and whether Ctrl-C ended it."""
     from moeflow.batch.figures import BatchFigures
     from moeflow.batch.run import answer_batch
@@ -165,19 +172,19 @@ def _answer(arguments, requests, file) -> tuple[dict, bool]:
         try:
             with share_progress(Path(arguments.input).name) as progress:
 
-                def on_step(num_new, ended):
+                def on_step(num_new: dict[str, int], ended: list[str]) -> None:
                     figures.add(num_new, ended)
                     if figures.due:
                         progress(figures.share, figures.line())
 
-                num_ahead = _GROUPS_AHEAD * arguments.batch_size
+                num_ahead = _BATCHES_AHEAD * arguments.batch_size
                 answer_batch(engine, tokenizer, requests, file, num_ahead=num_ahead, on_step=on_step)
         except KeyboardInterrupt:
             return figures.as_dict(), True
         return figures.as_dict(), False
 
 
-def _summary(about, figures) -> str:
+def _summary(about: dict[str, Any], figures: dict[str, Any] | None) -> str:
     from moeflow.batch.figures import summary_line
 
     num_answered = about["finished"] - len(about["failed"])
@@ -187,12 +194,12 @@ def _summary(about, figures) -> str:
     return f"{text}\n{summary_line(figures)}" if figures else text
 
 
-def _tell_failures(arguments, about):
+def _tell_failures(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
     failed = about["failed"]
     if not failed:
         return
-    shown = "; ".join(f"line {entry['line']}: {entry['error'].rstrip('.')}" for entry in failed[:_MOST_SHOWN])
-    more = f"; and {len(failed) - _MOST_SHOWN:,} more" if len(failed) > _MOST_SHOWN else ""
+    shown = "; ".join(f"line {entry['line']}: {entry['error'].rstrip('.')}" for entry in failed[:_MAX_SHOWN_FAILURES])
+    more = f"; and {len(failed) - _MAX_SHOWN_FAILURES:,} more" if len(failed) > _MAX_SHOWN_FAILURES else ""
     print(
         f"moeflow: {len(failed):,} of {about['requests']:,} requests of {arguments.input} failed: {shown}{more}. "
         "--retry-failed tries them again, once the cause is gone.",

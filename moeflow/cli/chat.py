@@ -3,6 +3,7 @@
 torch, transformers and rich are imported by the commands, not by their arguments.
 """
 
+import argparse
 import json
 import sys
 
@@ -11,7 +12,7 @@ from moeflow.cli.options import add_loading_options, add_sampling_options, given
 from moeflow.errors import ConfigError, MoeflowError
 
 
-def add_chat_commands(commands) -> None:
+def add_chat_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `chat` and `generate` to the parser's commands."""
     chat = commands.add_parser("chat", help="chat in the terminal, or answer one piped prompt")
     chat.add_argument("model", nargs="?", help="hub id or folder; without it the demo model, built on first use")
@@ -30,13 +31,13 @@ def add_chat_commands(commands) -> None:
     generate.set_defaults(run=_generate)
 
 
-def _add_sampling(parser) -> None:
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     checkpoint = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     defaults = {"max_new_tokens": str(MAX_NEW_TOKENS)} | dict.fromkeys(checkpoint, "the checkpoint's")
     add_sampling_options(parser, leave_out=NOT_IN_GENERATE, defaults=defaults)
 
 
-def _chat(arguments) -> int:
+def _chat(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params
     from moeflow.chat.chat import run_chat
 
@@ -57,7 +58,7 @@ def _chat(arguments) -> int:
         )
 
 
-def _generate(arguments) -> int:
+def _generate(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.chat.figures import answer_figures, stats_line
     from moeflow.chat.screen import write_pieces
@@ -76,6 +77,7 @@ def _generate(arguments) -> int:
             else:
                 write_pieces(stream, sys.stdout)
         after = model.moeflow.snapshot()
+    assert stream.answer is not None, "an answer that was read to its end"
     if arguments.json:
         print(json.dumps(answer_figures(before, after, stream.answer), ensure_ascii=sys.stdout.isatty()))
     else:

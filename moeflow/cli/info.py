@@ -1,17 +1,25 @@
 """`moeflow info`: this installation and machine, or a model's sizes as tables."""
 
+import argparse
 import importlib.metadata
 import json
 import platform
+from typing import TYPE_CHECKING, Any
 
 from moeflow import __version__
 from moeflow.c_library import built_library
 from moeflow.formatting import format_bytes
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Group, RenderableType
+    from rich.table import Table
+
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
 
-def add_info_command(commands) -> None:
+def add_info_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `info` to the parser's commands."""
     info = commands.add_parser("info", help="what a model is and what each budget buys, from headers; or this machine")
     info.add_argument("model", nargs="?", help="hub id or folder; without it, this installation and machine")
@@ -19,7 +27,8 @@ def add_info_command(commands) -> None:
     info.set_defaults(run=_info)
 
 
-def _info(arguments) -> int:
+def _info(arguments: argparse.Namespace) -> int:
+    text: Callable[[dict[str, Any]], RenderableType]
     if arguments.model is None:
         about, text = describe_installation(), installation_text
     else:
@@ -35,7 +44,7 @@ def _info(arguments) -> int:
     return 0
 
 
-def describe_installation() -> dict:
+def describe_installation() -> dict[str, Any]:
     """Describe versions, memory and GPUs without importing torch."""
     from moeflow import hardware
     from moeflow.demo.model import default_demo_path
@@ -55,7 +64,7 @@ def describe_installation() -> dict:
     }
 
 
-def installation_text(about: dict):
+def installation_text(about: dict[str, Any]) -> "Table":
     """Lay `describe_installation()` out as a rich table."""
     from rich.table import Table
 
@@ -73,8 +82,9 @@ def installation_text(about: dict):
     return table
 
 
-def model_text(about: dict):
+def model_text(about: dict[str, Any]) -> "Group":
     """Lay `describe_model()` out as rich tables."""
+
     from rich.console import Group
     from rich.table import Table
 

@@ -1,9 +1,10 @@
 """`moeflow pack` and `moeflow demo-model`: commands that write a model's folder."""
 
+import argparse
 import json
 
 
-def add_pack_command(commands) -> None:
+def add_pack_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `pack` to the parser's commands."""
     pack = commands.add_parser("pack", help="write a folder whose experts are one aligned, checksummed read each")
     pack.add_argument("model", help="hub id or folder")
@@ -12,7 +13,7 @@ def add_pack_command(commands) -> None:
     pack.set_defaults(run=_pack)
 
 
-def add_demo_model_command(commands) -> None:
+def add_demo_model_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `demo-model` to the parser's commands."""
     demo = commands.add_parser("demo-model", help="build the demo model: 480 experts, 1.4 GB, no hub needed")
     demo.add_argument("out", nargs="?", help="folder to write; without it the user's cache directory")
@@ -20,7 +21,7 @@ def add_demo_model_command(commands) -> None:
     demo.set_defaults(run=_demo_model)
 
 
-def _pack(arguments) -> int:
+def _pack(arguments: argparse.Namespace) -> int:
     from moeflow.cli.progress import bytes_progress
     from moeflow.convert.pack import pack_model
 
@@ -34,7 +35,7 @@ def _pack(arguments) -> int:
     return 0
 
 
-def _demo_model(arguments) -> int:
+def _demo_model(arguments: argparse.Namespace) -> int:
     from moeflow.demo.model import build_demo_model
 
     folder = build_demo_model(arguments.out)

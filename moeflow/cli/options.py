@@ -14,7 +14,7 @@ from moeflow.engine.sampling_params import SamplingParams
 from moeflow.loading.options import flag_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLING_HELP = {  # field: (metavar, help)
     "max_new_tokens": ("N", "most tokens of an answer"),
@@ -54,13 +54,16 @@ def add_loading_options(parser: argparse.ArgumentParser, *, compiles: bool = Tru
 
 def load_model(
     source: str | Path, arguments: argparse.Namespace, **options: Any
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+) -> "tuple[Any, PreTrainedTokenizerBase]":
     """Load model and tokenizer, with the loader's progress only on a terminal.
 
     Args:
         source: a hub id or a folder.
         arguments: what `add_loading_options` parsed.
         **options: passed to load_moe as well.
+
+    Returns:
+        As load_moe does, the model with its runtime as `model.moeflow`; and its tokenizer.
     """
     from rich.console import Console
     from rich.status import Status

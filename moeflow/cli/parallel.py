@@ -90,6 +90,7 @@ def _answer(
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
             with stream_answer(model, tokenizer, input_ids, params) as stream:
                 list(stream)
+            assert stream.answer is not None, "an answer that was read to its end"
             figures = ("num_prompt_tokens", "num_new_tokens", "ttft_s", "tokens_per_s")
             facts = {name: getattr(stream.answer, name) for name in figures}
             own.append({"prompt": prompt, "text": stream.answer.text, "rank": rank, **facts})

@@ -2,16 +2,28 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from moeflow.formatting import format_seconds
+from moeflow.progress import ProgressCallback, ShareCallback
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import ProgressColumn
 
 _LINE_EVERY_S = 60.0  # without a terminal, where a tenth takes longer
 
 
+class _Show(Protocol):
+    """What shows how much is done, and of late also what is going on."""
+
+    def __call__(self, done: int, total: int, text: str = ...) -> None: ...
+
+
 @contextmanager
-def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def bytes_progress(title: str) -> Iterator[ProgressCallback]:
     """Show how many bytes are done.
 
     Args:
@@ -27,7 +39,7 @@ def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def count_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def count_progress(title: str) -> Iterator[ProgressCallback]:
     """Show how many things are done.
 
     Args:
@@ -43,7 +55,7 @@ def count_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def share_progress(title: str) -> Iterator[Callable[[float, str], None]]:
+def share_progress(title: str) -> Iterator[ShareCallback]:
     """Show what share is done and what is going on.
 
     Args:
@@ -59,7 +71,7 @@ def share_progress(title: str) -> Iterator[Callable[[float, str], None]]:
 
 
 @contextmanager
-def _progress(title: str, *figures) -> Iterator[Callable[[int, int], None]]:
+def _progress(title: str, *figures: "ProgressColumn") -> Iterator[_Show]:
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,7 +80,7 @@ def _progress(title: str, *figures) -> Iterator[Callable[[int, int], None]]:
         class Bar(Progress):
             """A bar, and what is going on below it: beside it a narrow terminal would have room for neither."""
 
-            def get_renderables(self):
+            def get_renderables(self) -> "Iterator[RenderableType]":
                 yield from super().get_renderables()
                 yield from (Text(task.description) for task in self.tasks if task.description != title)
 
@@ -76,7 +88,11 @@ def _progress(title: str, *figures) -> Iterator[Callable[[int, int], None]]:
         columns = (TextColumn(literal, markup=False), BarColumn(), *figures, TimeRemainingColumn())
         with Bar(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=None)
-            yield lambda done, total, text=title: bar.update(task, completed=done, total=total, description=text)
+
+            def show(done: int, total: int, text: str = title) -> None:
+                bar.update(task, completed=done, total=total, description=text)
+
+            yield show
     else:
         begin_s = time.monotonic()
         shown_tenth, shown_s = -1, begin_s

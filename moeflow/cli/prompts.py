@@ -22,7 +22,7 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[str]:
     path = Path(path)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: it must be 1 or more prompts.")
-    prompts = []
+    prompts: list[str] = []
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):

@@ -1,14 +1,20 @@
 """`moeflow quantize`: experts in few bits, the same for all or chosen for each."""
 
+import argparse
 import json
+from typing import TYPE_CHECKING, Any
 
 from moeflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moeflow.calibration.expert_inputs import ExpertInputs
+    from moeflow.convert.mixed_precision import MixedPrecision
 
 WIDTHS = (1, 2, 3, 4, 8)
 GROUPS = (32, 64, 128)
 
 
-def add_quantize_command(commands) -> None:
+def add_quantize_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser's commands."""
     quantize = commands.add_parser("quantize", help="write a folder whose experts are quantised; lossy")
     quantize.add_argument("model", help="hub id or folder, experts in float32, bfloat16 or float16")
@@ -34,12 +40,13 @@ def add_quantize_command(commands) -> None:
     quantize.set_defaults(run=_quantize)
 
 
-def _quantize(arguments) -> int:
+def _quantize(arguments: argparse.Namespace) -> int:
     from moeflow.cli.progress import bytes_progress
     from moeflow.convert.quantize import quantize_model
 
     text = _calibration_text(arguments)
-    about = {}
+    about: dict[str, Any] = {}
+    formats: str | list[list[str]]
     if arguments.average_bits is None:
         formats = f"int{arguments.bits}-g{arguments.group_size}"
     else:
@@ -71,7 +78,7 @@ def _quantize(arguments) -> int:
     return 0
 
 
-def _calibration_text(arguments) -> str | None:
+def _calibration_text(arguments: argparse.Namespace) -> str | None:
     """Read the text to learn from; None where there is none."""
     from pathlib import Path
 
@@ -87,7 +94,7 @@ def _calibration_text(arguments) -> str | None:
         raise ConfigError(f"--calibration {arguments.calibration} cannot be read as text: {error}") from error
 
 
-def _choose(arguments, text):
+def _choose(arguments: argparse.Namespace, text: str | None) -> "MixedPrecision":
     """Measure the experts on text and choose a format for each."""
     from moeflow.cli.progress import share_progress
     from moeflow.convert.mixed_precision import choose_formats
@@ -103,7 +110,7 @@ def _choose(arguments, text):
         )
 
 
-def _record(arguments, text):
+def _record(arguments: argparse.Namespace, text: str | None) -> "ExpertInputs":
     """Run the model on text and keep what its experts see."""
     from moeflow.cli.progress import count_progress
     from moeflow.convert.calibrate import record_text

@@ -3,8 +3,15 @@
 Knows a tokenizer's `decode` and nothing else of a model.
 """
 
-_MOST_PENDING = 16  # tokens that wait for the rest of a character; one takes at most four
-_UNFINISHED = "\ufffd"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MAX_PENDING_TOKENS = 16  # that wait for the rest of a character, which takes at most four
+_UNFINISHED = "\ufffd"  # U+FFFD, which half a character reads as
 
 
 class Detokenizer:
@@ -16,9 +23,9 @@ class Detokenizer:
         tokenizer: the model's; special tokens have no text.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self._token_ids = []
+        self._token_ids: list[int] = []
         # The text of the tokens before `_shown` is out already. They are decoded again with each new token, because
         # what a token reads as (a leading space, half a character) depends on the tokens before it.
         self._shown = 0
@@ -31,7 +38,7 @@ class Detokenizer:
         """Return what is left; half a character becomes U+FFFD."""
         return self._take([], final=True)
 
-    def _take(self, token_ids, final):
+    def _take(self, token_ids: list[int], final: bool) -> str:
         self._token_ids += token_ids
         known = self._decode(self._shown)
         text = self._decode(len(self._token_ids))
@@ -39,7 +46,7 @@ class Detokenizer:
             self._forget(len(self._token_ids))
             return text[len(known) :]
         pending = len(self._token_ids) - self._shown
-        if pending > _MOST_PENDING:
+        if pending > _MAX_PENDING_TOKENS:
             # Bytes that are no text, or special tokens only: all but the last four are what they will ever be.
             end = len(self._token_ids) - 4
             settled = self._decode(end)
@@ -48,12 +55,11 @@ class Detokenizer:
                 return settled[len(known) :]
         return ""
 
-    def _forget(self, shown):
+    def _forget(self, shown: int) -> None:
         """Keep of the tokens that are out only those that went out last, as context of the next."""
         del self._token_ids[: self._shown]
         self._shown = shown - self._shown
 
-    def _decode(self, end):
-        return self._tokenizer.decode(
-            self._token_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _decode(self, end: int) -> str:
+        tokens = self._token_ids[:end]
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Sequential
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.kept_prefix import KeptPrefix
 from moeflow.engine.model_runner import ModelRunner
@@ -52,8 +54,8 @@ class Engine:
 
     def __init__(
         self,
-        model,
-        tokenizer=None,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_batch_size: int = 32,
         max_step_tokens: int = 512,
@@ -107,7 +109,7 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     @property
@@ -214,7 +216,7 @@ class Engine:
         finally:
             self._forget([id])
 
-    def stats(self) -> dict:
+    def stats(self) -> dict[str, Any]:
         """Return what has happened since the engine was made, with units in the names."""
         return {
             **self._counts,

@@ -41,11 +41,12 @@ class KeyValueSlot:
 
     def __init__(self, layout: dict[int, LayerShape], num_positions: int):
         self.num_positions = num_positions
-        self.keys, self.values = {}, {}  # of each layer, [1, heads, num_positions, features]
+        # Of each layer, [1, heads, num_positions, features].
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
         for layer, shape in layout.items():
-            options = {"dtype": shape.dtype, "device": shape.device}
-            self.keys[layer] = torch.empty(1, shape.key[0], num_positions, shape.key[1], **options)
-            self.values[layer] = torch.empty(1, shape.value[0], num_positions, shape.value[1], **options)
+            for kept, (heads, features) in ((self.keys, shape.key), (self.values, shape.value)):
+                kept[layer] = torch.empty(1, heads, num_positions, features, dtype=shape.dtype, device=shape.device)
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put keys and values, [1, heads, positions, features], from position `start` on."""

@@ -79,7 +79,10 @@ class ModelRunner:
         return computed
 
     def _forward(self, pieces: list[Piece]) -> list[Computed]:
-        segments, tokens, positions, keep = [], [], [], []
+        segments: list[Segment] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
         for sequence, new, samples in pieces:
             segment = Segment(self.slots[sequence.id], sequence.num_computed, len(new))
             segments.append(segment)
@@ -87,10 +90,10 @@ class ModelRunner:
             positions += range(segment.start, segment.end)
             if samples:
                 keep.append(len(tokens) - 1)
-        ids, positions, places = (
+        input_ids, position_ids, places = (
             torch.tensor(values, dtype=torch.long, device=self._model.device)
             for values in (tokens, positions, keep or [len(tokens) - 1])
         )
         with torch.no_grad(), self._watching(pieces), self._cache.running(self._model, segments):
-            logits = iter(forward.packed_forward(self._model, ids[None], positions[None], self._cache, places))
+            logits = iter(forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places))
         return [Computed(piece, next(logits) if piece.samples else None) for piece in pieces]

@@ -1,5 +1,10 @@
 """What an engine takes as a prompt: token ids that its model knows, within the model's context."""
 
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 from moeflow.hf import forward
@@ -16,9 +21,9 @@ class Prompts:
         context: positions the model was made for; None where its config does not say.
     """
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
         self._tokenizer = tokenizer
-        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
         self.context = forward.context_positions(model)
 
     def token_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
@@ -31,7 +36,10 @@ class Prompts:
             raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")
         if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
-        return list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        if isinstance(prompt, str):
+            assert self._tokenizer is not None, "refused above"
+            return list(self._tokenizer(prompt)["input_ids"])
+        return list(prompt)
 
     def most_new_tokens(self, ids: list[int], params: SamplingParams) -> int:
         """Return how many of the tokens that are wanted the context has room for."""

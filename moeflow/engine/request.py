@@ -4,11 +4,14 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from moeflow.engine.sampling import Sampler
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.stop_strings import StopStrings
+
+TokenLogprob = tuple[float | None, list[tuple[int, float]]]  # a token's, and (token id, logprob) of the likeliest
 
 
 class Completion(NamedTuple):
@@ -30,7 +33,7 @@ class Completion(NamedTuple):
     text: str
     finish_reason: str
     error: str | None
-    logprobs: list | None
+    logprobs: list[TokenLogprob] | None
 
 
 class StepOutput(NamedTuple):
@@ -52,13 +55,13 @@ class StepOutput(NamedTuple):
 class Request:
     """A sequence and what its user wants of it."""
 
-    def __init__(self, sequence: Sequence, params: SamplingParams, tokenizer):
+    def __init__(self, sequence: Sequence, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None):
         self.sequence = sequence
         self.params = params
         self.sampler = Sampler(params)
         self.stops = None if tokenizer is None else StopStrings(tokenizer, params.stop)
         self.text = ""  # what is certain of the answer so far
-        self.logprobs = None if params.logprobs is None else []
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
 
     def choose(self, logits: torch.Tensor, end_tokens: Collection[int]) -> tuple[int, str, str | None]:
         """Choose the next token and enter it.

@@ -110,7 +110,7 @@ def filtered(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return scores
 
 
-def _ids(ids, vocab_size, device):
+def _ids(token_ids: list[int], vocab_size: int, device: torch.device) -> torch.Tensor:
     """Return token ids as a tensor without those that the model has no logit for."""
-    ids = torch.tensor(ids, dtype=torch.long, device=device)
+    ids = torch.tensor(token_ids, dtype=torch.long, device=device)
     return ids[ids < vocab_size]

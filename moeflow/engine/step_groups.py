@@ -6,13 +6,18 @@ that decode; pieces of prompts go with the last group.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from moeflow.engine.regrouping.token_scheduler import SchedulerStats, TokenScheduler
 from moeflow.engine.sequence import Piece
 from moeflow.hf import experts_interface
+
+if TYPE_CHECKING:
+    from moeflow.offload.runtime import ExpertRuntime
 from moeflow.hf.forward import ForwardPass
 
 
@@ -31,7 +36,13 @@ class PassRoutes:
     def begin_pass(self, begun: ForwardPass) -> None:
         """Nothing is kept of a pass but its routes."""
 
-    def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights=None, hidden_states=None) -> None:
+    def observe(
+        self,
+        layer: int,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+    ) -> None:
         """Take in a layer's [tokens, K] choices."""
         self._chosen[layer] = top_k_index.numpy(force=True).copy()
 
@@ -58,8 +69,8 @@ class StepGroups:
         regrouping: whether groups are chosen by routes; else by arrival.
     """
 
-    def __init__(self, model, group_size: int, *, regrouping: bool = True):
-        self._runtime = model.moeflow
+    def __init__(self, model: PreTrainedModel, group_size: int, *, regrouping: bool = True):
+        self._runtime = cast("ExpertRuntime", model.moeflow)  # transformers types it as a module
         counts = self._runtime.experts_per_layer
         self._shape = len(counts), max(counts)
         top_k = experts_interface.num_experts_per_tok(model)
@@ -83,7 +94,7 @@ class StepGroups:
         for number, group in enumerate(places or [[]]):
             last = number == max(len(places) - 1, 0)
             if last and len(places) > 1:
-                chosen = [piece.sequence.token_ids[-1] for piece in decoding]
+                chosen: list[int | None] = [piece.sequence.token_ids[-1] for piece in decoding]
                 for place in group:
                     chosen[place] = None  # until this pass has run
                 self._scheduler.plan_ahead(self._decoding, chosen)

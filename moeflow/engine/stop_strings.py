@@ -1,6 +1,13 @@
 """Where a text ends: stop strings are found across tokens, and what may become one is held back."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from moeflow.engine.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class StopStrings:
@@ -14,7 +21,7 @@ class StopStrings:
         stop: texts that end the answer, none empty.
     """
 
-    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()):
         self.stopped = False
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = tuple(stop)
@@ -42,10 +49,10 @@ class StopStrings:
         self._held = ""
         return text
 
-    def _release(self):
+    def _release(self) -> str:
         """Return the part of the held text that no further text can take back, and keep the rest."""
-        found = [(self._held.find(stop), stop) for stop in self._stop]
-        found = [(begin + len(stop), begin) for begin, stop in found if begin >= 0]
+        begins = [(self._held.find(stop), stop) for stop in self._stop]
+        found = [(begin + len(stop), begin) for begin, stop in begins if begin >= 0]
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)[1]], ""

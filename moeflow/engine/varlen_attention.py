@@ -6,12 +6,13 @@ segments, and call the model's own attention for each with the whole keys and va
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache import KeyValueSlot, LayerShape
 from moeflow.errors import ExpertReadError, UnsupportedModelError
@@ -29,36 +30,38 @@ class Segment(NamedTuple):
     Args:
         slot: where its keys and values lie; None in a pass that keeps none.
         start: the position of its first new token.
-        count: new tokens.
+        num_new: new tokens.
     """
 
     slot: KeyValueSlot | None
     start: int
-    count: int
+    num_new: int
 
     @property
     def end(self) -> int:
         """Positions it has after the pass."""
-        return self.start + self.count
+        return self.start + self.num_new
 
 
 class VarlenCache(forward.KeyValueCache):
     """What a packed pass hands to the model as its key-value cache."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(layers=[])
         self.segments: list[Segment] = []
         self.shapes: dict[int, LayerShape] = {}  # of each layer that keeps keys and values, learnt as passes run
         self.num_attentions = 0
         self._latent: set[int] = set()  # layers that make keys and values anew of what is kept
-        self._returned: dict[int, tuple] = {}  # {id of keys: (layer, keys, values)} of this pass
+        self._returned: dict[
+            int, tuple[int, torch.Tensor, torch.Tensor]
+        ] = {}  # {id of keys: (layer, keys, values)} of this pass
         self._last_layer = 0
         self._implementations: dict[int, str] = {}
-        self._rows: list[weakref.ref] = []  # the slots of this pass, or of the one before
+        self._rows: list[weakref.ref[KeyValueSlot]] = []  # the slots of this pass, or of the one before
         self._same_rows = False  # whether this pass goes on with the sequences of the one before
 
     @contextmanager
-    def running(self, model, segments: list[Segment]) -> Iterator[None]:
+    def running(self, model: PreTrainedModel, segments: list[Segment]) -> Iterator[None]:
         """Let the model's passes meanwhile be packed ones over these segments."""
         self.segments = segments
         rows = [weakref.ref(segment.slot) for segment in segments if segment.slot is not None]
@@ -72,7 +75,7 @@ class VarlenCache(forward.KeyValueCache):
             self._returned.clear()
             self.segments = []
 
-    def learn(self, model) -> None:
+    def learn(self, model: PreTrainedModel) -> None:
         """Run one token, to learn what the model keeps of a position and whether its attention can be cut.
 
         Raises:
@@ -99,7 +102,7 @@ class VarlenCache(forward.KeyValueCache):
                 f"({self.num_attentions} calls, {len(self.shapes)} layers). Call model.generate instead."
             )
 
-    def _run_alone(self, model, token: int) -> None:
+    def _run_alone(self, model: PreTrainedModel, token: int) -> None:
         position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.num_attentions = 0
         with torch.no_grad(), self.running(model, [Segment(None, 0, 1)]):
@@ -111,11 +114,13 @@ class VarlenCache(forward.KeyValueCache):
         Only a pass of one token a sequence is a rectangle; any other is told as one row. The tokens are None where they
         do not go on with the sequences of the pass before, row by row.
         """
-        if all(segment.count == 1 and segment.start for segment in self.segments):
+        if all(segment.num_new == 1 and segment.start for segment in self.segments):
             return len(self.segments), 1, input_ids.reshape(-1, 1) if self._same_rows else None
         return 1, input_ids.shape[1], None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep new keys and values, [1, heads, tokens, features]; what comes back goes to attention.
 
         Returns:
@@ -123,16 +128,16 @@ class VarlenCache(forward.KeyValueCache):
             latent layer, those of all positions of all sequences, one sequence behind the other.
         """
         if layer_idx not in self.shapes:
-            shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in (key_states, value_states)]
-            self.shapes[layer_idx] = LayerShape(*shapes, key_states.dtype, key_states.device)
-        counts = [segment.count for segment in self.segments]
+            key, value = ((tensor.shape[1], tensor.shape[3]) for tensor in (key_states, value_states))
+            self.shapes[layer_idx] = LayerShape(key, value, key_states.dtype, key_states.device)
+        counts = [segment.num_new for segment in self.segments]
         pieces = zip(key_states.split(counts, 2), value_states.split(counts, 2), strict=True)
         for segment, (keys, values) in zip(self.segments, pieces, strict=True):
             if segment.slot is not None:
                 segment.slot.write(layer_idx, segment.start, keys, values)
         if layer_idx in self._latent and any(segment.start for segment in self.segments):
-            whole = [segment.slot.read(layer_idx, segment.end) for segment in self.segments]
-            return tuple(torch.cat(parts, 2) for parts in zip(*whole, strict=True))
+            keys, values = zip(*self._read(layer_idx), strict=True)
+            return torch.cat(keys, 2), torch.cat(values, 2)
         self._last_layer = layer_idx
         self._returned[id(key_states)] = (layer_idx, key_states, value_states)
         return key_states, value_states
@@ -143,10 +148,11 @@ class VarlenCache(forward.KeyValueCache):
         Raises:
             UnsupportedModelError: these are not of the tokens of this pass.
         """
-        layer, keys, values = self._returned.get(id(key), (None, None, None))
-        if keys is key and values is value and self.segments[0].slot is not None:
-            return [segment.slot.read(layer, segment.end) for segment in self.segments]
-        if keys is not key or values is not value:
+        layer, keys, values = self._returned.get(id(key), (0, None, None))
+        if keys is key and values is value:
+            if self.segments[0].slot is not None:
+                return self._read(layer)
+        else:
             self._latent.add(self._last_layer)
         ends = [segment.end for segment in self.segments]
         if not key.shape[2] == value.shape[2] == sum(ends):
@@ -155,6 +161,10 @@ class VarlenCache(forward.KeyValueCache):
                 "model does more with its keys than the engine knows. Call model.generate instead."
             )
         return list(zip(key.split(ends, 2), value.split(ends, 2), strict=True))
+
+    def _read(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the keys and values of all positions of each segment."""
+        return [segment.slot.read(layer, segment.end) for segment in self.segments if segment.slot is not None]
 
     def implementation(self, module: torch.nn.Module) -> str:
         """Name the attention implementation that this module has outside of packed passes."""
@@ -167,7 +177,7 @@ class VarlenCache(forward.KeyValueCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the most positions that a sequence had which now decodes; 0 where none does."""
-        return max((segment.start for segment in self.segments if segment.count == 1), default=0)
+        return max((segment.start for segment in self.segments if segment.num_new == 1), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return what transformers hands to the mask function, which does not look at it."""
@@ -181,7 +191,7 @@ class VarlenCache(forward.KeyValueCache):
 class _Mask:
     """A mask by its rule, from which each segment's tensor is made once a pass."""
 
-    def __init__(self, allowed):
+    def __init__(self, allowed: Callable[..., Any]):
         self._allowed = allowed  # (batch, head, query position, key position) -> bool
         self._made: dict[tuple[int, bool], torch.Tensor | None] = {}
 
@@ -192,28 +202,41 @@ class _Mask:
             self._made[key] = self._make(segment, query, eager)
         return self._made[key]
 
-    def _make(self, segment, query, eager):
+    def _make(self, segment: Segment, query: torch.Tensor, eager: bool) -> torch.Tensor | None:
         causal = self._allowed is forward.causal_rule
-        if causal and (segment.count == 1 or (segment.start == 0 and not eager)):
+        if causal and (segment.num_new == 1 or (segment.start == 0 and not eager)):
             return None  # sdpa masks what comes later where it gets as many queries as keys
         queries = torch.arange(segment.start, segment.end, device=query.device)[:, None]
         keys = torch.arange(segment.end, device=query.device)[None, :]
         allowed = self._allowed(0, 0, queries, keys)
-        if segment.count == 1 and bool(allowed.all()):
+        if segment.num_new == 1 and bool(allowed.all()):
             return None
         if eager:
             allowed = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
         return allowed[None, None]
 
 
-def _mask(batch_size, q_length, mask_function=forward.causal_rule, device=None, **kwargs) -> torch.Tensor:
+def _mask(
+    batch_size: int,
+    q_length: int,
+    mask_function: Callable[..., Any] = forward.causal_rule,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """Stand in for transformers' mask functions: a tensor that models pass on, with the rule on it."""
     carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
-    carrier.rule = _Mask(mask_function)
+    carrier.rule = _Mask(mask_function)  # type: ignore[attr-defined]  # models pass the tensor on with what is on it
     return carrier
 
 
-def _attention(module, query, key, value, attention_mask, **kwargs):
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Stand in for transformers' attention functions: the model's own, segment by segment."""
     cache = _cache.get()
     cache.num_attentions += 1
@@ -230,7 +253,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
         )
     implementation = cache.implementation(module)
     attend, outputs = forward.attention_function(module, implementation), []
-    queries = query.split([segment.count for segment in cache.segments], 2)
+    queries = query.split([segment.num_new for segment in cache.segments], 2)
     kwargs = {name: argument for name, argument in kwargs.items() if name not in _PER_PASS}
     for index, (segment, (keys, values)) in enumerate(zip(cache.segments, cache.whole(key, value), strict=True)):
         mask = rule.of(index, segment, query, implementation == "eager")

@@ -73,6 +73,7 @@ def test_nothing_is_kept_once_nobody_waits_for_it(mixtral):
         assert engine._kept.donors() == []
         engine.check_integrity()
         engine.cancel("other")
+        engine.step()
         assert_empty(engine)
 
 

@@ -7,6 +7,8 @@ Knows routes and token ids. Knows nothing of models or schedules. scripts/bench_
 worth to a regrouping, beside true ones.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _DECAY = 0.9  # of a sequence's uses, a token later
@@ -62,7 +64,7 @@ class LikelyRoutes:
         """Drop a sequence; one that is not known is no error. What its tokens took stays known."""
         self._recent.pop(sequence, None)
 
-    def likely(self, sequences: list[str], tokens: list[int | None]) -> np.ndarray:
+    def likely(self, sequences: list[str], tokens: Sequence[int | None]) -> np.ndarray:
         """Return [sequences, L, E] bool: what each one's next token may take; none where nothing is known.
 
         Args:
@@ -73,7 +75,7 @@ class LikelyRoutes:
         for score, sequence, token in zip(scores, sequences, tokens, strict=True):
             if sequence in self._recent:
                 score += self._recent[sequence]
-            routes = self._tokens.get(token, ())
+            routes = [] if token is None else self._tokens.get(token, [])
             for route in routes:
                 score[self._layers, route] += 1 / (len(routes) + _DOUBT)
         scores = scores[:, :, :-1]

@@ -11,6 +11,7 @@ Source: the token scheduler of ExpertFlow (arXiv 2410.17954, section 4.2), there
 
 import ctypes
 import math
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_uint16, c_uint64
 
 import numpy as np
@@ -137,6 +138,6 @@ class Search:
         return change
 
 
-def _c_loop():
+def _c_loop() -> Callable[..., int] | None:
     argtypes = (POINTER(_CState), c_int64, c_double, c_double)
     return c_function("regroup", __file__, argtypes, c_int64, without="it runs a hundred times slower")

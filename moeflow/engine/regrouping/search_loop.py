@@ -5,11 +5,15 @@ Knows the arrays of a `Search`. Knows nothing of routes or schedules.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from moeflow.engine.regrouping.search import Search
 
-def regroup(search, num_swaps: int, hot: float, cooling: float) -> int:
+
+def regroup(search: "Search", num_swaps: int, hot: float, cooling: float) -> int:
     """Try swaps of two tokens of different groups; return by how many active pairs the best differs from the first.
 
     A swap is kept if no more pairs are active, and else by chance exp(-more / temperature).
@@ -45,7 +49,7 @@ def regroup(search, num_swaps: int, hot: float, cooling: float) -> int:
     return best
 
 
-def _move(search, token, source, target) -> None:
+def _move(search: "Search", token: int, source: int, target: int) -> None:
     """Take a token from one group to another."""
     held = np.unpackbits(search.routes[token].view(np.uint8), bitorder="little").astype(bool)
     search.count[source, held] -= 1
@@ -56,6 +60,6 @@ def _move(search, token, source, target) -> None:
     search.group[token] = target
 
 
-def _whole(words) -> int:
-    """A set of bits as one number."""
+def _whole(words: np.ndarray) -> int:
+    """Return a set of bits as one number."""
     return int.from_bytes(words.tobytes(), "little")

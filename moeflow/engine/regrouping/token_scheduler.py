@@ -12,6 +12,7 @@ Source: the token scheduler of ExpertFlow (arXiv 2410.17954, section 4.2).
 """
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -104,10 +105,10 @@ class TokenScheduler:
             self._waited(time.perf_counter() - begin)
             self._split = sequences, groups
         else:
-            order = range(num_groups)
+            order = list(range(num_groups))
         return [np.flatnonzero(groups == group).tolist() for group in order]
 
-    def plan_ahead(self, sequences: list[str], tokens: list[int | None]) -> None:
+    def plan_ahead(self, sequences: list[str], tokens: Sequence[int | None]) -> None:
         """Begin to plan the next step beside what computes now.
 
         Args:
@@ -160,11 +161,11 @@ class TokenScheduler:
         self._rest = max(self._rest - 1, 0)
         return self._rest == 0
 
-    def _waited(self, seconds) -> None:
+    def _waited(self, seconds: float) -> None:
         self.stats.waited_s += seconds
         self._trial[2] += seconds
 
-    def _judge(self, active) -> None:
+    def _judge(self, active: int) -> None:
         """Rest where what was saved, at most a pair's part of the step each, is not worth the waiting for plans."""
         steps, saved, waited_s, step_s = self._trial
         worth_s = saved * step_s / max(steps * active, 1)
@@ -174,8 +175,8 @@ class TokenScheduler:
             self._next_rest = _FIRST_REST
         self._trial = [0, 0, 0.0, 0.0]
 
-    def _planned(self, sequences, likely, num_groups):
-        """The plan made ahead, amended; where there is none, one made now."""
+    def _planned(self, sequences: list[str], likely: np.ndarray, num_groups: int) -> np.ndarray:
+        """Return the plan made ahead, amended; where there is none, one made now."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return self._plan(likely, num_groups)
@@ -186,7 +187,7 @@ class TokenScheduler:
         self.stats.plan_s += time.perf_counter() - begin
         return groups
 
-    def _plan(self, likely, num_groups):
+    def _plan(self, likely: np.ndarray, num_groups: int) -> np.ndarray:
         begin = time.perf_counter()
         groups = regroup(likely, num_groups)
         self.stats.plan_s += time.perf_counter() - begin
@@ -208,16 +209,17 @@ def carried_groups(planned: dict[str, int], sequences: list[str], num_groups: in
         if group < num_groups and room[group]:
             groups[place] = group
             room[group] -= 1
-    for place in np.flatnonzero(groups < 0):
+    for place in np.flatnonzero(groups < 0).tolist():
         groups[place] = room.argmax()
         room[groups[place]] -= 1
     return groups
 
 
-def _order(likely, groups, num_groups, resident) -> list[int]:
-    """Run next whoever shares most with what is in memory, then with the group before it."""
+def _order(likely: np.ndarray, groups: np.ndarray, num_groups: int, resident: np.ndarray | None) -> list[int]:
+    """Order groups by need: first the one that shares most with memory, then with the group before it."""
     needs = np.stack([likely[groups == group].any(axis=0) for group in range(num_groups)])
-    left, order, there = list(range(num_groups)), [], resident
+    left, there = list(range(num_groups)), resident
+    order: list[int] = []
     while left:
         best = left[0] if there is None else max(left, key=lambda group: (int((needs[group] & there).sum()), -group))
         left.remove(best)

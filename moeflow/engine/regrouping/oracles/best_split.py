@@ -6,6 +6,7 @@ good split is known from the search before it begins. Without its C loop it is t
 
 import ctypes
 from ctypes import POINTER, byref, c_int8, c_int64, c_uint64
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def best_split(routes: np.ndarray, *, num_steps: int = _STEPS) -> tuple[np.ndarr
         "side": np.zeros(tokens, np.int8), "tried": np.zeros(tokens + 1, np.int8), "best": np.zeros(tokens, np.int8),
         "filled": np.zeros(tokens + 1, np.int64), "both": np.zeros((tokens, 2), np.int64),
     }  # fmt: skip
-    fields = dict(_CState._fields_)
+    fields: dict[str, Any] = {name: kind for name, kind, *_ in _CState._fields_}
     pointers = {name: array.ctypes.data_as(fields[name]) for name, array in arrays.items()}
     both = active_pairs(routes, known) - int(flat.any(axis=0).sum())
     state = _CState(tokens=tokens, words=words.shape[1], half=-(-tokens // 2), fewest=both, **pointers)

@@ -1,4 +1,4 @@
-"""What no regrouping is below: active pairs that every split of the tokens into groups of equal size has.
+"""Lower bound on the active (layer, expert) pairs of all splits of tokens into groups of equal size.
 
 A pair that n tokens take, n_g of them in group g, is active in k groups. Over all ways to split n tokens, k is at least
 a line in z = sum of n_g^2, the number of the pair's token couples that are together: k >= at - slope * z. So the sum of
@@ -47,7 +47,7 @@ def regroup_bound(routes: np.ndarray, num_groups: int, *, steps: int = _STEPS) -
     return max(least, math.ceil(at.sum() - _most_together(together, size, steps) - 1e-6))
 
 
-def _line(count, size, num_groups) -> tuple[float, float]:
+def _line(count: int, size: int, num_groups: int) -> tuple[float, float]:
     """Return (at, slope): k groups that hold `count` tokens are at least at - slope * z, whatever the split."""
     fewest = -(-count // size)
     ks = range(fewest, min(num_groups, count) + 1)
@@ -62,14 +62,14 @@ def _line(count, size, num_groups) -> tuple[float, float]:
     return best
 
 
-def _fewest_couples(count, k) -> int:
-    """The least sum of squares of k groups with `count` tokens."""
+def _fewest_couples(count: int, k: int) -> int:
+    """Return the least sum of squares of k groups with `count` tokens."""
     each, more = divmod(count, k)
     return (k - more) * each**2 + more * (each + 1) ** 2
 
 
-def _most_couples(count, k, size) -> int:
-    """The largest sum of squares of k groups with `count` tokens, 1 to `size` in each."""
+def _most_couples(count: int, k: int, size: int) -> int:
+    """Return the largest sum of squares of k groups with `count` tokens, 1 to `size` in each."""
     left, total = count - k, 0
     for _ in range(k):
         more = min(size - 1, left)
@@ -78,8 +78,8 @@ def _most_couples(count, k, size) -> int:
     return total
 
 
-def _most_together(together, size, steps) -> float:
-    """The least upper bound on <together, X> that subgradient steps find."""
+def _most_together(together: np.ndarray, size: int, steps: int) -> float:
+    """Return the least upper bound on <together, X> that subgradient steps find."""
     tokens = len(together)
     ones = np.full((tokens, 1), tokens**-0.5)
     multipliers, best = np.zeros(tokens), float("inf")

@@ -38,8 +38,8 @@ def medoid_groups(routes: np.ndarray, num_groups: int, *, rounds: int = 20) -> n
     return groups
 
 
-def _halves(similarity, part, rounds):
-    """Two halves of equal size; the first medoids are the two tokens that agree least."""
+def _halves(similarity: np.ndarray, part: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return two halves of equal size; the first medoids are the two tokens that agree least."""
     within = similarity[np.ix_(part, part)]
     medoids = np.unravel_index(within.argmin(), within.shape)
     half = len(part) // 2
