@@ -1,4 +1,7 @@
-"""What a batch costs: tokens a second, hit rate, activated experts a step, and how much of it is left."""
+"""Figures of a batch: tokens a second, hit rate, experts a step, and its estimated progress.
+
+Knows the engine's and the runtime's counters. Knows nothing of files or terminals.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class BatchShare:
-    """Counts tokens that are there, and guesses those to come.
+    """Estimated progress of a batch whose answer lengths are unknown.
 
     Args:
         most_tokens: the most tokens each id may get.
@@ -45,7 +48,7 @@ class BatchShare:
         return self.num_tokens / (self.num_tokens + num_left)
 
     def add(self, num_new: dict[str, int], ended: list[str]) -> None:
-        """Count what came of a step.
+        """Count the outputs of a step.
 
         Args:
             num_new: new tokens of each id that got some.
@@ -99,7 +102,7 @@ class BatchFigures:
         return self._share.done
 
     def add(self, num_new: dict[str, int], ended: list[str]) -> None:
-        """Count what came of a step: new tokens of each id that got some, and the ids that ended."""
+        """Count the outputs of a step: new tokens of each id that got some, and the ids that ended."""
         self._share.add(num_new, ended)
 
     def as_dict(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class BatchRequest:
 
     @property
     def digest(self) -> str:
-        """Content, sampling and who answers in 16 hexadecimal digits, by which an answer tells what it answers."""
+        """Hash of content, sampling and the answering model in 16 hexadecimal digits, which the answer repeats."""
         # What is as by default is left out, so that an option that a later version adds changes no digest.
         given = ((field, getattr(self.params, field.name)) for field in fields(SamplingParams))
         sampling = {field.name: value for field, value in given if value != field.default}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moeflow.batch.requests import BatchRequest, RefusedLine
     from moeflow.engine.request import Completion
 
-_START = b'{"id": '  # of every line
+_LINE_START = b'{"id": '
 
 
 class BatchFile:
@@ -106,7 +106,7 @@ class BatchFile:
         with open(self.path, "rb") as file:
             lines = file.readlines()
         torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        if not torn.startswith(_START) and not _START.startswith(torn):
+        if not torn.startswith(_LINE_START) and not _LINE_START.startswith(torn):
             self._refuse(len(lines) + 1)
         for number, line in enumerate(lines, 1):
             try:

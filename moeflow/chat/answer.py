@@ -28,7 +28,7 @@ NOT_IN_GENERATE = ("presence_penalty", "frequency_penalty", "stop", "logprobs", 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one `generate` call.
+    """Result of one `generate` call.
 
     Args:
         text: the decoded answer without special tokens.

@@ -1,4 +1,4 @@
-"""What appears on the terminal while an answer streams: plain text or rendered markdown, block by block.
+"""Streamed answers on the terminal: plain text or rendered markdown, block by block.
 
 Knows nothing about models: works on an iterator over text, and keeps the terminal safe from what the text says.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
-# What a model may say but a terminal must not act on: control characters other than tab and newline.
+# Control characters other than tab and newline: a model may say them, a terminal must not act on them.
 _CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 

@@ -79,7 +79,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 
 def _calibration_text(arguments: argparse.Namespace) -> str | None:
-    """Read the text to learn from; None where there is none."""
+    """Read the calibration text; return None where none is given."""
     from pathlib import Path
 
     if arguments.calibration is None:

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: a piece is given out once the tokens behind it can no longer change it.
+"""Incremental detokenizer: a piece of text is given out once later tokens can no longer change it.
 
 Knows a tokenizer's `decode` and nothing else of a model.
 """

@@ -1,6 +1,6 @@
-"""Many requests on one model: each step runs one pass over the new tokens of all of them.
+"""Continuous batching: each step runs one pass over the new tokens of all requests under way.
 
-The place where requests meet the schedule: it admits them, lets passes run, and says what came of each.
+Knows requests, the scheduler and the model runner. Knows nothing of tensors' layout, files or terminals.
 """
 
 import itertools
@@ -27,8 +27,8 @@ from moeflow.hf import forward
 from moeflow.memory_size import MemorySize, parse_memory
 from moeflow.trace.recorder import TraceRecorder
 
-_AUTO_BYTES = 2 << 30  # of keys and values
-_DEFAULT = SamplingParams()
+_AUTO_KV_BYTES = 2 << 30  # kv_memory="auto" takes no more
+_DEFAULT_PARAMS = SamplingParams()
 
 
 class Engine:
@@ -37,13 +37,13 @@ class Engine:
     Args:
         model: of `load_moe`, or any transformers causal LM whose cache holds keys and values only.
         tokenizer: the model's; None where prompts are token ids and no text is wanted.
-        max_batch_size: most sequences that run at once.
+        max_batch_size: the largest number of sequences that run at once.
         max_step_tokens: most tokens in one pass; prompts are cut to fit beside the tokens of those that decode.
-        kv_memory: what keys and values of all sequences may take: bytes, "2GiB", or "auto" (what max_batch_size
-            sequences of the model's whole context take, at most 2 GiB). It is taken as sequences come.
+        kv_memory: bytes of the keys and values of all sequences at most: a number, "2GiB", or "auto" (enough for
+            max_batch_size sequences of the model's whole context, at most 2 GiB). Memory is taken as sequences come.
         share_prefixes: whether equal beginnings of prompts under way are computed once.
-        group_size: most sequences that decode in one pass, where that is to be less than max_batch_size: a step then
-            takes several passes. None: one pass for all, in which every expert is fetched once a step.
+        group_size: the largest number of sequences that decode in one pass; below max_batch_size a step takes several
+            passes. None: one pass for all, in which every expert is fetched once a step.
         regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
             the order of arrival. Outputs are the same.
 
@@ -90,7 +90,7 @@ class Engine:
             self._groups = StepGroups(model, group_size, regrouping=regrouping)
         max_positions = None
         if budget_bytes is None:
-            budget_bytes = _AUTO_BYTES
+            budget_bytes = _AUTO_KV_BYTES
             if self._prompts.context is not None:
                 max_positions = max_batch_size * self._prompts.context
         watching = nullcontext if self._groups is None else self._groups.watching
@@ -117,8 +117,8 @@ class Engine:
         """Whether every request has ended and been reported."""
         return not self._requests and not self._unreported
 
-    def add(self, prompt: str | list[int], params: SamplingParams = _DEFAULT, *, id: str | None = None) -> str:
-        """Let a request wait for its turn, and return its id.
+    def add(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS, *, id: str | None = None) -> str:
+        """Queue a request and return its id.
 
         A prompt that cannot be run ends that request with "error" in the next step; others are not touched.
 
@@ -146,7 +146,7 @@ class Engine:
         return id
 
     def step(self) -> list[StepOutput]:
-        """Run one pass, or one for each group, and return what it brought to each request that got or ended something.
+        """Run one pass, or one for each group, and return an output for each request that got a token or ended.
 
         Raises:
             ClosedModelError: the engine or its model was closed.
@@ -169,7 +169,7 @@ class Engine:
         return reported
 
     def cancel(self, id: str) -> bool:
-        """End a request with what it has; False where none of this id is under way."""
+        """End a request with the tokens it has; return False where none of this id is under way."""
         if id not in self._requests:
             return False
         self._end(self._requests[id], [], "", "cancelled")
@@ -178,7 +178,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequential[str | list[int]],
-        params: SamplingParams | Sequential[SamplingParams] = _DEFAULT,
+        params: SamplingParams | Sequential[SamplingParams] = _DEFAULT_PARAMS,
     ) -> list[Completion]:
         """Run prompts to their ends and return their completions in the same order.
 
@@ -200,8 +200,8 @@ class Engine:
             self._forget(ids)
         return [completions[id] for id in ids]
 
-    def stream(self, prompt: str | list[int], params: SamplingParams = _DEFAULT) -> Iterator[str]:
-        """Run one request and yield its text as it comes; what is closed early is cancelled.
+    def stream(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS) -> Iterator[str]:
+        """Run one request and yield its text as it comes; closing the iterator early cancels the request.
 
         Raises:
             MoeflowError: it ended in an error, for the reason in the message.
@@ -233,7 +233,7 @@ class Engine:
         }
 
     def check_integrity(self) -> None:
-        """Assert that running sequences and the kept one, and nobody else, have slots, and that bytes are right."""
+        """Assert that slots belong to running sequences and the kept one, and that their bytes are right."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         holders = [*running, *self._kept.donors()]
         assert len(holders) == len(self._slots), f"{len(self._slots)} slots for {len(holders)} sequences"
@@ -270,7 +270,7 @@ class Engine:
         self._counts["shared_tokens"] += num_tokens
 
     def _advance(self, piece: Piece, logits: torch.Tensor | None, error: str | None) -> None:
-        """Enter what was computed, and the token that it leads to."""
+        """Record a computed piece, and sample the next token where it ends the prompt or decodes."""
         sequence = piece.sequence
         request = self._requests[sequence.id]
         if error is not None:
@@ -312,7 +312,7 @@ class Engine:
         self._unreported.append(StepOutput(completion.id, token_ids, text + rest, completion))
 
     def _until(self, ids: list[str]) -> Iterator[StepOutput]:
-        """Step until these have ended, and yield what they got; what others got is kept for the next step()."""
+        """Step until these requests have ended and yield their outputs; those of others wait for the next step()."""
         left, wanted, others = set(ids), set(ids), []
         try:
             while left:
@@ -324,12 +324,12 @@ class Engine:
                         left.discard(output.id)
                     yield output
                 if not any(id in self._requests for id in left):
-                    return  # whoever called step() meanwhile was told the end
+                    return  # another caller of step() was told the end
         finally:
             self._unreported = others + self._unreported
 
     def _forget(self, ids: list[str]) -> None:
-        """Cancel what is still under way of these, and report none of them."""
+        """Cancel those of these requests that are under way, and report none of them."""
         for id in ids:
             self.cancel(id)
         self._unreported = [output for output in self._unreported if output.id not in ids]

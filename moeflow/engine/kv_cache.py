@@ -1,6 +1,6 @@
-"""The keys and values of sequences: one slot a sequence, of exactly the positions it may come to have.
+"""KV cache: one slot of keys and values a sequence, sized for all positions that it may reach.
 
-Knows nothing of schedules or models: only shapes, and bytes against a budget.
+Knows shapes, and bytes against a budget. Knows nothing of schedulers or models.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from moeflow.errors import BudgetError
 
 
 class LayerShape(NamedTuple):
-    """What one layer keeps of one position.
+    """Shape of the keys and values that one layer keeps of one position.
 
     Args:
         key: [heads, features].
@@ -60,7 +60,7 @@ class KeyValueSlot:
         return self.keys[layer][:, :, :num_positions], self.values[layer][:, :, :num_positions]
 
     def copy_from(self, other: "KeyValueSlot", num_positions: int) -> None:
-        """Take over the first positions of another sequence."""
+        """Copy the first positions of another sequence."""
         for layer in self.keys:
             self.write(layer, 0, *other.read(layer, num_positions))
 
@@ -90,7 +90,7 @@ class KeyValueSlots:
         return self._slots[id]
 
     def check_possible(self, num_positions: int) -> None:
-        """Refuse a sequence that would not fit were it alone.
+        """Refuse a sequence that is larger than the whole budget.
 
         Raises:
             BudgetError: so many positions are more than the whole budget.
@@ -103,7 +103,7 @@ class KeyValueSlots:
             )
 
     def allocate(self, id: str, num_positions: int) -> bool:
-        """Give a sequence its slot, if there is room for it now."""
+        """Give a sequence its slot, and return whether there was room for it."""
         assert id not in self._slots, f"{id} has a slot"
         needed = num_positions * self.position_bytes
         if self.used_bytes + needed > self.budget_bytes:
@@ -118,7 +118,7 @@ class KeyValueSlots:
         self.used_bytes -= self._slots.pop(id).num_positions * self.position_bytes
 
     def check_integrity(self) -> None:
-        """Assert that what is counted is what the slots' tensors take, and inside the budget."""
+        """Assert that the counted bytes are those of the slots' tensors, and inside the budget."""
         found = sum(
             tensor.nbytes
             for slot in self._slots.values()

@@ -1,6 +1,6 @@
-"""Passes of an engine: pieces of many sequences through the model, one behind the other.
+"""Model runner: packs pieces of many sequences into one forward pass, and returns the logits of each.
 
-Knows tensors and slots. Knows nothing of requests: what a pass brings goes back with its piece.
+Knows tensors and slots. Knows nothing of requests.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
 from moeflow.hf import forward
 
-_FAILED = (ExpertReadError, OSError, RuntimeError)
+_PASS_ERRORS = (ExpertReadError, OSError, RuntimeError)
 
 
 class Computed(NamedTuple):
-    """What a pass brought to one piece.
+    """Result of a pass for one piece.
 
     Args:
         piece: what was to be computed.
         logits: [V] of its last token, where the piece samples.
-        error: why it could not be computed.
+        error: the reason where it could not be computed.
     """
 
     piece: Piece
@@ -34,7 +34,7 @@ class Computed(NamedTuple):
 
 
 class ModelRunner:
-    """Runs pieces, and keeps the keys and values of their sequences.
+    """Runs pieces of sequences on a model and keeps their keys and values.
 
     Args:
         model: whose passes these are.
@@ -65,16 +65,16 @@ class ModelRunner:
         self.num_retries = 0
 
     def run(self, pieces: list[Piece]) -> list[Computed]:
-        """Compute the pieces; where that fails, each alone, so that only those fail which cannot be computed."""
+        """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail."""
         try:
             return self._forward(pieces)
-        except _FAILED:
+        except _PASS_ERRORS:
             self.num_retries += 1
         computed = []
         for piece in pieces:
             try:
                 computed += self._forward([piece])
-            except _FAILED as error:
+            except _PASS_ERRORS as error:
                 computed.append(Computed(piece, None, f"{type(error).__name__}: {error}"))
         return computed
 

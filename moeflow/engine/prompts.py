@@ -1,4 +1,7 @@
-"""What an engine takes as a prompt: token ids that its model knows, within the model's context."""
+"""Prompts of an engine: token ids that its model knows, within the model's context.
+
+Knows the tokenizer, the vocabulary and the context. Knows nothing of passes.
+"""
 
 from typing import cast
 
@@ -42,7 +45,7 @@ class Prompts:
         return list(prompt)
 
     def most_new_tokens(self, ids: list[int], params: SamplingParams) -> int:
-        """Return how many of the tokens that are wanted the context has room for."""
+        """Return the requested number of new tokens, cut to the room that the context has."""
         wanted = params.max_new_tokens
         return wanted if self.context is None else min(wanted, self.context - len(ids) + 1)
 

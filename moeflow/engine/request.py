@@ -1,4 +1,7 @@
-"""What an engine's users give and get: one request, what a step brought it, and how it ended."""
+"""A request of an engine, its outputs step by step, and its completion.
+
+Knows sampling and stop strings. Knows nothing of passes or slots.
+"""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -23,7 +26,7 @@ class Completion(NamedTuple):
         token_ids: what was generated, the end-of-sequence token included.
         text: of these, up to a stop string; empty where the engine has no tokenizer.
         finish_reason: "stop" (the model ended, or a stop string came), "length", "cancelled" or "error".
-        error: what went wrong, for "error".
+        error: the reason, for "error".
         logprobs: (logprob, [(token id, logprob)]) of each token; None where not asked for.
     """
 
@@ -37,7 +40,7 @@ class Completion(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step brought to one request.
+    """Output of one step for one request.
 
     Args:
         id: which.
@@ -53,7 +56,7 @@ class StepOutput(NamedTuple):
 
 
 class Request:
-    """A sequence and what its user wants of it."""
+    """A sequence with its sampler, its stop strings and its text so far."""
 
     def __init__(self, sequence: Sequence, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None):
         self.sequence = sequence
@@ -64,7 +67,7 @@ class Request:
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
 
     def choose(self, logits: torch.Tensor, end_tokens: Collection[int]) -> tuple[int, str, str | None]:
-        """Choose the next token and enter it.
+        """Sample the next token and append it.
 
         Args:
             logits: [V], of the last token.
@@ -89,7 +92,7 @@ class Request:
         return sampled.token_id, text, reason
 
     def finish(self, reason: str, error: str | None) -> tuple[str, Completion]:
-        """Return the text that was held back until now, and what became of the request."""
+        """Return the text that was held back until now, and the completion."""
         rest = "" if self.stops is None else self.stops.finish()
         self.text += rest
         sequence = self.sequence

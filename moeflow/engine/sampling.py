@@ -1,7 +1,7 @@
-"""How the next token of one request is chosen from its logits.
+"""Sampling of the next token of one request from its logits.
 
 The order is that of transformers: penalties, temperature, top-k, top-p, min-p, then the draw. A request has a sampler
-with a generator of its own, so that what it gets depends neither on the batch it is in nor on who else samples.
+with a generator of its own, so that its tokens depend neither on its batch nor on other requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one request asks of its answer, and the checks of it.
+"""Sampling parameters of one request, and their checks.
 
 Knows numbers and texts. Knows nothing of tensors or models; imports no torch, so that the command line can.
 """
@@ -17,7 +17,7 @@ _MIN_TEMPERATURE = 1e-5  # below it, float32 logits over the temperature may ove
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request asks of its answer.
+    """Sampling parameters of one request.
 
     Args:
         max_new_tokens: most tokens to generate, at least 1.

@@ -1,4 +1,4 @@
-"""Which sequences wait, which run, and what each computes in the next step.
+"""Scheduler: which sequences wait, which run, and which tokens of each the next step computes.
 
 Pure bookkeeping, no tensors: a step takes one token of every sequence that decodes and fills what is left of its token
 budget with pieces of prompts, in the order of arrival.
@@ -35,7 +35,7 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Queue a sequence."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
@@ -96,7 +96,10 @@ class Scheduler:
         return pieces
 
     def _longest(self, sequence: Sequence, after: dict[Sequence, int]) -> tuple[Sequence | None, int]:
-        """Find who has, or has after this step, most of this prompt's beginning; its last token is never shared."""
+        """Find the sequence that has, or has after this step, most of this prompt's beginning.
+
+        The prompt's last token is never shared.
+        """
         best, longest = None, _MIN_SHARED_TOKENS - 1
         prompt = sequence.prompt_ids[:-1]
         for other, computed in after.items():

@@ -40,7 +40,7 @@ class Sequence:
 
 
 class Piece(NamedTuple):
-    """What one sequence computes in a step.
+    """New tokens of one sequence that a step computes.
 
     Args:
         sequence: whose tokens.

@@ -1,7 +1,7 @@
-"""The passes of an engine's step: one for all, or groups that the token scheduler makes, and what their routers chose.
+"""Groups of an engine's step: splits its pieces into passes by the token scheduler, and records their routes.
 
-Stands between the engine, which knows pieces, and the scheduler, which knows ids and routes. Groups are of sequences
-that decode; pieces of prompts go with the last group.
+Knows pieces and the token scheduler. Knows nothing of slots or sampling. Groups are of sequences that decode; pieces of
+prompts go with the last group.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from moeflow.hf.forward import ForwardPass
 
 
 class PassRoutes:
-    """Sits among a runtime's observers for a pass, and keeps what its routers chose.
+    """Observer of one pass that keeps the routes its routers chose.
 
     Args:
         num_layers: L.
@@ -50,7 +50,7 @@ class PassRoutes:
         """Nothing is held."""
 
     def take(self, num_tokens: int) -> np.ndarray:
-        """Return what the pass's tokens chose, [tokens, L, K] with E for none, and forget it."""
+        """Return the routes of the pass's tokens, [tokens, L, K] with E for none, and forget them."""
         top_k = max((chosen.shape[1] for chosen in self._chosen.values()), default=0)
         taken = np.full((num_tokens, self._num_layers, top_k), self._num_experts, np.int64)
         for layer, chosen in self._chosen.items():
@@ -61,7 +61,7 @@ class PassRoutes:
 
 
 class StepGroups:
-    """How an engine's steps are cut into passes.
+    """Cuts an engine's steps into passes.
 
     Args:
         model: of `load_moe`.
@@ -81,7 +81,7 @@ class StepGroups:
 
     @property
     def stats(self) -> SchedulerStats:
-        """What regrouping did."""
+        """Counters of regrouping."""
         return self._scheduler.stats
 
     def split(self, pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -104,7 +104,7 @@ class StepGroups:
 
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
-        """See what the routers choose in a pass over pieces, where groups will depend on it."""
+        """Record the routes of a pass over pieces, where later groups will depend on them."""
         if not self._scheduler.wants_routes:
             yield
             return

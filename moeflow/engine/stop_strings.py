@@ -1,4 +1,7 @@
-"""Where a text ends: stop strings are found across tokens, and what may become one is held back."""
+"""Stop strings: found across tokens; text that may become one is held back.
+
+Knows the detokenizer. Knows nothing of models.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One forward pass over new tokens of several sequences, one behind the other, without padding.
+"""Varlen attention: one forward pass over new tokens of several sequences, packed without padding.
 
 Everything in a model but attention treats each token alone, so that only attention must know which tokens are whose:
 the functions here stand where transformers looks up an attention function and a mask function, cut the pass into its
@@ -19,9 +19,9 @@ from moeflow.errors import ExpertReadError, UnsupportedModelError
 from moeflow.hf import forward
 
 _cache: ContextVar["VarlenCache"] = ContextVar("_cache")  # of the pass under way
-_PER_PASS = {"position_ids", "cache_position"}  # tensors an attention function gets and does not use
-_PER_HEAD = {"s_aux"}  # and such as say the same of every token
-_TRIED_TOKENS = 8  # by which a model is learnt, where experts that the first ones need cannot be read
+_UNUSED_TENSORS = {"position_ids", "cache_position"}  # attention functions get them and do not use them
+_PER_HEAD_TENSORS = {"s_aux"}  # the same for every token
+_MAX_TRIED_TOKENS = 8  # token ids tried in turn where experts of the first ones cannot be read
 
 
 class Segment(NamedTuple):
@@ -84,12 +84,12 @@ class VarlenCache(forward.KeyValueCache):
         """
         name = type(model).__name__
         try:
-            for token in range(_TRIED_TOKENS):
+            for token in range(_MAX_TRIED_TOKENS):
                 try:
                     self._run_alone(model, token)
                     break
                 except ExpertReadError:
-                    if token == _TRIED_TOKENS - 1:
+                    if token == _MAX_TRIED_TOKENS - 1:
                         raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise UnsupportedModelError(
@@ -244,7 +244,7 @@ def _attention(
     unknown = [
         name
         for name, argument in kwargs.items()
-        if isinstance(argument, torch.Tensor) and name not in _PER_PASS | _PER_HEAD
+        if isinstance(argument, torch.Tensor) and name not in _UNUSED_TENSORS | _PER_HEAD_TENSORS
     ]
     if rule is None or unknown:
         found = f"gives its attention {unknown[0]}" if unknown else "makes its attention masks itself"
@@ -254,7 +254,7 @@ def _attention(
     implementation = cache.implementation(module)
     attend, outputs = forward.attention_function(module, implementation), []
     queries = query.split([segment.num_new for segment in cache.segments], 2)
-    kwargs = {name: argument for name, argument in kwargs.items() if name not in _PER_PASS}
+    kwargs = {name: argument for name, argument in kwargs.items() if name not in _UNUSED_TENSORS}
     for index, (segment, (keys, values)) in enumerate(zip(cache.segments, cache.whole(key, value), strict=True)):
         mask = rule.of(index, segment, query, implementation == "eager")
         outputs.append(attend(module, queries[index], keys, values, mask, **kwargs)[0])

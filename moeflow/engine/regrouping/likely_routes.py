@@ -1,4 +1,4 @@
-"""Which experts a sequence is likely to take next: those that its next token took before, and that its last ones took.
+"""Likely experts of a sequence's next token, from that token's earlier routes and the sequence's last ones.
 
 The token to be fed is known before its pass, and says most of its route in every layer, in whatever sequence it was fed
 before; the rest is what the sequence is about. Nothing is trained: every pass adds to the memory.
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_DECAY = 0.9  # of a sequence's uses, a token later
-_LASTING = 64  # tokens after which nothing is left of a use
-_SPAN = 4  # uses of a token that are remembered
-_DOUBT = 0.5  # uses that a token is short of: of one use alone, each expert counts for 2/3
-_MEMORY_BYTES = 64 << 20  # of tokens' routes; those fed longest ago go first
+_TOKEN_DECAY = 0.9  # weight of a sequence's uses after one more token
+_MAX_AGE_TOKENS = 64  # an older use weighs nothing
+_REMEMBERED_USES = 4  # of each token
+_PRIOR_COUNT = 0.5  # additive smoothing: one observation weighs 1 / 1.5
+_MAX_MEMORY_BYTES = 64 << 20  # of tokens' routes; the token fed longest ago is forgotten first
 
 
 class LikelyRoutes:
-    """What was seen of tokens and of sequences.
+    """Memory of the routes of tokens and of sequences.
 
     Args:
         num_layers: L.
@@ -28,12 +28,14 @@ class LikelyRoutes:
         memory_bytes: what routes of tokens may take, for at least one token.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, top_k: int, *, memory_bytes: int = _MEMORY_BYTES):
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, *, memory_bytes: int = _MAX_MEMORY_BYTES):
         self._num_experts, self._top_k = num_experts, min(max(top_k, 1), num_experts)
         self._kind = np.uint8 if num_experts < 256 else np.uint16
         self._shape = num_layers, num_experts + 1  # the last column takes in what stands for none
         self._layers = np.arange(num_layers)[:, None]
-        self._most_tokens = max(memory_bytes // (_SPAN * num_layers * top_k * np.dtype(self._kind).itemsize), 1)
+        self._most_tokens = max(
+            memory_bytes // (_REMEMBERED_USES * num_layers * top_k * np.dtype(self._kind).itemsize), 1
+        )
         self._tokens: dict[int, list[np.ndarray]] = {}  # their last routes, [L, K] each, by when they were fed last
         self._recent: dict[str, np.ndarray] = {}  # decayed mean of a sequence's routes, [L, E + 1]
 
@@ -50,15 +52,15 @@ class LikelyRoutes:
         """
         chosen = np.minimum(chosen, self._num_experts)
         for token, route in zip(tokens, chosen.astype(self._kind), strict=True):
-            self._tokens[token] = [*self._tokens.pop(token, ())[1 - _SPAN :], route]
+            self._tokens[token] = [*self._tokens.pop(token, ())[1 - _REMEMBERED_USES :], route]
         while len(self._tokens) > self._most_tokens:
             del self._tokens[next(iter(self._tokens))]
         recent = self._recent.get(sequence)
         if recent is None:
             recent = self._recent[sequence] = np.zeros(self._shape, np.float32)
-        recent *= _DECAY ** len(chosen)
-        for age, route in enumerate(chosen[: -_LASTING - 1 : -1]):
-            recent[self._layers, route] += (1 - _DECAY) * _DECAY**age
+        recent *= _TOKEN_DECAY ** len(chosen)
+        for age, route in enumerate(chosen[: -_MAX_AGE_TOKENS - 1 : -1]):
+            recent[self._layers, route] += (1 - _TOKEN_DECAY) * _TOKEN_DECAY**age
 
     def forget(self, sequence: str) -> None:
         """Drop a sequence; one that is not known is no error. What its tokens took stays known."""
@@ -77,7 +79,7 @@ class LikelyRoutes:
                 score += self._recent[sequence]
             routes = [] if token is None else self._tokens.get(token, [])
             for route in routes:
-                score[self._layers, route] += 1 / (len(routes) + _DOUBT)
+                score[self._layers, route] += 1 / (len(routes) + _PRIOR_COUNT)
         scores = scores[:, :, :-1]
         best = np.argpartition(-scores, self._top_k - 1, axis=2)[:, :, : self._top_k]
         chosen = np.zeros(scores.shape, bool)

@@ -22,8 +22,8 @@ from moeflow.errors import ConfigError
 from moeflow.random_bits import RandomBits
 
 HOT, COLD = 6.0, 0.3  # temperatures, in active (layer, expert) pairs
-_SWAPS = 40_000  # to try: some milliseconds, within .1 % of the fewest pairs there are of 32 tokens
-_SWAPS_A_TOKEN = 500  # below which a search begins half as hot, since it has no time to cool from more
+_NUM_SWAPS = 40_000  # some milliseconds; 32 tokens end within .1 % of the fewest pairs
+_MIN_SWAPS_PER_TOKEN = 500  # a shorter search begins half as hot, since it has no time to cool from more
 _ARRAYS = {
     "routes": c_uint64, "group": c_int32, "any": c_uint64, "one": c_uint64, "count": c_uint16, "best": c_int32,
 }  # fmt: skip
@@ -55,14 +55,14 @@ def regroup(
         ConfigError: routes are not [tokens, L, E], or there are more groups than tokens.
     """
     search = Search(routes, num_groups, start=start, seed=seed)
-    search.run(_SWAPS if num_swaps is None else num_swaps)
+    search.run(_NUM_SWAPS if num_swaps is None else num_swaps)
     return search.best
 
 
 def amended_groups(routes: np.ndarray, num_groups: int, start: np.ndarray) -> np.ndarray:
     """Change groups that are nearly right: a tenth of the swaps, none that makes much worse. As `regroup` else."""
     search = Search(routes, num_groups, start=start)
-    search.run(_SWAPS // 10, COLD)
+    search.run(_NUM_SWAPS // 10, COLD)
     return search.best
 
 
@@ -126,7 +126,7 @@ class Search:
     def run(self, num_swaps: int, hot: float | None = None, cold: float = COLD) -> int:
         """Try swaps while the temperature falls; return by how many active pairs the best differs from the start."""
         if hot is None:
-            hot = HOT if num_swaps >= _SWAPS_A_TOKEN * len(self.group) else HOT / 2
+            hot = HOT if num_swaps >= _MIN_SWAPS_PER_TOKEN * len(self.group) else HOT / 2
         cooling = (cold / hot) ** (1 / max(num_swaps, 1))
         loop = _c_loop()
         if loop is None:

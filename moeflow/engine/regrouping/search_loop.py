@@ -1,5 +1,4 @@
-"""The regrouping's inner loop in plain Python: what a swap changes, the oracle of `_regroup.c`, and what runs where no
-compiler was there when moeflow was installed.
+"""Inner loop of regrouping in plain Python: the oracle of `_regroup.c`, which replaces it where moeflow was compiled.
 
 Knows the arrays of a `Search`. Knows nothing of routes or schedules.
 """

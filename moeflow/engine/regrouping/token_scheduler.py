@@ -1,4 +1,4 @@
-"""The token scheduler: which of the sequences that decode share a pass, when not all of them fit into one.
+"""Token scheduler: splits sequences that decode into passes that activate few experts.
 
 Groups are planned by the routes that each sequence is likely to take (`likely_routes`). Most of a plan is made beside
 the last pass of the step before, without the tokens which that pass has yet to choose; once they are known the plan is
@@ -23,14 +23,14 @@ from moeflow.engine.regrouping.search import active_pairs, amended_groups, arriv
 from moeflow.errors import ConfigError
 from moeflow.predictors.odds import multi_hot
 
-_TRIAL_STEPS = 8  # steps that a judgement rests on
-_FIRST_REST, _LONGEST_REST = 32, 1024  # steps without planning after one that did not pay
-_WARM_STEPS = 8  # before planning again, in which routes are taken in
+_TRIAL_STEPS = 8  # planned steps between two judgements
+_MIN_REST_STEPS, _MAX_REST_STEPS = 32, 1024  # without planning, after a trial that did not pay
+_WARM_UP_STEPS = 8  # of a rest, at its end, in which routes are observed again
 
 
 @dataclass
 class SchedulerStats:
-    """What regrouping did.
+    """Counters of regrouping.
 
     Args:
         steps: steps of several groups.
@@ -71,13 +71,13 @@ class TokenScheduler:
         self._threads = ThreadPoolExecutor(1, "moeflow-scheduler")
         self._ahead: tuple[list[str], Future] | None = None  # of these sequences, [sequences] groups
         self._split: tuple[list[str], np.ndarray] | None = None  # the step under way, if it was planned
-        self._rest, self._next_rest = 0, _FIRST_REST
+        self._rest, self._next_rest = 0, _MIN_REST_STEPS
         self._trial = [0, 0, 0.0, 0.0]  # steps, pairs saved, seconds waited, seconds of steps
 
     @property
     def wants_routes(self) -> bool:
         """Whether routes that are observed in this step will be of use: not while a long rest has just begun."""
-        return self._regrouping and self._rest <= _WARM_STEPS
+        return self._regrouping and self._rest <= _WARM_UP_STEPS
 
     def split(self, sequences: list[str], tokens: list[int], resident: np.ndarray | None = None) -> list[list[int]]:
         """Split a step's sequences into as few groups as there can be, of sizes that differ by one at most.
@@ -170,9 +170,9 @@ class TokenScheduler:
         steps, saved, waited_s, step_s = self._trial
         worth_s = saved * step_s / max(steps * active, 1)
         if worth_s <= waited_s:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _MAX_REST_STEPS)
         else:
-            self._next_rest = _FIRST_REST
+            self._next_rest = _MIN_REST_STEPS
         self._trial = [0, 0, 0.0, 0.0]
 
     def _planned(self, sequences: list[str], likely: np.ndarray, num_groups: int) -> np.ndarray:

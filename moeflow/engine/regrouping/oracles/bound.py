@@ -17,10 +17,10 @@ import numpy as np
 
 from moeflow.errors import ConfigError
 
-_STEPS, _TOP = 200, 4
+_NUM_STEPS, _NUM_EIGENVECTORS = 200, 4  # of the subgradient search; of each step's direction
 
 
-def regroup_bound(routes: np.ndarray, num_groups: int, *, steps: int = _STEPS) -> int:
+def regroup_bound(routes: np.ndarray, num_groups: int, *, steps: int = _NUM_STEPS) -> int:
     """Return a number of active pairs that no split into groups of equal size is below.
 
     Args:
@@ -92,7 +92,7 @@ def _most_together(together: np.ndarray, size: int, steps: int) -> float:
         values, vectors = np.linalg.eigh(off)
         # The vector of ones is an eigenvector of `off` with value 0, so the largest is never below it.
         best = min(best, float(multipliers.sum()) + size * along + (tokens - size) * max(float(values[-1]), 0.0))
-        top = np.exp((values[-_TOP:] - values[-1]) / (0.02 * abs(values[-1]) + 1e-9))
-        weights = vectors[:, -_TOP:] ** 2 @ (top / top.sum())
+        top = np.exp((values[-_NUM_EIGENVECTORS:] - values[-1]) / (0.02 * abs(values[-1]) + 1e-9))
+        weights = vectors[:, -_NUM_EIGENVECTORS:] ** 2 @ (top / top.sum())
         multipliers -= length / (1 + step) ** 0.6 * (1 - size / tokens - (tokens - size) * weights)
     return best
