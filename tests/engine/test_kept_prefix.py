@@ -1,4 +1,4 @@
-"""A beginning that many prompts share is computed once, also where whoever computed it has ended; nothing is left."""
+"""A beginning that many prompts share is computed once, also after the first of them has ended; nothing is left."""
 
 import pytest
 

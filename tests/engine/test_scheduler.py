@@ -1,4 +1,4 @@
-"""The scheduler alone: who runs, in pieces of which size, and what is shared."""
+"""The scheduler alone: which sequences run, in pieces of which size, and which beginnings are shared."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

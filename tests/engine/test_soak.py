@@ -48,7 +48,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
     assert reasons == {"stop": 0, "length": 500 - len(cancelled), "cancelled": len(cancelled), "error": 0}
     assert len(cancelled) > 10
     assert_empty(engine)
-    assert not slots, "somebody holds keys and values of what has ended"
+    assert not slots, "keys and values of ended requests are still held"
     if groups:
         assert engine.stats()["regrouping"]["planned"] > 10
         assert len(engine._groups._scheduler._likely) == 0

@@ -1,4 +1,4 @@
-"""Groups in an engine's step: the same tokens whoever shares a pass, and nothing left behind."""
+"""Groups in an engine's step: the same tokens in any group, and nothing left behind."""
 
 import threading
 

@@ -18,7 +18,7 @@ def random_routes(seed, tokens, layers=3, experts=7, share=0.3):
 
 
 def fewest_of_all(routes):
-    """By looking at every split, each as a number whose bits say who is in the second group."""
+    """Try every split, each a number whose bits mark the tokens of the second group."""
     tokens = len(routes)
     splits = [s for s in range(2**tokens) if s.bit_count() == tokens // 2]
     sides = np.array([[s >> token & 1 for token in range(tokens)] for s in splits], bool)
