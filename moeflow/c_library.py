@@ -1,7 +1,7 @@
 """C libraries built when moeflow was installed: found beside the module that calls them, loaded by ctypes.
 
-Where no compiler was there they are absent, and their callers do without. Knows files and names. Knows nothing of what
-a library computes.
+A library that could not be built is absent, and its callers run without it. Knows files and names. Knows nothing of a
+library's arithmetic.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def c_function(
         beside: the `__file__` of a module in the library's folder.
         argtypes: ctypes of its arguments.
         restype: ctype of what it returns.
-        without: what happens where it is absent, for the warning.
+        without: consequence of its absence, for the warning.
     """
     try:
         function = getattr(ctypes.CDLL(built_library(f"_{name}", beside)), f"moeflow_{name}")

@@ -1,4 +1,7 @@
-"""Shared types: what an expert is called and how its bytes lie in memory. No torch here."""
+"""Types that all rooms share: keys of experts, tiers, and how the bytes of an expert lie in memory.
+
+Knows sizes and shapes. Knows nothing of torch.
+"""
 
 from enum import Enum
 from typing import NamedTuple
@@ -9,10 +12,10 @@ DTYPE_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
 }  # fmt: skip
 
-# Slots and records begin at multiples of this: what O_DIRECT asks of the memory and of the file offset.
+# Slots and records begin at multiples of this, as O_DIRECT asks of memory and of offsets in a file.
 PAGE_BYTES = 4096
 # Tensors inside a record begin at multiples of this: a cache line, and the same for every slot, so that a
-# matrix kernel takes the same path wherever an expert happens to sit.
+# matrix kernel takes the same path wherever an expert lies.
 TENSOR_ALIGNMENT_BYTES = 64
 
 
@@ -76,7 +79,7 @@ class RecordLayout(NamedTuple):
     """How one expert lies in a slot.
 
     Args:
-        tensors: what is stored, each aligned.
+        tensors: the stored tensors, each aligned.
         num_bytes: bytes in all.
         matrices: how tensors make up matrices; empty where every tensor is a parameter as the module has it.
     """

@@ -1,4 +1,4 @@
-"""The dtypes experts may have, safetensors' names and torch's, and the tensors of a record in raw bytes."""
+"""Names of dtypes in safetensors and in torch, and views of the tensors in a record's raw bytes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Errors a user can meet. Each message says what was found, what is allowed and what to do."""
+"""Errors that moeflow raises. Each message says what was found, what is allowed and what to do."""
 
 
 class MoeflowError(Exception):

@@ -1,19 +1,22 @@
-"""What this machine has left: memory inside the process's own limits, and GPUs. No torch here."""
+"""Memory left inside the process's own limits, and the names of GPUs.
+
+Knows cgroups and NVML. Knows nothing of torch.
+"""
 
 from pathlib import Path
 
 import psutil
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60  # cgroup v1 writes a huge number where v2 writes "max"
+_UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes a huge number where v2 writes "max"
 
 
 def available_memory_bytes() -> int:
     """Return the bytes this process can still take without anything being paged out.
 
     The least of what the system has free and what each memory cgroup around the process leaves, where page cache
-    that no process maps counts as free. Files that are mapped (libraries) count as used: paging them out and in
-    again is what makes a process crawl under its limit.
+    that no process maps counts as free. Mapped files (libraries) count as used: a process that pages them out and in
+    again crawls under its limit.
     """
     available = psutil.virtual_memory().available
     for folder in _cgroup_folders():
@@ -90,7 +93,7 @@ def _cgroup_limit_bytes(folder: Path) -> int | None:
             text = (folder / name).read_text().strip()
         except OSError:
             continue
-        if text != "max" and int(text) < _UNLIMITED:
+        if text != "max" and int(text) < _UNLIMITED_BYTES:
             return int(text)
     return None
 

@@ -29,8 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out files that cannot be imported where torch is not installed."""
-    if not _HAS_TORCH and collection_path.suffix == ".py" and needs_torch(collection_path):
+    """Leave out files, and folders whose conftest.py, cannot be imported where torch is not installed."""
+    file = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    if not _HAS_TORCH and file.suffix == ".py" and file.is_file() and needs_torch(file):
         return True
     return None
 
@@ -40,7 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by what they need: `torch` by their file's imports or a model's fixture, `data` by its fixture."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if needs_torch(item.path) or fixtures & _MODEL_FIXTURES:
+        beside = item.path.with_name("conftest.py")
+        if needs_torch(item.path) or (beside.is_file() and needs_torch(beside)) or fixtures & _MODEL_FIXTURES:
             item.add_marker("torch")
         if "data_folder" in fixtures:
             item.add_marker("data")

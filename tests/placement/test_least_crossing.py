@@ -20,9 +20,10 @@ from moeflow.placement.solvers.least_crossing import (
 from moeflow.placement.topology import Gpu, Topology
 from moeflow.placement.workload import Workload
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.skipif(anneal._c_loop() is None, reason="takes minutes where the C loop was not built")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(anneal._c_loop() is None, reason="takes minutes where the C loop was not built"),
+]
 
 
 def planted(num_layers, num_experts, num_gpus, between=0.05, seed=0):
