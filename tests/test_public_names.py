@@ -42,3 +42,9 @@ def test_importing_takes_less_than_a_tenth_of_a_second():
     command = [sys.executable, "-c", code]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT) for _ in range(3)]
     assert min(float(run.stdout) for run in runs) < 0.1
+
+
+def test_the_engine_is_also_named_by_its_room():
+    from moeflow.engine import Engine
+
+    assert Engine is moeflow.Engine
