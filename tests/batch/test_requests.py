@@ -28,6 +28,7 @@ def whole(mixtral):
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [(), ("--group-size", 2)], ids=["one pass", "groups"])
 def test_each_failed_line_says_why_and_every_other_one_is_answered(speaking_folder, whole, tmp_path, capsys, grouped):
     stop = whole("stopped")[3:6]
@@ -97,6 +98,7 @@ def test_an_expert_that_cannot_be_read_fails_who_needs_it_until_it_is_there_agai
     assert all(again[name] == line for name, line in lines.items() if "error" not in line)
 
 
+@pytest.mark.slow
 def test_an_output_that_fills_the_disk_in_the_middle_keeps_its_lines_and_goes_on(
     speaking_folder, whole, tmp_path, capsys
 ):

@@ -38,6 +38,7 @@ def test_every_matrix_gets_the_rows_that_are_routed_to_its_expert(mixtral, input
         torch.testing.assert_close(found, F.silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gptq_moves_the_models_outputs_less_than_rounding_does(mixtral, mixtral_folder, inputs, tmp_path):
     ids, errors = torch.tensor(WINDOWS), {}
     with torch.no_grad():

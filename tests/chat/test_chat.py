@@ -181,6 +181,7 @@ def test_answer_is_followed_by_its_figures(terminal):
     assert re.search(pattern, text)
 
 
+@pytest.mark.slow
 def test_saved_conversation_comes_back_after_reset(terminal, tmp_path):
     first, second = tmp_path / "first file.json", tmp_path / "second.json"
     terminal.ask("/system Be brief.", "system prompt set")
@@ -200,6 +201,7 @@ def test_saved_conversation_comes_back_after_reset(terminal, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first file.json", "second.json"]
 
 
+@pytest.mark.slow
 def test_conversation_is_part_of_the_next_prompt(terminal):
     once = terminal.ask("hello", r"8 tok")
     again = terminal.ask("hello", r"8 tok")
@@ -207,12 +209,14 @@ def test_conversation_is_part_of_the_next_prompt(terminal):
     assert terminal.ask("hello", r"8 tok") == once != again
 
 
+@pytest.mark.slow
 def test_failing_file_commands_say_why_and_the_chat_goes_on(terminal, tmp_path):
     terminal.ask(f"/load {tmp_path}/none.json", "error: cannot read .*none.json: No such file or directory")
     terminal.ask(f"/save {tmp_path}/none/x.json", "error: cannot write .*x.json: No such file or directory")
     terminal.ask("/load", "error: /load needs a file: /load FILE")
 
 
+@pytest.mark.slow
 def test_unknown_command_names_help_and_help_names_every_command(terminal):
     terminal.ask("/halp", "error: there is no command /halp; /help lists them")
     text = terminal.ask("/help", "Ctrl-D or /exit leaves")
@@ -220,6 +224,7 @@ def test_unknown_command_names_help_and_help_names_every_command(terminal):
         assert command in text
 
 
+@pytest.mark.slow
 def test_stats_show_the_counters_of_the_runtime(terminal):
     terminal.ask("hello", "length limit")
     text = terminal.ask("/stats", r"expert budget .*\n.* threads .*\n")
@@ -227,6 +232,7 @@ def test_stats_show_the_counters_of_the_runtime(terminal):
         assert label in text
 
 
+@pytest.mark.slow
 def test_control_c_at_the_prompt_clears_the_line_and_says_how_to_leave(terminal):
     terminal.type("half a line")
     terminal.expect("half a line")
@@ -236,12 +242,14 @@ def test_control_c_at_the_prompt_clears_the_line_and_says_how_to_leave(terminal)
     terminal.ask("/halp", "no command /halp;")
 
 
+@pytest.mark.slow
 def test_backslash_and_alt_enter_begin_a_new_line(terminal, tmp_path):
     terminal.ask("one\\\rtwo\x1b\rthree", "length limit")
     terminal.ask(f"/save {tmp_path}/m.json", "saved")
     assert json.loads((tmp_path / "m.json").read_text())[0]["content"] == "one\ntwo\nthree"
 
 
+@pytest.mark.slow
 def test_slash_after_a_space_is_text(terminal, tmp_path):
     terminal.ask(" /etc is what?", "length limit")
     terminal.ask(f"/save {tmp_path}/m.json", "saved")

@@ -236,6 +236,7 @@ def test_packed_folder_gives_the_same_bits(made, tmp_path):
     assert describe_model(packed)["dtype"] == describe_model(made.native)["dtype"] == made.format
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mxfp4, gpt-oss", "fp8, qwen3", "gptq, mixtral", "awq, qwen3"])
 def test_bfloat16_logits_are_close_to_those_of_the_values_in_float32(name, tmp_path):
     case = CASES[name]

@@ -148,6 +148,7 @@ def test_failed_lines_are_told_by_number_and_the_others_are_answered(folder, tmp
     assert by_id(out)["own"] == lines["own"]
 
 
+@pytest.mark.slow
 def test_a_stop_string_and_a_seed_hold_for_lines_that_leave_them_open(folder, tmp_path):
     entries = [{"prompt": "hello"}, {"prompt": "hello"}, {"prompt": "hello", "stop": []}]
     source = write(tmp_path / "in.jsonl", entries)

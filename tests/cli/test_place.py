@@ -58,6 +58,7 @@ def told(capsys):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_auto_runs_every_solver_and_writes_the_plan_with_the_least_objective(tmp_path, capsys):
     counts = write_counts(tmp_path / "c.json")
     assert place(counts, "--gpus", 4, "-o", tmp_path / "p", "--json", "--seed", 3) == 0

@@ -52,6 +52,7 @@ def test_experts_quantised_at_load_compute_what_their_codes_stand_for(mixtral, m
     model.moeflow.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "hqq"])
 def test_a_quantised_folder_computes_what_its_codes_stand_for(mixtral, mixtral_folder, tmp_path, method):
     written = quantize_model(mixtral_folder, tmp_path / "out", "int4", method=method)
@@ -99,6 +100,7 @@ def test_small_experts_take_little_of_the_budget(mixed_folder):
     model.moeflow.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_families_with_biases_transposed_weights_or_shared_experts_can_be_quantised(name, tmp_path):
     family = FAMILIES[name]

@@ -10,6 +10,8 @@ from helpers.small_tokenizers import letter_tokenizer
 from moeflow.engine.engine import Engine
 from moeflow.engine.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 IN_EVERY_WAY = ("mixtral", "deepseek_v3", "gpt_oss", "gemma4")  # plain, latent, sinks, two shapes and shared keys
 WITHOUT_GENERATE = {"qwen3_omni_moe"}  # its config lacks what generate() asks for
 REFUSED = {  # family: what the message names

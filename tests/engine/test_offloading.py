@@ -12,6 +12,7 @@ from moeflow.errors import ConfigError, ExpertReadError
 from moeflow.loading.budget import ExpertsSize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predictor", [None, "auto"])
 def test_offloaded_experts_give_the_same_tokens_and_are_fetched_once_a_step(mixtral_folder, expected, predictor):
     with load_moe(mixtral_folder, expert_memory="100%", predictor=None).moeflow as whole:
@@ -118,6 +119,7 @@ def test_a_trace_is_not_recorded_from_mixed_passes(mixtral_folder, tmp_path):
         Engine(model)
 
 
+@pytest.mark.slow
 def test_an_expert_that_cannot_be_read_fails_only_who_needs_it(mixtral_folder, expected, monkeypatch):
     model = load_moe(mixtral_folder, expert_memory="25%", predictor=None)
     with model.moeflow as runtime:

@@ -95,6 +95,7 @@ def sampled_alone(model, prompt, num_new, *, temperature, presence_penalty=0, fr
     return token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [{}, {"max_batch_size": 3, "max_step_tokens": 5}], ids=["together", "in turn"])
 def test_each_request_of_a_batch_is_sampled_as_transformers_samples_it_alone(mixtral, limits):
     num_new, drawn = 10, {"temperature": 2.0, "seed": 3}

@@ -12,6 +12,8 @@ from moeflow import load_moe
 from moeflow.engine.engine import Engine
 from moeflow.engine.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("groups", [{}, {"group_size": 4}], ids=["one pass", "groups"])
 def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtral, mixtral_folder, groups):

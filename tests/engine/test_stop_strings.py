@@ -70,6 +70,7 @@ def test_any_bytes_give_what_decoding_them_at_once_gives(token_ids):
     assert "".join(in_pieces(BYTES, token_ids)[0]) == BYTES.decode(token_ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @given(st.binary(min_size=15, max_size=60), st.text(alphabet="é€漢😀a", max_size=4))
 @settings(max_examples=150, deadline=None)
 def test_characters_behind_many_bytes_that_are_no_text_come_out_whole(junk, text):

@@ -126,6 +126,7 @@ def test_start_that_is_best_already_is_met():
     assert problem.objective(again.plan) == pytest.approx(problem.objective(best.plan), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_program_without_time_gives_the_start_and_claims_nothing_that_is_not_so():
     problem = SMALL["eight experts"]
     start = greedy(problem).plan

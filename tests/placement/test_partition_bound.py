@@ -138,6 +138,7 @@ def test_of_uniform_traffic_all_but_a_part_crosses(experts, parts, layers, equal
     assert bound / traffic.sum() == pytest.approx(1 - 1 / parts, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("with_work", [True, False])
 @pytest.mark.parametrize("between", [0.0, 0.05, 0.3])

@@ -37,6 +37,7 @@ def one_layer(load, topology, num_replicas=0, **step):
 # --- bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(25))
 def test_balance_bound_is_below_every_plan_of_a_tiny_problem(seed):
     problem = random_problem(seed, experts=(2, 5), gpus=(2, 4), layers=(1, 2))
@@ -44,6 +45,7 @@ def test_balance_bound_is_below_every_plan_of_a_tiny_problem(seed):
     assert 0 < balance_bound(problem) <= best * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6))
 def test_balance_bound_is_below_random_plans(seed):
@@ -178,6 +180,7 @@ def test_replica_that_no_gpu_can_take_is_left_out():
     assert held[0].any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_eplb_balances_deepseek_v3_on_32_gpus_within_2_percent(data_folder):
     counts = json.loads((data_folder / "deepseek_v3_load" / "prefill_in1024.json").read_text())["logical_count"]
     workload = Workload.of_counts("prefill", np.array(counts))
@@ -201,6 +204,7 @@ def clusterings(copies, slots):
             yield mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_moetuner_clusters_are_the_most_even_there_are(seed):
     problem = random_problem(seed, experts=(4, 7), gpus=(2, 4), layers=(2, 3))

@@ -26,6 +26,7 @@ def by_brute_force(uses, sizes, budgets, per_byte):
     return best
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["highs", "cbc"]))
 def test_choice_is_the_brute_force_optimum_and_its_bound_holds(seed, solver):

@@ -155,6 +155,7 @@ def test_compiled_and_python_loops_agree(policy, seed, num_slots, warm):
     np.testing.assert_array_equal(theirs, ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "static"])
 @pytest.mark.parametrize("num_slots", [2, 5, 9, 14, 23])
 def test_policy_hits_what_the_live_cache_hits(policy, num_slots):

@@ -43,6 +43,7 @@ def test_a_gpt_oss_folder_is_converted_whole(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_real_gpt_oss_folder_is_converted_whole(data_folder, tmp_path):
     source = data_folder / "gpt_oss_20b"
     convert_trace(source, tmp_path / "t")

@@ -93,6 +93,7 @@ def test_replayed_ids_are_what_the_live_predictor_said(model, tmp_path):
             assert [set(ids) for ids in np.argsort(-now[0])[:, :2]] == [set(ids) for ids in likeliest[:, :2]]
 
 
+@pytest.mark.slow
 def test_recording_lookahead_changes_no_bit_and_leaves_no_hook(model, mixtral_folder, tmp_path):
     expected = generate(model)
     norms = [layer.post_attention_layernorm for layer in model.model.layers]
