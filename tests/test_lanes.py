@@ -31,6 +31,7 @@ def test_a_run_asks_for_a_mark_only_where_it_decides(expression, selected):
     assert selects("gpu", expression) is selected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "seen"), [([], ""), (["-m", "gpu"], "0")])
 def test_ordinary_runs_and_the_commands_they_start_see_no_gpu(options, seen, tmp_path):
     (tmp_path / "test_variable.py").write_text(

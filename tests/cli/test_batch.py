@@ -90,6 +90,7 @@ def test_a_run_stopped_in_the_middle_goes_on_from_there(
     assert by_id(out) == long_answers
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_generate(folder, long_answers, mixtral):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for number in (0, 7):
