@@ -26,8 +26,8 @@ def test_a_type_checker_sees_each_name_at_the_home_it_is_loaded_from():
     assert (ROOT / "moeflow/py.typed").is_file()
 
 
+@pytest.mark.torch
 def test_each_name_is_loaded_from_its_home():
-    pytest.importorskip("torch")
     for name, home in moeflow._HOMES.items():
         assert getattr(moeflow, name) is getattr(importlib.import_module(home), name)
 
@@ -44,6 +44,7 @@ def test_importing_takes_less_than_a_tenth_of_a_second():
     assert min(float(run.stdout) for run in runs) < 0.1
 
 
+@pytest.mark.torch
 def test_the_engine_is_also_named_by_its_room():
     from moeflow.engine import Engine
 
