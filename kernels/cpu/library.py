@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import torch  # noqa: F401  it loads the OpenMP whose threads the kernels share
+
 from moeflow.c_library import built_library
 from moeflow.errors import ConfigError
 
@@ -19,8 +21,6 @@ _log = logging.getLogger(__name__)
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 VARIABLE = "MOEFLOW_CPU_KERNELS"
-# floats in the vectors of torch's sums: those of AVX2, since torch registers no AVX-512 kernel for sums
-_SUM_LANES = 8
 
 
 class Library(NamedTuple):
@@ -29,7 +29,6 @@ class Library(NamedTuple):
     name: str
     held: ctypes.CDLL
     free: ctypes.CDLL
-    sum_lanes: int
 
 
 def instruction_set() -> str | None:
@@ -75,7 +74,7 @@ def library() -> Library | None:
     free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
     free.moeflow_cpu_read.restype = c_uint64
     _share_threads(held)
-    return Library(name, held, free, _SUM_LANES)
+    return Library(name, held, free)
 
 
 loaded = cast("Callable[[], Library]", library)

@@ -18,6 +18,9 @@ from moeflow.kernels.cpu.library import library, loaded
 from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel, described_matrix, float_matrix, parts_of
 from moeflow.kernels.quantization.formats import WeightFormat
 
+# Floats in the vectors of torch's sums: those of AVX2 everywhere, since torch registers no AVX-512 kernel for sums.
+_SUM_LANES = 8
+
 
 def run_experts(
     hidden_states: torch.Tensor,
@@ -179,7 +182,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     num_features = x.shape[-1]
     failed = loaded().held.moeflow_cpu_rms_norm(
         x.data_ptr(), num_features * x.element_size(), weight.data_ptr(), eps, x.numel() // num_features,
-        num_features, out.data_ptr(), DTYPES[x.dtype], loaded().sum_lanes,
+        num_features, out.data_ptr(), DTYPES[x.dtype], _SUM_LANES,
     )  # fmt: skip
     _check(failed, f"a norm of {num_features} features")
 

@@ -1,11 +1,14 @@
 """The library of CPU kernels: which instruction set it takes, and what is left without a compiler or OpenMP."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from helpers.cpu_experts import AVAILABLE, Expert, needs_library, run
+from helpers.paths import ROOT
 from moeflow.errors import ConfigError
 from moeflow.kernels.cpu import library
 
@@ -52,3 +55,11 @@ def test_without_torch_openmp_results_are_the_same(fresh, caplog):
     expected = run([expert], x, [[0, 1]], 2)
     library.library().held.moeflow_cpu_openmp(None, None, None)
     assert torch.equal(run([expert], x, [[0, 1]], 2), expected)
+
+
+@needs_library
+def test_a_process_that_asks_for_the_instruction_set_first_has_torchs_threads():
+    program = "from moeflow.kernels.cpu.library import instruction_set; print(instruction_set())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() in library.INSTRUCTION_SETS
+    assert "one thread" not in done.stderr
