@@ -1,4 +1,4 @@
-"""The house: imports point down, no circle, every folder is listed and has its sign, one room knows transformers."""
+"""The house: imports of earlier rooms, no circle, every folder listed with a sign, one room that knows transformers."""
 
 import shutil
 import subprocess
@@ -9,13 +9,14 @@ import pytest
 
 from helpers import layout_checks
 from helpers.paths import ROOT
-from helpers.source_tree import FAMILIES, SourceTree
+from helpers.source_tree import SIDE_PACKAGES, SourceTree
 
 CHECKS = (
-    layout_checks.imports_point_down,
+    layout_checks.imports_are_of_earlier_rooms,
     layout_checks.no_circle,
     layout_checks.folders_are_listed,
     layout_checks.folders_have_signs,
+    layout_checks.signs_name_the_importers,
     layout_checks.modules_have_docstrings,
     layout_checks.no_room_is_hidden,
     layout_checks.only_hf_knows_transformers,
@@ -39,7 +40,7 @@ def test_layout(check, tree):
 @pytest.fixture
 def copied(tmp_path) -> Path:
     """A copy of the package's source files, to be broken."""
-    for top in ("moeflow", *FAMILIES):
+    for top in ("moeflow", *SIDE_PACKAGES):
         shutil.copytree(ROOT / top, tmp_path / top, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c*", "*.h"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -52,7 +53,7 @@ def test_a_folder_that_is_left_out_of_the_wheel_is_named(copied):
     assert [line for line in layout_checks.folders_are_listed(SourceTree(copied)) if "moeflow.server " in line]
     (folder / "app.py").write_text('"""The application."""\n')
     assert "the room of moeflow.server.app has no place" in "".join(
-        layout_checks.imports_point_down(SourceTree(copied))
+        layout_checks.imports_are_of_earlier_rooms(SourceTree(copied))
     )
 
 
@@ -60,15 +61,27 @@ def test_a_docstring_that_is_missing_is_named(copied):
     (copied / "moeflow/policy/__init__.py").write_text("")
     (copied / "moeflow/paths.py").write_text("import os\n")
     tree = SourceTree(copied)
-    assert list(layout_checks.folders_have_signs(tree)) == ["the __init__.py of moeflow.policy has no docstring"]
+    assert list(layout_checks.folders_have_signs(tree)) == ["moeflow.policy has no docstring in its __init__.py"]
     assert list(layout_checks.modules_have_docstrings(tree)) == ["moeflow.paths has no docstring"]
 
 
-def test_an_import_that_points_up_is_named(copied):
+def test_an_importer_that_a_sign_leaves_out_or_makes_up_is_named(copied):
+    with (copied / "moeflow/batch/run.py").open("a") as file:
+        file.write("\n\ndef late():\n    from moeflow.kernels.cpu import ops\n")
+    sign = copied / "moeflow/policy/__init__.py"
+    sign.write_text(sign.read_text().replace("`replay/`", "`trace/`"))
+    assert list(layout_checks.signs_name_the_importers(SourceTree(copied))) == [
+        "batch imports moeflow.kernels.cpu, whose sign does not name it",
+        "replay imports moeflow.policy, whose sign does not name it",
+        "the sign of moeflow.policy names trace, which does not import it",
+    ]
+
+
+def test_an_import_of_a_later_room_is_named(copied):
     with (copied / "moeflow/policy/cache.py").open("a") as file:
         file.write("\n\ndef late():\n    from moeflow.offload import runtime\n")
-    (line,) = layout_checks.imports_point_down(SourceTree(copied))
-    assert line == "moeflow.policy.cache imports moeflow.offload.runtime, which stands above it"
+    (line,) = layout_checks.imports_are_of_earlier_rooms(SourceTree(copied))
+    assert line == "moeflow.policy.cache imports moeflow.offload.runtime, whose room is not earlier in the order"
 
 
 def test_a_circle_is_named(copied):

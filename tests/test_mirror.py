@@ -1,19 +1,19 @@
-"""Tests mirror the folders: every module has a test file of its name, or stands in the table of tests/README.md."""
+"""Tests mirror the rooms: every module has a test file of its name, or stands in the table of tests/README.md."""
 
 import re
 
 import pytest
 
 from helpers.paths import ROOT
+from helpers.source_tree import SIDE_PACKAGES
 
 TESTS = ROOT / "tests"
-FAMILIES = ("kernels", "placement", "predictors")
 
 
 def modules() -> list[str]:
     """Every module of the package by its path, rooms of moeflow/ without that name: offload/runtime."""
     found = []
-    for top in ("moeflow", *FAMILIES):
+    for top in ("moeflow", *SIDE_PACKAGES):
         for file in (ROOT / top).rglob("*.py"):
             if file.name != "__init__.py":
                 path = file.relative_to(ROOT / "moeflow" if top == "moeflow" else ROOT)

@@ -8,7 +8,8 @@ import pytest
 from helpers.paths import ROOT
 from helpers.source_tree import ORDER, SourceTree
 
-NAMES = ("README.md", "CONTRIBUTING.md", "placement/README.md", "predictors/README.md")
+READMES = ("kernels/README.md", "placement/README.md", "predictors/README.md", "scripts/bench/README.md")
+NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *READMES)
 PAGES = sorted(path for path in [*map(ROOT.joinpath, NAMES), *(ROOT / "docs").glob("*.md")] if path.is_file())
 TOPS = ("moeflow", "kernels", "placement", "predictors", "scripts", "tests", "docs")
 TREE = SourceTree(ROOT)
@@ -84,7 +85,7 @@ def test_architecture_has_the_rooms_in_their_order():
     text = (ROOT / "docs" / "architecture.md").read_text()
     table = text.partition("| room | what lives there |\n|---|---|\n")[2].partition("\n\n")[0]
     rooms = re.findall(r"^\| (\w+) \|", table, re.M)
-    assert rooms == list(ORDER), "the rooms of docs/architecture.md are not those of the order of imports"
+    assert rooms == list(ORDER), "the rooms of docs/architecture.md are not those of ORDER in source_tree.py"
 
 
 def test_glossary_is_in_alphabetical_order():

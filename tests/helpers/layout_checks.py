@@ -2,9 +2,10 @@
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 
-from helpers.source_tree import FAMILIES, SourceTree
+from helpers.source_tree import ORDER, SIDE_PACKAGES, SourceTree
 
 MAX_LINES = 350
 MAX_NAMES = 16  # in a folder of moeflow/, but for the command line's
@@ -16,20 +17,20 @@ PRIVATE = {
 _ORACLES = "moeflow.engine.regrouping.oracles"
 
 
-def imports_point_down(tree: SourceTree) -> Iterator[str]:
-    """A module imports only from its own room and from rooms before it in the order of imports."""
+def imports_are_of_earlier_rooms(tree: SourceTree) -> Iterator[str]:
+    """A module imports only from its own room and from rooms earlier in the order."""
     for module in tree.files:
         if module == "moeflow":
             continue
-        floor = tree.floor(module)
-        if floor is None:
-            yield f"the room of {module} has no place in the order of imports"
+        place = tree.place(module)
+        if place is None:
+            yield f"the room of {module} has no place in ORDER (tests/helpers/source_tree.py)"
             continue
         for target in sorted(tree.imports(module)):
             if target not in tree.files:
                 yield f"{module} imports {target}, which is not there"
-            elif tree.room(target) != tree.room(module) and (tree.floor(target) or 0) >= floor:
-                yield f"{module} imports {target}, which stands above it"
+            elif tree.room(target) != tree.room(module) and (tree.place(target) or 0) >= place:
+                yield f"{module} imports {target}, whose room is not earlier in the order"
 
 
 def no_circle(tree: SourceTree) -> Iterator[str]:
@@ -50,27 +51,43 @@ def folders_are_listed(tree: SourceTree) -> Iterator[str]:
         yield f"{folder} is in pyproject's packages and is not there"
     if listed != sorted(listed):
         yield "pyproject's packages are not sorted"
-    if tree.setuptools["package-dir"] != {"moeflow": "moeflow", **{f"moeflow.{name}": name for name in FAMILIES}}:
-        yield "pyproject's package-dir does not name moeflow and its families"
+    if tree.setuptools["package-dir"] != {"moeflow": "moeflow", **{f"moeflow.{name}": name for name in SIDE_PACKAGES}}:
+        yield "pyproject's package-dir does not name moeflow and its side packages"
 
 
 def folders_have_signs(tree: SourceTree) -> Iterator[str]:
-    """Each folder's `__init__.py` says what lives there, what it knows nothing of and who imports it."""
+    """Each folder's sign says what lives there, what it knows nothing of and who imports it."""
     for folder in sorted(tree.folders):
-        if folder.removeprefix("moeflow.") in FAMILIES:
-            if folder in tree.files:
-                yield f"{folder} has an __init__.py: a bare package breaks transformers' probe"
-            continue
-        if folder not in tree.files:
+        side = folder.removeprefix("moeflow.") in SIDE_PACKAGES
+        sign = tree.sign(folder)
+        if side and folder in tree.files:
+            yield f"{folder} has an __init__.py: transformers' probe would take it for an installed library"
+        elif not side and folder not in tree.files:
             yield f"{folder} has no __init__.py"
-            continue
-        sign = ast.get_docstring(tree.syntax(folder))
-        if not sign:
-            yield f"the __init__.py of {folder} has no docstring"
+        elif not sign:
+            yield f"{folder} has no {'README.md' if side else 'docstring in its __init__.py'}"
         elif folder != "moeflow" and "nothing" not in sign:
-            yield f"the docstring of {folder} does not say what it knows nothing of"
-        elif folder != "moeflow" and "import" not in sign:
-            yield f"the docstring of {folder} does not say who imports it"
+            yield f"the sign of {folder} does not say what it knows nothing of"
+        elif folder != "moeflow" and not _importer_sentences(sign):
+            yield f"the sign of {folder} does not say who imports it"
+
+
+def signs_name_the_importers(tree: SourceTree) -> Iterator[str]:
+    """A sign's sentences about imports name, as `room/`, the rooms that import the folder, and no others."""
+    for folder in sorted(tree.folders - {"moeflow"}):
+        sentences = _importer_sentences(tree.sign(folder) or "")
+        named = set(re.findall(r"`(\w+)[/`]", sentences)) & {*ORDER, *SIDE_PACKAGES}
+        importers = tree.importers(folder)
+        for room in sorted(importers - named):
+            yield f"{room} imports {folder}, whose sign does not name it"
+        for room in sorted(named - importers):
+            yield f"the sign of {folder} names {room}, which does not import it"
+
+
+def _importer_sentences(sign: str) -> str:
+    """Return a sign's sentences that say who imports the folder."""
+    sentences = re.split(r"(?<=[.:])\s+|\n\n", sign)
+    return " ".join(sentence for sentence in sentences if re.search(r"\bimports?\s+(it|them)\b", sentence))
 
 
 def modules_have_docstrings(tree: SourceTree) -> Iterator[str]:
@@ -91,7 +108,7 @@ def no_room_is_hidden(tree: SourceTree) -> Iterator[str]:
 def only_hf_knows_transformers(tree: SourceTree) -> Iterator[str]:
     """Transformers' private attributes and inner modules appear in hf/ alone; what it exports every room may import."""
     for module in tree.files:
-        if tree.room(module) in {"hf", *FAMILIES}:  # the families never see a model
+        if tree.room(module) in {"hf", *SIDE_PACKAGES}:  # the side packages never see a model
             continue
         for node in ast.walk(tree.syntax(module)):
             if isinstance(node, ast.Attribute) and node.attr in PRIVATE:
@@ -121,7 +138,7 @@ def no_file_is_long(tree: SourceTree) -> Iterator[str]:
 def no_folder_is_crowded(tree: SourceTree) -> Iterator[str]:
     """A folder of moeflow/ holds at most `MAX_NAMES` names, rooms of the root apart."""
     for folder in sorted(tree.folders):
-        if folder.split(".")[1:2] == ["cli"] or folder.removeprefix("moeflow.").split(".")[0] in FAMILIES:
+        if folder.split(".")[1:2] == ["cli"] or folder.removeprefix("moeflow.").split(".")[0] in SIDE_PACKAGES:
             continue
         path = tree.root.joinpath(*folder.split("."))
         names = [one.name for one in path.iterdir() if one.name[0] != "_" and one.suffix != ".so"]

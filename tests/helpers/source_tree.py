@@ -10,17 +10,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FAMILIES = ("kernels", "placement", "predictors")
-# A room imports only from rooms before it; the three families stand side by side and know only the root files.
+# They lie beside moeflow/ and are installed as its sub-packages; none imports another.
+SIDE_PACKAGES = ("kernels", "placement", "predictors")
+# A room imports only from rooms earlier in this order. The three side packages share one place.
 ORDER = (
-    "root", "families", "checkpoint", "hf", "policy", "offload", "moe", "trace", "replay", "calibration", "loading",
-    "engine", "expert_parallel", "convert", "demo", "chat", "batch", "cli", "__main__",
+    "root", "side_packages", "checkpoint", "hf", "policy", "offload", "moe", "trace", "replay", "calibration",
+    "loading", "engine", "expert_parallel", "convert", "demo", "chat", "batch", "cli", "__main__",
 )  # fmt: skip
 
 
 @cache
 def _parsed(text: str) -> ast.Module:
     return ast.parse(text)
+
+
+def _lies_in(module: str, folder: str) -> bool:
+    return module == folder or module.startswith(f"{folder}.")
 
 
 class SourceTree:
@@ -38,7 +43,7 @@ class SourceTree:
     def files(self) -> dict[str, Path]:
         """Every module of the package by dotted name; a folder's `__init__.py` by the folder's."""
         found = {}
-        for top in ("moeflow", *FAMILIES):
+        for top in ("moeflow", *SIDE_PACKAGES):
             for file in sorted((self.root / top).rglob("*.py")):
                 parts = file.relative_to(self.root).with_suffix("").parts
                 parts = parts if top == "moeflow" else ("moeflow", *parts)
@@ -62,15 +67,15 @@ class SourceTree:
         return _parsed(self.files[module].read_text())
 
     def room(self, module: str) -> str:
-        """Return where a module lives: a room of moeflow/, a family, or the root."""
+        """Return where a module lives: a room of moeflow/, a side package, or the root."""
         first = module.split(".")[1] if "." in module else "root"
-        if first in FAMILIES or first == "__main__":
+        if first in SIDE_PACKAGES or first == "__main__":
             return first
         return first if f"moeflow.{first}" in self.folders else "root"
 
-    def floor(self, module: str) -> int | None:
-        """Return the place of a module's room in the order of imports; None where the room has none."""
-        room = "families" if self.room(module) in FAMILIES else self.room(module)
+    def place(self, module: str) -> int | None:
+        """Return the place of a module's room in the order of rooms; None where the room has none."""
+        room = "side_packages" if self.room(module) in SIDE_PACKAGES else self.room(module)
         return ORDER.index(room) if room in ORDER else None
 
     def imports(self, module: str) -> frozenset[str]:
@@ -78,6 +83,26 @@ class SourceTree:
         if module not in self._imports:
             self._imports[module] = self._find_imports(module)
         return self._imports[module]
+
+    def importers(self, folder: str) -> set[str]:
+        """Return the rooms that import a folder's files; of its room, where files outside the folder do."""
+        within = [other for other in self.folders if other.startswith(f"{folder}.")]
+        found = set()
+        for module in self.files:
+            if not _lies_in(module, folder) and any(
+                _lies_in(target, folder) and not any(_lies_in(target, other) for other in within)
+                for target in self.imports(module)
+            ):
+                found.add(self.room(module))
+        return found
+
+    def sign(self, folder: str) -> str | None:
+        """Return what a folder's sign says: the docstring of its `__init__.py`, or a side package's README."""
+        name = folder.removeprefix("moeflow.")
+        if name in SIDE_PACKAGES:
+            readme = self.root / name / "README.md"
+            return readme.read_text() if readme.is_file() else None
+        return ast.get_docstring(self.syntax(folder)) if folder in self.files else None
 
     def _find_imports(self, module: str) -> frozenset[str]:
         found: set[str] = set()
