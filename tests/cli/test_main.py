@@ -1,5 +1,6 @@
 """The command line as a user types it: real processes, real pipes."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from helpers.paths import ROOT
+from moeflow.cli.main import main
 
 
 def moeflow(*arguments, stdin=None, **environment):
@@ -96,7 +98,7 @@ def test_pack_writes_a_folder_that_generate_takes(folder, tmp_path):
     assert first.stdout == second.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -111,13 +113,24 @@ def test_pack_writes_a_folder_that_generate_takes(folder, tmp_path):
         (("pack", "MODEL", "MODEL"), "exists"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_1(folder, arguments, match):
-    run = moeflow(*(folder if argument == "MODEL" else argument for argument in arguments), stdin="")
-    assert run.returncode == 1
-    assert run.stderr.startswith("moeflow: ")
-    assert match in run.stderr
-    assert "Traceback" not in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+def test_an_error_is_one_line_and_exit_code_1(folder, arguments, match, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    code = main([str(folder) if argument == "MODEL" else argument for argument in arguments])
+    one_line(code, capfd.readouterr().err, match)
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_of_a_whole_process_too(folder):
+    run = moeflow("generate", folder, "hi", "--expert-memory", "1KB", stdin="")
+    one_line(run.returncode, run.stderr, "minimum is 221,184 bytes")
+
+
+def one_line(code, said, match):
+    """Assert that a command ended with 1 and said why in one line."""
+    assert code == 1
+    assert said.startswith("moeflow: ")
+    assert match in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_unknown_command_is_refused_by_the_parser():
