@@ -59,7 +59,7 @@ def hash_family(name: str) -> dict[str, str]:
     import torch
 
     from helpers.families import FAMILIES as KNOWN
-    from helpers.families import build_model, inputs
+    from helpers.family_models import build_model, inputs
 
     family, hashes = KNOWN[name], {}
     for dtype in DTYPES:

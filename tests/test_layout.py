@@ -102,6 +102,16 @@ def test_a_function_without_annotations_is_named(copied):
     ]
 
 
+def test_a_long_file_is_named_wherever_it_lies(copied):
+    for name in ("moeflow/paths.py", "tests/test_long.py", "scripts/bench_long.py"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("pass\n" * (layout_checks.MAX_LINES + 1))
+    assert list(layout_checks.no_file_is_long(SourceTree(copied))) == [
+        f"{name} has 351 lines: more than one noun"
+        for name in ("moeflow/paths.py", "tests/test_long.py", "scripts/bench_long.py")
+    ]
+
+
 def light(code: str, heavy: tuple[str, ...]) -> None:
     """Assert that a program imports none of `heavy`."""
     code += f"\nimport sys; print([name for name in {heavy!r} if name in sys.modules])"

@@ -46,7 +46,8 @@ def test_packed_model_gives_the_same_bits_in_one_read_an_expert(mixtral_folder, 
     "name", ["gpt_oss", "inkling", "ernie4_5_vl_moe", "nemotron_h", "qwen3_vl_moe", "diffusion_gemma"]
 )
 def test_other_layouts_pack_too(name, tmp_path):
-    from helpers.families import FAMILIES, build_model, inputs
+    from helpers.families import FAMILIES
+    from helpers.family_models import build_model, inputs
 
     family = FAMILIES[name]
     build_model(family).save_pretrained(tmp_path / "model")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.families import FAMILIES, build_model, inputs
+from helpers.families import FAMILIES
+from helpers.family_models import build_model, inputs
 from moeflow import load_moe
 from moeflow.checkpoint.packed_file import PACKED_FILE
 from moeflow.cli.main import main

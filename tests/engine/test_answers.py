@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helpers.engine_requests import GREEDY, NEW, PROMPTS, answers, assert_empty, generated
-from helpers.families import FAMILIES, build_model
+from helpers.families import FAMILIES
+from helpers.family_models import build_model
 from helpers.small_models import tiny_mixtral
 from helpers.small_tokenizers import letter_tokenizer
 from moeflow.engine.engine import Engine

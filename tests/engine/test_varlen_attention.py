@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral
 
-from helpers.families import FAMILIES, build_model
+from helpers.families import FAMILIES
+from helpers.family_models import build_model
 from moeflow.engine.engine import Engine
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.forward import KeyValueCache

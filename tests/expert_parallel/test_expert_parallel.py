@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.families import FAMILIES, build_model
+from helpers.families import FAMILIES
+from helpers.family_models import build_model
 from helpers.parallel_ranks import answers, few_of, load, num_new_tokens_of, own_passes, prompts_of, replicated_plan
 from helpers.paths import ROOT
 from moeflow.cli.main import main

@@ -128,11 +128,12 @@ def oracles_stay_on_their_shelf(tree: SourceTree) -> Iterator[str]:
 
 
 def no_file_is_long(tree: SourceTree) -> Iterator[str]:
-    """A file has at most `MAX_LINES` lines."""
-    for module, file in tree.files.items():
+    """A file has at most `MAX_LINES` lines, tests and scripts included."""
+    beside = [file for folder in ("tests", "scripts") for file in sorted((tree.root / folder).rglob("*.py"))]
+    for file in [*tree.files.values(), *beside]:
         lines = len(file.read_text().splitlines())
         if lines > MAX_LINES:
-            yield f"{module} has {lines} lines: more than one noun"
+            yield f"{file.relative_to(tree.root)} has {lines} lines: more than one noun"
 
 
 def no_folder_is_crowded(tree: SourceTree) -> Iterator[str]:

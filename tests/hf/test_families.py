@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.families import FAMILIES, build_model, inputs
+from helpers.families import FAMILIES
+from helpers.family_models import build_model, inputs
 from moeflow import load_moe
 from moeflow.hf import pretrained
 from moeflow.loading.budget import ExpertsSize

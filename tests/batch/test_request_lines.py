@@ -1,0 +1,137 @@
+"""Lines of a batch file: what each asks for, and what is refused by line."""
+
+import json
+import re
+
+import pytest
+
+from helpers.batch_lines import DEFAULTS, openai, write
+from helpers.paths import ROOT
+from moeflow.batch.openai_format import CHAT_URL, TEXT_URL
+from moeflow.batch.requests import read_batch
+from moeflow.cli.batch import EXAMPLES
+from moeflow.engine.sampling_params import SamplingParams
+from moeflow.errors import ConfigError
+
+
+def test_a_line_says_prompt_id_and_sampling(tmp_path):
+    path = write(
+        tmp_path / "in.jsonl",
+        {"id": "a", "prompt": " Hi", "temperature": 0.5, "stop": "x", "seed": 3},
+        b"",
+        {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]},
+        {"id": 12, "prompt": "x", "stop": ["a", "b"], "logprobs": 2, "top_k": None},
+    )
+    requests, refused = read_batch(path, DEFAULTS)
+    assert refused == []
+    assert [(one.number, one.id) for one in requests] == [(1, "a"), (3, "#3"), (4, "12")]
+    assert requests[0].content == " Hi"
+    assert requests[0].params == SamplingParams(max_new_tokens=7, temperature=0.5, stop=("x",), seed=3)
+    assert requests[1].content[1] == {"role": "user", "content": "hi"}
+    assert requests[2].params == SamplingParams(max_new_tokens=7, stop=("a", "b"), logprobs=2)
+
+
+def test_openai_lines_are_read_under_their_names(tmp_path):
+    path = write(
+        tmp_path / "in.jsonl",
+        openai("a", max_tokens=5, temperature=0.5, top_p=0.9, seed=3, stop="x", logprobs=True, top_logprobs=2),
+        openai("b", max_completion_tokens=6, n=1, stream=False, user="me", stop=None),
+        openai("c", TEXT_URL, logprobs=3, presence_penalty=0.5),
+        openai("d", messages=[{"role": "user", "content": [{"type": "text", "text": "parts"}]}]),
+    )
+    requests, refused = read_batch(path, DEFAULTS)
+    assert refused == []
+    assert requests[0].params == SamplingParams(
+        max_new_tokens=5, temperature=0.5, top_p=0.9, seed=3, stop=("x",), logprobs=2
+    )
+    assert requests[1].params == SamplingParams(max_new_tokens=6)
+    assert requests[2].params == SamplingParams(max_new_tokens=7, logprobs=3, presence_penalty=0.5)
+    assert requests[2].content == "hi"
+    assert requests[3].content == [{"role": "user", "content": "parts"}]
+    assert {one.model for one in requests} == {"m"}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"{not json", "not JSON"),
+        (b'{"prompt": "caf\xe9"}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'"text"', "no object"),
+        ({"id": "x"}, "a prompt or messages"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "hi"}]}, "one of them"),
+        ({"prompt": " "}, "not empty"),
+        ({"prompt": ["a"]}, "not empty"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        ({"prompt": "a", "temprature": 1}, "'temprature'; known are"),
+        ({"prompt": "a", "temperature": -1}, "temperature is -1"),
+        ({"prompt": "a", "max_new_tokens": "many"}, "max_new_tokens is 'many'"),
+        ({"prompt": "a", "stop": [1]}, "stop is"),
+        (b'{"prompt": "a", "top_p": NaN}', "top_p is nan"),
+        ({"prompt": "a", "id": 1.5}, "its id is 1.5"),
+        ({"prompt": "a", "id": "#4"}, "give it another"),
+        ({"messages": []}, "must be a list"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "message 1 has no role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "only text"),
+        ({"messages": [{"role": "system", "content": "hi"}]}, "none of a user"),
+        (openai(n=2), "n is 2"),
+        (openai(stream=True), "stream is True"),
+        (openai(tools=[]), "'tools'; known are"),
+        (openai(url="/v1/embeddings"), "its url is '/v1/embeddings'"),
+        ({**openai(), "method": "GET"}, "its method is 'GET'"),
+        ({"custom_id": "x", "url": CHAT_URL}, "its body is no object"),
+        ({"body": {}}, "no custom_id"),
+        (openai(logprobs=3), "logprobs is 3"),
+        (openai(prompt="both"), "'prompt'; known are"),
+    ],
+)
+def test_a_bad_line_is_told_by_number_and_the_others_go_on(tmp_path, line, why):
+    path = write(tmp_path / "in.jsonl", {"prompt": "first"}, line, {"prompt": "last"})
+    requests, refused = read_batch(path, DEFAULTS)
+    assert [one.number for one in requests] == [1, 3]
+    assert [one.number for one in refused] == [2]
+    assert why in refused[0].error
+
+
+def test_a_second_line_of_an_id_is_refused_naming_the_first(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"id": "a", "prompt": "x"}, {"prompt": "y"}, {"id": "a", "prompt": "z"})
+    requests, refused = read_batch(path, DEFAULTS)
+    assert [one.number for one in requests] == [1, 2]
+    assert (refused[0].number, refused[0].id) == (3, "#3")
+    assert "'a' is that of line 1" in refused[0].error
+
+
+def test_lines_without_a_seed_get_one_each_from_the_default(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"prompt": "x"}, {"prompt": "x"}, {"prompt": "x", "seed": 9})
+    requests, _ = read_batch(path, SamplingParams(seed=100))
+    assert [one.params.seed for one in requests] == [101, 102, 9]
+    assert [one.params.seed for one in read_batch(path, SamplingParams(seed=2**63 - 2))[0]] == [2**63 - 1, 0, 9]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n\r\n{"prompt": "y"}')
+    assert [one.content for one in read_batch(path, DEFAULTS)[0]] == ["x", "y"]
+    path.write_bytes(b'\xef\xbb\xbf\n{"prompt": "x"}')
+    assert read_batch(path, DEFAULTS)[1] == []
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "empty.jsonl", "array.json", "."])
+def test_a_file_without_a_request_is_refused(tmp_path, name):
+    (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
+    (tmp_path / "array.json").write_text(json.dumps([{"prompt": "x"}, {"prompt": "y"}], indent=1))
+    with pytest.raises(ConfigError, match=r"JSON lines|one request a line|no request in 8 lines: line 1: .*JSON"):
+        read_batch(tmp_path / name, DEFAULTS)
+
+
+def test_requests_that_documentation_and_help_show_are_requests(tmp_path):
+    page = (ROOT / "docs" / "batch.md").read_text()
+    shown = re.findall(r"^(\{.*\})$", page.partition("## Answers")[0], re.MULTILINE)
+    shown = [line for line in shown if '"finish_reason"' not in line]
+    written = EXAMPLES.replace("[...]", '[{"role": "user", "content": "x"}]')
+    shown += [line.strip() for line in written.splitlines()[1:-1]]
+    shown.append(re.search(r"^echo '(\{.*\})' >", (ROOT / "README.md").read_text(), re.MULTILINE)[1])
+    assert len(shown) == 9
+    for number, line in enumerate(shown):
+        path = write(tmp_path / f"{number}.jsonl", line.encode())
+        assert read_batch(path, DEFAULTS)[1] == [], line
