@@ -38,7 +38,7 @@ class Tables:
         balance: float = 1.0,
         may_replicate: bool = True,
         slowest: bool = False,
-    ):
+    ) -> None:
         step, gpus, num_gpus = problem.step, problem.topology.gpus, problem.num_gpus
         count = len(problem.workloads)
         self.problem, self.balance = problem, balance

@@ -27,7 +27,7 @@ class Ensemble:
 
     name = "ensemble"
 
-    def __init__(self, members: list[Predictor], *, learning_rate: float = _LEARNING_RATE):
+    def __init__(self, members: list[Predictor], *, learning_rate: float = _LEARNING_RATE) -> None:
         sizes = {(member.num_layers, member.num_experts) for member in members}
         if len(sizes) != 1:
             raise ConfigError(f"an ensemble of members for {sorted(sizes)} layers and experts. Allowed: one model's.")

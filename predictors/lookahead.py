@@ -45,7 +45,7 @@ class Lookahead:
         top_k: int,
         reach: int = 4,
         stride: int = 2,
-    ):
+    ) -> None:
         routers = [None if router is None else router.detach() for router in routers]
         known = next(router for router in routers if router is not None)
         self.num_layers = len(routers)

@@ -24,7 +24,7 @@ class Markov:
     signal = "none"
     reach = 1
 
-    def __init__(self, num_layers: int, num_experts: int, *, learn: bool = True):
+    def __init__(self, num_layers: int, num_experts: int, *, learn: bool = True) -> None:
         self.num_layers, self.num_experts, self.learn = num_layers, num_experts, learn
         shape = (num_layers, num_experts + 1, num_experts)  # the last row takes in experts that stand for none
         self.by_layer = np.zeros(shape, np.float32)  # [l]: from layer l to l + 1

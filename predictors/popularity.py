@@ -22,7 +22,9 @@ class Popularity:
     signal = "none"
     reach = 0
 
-    def __init__(self, num_layers: int, num_experts: int, popularity: np.ndarray | None = None, half_life: float = 512):
+    def __init__(
+        self, num_layers: int, num_experts: int, popularity: np.ndarray | None = None, half_life: float = 512
+    ) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
         self.popularity = None if popularity is None else np.asarray(popularity, np.float32)
         self._decay = np.float32(2 ** (-1 / half_life))

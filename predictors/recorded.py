@@ -23,7 +23,7 @@ class RecordedLookahead:
     name = "lookahead"
     signal = "recorded"
 
-    def __init__(self, num_layers: int, num_experts: int, top_k: int, reach: int, num_ranks: int):
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, reach: int, num_ranks: int) -> None:
         self.num_layers, self.num_experts, self.reach = num_layers, num_experts, reach
         first = np.where(np.arange(num_ranks) < top_k, 0.7, 0.1)
         unlisted = max(top_k - first.sum(), 0.0) / max(num_experts - num_ranks, 1)

@@ -134,7 +134,7 @@ class LinearKernel:
         shape: [N, K].
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], name: str, spec: WeightFormat, shape: tuple[int, int]):
+    def __init__(self, tensors: dict[str, torch.Tensor], name: str, spec: WeightFormat, shape: tuple[int, int]) -> None:
         places = {part: tensors[part].data_ptr() for part in (name, *parts_of(name)) if part in tensors}
         bias = tensors.get(f"{name}_bias")
         matrix = described_matrix(spec, shape, places, name, None if bias is None else bias.dtype)

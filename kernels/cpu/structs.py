@@ -59,7 +59,7 @@ class ExpertKernel:
         intermediate_features: I.
     """
 
-    def __init__(self, expert: _Expert, num_features: int, intermediate_features: int):
+    def __init__(self, expert: _Expert, num_features: int, intermediate_features: int) -> None:
         self._expert = expert
         self.pointer = ctypes.addressof(expert)
         self.num_features = num_features

@@ -41,7 +41,7 @@ class TritonExperts:
         activation: what stands between them.
     """
 
-    def __init__(self, first: MatrixPlan, down: MatrixPlan, activation: Activation):
+    def __init__(self, first: MatrixPlan, down: MatrixPlan, activation: Activation) -> None:
         from moeflow.kernels.triton.activation import constants
 
         self.first, self.down, self.step = first, down, constants(activation)

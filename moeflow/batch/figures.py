@@ -24,7 +24,7 @@ class BatchShare:
         most_tokens: the most tokens each id may get.
     """
 
-    def __init__(self, most_tokens: dict[str, int]):
+    def __init__(self, most_tokens: dict[str, int]) -> None:
         self._most_tokens = most_tokens
         self._waiting = Counter(most_tokens.values())  # requests without a token, by the most they may get
         self._running: dict[str, int] = {}  # tokens that each of the others may still get
@@ -81,7 +81,7 @@ class BatchFigures:
         requests: [num_requests], the `BatchRequest`s to answer.
     """
 
-    def __init__(self, engine: Engine, requests: list[BatchRequest]):
+    def __init__(self, engine: Engine, requests: list[BatchRequest]) -> None:
         self._engine = engine
         self._share = BatchShare({request.id: request.params.max_new_tokens for request in requests})
         self._runtime = cast("ExpertRuntime", engine.model.moeflow)  # transformers types it as a module

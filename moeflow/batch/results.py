@@ -33,7 +33,7 @@ class BatchFile:
             answers of a batch; then it stays as it is.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.finished: dict[str, str | None] = {}  # of each id's line, the error; None for an answer
         self.digests: dict[str, str] = {}  # of each answer, that of the request

@@ -27,7 +27,7 @@ class ExpertInputs:
         modules: [num_layers], the experts modules, for their activations.
     """
 
-    def __init__(self, fingerprint: str, modules: list[ExpertsModule]):
+    def __init__(self, fingerprint: str, modules: list[ExpertsModule]) -> None:
         self.fingerprint = fingerprint
         self._modules = modules
         self._hidden_states: list[list[torch.Tensor]] = [[] for _ in modules]

@@ -104,7 +104,7 @@ class _Survey:
         shape: tuple[int, int],
         num_probes: int,
         progress: ProgressCallback | None,
-    ):
+    ) -> None:
         self.tap = ResidualTap(model)
         self._specs, self._method, self._progress = specs, method, progress
         self._num_tokens, self._probed, self._num_probes = shape[0] * shape[1], num_probes * shape[1], num_probes

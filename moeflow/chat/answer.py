@@ -52,7 +52,7 @@ class Answer:
 class _TokenStreamer:
     """The streamer `generate` puts tokens into: notes the time, decodes, queues text as soon as it is whole."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pieces: SimpleQueue[str | None]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pieces: SimpleQueue[str | None]) -> None:
         self.token_ids: list[int] = []
         self.times_s: list[float] = []
         self.text = ""
@@ -94,7 +94,7 @@ class AnswerStream:
         pieces: SimpleQueue[str | None],
         closed: threading.Event,
         describe: Callable[[_TokenStreamer, float], Answer],
-    ):
+    ) -> None:
         self.answer: Answer | None = None
         self._closed = closed
         self._describe = describe

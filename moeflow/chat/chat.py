@@ -43,7 +43,7 @@ class Chat:
         screen: Screen,
         conversation: Conversation,
         params: SamplingParams,
-    ):
+    ) -> None:
         self.stdin = stdin
         self.model = model
         self.tokenizer = tokenizer

@@ -27,7 +27,7 @@ class Conversation:
         turns: messages with "role" and "content".
     """
 
-    def __init__(self, system: str | None = None, turns: Iterable[dict[str, str]] = ()):
+    def __init__(self, system: str | None = None, turns: Iterable[dict[str, str]] = ()) -> None:
         self.system = system
         self.turns = list(turns)
 

@@ -28,7 +28,7 @@ class Screen:
         plain: True for text without markup or colour; None decides by the terminal and NO_COLOR.
     """
 
-    def __init__(self, stdout: TextIO, plain: bool | None = None):
+    def __init__(self, stdout: TextIO, plain: bool | None = None) -> None:
         from rich.console import Console
 
         if plain is None:
@@ -165,7 +165,7 @@ def _parse_markdown(text: str) -> list[Token]:
 class _SingleSpaced:
     """Renderable without the blank lines of another that follow a blank line or stand at an end."""
 
-    def __init__(self, renderable: RenderableType):
+    def __init__(self, renderable: RenderableType) -> None:
         self.renderable = renderable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
@@ -192,7 +192,7 @@ class Tail:
         num_reserved_lines: lines of the terminal to leave free.
     """
 
-    def __init__(self, renderable: RenderableType, num_reserved_lines: int = 1):
+    def __init__(self, renderable: RenderableType, num_reserved_lines: int = 1) -> None:
         self.renderable = renderable
         self.num_reserved_lines = num_reserved_lines
 

@@ -104,7 +104,7 @@ def write_packed(
 class _Report:
     """Adds up bytes for a progress callback."""
 
-    def __init__(self, progress: ProgressCallback | None, total: int):
+    def __init__(self, progress: ProgressCallback | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, num_bytes: int) -> None:

@@ -40,7 +40,7 @@ class ExpertStore:
         direct: read with O_DIRECT where the filesystem takes it.
     """
 
-    def __init__(self, files: list[Path], layers: list[LayerSource], *, direct: bool = True):
+    def __init__(self, files: list[Path], layers: list[LayerSource], *, direct: bool = True) -> None:
         self.files = [Path(file) for file in files]
         self.layers = layers
         self._lock = threading.Lock()

@@ -98,7 +98,7 @@ class _Part:
         features: torch.Tensor,
         dense_columns: torch.Tensor,
         ridge: float,
-    ):
+    ) -> None:
         self.token, self.neurons, self.features = token, neurons, features
         self.dense_columns = self.down_proj = dense_columns
         gram = features.T @ features

@@ -18,7 +18,7 @@ class Stages:
         enabled: whether anything is shown.
     """
 
-    def __init__(self, enabled: bool = True):
+    def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.seconds: dict[str, float] = {}
         self._name = ""

@@ -21,7 +21,7 @@ class Stream:
         batch_tokens: tokens of a batch, padding included.
     """
 
-    def __init__(self, model: Any, texts: list[list[int]], batch_tokens: int = 8192):
+    def __init__(self, model: Any, texts: list[list[int]], batch_tokens: int = 8192) -> None:
         batches = list(_padded_batches(texts, batch_tokens))
         self.model = model.model
         self.layer = 0

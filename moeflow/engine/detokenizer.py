@@ -23,7 +23,7 @@ class Detokenizer:
         tokenizer: the model's; special tokens have no text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._token_ids: list[int] = []
         # The text of the tokens before `_shown` is out already. They are decoded again with each new token, because

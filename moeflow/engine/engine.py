@@ -63,7 +63,7 @@ class Engine:
         share_prefixes: bool = True,
         group_size: int | None = None,
         regrouping: bool = True,
-    ):
+    ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("max_step_tokens", max_step_tokens)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a whole number, at least 1.")

@@ -16,7 +16,7 @@ class KeptPrefix:
         free: releases the slot of a sequence, by its id.
     """
 
-    def __init__(self, wanted: Callable[[Sequence], bool], free: Callable[[str], None]):
+    def __init__(self, wanted: Callable[[Sequence], bool], free: Callable[[str], None]) -> None:
         self._wanted = wanted
         self._free = free
         self._kept: Sequence | None = None

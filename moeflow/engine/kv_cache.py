@@ -39,7 +39,7 @@ class KeyValueSlot:
         num_positions: room for so many.
     """
 
-    def __init__(self, layout: dict[int, LayerShape], num_positions: int):
+    def __init__(self, layout: dict[int, LayerShape], num_positions: int) -> None:
         self.num_positions = num_positions
         # Of each layer, [1, heads, num_positions, features].
         self.keys: dict[int, torch.Tensor] = {}
@@ -74,7 +74,7 @@ class KeyValueSlots:
         max_positions: most positions of all slots together, beyond which a budget is of no use; None for no limit.
     """
 
-    def __init__(self, layout: dict[int, LayerShape], budget_bytes: int, max_positions: int | None = None):
+    def __init__(self, layout: dict[int, LayerShape], budget_bytes: int, max_positions: int | None = None) -> None:
         self.layout = layout
         self.position_bytes = sum(shape.position_bytes for shape in layout.values())
         if max_positions is not None:

@@ -56,7 +56,7 @@ class ModelRunner:
         budget_bytes: int,
         max_positions: int | None = None,
         watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext,
-    ):
+    ) -> None:
         self._model = model
         self._watching = watching
         self._cache = VarlenCache()

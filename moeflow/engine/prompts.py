@@ -24,7 +24,7 @@ class Prompts:
         context: positions the model was made for; None where its config does not say.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
         self.context = forward.context_positions(model)

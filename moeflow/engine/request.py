@@ -58,7 +58,7 @@ class StepOutput(NamedTuple):
 class Request:
     """A sequence with its sampler, its stop strings and its text so far."""
 
-    def __init__(self, sequence: Sequence, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(self, sequence: Sequence, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.sequence = sequence
         self.params = params
         self.sampler = Sampler(params)

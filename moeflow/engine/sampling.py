@@ -36,7 +36,7 @@ class Sampler:
         params: what the request asks.
     """
 
-    def __init__(self, params: SamplingParams):
+    def __init__(self, params: SamplingParams) -> None:
         self.params = params
         seed = params.seed
         if seed is None:

@@ -26,7 +26,7 @@ class Scheduler:
         waiting, running: sequences in the order of arrival, and of admission.
     """
 
-    def __init__(self, max_batch_size: int, max_step_tokens: int, *, share_prefixes: bool = True):
+    def __init__(self, max_batch_size: int, max_step_tokens: int, *, share_prefixes: bool = True) -> None:
         assert max_step_tokens >= max_batch_size, "every decoding sequence has a token in each step"
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens

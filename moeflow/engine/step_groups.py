@@ -29,7 +29,7 @@ class PassRoutes:
         num_experts: E, the largest number of experts in a layer.
     """
 
-    def __init__(self, num_layers: int, num_experts: int):
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self._num_layers, self._num_experts = num_layers, num_experts
         self._chosen: dict[int, np.ndarray] = {}
 
@@ -69,7 +69,7 @@ class StepGroups:
         regrouping: whether groups are chosen by routes; else by arrival.
     """
 
-    def __init__(self, model: PreTrainedModel, group_size: int, *, regrouping: bool = True):
+    def __init__(self, model: PreTrainedModel, group_size: int, *, regrouping: bool = True) -> None:
         self._runtime = cast("ExpertRuntime", model.moeflow)  # transformers types it as a module
         counts = self._runtime.experts_per_layer
         self._shape = len(counts), max(counts)

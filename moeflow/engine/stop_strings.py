@@ -24,7 +24,7 @@ class StopStrings:
         stop: texts that end the answer, none empty.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
         self.stopped = False
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = tuple(stop)

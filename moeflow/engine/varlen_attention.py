@@ -191,7 +191,7 @@ class VarlenCache(forward.KeyValueCache):
 class _Mask:
     """A mask by its rule, from which each segment's tensor is made once a pass."""
 
-    def __init__(self, allowed: Callable[..., Any]):
+    def __init__(self, allowed: Callable[..., Any]) -> None:
         self._allowed = allowed  # (batch, head, query position, key position) -> bool
         self._made: dict[tuple[int, bool], torch.Tensor | None] = {}
 

@@ -111,7 +111,7 @@ class ExpertParallel:
         ranks: the group.
     """
 
-    def __init__(self, experts: list[OffloadedExperts], plan: Plan, ranks: RankGroup):
+    def __init__(self, experts: list[OffloadedExperts], plan: Plan, ranks: RankGroup) -> None:
         self.plan = plan
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self._tables = [ReplicaTable(layer, ranks.rank, ranks.world_size) for layer in plan.experts]

@@ -23,7 +23,7 @@ class RankGroup:
         ConfigError: torch.distributed was not started, or its backend does not serve the device.
     """
 
-    def __init__(self, group: "dist.ProcessGroup | None", device: torch.device):
+    def __init__(self, group: "dist.ProcessGroup | None", device: torch.device) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise ConfigError(
                 "expert parallelism runs over torch.distributed, which was not started. Start the ranks with torchrun "

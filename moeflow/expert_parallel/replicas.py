@@ -30,7 +30,7 @@ class ReplicaTable:
         num_gpus: G.
     """
 
-    def __init__(self, gpus: Sequence[Sequence[int]], home: int, num_gpus: int):
+    def __init__(self, gpus: Sequence[Sequence[int]], home: int, num_gpus: int) -> None:
         self._home = home
         self._num_gpus = num_gpus
         self._num_replicas = torch.tensor([len(holders) for holders in gpus])

@@ -79,7 +79,7 @@ class Rounds:
         ranks: the group.
     """
 
-    def __init__(self, experts: list[OffloadedExperts], num_experts: int, ranks: RankGroup):
+    def __init__(self, experts: list[OffloadedExperts], num_experts: int, ranks: RankGroup) -> None:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.sent = Traffic(len(experts), ranks.world_size)
         self.failure: str | None = None  # what all ranks were told since it was last set to None

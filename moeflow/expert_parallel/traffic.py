@@ -16,7 +16,7 @@ class Traffic:
         num_ranks: G.
     """
 
-    def __init__(self, num_layers: int, num_ranks: int):
+    def __init__(self, num_layers: int, num_ranks: int) -> None:
         shape = num_layers, num_ranks, num_ranks
         self.assignments = np.zeros(shape, np.int64)
         """[L, G, G], from the token's rank to the expert's."""

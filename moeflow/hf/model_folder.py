@@ -31,7 +31,7 @@ class ModelFolder:
         ModelSourceError: no such folder or hub id.
     """
 
-    def __init__(self, model: str | Path, *, config: PreTrainedConfig | None = None, **hub_options: Any):
+    def __init__(self, model: str | Path, *, config: PreTrainedConfig | None = None, **hub_options: Any) -> None:
         self.path = pretrained.resolve_folder(model, **hub_options)
         if config is not None:
             self.config = config

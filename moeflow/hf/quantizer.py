@@ -40,7 +40,7 @@ class WithoutExperts(QuantizationConfigMixin):
         on_empty: Callable[[PreTrainedModel], None] | None = None,
         scheme: QuantizationScheme | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         self.quant_method = IMPLEMENTATION
         self.on_empty = on_empty
         self.scheme = scheme
@@ -62,7 +62,7 @@ class _ExpertsRemover(HfQuantizer):
 
     quantization_config: WithoutExperts
 
-    def __init__(self, quantization_config: WithoutExperts, **kwargs: Any):
+    def __init__(self, quantization_config: WithoutExperts, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = quantization_config.scheme is not None  # else transformers casts codes to floats
 
@@ -111,7 +111,7 @@ class _Dequantize(ConversionOps):
         problems: receives a sentence for every weight that could not be made.
     """
 
-    def __init__(self, scheme: QuantizationScheme, problems: list[str]):
+    def __init__(self, scheme: QuantizationScheme, problems: list[str]) -> None:
         self.scheme = scheme
         self.problems = problems
         self.dtype: torch.dtype | None = None

@@ -22,7 +22,7 @@ class ResidualTap:
         model: a model whose experts were taken off.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
         # layer -> {norm: (its input, its output)} of the pass under way
         self._latest: dict[int, dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._hooks: list[RemovableHandle] = []

@@ -21,7 +21,7 @@ class CpuCompute:
             anyway, 0 for float32.
     """
 
-    def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int):
+    def __init__(self, activation: Activation, is_transposed: bool, activation_bits: int) -> None:
         self._activation = activation
         self._is_transposed = is_transposed
         self._bits = activation_bits

@@ -15,7 +15,7 @@ class Dispatch:
         num_experts: of the layer.
     """
 
-    def __init__(self, top_k_index: torch.Tensor, num_experts: int):
+    def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None:
         self.num_tokens, self.top_k = top_k_index.shape
         flat = top_k_index.reshape(-1)
         if self.num_tokens == 1:

@@ -32,7 +32,7 @@ class OffloadedExperts:
         module: the experts module, whose parameters were taken off.
     """
 
-    def __init__(self, runtime: ExpertRuntime, layer: int, module: ExpertsModule):
+    def __init__(self, runtime: ExpertRuntime, layer: int, module: ExpertsModule) -> None:
         self.runtime = runtime
         self.layer = layer
         self._before: Sequence[BeforeStep] = ()

@@ -21,7 +21,7 @@ class TorchCompute:
         module: the experts module, whose parameters were taken off.
     """
 
-    def __init__(self, module: ExpertsModule):
+    def __init__(self, module: ExpertsModule) -> None:
         self._module = weakref.ref(module)  # the module holds this object
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:

@@ -25,7 +25,7 @@ class TritonCompute:
         activation: of the module, between its matrices.
     """
 
-    def __init__(self, module: ExpertsModule, activation: Activation):
+    def __init__(self, module: ExpertsModule, activation: Activation) -> None:
         self._torch = TorchCompute(module)
         self._activation = activation
         self._is_transposed = module.is_transposed

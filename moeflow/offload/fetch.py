@@ -32,7 +32,7 @@ class ExpertFetch:
         host_compute: HostCompute | None,
         prediction: PredictionLoop | None,
         stats: Stats,
-    ):
+    ) -> None:
         self._residency = residency
         self._host_compute = host_compute
         self._prediction = prediction

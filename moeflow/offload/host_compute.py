@@ -23,7 +23,7 @@ class HostCompute:
         transfers: the copies that run beside.
     """
 
-    def __init__(self, split: MissSplit, host: HostTier, transfers: Transfers):
+    def __init__(self, split: MissSplit, host: HostTier, transfers: Transfers) -> None:
         self._split = split
         self._host = host
         self._transfers = transfers

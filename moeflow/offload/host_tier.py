@@ -12,7 +12,7 @@ class HostTier:
         cache: which expert sits in which of its slots.
     """
 
-    def __init__(self, pool: SlotPool, cache: ExpertCache):
+    def __init__(self, pool: SlotPool, cache: ExpertCache) -> None:
         self.pool = pool
         self.cache = cache
         # The end of the last copy out of each slot: the slot may not be overwritten before it.

@@ -22,7 +22,7 @@ class MemoryGovernor:
         max_slots: never more.
     """
 
-    def __init__(self, slot_bytes: int, min_slots: int, max_slots: int):
+    def __init__(self, slot_bytes: int, min_slots: int, max_slots: int) -> None:
         self._slot_bytes = slot_bytes
         self._min_slots = min_slots
         self._max_slots = max_slots

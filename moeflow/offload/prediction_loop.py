@@ -50,7 +50,7 @@ class PredictionLoop:
 
     def __init__(
         self, prefetcher: Prefetcher, switch: PredictionSwitch | None = None, *, tap: "ResidualTap | None" = None
-    ):
+    ) -> None:
         self.watching = False  # whether the routes of the pass under way are wanted
         self.failure: str | None = None
         self.prefetcher = prefetcher

@@ -18,7 +18,7 @@ class ReadingThreads:
         num_threads: reads in flight.
     """
 
-    def __init__(self, num_threads: int):
+    def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         self.start()
 

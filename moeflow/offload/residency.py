@@ -42,7 +42,7 @@ class Residency:
         transfers: Transfers,
         prefetcher: Prefetcher | None,
         stats: Stats,
-    ):
+    ) -> None:
         self.cache = cache
         self.transfers = transfers
         self.pool = pool

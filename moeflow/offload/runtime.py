@@ -78,7 +78,7 @@ class ExpertRuntime:
         governor: MemoryGovernor | None = None,
         prediction: PredictionLoop | None = None,
         misses: MissSplit | None = None,
-    ):
+    ) -> None:
         self.store = store
         self.cache = cache
         self.device = pool.device

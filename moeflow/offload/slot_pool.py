@@ -38,7 +38,7 @@ class SlotPool:
         BudgetError: the memory could not be allocated or pinned.
     """
 
-    def __init__(self, num_slots: int, record_bytes: int, device: torch.device, *, pinned: bool = False):
+    def __init__(self, num_slots: int, record_bytes: int, device: torch.device, *, pinned: bool = False) -> None:
         self.num_slots = num_slots
         self.stride = slot_bytes(record_bytes)
         self.num_bytes = num_slots * self.stride

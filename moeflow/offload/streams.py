@@ -72,7 +72,7 @@ class _CopyEnd(NamedTuple):
 class CudaStreams:
     """A copy stream beside the caller's current stream, ordered by events."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         # The pool may lie on memory that queued kernels of an earlier owner still use.

@@ -30,7 +30,7 @@ class Transfer:
         "source",
     )
 
-    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool):
+    def __init__(self, key: ExpertKey, slot: int, source: Tier, host_slot: int | None, *, prefetch: bool) -> None:
         self.key = key
         self.prefetch = prefetch  # whether no layer waits for it yet
         self.slot = slot

@@ -36,7 +36,7 @@ class Transfers:
         *,
         host: HostTier | None = None,
         num_threads: int = 4,
-    ):
+    ) -> None:
         self.max_in_flight = 2 * num_threads if host is None else min(2 * num_threads, host.pool.num_slots)
         self.num_threads = num_threads
         self._store = store

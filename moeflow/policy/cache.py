@@ -32,7 +32,7 @@ class ExpertCache:
 
     def __init__(
         self, num_slots: int, policy: str = "lfru", *, num_transient: int = 1, sizes: list[list[int]] | None = None
-    ):
+    ) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(POLICIES)}.")
         if num_slots < 1:

@@ -22,7 +22,7 @@ class Forecast:
         num_steps: how many steps ahead bets go.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, num_steps: int = 4):
+    def __init__(self, num_layers: int, num_experts: int, num_steps: int = 4) -> None:
         self.num_layers = num_layers
         self.num_experts = num_experts
         self.layer = -1  # the last one whose router has run in this step

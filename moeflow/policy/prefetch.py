@@ -42,7 +42,7 @@ class Prefetcher:
         window: int | None = None,
         min_probability: float | None = None,
         num_steps: int = 4,
-    ):
+    ) -> None:
         self.predictor = predictor
         self.ledger = ledger
         self.active = False  # whether the step under way is predicted

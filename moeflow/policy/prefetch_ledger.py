@@ -32,7 +32,7 @@ class PrefetchLedger:
         expert_bytes: bytes of one expert.
     """
 
-    def __init__(self, num_layers: int, num_distances: int = 8, expert_bytes: int = 0):
+    def __init__(self, num_layers: int, num_distances: int = 8, expert_bytes: int = 0) -> None:
         self.num_distances = num_distances
         self.expert_bytes = expert_bytes
         shape = self._shape = (num_layers, num_distances)

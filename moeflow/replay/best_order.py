@@ -52,7 +52,7 @@ def replay_best_order(experts: np.ndarray, num_experts: int, num_slots: int, lin
 class _BestOrder:
     """One sequence's demands, [events][keys] with an event a layer of a token, and the link that serves them."""
 
-    def __init__(self, events: list[list[int]], num_slots: int, link: LinkModel):
+    def __init__(self, events: list[list[int]], num_slots: int, link: LinkModel) -> None:
         self._events, self._link = events, link
         self._num_free = num_slots
         self._link_free_s = 0.0

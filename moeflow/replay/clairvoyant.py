@@ -26,7 +26,7 @@ class Clairvoyant:
     signal = "none"
     reach = 0
 
-    def __init__(self, sequences: list[np.ndarray], num_experts: int, num_steps: int = NUM_STEPS):
+    def __init__(self, sequences: list[np.ndarray], num_experts: int, num_steps: int = NUM_STEPS) -> None:
         self.num_layers, self.num_experts = sequences[0].shape[1], num_experts
         self.num_steps = num_steps
         self._sequences = sequences

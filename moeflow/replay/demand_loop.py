@@ -32,7 +32,7 @@ class ReplayCache:
 
     def __init__(
         self, num_layers: int, num_slots: int, policy: str, *, num_fixed: int, popularity: np.ndarray, seed: int
-    ):
+    ) -> None:
         self.num_layers, self.num_slots, self.policy, self.num_fixed = num_layers, num_slots, policy, num_fixed
         self.popularity = popularity
         self._random = RandomBits(seed)

@@ -61,7 +61,7 @@ class LinkReplay:
         cache: ExpertCache,
         prefetcher: Prefetcher | None = None,
         switch: PredictionSwitch | None = None,
-    ):
+    ) -> None:
         self.link = link
         self.cache = cache
         self.prefetcher = prefetcher

@@ -25,7 +25,7 @@ class PredictionQuality:
         num_distances: D, layers ahead at most; distance 0 is the prediction before the step.
     """
 
-    def __init__(self, num_layers: int, top_k: int, num_distances: int = 1):
+    def __init__(self, num_layers: int, top_k: int, num_distances: int = 1) -> None:
         self.top_k = top_k
         self.ks = tuple(sorted({*RECALL_AT, top_k, top_k + 2, top_k + 3, 2 * top_k}))
         shape = (num_distances + 1, num_layers)
@@ -128,7 +128,7 @@ def evaluate_predictor(
 class _Sequence:
     """One sequence's rows, its prompt apart from its decode steps."""
 
-    def __init__(self, rows: slice | np.ndarray, is_decode: np.ndarray):
+    def __init__(self, rows: slice | np.ndarray, is_decode: np.ndarray) -> None:
         rows = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         self.prefill, self.decode = rows[~is_decode], rows[is_decode]
 

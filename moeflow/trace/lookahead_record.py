@@ -17,7 +17,7 @@ class LookaheadRecord:
         none: the id that stands for none.
     """
 
-    def __init__(self, lookahead: Lookahead, tap: ResidualTap, num_ranks: int, none: int):
+    def __init__(self, lookahead: Lookahead, tap: ResidualTap, num_ranks: int, none: int) -> None:
         self.lookahead = lookahead
         self.shape = (lookahead.reach, num_ranks)
         self._tap = tap

@@ -49,7 +49,7 @@ class TraceRecorder:
         *,
         padding: frozenset[int] = frozenset(),
         lookahead: LookaheadRecord | None = None,
-    ):
+    ) -> None:
         self.path = Path(path)
         self.dropped_tokens = 0  # of passes that did not run through every layer once
         self._format = format
@@ -219,7 +219,7 @@ class _Pass:
         sequences: np.ndarray,
         num_positions: int,
         phase: int,
-    ):
+    ) -> None:
         self.token_ids = token_ids
         self.attention_mask = attention_mask
         self.sequences = sequences
@@ -232,7 +232,7 @@ class _Pass:
 class _BufferedRows:
     """Rows on their way into the file."""
 
-    def __init__(self, writer: TraceWriter):
+    def __init__(self, writer: TraceWriter) -> None:
         self.writer = writer
         self._buffer = writer.new_rows(_BUFFERED_ROWS)
         self._num_buffered = 0

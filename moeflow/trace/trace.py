@@ -30,7 +30,7 @@ class RoutingTrace:
         *,
         sequence_facts: Iterable[dict] = (),
         name: str | Path = "trace",
-    ):
+    ) -> None:
         self.format = format
         self.sequence_facts = list(sequence_facts)
         self.name = str(name)

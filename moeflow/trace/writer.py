@@ -31,7 +31,7 @@ class TraceWriter:
 
     def __init__(
         self, path: str | Path, format: TraceFormat, *, append: bool = False, sequence_facts: Iterable[dict] = ()
-    ):
+    ) -> None:
         self.path = Path(path)
         self.next_sequence = 0  # the first number that no row has
         try:

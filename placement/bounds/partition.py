@@ -101,7 +101,7 @@ class _Relaxation:
     semidefinite (one a pair of layers) and within the caps on rows (one a layer and kind of cap).
     """
 
-    def __init__(self, partition: Partition, scale: float):
+    def __init__(self, partition: Partition, scale: float) -> None:
         self.parts, self.equal = partition.num_parts, partition.equal
         self.cost = -partition.traffic / scale  # of X between layers; the constant 1 is added in bound()
         self.num_layers, self.num_experts = partition.traffic.shape[0] + 1, partition.traffic.shape[1]
@@ -207,7 +207,7 @@ class _WorkCap:
         num_parts: G.
     """
 
-    def __init__(self, work: np.ndarray, num_parts: int):
+    def __init__(self, work: np.ndarray, num_parts: int) -> None:
         self.work = work
         self.norm = np.maximum((work**2).sum(axis=1), 1e-300)
         self.least = work.sum(axis=1) / num_parts
@@ -238,7 +238,7 @@ class _CountCap:
         most: slots.
     """
 
-    def __init__(self, shape: tuple[int, int], most: int):
+    def __init__(self, shape: tuple[int, int], most: int) -> None:
         self.most, self.num_experts = most, shape[1]
         self.seen = _seen(*shape)
 

@@ -59,7 +59,7 @@ class Annealing:
         flow: [W, L - 1, G, G], shares of transitions. slowest_s: [W, L - 1], the slowest link.
     """
 
-    def __init__(self, tables: Tables, plan: Plan, seed: int = 0):
+    def __init__(self, tables: Tables, plan: Plan, seed: int = 0) -> None:
         self.tables = tables
         mask = plan.mask()
         layers, experts, gpus = np.nonzero(mask)

@@ -84,7 +84,7 @@ def _sets(problem) -> list[tuple[int, ...]]:
 class _Model:
     """The program and its variables; times in units of `scale` seconds."""
 
-    def __init__(self, problem: Problem, scale: float):
+    def __init__(self, problem: Problem, scale: float) -> None:
         import pulp
 
         self.problem, self.scale, self.pulp = problem, scale, pulp

@@ -65,7 +65,7 @@ def joint(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progre
 class _Best:
     """The best plan so far, by the objective itself."""
 
-    def __init__(self, problem: Problem, plan: Plan):
+    def __init__(self, problem: Problem, plan: Plan) -> None:
         self.problem, self.plan, self.objective = problem, plan, problem.objective(plan)
 
     def take(self, plan: Plan) -> None:

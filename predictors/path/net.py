@@ -41,7 +41,7 @@ class PathShape:
 class Attention(nn.Module):
     """Attention over a window of positions, with a learned bias a distance."""
 
-    def __init__(self, shape: PathShape):
+    def __init__(self, shape: PathShape) -> None:
         super().__init__()
         self.shape = shape
         self.query = nn.Linear(shape.width, shape.width, bias=False)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Self-attention, attention to the encoder in a decoder's block, and a feed-forward layer."""
 
-    def __init__(self, shape: PathShape, decoder: bool):
+    def __init__(self, shape: PathShape, decoder: bool) -> None:
         super().__init__()
         self.attention = Attention(shape)
         self.cross = Attention(shape) if decoder else None
@@ -97,7 +97,7 @@ class PathNet(nn.Module):
         shape: sizes.
     """
 
-    def __init__(self, shape: PathShape):
+    def __init__(self, shape: PathShape) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.num_rows, shape.width)

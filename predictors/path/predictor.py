@@ -26,7 +26,7 @@ class PathPredictor:
     signal = "none"
     reach = 0
 
-    def __init__(self, net: PathNet):
+    def __init__(self, net: PathNet) -> None:
         self.net = net.cpu().eval().requires_grad_(False)
         self.num_layers, self.num_experts = net.shape.num_layers, net.shape.num_experts
         self._embedding, self._heads = net.embedding.weight.numpy(), _linear(net.heads)
@@ -80,7 +80,7 @@ class PathPredictor:
 class _Attention:
     """One attention with the keys and values of its window, the newest last."""
 
-    def __init__(self, attention: Attention, shape: PathShape):
+    def __init__(self, attention: Attention, shape: PathShape) -> None:
         self._source, self._shape = attention, shape
         self._query, self._key_value, self._out = map(_linear, (attention.query, attention.key_value, attention.out))
         self._query = self._query / np.sqrt(shape.width // shape.num_heads, dtype=np.float32)
@@ -113,7 +113,7 @@ class _Attention:
 class _Block:
     """One block of the encoder or decoder."""
 
-    def __init__(self, block: Block, shape: PathShape):
+    def __init__(self, block: Block, shape: PathShape) -> None:
         self.attentions = [_Attention(one, shape) for one in (block.attention, block.cross) if one is not None]
         self._norms = [cast(torch.nn.RMSNorm, norm).weight.numpy() for norm in block.norms]
         self._inner, self._outer = _linear(block.inner), _linear(block.outer)

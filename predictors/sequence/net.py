@@ -62,7 +62,7 @@ class SequenceNet(nn.Module):
         dropout: of inputs and state while training.
     """
 
-    def __init__(self, shape: SequenceShape, popularity: np.ndarray, dropout: float = 0.25):
+    def __init__(self, shape: SequenceShape, popularity: np.ndarray, dropout: float = 0.25) -> None:
         super().__init__()
         self.shape, self.dropout = shape, dropout
         flat = shape.num_layers * shape.num_experts

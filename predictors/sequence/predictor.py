@@ -23,7 +23,7 @@ _RECALL_DECAY = 2 ** (-1 / RECALL_HALF_LIFE)
 class _Past:
     """One sequence's routes so far, and those of each of its tokens when it was fed before."""
 
-    def __init__(self, num_layers: int, num_experts: int):
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self.position = 0
         self.finder = RepeatFinder()
         self._routes = np.zeros((64, num_layers * num_experts), bool)
@@ -78,7 +78,7 @@ class SequencePredictor:
     name = "sequence"
     signal = "none"
 
-    def __init__(self, shape: SequenceShape, table: TokenTable, arrays: dict[str, np.ndarray]):
+    def __init__(self, shape: SequenceShape, table: TokenTable, arrays: dict[str, np.ndarray]) -> None:
         self.shape, self.table = shape, table
         self.num_layers, self.num_experts, self.reach = shape.num_layers, shape.num_experts, shape.reach
         self.arrays = arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}

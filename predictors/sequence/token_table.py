@@ -20,7 +20,7 @@ class TokenTable:
         popularity: [L, E], probability that any token demands an expert.
     """
 
-    def __init__(self, known_ids: np.ndarray, num_seen: np.ndarray, counts: np.ndarray, popularity: np.ndarray):
+    def __init__(self, known_ids: np.ndarray, num_seen: np.ndarray, counts: np.ndarray, popularity: np.ndarray) -> None:
         self.known_ids = known_ids
         self.num_seen = num_seen
         self.counts = counts

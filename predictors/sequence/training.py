@@ -53,7 +53,7 @@ class _Trainer:
 
     def __init__(
         self, net: SequenceNet, table: TokenTable, learned: Routes, stopping: Routes, options: TrainingOptions
-    ):
+    ) -> None:
         self.net, self.table, self.learned, self.stopping, self.options = net, table, learned, stopping, options
         self.lengths = [len(token_ids) for token_ids in learned.token_ids]
         self.heads = [p for name, p in net.named_parameters() if name.partition(".")[0] in _HEADS]

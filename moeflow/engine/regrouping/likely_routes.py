@@ -28,7 +28,7 @@ class LikelyRoutes:
         memory_bytes: what routes of tokens may take, for at least one token.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, top_k: int, *, memory_bytes: int = _MAX_MEMORY_BYTES):
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, *, memory_bytes: int = _MAX_MEMORY_BYTES) -> None:
         self._num_experts, self._top_k = num_experts, min(max(top_k, 1), num_experts)
         self._kind = np.uint8 if num_experts < 256 else np.uint16
         self._shape = num_layers, num_experts + 1  # the last column takes in what stands for none

@@ -104,7 +104,7 @@ class Search:
         count: [G, 64 W] uint16, how many tokens do.
     """
 
-    def __init__(self, routes: np.ndarray, num_groups: int, *, start: np.ndarray | None = None, seed: int = 0):
+    def __init__(self, routes: np.ndarray, num_groups: int, *, start: np.ndarray | None = None, seed: int = 0) -> None:
         routes = np.asarray(routes)
         if routes.ndim != 3 or routes.dtype != bool:
             raise ConfigError(f"routes are {routes.dtype} {list(routes.shape)}. Give bool [tokens, layers, experts].")

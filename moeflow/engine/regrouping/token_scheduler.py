@@ -60,7 +60,9 @@ class TokenScheduler:
         regrouping: whether to plan at all; else groups are in the order of arrival.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, top_k: int, group_size: int, *, regrouping: bool = True):
+    def __init__(
+        self, num_layers: int, num_experts: int, top_k: int, group_size: int, *, regrouping: bool = True
+    ) -> None:
         if type(group_size) is not int or group_size < 1:
             raise ConfigError(f"group_size={group_size!r} is not allowed: give a whole number, at least 1.")
         self.group_size = group_size
