@@ -13,6 +13,7 @@ from moeflow.kernels.quantization.formats import find_format
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
 SILU = Activation("silu", "concatenated")
+_ROUNDINGS = 4 * torch.finfo(torch.float32).eps
 
 
 def available():
@@ -91,14 +92,30 @@ class Expert:
         first, down = (self._product(name) for name in self.shapes)
         return down(self.activation.apply(first(x.double())))
 
-    def _product(self, name):
+    def rounding(self, x):
+        """Return what float32's roundings may cost an output, [n, H] in float64.
+
+        The partial sums of a product are of the size of its terms' root of squares, so each sum is taken to be
+        `_ROUNDINGS` of that off. Where terms nearly cancel, that is a large relative error of a small sum.
+        """
+        name = next(iter(self.shapes))
+        before = self._product(name)(x.double())
+        shift = _ROUNDINGS * self._product(name, torch.square)(x.double().square()).sqrt()
+        hidden, places = self.activation.apply(before), torch.arange(before.shape[-1])
+        changed = torch.zeros_like(hidden)
+        for part in (places < len(places) // 2, places >= len(places) // 2, places % 2 == 0, places % 2 == 1):
+            changed += (self.activation.apply(before + shift * part) - hidden).abs()
+        return (changed + _ROUNDINGS * hidden.abs()) @ self._weight("down_proj").abs().T
+
+    def _product(self, name, each=lambda values: values):
+        weight, bias = each(self._weight(name)), self.tensors.get(f"{name}_bias")
+        return lambda x: x @ weight.T + (0 if bias is None else each(bias.double()))
+
+    def _weight(self, name):
         if self.spec.kind != "float":
-            weight = dequantize(self.tensors, name, self.spec, self.shapes[name], torch.float64)
-        else:
-            weight = self.tensors[name].double()
-            weight = weight.T if self.is_transposed else weight
-        bias = self.tensors.get(f"{name}_bias")
-        return lambda x: x @ weight.T + (0 if bias is None else bias.double())
+            return dequantize(self.tensors, name, self.spec, self.shapes[name], torch.float64)
+        weight = self.tensors[name].double()
+        return weight.T if self.is_transposed else weight
 
 
 def run(experts, x, routes, num_places, activation_bits=0):
