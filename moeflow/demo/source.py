@@ -85,13 +85,14 @@ def load_dense_model(gguf: Path) -> tuple:
     import torch
 
     with _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
             attn_implementation="sdpa",
+            trust_remote_code=False,
         )
     return model.bfloat16().float().eval(), tokenizer
 

@@ -42,13 +42,16 @@ class ModelFolder:
 
         Args:
             model: a hub id or a folder.
-            hf_options: of from_pretrained; `config`, and those that are values of the config, are taken out.
+            hf_options: of from_pretrained; `config`, and those that are values of the config, are taken out, and
+                `trust_remote_code` is set to False where it is left open.
         """
+        # Where it is left open, transformers asks on standard input, and a piped prompt would answer.
+        hf_options["trust_remote_code"] = bool(hf_options.get("trust_remote_code"))
         folder = cls(model, **{name: hf_options[name] for name in _HUB_OPTIONS if name in hf_options})
         config = hf_options.pop("config", None)
         if config is None or isinstance(config, (str, Path)):
-            trust = {name: hf_options[name] for name in ("trust_remote_code",) if name in hf_options}
-            config = pretrained.load_config(Path(config or folder.path), **trust)
+            trusted = hf_options["trust_remote_code"]
+            config = pretrained.load_config(Path(config or folder.path), trust_remote_code=trusted)
         folder.config = copy.deepcopy(config)  # the caller's stays as it is
         for name in [name for name in hf_options if name in config.to_dict()]:
             setattr(folder.config, name, hf_options.pop(name))

@@ -71,16 +71,17 @@ def resolve_folder(model: str | Path, **hub_options: Any) -> Path:
         ) from error
 
 
-def load_config(folder: Path, **config_options: Any) -> PreTrainedConfig:
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read config.json and refuse what this version cannot run.
 
     Args:
         folder: of the checkpoint.
-        **config_options: passed to transformers' AutoConfig.
+        trust_remote_code: whether Python that the folder brings may run.
 
     Raises:
         CheckpointError: no or a corrupt config.json.
-        UnsupportedModelError: an unknown architecture, or a checkpoint quantised by a method that is not read.
+        UnsupportedModelError: an unknown architecture, one that needs the folder's own Python, or a checkpoint
+            quantised by a method that is not read.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -90,8 +91,13 @@ def load_config(folder: Path, **config_options: Any) -> PreTrainedConfig:
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON ({error}). Download it again.") from None
     try:
-        config = AutoConfig.from_pretrained(folder, **config_options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
+        if _asks_for_trust(error):
+            raise UnsupportedModelError(
+                f"{folder} needs Python code that it brings itself, and moeflow runs none of it unless told to. Read "
+                "the code; if you trust it, load the model in Python with load_moe(..., trust_remote_code=True)."
+            ) from None
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} does not know the model in {folder}: {error} "
             "A newer transformers may (pip install -U transformers)."
@@ -100,27 +106,41 @@ def load_config(folder: Path, **config_options: Any) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return a model's tokenizer.
 
     Args:
         model: a hub id or a folder.
+        trust_remote_code: whether Python that the folder brings may run.
 
     Raises:
         CheckpointError: there is none that transformers can load.
+        UnsupportedModelError: it needs the folder's own Python.
     """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if _asks_for_trust(error):
+            raise UnsupportedModelError(
+                f"the tokenizer of {model} needs Python code that it brings itself, and moeflow runs none of it unless "
+                "told to. Read the code; if you trust it, load the tokenizer in Python with "
+                "AutoTokenizer.from_pretrained(..., trust_remote_code=True)."
+            ) from None
         raise CheckpointError(
             f"{model} has no tokenizer that transformers can load ({error}). Download it again."
         ) from error
 
 
+def _asks_for_trust(error: Exception) -> bool:
+    """Tell whether transformers refused to run a folder's own Python. It has no error class for that."""
+    return "trust_remote_code" in str(error)
+
+
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the transformers class that loads this config: causal LM first, then the one its architecture names."""
+    remote = getattr(config, "auto_map", None) or {}  # the classes of a folder's own Python
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
+        if type(config) in auto._model_mapping or auto.__name__ in remote:
             return auto
     for name in config.architectures or ():
         if hasattr(transformers, name):
@@ -135,7 +155,9 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> P
     own: Any = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
     dtype = dtype or own or torch.float32
     with torch.device("meta"):
-        return cls.from_config(config, dtype=dtype) if hasattr(cls, "from_config") else cls(config).to(dtype)
+        if hasattr(cls, "from_config"):
+            return cls.from_config(config, dtype=dtype, trust_remote_code=False)
+        return cls(config).to(dtype)
 
 
 def load_without_experts(
