@@ -1,17 +1,17 @@
 """The cost of a placement: one function judges every solver's plan.
 
-A step sends `assignments` (token, expert) pairs through every layer. Of each layer it counts the slowest GPU's compute
-and the slowest link's transfer, and sums them over the layers.
+A step sends `assignments` (token, expert) pairs through every layer. Its cost is the slowest GPU's compute and the
+slowest link's transfer, summed over the layers.
 
-An expert's compute on a GPU is the larger of its arithmetic and of the reading of its weights, should any token come:
-max(n * flops / flops_per_s, (1 - exp(-n)) * bytes / memory_bytes_per_s) for n expected tokens. That is prefill where n
-is large and decode where it is small.
+An expert's compute on a GPU is the larger of its arithmetic and of the reading of its weights, if any token comes:
+max(n * flops / flops_per_s, (1 - exp(-n)) * bytes / memory_bytes_per_s) for n expected tokens. Large n is prefill,
+small n decode.
 
-Two ways that tokens can take, of which a step uses the one it names:
+A step names one of two ways for its tokens:
 
-- "path", MoETuner's: a token goes from its experts of layer l straight to those of layer l + 1. What crosses from GPU a
+- "path", MoETuner's: a token goes from its experts of layer l straight to those of layer l + 1. The traffic from GPU a
   to GPU b is the share of transitions (i, j) with i on a and j on b.
-- "dispatch", what engines do: tokens live on GPUs in equal parts; each assignment whose expert is elsewhere carries the
+- "dispatch", as engines do: tokens live on GPUs in equal parts; each assignment whose expert is elsewhere carries the
   token there (dispatch) and the expert's output back (combine), each in a transfer of its own.
 
 Source: cost of a mapping as compute imbalance and pairwise transfer, MoETuner (arXiv 2502.06643, section 4).
@@ -31,7 +31,7 @@ COMMUNICATIONS = ("path", "dispatch")
 
 @dataclass(frozen=True)
 class StepShape:
-    """How large a step is.
+    """The size of a step.
 
     Args:
         assignments: (token, expert) pairs a layer serves in a step, on all GPUs together: tokens * top_k.
@@ -69,13 +69,13 @@ class StepShape:
 
 @dataclass(frozen=True)
 class PlacementCost:
-    """What one step of one workload costs under one plan.
+    """The cost of one step of one workload under one plan.
 
     Args:
         tokens: [L, G], assignments each GPU serves.
         activated: [L, G], experts each GPU is expected to activate.
         compute_s: [L, G].
-        path_bytes: [L - 1, G, G], from row to column, diagonal (what stays) included; None without transitions.
+        path_bytes: [L - 1, G, G], from row to column, diagonal (bytes that stay) included; None without transitions.
         dispatch_bytes: [L, G, G], tokens to experts, diagonal included; combine sends as many back.
         link_s: [L], the slowest link's time a layer, by the step's communication.
         colocated: share of the expert pairs that a token takes in one layer that lie on one GPU; None where unknown.
@@ -142,7 +142,7 @@ class PlacementCost:
 
 
 def judge(plan: Plan, workload: Workload, topology: Topology, step: StepShape) -> PlacementCost:
-    """Say what a plan costs on a workload.
+    """Return the cost of a plan on a workload.
 
     Raises:
         PlacementError: plan, workload and topology are not of one model and machine, or the step's communication

@@ -15,14 +15,14 @@ from moeflow.errors import PlacementError
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every expert of every layer is.
+    """The GPUs of every expert of every layer.
 
     Args:
         num_gpus: G.
         experts: [L][E], the GPUs that hold each expert: one or more, distinct, ascending.
 
     Raises:
-        PlacementError: an expert on no GPU, on one twice, or on one that there is not; layers of unequal length.
+        PlacementError: an expert on no GPU, twice on one, or on one that does not exist; layers of unequal length.
     """
 
     num_gpus: int

@@ -1,4 +1,4 @@
-"""A placement problem, and a solver's answer to it: a plan, its cost, and its distance from the best at most."""
+"""A placement problem and its solution: a plan, its cost, and its largest possible distance from the optimum."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ class Problem:
     Args:
         workloads: one or more, of one model.
         topology: the machine.
-        step: how large a step is.
+        step: the size of a step.
         num_replicas: slots a layer beyond one for each expert, all GPUs together.
-        worst_case: whether the step time of the workload that fares worst counts, not the mean of all.
+        worst_case: whether the slowest workload's step time counts, not the mean of all.
 
     Raises:
         PlacementError: workloads of different models; more GPUs than slots; fewer slots than experts.
@@ -79,8 +79,8 @@ class Problem:
     def slots(self) -> np.ndarray:
         """[G], how many experts of each layer a GPU may hold.
 
-        As many on each, rounded up, where memory allows: engines want equal numbers. Where a GPU holds fewer, the
-        others take more.
+        All GPUs hold equally many, rounded up, where memory allows, since engines want equal numbers. Where a GPU
+        holds fewer, the others take more.
         """
         limits = self.limits
         needed = self.num_experts + self.num_replicas
@@ -97,7 +97,7 @@ class Problem:
         return np.floor(limits).astype(int)
 
     def costs(self, plan: Plan) -> list[PlacementCost]:
-        """Return what a plan costs on each workload."""
+        """Return a plan's cost on each workload."""
         return [judge(plan, workload, self.topology, self.step) for workload in self.workloads]
 
     def objective(self, plan: Plan) -> float:
@@ -106,7 +106,7 @@ class Problem:
         return max(seconds) if self.worst_case else sum(seconds) / len(seconds)
 
     def check(self, plan: Plan) -> None:
-        """Refuse a plan that does not keep within the slots, or has more copies than experts and replicas.
+        """Refuse a plan that exceeds the slots or has more copies than experts and replicas.
 
         Raises:
             PlacementError: names the GPU and layer.
@@ -138,15 +138,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found.
+    """A solver's plan, its cost and its bound.
 
     Args:
         solver: its name.
         plan: the placement.
         objective: `Problem.objective` of the plan, seconds.
         bound: no plan that `Problem.check` allows has a lower objective.
-        bound_by: what proves the bound.
-        seconds: time it took.
+        bound_by: the method that proves the bound.
+        seconds: the solver's time.
         status: "optimal" (objective and bound agree), "feasible" (the solver ended), "time limit".
     """
 

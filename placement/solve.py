@@ -8,16 +8,16 @@ from moeflow.errors import PlacementError
 from moeflow.placement.problem import Problem, Solution
 from moeflow.placement.solvers.baselines import Progress
 
-_MIDDLE_SHARE = 0.3  # of the time, for each solver but the last: those before it hardly use theirs
+_EARLY_SOLVER_SHARE = 0.3  # of the time limit, for each solver but the last; early solvers hardly use theirs
 
 
 @dataclass(frozen=True)
 class Attempts:
-    """What several solvers made of one problem.
+    """The results of several solvers on one problem.
 
     Args:
-        solutions: of those that found a plan, in the order asked for.
-        failures: solver -> why it found none.
+        solutions: of the solvers that found a plan, in their order.
+        failures: solver -> the reason why it found none.
     """
 
     solutions: tuple[Solution, ...]
@@ -43,11 +43,11 @@ def solve_all(
     exception that `progress` raises. Neither leaves a process, a thread or a temporary file of a solver.
 
     Args:
-        problem: what to place where.
-        solvers: name -> solver, the one that makes most of the time last.
-        seed: of each.
-        time_limit_s: for all together.
-        progress: called with the share that is done, 0 to 1, and what is going on.
+        problem: the placement problem.
+        solvers: name -> solver; the one that gains most from time goes last.
+        seed: of each solver.
+        time_limit_s: for all solvers together.
+        progress: called with the share that is done, 0 to 1, and the present task.
 
     Raises:
         PlacementError: no solver found a plan.
@@ -58,7 +58,7 @@ def solve_all(
     for number, (name, solve) in enumerate(solvers.items()):
         before, share = sum(shares[:number]), shares[number]
         left = max(time_limit_s - (time.perf_counter() - begin), 0.0)
-        limit = left if number == len(solvers) - 1 else min(left, _MIDDLE_SHARE * time_limit_s)
+        limit = left if number == len(solvers) - 1 else min(left, _EARLY_SOLVER_SHARE * time_limit_s)
         _tell(progress, before, name)
         try:
             solution = solve(
@@ -85,7 +85,7 @@ def _with_best_bound(solutions: Sequence[Solution]) -> list[Solution]:
 
 
 def _shares(num_solvers) -> list[float]:
-    """Of the bar: little for the quick ones, most for the last."""
+    """Return each solver's share of the bar: little for the quick ones, most for the last."""
     return [0.3 / max(num_solvers - 1, 1)] * (num_solvers - 1) + [0.7 if num_solvers > 1 else 1.0]
 
 

@@ -12,10 +12,10 @@ class Tables:
     """A problem as the loop reads it: W workloads, L layers, E experts, G GPUs.
 
     Args:
-        problem: what to solve.
-        weights: [W], what each workload counts, sum 1; all alike where None.
-        balance: multiplies compute; 0 looks at traffic alone.
-        may_replicate: whether replicas may go to other experts; else only where copies are changes.
+        problem: the placement problem.
+        weights: [W], of the workloads, sum 1; equal where None.
+        balance: factor of compute; with 0 only traffic counts.
+        may_replicate: whether replicas may go to other experts; else only the places of copies change.
         slowest: by path, whether the slowest link counts, or the mean over all.
 
     Attributes:
@@ -27,7 +27,7 @@ class Tables:
         distance: [G, G], seconds a byte in units of the slowest link's; diagonal 0.
         transitions: [W, L - 1, E, E], shares of 1 in each layer, where the slowest link counts.
         crossing_s: [G, G], seconds of a link that all of a layer's transitions cross; diagonal 0.
-        traffic_back, transitions_back: the same, each layer transposed. What does not count is None.
+        traffic_back, transitions_back: the same, each layer transposed. Arrays that do not count are None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The 0-1 program that puts each expert on one of three tiers of which the first two are limited, and its bound.
+"""The 0-1 program that puts each expert on one of three tiers, the first two of them limited, and its bound.
 
 Any prices p >= 0 of a byte on the GPU and in host memory prove a bound: sum over experts of min_tier (cost + p size),
 less p budget. The linear relaxation's multipliers are the best of them.
@@ -14,11 +14,11 @@ import pulp
 
 from moeflow.integer_program import found_solution, proven_bound, pulp_solver
 
-_GAP = 1e-4  # at which to stop
+_TARGET_GAP = 1e-4  # at which the search stops
 
 
 def fill_in_order(sizes: np.ndarray, budgets: tuple[float, float], order: np.ndarray) -> np.ndarray:
-    """Return [N], the first tier that has room for each expert, asked in `order`."""
+    """Return [N], the first tier that has room for each expert, experts taken in `order`."""
     room, tier = list(budgets), np.full(len(sizes), 2)
     for expert in order:
         for number in range(2):
@@ -45,7 +45,7 @@ def improve_tiers(
         sizes: [N] bytes, above 0.
         costs: [N, 3], infinite in the last column where there is no third tier.
         budgets: bytes of the first two tiers; the third has no limit.
-        start: [N] tiers; may be on a third tier that there is not.
+        start: [N] tiers; may use a third tier that does not exist.
         seed: of the solver.
         time_limit_s: of relaxation and program together.
         solver: see `moeflow.integer_program`.
@@ -59,11 +59,11 @@ def improve_tiers(
     program.solve(pulp_solver(solver, time_limit_s=time_limit_s, seed=seed))
     unit = _unit(costs)
     bound = dual_bound(sizes, costs, budgets, [unit * max(-(room.pi or 0.0), 0) if room else 0.0 for room in rooms])
-    if cost <= bound * (1 + _GAP):
+    if cost <= bound * (1 + _TARGET_GAP):
         return start, bound, True
     program, x, _ = _program(sizes, costs, budgets, start, pulp.LpBinary)
     left_s = until - time.perf_counter()
-    program.solve(pulp_solver(solver, time_limit_s=left_s, gap=_GAP, seed=seed, warm_start=math.isfinite(cost)))
+    program.solve(pulp_solver(solver, time_limit_s=left_s, gap=_TARGET_GAP, seed=seed, warm_start=math.isfinite(cost)))
     tier = start
     if found_solution(program):
         bound = max(bound, proven_bound(program) * unit)
@@ -82,12 +82,12 @@ def dual_bound(sizes: np.ndarray, costs: np.ndarray, budgets: tuple[float, float
 
 
 def total(costs: np.ndarray, tier: np.ndarray) -> float:
-    """Return the sum of the chosen costs; infinite where one is on a tier that there is not."""
+    """Return the sum of the chosen costs; infinite where one is on a tier that does not exist."""
     return float(costs[np.arange(len(tier)), tier].sum())
 
 
 def _unit(costs: np.ndarray) -> float:
-    """Solvers' tolerances are absolute: costs are handed over in this unit."""
+    """Return the unit of the costs a solver gets, since solvers' tolerances are absolute."""
     return float(costs[:, 1].sum()) or 1.0
 
 

@@ -2,12 +2,12 @@
 
     minimise sum uses[l, e] seconds[l, e, tier] x[l, e, tier]   with   sum_tier x = 1,   GPU and host within their bytes
 
-uses are per token, seconds those of bringing the expert to the GPU. The more a byte is used the more a faster tier
-saves: filling tiers by use is optimal where all experts are of one size; otherwise it is the start, the linear
-relaxation's dual is the bound, and the program closes what is between them.
+uses are per token; seconds are those of bringing the expert to the GPU. A faster tier saves more for bytes of more use,
+so filling tiers by use is optimal where all experts are of one size. Otherwise it is the start, the linear relaxation's
+dual is the bound, and the program closes the gap between them.
 
-Says too whether a cache that moves experts while it runs would do better; what such a cache hits is the caller's
-number, since nothing is known here of the order of tokens.
+Compares the plan, too, with caches that move experts while they run. The caller gives the caches' hit rates, since the
+order of tokens is not known here.
 """
 
 import math
@@ -26,14 +26,14 @@ TIERS = ("gpu", "host", "disk")
 
 @dataclass(frozen=True)
 class TierPlan:
-    """Where each expert stays.
+    """The tier of each expert.
 
     Args:
-        tier: [L, E] int, the place in TIERS.
-        rates: [3], expected share of (token, expert) assignments whose expert is on each tier; the first hits.
+        tier: [L, E] int, index in TIERS.
+        rates: [3], expected share of (token, expert) assignments whose expert is on each tier; the first: hit rate.
         s_per_token: expected seconds a token waits for transfers, none of them hidden.
         bound: no choice within the budgets waits less.
-        seconds: time it took.
+        seconds: the search's time.
         status: "optimal", "feasible" (the search ended, within 1e-4 of the bound) or "time limit".
     """
 
@@ -58,12 +58,12 @@ class TierPlan:
 
 @dataclass(frozen=True)
 class CacheAdvice:
-    """Whether experts should stay where they are or move.
+    """Whether experts should stay on their tiers or move.
 
     Args:
         best: "static", or the name of a cache.
         s_per_token: seconds a token waits, of "static" and of each cache.
-        saved_s_per_token: what the best cache saves over static; negative where static is better.
+        saved_s_per_token: seconds that the best cache saves over static; negative where static is better.
     """
 
     best: str
@@ -89,17 +89,17 @@ def choose_tiers(
     Args:
         workload: load [L, E].
         expert_bytes: of every expert, or [L, 1] of each layer's, or [L, E].
-        gpu_bytes: what experts may take on the GPU, 0 or more.
-        host_bytes: in host memory, of those that are not on the GPU.
+        gpu_bytes: for experts on the GPU, 0 or more.
+        host_bytes: for the other experts, in host memory.
         host_bytes_per_s: from host memory to the GPU.
-        disk_bytes_per_s: from disk to host memory; what comes from disk takes both ways. None: there is no disk.
+        disk_bytes_per_s: from disk to host memory; experts on disk take both ways. None: there is no disk.
         top_k: experts a token takes in a layer; the workload's where it knows.
         seed: of the solver.
-        time_limit_s: of the solver, should one be needed.
+        time_limit_s: of the solver, if one is needed.
         solver: see `moeflow.integer_program`.
 
     Raises:
-        PlacementError: a size, budget or rate that cannot be, top_k is not known, or no disk where one is needed.
+        PlacementError: an impossible size, budget or rate, an unknown top_k, or no disk where one is needed.
     """
     begin = time.perf_counter()
     sizes = _sizes(workload, expert_bytes)
@@ -149,16 +149,16 @@ def judge_tiers(
     host_bytes_per_s: float = 20e9,
     disk_bytes_per_s: float | None = 2e9,
 ) -> TierPlan:
-    """Return a plan with the rates and the waiting of a workload that it was not chosen by; no bound holds there.
+    """Return a plan with its rates and waiting on a workload that it was not chosen by; no bound holds there.
 
     Args:
-        plan: what stays where.
+        plan: the tier of each expert.
         workload: load [L, E].
         expert_bytes, host_bytes_per_s, disk_bytes_per_s: as in `choose_tiers`.
         top_k: experts a token takes in a layer.
 
     Raises:
-        PlacementError: a size that cannot be.
+        PlacementError: an impossible size.
     """
     uses, tier = (workload.shares() * top_k).ravel(), plan.tier.ravel()
     costs = _costs(uses, _sizes(workload, expert_bytes), host_bytes_per_s, disk_bytes_per_s)
@@ -168,10 +168,10 @@ def judge_tiers(
 def static_or_dynamic(plan: TierPlan, hit_rates: Mapping[str, float]) -> CacheAdvice:
     """Compare a plan with caches that keep as many bytes on the GPU and move experts as tokens come.
 
-    A miss of a cache is taken to wait as long as a miss of the plan does on average: as often on disk, as large.
+    A cache's miss is assumed to wait as long as the plan's average miss: as often on disk, as large.
 
     Args:
-        plan: what stays where.
+        plan: the tier of each expert.
         hit_rates: name of a cache -> share of the assignments that it hits on the GPU, from a replay of a trace.
 
     Raises:
@@ -186,12 +186,12 @@ def static_or_dynamic(plan: TierPlan, hit_rates: Mapping[str, float]) -> CacheAd
         raise PlacementError("every expert that is used stays on the GPU: there is nothing to move.")
     miss_s = plan.s_per_token / (1 - plan.hit_rate)
     seconds = {"static": plan.s_per_token, **{name: (1 - rate) * miss_s for name, rate in hit_rates.items()}}
-    best = min(seconds, key=lambda name: seconds[name])  # of equals the first: static, where nothing moves
+    best = min(seconds, key=lambda name: seconds[name])  # ties go to the first: static, where nothing moves
     return CacheAdvice(best, seconds, plan.s_per_token - min(seconds[name] for name in hit_rates))
 
 
 def _sizes(workload: Workload, expert_bytes: float | np.ndarray) -> np.ndarray:
-    """[N] float64, checked."""
+    """Return the checked sizes, [N] float64."""
     try:
         sizes = np.broadcast_to(np.asarray(expert_bytes, np.float64), workload.shape)
     except (TypeError, ValueError):

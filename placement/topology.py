@@ -16,9 +16,9 @@ class Gpu:
     """One device.
 
     Args:
-        memory_bytes: what experts may take of it; math.inf where nothing is known of that.
-        flops_per_s: what expert matrix products reach, multiply and add counted as two.
-        memory_bytes_per_s: what reading weights reaches.
+        memory_bytes: its memory for experts; math.inf where that is unknown.
+        flops_per_s: rate of expert matrix products, multiply and add counted as two.
+        memory_bytes_per_s: rate of reading weights.
         node: number of the machine it stands in.
     """
 
@@ -33,9 +33,9 @@ class Topology:
     """G GPUs and the links between them.
 
     Args:
-        name: what tables call it.
+        name: its name in tables.
         gpus: [G].
-        bandwidth_bytes_per_s: [G, G], from row to column; the diagonal is not looked at.
+        bandwidth_bytes_per_s: [G, G], from row to column; the diagonal is ignored.
 
     Raises:
         PlacementError: no GPU, a GPU without memory or speed, or two GPUs without a link.
@@ -88,11 +88,11 @@ class Topology:
         return tuple(gpu.node for gpu in self.gpus)
 
     def without_memory_limits(self) -> "Topology":
-        """Return the same machine with endless memory: for experts whose size is not known."""
+        """Return the same machine with unlimited memory, for experts of unknown size."""
         return replace(self, gpus=tuple(replace(gpu, memory_bytes=math.inf) for gpu in self.gpus))
 
 
-# What experts' products and links reach in practice, rounded; a file says it better (docs/placement.md).
+# Rates of expert products and links in practice, rounded; a topology file is more exact (docs/placement.md).
 _H100 = (80 * 10**9, 400e12, 3.0e12)
 _RTX_4090 = (24 * 10**9, 120e12, 0.9e12)
 _NVLINK, _INFINIBAND, _PCIE = 360e9, 40e9, 20e9

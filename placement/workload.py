@@ -18,12 +18,12 @@ class Workload:
     """Counts of L MoE layers with E experts each. Only ratios matter: a step's size is the `StepShape`'s.
 
     Args:
-        name: what tables call it.
+        name: its name in tables.
         load: [L, E], routed (token, expert) assignments. Finite, not negative, no layer without any.
         transitions: [L - 1, E, E], pairs (expert of layer l, expert of layer l + 1) of one token; None where unknown.
         coactivation: [L, E, E], pairs of experts that one token takes in one layer, diagonal 0; None where unknown.
         top_k: experts a token takes; None where unknown.
-        first_layer: the model's layer that row 0 is: dense layers stand before it.
+        first_layer: the model's number of the layer in row 0; dense layers stand before it.
 
     Raises:
         PlacementError: shapes disagree, a count is negative or not finite, or a layer has no load.
@@ -59,7 +59,7 @@ class Workload:
 
     @classmethod
     def of_counts(cls, name: str, load: np.ndarray, **others: Any) -> "Workload":
-        """Take the rows of a whole model: rows without load before all others are dense layers and are left out."""
+        """Make one of a whole model's rows: leading rows without load are dense layers and are left out."""
         load = _counts(name, "load", load, None)
         used = np.flatnonzero(load.any(axis=1)) if load.ndim == 2 else np.zeros(1, int)
         first = int(used[0]) if len(used) else 0
@@ -70,7 +70,7 @@ class Workload:
         """Count the routes of tokens.
 
         Args:
-            name: what tables call it.
+            name: its name in tables.
             experts: [N, L, K], each token's experts in each layer; num_experts or more means none.
             num_experts: E.
         """
@@ -114,7 +114,7 @@ class Workload:
 
 
 def _chosen(experts, num_experts) -> np.ndarray:
-    """[N, K] ids as [N, E] 0 and 1 (float32: counts in one block stay below 2^24)."""
+    """Return [N, K] ids as [N, E] 0 and 1 (float32: counts in one block stay below 2^24)."""
     chosen = np.zeros((len(experts), num_experts), np.float32)
     rows, ranks = np.nonzero(experts < num_experts)
     chosen[rows, experts[rows, ranks]] = 1

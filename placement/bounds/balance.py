@@ -1,15 +1,15 @@
 """Lower bound on a step's seconds from balance: compute, and for dispatch the links, spread evenly by a linear program.
 
-Let an expert with r replicas be on each of its GPUs by 1 / r. A GPU's time for n / r tokens is at least its time for n
-by 1 / r, since c(n) / n falls with n; tokens that a GPU serves are linear in its fractions. So every plan is a point of
-this linear program, one for each layer, and costs at least its optimum:
+An expert with r replicas has the fraction 1 / r on each of its GPUs. A GPU takes at least c(n) / r for n / r tokens,
+since c(n) / n falls with n; the tokens that a GPU serves are linear in its fractions. So every plan is a point of this
+linear program, one for each layer, and costs at least its optimum:
 
     minimise sum_k p_k T_k   with   sum_e c_k[e, g] x[e, g] <= T_k,   sum_g x[e, g] = 1,   sum_e x[e, g] <= slots[g],
-                                    T_k >= the least that the most loaded expert alone takes
+                                    T_k >= the least time of the most loaded expert alone
 
-where k counts each workload's compute, and with dispatch its slowest link there and back. GPUs that are alike are one
-column. The bound is the value of the dual at the solver's multipliers, made feasible first: it holds to rounding of the
-last digit, whatever the solver's tolerance. Communication by path may be 0 and counts as 0.
+k runs over each workload's compute and, with dispatch, its slowest link there and back. Equal GPUs share one column.
+The bound is the dual's value at the solver's multipliers, made feasible first, so it holds to rounding of the last
+digit whatever the solver's tolerance. Communication by path may be 0 and counts as 0.
 """
 
 import time
@@ -31,7 +31,7 @@ def balance_bound(problem: Problem) -> float:
 
 
 def with_balance_bound(problem: Problem, solver: str, plan: Plan, begin: float, status: str = "feasible") -> Solution:
-    """Return a plan as the answer of a solver that proves nothing itself.
+    """Return the solution of a solver that proves no bound itself.
 
     Args:
         problem: the problem it solves.
@@ -48,7 +48,7 @@ def with_balance_bound(problem: Problem, solver: str, plan: Plan, begin: float, 
 
 
 def _bound(problem, weights) -> float:
-    """The bound on the mean of the workloads by weights [W]."""
+    """Return the bound on the workloads' mean with weights [W]."""
     used = np.flatnonzero(weights)
     each = [_resources(problem, problem.workloads[w]) for w in used]
     costs = np.concatenate([costs for costs, _ in each])  # [R, L, E, G]
@@ -64,16 +64,16 @@ def _bound(problem, weights) -> float:
 
 
 def _resources(problem, workload) -> tuple[np.ndarray, np.ndarray]:
-    """What a layer's slowest GPU, and with dispatch its slowest links, take of each expert.
+    """List each expert's seconds on a layer's GPUs and, with dispatch, on its links.
 
     Returns:
-        [R, L, E, G] seconds of the whole expert on a GPU, and [R, L], the least that the most loaded expert takes.
+        [R, L, E, G] seconds of the whole expert on a GPU, and [R, L], the least seconds of the most loaded expert.
     """
     step, topology = problem.step, problem.topology
     tokens = workload.shares() * step.assignments
     rates = []
     if step.communication == "dispatch":
-        # A GPU gets a G-th of its tokens from each GPU; its slowest link there and back is what counts.
+        # A GPU gets a G-th of its tokens from each GPU; its slowest link counts, there and back.
         bandwidth = topology.bandwidth_bytes_per_s
         rates = [step.token_bytes / problem.num_gpus / bandwidth.min(axis=axis) for axis in (0, 1)]
     most = int(min(problem.num_gpus, problem.slots.sum() - problem.num_experts + 1))  # replicas of one expert
@@ -86,7 +86,7 @@ def _resources(problem, workload) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kinds(problem, costs) -> tuple[list[list[int]], list[int], np.ndarray]:
-    """GPUs by what they cost and hold: [K] lists of GPUs, the first of each, and how many [K]."""
+    """Group GPUs of equal costs and slots: [K] lists of GPUs, the first of each, and their numbers [K]."""
     marks = np.column_stack([costs.reshape(-1, problem.num_gpus).T, problem.slots])
     groups: dict[bytes, list[int]] = {}
     for gpu, mark in enumerate(marks):
@@ -109,16 +109,16 @@ def layer_bound(
     multipliers: np.ndarray,
     rents: np.ndarray,
 ) -> float:
-    """Return the dual of one layer's program: below its optimum whatever the multipliers and rents.
+    """Return the dual of one layer's program, at most its optimum for any multipliers and rents.
 
     Args:
-        costs: [R, E, K], of each resource, what each expert takes on a GPU of each kind.
-        least: [R], what the slowest GPU takes at least.
-        prices: [R], of a resource's slowest GPU.
+        costs: [R, E, K], each expert's cost of each resource on a GPU of each kind.
+        least: [R], the least cost of the slowest GPU.
+        prices: [R], price of a resource's slowest GPU.
         members: [K], GPUs of each kind.
-        slots: [K], of all of a kind together.
+        slots: [K], sum over the GPUs of a kind.
         multipliers: [R, K], 0 or more.
-        rents: [K], of a slot, 0 or more.
+        rents: [K], price of a slot, 0 or more.
     """
     paid = multipliers @ members  # of each resource at most its price; the rest is paid for the most loaded expert
     multipliers = multipliers * np.minimum(1, prices / np.maximum(paid, 1e-300))[:, None]

@@ -9,8 +9,8 @@ replicas,
 - the work of layer l that row i shares GPUs with, sum_j X[i, j] w[j], is at most the work B[l] of l's busiest GPU.
 
 The relaxation minimises transitions that cross plus the sum of B. X is needed within a layer and between consecutive
-layers alone, so one matrix [2E, 2E] a pair of layers is enough. It is solved by alternating directions, of which only
-the multipliers count: any of them, however rough, prove a bound, since each part of the Lagrangian has its minimum in
+layers alone, so one matrix [2E, 2E] a pair of layers is enough. Alternating directions solve it, and only their
+multipliers count: any multipliers, however rough, prove a bound, since each part of the Lagrangian has its minimum in
 closed form. So the search may end at any time, and rounding errors are the arithmetic's alone.
 
 Source: semidefinite relaxation of graph partitioning, Wolkowicz and Zhao, Discrete Applied Mathematics 96 (1999);
@@ -29,14 +29,14 @@ _MIN_GAIN = 2e-4  # share of the bound that four checks in a row must gain to go
 
 
 class Partition(NamedTuple):
-    """What to bound: L layers of E experts on G parts.
+    """A partition problem: L layers of E experts on G parts.
 
     Args:
-        traffic: [L - 1, E, E] >= 0, what each transition costs where it crosses.
+        traffic: [L - 1, E, E] >= 0, cost of each transition that crosses.
         work: [L, E] >= 0, each expert's work; the busiest part of each layer counts once. None for traffic alone.
         num_parts: G.
         most: the most experts of a layer that a part may hold.
-        equal: whether every part holds just E / G experts of every layer, one copy of each.
+        equal: whether every part holds exactly E / G experts of every layer, one copy of each.
     """
 
     traffic: np.ndarray
@@ -57,9 +57,9 @@ def partition_bound(
 
     Args:
         partition: the problem.
-        iterations: at most; it ends earlier where the bound stands still.
-        time_limit_s: the best bound until then is returned; it is valid at any time. Where so many and so large
-            matrices could not get anywhere until then, only the bound without traffic is.
+        iterations: the most to run; the search ends earlier where the bound stands still.
+        time_limit_s: after which the best bound so far is returned; it is valid at any time. Where the matrices are
+            too many or too large for the limit, the bound without traffic is returned.
         progress: called with the share of the iterations done.
     """
     end = time.monotonic() + time_limit_s
@@ -87,7 +87,7 @@ def partition_bound(
 
 
 def _balance(partition: Partition) -> float:
-    """The bound without traffic: work spread evenly."""
+    """Return the bound without traffic: work spread evenly."""
     if partition.work is None:
         return 0.0
     least = np.maximum(partition.work.sum(axis=1) / partition.num_parts, 0.0)
@@ -111,7 +111,7 @@ class _Relaxation:
             self.caps.append(_WorkCap(partition.work / scale, self.parts))
         if not partition.equal:
             self.caps.append(_CountCap((self.num_layers, experts), partition.most))
-        # Rows of X sum to the same in every layer where parts are equal: what is left lies off the vectors of ones.
+        # With equal parts all rows of X have one sum, so the rest of X is orthogonal to the vectors of ones.
         self.basis = _off_ones(experts) if self.equal else np.eye(2 * experts)
         self.trace = 2 * experts * (1 - 1 / self.parts)
         self.rho = 1.0 / self.num_layers / experts
@@ -123,7 +123,7 @@ class _Relaxation:
         self.primal = self.dual = 0.0
 
     def step(self) -> None:
-        """Project every copy, average them into Z, and move the multipliers by what they differ."""
+        """Project every copy, average them into Z, and move the multipliers by the differences."""
         pairs = _pairs(self.within, self.between)
         semidefinite = self._semidefinite(pairs - self.multiplier)
         rows = _rows(self.within, self.between)
@@ -152,7 +152,7 @@ class _Relaxation:
             multiplier /= factor
 
     def bound(self) -> float:
-        """Return what the present multipliers prove: the Lagrangian's minimum over every part by itself."""
+        """Return the bound that the present multipliers prove: the Lagrangian's minimum, part by part."""
         multiplier = self.rho * self.multiplier
         within, between = _unpair(multiplier)
         value = 1.0 * -self.cost.sum()
@@ -174,7 +174,7 @@ class _Relaxation:
         return float(value + np.minimum(cost, 0).sum() + np.minimum(self.cost - between, 0).sum())
 
     def _semidefinite(self, target) -> np.ndarray:
-        """The nearest X with X - 1/G positive semidefinite on the basis."""
+        """Return the nearest X with X - 1/G positive semidefinite on the basis."""
         reduced = self.basis.T @ (target - 1 / self.parts) @ self.basis
         values, vectors = np.linalg.eigh((reduced + reduced.transpose(0, 2, 1)) / 2)
         reduced = (vectors * np.maximum(values, 0)[:, None, :]) @ vectors.transpose(0, 2, 1)
@@ -200,7 +200,7 @@ class _Relaxation:
 
 
 class _WorkCap:
-    """Rows share GPUs with at most the busiest one's work, and that is paid for: sum over the layers of B.
+    """Each row shares GPUs with at most B, the work of the busiest GPU; the cost holds the sum of B over the layers.
 
     Args:
         work: [L, E].
@@ -214,14 +214,14 @@ class _WorkCap:
         self.seen = _seen(*work.shape)
 
     def project(self, rows: np.ndarray, rho: float) -> np.ndarray:
-        """The nearest rows [L, 3E, E] under the best caps."""
+        """Return the nearest rows [L, 3E, E] under the best caps."""
         found = np.where(self.seen[..., 0], (rows * self.work[:, None, :]).sum(axis=2), -np.inf)
         cap = np.maximum(_water_level(found, self.norm / rho), self.least)
         over = np.maximum(found - cap[:, None], 0) / self.norm[:, None]
         return rows - over[..., None] * self.work[:, None, :]
 
     def exact(self, multiplier: np.ndarray) -> tuple[np.ndarray, float]:
-        """Multipliers of the form that has a finite minimum, near those given, and that minimum.
+        """Return multipliers of the form that has a finite minimum, near the given ones, and that minimum.
 
         With -y work', y >= 0 and sum y <= 1: min of B - y (rows work) under rows work <= B and B >= least.
         """
@@ -231,7 +231,7 @@ class _WorkCap:
 
 
 class _CountCap:
-    """Rows share GPUs with at most as many experts of a layer as a part has slots.
+    """Each row shares GPUs with at most as many experts of a layer as a part has slots.
 
     Args:
         shape: (L, E).
@@ -243,7 +243,7 @@ class _CountCap:
         self.seen = _seen(*shape)
 
     def project(self, rows: np.ndarray, rho: float) -> np.ndarray:
-        """The nearest rows [L, 3E, E] whose sums are at most the slots."""
+        """Return the nearest rows [L, 3E, E] whose sums are at most the slots."""
         over = np.maximum(rows.sum(axis=2) - self.most, 0) / self.num_experts
         return rows - over[..., None]
 
@@ -254,7 +254,7 @@ class _CountCap:
 
 
 def _water_level(values, amounts) -> np.ndarray:
-    """[N], the level at which the parts of values [N, M] above it sum to amounts [N]."""
+    """Return [N], the level above which the parts of values [N, M] sum to amounts [N]."""
     ordered = -np.sort(-values, axis=1)
     counts = np.arange(1, values.shape[1] + 1)
     finite = np.where(np.isfinite(ordered), ordered, 0.0)
@@ -263,7 +263,7 @@ def _water_level(values, amounts) -> np.ndarray:
 
 
 def _off_ones(num_experts) -> np.ndarray:
-    """[2E, 2E - 2], an orthonormal basis of what is orthogonal to each layer's vector of ones."""
+    """Return [2E, 2E - 2], an orthonormal basis of the space orthogonal to each layer's vector of ones."""
     start = np.eye(num_experts)
     start[:, 0] = 1
     half = np.linalg.qr(start)[0][:, 1:]
@@ -274,14 +274,14 @@ def _off_ones(num_experts) -> np.ndarray:
 
 
 def _pairs(within, between) -> np.ndarray:
-    """Z as one matrix [2E, 2E] for each pair of consecutive layers."""
+    """Return Z as one matrix [2E, 2E] for each pair of consecutive layers."""
     top = np.concatenate([within[:-1], between], axis=2)
     bottom = np.concatenate([between.transpose(0, 2, 1), within[1:]], axis=2)
     return np.concatenate([top, bottom], axis=1)
 
 
 def _unpair(pairs) -> tuple[np.ndarray, np.ndarray]:
-    """Sum such matrices back: within [L, E, E] and, both triangles together, between [L - 1, E, E]."""
+    """Sum the matrices of `_pairs` to within [L, E, E] and, both triangles together, between [L - 1, E, E]."""
     half = pairs.shape[1] // 2
     within = np.zeros((len(pairs) + 1, half, half))
     within[:-1] += pairs[:, :half, :half]
@@ -290,7 +290,7 @@ def _unpair(pairs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(within, between) -> np.ndarray:
-    """[L, 3E, E], what rows of the layer before, of the layer itself and of the layer after share with each layer."""
+    """Return [L, 3E, E], the shares with each layer of rows of the layer before, of itself and of the layer after."""
     none = np.zeros_like(within[:1])
     before = np.concatenate([none, between])
     after = np.concatenate([between.transpose(0, 2, 1), none])
@@ -298,14 +298,14 @@ def _rows(within, between) -> np.ndarray:
 
 
 def _unrows(rows) -> tuple[np.ndarray, np.ndarray]:
-    """Sum such rows back, as `_unpair`."""
+    """Sum the rows of `_rows` back, as `_unpair` does."""
     size = rows.shape[2]
     before, within, after = rows[:, :size], rows[:, size : 2 * size], rows[:, 2 * size :]
     return within, before[1:] + after[:-1].transpose(0, 2, 1)
 
 
 def _seen(num_layers, num_experts) -> np.ndarray:
-    """[L, 3E, 1], which of those rows there are: the first layer has none before it, the last none after."""
+    """Return [L, 3E, 1], which of those rows exist: the first layer has none before it, the last none after."""
     seen = np.ones((num_layers, 3 * num_experts, 1), bool)
     seen[0, :num_experts] = False
     seen[-1, 2 * num_experts :] = False

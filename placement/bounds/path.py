@@ -1,9 +1,9 @@
-"""A proven bound on a step by path: the partition's relaxation, with a problem's speeds, links and slots put in.
+"""A proven bound on a step by path: the partition's relaxation with a problem's speeds, links and slots.
 
-Only what holds for every plan goes in. A transition between two GPUs costs at least the mean over all pairs of GPUs,
-each by its own bandwidth, and that at least the fastest link's; between nodes, where every link is slower, the
-difference is a second partition, of nodes. Where GPUs differ in speed the work of a layer is bounded apart, by the
-LP. Several workloads count with their mean, which neither their mean time nor their worst is below.
+Only terms that hold for every plan enter. A transition between two GPUs costs at least the mean over all pairs of GPUs,
+each by its own bandwidth, and the mean at least the fastest link's; between nodes every link is slower, and the
+difference is a second partition, of nodes. Where GPUs differ in speed, the LP bounds the work of a layer by itself.
+Several workloads count with their mean; neither their mean time nor their worst time is below it.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def path_bound(
     """Return a lower bound in seconds on `Annealing.objective`, and where balance is 1 on `Problem.objective`.
 
     Args:
-        tables: by path, on two GPUs or more, with the mean over the links.
-        time_limit_s: the best bound until then is returned.
+        tables: a problem by path, on two GPUs or more, with the mean over the links.
+        time_limit_s: after which the best bound so far is returned.
         progress: called with the share done.
     """
     problem = tables.problem
@@ -60,7 +60,7 @@ def path_bound(
 
 
 def _work(tables) -> np.ndarray:
-    """[L, E], the seconds of each expert in one copy on one of GPUs that are alike, mean over the workloads."""
+    """Return [L, E], the seconds of each expert's only copy on equal GPUs, mean over the workloads."""
     one_copy = np.ones(tables.tokens.shape[1:], np.int64)
     return np.einsum("w,wle->le", tables.weights, tables.seconds(one_copy)[..., 0])
 

@@ -15,7 +15,7 @@ from moeflow.placement.workload import Workload
 
 SUFFIXES = (".json", ".npz", ".npy")
 _OWN_KEYS = ("load", "transitions", "coactivation", "top_k", "first_layer")
-_OTHERS = {"logical_count": "SGLang", "expert_popularity": "fiddler"}  # key -> the engine that writes it
+_FOREIGN_KEYS = {"logical_count": "SGLang", "expert_popularity": "fiddler"}  # key -> the engine that writes it
 _ACCEPTED = (
     'Accepted are JSON with "logical_count" (SGLang) or "expert_popularity" (fiddler), JSON or .npz with "load" and '
     'perhaps "transitions", "coactivation", "top_k" and "first_layer", and .npy with an array [layers, experts]'
@@ -23,7 +23,7 @@ _ACCEPTED = (
 
 
 def read_counts(path: str | Path) -> Workload:
-    """Read a count file. Rows without load before all others are dense layers and are left out.
+    """Read a count file. Leading rows without load are dense layers and are left out.
 
     Args:
         path: .json, .npz or .npy.
@@ -43,7 +43,7 @@ def read_counts(path: str | Path) -> Workload:
         raise PlacementError(f"{path} cannot be read: {error.strerror}. Give a count file.") from error
     if isinstance(content, np.ndarray):
         return Workload.of_counts(path.stem, _numbers(path, "the array", content))
-    for key in _OTHERS:
+    for key in _FOREIGN_KEYS:
         if key in content:
             return Workload.of_counts(path.stem, _numbers(path, key, content[key]))
     return _own_workload(path, content)
@@ -81,7 +81,7 @@ def _read_json(path) -> dict:
 
 
 def _read_arrays(path) -> dict | np.ndarray:
-    """Return an .npy file's array or an .npz file's by name; never pickled objects."""
+    """Return an .npy file's array, or an .npz file's arrays by name, without pickled objects."""
     try:
         content = np.load(path)
         if isinstance(content, np.ndarray):

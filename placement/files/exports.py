@@ -2,8 +2,8 @@
 
 Engines number slots, "physical experts", and give every GPU equally many of them in every layer: slot p is on GPU
 p // slots_per_gpu. Where a plan leaves slots free, they hold second copies of the same GPU's experts, the most loaded
-first: of those that no other GPU holds, where there are any, so that an engine which shares tokens equally over copies
-sends every GPU what the plan does.
+first. Experts that no other GPU holds come before all others, so that an engine which shares tokens equally over copies
+sends every GPU the plan's tokens.
 
 Sources: sglang/srt/eplb/expert_location.py (init_by_mapping), deepseek-ai/EPLB eplb.py (rebalance_experts), vLLM
 vllm/distributed/eplb/eplb_state.py (shapes).
@@ -37,12 +37,12 @@ def export_plan(
         kind: a name in `EXPORTS`.
         path: the file: .json for sglang, .json or .npz for eplb, .npz for npz.
         plan: the placement.
-        load: [L, E], for what fills free slots; all alike when None.
-        first_layer: dense layers before the first MoE layer, which sglang's file has rows for.
+        load: [L, E], by which free slots are filled; equal when None.
+        first_layer: dense layers before the first MoE layer; sglang's file has rows for them.
         most: [G], experts of a layer each GPU has memory for; no limit when None.
 
     Returns:
-        What the engine must be told: num_physical_experts, num_redundant_experts, num_filled (slots a plan left free).
+        Settings for the engine: num_physical_experts, num_redundant_experts, num_filled (slots a plan left free).
 
     Raises:
         PlacementError: an unknown kind, another suffix, a GPU too small for as many slots as the others, or a file
@@ -54,7 +54,7 @@ def export_plan(
         return {"num_filled": 0}
     physical = physical_to_logical(plan, load, most)
     if kind == "sglang":
-        # A row for every layer of the model: those of dense layers are never looked at, and spread evenly.
+        # Every layer of the model has a row; the rows of dense layers are never read, and spread evenly.
         dense = np.tile(np.arange(physical.shape[1]) % plan.num_experts, (first_layer, 1))
         arrays = {"physical_to_logical_map": np.concatenate([dense, physical])}
     else:
@@ -92,7 +92,7 @@ def physical_to_logical(plan: Plan, load: np.ndarray | None = None, most: np.nda
 
     Args:
         plan: the placement.
-        load: [L, E], for what fills free slots; all alike when None.
+        load: [L, E], by which free slots are filled; equal when None.
         most: [G], experts of a layer each GPU has memory for; no limit when None.
 
     Raises:
@@ -117,7 +117,7 @@ def physical_to_logical(plan: Plan, load: np.ndarray | None = None, most: np.nda
                     f"the plan leaves GPU {gpu} without an expert of layer {layer}, and engines want as many on each. "
                     "Export as npz, or use fewer GPUs."
                 )
-            # Sole copies first, then by load: stable, so equal ones go by number.
+            # Sole copies come first, then higher loads; the sort is stable, so ties go by number.
             order = sorted(held, key=lambda expert: (replicas[layer, expert] > 1, -load[layer, expert]))
             filling = [order[number % len(order)] for number in range(slots - len(held))]
             physical[layer, gpu] = held + filling

@@ -17,13 +17,13 @@ FORMAT, VERSION = "moeflow-plan", 1
 
 
 def solution_facts(problem: Problem, solution: Solution, *, seed: int = 0, held_out: Sequence[Workload] = ()) -> dict:
-    """Return what a plan's file says beside the plan.
+    """Return the facts that a plan's file holds beside the plan.
 
     Args:
-        problem: what was to be solved.
-        solution: the answer.
-        seed: of the solver.
-        held_out: workloads the solver did not see, of the same model.
+        problem: the solved problem.
+        solution: its solution.
+        seed: the solver's.
+        held_out: workloads of the same model that the solver did not see.
     """
     costs = [judge(solution.plan, workload, problem.topology, problem.step) for workload in held_out]
     return {
@@ -51,9 +51,9 @@ def write_plan(path: str | Path, plan: Plan, facts: dict | None = None) -> None:
     """Write a plan's file, whole or not at all.
 
     Args:
-        path: the file; what was there before is replaced.
+        path: the file; an existing one is replaced.
         plan: the placement.
-        facts: what else is known of it, see `solution_facts`.
+        facts: further facts, see `solution_facts`.
 
     Raises:
         PlacementError: the file cannot be written.
@@ -68,7 +68,7 @@ def read_plan(path: str | Path) -> Plan:
     """Read a plan.
 
     Raises:
-        PlacementError: the file is missing, truncated, no plan's, of a newer version, or holds no valid plan.
+        PlacementError: the file is missing, truncated, not a plan's, of a newer version, or holds no valid plan.
     """
     content = _read(path)
     try:
@@ -78,7 +78,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def read_plan_facts(path: str | Path) -> dict:
-    """Read all that a plan's file says but the placement: see `solution_facts`.
+    """Read a plan file's facts without the placement: see `solution_facts`.
 
     Raises:
         PlacementError: as `read_plan`.
@@ -129,7 +129,7 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON cannot say, an infinite gap, by null."""
+    """Replace an infinite gap, which JSON cannot hold, by null."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -18,10 +18,10 @@ _LINK_KEYS = ("within_node_gb_per_s", "between_nodes_gb_per_s")
 
 
 def load_topology(name_or_path: str | Path, num_gpus: int | None = None) -> Topology:
-    """Return a preset, which needs the number of GPUs, or what a file says.
+    """Return a preset, which needs the number of GPUs, or a file's topology.
 
     Raises:
-        PlacementError: neither known nor a file, a file of another number of GPUs, or one that is malformed.
+        PlacementError: neither a preset nor a file, a file of another number of GPUs, or a malformed file.
     """
     if str(name_or_path) in PRESETS:
         if num_gpus is None:
@@ -43,7 +43,7 @@ def read_topology(path: str | Path) -> Topology:
     """Read a topology file, .json or .toml.
 
     Raises:
-        PlacementError: the file is missing or malformed, a key is unknown or absent, or the machine is no machine.
+        PlacementError: the file is missing or malformed, a key is unknown or absent, or the machine is invalid.
     """
     path = Path(path)
     content = _read(path)

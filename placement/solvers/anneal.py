@@ -1,8 +1,8 @@
 """Simulated annealing of a placement: load and communication in one objective, changed step by step.
 
-The objective is `Problem.objective` of the mean over the workloads. Of a layer's transfers either the slowest pair of
-GPUs counts, as there, or the mean over all pairs: never above the slowest, quick to follow, and what a search far from
-its end does better with, since a maximum says nothing of all the pairs below it.
+The objective is `Problem.objective` of the mean over the workloads. A layer's transfers count by the slowest pair of
+GPUs, as there, or by the mean over all pairs. The mean is never above the slowest and quick to follow, and a search far
+from its end does better with it, since a maximum says nothing of all the pairs below it.
 
 Knows problems and plans. The inner loop is `_anneal.c`, or `anneal_loop.py` where that was not built.
 """
@@ -20,7 +20,7 @@ from moeflow.placement.solvers import anneal_loop
 from moeflow.placement.tables import Tables
 from moeflow.random_bits import RandomBits
 
-_MAX_GPUS = 1024  # of the C loop's arrays on the stack
+_MAX_GPUS = 1024  # size of the C loop's arrays on the stack
 _CNumber = type["ctypes._SimpleCData[Any]"]
 _TABLES: dict[str, _CNumber] = {
     "slots": c_int64, "tokens": c_double, "active": c_double, "arithmetic_s": c_double, "reading_s": c_double,
@@ -48,7 +48,7 @@ class Annealing:
 
     Args:
         tables: the problem.
-        plan: where to begin; as many copies a layer as the problem has slots to fill.
+        plan: the first placement, with as many copies a layer as the problem has slots to fill.
         seed: of the random numbers.
 
     Attributes:
@@ -136,7 +136,7 @@ class Annealing:
 
 
 def _close(kept: np.ndarray, fresh: np.ndarray) -> bool:
-    """Whether sums kept by small changes are right; what many changes round off is measured against the largest."""
+    """Return whether sums kept by small changes are right; rounding errors are measured against the largest sum."""
     return np.allclose(kept, fresh, rtol=1e-9, atol=1e-12 * np.abs(fresh).max(initial=0.0))
 
 

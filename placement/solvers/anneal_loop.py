@@ -26,8 +26,8 @@ def anneal(problem: "Tables", state: "Annealing", num_proposals: int, temperatur
     """Try changes at one temperature; return how many were kept.
 
     A change is one of three: two copies change places; a copy moves into a free slot; where replicas may change,
-    another expert takes the place of a copy that is not its expert's last. It is kept if it costs less, and else by
-    chance exp(-cost / temperature).
+    another expert takes the place of a copy that is not its expert's last. It is kept if it costs less, else with
+    probability exp(-cost / temperature).
 
     Args:
         problem: `tables.Tables`.
@@ -109,7 +109,7 @@ def _copies_after(state, layer, change) -> tuple[int, int]:
 
 
 def _add_seconds(problem, state, workload, layer, change, busy) -> None:
-    """Change each GPU's seconds as the change will."""
+    """Apply a change to each GPU's seconds in `busy`."""
     expert, (before, after) = change.expert, _copies_after(state, layer, change)
     if before == after:
         busy[change.leaves] -= problem.copy_seconds(workload, layer, expert, before, change.leaves)
@@ -123,7 +123,7 @@ def _add_seconds(problem, state, workload, layer, change, busy) -> None:
 
 
 def _share_change(state, layer, change) -> list[float]:
-    """[G], how the shares of an expert's tokens change."""
+    """Return [G], the change in an expert's shares of tokens."""
     before, after = _copies_after(state, layer, change)
     out = []
     for gpu, held in enumerate(state.holds[layer, change.expert].tolist()):
@@ -144,7 +144,7 @@ def _traffic_change(problem, state, layer, change) -> float:
 
 
 def _spread_traffic(problem, state, layer, change) -> None:
-    """Tell the layers on both sides what their experts' traffic with this one now costs on each GPU."""
+    """Update what the traffic with this expert costs the experts of the layers on both sides, on each GPU."""
     shares, num_layers = _share_change(state, layer, change), len(state.num_copies)
     for other in (layer + 1, layer - 1):
         if not 0 <= other < num_layers:
@@ -160,7 +160,7 @@ def _spread_traffic(problem, state, layer, change) -> None:
 
 
 def _flow_after(state, workload, link, layer, changes, shares) -> np.ndarray:
-    """[G, G], the shares of a link's transitions, should changes be made in the layer before it or after it."""
+    """Return [G, G], the shares of a link's transitions after changes in the layer before it or after it."""
     flow = state.flow[workload, link].copy()
     for change, share in zip(changes, np.array(shares), strict=True):
         if layer > link:
@@ -171,7 +171,7 @@ def _flow_after(state, workload, link, layer, changes, shares) -> np.ndarray:
 
 
 def _links(state, layer) -> list[int]:
-    """The links beside a layer: before it and after it."""
+    """Return the links beside a layer: before it and after it."""
     return [link for link in (layer - 1, layer) if 0 <= link < state.slowest_s.shape[1]]
 
 
@@ -187,7 +187,7 @@ def _slowest_change(problem, state, layer, changes, shares) -> float:
 
 
 def _spread_flow(problem, state, layer, changes, shares) -> None:
-    """Set the flows beside a layer, and tell the layers on both sides where their transitions go and come from."""
+    """Update the flows beside a layer, and the inflow and outflow of the layers on both sides."""
     for w in range(len(problem.weights)):
         for link in _links(state, layer):
             state.flow[w, link] = _flow_after(state, w, link, layer, changes, shares)

@@ -1,18 +1,18 @@
-"""The assignment problem: N things to N places, each place once, at least total cost. Integral without a solver."""
+"""The assignment problem: N things to N places, each place once, at minimum total cost. Integral without a solver."""
 
 import numpy as np
 
 
 def assign(costs: np.ndarray) -> np.ndarray:
-    """Return [N], the place of each thing; of equally good answers always the same.
+    """Return [N], the place of each thing; ties always give the same answer.
 
     Args:
-        costs: [N, N] finite, of each thing at each place.
+        costs: [N, N] finite, cost of each thing at each place.
 
     Source: shortest augmenting paths, Jonker and Volgenant 1987; rows are added one after the other.
     """
     size = len(costs)
-    price = np.zeros(size + 1)  # of places; the last is where a new thing enters
+    price = np.zeros(size + 1)  # of places; a new thing enters at the last
     rent = np.zeros(size)  # of things
     thing_at = np.full(size + 1, -1)
     for thing in range(size):

@@ -18,9 +18,9 @@ Progress = Callable[[float, str], None]
 def contiguous(
     problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None
 ) -> Solution:
-    """Place experts in order, on each GPU in proportion to its slots; what most engines do by default.
+    """Place experts in order, on each GPU in proportion to its slots, as most engines do by default.
 
-    A replica goes where most slots are free, of the expert with the most load per replica that is not there yet.
+    A replica goes to the GPU with most free slots, and is of the expert with most load per replica not there yet.
     """
     begin = time.perf_counter()
     slots = problem.slots
@@ -55,7 +55,7 @@ def random_placement(
 def greedy(
     problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None
 ) -> Solution:
-    """Place experts heaviest first, each on the GPU with a free slot that would be done with it first; no replicas.
+    """Place experts heaviest first, each on the GPU with a free slot that finishes it first; no replicas.
 
     Source: longest processing time first, Graham 1969.
     """
@@ -84,13 +84,13 @@ def replica_seconds(problem: Problem, copies: np.ndarray) -> np.ndarray:
 
 
 def pack(seconds: np.ndarray, copies: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Place replicas heaviest first, an expert's on different GPUs, each where it would be done first.
+    """Place replicas heaviest first, an expert's on different GPUs, each on the GPU that finishes it first.
 
     A replica that finds free slots only on GPUs which hold its expert takes the place of another that can move there;
     where none can, it is left out.
 
     Args:
-        seconds: [W, L, E, G], one replica's time on each GPU; of the W the slowest counts.
+        seconds: [W, L, E, G], one replica's time on each GPU; the slowest of the W counts.
         copies: [L, E], replicas of each expert, 1 to G.
         slots: [G], experts of a layer that a GPU may hold.
 
@@ -104,7 +104,7 @@ def pack(seconds: np.ndarray, copies: np.ndarray, slots: np.ndarray) -> np.ndarr
 
 
 def _pack_layer(seconds, copies, slots, held) -> None:
-    """seconds [W, E, G], copies [E], slots [G]; fills held [E, G]."""
+    """Pack one layer: seconds [W, E, G], copies [E], slots [G]; fills held [E, G]."""
     done, free = np.zeros((len(seconds), len(slots))), slots.copy()
     gpu: int | None
     for expert in np.argsort(-seconds.mean(axis=(0, 2)), kind="stable"):

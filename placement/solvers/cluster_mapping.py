@@ -1,9 +1,9 @@
 """The mapping of clusters of experts to GPUs under which tokens lose least time on links between layers.
 
-Clusters move only between GPUs that are alike in speed and slots, so compute stays as it is. With few such orders the
-best chain of them is found exactly, by the sum over the layers of the slowest transfer. With more, each layer in turn
-is given the best order for its neighbours' orders: an assignment problem by bytes over bandwidth, summed over the
-links, since the slowest link is not linear; forwards and backwards until nothing improves.
+Clusters move only between GPUs of equal speed and slots, so compute does not change. With few such orders a dynamic
+program finds the best chain of them by the sum over the layers of the slowest transfer. With more, sweeps forwards and
+backwards give each layer the best order for its neighbours' orders until nothing improves: an assignment problem by
+bytes over bandwidth, summed over the links, since the slowest link is not linear.
 
 Source: the second program of MoETuner (arXiv 2502.06643, section 4.2), there quadratic.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from moeflow.placement.problem import Problem
 from moeflow.placement.solvers.assignment import assign
 
-_MAX_ORDERS = 120  # a pair of layers takes their square
+_MAX_ORDERS = 120  # a pair of layers costs their square
 
 
 def map_clusters(problem: Problem, shares: np.ndarray, deadline: float = math.inf) -> tuple[np.ndarray, bool]:
@@ -56,7 +56,7 @@ def slowest_transfers(problem: Problem, traffic: np.ndarray, order: np.ndarray, 
         problem: gives the links.
         traffic: [W, G, G] bytes between the two layers' clusters.
         order: [..., G], the GPU of each cluster of the first layer.
-        following: [..., G], of the second.
+        following: [..., G], the same of the second.
     """
     bandwidth = problem.topology.bandwidth_bytes_per_s[order[..., :, None], following[..., None, :]]
     seconds = np.stack([(counts / bandwidth).max(axis=(-2, -1)) for counts in traffic])
@@ -64,7 +64,7 @@ def slowest_transfers(problem: Problem, traffic: np.ndarray, order: np.ndarray, 
 
 
 def _alike(problem) -> list[list[int]]:
-    """Lists of GPUs of equal speed and slots."""
+    """Return lists of GPUs of equal speed and slots."""
     groups: dict[tuple[float, float, int], list[int]] = {}
     for number, gpu in enumerate(problem.topology.gpus):
         mark = gpu.flops_per_s, gpu.memory_bytes_per_s, int(problem.slots[number])
@@ -73,7 +73,7 @@ def _alike(problem) -> list[list[int]]:
 
 
 def _by_tokens(problem, shares, alike) -> np.ndarray:
-    """Dispatch: what a cluster takes over links depends on its tokens alone; most tokens, fastest links."""
+    """Give clusters with most tokens the fastest links: in dispatch transfers depend on a cluster's tokens alone."""
     tokens = np.mean([np.einsum("le,leg->lg", w.shares(), shares) for w in problem.workloads], axis=0)
     bandwidth = problem.topology.bandwidth_bytes_per_s
     per_token = 1 / bandwidth.min(axis=0) + 1 / bandwidth.min(axis=1)
@@ -86,7 +86,7 @@ def _by_tokens(problem, shares, alike) -> np.ndarray:
 
 
 def _best_chain(problem, traffic, alike) -> np.ndarray:
-    """Dynamic program over the layers; a state is an order of the clusters."""
+    """Solve a dynamic program over the layers; a state is an order of the clusters."""
     orders = np.array([_order(alike, chosen) for chosen in itertools.product(*map(itertools.permutations, alike))])
     seconds, came_from = np.zeros(len(orders)), []
     for layer in range(traffic.shape[1]):
@@ -109,7 +109,7 @@ def _order(alike, chosen) -> list[int]:
 
 
 def _sweep(problem, traffic, alike, deadline) -> tuple[np.ndarray, bool]:
-    """traffic [L - 1, G, G] bytes."""
+    """Sweep over the layers by traffic [L - 1, G, G] bytes."""
     num_layers = len(traffic) + 1
     per_byte = 1 / problem.topology.bandwidth_bytes_per_s  # 0 on the diagonal
     order = np.tile(np.arange(problem.num_gpus), (num_layers, 1))

@@ -19,7 +19,7 @@ from moeflow.placement.solvers.baselines import Progress, mean_tokens, pack
 def eplb(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None) -> Solution:
     """Give each replica to the expert with most tokens per replica, then pack all by their tokens.
 
-    As published it looks at tokens alone, the mean of several workloads; on GPUs of unequal speed, at tokens by speed.
+    As published, only tokens count, the mean of several workloads; on GPUs of unequal speed, tokens over speed.
     """
     begin = time.perf_counter()
     load = mean_tokens(problem)

@@ -1,7 +1,7 @@
 """A small placement problem as one integer program, replicas and slowest links included.
 
-With y[l, e, s] in {0, 1}: expert e of layer l has its copies on the set s of GPUs, and z[l, e, s, f, t] for both of two
-experts of consecutive layers that a transition joins:
+y[l, e, s] in {0, 1} says that expert e of layer l has its copies on the set s of GPUs; z[l, e, s, f, t] is the product
+of y[l, e, s] and y[l + 1, f, t] for two experts that a transition joins:
 
     minimise sum_l (compute_l + link_l), the mean over the workloads or the worst
     with   sum_s y[l, e, s] = 1,   copies of a layer <= experts + replicas,   copies on a GPU <= its slots,
@@ -29,11 +29,11 @@ _MAX_GPUS = 4
 
 
 class Exact(NamedTuple):
-    """What the program gave.
+    """The program's result.
 
     Args:
         plan: the best it found; the start where it found none.
-        bound: no plan costs less, by the solver's word; -inf where it proved nothing.
+        bound: the solver's lower bound on every plan; -inf where it proved none.
     """
 
     plan: Plan
@@ -75,7 +75,7 @@ def exact(problem: Problem, *, start: Plan, time_limit_s: float = 60.0, seed: in
 
 
 def _sets(problem) -> list[tuple[int, ...]]:
-    """The sets of GPUs that may hold an expert."""
+    """Return the sets of GPUs that may hold an expert."""
     most = min(problem.num_gpus, problem.num_replicas + 1)
     gpus = range(problem.num_gpus)
     return [group for size in range(1, most + 1) for group in itertools.combinations(gpus, size)]
@@ -96,7 +96,7 @@ class _Model:
             for expert in range(problem.num_experts)
             for number, group in enumerate(self.sets)
         }
-        # Of each workload, the parts that sum to its step.
+        # The parts that sum to each workload's step.
         self.seconds: list[list[pulp.LpVariable]] = [[] for _ in problem.workloads]
         self._place()
         for number, workload in enumerate(problem.workloads):
@@ -154,7 +154,7 @@ class _Model:
                     )
 
     def _slowest(self, number, name, layer, cost) -> None:
-        """A time that no GPU's sum of cost(expert, GPU, copies) in a layer exceeds."""
+        """Add a time that bounds every GPU's sum of cost(expert, GPU, copies) in a layer."""
         slowest = self.pulp.LpVariable(name, 0)
         self.seconds[number].append(slowest)
         for gpu in range(self.problem.num_gpus):
@@ -186,7 +186,7 @@ class _Model:
                     self.program += self.pulp.lpSum(taken) <= slowest
 
     def _products(self, layer, used) -> dict[tuple, pulp.LpVariable]:
-        """z for every pair of experts that some transition joins."""
+        """Return z for every pair of experts that a transition joins."""
         lp_sum = self.pulp.lpSum
         both: dict[tuple, pulp.LpVariable] = {}
         for e, f in np.argwhere(used > 0).tolist():

@@ -1,11 +1,11 @@
 """Load and communication in one objective, with a proven gap: exact where small, else annealing and a relaxation.
 
-What it does by the problem:
+The method depends on the problem:
 
 - small: an integer program of the whole (`exact.py`), whose optimum is proven.
-- nothing but load (dispatch): a descent from the best of LPT and EPLB, replicas as they are. Where that ends within
-  half a percent of the bound nothing is annealed: the mix of heavy and light experts that heaviest-first packing leaves
-  on each GPU holds where routing drifts, and annealing from a random start loses it (measured, docs/placement.md).
+- load alone (dispatch): a descent from the best of LPT and EPLB, with their replicas. Where that ends within half a
+  percent of the bound nothing is annealed: the mix of heavy and light experts that heaviest-first packing leaves on
+  each GPU holds where routing drifts, and annealing from a random start loses it (measured, docs/placement.md).
 - paths of tokens: rounds of two annealings from a random placement, each round four times as long as the one before.
   One counts the slowest link of every layer. The other counts the mean over all links, which finds its way where paths
   are strongly structured and a maximum says nothing of the links below it, and then descends by the slowest. The
@@ -26,14 +26,14 @@ from moeflow.placement.solvers.exact import exact, is_small
 from moeflow.placement.solvers.search import Found, cool, descend
 from moeflow.placement.tables import Tables
 
-_ACCEPTED_GAP = 5e-3  # at which a problem of load alone is not annealed
-_NUM_PROPOSALS = 500  # of a descent and of the first annealing, for each copy
+_ACCEPTED_GAP = 5e-3  # within which a problem of load alone is not annealed
+_NUM_PROPOSALS = 500  # for each copy, in a descent and in the first annealing
 _NUM_ROUNDS, _ROUND_GROWTH = 4, 4  # annealings, and how many times longer each is
 _EXACT_SHARE, _BOUND_SHARE = 0.5, 0.3  # of the time limit, at most
 
 
 def joint(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None) -> Solution:
-    """Place experts so that slowest GPUs and slowest links together take least time, and prove how near the best it is.
+    """Place experts for the least time of slowest GPUs and slowest links together, and prove the gap to the optimum.
 
     The same seed gives the same plan unless the time limit strikes; the status says so where it did.
     """
@@ -76,7 +76,7 @@ class _Best:
 
 
 def _improve(problem, best, bound, seed, end, tell) -> bool:
-    """Search from what is there; return whether everything that was meant to run did."""
+    """Search from the best plan so far; return whether every search ran to its end."""
     weights = np.full(len(problem.workloads), 1 / len(problem.workloads))
     copies = problem.num_layers * (problem.num_experts + problem.num_replicas)
     if int(best.plan.num_replicas.sum()) == copies:  # packing may have found no room for a replica
@@ -105,7 +105,7 @@ def _improve(problem, best, bound, seed, end, tell) -> bool:
         if not found.ended:
             return False
         took = time.monotonic() - begin
-        if problem.worst_case:  # what fares worse counts more in the next
+        if problem.worst_case:  # slower workloads weigh more in the next round
             seconds = np.array([cost.step_s for cost in problem.costs(best.plan)])
             weights = weights * (seconds / seconds.mean()) ** 8
             weights /= weights.sum()
@@ -113,7 +113,7 @@ def _improve(problem, best, bound, seed, end, tell) -> bool:
 
 
 def _cool(tables, start, proposals, seed, end, progress) -> Found:
-    """Anneal; where the mean over the links counted, then descend by the slowest."""
+    """Anneal; where the mean over the links counted, descend by the slowest afterwards."""
     found = cool(tables, start, proposals, seed=seed, deadline=end, progress=progress)
     if tables.traffic is None:
         return found

@@ -4,7 +4,7 @@ Crossing + weight * imbalance is annealed for several weights; the plans along t
 within the limit is the answer. The bound is Lagrange's: where crossing + weight * imbalance is at least J for every
 plan, crossing is at least J - weight * limit for those within it.
 
-Here tokens count, as in tables, not seconds: GPUs and links are taken to be alike.
+Here tokens count, as in tables, not seconds: all GPUs and all links are taken to be equal.
 """
 
 import time
@@ -24,14 +24,14 @@ from moeflow.placement.solvers.search import HOT, cool
 from moeflow.placement.tables import Tables
 from moeflow.placement.topology import Topology
 
-_NUM_PROPOSALS, _LAST_GROWTH = 1000, 12  # for each copy in a short search; the last ones are so many times longer
-_MAX_WEIGHT = 4.0  # beyond which balance is all that counts
+_NUM_PROPOSALS, _LAST_GROWTH = 1000, 12  # for each copy in a short search; the last searches are so many times longer
+_MAX_WEIGHT = 4.0  # beyond it only balance counts
 _NUM_HALVINGS = 7
 _WEIGHT_FACTORS = (1.0, 0.96, 0.92, 0.88, 1.04, 1.08)  # of the weight that short searches find, for the long ones
 _WARM_TEMPERATURE = 0.1  # a temperature that keeps to a plan's neighbourhood
 _WEIGHT_STEP, _MAX_STEPS, _MAX_MISSES = 0.95, 40, 5  # of the walk along the curve; misses in a row
 _EVEN_WEIGHT = 1e3  # so large that only balance counts
-_MAX_TRIES = 20  # at that weight, where no plan keeps the limit
+_MAX_TRIES = 20  # searches at that weight, where no plan keeps the limit
 _BOUND_SHARE = 0.3  # of the time limit
 _ROUNDING = 1 + 1e-9  # even load may come out as a little above 1
 
@@ -53,14 +53,14 @@ class Point(NamedTuple):
 
 
 class LeastCrossing(NamedTuple):
-    """The answer.
+    """The plan with the least crossing, and its bound.
 
     Args:
         point: the plan with the least crossing found within the limit.
         bound: no plan within the limit crosses less.
-        seconds: time it took.
+        seconds: the search's time.
         status: "feasible", or "time limit".
-        curve: other plans that nothing found is better than in both, by rising imbalance.
+        curve: the other plans of the Pareto curve found, by rising imbalance.
     """
 
     point: Point
@@ -86,11 +86,11 @@ def least_crossing(
     """Find the plan with the least crossing whose imbalance is at most a limit.
 
     Args:
-        problem: workloads with transitions, slots and replicas; speeds and bandwidths are not looked at.
+        problem: workloads with transitions, slots and replicas; speeds and bandwidths are ignored.
         max_imbalance: 1 or more.
         seed: of the random numbers.
-        time_limit_s: the best until then is returned.
-        progress: called with the share done and what is being done.
+        time_limit_s: after which the best plan so far is returned.
+        progress: called with the share done and the present task.
 
     Raises:
         PlacementError: a limit below 1, no transitions, or no plan found within the limit.
@@ -107,7 +107,7 @@ def least_crossing(
         tell(0.3 + 0.6 * number / len(_WEIGHT_FACTORS), "annealing")
         curve.anneal(factor * weight, _LAST_GROWTH * _NUM_PROPOSALS, seed + number, search_end)
     _walk(curve, max_imbalance, seed, search_end)
-    if problem.num_replicas:  # replicas even out load; where paths are what counts they can be in the way
+    if problem.num_replicas:  # replicas even out load; where paths count they can be in the way
         curve.anneal(weight, _LAST_GROWTH * _NUM_PROPOSALS, seed, search_end, replicas=False)
     for number in range(_MAX_TRIES):
         if curve.within(max_imbalance):
@@ -129,7 +129,7 @@ def least_crossing(
 
 @dataclass(frozen=True)
 class CrossingSolution(Solution):
-    """A `Solution` that was sought for its crossing.
+    """A `Solution` of a search for the least crossing.
 
     Args:
         crossing: share of transitions that change GPU.
@@ -143,7 +143,7 @@ class CrossingSolution(Solution):
 
 
 def crossing_solver(max_imbalance: float) -> Callable[..., CrossingSolution]:
-    """Return `least_crossing` as a solver among the others, which judges its plan by time too."""
+    """Return `least_crossing` with a solver's signature; its plan is judged by time too."""
 
     def crossing(
         problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0, progress: Progress | None = None
@@ -175,14 +175,14 @@ def pareto_curve(
     time_limit_s: float = 600.0,
     progress: Callable[[float, str], None] | None = None,
 ) -> tuple[Point, ...]:
-    """Return plans that nothing found is better than in both crossing and imbalance, by rising imbalance.
+    """Return the Pareto curve found of crossing and imbalance, by rising imbalance.
 
     Args:
         problem: as in `least_crossing`.
         weights: of imbalance against crossing; each gives a search.
         seed: of the random numbers.
         time_limit_s: after which no search begins.
-        progress: called with the share done and what is being done.
+        progress: called with the share done and the present task.
     """
     curve, end = _Curve(problem), time.monotonic() + time_limit_s
     for number, weight in enumerate(weights):
@@ -206,7 +206,7 @@ def crossing_bounds(problem: Problem, weights: Sequence[float], limits: Sequence
 
 
 class _Curve:
-    """The plans found so far, and the problem with GPUs and links alike, in which they are found."""
+    """The plans found so far, and the problem of equal GPUs and links that the searches use."""
 
     def __init__(self, problem: Problem) -> None:
         if any(workload.transitions is None or not workload.transitions.any() for workload in problem.workloads):
@@ -221,7 +221,7 @@ class _Curve:
         self.all_even = float((tables.tokens[0].sum() * tables.arithmetic_s[0]) / problem.num_gpus)
 
     def tables(self, weight: float, problem: Problem) -> Tables:
-        """A problem whose seconds are crossing + weight * imbalance, in units of `all_crossing`."""
+        """Return a problem whose seconds are crossing + weight * imbalance, in units of `all_crossing`."""
         return Tables(problem, balance=weight * self.all_crossing / self.all_even)
 
     def add(self, plan: Plan, weight: float) -> Point:
@@ -247,7 +247,7 @@ class _Curve:
         return self.add(found.plan, weight)
 
     def within(self, max_imbalance: float) -> list[Point]:
-        """The plans found that keep to a limit."""
+        """Return the found plans within a limit."""
         return [point for point in self.points if point.imbalance <= max_imbalance * _ROUNDING]
 
     def least(self, weight: float, time_limit_s: float = float("inf")) -> float:
@@ -257,7 +257,7 @@ class _Curve:
         return path_bound(self.tables(weight, self.problem), time_limit_s=max(time_limit_s, 0.0)) / self.all_crossing
 
     def pareto(self) -> tuple[Point, ...]:
-        """The plans that no other is better than, by rising imbalance."""
+        """Return the Pareto-optimal plans, by rising imbalance."""
         best, out = float("inf"), []
         for point in sorted(self.points, key=lambda point: (point.imbalance, point.crossing)):
             if point.crossing < best:
@@ -267,7 +267,7 @@ class _Curve:
 
 
 def _walk(curve, max_imbalance, seed, end) -> None:
-    """Give up balance from the best plan on, a little at a time, up to the limit: a way over the curve's jumps."""
+    """Give up balance from the best plan on, in small steps up to the limit, to pass the curve's jumps."""
     within = curve.within(max_imbalance)
     if not within:
         return
@@ -283,7 +283,7 @@ def _walk(curve, max_imbalance, seed, end) -> None:
 
 
 def _find_weight(curve, max_imbalance, seed, end, tell) -> float:
-    """Halve the range of weights around the least that keeps to the limit."""
+    """Find the least weight that keeps the limit by halving the range around it."""
     free = curve.anneal(0.0, _NUM_PROPOSALS, seed, end)
     if free is None or free.imbalance <= max_imbalance * _ROUNDING:
         return 0.0

@@ -1,14 +1,14 @@
-"""MoETuner's two programs, done right: the clusters of experts first, then the GPU of each cluster.
+"""MoETuner's two programs: the clusters of experts first, then the GPU of each cluster.
 
 The first, for each layer, with x[e, g] in {0, 1}:
 
     minimise the slowest cluster's compute   with   sum_g x[e, g] = replicas of e,   sum_e x[e, g] <= slots[g]
 
 so an expert is in exactly as many clusters as it has replicas, never twice in one, and a cluster never outgrows its
-GPU. Replicas are chosen as EPLB does. A layer starts from the heaviest-first packing; then the slowest and the fastest
-cluster share out their experts anew, a small program, until that no longer helps, nor with the next fastest; then the
-whole program starts from there, unless it is too large to. The second is
-`moeflow.placement.solvers.cluster_mapping`. The first knows nothing of links: that is the scheme, not an omission.
+GPU. Replicas are chosen as EPLB does. A layer starts from the heaviest-first packing. A small program redistributes the
+experts of the slowest and the fastest cluster until that no longer helps, nor with the next fastest. The whole program
+starts from there, unless it is too large. The second is `moeflow.placement.solvers.cluster_mapping`. The first knows
+nothing of links: that is the scheme, not an omission.
 
 Source: MoETuner (arXiv 2502.06643, section 4).
 """
@@ -30,7 +30,7 @@ from moeflow.placement.solvers.eplb import replicate
 if TYPE_CHECKING:
     import pulp
 
-_GAP = 1e-3  # of a layer's slowest cluster, at which its program may stop
+_MAX_GAP = 1e-3  # of a layer's slowest cluster, at which its program may stop
 _MAX_CHOICES = 512  # variables x of a layer's whole program
 _MAX_PARTNERS = 8  # that the slowest cluster of a layer tries
 _CLUSTERS_SHARE = 0.8  # of the time; the rest is the mapping's
@@ -70,12 +70,12 @@ def _balance(problem, held, seed, deadline, progress) -> bool:
 
 
 def _balance_layer(problem, seconds, clusters, seed, until) -> bool:
-    """seconds [W, E, G]; improves clusters [E, G] in place; returns whether it ended before `until`."""
+    """Improve clusters [E, G] in place by seconds [W, E, G]; return whether that ended before `until`."""
     alike = len({(gpu.flops_per_s, gpu.memory_bytes_per_s) for gpu in problem.topology.gpus}) == 1
     improved = True
     while improved:
         busy = (seconds * clusters).sum(axis=1)  # [W, G]
-        if alike and _slowest(problem, busy) <= _slowest(problem, busy.mean(axis=1, keepdims=True)) * (1 + _GAP):
+        if alike and _slowest(problem, busy) <= _slowest(problem, busy.mean(axis=1, keepdims=True)) * (1 + _MAX_GAP):
             return True
         improved = False
         order = np.argsort((busy / busy.max(axis=1, keepdims=True)).max(axis=0), kind="stable")
@@ -91,26 +91,26 @@ def _balance_layer(problem, seconds, clusters, seed, until) -> bool:
 
 
 def _improve(problem, seconds, clusters, pair, seed, until) -> bool:
-    """Let two clusters share out their experts anew, unless that helps neither them nor the whole."""
+    """Redistribute the experts of two clusters where that helps them and does not harm the whole; return whether."""
     before, busy = clusters.copy(), (seconds * clusters).sum(axis=1)
     _solve(problem, seconds, clusters, pair, seed, until)
     after = (seconds * clusters).sum(axis=1)
-    # With several workloads a pair may gain in one what the whole loses in another.
+    # With several workloads a pair may gain in one while the whole loses in another.
     if _slowest(problem, after) <= _slowest(problem, busy) and _slowest(problem, after[:, pair]) < _slowest(
         problem, busy[:, pair]
-    ) * (1 - _GAP / 10):
+    ) * (1 - _MAX_GAP / 10):
         return True
     clusters[:] = before
     return False
 
 
 def _slowest(problem, busy) -> float:
-    """busy [W, G]: the slowest cluster, by the mean of the workloads or the worst."""
+    """Return the slowest cluster's seconds of busy [W, G], by the mean of the workloads or the worst."""
     return float(busy.max() if problem.worst_case else busy.max(axis=1).mean())
 
 
 def _solve(problem, seconds, clusters, gpus, seed, until) -> bool:
-    """Let the clusters of some GPUs share out their experts anew, in place; return whether that ended by itself."""
+    """Redistribute the experts of some GPUs' clusters in place; return whether the program ended by itself."""
     import pulp
 
     from moeflow.integer_program import found_solution, pulp_solver
@@ -119,7 +119,7 @@ def _solve(problem, seconds, clusters, gpus, seed, until) -> bool:
     part, start = np.ix_(experts, gpus), clusters[np.ix_(experts, gpus)]
     slots = problem.slots[gpus]
     program, x = _program(seconds[:, experts][..., gpus], start, slots, problem.worst_case)
-    program.solve(pulp_solver(time_limit_s=until - time.perf_counter(), gap=_GAP, seed=seed, warm_start=True))
+    program.solve(pulp_solver(time_limit_s=until - time.perf_counter(), gap=_MAX_GAP, seed=seed, warm_start=True))
     if found_solution(program):
         found = np.array([[(variable.value() or 0) > 0.5 for variable in row] for row in x])
         if (found.sum(axis=1) == start.sum(axis=1)).all() and (found.sum(axis=0) <= slots).all():
@@ -132,7 +132,7 @@ def _program(seconds, start, slots, worst_case) -> tuple[pulp.LpProblem, list[li
 
     Args:
         seconds: [W, E, G], of each expert's replica.
-        start: [E, G] bool, what it starts from.
+        start: [E, G] bool, the first clusters.
         slots: [G].
         worst_case: whether the worst workload counts.
 

@@ -1,6 +1,6 @@
-"""Searches over placements: descents, and annealings from hot to cold. All by `Annealing`, in steps that can stop.
+"""Searches over placements: descents, and annealings from hot to cold. `Annealing` runs them, in steps that can stop.
 
-Temperatures are shares of what a copy costs on average, so that problems of any size cool alike.
+Temperatures are shares of a copy's average cost, so that problems of any size cool alike.
 """
 
 import time
@@ -11,16 +11,16 @@ from moeflow.placement.plan import Plan
 from moeflow.placement.solvers.anneal import Annealing
 from moeflow.placement.tables import Tables
 
-HOT, COLD = 0.7, 0.02  # where most changes are kept, and where hardly any is
+HOT, COLD = 0.7, 0.02  # temperatures: most changes are kept at the first, hardly any at the second
 _NUM_STEPS = 200  # temperatures of a search, and its checks of the deadline
 
 
 class Found(NamedTuple):
-    """What a search ended with.
+    """The result of a search.
 
     Args:
         plan: the placement.
-        ended: whether it came to its end before the deadline.
+        ended: whether the search ended before the deadline.
     """
 
     plan: Plan
@@ -28,14 +28,14 @@ class Found(NamedTuple):
 
 
 def descend(tables: Tables, plan: Plan, num_proposals: int, *, seed: int = 0, deadline: float = float("inf")) -> Found:
-    """Keep changes that do not cost, from a plan on.
+    """Descend from a plan: keep only changes that do not cost.
 
     Args:
         tables: the problem.
-        plan: where to begin.
+        plan: the first placement.
         num_proposals: changes to try.
         seed: of the random numbers.
-        deadline: `time.monotonic()` at which to stop with what is there.
+        deadline: `time.monotonic()` at which the search stops with its plan so far.
     """
     return _search(tables, plan, num_proposals, lambda share: 0.0, seed, deadline, None)
 
@@ -50,15 +50,15 @@ def cool(
     deadline: float = float("inf"),
     progress: Callable[[float], None] | None = None,
 ) -> Found:
-    """Anneal: keep changes that cost by a chance that falls until only descent is left.
+    """Anneal: keep changes that cost with a probability that falls until only descent is left.
 
     Args:
         tables: the problem.
-        plan: where to begin; soon forgotten where it begins as hot as it does by default.
+        plan: the first placement; soon forgotten at the default `hot`.
         num_proposals: changes to try.
         seed: of the random numbers.
         hot: the first temperature.
-        deadline: `time.monotonic()` at which to stop. What is hot then descends for a moment longer.
+        deadline: `time.monotonic()` at which to stop. A search that is hot then descends for a moment longer.
         progress: called with the share done.
     """
     begin = Annealing(tables, plan)
