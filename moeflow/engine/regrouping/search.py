@@ -1,7 +1,7 @@
-"""Regrouping: which tokens of a step run together, so that each group activates few experts.
+"""Regrouping: a split of a step's tokens into groups that each activate few experts.
 
-Groups of equal size are sought with the least sum, over groups and layers, of different experts that their tokens take.
-Whatever the groups, each token's own output is the same, so regrouping is exact.
+The search looks for groups of equal size with the fewest different experts, summed over groups and layers. Each token's
+own output is the same in any group, so regrouping is exact.
 
 Knows bits. Knows nothing of models, caches or sequences. The inner loop is `_regroup.c`, or `search_loop.py` where
 that was not built.
@@ -21,8 +21,8 @@ from moeflow.errors import ConfigError
 from moeflow.random_bits import RandomBits
 
 HOT, COLD = 6.0, 0.3  # temperatures, in active (layer, expert) pairs
-_SWAPS = 40_000  # to try: some milliseconds, within .1 % of the fewest pairs there are of 32 tokens
-_SWAPS_A_TOKEN = 500  # below which a search begins half as hot, since it has no time to cool from more
+_NUM_SWAPS = 40_000  # some milliseconds; within .1 % of the fewest pairs possible for 32 tokens
+_HOT_SWAPS_PER_TOKEN = 500  # with fewer a search begins half as hot, since it has no time to cool from more
 _ARRAYS = {
     "routes": c_uint64, "group": c_int32, "any": c_uint64, "one": c_uint64, "count": c_uint16, "best": c_int32,
 }  # fmt: skip
@@ -54,14 +54,14 @@ def regroup(
         ConfigError: routes are not [tokens, L, E], or there are more groups than tokens.
     """
     search = Search(routes, num_groups, start=start, seed=seed)
-    search.run(_SWAPS if num_swaps is None else num_swaps)
+    search.run(_NUM_SWAPS if num_swaps is None else num_swaps)
     return search.best
 
 
 def amended_groups(routes: np.ndarray, num_groups: int, start: np.ndarray) -> np.ndarray:
-    """Change groups that are nearly right: a tenth of the swaps, none that makes much worse. As `regroup` else."""
+    """Amend nearly right groups: as `regroup`, with a tenth of the swaps and none that makes much worse."""
     search = Search(routes, num_groups, start=start)
-    search.run(_SWAPS // 10, COLD)
+    search.run(_NUM_SWAPS // 10, COLD)
     return search.best
 
 
@@ -99,7 +99,7 @@ class Search:
     Attributes:
         routes: [tokens, W] uint64, pairs as bits.
         group, best: [tokens] int32, as they are and when fewest were active.
-        any, one: [G, W] uint64, pairs that some token of a group activates, and that just one does.
+        any, one: [G, W] uint64, pairs that some token of a group activates, and that exactly one does.
         count: [G, 64 W] uint16, how many tokens do.
     """
 
@@ -125,7 +125,7 @@ class Search:
     def run(self, num_swaps: int, hot: float | None = None, cold: float = COLD) -> int:
         """Try swaps while the temperature falls; return by how many active pairs the best differs from the start."""
         if hot is None:
-            hot = HOT if num_swaps >= _SWAPS_A_TOKEN * len(self.group) else HOT / 2
+            hot = HOT if num_swaps >= _HOT_SWAPS_PER_TOKEN * len(self.group) else HOT / 2
         cooling = (cold / hot) ** (1 / max(num_swaps, 1))
         loop = _c_loop()
         if loop is None:

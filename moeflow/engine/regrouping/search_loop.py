@@ -1,5 +1,5 @@
-"""The regrouping's inner loop in plain Python: what a swap changes, the oracle of `_regroup.c`, and what runs where no
-compiler was there when moeflow was installed.
+"""The regrouping's inner loop in plain Python: the meaning of a swap, the oracle of `_regroup.c`, and the fallback for
+an installation without a compiler.
 
 Knows the arrays of a `Search`. Knows nothing of routes or schedules.
 """
@@ -12,13 +12,13 @@ import numpy as np
 def regroup(search, num_swaps: int, hot: float, cooling: float) -> int:
     """Try swaps of two tokens of different groups; return by how many active pairs the best differs from the first.
 
-    A swap is kept if no more pairs are active, and else by chance exp(-more / temperature).
+    A swap is kept if no more pairs are active, else with probability exp(-more / temperature).
 
     Args:
-        search: `regroup.Search`, whose arrays are changed in place.
+        search: `search.Search`, whose arrays are changed in place.
         num_swaps: how many to try.
         hot: the first temperature, in pairs.
-        cooling: what it is multiplied by at each swap.
+        cooling: factor of the temperature at each swap.
     """
     routes = [_whole(row) for row in search.routes]
     active, single = [_whole(row) for row in search.any], [_whole(row) for row in search.one]
@@ -57,5 +57,5 @@ def _move(search, token, source, target) -> None:
 
 
 def _whole(words) -> int:
-    """A set of bits as one number."""
+    """Return a set of bits as one number."""
     return int.from_bytes(words.tobytes(), "little")

@@ -1,10 +1,9 @@
-"""The token scheduler: which of the sequences that decode share a pass, when not all of them fit into one.
+"""The token scheduler: groups decoding sequences into passes when one pass cannot hold them all.
 
-Groups are planned by the routes that each sequence is likely to take (`likely_routes`). Most of a plan is made beside
-the last pass of the step before, without the tokens which that pass has yet to choose; once they are known the plan is
-amended. After a step the true routes are known, and with them what groups by arrival would have activated: so the
-scheduler knows its gain exactly, and stands aside where that is not worth the waiting for plans, to look again ever
-more rarely.
+Groups are planned by each sequence's likely routes (`likely_routes`). Most of a plan is made beside the last pass of
+the step before, without the tokens that the pass has yet to choose; once they are known the plan is amended. After a
+step the true routes are known, and so are the pairs that groups by arrival would have activated. So the scheduler knows
+its gain exactly. Where the gain is not worth the waiting for plans it rests, and tries again ever more rarely.
 
 Knows routes and ids. Knows nothing of tensors, models or slots.
 
@@ -23,13 +22,13 @@ from moeflow.errors import ConfigError
 from moeflow.predictors.odds import multi_hot
 
 _TRIAL_STEPS = 8  # steps that a judgement rests on
-_FIRST_REST, _LONGEST_REST = 32, 1024  # steps without planning after one that did not pay
-_WARM_STEPS = 8  # before planning again, in which routes are taken in
+_FIRST_REST_STEPS, _LONGEST_REST_STEPS = 32, 1024  # without planning, after a trial that did not pay
+_WARM_STEPS = 8  # before planning again, in which routes are observed
 
 
 @dataclass
 class SchedulerStats:
-    """What regrouping did.
+    """Counters of regrouping.
 
     Args:
         steps: steps of several groups.
@@ -70,21 +69,21 @@ class TokenScheduler:
         self._threads = ThreadPoolExecutor(1, "moeflow-scheduler")
         self._ahead: tuple[list[str], Future] | None = None  # of these sequences, [sequences] groups
         self._split: tuple[list[str], np.ndarray] | None = None  # the step under way, if it was planned
-        self._rest, self._next_rest = 0, _FIRST_REST
+        self._rest, self._next_rest = 0, _FIRST_REST_STEPS
         self._trial = [0, 0, 0.0, 0.0]  # steps, pairs saved, seconds waited, seconds of steps
 
     @property
     def wants_routes(self) -> bool:
-        """Whether routes that are observed in this step will be of use: not while a long rest has just begun."""
+        """Whether routes that are observed in this step will be used: not early in a long rest."""
         return self._regrouping and self._rest <= _WARM_STEPS
 
     def split(self, sequences: list[str], tokens: list[int], resident: np.ndarray | None = None) -> list[list[int]]:
-        """Split a step's sequences into as few groups as there can be, of sizes that differ by one at most.
+        """Split a step's sequences into as few groups as possible, of sizes that differ by one at most.
 
         Args:
             sequences: ids, in the order of arrival.
             tokens: the token that each is fed.
-            resident: [L, E] bool, what lies in memory; groups that need it come first. None where not known.
+            resident: [L, E] bool, experts in memory; groups that need them come first. None where unknown.
 
         Returns:
             Places in `sequences`, a list for each group, in the order to run them.
@@ -108,7 +107,7 @@ class TokenScheduler:
         return [np.flatnonzero(groups == group).tolist() for group in order]
 
     def plan_ahead(self, sequences: list[str], tokens: list[int | None]) -> None:
-        """Begin to plan the next step beside what computes now.
+        """Begin to plan the next step beside the present computation.
 
         Args:
             sequences: ids of those that are likely to go on.
@@ -122,7 +121,7 @@ class TokenScheduler:
             self._waited(time.perf_counter() - begin)
 
     def observe(self, sequence: str, tokens: list[int], chosen: np.ndarray) -> None:
-        """Take in what a sequence's tokens took: [tokens, L, K] ids of experts, E or more for none."""
+        """Record the experts of a sequence's tokens: [tokens, L, K] ids of experts, E or more for none."""
         self._likely.observe(sequence, tokens, chosen)
 
     def forget(self, sequence: str) -> None:
@@ -165,17 +164,17 @@ class TokenScheduler:
         self._trial[2] += seconds
 
     def _judge(self, active) -> None:
-        """Rest where what was saved, at most a pair's part of the step each, is not worth the waiting for plans."""
+        """Rest where the saved pairs, each worth at most a pair's part of the step, do not outweigh the waiting."""
         steps, saved, waited_s, step_s = self._trial
         worth_s = saved * step_s / max(steps * active, 1)
         if worth_s <= waited_s:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST_STEPS)
         else:
-            self._next_rest = _FIRST_REST
+            self._next_rest = _FIRST_REST_STEPS
         self._trial = [0, 0, 0.0, 0.0]
 
     def _planned(self, sequences, likely, num_groups):
-        """The plan made ahead, amended; where there is none, one made now."""
+        """Return the plan made ahead, amended, or else a new one."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return self._plan(likely, num_groups)
@@ -194,11 +193,11 @@ class TokenScheduler:
 
 
 def carried_groups(planned: dict[str, int], sequences: list[str], num_groups: int) -> np.ndarray:
-    """Return [sequences] groups of the usual sizes: the planned ones where there is room, else whatever has most.
+    """Return [sequences] groups of the usual sizes: the planned one where it has room, else the one with most.
 
     Args:
         planned: the group of each sequence that was planned for.
-        sequences: those that are there now.
+        sequences: the present ones.
         num_groups: how many groups there are now.
     """
     room = np.bincount(arrival_groups(len(sequences), num_groups), minlength=num_groups)
@@ -215,7 +214,7 @@ def carried_groups(planned: dict[str, int], sequences: list[str], num_groups: in
 
 
 def _order(likely, groups, num_groups, resident) -> list[int]:
-    """Run next whoever shares most with what is in memory, then with the group before it."""
+    """Order groups: first the one that shares most with memory, then each time with the group before it."""
     needs = np.stack([likely[groups == group].any(axis=0) for group in range(num_groups)])
     left, order, there = list(range(num_groups)), [], resident
     while left:

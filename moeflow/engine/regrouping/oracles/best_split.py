@@ -1,4 +1,4 @@
-"""The best split of a few dozen tokens into two groups, proven: every other one was looked at or cannot be better.
+"""The proven best split of a few dozen tokens into two groups: a search skips only splits that cannot be better.
 
 Where an integer program gives up at twenty tokens, this proves 2 x 16 of real routes in a fraction of a second, since a
 good split is known from the search before it begins. Without its C loop it is the integer program.
@@ -14,7 +14,7 @@ from moeflow.engine.regrouping.oracles.exact import exact_groups
 from moeflow.engine.regrouping.search import active_pairs, regroup, route_words
 from moeflow.errors import ConfigError
 
-_STEPS = 1_000_000_000  # some half a minute
+_MAX_STEPS = 1_000_000_000  # about half a minute
 
 
 class _CState(ctypes.Structure):
@@ -26,8 +26,8 @@ class _CState(ctypes.Structure):
     ]  # fmt: skip
 
 
-def best_split(routes: np.ndarray, *, num_steps: int = _STEPS) -> tuple[np.ndarray, bool]:
-    """Split tokens into two groups, whose sizes differ by one at most, that activate the fewest experts there can be.
+def best_split(routes: np.ndarray, *, num_steps: int = _MAX_STEPS) -> tuple[np.ndarray, bool]:
+    """Split tokens into two groups, whose sizes differ by one at most, that activate the fewest experts possible.
 
     Args:
         routes: [tokens, L, E] bool.
@@ -48,7 +48,7 @@ def best_split(routes: np.ndarray, *, num_steps: int = _STEPS) -> tuple[np.ndarr
     known = regroup(routes, 2)
     flat = routes.reshape(tokens, -1)
     shared = flat & (flat.sum(axis=0) > 1)
-    order = np.argsort(-shared.sum(axis=1), kind="stable")  # who costs most first: what cannot be shows early
+    order = np.argsort(-shared.sum(axis=1), kind="stable")  # costly tokens come first, so that bad splits show early
     words = np.ascontiguousarray(route_words(flat[order]))
     rest = np.zeros((tokens + 1, words.shape[1]), np.uint64)
     for token in range(tokens - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""What no regrouping is below: active pairs that every split of the tokens into groups of equal size has.
+"""Lower bound on active (layer, expert) pairs over all splits of the tokens into groups of equal size.
 
 A pair that n tokens take, n_g of them in group g, is active in k groups. Over all ways to split n tokens, k is at least
 a line in z = sum of n_g^2, the number of the pair's token couples that are together: k >= at - slope * z. So the sum of
@@ -17,11 +17,11 @@ import numpy as np
 
 from moeflow.errors import ConfigError
 
-_STEPS, _TOP = 200, 4
+_NUM_STEPS, _NUM_EIGENVECTORS = 200, 4
 
 
-def regroup_bound(routes: np.ndarray, num_groups: int, *, steps: int = _STEPS) -> int:
-    """Return a number of active pairs that no split into groups of equal size is below.
+def regroup_bound(routes: np.ndarray, num_groups: int, *, steps: int = _NUM_STEPS) -> int:
+    """Return a lower bound on the active pairs of every split into groups of equal size.
 
     Args:
         routes: [tokens, L, E] bool.
@@ -38,7 +38,7 @@ def regroup_bound(routes: np.ndarray, num_groups: int, *, steps: int = _STEPS) -
     taken = routes.reshape(tokens, -1)
     counts = taken.sum(axis=0)
     taken, counts = taken[:, counts > 0].astype(np.float64), counts[counts > 0]
-    least = sum(-(-int(count) // size) for count in counts)  # by room alone
+    least = sum(-(-int(count) // size) for count in counts)  # by group size alone
     if num_groups == 1 or not len(counts):
         return least
     kinds = {int(count): _line(int(count), size, num_groups) for count in np.unique(counts)}
@@ -63,13 +63,13 @@ def _line(count, size, num_groups) -> tuple[float, float]:
 
 
 def _fewest_couples(count, k) -> int:
-    """The least sum of squares of k groups with `count` tokens."""
+    """Return the least sum of squares of k groups with `count` tokens."""
     each, more = divmod(count, k)
     return (k - more) * each**2 + more * (each + 1) ** 2
 
 
 def _most_couples(count, k, size) -> int:
-    """The largest sum of squares of k groups with `count` tokens, 1 to `size` in each."""
+    """Return the largest sum of squares of k groups with `count` tokens, 1 to `size` in each."""
     left, total = count - k, 0
     for _ in range(k):
         more = min(size - 1, left)
@@ -79,7 +79,7 @@ def _most_couples(count, k, size) -> int:
 
 
 def _most_together(together, size, steps) -> float:
-    """The least upper bound on <together, X> that subgradient steps find."""
+    """Return the least upper bound on <together, X> that subgradient steps find."""
     tokens = len(together)
     ones = np.full((tokens, 1), tokens**-0.5)
     multipliers, best = np.zeros(tokens), float("inf")
@@ -92,7 +92,7 @@ def _most_together(together, size, steps) -> float:
         values, vectors = np.linalg.eigh(off)
         # The vector of ones is an eigenvector of `off` with value 0, so the largest is never below it.
         best = min(best, float(multipliers.sum()) + size * along + (tokens - size) * max(float(values[-1]), 0.0))
-        top = np.exp((values[-_TOP:] - values[-1]) / (0.02 * abs(values[-1]) + 1e-9))
-        weights = vectors[:, -_TOP:] ** 2 @ (top / top.sum())
+        top = np.exp((values[-_NUM_EIGENVECTORS:] - values[-1]) / (0.02 * abs(values[-1]) + 1e-9))
+        weights = vectors[:, -_NUM_EIGENVECTORS:] ** 2 @ (top / top.sum())
         multipliers -= length / (1 + step) ** 0.6 * (1 - size / tokens - (tokens - size) * weights)
     return best

@@ -13,11 +13,11 @@ from moeflow.integer_program import found_solution, pulp_solver
 def exact_groups(
     routes: np.ndarray, num_groups: int, *, time_limit_s: float = 60.0, seed: int = 0
 ) -> tuple[np.ndarray, bool]:
-    """Split a few tokens as well as can be.
+    """Split a few tokens into groups with the fewest active pairs.
 
     Args:
         routes: [tokens, L, E] bool.
-        num_groups: sizes differ by one at most, as in `regroup.arrival_groups`.
+        num_groups: sizes differ by one at most, as in `search.arrival_groups`.
         time_limit_s: after which the best so far counts.
         seed: of the solver.
 

@@ -39,7 +39,7 @@ def medoid_groups(routes: np.ndarray, num_groups: int, *, rounds: int = 20) -> n
 
 
 def _halves(similarity, part, rounds):
-    """Two halves of equal size; the first medoids are the two tokens that agree least."""
+    """Return two halves of equal size; the first medoids are the two tokens that agree least."""
     within = similarity[np.ix_(part, part)]
     medoids = np.unravel_index(within.argmin(), within.shape)
     half = len(part) // 2
