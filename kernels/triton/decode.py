@@ -1,4 +1,4 @@
-"""The product for few tokens: a token's row times an expert's matrix, read once from its slot, dequantised in registers.
+"""Product for few tokens: a token's row times an expert's matrix, read once from its slot, dequantised in registers.
 
 Slots are looked up in a tensor on the device, so nothing waits for the host. Sums are float32 and always in the same
 order: a pair's result has the same bits whatever other pairs are in the call.

@@ -1,4 +1,4 @@
-"""The product for many tokens, grouped by expert: tiles of tokens times tiles of a matrix dequantised in registers.
+"""Product for many tokens, grouped by expert: tiles of tokens times tiles of a matrix dequantised in registers.
 
 A tile's expert is found on the device from the offsets, so nothing waits for the host.
 """
