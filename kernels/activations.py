@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Multiples of a sixteenth, so that sums and products of samples mean the same in any order.
+# Multiples of a sixteenth, so that sums and products of samples are the same in any order.
 _SAMPLES = (
     0.0,
     0.0625,
@@ -44,7 +44,7 @@ class Terms(NamedTuple):
     Args:
         act: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
         limits_gate: whether `limit` bounds the gate before `act`.
-        limits_activated: whether `limit` bounds what `act` returns.
+        limits_activated: whether `limit` bounds the result of `act`.
         limits_up: whether `limit` bounds the up half.
         up_offset: added to the up half.
     """
@@ -76,7 +76,7 @@ class Activation(NamedTuple):
         gate: "none"; or where the gate and the up half of the first matrix's outputs lie: "concatenated" ([gate; up])
             or "interleaved" (gate 0, up 0, gate 1, ...).
         alpha: silu(x) is x * sigmoid(alpha * x).
-        limit: what the kind bounds is bounded by this.
+        limit: bound of the terms that the kind bounds.
     """
 
     kind: str
@@ -149,7 +149,7 @@ def _laid_out(pairs, gate) -> torch.Tensor:
 
 
 def _alphas(activated) -> list[float]:
-    """List what alpha may be where silu(1) is this."""
+    """List the possible values of alpha where silu(1) is `activated`."""
     if not 0.5 < activated < 1:
         return [1.0]
     return [1.0, float(f"{math.log(activated / (1 - activated)):.4g}")]

@@ -42,7 +42,7 @@ def hidden_activations(
     activation: Callable[[torch.Tensor], torch.Tensor],
     is_transposed: bool = False,
 ) -> torch.Tensor:
-    """Run an expert up to its second matrix; arguments as `expert_mlp` has them. Returns [num_tokens, I]."""
+    """Run an expert up to its second matrix; arguments as in `expert_mlp`. Returns [num_tokens, I]."""
     first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
     return activation(_linear(hidden_states, weights, first, is_transposed))
 

@@ -1,9 +1,9 @@
 """Online pruning: a token skips the experts of low router weight. Lossy.
 
-Rank k of a token is skipped where its weight over the token's largest is under the layer's threshold; what is kept is
-scaled up to the weight all ranks had. A token that matters keeps all its experts. MC-MoE takes a token for important by
-|t|_1 times the attention it receives; the experts' function does not see attention, so here it is the norm alone, of
-the hidden states as the experts receive them: behind the layer's norm, not the residual stream.
+A token skips rank k where its weight over the token's largest is under the layer's threshold; the kept weights are
+scaled up to the sum of all ranks. An important token keeps all its experts. MC-MoE measures importance by |t|_1 times
+the attention a token receives. The experts' function does not see attention, so here it is the norm alone, of the
+hidden states as the experts receive them: behind the layer's norm, not the residual stream.
 
 Knows tensors. Knows nothing of models.
 
@@ -18,7 +18,7 @@ from moeflow.errors import ConfigError
 
 
 class PruningThreshold(NamedTuple):
-    """When one layer skips an expert.
+    """The thresholds by which one layer skips experts.
 
     Args:
         ratio: a rank whose weight over the token's largest is under this is skipped, 0 to 1.
@@ -31,7 +31,7 @@ class PruningThreshold(NamedTuple):
     def apply(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *, num_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Skip what this layer skips; see `prune`."""
+        """Skip experts by this layer's thresholds; see `prune`."""
         protected = None if self.norm == float("inf") else protected_tokens(hidden_states, self.norm)
         return prune(top_k_index, top_k_weights, self.ratio, protected, num_experts=num_experts)
 
@@ -54,7 +54,7 @@ def prune(
         num_experts: the number that stands for none.
 
     Returns:
-        [T, K] numbers with num_experts where skipped, and [T, K] weights, 0 there, whose sum a token is what it was.
+        [T, K] numbers, num_experts where skipped, and [T, K] weights, 0 there; each token's sum is unchanged.
 
     Raises:
         ConfigError: the threshold is not between 0 and 1.

@@ -1,4 +1,4 @@
-"""The solver that pulp hands an integer program to, and the bound that it proves.
+"""The solver that pulp runs on an integer program, and the bound that it proves.
 
 HiGHS where highspy is installed, else CBC, which pulp ships. One thread and one seed: the same program and seed give
 the same answer unless the time limit stops the search. Ctrl-C ends a solver while it works; it leaves no process,
@@ -17,7 +17,7 @@ import pulp
 from moeflow.errors import PlacementError
 
 SOLVERS = ("auto", "highs", "cbc")
-_MAX_SEED = 2**31 - 1  # both take a non-negative 32-bit number
+_MAX_SEED = 2**31 - 1  # both solvers take a non-negative 32-bit number
 
 
 def pulp_solver(
@@ -58,14 +58,14 @@ def solver_name(solver: pulp.LpSolver) -> str:
 
 
 def found_solution(program: pulp.LpProblem) -> bool:
-    """Return whether a program that was solved has values, the best or the best in time."""
+    """Return whether a solved program has values, the best or the best in time."""
     return program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
 
 
 def proven_bound(program: pulp.LpProblem) -> float:
-    """Return a lower bound of a minimised program, as its solver proved it; -inf where it says nothing.
+    """Return a lower bound of a minimised program, that its solver proved; -inf where it reports none.
 
-    CBC tells pulp no bound: where it reached the gap it was asked for, that gap below what it found is one.
+    CBC gives pulp no bound; where it reached the requested gap, the bound is that gap below its solution.
     """
     model = getattr(program, "solverModel", None)
     if model is not None:
@@ -103,7 +103,7 @@ def _end_children_naming(folder: str) -> None:
 
 
 def _highs(warm_start: bool) -> type[pulp.LpSolver]:
-    """pulp's HiGHS, silent and with a start; made here since highspy may be absent."""
+    """Return pulp's HiGHS, silent and with a start; defined here since highspy may be absent."""
     import highspy
 
     class SilentHighs(highspy.Highs):

@@ -13,7 +13,7 @@ class RandomBits:
     """A stream of random numbers.
 
     Args:
-        state: the seed; then all that the next number depends on, 64 bits.
+        state: 64 bits: the seed, then the state of the stream.
     """
 
     state: int
@@ -33,5 +33,5 @@ class RandomBits:
         return ((self.next() >> 32) * limit) >> 32
 
     def unit(self) -> float:
-        """Return a number between 0 and 1, neither of them."""
+        """Return a number strictly between 0 and 1."""
         return (float(self.next() >> 11) + 0.5) * 2.0**-53

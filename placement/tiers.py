@@ -30,8 +30,7 @@ class TierPlan:
 
     Args:
         tier: [L, E] int, index in TIERS.
-        rates: [3], expected share of (token, expert) assignments whose expert is on each tier; the first is the
-            hit rate.
+        rates: [3], expected share of (token, expert) assignments whose expert is on each tier; the first: hit rate.
         s_per_token: expected seconds a token waits for transfers, none of them hidden.
         bound: no choice within the budgets waits less.
         seconds: the search's time.

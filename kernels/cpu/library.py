@@ -32,7 +32,7 @@ class Library(NamedTuple):
 
 
 def instruction_set() -> str | None:
-    """Return what the kernels run on: "avx512", "avx2" or "portable"; None where they were not built or are off.
+    """Return the kernels' instruction set: "avx512", "avx2" or "portable"; None where they were not built or are off.
 
     Raises:
         ConfigError: the environment variable MOEFLOW_CPU_KERNELS names no path.

@@ -37,14 +37,14 @@ def run_experts(
 
     Args:
         hidden_states: [T, H], float32, bfloat16 or float16.
-        kernels: [E], how each expert's record is computed from; all of the same H and I.
+        kernels: [E], the kernel of each expert's record; all of the same H and I.
         addresses: [E], where each record starts in memory.
         starts: [E + 1], where each expert's part of `tokens` and `places` starts.
         tokens: [n], rows of hidden_states.
         places: [n], rows of `outputs`, no two the same.
         outputs: [places, H] float32, contiguous; only `places` are written.
         activation_bits: 0: exact. 16: where an expert has few tokens, activations are rounded to int16 in blocks of 128
-            before they meet matrices of integer codes, which is nearly twice as fast; what that costs is far below
+            before they meet matrices of integer codes, which is nearly twice as fast; the error is far below
             the rounding of bfloat16.
 
     Raises:
@@ -188,20 +188,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 
 
 def read(block: torch.Tensor) -> int:
-    """Read a contiguous block of memory, whole pieces of 1 MiB of it, and return the exclusive or of its words."""
+    """Read the whole pieces of 1 MiB of a contiguous block of memory and return the exclusive or of their words."""
     return loaded().free.moeflow_cpu_read(
         block.data_ptr(), block.numel() * block.element_size(), torch.get_num_threads()
     )
 
 
 def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
-    """Measure what torch's threads read at most of memory that no cache holds: the ceiling of every kernel here.
+    """Measure the most that torch's threads read from memory that no cache holds: the ceiling of every kernel here.
 
     Without the compiled library torch's own sum reads, which may take several times as long.
 
     Args:
         num_bytes: of the block that is read; a multiple of the last-level cache.
-        repeats: readings, of which the fastest counts.
+        repeats: number of readings; the fastest counts.
 
     Returns:
         Bytes a second.

@@ -51,7 +51,7 @@ class _Expert(ctypes.Structure):
 
 
 class ExpertKernel:
-    """How one layout of record is computed from. Immutable; `build` makes one.
+    """The kernel of one record layout. Immutable; `build` makes one.
 
     Args:
         expert: the C description.
@@ -70,12 +70,12 @@ class ExpertKernel:
         """Describe a record: "gate_up_proj" or "up_proj", "down_proj", and biases under their names with "_bias".
 
         Args:
-            record: what is stored.
-            activation: between the matrices.
+            record: the layout.
+            activation: the one between the matrices.
             is_transposed: whether float matrices that are plain tensors lie [in, out].
 
         Returns:
-            The kernel; None where there is none for such a record.
+            The kernel; None where none reads such a record.
         """
         names = {spec.name for spec in record.tensors} | {matrix.name for matrix in record.matrices}
         first_name = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
@@ -113,7 +113,7 @@ def described_matrix(
     Args:
         spec: its format.
         shape: [out, in].
-        places: where each of its tensors begins, by its name: an address, or bytes from the start of a record.
+        places: tensor name -> its start: an address, or bytes from the start of a record.
         name: of the matrix.
         bias_dtype: None where it has no bias.
         is_transposed: whether it lies [in, out].
@@ -133,7 +133,7 @@ def described_matrix(
 
 @lru_cache(maxsize=8192)
 def float_matrix(address: int, bias: int, format: int, bias_format: int, num_rows: int, in_features: int) -> Matrix:
-    """Describe a matrix of floats. It is known by all that the description says, so none is ever out of date."""
+    """Describe a matrix of floats. The whole description is the cache's key, so none is ever out of date."""
     return Matrix(
         address, -1, -1, bias, format, bias_format, num_rows, in_features, in_features, in_features
     )  # fmt: skip
@@ -145,7 +145,7 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 
 def _matrix(record, name, is_transposed) -> Matrix | None:
-    """Describe one matrix of a record; None where it is not there or no kernel knows it."""
+    """Describe one matrix of a record; None where it is missing or no kernel knows it."""
     tensors = {spec.name: spec for spec in record.tensors}
     places = {part: tensors[part].offset for part in (name, *parts_of(name)) if part in tensors}
     bias = tensors.get(f"{name}_bias")

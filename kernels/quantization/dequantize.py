@@ -24,11 +24,11 @@ def dequantize(
     """Return the values of a stored matrix.
 
     Args:
-        tensors: its stored tensors under `name`, `name_scale` and `name_zero`, others may be among them.
+        tensors: its stored tensors under `name`, `name_scale` and `name_zero`, others are ignored.
         name: of the matrix.
         spec: its format.
         shape: [N, K], without padding.
-        dtype: of the answer; in float64 the values are exact, else they are computed in float32.
+        dtype: of the result; in float64 the values are exact, else they are computed in float32.
 
     Returns:
         [N, K].
@@ -47,7 +47,7 @@ def dequantize(
 
 
 def _code_values(codes, spec, exact) -> torch.Tensor:
-    """Return what the codes stand for before zero and scale, [N, Kp]."""
+    """Return the codes' values before zero and scale, [N, Kp]."""
     if spec.kind == "int":
         return unpack_codes(codes, 8).view(torch.int8).to(exact)
     if spec.kind == "uint":

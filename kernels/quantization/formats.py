@@ -48,7 +48,7 @@ class WeightFormat(NamedTuple):
         name: as users write it.
         kind: what a code means: "float", "int" (symmetric integers), "uint" (asymmetric), "sign", "mxfp4" or "fp8".
         bits: bits of one code.
-        group_size: neighbours in a row that share a scale; 0 for a whole row. Nothing in a float format.
+        group_size: neighbours in a row that share a scale; 0 for a whole row. Unused in a float format.
         dtype: safetensors dtype name of the codes.
     """
 
@@ -68,7 +68,7 @@ class WeightFormat(NamedTuple):
         return in_features if self.kind == "float" else align_up(in_features, max(self.group_size, BLOCK))
 
     def num_groups(self, in_features: int) -> int:
-        """Return the scales a row has."""
+        """Return the number of scales in a row."""
         return self.padded(in_features) // self.group_size if self.group_size else 1
 
     def tensors(self, name: str, shape: tuple[int, int]) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -116,7 +116,7 @@ FORMATS: dict[str, WeightFormat] = {
     "mxfp4": WeightFormat("mxfp4", "mxfp4", 4, BLOCK),
     "fp8": WeightFormat("fp8", "fp8", 8, FP8_BLOCK),
 }
-# What a quantiser can write; the others are read from published checkpoints.
+# Formats that a quantiser can write; the others are read from published checkpoints.
 WRITABLE = tuple(name for name, spec in FORMATS.items() if spec.kind in ("int", "uint", "sign"))
 
 

@@ -1,7 +1,7 @@
 """GPTQ: codes chosen column by column, and each column's rounding error compensated in the columns still to come.
 
-Uses what the layer's inputs say of its columns: their Hessian, X^T X. The grid is fitted beforehand, to weights that
-count as much as their inputs are large.
+Uses the Hessian of the layer's inputs, X^T X. The grid is fitted beforehand, to weights that count by the size of their
+inputs.
 
 Knows groups of weights and a Hessian. Knows nothing of packing, files or models.
 
@@ -18,15 +18,15 @@ from moeflow.kernels.quantization.formats import WeightFormat
 from moeflow.kernels.quantization.hqq import fit_grid
 from moeflow.kernels.quantization.rounding import Grid, decode, encode
 
-# Added to the diagonal, as shares of its mean: always, and times K / tokens, since few inputs say little of the next.
+# Shares of the diagonal's mean that are added to it: always, and times K / tokens, since few inputs predict badly.
 _DAMPING = 0.02
 _FEW_DAMPING = 0.1
 _BLOCK_COLUMNS = 128
-_MAX_ASYMMETRY = 1e-4  # of the largest entry, that sums of products may have in float32
+_MAX_ASYMMETRY = 1e-4  # share of the largest entry; float32 sums of products may have it
 
 
 class Hessian(NamedTuple):
-    """What the inputs of a layer say, prepared for rounding.
+    """The Hessian of a layer's inputs, prepared for rounding.
 
     Args:
         order: [Kp], columns from the most to the least important.
@@ -49,7 +49,7 @@ def prepare_hessian(calibration: torch.Tensor, in_features: int, padded: int, na
         name: of the weight, for errors.
 
     Returns:
-        None where the inputs say nothing: there are none, or all are 0.
+        None where there are no inputs or all are 0.
 
     Raises:
         ConfigError: inputs of another size, or not finite.
@@ -62,7 +62,7 @@ def prepare_hessian(calibration: torch.Tensor, in_features: int, padded: int, na
     if not torch.isfinite(calibration).all():
         raise ConfigError(f"the calibration of {name} has NaN or infinite inputs. Record them again, or leave it out.")
     found = calibration.double()
-    known = _is_hessian(found)  # then how many tokens it is from is not: taken as K
+    known = _is_hessian(found)  # then the number of tokens is unknown: taken as K
     products = found if known else found.T @ found
     mean = products.diagonal().mean() if len(products) else 0
     if not mean > 0:
@@ -110,7 +110,7 @@ def round_with_hessian(groups: torch.Tensor, spec: WeightFormat, hessian: Hessia
 
 
 def _is_hessian(calibration) -> bool:
-    """Whether [tokens, K] is X^T X: square, symmetric, nothing negative on the diagonal."""
+    """Return whether [tokens, K] is X^T X: square, symmetric, nothing negative on the diagonal."""
     if calibration.shape[0] != calibration.shape[1] or (calibration.diagonal() < 0).any():
         return False
     return bool((calibration - calibration.T).abs().max() <= _MAX_ASYMMETRY * calibration.abs().max())

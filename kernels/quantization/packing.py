@@ -1,6 +1,6 @@
 """Codes packed in blocks of 32 neighbours of a row, as `kernels/quantization/formats.py` lays them out.
 
-Knows codes, unsigned and one a byte. Knows nothing of what a code is worth.
+Knows codes, unsigned and one a byte. Knows nothing of a code's value.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Quantisation of a weight matrix: checked, cut into groups, given a grid and codes by a method, packed.
+"""Quantisation of a weight matrix: check it, cut it into groups, choose grid and codes by a method, pack.
 
 Knows formats and methods. Knows nothing of models or files.
 """
@@ -16,7 +16,7 @@ from moeflow.kernels.quantization.packing import pack_codes
 from moeflow.kernels.quantization.rounding import Grid, encode, largest_weight, range_grid
 
 METHODS = ("rtn", "hqq", "gptq")
-# Weights worked on at a time: what a method needs in between stays in the cache. GPTQ pays for each part anew.
+# Weights in one part, so that a method's intermediate values stay in the cache. GPTQ pays for each part anew.
 _PART_WEIGHTS = {"rtn": 1 << 17, "hqq": 1 << 17, "gptq": 1 << 21}
 
 # groups [rows, groups, group_size] -> their codes and grid
@@ -33,15 +33,15 @@ def quantize(
 ) -> dict[str, torch.Tensor]:
     """Store a matrix in a format.
 
-    The same bits come out for any number of threads with "rtn" and "hqq"; with "gptq" as far as torch's products do.
+    "rtn" and "hqq" give the same bits for any number of threads, "gptq" as far as torch's products do.
 
     Args:
         weight: [N, K], any float dtype and strides.
         spec: a format that can be written, or a float format, to which the weight is cast.
         method: "rtn" rounds to the nearest value of the group's range; "hqq" fits the values to the group's weights;
-            "gptq" also makes up for one column's error in the others, where there is calibration, else is "hqq".
+            "gptq" also compensates one column's error in the others, where there is calibration, else is "hqq".
         calibration: [tokens, K], inputs of the layer, or [K, K], their X^T X; read by "gptq" only.
-        name: of the matrix, in the answer and in errors.
+        name: of the matrix, in the result and in errors.
 
     Returns:
         `name`, and `name_scale` and `name_zero` where the format has them, in the order they are stored.
@@ -97,7 +97,7 @@ def _checked(weight, name) -> torch.Tensor:
 
 
 def _row_parts(weight, spec, part_weights) -> Iterator[torch.Tensor]:
-    """Yield some rows at a time, [rows, groups, group_size], float32, what float16 scales can hold; padding 0."""
+    """Yield rows in parts, [rows, groups, group_size], float32, clamped to what float16 scales hold; padding 0."""
     num_rows, in_features = weight.shape
     padded = spec.padded(in_features)
     rows = max(part_weights // padded, 1)

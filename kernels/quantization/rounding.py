@@ -29,12 +29,12 @@ class Grid(NamedTuple):
     zero: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Grid":
-        """Return the grid whose scale and zero a function makes of this one's."""
+        """Return the grid with a function applied to its scale and zero."""
         return Grid(function(self.scale), None if self.zero is None else function(self.zero))
 
 
 def largest_weight(spec: WeightFormat) -> float:
-    """Return the largest magnitude that a group can have both signs of; beyond it weights saturate."""
+    """Return the largest magnitude that a group can hold with both signs; beyond it weights saturate."""
     if spec.kind == "uint":
         return _MAX_FLOAT16 * (2**spec.bits - 1) / 2
     return _MAX_FLOAT16 * (INT8_LIMIT if spec.kind == "int" else 1)
@@ -94,7 +94,7 @@ def encode(groups: torch.Tensor, grid: Grid, spec: WeightFormat) -> torch.Tensor
 
 
 def decode(codes: torch.Tensor, grid: Grid, spec: WeightFormat) -> torch.Tensor:
-    """Return the values of codes, float32, their shape."""
+    """Return the values of codes, float32, in the codes' shape."""
     if spec.kind == "sign":
         return (2 * codes - 1) * grid.scale
     return (codes if grid.zero is None else codes - grid.zero) * grid.scale

@@ -19,7 +19,7 @@ LINEAR = {
 
 
 def constants(activation: Activation) -> dict:
-    """Return what a kernel that applies the activation is compiled for; a limit of 0 bounds nothing."""
+    """Return the activation's compile-time constants; a limit of 0 bounds nothing."""
     terms = ACTIVATIONS[activation.kind]
     return {
         "ACT": terms.act,
@@ -47,8 +47,8 @@ def activate(
     """Apply the gate, or without one the activation.
 
     Args:
-        gate: [...] float32, what the activation is applied to.
-        up: the same, what it is multiplied with; not looked at without a gate.
+        gate: [...] float32, the activation's argument.
+        up: the same, the factor of its result; ignored without a gate.
 
     Returns:
         [...] float32.

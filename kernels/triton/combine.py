@@ -15,7 +15,7 @@ def combine_pairs(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: tor
     Args:
         outputs: [T * K, H] float32, contiguous; zeros where there is no expert.
         top_k_weights: [T, K].
-        dtype: of the answer.
+        dtype: of the result.
 
     Returns:
         [T, H].

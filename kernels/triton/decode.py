@@ -1,4 +1,4 @@
-"""Few tokens: one expert of one token is one row times a matrix, read once from its slot and dequantised in registers.
+"""Product for few tokens: a token's row times an expert's matrix, read once from its slot, dequantised in registers.
 
 Slots are looked up in a tensor on the device, so nothing waits for the host. Sums are float32 and always in the same
 order: a pair's result has the same bits whatever other pairs are in the call.
@@ -33,9 +33,9 @@ def multiply_pairs(
     Args:
         inputs: [rows, K], contiguous.
         arena: uint8 [num_slots, slot_bytes].
-        slots: int32 [P], where each pair's expert lies; -1 makes zeros.
+        slots: int32 [P], slot of each pair's expert; -1 makes zeros.
         plan: the matrix.
-        step: constants of the activation (`triton_activation.constants`).
+        step: constants of the activation (`triton.activation.constants`).
         tokens: int32 [P], row of each pair; without it pair p has row p // pairs_per_row.
         pairs_per_row: see `tokens`.
 

@@ -46,7 +46,7 @@ def load_codes(
     IS_TRANSPOSED: tl.constexpr,
     CODES_AT: tl.constexpr,
 ):
-    """Load what is stored of the values of some blocks.
+    """Load the stored codes of some blocks.
 
     Args:
         record: pointer to an expert's bytes.
@@ -149,7 +149,7 @@ def load_bias(record, rows, N: tl.constexpr, AT: tl.constexpr, DTYPE: tl.constex
 
 @triton.jit
 def rounded(values, TYPE: tl.constexpr):
-    """Round float32 values to the nearest of another float type; the interpreter by itself would cut bfloat16 off."""
+    """Round float32 values to the nearest of another float type; the interpreter alone would truncate to bfloat16."""
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = values.to(tl.uint32, bitcast=True)
         values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)

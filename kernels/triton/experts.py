@@ -14,9 +14,9 @@ from moeflow.core import RecordLayout
 from moeflow.kernels.activations import ACTIVATIONS, Activation
 from moeflow.kernels.triton.matrix import MatrixPlan
 
-# Row `number` is what the ops know a TritonExperts by: a graph holds numbers, no objects.
+# The ops know a TritonExperts by its row number: a graph holds numbers, no objects.
 _BUILT: list["TritonExperts"] = []
-# Tokens of a whole call -> tokens of a tile. Whole calls only: bits must not depend on which experts are here already.
+# Tokens of a whole call -> tokens of a tile. Whole calls only: bits must not depend on the resident experts.
 _TILE_TOKENS = ((128, 16), (512, 32), (2048, 64))
 _LARGEST_TILE = 128
 
@@ -32,13 +32,13 @@ class TritonExperts:
     """The kernels for one record layout and activation. Make it with `build`.
 
     Decode (`decode`, `pairs`): everything in float32 from the values as stored to the combined sum; only the result is
-    rounded, to the dtype of `hidden_states`. Prefill: weights, and what lies between the two matrices, are rounded to
-    that dtype, which is what tensor cores take; sums are float32.
+    rounded, to the dtype of `hidden_states`. Prefill: weights and hidden activations are rounded to
+    that dtype, which tensor cores take; sums are float32.
 
     Args:
         first: the gate and up matrix, or the up matrix.
         down: the down matrix.
-        activation: what stands between them.
+        activation: the one between them.
     """
 
     def __init__(self, first: MatrixPlan, down: MatrixPlan, activation: Activation) -> None:
@@ -53,15 +53,15 @@ class TritonExperts:
     def build(
         cls, record: RecordLayout, activation: Activation, *, is_transposed: bool = False
     ) -> "TritonExperts | None":
-        """Return the kernels for experts stored like this; the same object for the same arguments.
+        """Return the kernels for a record layout; the same object for the same arguments.
 
         Args:
             record: layout of every expert of a call.
-            activation: what stands between the two matrices.
+            activation: the one between the two matrices.
             is_transposed: whether the module stores matrices [in, out].
 
         Returns:
-            The kernels, or None where they cannot: no Triton, a dtype, an activation or tensors they do not know.
+            The kernels, or None without Triton or for an unknown dtype, activation or tensor.
         """
         if not available() or activation.kind not in ACTIVATIONS:
             return None

@@ -36,14 +36,14 @@ _PREFILL_BLOCKS = {
 }
 # A matrix stored [in, out] is contiguous along its rows: a program takes as many as fill a cache line.
 _TRANSPOSED_DECODE_BLOCKS = (64, 2)
-# Runs of neighbours a block of 32 values is unpacked in: one shift of the loaded bytes each.
+# Runs of neighbours into which a block of 32 values is unpacked: one shift of the loaded bytes each.
 _PLANES = {("uint", 4): 2, ("uint", 3): 4, ("uint", 2): 4}
-# Without tensor cores, as float32 activations are multiplied, larger tiles than these spill registers.
+# float32 activations are multiplied without tensor cores, where larger tiles than these spill registers.
 _EXACT_ROWS, EXACT_TILE_TOKENS = 32, 32
 
 
 class MatrixPlan(NamedTuple):
-    """Where a matrix lies in a record and how it is read.
+    """The place of a matrix in a record and the way it is read.
 
     Args:
         num_rows: N, out features.
@@ -101,7 +101,7 @@ class MatrixPlan(NamedTuple):
         return plan if bias is None else plan._replace(bias_at=bias.offset, bias_dtype=bias.dtype)
 
     def constants(self) -> dict:
-        """Return what every kernel that reads the matrix is compiled for."""
+        """Return the matrix's compile-time constants."""
         return {
             "N": self.num_rows,
             "K": self.in_features,
@@ -136,7 +136,7 @@ class MatrixPlan(NamedTuple):
 
     @property
     def num_planes(self) -> int:
-        """Runs a block of 32 values is unpacked in."""
+        """Number of runs into which a block of 32 values is unpacked."""
         return _PLANES.get((self.spec.kind, self.spec.bits), 1)
 
     def _at_most(self, blocks) -> int:

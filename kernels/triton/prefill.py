@@ -1,6 +1,6 @@
-"""Many tokens: grouped by expert, tiles of tokens times tiles of a matrix dequantised in registers.
+"""Product for many tokens, grouped by expert: tiles of tokens times tiles of a matrix dequantised in registers.
 
-Which expert a tile belongs to is found on the device from the offsets, so nothing waits for the host.
+A tile's expert is found on the device from the offsets, so nothing waits for the host.
 """
 
 import torch
@@ -42,7 +42,7 @@ def multiply_groups(
         slots: int32 [E], where each expert lies; -1 leaves its outputs as they are.
         offsets: int32 [E + 1], where each expert's entries begin among all.
         plan: the matrix.
-        step: constants of the activation (`triton_activation.constants`).
+        step: constants of the activation (`triton.activation.constants`).
         num_entries: S, entries in all.
         block_tokens: entries of a tile (fewer in float32); bits may depend on it.
         sources: int32 [S], row of `inputs` of each entry; its own number without it.
@@ -81,7 +81,7 @@ def multiply_groups(
 
 @triton.jit
 def _find_tile(offsets, num_experts, tile, EXPERTS: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
-    """Return (expert, first entry, end of the expert's entries); expert is num_experts or more for a tile too many."""
+    """Return (expert, first entry, end of the expert's entries); expert is num_experts or more for a surplus tile."""
     experts = tl.arange(0, EXPERTS)
     begins = tl.load(offsets + experts, mask=experts < num_experts, other=0)
     ends = tl.load(offsets + experts + 1, mask=experts < num_experts, other=0)
@@ -166,7 +166,7 @@ def _multiply_groups(
             columns = tl.reshape(columns, [WIDTH])
             weights = rounded(tl.reshape(values, [BLOCK_ROWS, WIDTH]), inputs.dtype.element_ty)
             tokens = tl.load(x + columns[None, :], mask=is_entry[:, None] & (columns < K)[None, :], other=0.0)
-            if INTERPRETED:  # its tl.dot takes bfloat16 for integers
+            if INTERPRETED:  # the interpreter's tl.dot takes bfloat16 for integers
                 weights, tokens = weights.to(tl.float32), tokens.to(tl.float32)
             sums = tl.dot(tokens, tl.trans(weights), sums, input_precision="ieee")
     if BIAS_AT >= 0:

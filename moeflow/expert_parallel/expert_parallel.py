@@ -2,20 +2,20 @@
 
 Every rank has the dense parts and its own tokens; it reads and runs only the experts that the plan gives it.
 
-The protocol. Ranks meet in rounds, and a round is the only thing they ever wait for. In a round every rank gives each
-other one a header: its state, and, where one of its layers asks for experts, the layer, how rows look, and how many
-rows come for each expert. Then
+The protocol. Ranks meet in rounds and wait for nothing else. In a round every rank sends each other rank a header: its
+state and, where one of its layers asks for experts, the layer, the size and dtypes of rows, and the number of rows for
+each expert. Then
 
-- if any rank has failed, each says what went wrong, and all raise;
+- if any rank has failed, each sends its error text, and all raise;
 - if all ranks are done, the session ends;
 - else hidden states go to the ranks that hold the experts (dispatch), which run them, and outputs come back (combine),
-  behind a mark that says whether running them went well; if one did not, each says what went wrong, and all raise.
+  behind a mark of success or failure; if one failed, each sends its error text, and all raise.
 
 A rank that has no more tokens is "done" and answers the others' rounds until all are. Since a header names its layer,
-ranks need not be in the same layer or pass: prompts may differ in length, answers too, and a rank may leave layers out.
+ranks need not be in the same layer or pass: prompts and answers may differ in length, and a rank may leave layers out.
 Where they are in the same layer, as they are while all run the same model, an expert sees the rows of all at once.
 
-A rank whose process dies is noticed by torch.distributed: the others raise as soon as its connection closes, or
+torch.distributed notices a rank whose process dies: the others raise as soon as its connection closes, or
 at the process group's timeout.
 """
 
@@ -55,8 +55,8 @@ def apply(
 ) -> "ExpertParallel":
     """Spread a model's experts over the ranks of a group. All ranks must call it, on the same checkpoint and plan.
 
-    From then on the model runs inside `with model.moeflow.parallel.session():` only, and a rank reads no experts but
-    those that the plan gives it; load_moe's budget stays the budget.
+    Afterwards the model runs only inside `with model.moeflow.parallel.session():`, and a rank reads only the experts
+    that the plan gives it; load_moe's budget stays the budget.
 
     Args:
         model: from load_moe, with predictor=None and without compile.
@@ -65,7 +65,7 @@ def apply(
         group: a torch.distributed group; None for all processes.
 
     Returns:
-        What runs it, also `model.moeflow.parallel`.
+        The model's `ExpertParallel`, also `model.moeflow.parallel`.
 
     Raises:
         ConfigError: torch.distributed is not started or its backend not the device's, or the model was not loaded so.
@@ -123,9 +123,9 @@ class ExpertParallel:
 
     @contextmanager
     def session(self) -> Iterator["ExpertParallel"]:
-        """Run the model any number of times, each rank on its own tokens; ends when all ranks have come to its end.
+        """Run the model any number of times, each rank on its own tokens; it ends when all ranks have reached its end.
 
-        All ranks must open it, those without any tokens too. What is raised inside it is told to the others, which
+        All ranks must open it, even those without tokens. An exception inside it is sent to the others, which
         raise ParallelError. Afterwards the ranks can open another.
 
         Raises:
@@ -152,13 +152,13 @@ class ExpertParallel:
             self._in_session = False
 
     def stats(self) -> Traffic:
-        """Return what all ranks have sent each other up to the end of the last session."""
+        """Return the traffic between all ranks up to the end of the last session."""
         return self._traffic
 
     def outputs(
         self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, outputs_dtype: torch.dtype
     ) -> torch.Tensor:
-        """Have the experts of one layer run wherever they are.
+        """Run the experts of one layer on the ranks that hold them.
 
         Args:
             layer: number among the MoE layers.
@@ -193,7 +193,7 @@ class ExpertParallel:
             return outputs
 
     def _tell(self, error: BaseException) -> None:
-        """Tell the others what this rank raises; that they are lost does not hide it."""
+        """Send this rank's error to the others; their loss does not hide it."""
         try:
             self._rounds.tell(error)
         except ParallelError as lost:
@@ -203,7 +203,7 @@ class ExpertParallel:
 def _checked_plan(
     model: "PreTrainedModel", runtime: ExpertRuntime, plan: Plan | str | Path | None, world_size: int
 ) -> Plan:
-    """Return the plan, if model and ranks can follow it."""
+    """Return the plan if it fits the model and the ranks."""
     if runtime.predictor is not None:
         raise ConfigError(
             f"the model has a predictor ({runtime.predictor.name!r}), which foresees what this rank's tokens need, and "
@@ -236,7 +236,7 @@ def _checked_plan(
 
 
 def _digest(model: "PreTrainedModel", runtime: ExpertRuntime, plan: Plan) -> str:
-    """Hash what all ranks must have alike: the model, how its experts are stored, and the plan."""
+    """Hash the data that all ranks must share: the model, the format of its experts, and the plan."""
     digest = hashlib.sha256(f"{model_fingerprint(model)} {model.dtype} {plan}".encode())
     for layer in range(plan.num_layers):
         for record in runtime.records(layer):

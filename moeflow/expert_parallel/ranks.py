@@ -17,7 +17,7 @@ class RankGroup:
 
     Args:
         group: a torch.distributed group; None for all processes.
-        device: where the model computes.
+        device: the model's.
 
     Raises:
         ConfigError: torch.distributed was not started, or its backend does not serve the device.
@@ -42,7 +42,7 @@ class RankGroup:
         self._device = device
 
     def check(self) -> None:
-        """Refuse to begin anything where ranks may wait for different collectives.
+        """Refuse a new exchange where ranks may wait for different collectives.
 
         Raises:
             ParallelError: an exchange was broken off before.
@@ -54,7 +54,7 @@ class RankGroup:
             )
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give each rank one row and get one from each.
+        """Send each rank one row and receive one from each.
 
         Args:
             rows: [G, N] int64 on the CPU, the row for each rank; N is the same on all.
@@ -68,12 +68,12 @@ class RankGroup:
         return received.cpu()
 
     def exchange(self, sent: torch.Tensor, send_bytes: list[int], receive_bytes: list[int]) -> torch.Tensor:
-        """Give each rank some bytes and get some from each.
+        """Send each rank some bytes and receive some from each.
 
         Args:
             sent: [sum(send_bytes)] uint8 on the model's device, those for rank 0 first.
             send_bytes: [G].
-            receive_bytes: [G], as the others give.
+            receive_bytes: [G], as the others send.
 
         Returns:
             [sum(receive_bytes)] uint8, those from rank 0 first.
@@ -90,7 +90,7 @@ class RankGroup:
         return torch.stack(gathered).cpu()
 
     def texts(self, text: str) -> list[str]:
-        """Return [G], what every rank says, cut to 1024 bytes."""
+        """Return [G], the text of every rank, cut to 1024 bytes."""
         encoded = bytearray(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"))
         said = self.gather(torch.frombuffer(encoded, dtype=torch.uint8))
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in said]

@@ -38,7 +38,7 @@ class ReplicaTable:
         self._gpus = torch.tensor([[*holders] + [0] * (most - len(holders)) for holders in gpus])  # [E, most]
 
     def assign(self, top_k_index: torch.Tensor) -> Assignments:
-        """Say where every assignment of a call goes.
+        """Return a call's assignments with their ranks.
 
         Args:
             top_k_index: [T, K], expert numbers; num_experts or more means none.
@@ -50,7 +50,7 @@ class ReplicaTable:
         order = order[: len(experts)]
         starts = torch.bincount(experts, minlength=num_experts).cumsum(0).roll(1)
         starts[0] = 0
-        index = torch.arange(len(experts)) - starts[experts]  # of the assignment among its expert's
+        index = torch.arange(len(experts)) - starts[experts]  # of each assignment among its expert's
         gpus = self._gpus[experts, (self._home + index) % self._num_replicas[experts]]
         counts = torch.bincount(gpus * num_experts + experts, minlength=self._num_gpus * num_experts)
         return Assignments(order[gpus.argsort(stable=True)], counts.view(self._num_gpus, num_experts))

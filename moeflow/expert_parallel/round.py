@@ -15,19 +15,19 @@ from moeflow.expert_parallel.traffic import Traffic
 from moeflow.moe.experts import OffloadedExperts
 
 ASKS, DONE, FAILED = range(3)
-"""What a rank says of itself at the beginning of a round."""
+"""The state of a rank at the beginning of a round."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MARK_BYTES = 16  # a whole alignment, so that the rows behind it keep theirs
+_MARK_BYTES = 16  # one alignment, so that the rows behind it stay aligned
 
 
 class Request(NamedTuple):
-    """What one rank asks of the others in a round.
+    """One rank's request to the others in a round.
 
     Args:
         layer: whose experts.
         rows: [n, H], hidden states, in the order of rank, then expert.
         counts: [G, E], rows for each rank and expert.
-        outputs_dtype: what outputs shall come back in.
+        outputs_dtype: dtype of the returned outputs.
     """
 
     layer: int
@@ -37,10 +37,10 @@ class Request(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What one rank says to another at the beginning of a round; a row of whole numbers on the wire.
+    """One rank's message to another at the beginning of a round; a row of whole numbers on the wire.
 
     Args:
-        state: ASKS, DONE or FAILED; the rest means something where it asks.
+        state: ASKS, DONE or FAILED; the other fields count only for ASKS.
         layer: whose experts.
         num_features: H.
         dtype: of hidden states, a number in _DTYPES.
@@ -71,7 +71,7 @@ class Header(NamedTuple):
 
 
 class Rounds:
-    """Meets the other ranks, runs this rank's experts for all, and counts what it sends.
+    """Meets the other ranks, runs this rank's experts for all, and counts the bytes it sends.
 
     Args:
         experts: [L], the model's.
@@ -82,8 +82,8 @@ class Rounds:
     def __init__(self, experts: list[OffloadedExperts], num_experts: int, ranks: RankGroup) -> None:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.sent = Traffic(len(experts), ranks.world_size)
-        self.failure: str | None = None  # what all ranks were told since it was last set to None
-        self._experts = [weakref.ref(served) for served in experts]  # they hold this object, not the other way round
+        self.failure: str | None = None  # error sent to all ranks since it was last set to None
+        self._experts = [weakref.ref(served) for served in experts]  # weak: the experts hold this object
         self._num_experts = num_experts
         self._ranks = ranks
         self._device = experts[0].runtime.device
@@ -93,7 +93,7 @@ class Rounds:
 
         Args:
             state: ASKS with a request, else DONE.
-            request: what this rank wants.
+            request: this rank's request.
 
         Returns:
             [n, H], the outputs of the request's rows, no rows without a request; None where all ranks are done.
@@ -103,7 +103,7 @@ class Rounds:
             ExpertReadError: one of this rank's experts could not be read.
         """
         ranks = self._ranks
-        ranks.in_step = False  # until the round has ended: an interrupt may come between
+        ranks.in_step = False  # until the round has ended: an interrupt may break it off
         headers = self._exchange_headers(state, request)
         states = {header.state for header in headers}
         if FAILED in states:
@@ -116,7 +116,7 @@ class Rounds:
         failure, answers = None, None
         try:
             answers = self._answer(headers, received)
-        except BaseException as error:  # whatever it is, the others wait for outputs
+        except BaseException as error:  # of any kind: the others wait for outputs
             failure = error
         outputs, all_well = self._combine(request, headers, answers)
         if not all_well:
@@ -126,7 +126,7 @@ class Rounds:
         return outputs
 
     def tell(self, error: BaseException) -> None:
-        """Tell the others, wherever they meet next, that this rank has failed between two rounds.
+        """Tell the others, in their next round, that this rank has failed between two rounds.
 
         Raises:
             ParallelError: the others were lost.
@@ -136,7 +136,7 @@ class Rounds:
         self._hear(error)
 
     def _hear(self, error: BaseException | None) -> None:
-        """Exchange what went wrong: this rank's error, or None where another failed."""
+        """Exchange error texts: this rank's error, or None where another failed."""
         told = self._ranks.texts("" if error is None else f"{type(error).__name__}: {error}")
         self._ranks.in_step = True
         rank, text = next((rank, text) for rank, text in enumerate(told) if text)
@@ -155,7 +155,7 @@ class Rounds:
         return [Header(row[0], row[1], row[2], row[3], row[4], row[5:]) for row in self._ranks.rows(rows).tolist()]
 
     def _dispatch(self, request, headers) -> torch.Tensor:
-        """Send hidden states to the ranks that hold their experts; return what came, as bytes."""
+        """Send hidden states to the ranks that hold their experts; return the received rows as bytes."""
         send_bytes = [0] * self.world_size
         sent = torch.empty(0, dtype=torch.uint8, device=self._device)
         if request is not None:
@@ -167,13 +167,13 @@ class Rounds:
         return self._ranks.exchange(sent, send_bytes, [header.num_rows * header.row_bytes for header in headers])
 
     def _answer(self, headers, received) -> list[torch.Tensor]:
-        """Run this rank's experts on what came.
+        """Run this rank's experts on the received rows.
 
         Returns:
             [G], the outputs for each rank as bytes.
         """
         pieces = received.split([header.num_rows * header.row_bytes for header in headers])
-        alike: dict[tuple, list[int]] = {}  # ranks by how their rows look: usually one group
+        alike: dict[tuple, list[int]] = {}  # ranks by size and dtypes of their rows: usually one group
         for rank, header in enumerate(headers):
             if header.num_rows:
                 alike.setdefault(header[1:5], []).append(rank)
@@ -225,5 +225,5 @@ class Rounds:
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    """[n, H] of any dtype as [n * H * itemsize] uint8."""
+    """Return [n, H] of any dtype as [n * H * itemsize] uint8."""
     return rows.contiguous().view(-1).view(torch.uint8)

@@ -7,9 +7,9 @@ from moeflow.expert_parallel.ranks import RankGroup
 
 
 class Traffic:
-    """Counters of [L] layers and [G, G] pairs of ranks; the diagonal is what stayed.
+    """Counters of [L] layers and [G, G] pairs of ranks; the diagonal counts traffic within a rank.
 
-    Between `gather`s a rank knows only what it sent itself.
+    Between `gather`s a rank knows only its own traffic.
 
     Args:
         num_layers: L.
@@ -27,10 +27,10 @@ class Traffic:
         self.metadata_bytes = np.zeros(shape[1:], np.int64)
         """[G, G], headers (counts of each expert) and marks of success, from row to column."""
         self.rounds = 0
-        """How many times the ranks met; the same on all."""
+        """Number of rounds; the same on all ranks."""
 
     def gather(self, group: RankGroup) -> "Traffic":
-        """Return what all ranks sent, as their own counters say. All ranks must call it."""
+        """Return the traffic of all ranks, by their own counters. All ranks must call it."""
         whole = Traffic(len(self.assignments), group.world_size)
         for name in ("assignments", "dispatch_bytes", "combine_bytes", "metadata_bytes"):
             counted = group.gather(torch.from_numpy(getattr(self, name)))
