@@ -48,7 +48,7 @@ def hidden_activations(
 
 
 def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """Sum each token's expert outputs by router weight, in float32 and always in the order of K.
+    """Sum each token's expert outputs by router weight, in float32 or wider and always in the order of K.
 
     Args:
         outputs: [num_tokens, K, H].
@@ -58,7 +58,8 @@ def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         [num_tokens, H] in the dtype of `outputs`.
     """
     if outputs.shape[0] <= _COMBINE_TOKENS:
-        weighted = outputs.float() * top_k_weights.float().unsqueeze(-1)
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        weighted = outputs.to(wide) * top_k_weights.to(wide).unsqueeze(-1)
         return weighted.sum(dim=1).to(outputs.dtype)
     parts = zip(outputs.split(_COMBINE_TOKENS), top_k_weights.split(_COMBINE_TOKENS), strict=True)
     return torch.cat([combine(part, part_weights) for part, part_weights in parts])

@@ -234,7 +234,7 @@ EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const
 EXPORTED int moeflow_cpu_token(const Expert *const *experts, const char *const *records, int num_experts,
                                const void *hidden_states, const void *weights, int weights_format, void *out,
                                int format, int activation_bits, int num_threads) {
-    if (num_experts > TOKEN_EXPERTS) return 2;
+    if (num_experts < 1 || num_experts > TOKEN_EXPERTS) return 2;
     Plan plan(experts, num_experts, activation_bits == 16, num_threads);
     char *memory = workspace.get(plan.input.stride + num_experts * plan.hidden.stride + num_threads * SCRATCH_BYTES);
     if (!memory) return 1;

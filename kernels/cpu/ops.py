@@ -104,7 +104,7 @@ def run_token(
         activation_bits,
         torch.get_num_threads(),
     )
-    _check(failed, f"{num_experts} experts of one token (at most 64)")
+    _check(failed, f"{num_experts} experts of one token (1 to 64)")
 
 
 def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, out: torch.Tensor) -> None:

@@ -67,8 +67,22 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _few(x: torch.Tensor) -> bool:
-    return 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
+def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels take these as they are: few tokens, on the CPU, one dtype that they have, no autocast."""
+    return (
+        0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPES
+        and x.shape[-1] == weight.shape[-1]
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _same_kind(bias: torch.Tensor | None, weight: torch.Tensor) -> bool:
+    return bias is None or (bias.dtype == weight.dtype and bias.is_cpu)
 
 
 class FewTokensLinear(torch.nn.Linear):
@@ -76,7 +90,7 @@ class FewTokensLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if not _few(x) or x.dtype != weight.dtype or not weight.is_contiguous():
+        if not _suits(x, weight) or not weight.is_contiguous() or not _same_kind(self.bias, weight):
             return super().forward(x)
         if torch.compiler.is_compiling():
             return torch.ops.moeflow.linear(x, weight, self.bias)
@@ -84,7 +98,7 @@ class FewTokensLinear(torch.nn.Linear):
 
 
 def _norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    if not _few(x) or x.dtype != self.weight.dtype:
+    if not _suits(x, self.weight):
         return self._transformers_forward(x)
     if torch.compiler.is_compiling():
         return torch.ops.moeflow.rms_norm(x, self.weight, self.variance_epsilon)

@@ -6,13 +6,13 @@ conversion mapping tells which checkpoint tensor feeds which expert, so that no 
 
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
 from moeflow.checkpoint.headers import TensorEntry
 from moeflow.checkpoint.pieces import Feeding
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import ConfigError, UnsupportedModelError
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
@@ -22,6 +22,7 @@ with parts_of_transformers():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "moeflow"
+_OFFLOADED: dict[type, type] = {}  # transformers' classes of experts modules, and ours of the same names
 _TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -48,13 +49,16 @@ class ExpertsModule(torch.nn.Module):
     _moeflow: Any  # the `OffloadedExperts` that run in its place
 
 
-def _experts_forward(
-    module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    return module._moeflow(hidden_states, top_k_index, top_k_weights)
+def _refuse_to_run(module: torch.nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ConfigError(
+        f'experts_implementation="{IMPLEMENTATION}" was given to transformers, and only load_moe can set it up: '
+        "experts stay on disk until they are needed. Call moeflow.load_moe(folder, ...) in place of from_pretrained, "
+        "or leave the option out."
+    )
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+# The name under which transformers loads a model for load_moe. Modules with a runtime never ask the registry.
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _refuse_to_run)
 
 
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, ExpertsModule]]:
@@ -75,6 +79,26 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[str, ExpertsModule]]:
             "a dense model, or a family that cannot be offloaded. Load it with AutoModelForCausalLM.from_pretrained."
         )
     return found
+
+
+def run_experts_by(module: ExpertsModule, run: Callable[..., torch.Tensor]) -> None:
+    """Let an experts module call `run`, whatever its config says: without parameters it cannot compute itself.
+
+    Args:
+        module: its parameters taken off.
+        run: called with hidden_states [T, H], top_k_index [T, K] and top_k_weights [T, K]; returns [T, H].
+    """
+    module._moeflow = run
+    kind = type(module)
+    if kind not in _OFFLOADED:
+        _OFFLOADED[kind] = type(kind.__name__, (kind,), {"forward": _offloaded_forward})
+    module.__class__ = _OFFLOADED[kind]
+
+
+def _offloaded_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    return self._moeflow(hidden_states, top_k_index, top_k_weights)
 
 
 def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,14 +133,23 @@ def transposed(model: torch.nn.Module) -> list[bool]:
 
 
 def num_experts_per_tok(model: PreTrainedModel) -> int:
-    """Return the largest number of experts a token is routed to, as the routers and the config name it."""
+    """Return the largest number of experts a token is routed to, as the routers and the config name it.
+
+    Raises:
+        ConfigError: none at all.
+    """
     owners: list[Any] = [model.config, model.config.get_text_config(decoder=True)]
     for path, module in experts_modules(model):
         block = model.get_submodule(path.rpartition(".")[0])
         owners += [module, getattr(module, "config", None), block, *block.children()]
     found = [getattr(owner, name, None) for owner in owners for name in _TOP_K_NAMES]
     found = [value for entry in found for value in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    return max((value for value in found if type(value) is int), default=1)
+    most = max((value for value in found if type(value) is int), default=1)
+    if most < 1:
+        raise ConfigError(
+            f"num_experts_per_tok={most}: a token needs an expert. Give 1 or more, or leave the config's."
+        )
+    return most
 
 
 def router_parameters(block: torch.nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -28,9 +28,10 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
         runtime: of its experts.
     """
     for layer, (_, module) in enumerate(experts_interface.experts_modules(model)):
-        module._moeflow = OffloadedExperts(runtime, layer, module)
+        experts_interface.run_experts_by(module, OffloadedExperts(runtime, layer, module))
     changed: Any = model  # transformers' class has no such attributes
     changed.moeflow, changed.save_pretrained = runtime, _refuse_to_save
+    changed.set_experts_implementation = _refuse_implementation
     behind = weakref.ref(runtime)
 
     @torch.compiler.disable
@@ -61,6 +62,13 @@ def prune_experts(model: PreTrainedModel, runtime: ExpertRuntime, folder: Path, 
     runtime.reset_stats()
     for (_, module), threshold in zip(experts_interface.experts_modules(model), thresholds, strict=True):
         module._moeflow.use(before=[threshold.apply])
+
+
+def _refuse_implementation(*args: Any, **kwargs: Any) -> NoReturn:
+    raise ConfigError(
+        "this model's experts are not in its modules, so no other implementation can run them. Load the model with "
+        "AutoModelForCausalLM.from_pretrained to choose one."
+    )
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:

@@ -88,7 +88,7 @@ class OffloadedExperts:
                 f"{self.runtime.device}. Do not move a "
                 "model that load_moe returned: give load_moe the device instead."
             )
-        if top_k_index.shape[0] == 0:
+        if top_k_index.numel() == 0:
             return torch.zeros_like(hidden_states)
         for step in self._before:
             top_k_index, top_k_weights = step(hidden_states, top_k_index, top_k_weights, num_experts=self._num_experts)

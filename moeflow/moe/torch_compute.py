@@ -52,6 +52,8 @@ class TorchCompute:
         assert module is not None, "the module of these experts is gone"
         for name, form, shape in resident.record.matrices:
             weights = {**weights, name: dequantize(weights, name, find_format(form), shape, dtype)}
+        if any(weight.dtype != dtype and weight.is_floating_point() for weight in weights.values()):
+            weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
         output = expert_mlp(
             hidden_states.to(resident.pool.device),
             weights,
