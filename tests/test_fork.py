@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers.engine_requests import GREEDY, NEW, PROMPTS, generated
 from helpers.expert_runtimes import NUM_EXPERTS, build, fetch, write_experts
@@ -14,7 +15,8 @@ from helpers.forks import ANSWER_WITHIN_S, in_child
 from helpers.small_tokenizers import letter_tokenizer
 from moeflow.chat.answer import checkpoint_params, stream_answer
 from moeflow.engine.engine import Engine
-from moeflow.errors import ExpertReadError, ForkedProcessError
+from moeflow.errors import ExpertReadError, ForkedProcessError, ParallelError
+from moeflow.expert_parallel.ranks import RankGroup
 from moeflow.fork import tell_of_forks
 from moeflow.loading.load_moe import load_moe
 from moeflow.trace.trace import RoutingTrace
@@ -208,6 +210,21 @@ def test_a_model_on_a_gpu_refuses_in_the_child(experts_file):
             runtime.close()
 
         assert in_child(child) == 0
+
+
+def test_a_rank_is_not_the_forks(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        ranks = RankGroup(None, torch.device("cpu"))
+
+        def child():
+            with pytest.raises(ParallelError, match="spawn"):
+                ranks.check()
+
+        assert in_child(child) == 0
+        ranks.check()
+    finally:
+        dist.destroy_process_group()
 
 
 def _answer(folder, answers, model=None):

@@ -30,6 +30,7 @@ from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.predictors.protocol import Predictor
+from moeflow.turns import Turns
 
 
 class _Parts(NamedTuple):
@@ -85,6 +86,7 @@ class ExpertRuntime:
         self.device = pool.device
         self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
+        self.turns = Turns()  # of the model's passes
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
@@ -152,6 +154,7 @@ class ExpertRuntime:
     def after_fork(self) -> None:
         """Begin anew in the child of a fork; on a GPU, refuse from now on, for CUDA does not live through it."""
         self._lock = threading.RLock()
+        self.turns.renew()
         if self.closed:
             return
         self.store.after_fork()
