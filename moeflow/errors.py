@@ -29,6 +29,10 @@ class ClosedModelError(MoeflowError):
     """The model's experts were released by close()."""
 
 
+class ForkedProcessError(MoeflowError):
+    """The process was forked, and what it holds cannot go on in the child."""
+
+
 class ModelSourceError(MoeflowError):
     """A model id or folder could not be found or fetched."""
 

@@ -114,6 +114,13 @@ class ExpertStore:
             self._read_s += taken
         return num_bytes
 
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork: the lock and the buffers of threads that are not there.
+
+        The files stay open: each read says its place itself, so that the parent's reads do not move the child's.
+        """
+        self._lock, self._staging, self._staging_bytes = threading.Lock(), threading.local(), 0
+
     def close(self) -> None:
         """Close the files. Reads that come later raise ClosedModelError."""
         with self._lock:

@@ -15,19 +15,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.kept_prefix import KeptPrefix
+from moeflow.engine.kv_cache import parse_kv_memory
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
-from moeflow.engine.request import Completion, Request, StepOutput
+from moeflow.engine.request import Completion, Outputs, Request, StepOutput
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.scheduler import Scheduler
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.step_groups import StepGroups
-from moeflow.errors import ClosedModelError, ConfigError, MoeflowError
+from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError
+from moeflow.fork import tell_of_forks
 from moeflow.hf import forward
-from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.memory_size import MemorySize
 from moeflow.trace.recorder import TraceRecorder
+from moeflow.turns import Turns, in_turn
 
-_AUTO_KV_BYTES = 2 << 30  # kv_memory="auto" takes no more
 _DEFAULT_PARAMS = SamplingParams()
 
 
@@ -64,17 +66,7 @@ class Engine:
         group_size: int | None = None,
         regrouping: bool = True,
     ) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("max_step_tokens", max_step_tokens)):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}={value!r} is not allowed: give a whole number, at least 1.")
-        if max_step_tokens < max_batch_size:
-            raise ConfigError(
-                f"max_step_tokens={max_step_tokens} is less than max_batch_size={max_batch_size}: every sequence that "
-                "decodes takes one token of each step. Give at least as many."
-            )
-        if isinstance(kv_memory, str) and kv_memory.endswith("%"):
-            raise ConfigError(f'kv_memory={kv_memory!r} is a share of nothing: give bytes, "2GiB" or "auto".')
-        budget_bytes = None if kv_memory == "auto" else parse_memory(kv_memory, name="kv_memory", whole_bytes=0)
+        self._scheduler = Scheduler(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
         forward.check_key_value_cache(model)
         observers = getattr(getattr(model, "moeflow", None), "observers", ())
         if any(isinstance(observer, TraceRecorder) for observer in observers):
@@ -83,25 +75,19 @@ class Engine:
         self.tokenizer = tokenizer
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens = forward.end_tokens(model, tokenizer)
-        self._groups = None
-        if group_size is not None:
-            if getattr(model, "moeflow", None) is None:
-                raise ConfigError("group_size is for models of load_moe, whose experts are fetched. Leave it out.")
-            self._groups = StepGroups(model, group_size, regrouping=regrouping)
-        max_positions = None
-        if budget_bytes is None:
-            budget_bytes = _AUTO_KV_BYTES
-            if self._prompts.context is not None:
-                max_positions = max_batch_size * self._prompts.context
+        self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
+        context = self._prompts.context
+        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
         watching = nullcontext if self._groups is None else self._groups.watching
-        self._runner = ModelRunner(model, budget_bytes, max_positions, watching)
+        self._runner = ModelRunner(model, parse_kv_memory(kv_memory), max_positions, watching)
         self._slots = self._runner.slots
-        self._scheduler = Scheduler(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
         self._kept = KeptPrefix(self._scheduler.wants, self._slots.free)
         self._requests: dict[str, Request] = {}
-        self._unreported: list[StepOutput] = []
+        self._outputs = Outputs()  # claimed by generate() and stream(), or for step()
         self._names = map("request-{}".format, itertools.count(1))
-        self._closed = False
+        self._refusal: MoeflowError | None = None
+        self._turns = Turns()
+        tell_of_forks(self)
         self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "shared_tokens", "new_tokens"), 0)
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
@@ -115,8 +101,9 @@ class Engine:
     @property
     def finished(self) -> bool:
         """Whether every request has ended and been reported."""
-        return not self._requests and not self._unreported
+        return not self._requests and not self._outputs
 
+    @in_turn
     def add(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS, *, id: str | None = None) -> str:
         """Queue a request and return its id.
 
@@ -145,12 +132,19 @@ class Engine:
             self._scheduler.add(sequence)
         return id
 
+    @in_turn
     def step(self) -> list[StepOutput]:
         """Run one pass, or one for each group, and return an output for each request that got a token or ended.
+
+        Those of generate() and stream() in other threads go to these alone.
 
         Raises:
             ClosedModelError: the engine or its model was closed.
         """
+        self._run_step()
+        return self._outputs.take()
+
+    def _run_step(self) -> None:
         self._check_open()
         begin = time.perf_counter()
         pieces = self._scheduler.plan(self._admit, self._share, self._kept.donors)
@@ -165,9 +159,8 @@ class Engine:
             self._step_s += step_s
             if self._groups is not None:
                 self._groups.finish(step_s)
-        reported, self._unreported = self._unreported, []
-        return reported
 
+    @in_turn
     def cancel(self, id: str) -> bool:
         """End a request with the tokens it has; return False where none of this id is under way."""
         if id not in self._requests:
@@ -192,7 +185,8 @@ class Engine:
         ids, completions = [], {}
         try:
             for prompt, one in zip(prompts, each, strict=True):
-                ids.append(self.add(prompt, one))
+                ids.append(self._claim())
+                self.add(prompt, one, id=ids[-1])
             for output in self._until(ids):
                 if output.completion is not None:
                     completions[output.id] = output.completion
@@ -206,8 +200,9 @@ class Engine:
         Raises:
             MoeflowError: it ended in an error, for the reason in the message.
         """
-        id = self.add(prompt, params)
+        id = self._claim()
         try:
+            self.add(prompt, params, id=id)
             for output in self._until([id]):
                 if output.text:
                     yield output.text
@@ -216,6 +211,7 @@ class Engine:
         finally:
             self._forget([id])
 
+    @in_turn
     def stats(self) -> dict[str, Any]:
         """Return what has happened since the engine was made, with units in the names."""
         return {
@@ -232,6 +228,7 @@ class Engine:
             "regrouping": None if self._groups is None else asdict(self._groups.stats),
         }
 
+    @in_turn
     def check_integrity(self) -> None:
         """Assert that slots belong to running sequences and the kept one, and that their bytes are right."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
@@ -239,22 +236,31 @@ class Engine:
         assert len(holders) == len(self._slots), f"{len(self._slots)} slots for {len(holders)} sequences"
         for sequence in holders:
             assert self._slots[sequence.id].num_positions == sequence.num_positions, f"{sequence.id} has another's slot"
-        assert len(running) + len(waiting) == len(self._requests), "a request neither waits nor runs"
-        assert {*running, *waiting} == {request.sequence for request in self._requests.values()}
+        of_requests = {request.sequence for request in self._requests.values()}
+        assert {*running, *waiting} == of_requests, "a request neither waits nor runs"
         self._slots.check_integrity()
 
+    @in_turn
     def close(self) -> None:
         """Cancel what is under way and release its memory. The model stays as it was."""
-        for id in list(self._requests):
-            self.cancel(id)
-        self._unreported.clear()
+        if not isinstance(self._refusal, ForkedProcessError):
+            for id in list(self._requests):
+                self.cancel(id)
+        self._outputs.clear()
         if self._groups is not None:
             self._groups.close()
-        self._closed = True
+        self._refusal = ClosedModelError("this engine was closed: make another.")
+
+    def after_fork(self) -> None:
+        """Go on in the child of a fork with the requests under way; refuse where another thread was in a step."""
+        if not self._turns.renew():
+            self._refusal = ForkedProcessError(
+                "another thread was in a step of this engine when the process was forked: make another engine here."
+            )
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedModelError("this engine was closed: make another.")
+        if self._refusal is not None:
+            raise self._refusal
 
     def _admit(self, sequence: Sequence) -> bool:
         try:
@@ -288,7 +294,7 @@ class Engine:
             return
         self._counts["new_tokens"] += 1
         if reason is None:
-            self._unreported.append(StepOutput(sequence.id, [token_id], text, None))
+            self._outputs.put(StepOutput(sequence.id, [token_id], text, None))
         else:
             self._end(request, [token_id], text, reason)
 
@@ -309,27 +315,36 @@ class Engine:
         if self._groups is not None:
             self._groups.forget(completion.id)
         self._reasons[reason] += 1
-        self._unreported.append(StepOutput(completion.id, token_ids, text + rest, completion))
+        self._outputs.put(StepOutput(completion.id, token_ids, text + rest, completion))
+
+    @in_turn
+    def _claim(self) -> str:
+        """Return the id of a request to come, whose outputs step() will not return."""
+        id = next(name for name in self._names if name not in self._requests)
+        self._outputs.claim(id)
+        return id
 
     def _until(self, ids: list[str]) -> Iterator[StepOutput]:
-        """Step until these requests have ended and yield their outputs; those of others wait for the next step()."""
-        left, wanted, others = set(ids), set(ids), []
-        try:
-            while left:
-                for output in self.step():
-                    if output.id not in wanted:
-                        others.append(output)
-                        continue
-                    if output.completion is not None:
-                        left.discard(output.id)
-                    yield output
-                if not any(id in self._requests for id in left):
-                    return  # another caller of step() was told the end
-        finally:
-            self._unreported = others + self._unreported
+        """Step until these requests have ended, and yield their outputs."""
+        left = set(ids)
+        while left:
+            for output in self._next_outputs(ids):
+                if output.completion is not None:
+                    left.discard(output.id)
+                yield output
 
+    @in_turn
+    def _next_outputs(self, ids: list[str]) -> list[StepOutput]:
+        """Return the outputs of these requests; where there are none, run a step first."""
+        found = self._outputs.take(ids)
+        if found:
+            return found
+        self._run_step()
+        return self._outputs.take(ids)
+
+    @in_turn
     def _forget(self, ids: list[str]) -> None:
         """Cancel those of these requests that are under way, and report none of them."""
         for id in ids:
             self.cancel(id)
-        self._unreported = [output for output in self._unreported if output.id not in ids]
+            self._outputs.drop(id)

@@ -7,7 +7,21 @@ from typing import NamedTuple
 
 import torch
 
-from moeflow.errors import BudgetError
+from moeflow.errors import BudgetError, ConfigError
+from moeflow.memory_size import MemorySize, parse_memory
+
+_AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more
+
+
+def parse_kv_memory(kv_memory: MemorySize) -> int:
+    """Return the bytes that all keys and values may take.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    if isinstance(kv_memory, str) and kv_memory.endswith("%"):
+        raise ConfigError(f'kv_memory={kv_memory!r} is a share of nothing: give bytes, "2GiB" or "auto".')
+    return _AUTO_BYTES if kv_memory == "auto" else parse_memory(kv_memory, name="kv_memory", whole_bytes=0)
 
 
 class LayerShape(NamedTuple):

@@ -15,6 +15,7 @@ from moeflow.engine.sequence import Piece
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
 from moeflow.hf import forward
+from moeflow.turns import Turns
 
 _PASS_ERRORS = (ExpertReadError, OSError, RuntimeError)
 
@@ -59,8 +60,9 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._watching = watching
+        self._turns = getattr(getattr(model, "moeflow", None), "turns", None) or Turns()
         self._cache = VarlenCache()
-        self._cache.learn(model)
+        self._turns.run(self._cache.learn, model)
         self.slots = KeyValueSlots(self._cache.shapes, budget_bytes, max_positions)
         self.num_retries = 0
 
@@ -94,6 +96,10 @@ class ModelRunner:
             torch.tensor(values, dtype=torch.long, device=self._model.device)
             for values in (tokens, positions, keep or [len(tokens) - 1])
         )
-        with torch.no_grad(), self._watching(pieces), self._cache.running(self._model, segments):
-            logits = iter(forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places))
+
+        def run_pass() -> torch.Tensor:
+            with torch.no_grad(), self._watching(pieces), self._cache.running(self._model, segments):
+                return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
+
+        logits = iter(self._turns.run(run_pass))
         return [Computed(piece, next(logits) if piece.samples else None) for piece in pieces]

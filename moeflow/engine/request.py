@@ -100,3 +100,39 @@ class Request:
             sequence.id, sequence.prompt_ids, sequence.token_ids, self.text, reason, error, self.logprobs
         )
         return rest, completion
+
+
+class Outputs:
+    """Outputs of steps on their way to who asked: of each claimed request apart, the others in one queue."""
+
+    def __init__(self) -> None:
+        self._queue: list[StepOutput] = []
+        self._claimed: dict[str, list[StepOutput]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def put(self, output: StepOutput) -> None:
+        """Add an output of a step."""
+        self._claimed.get(output.id, self._queue).append(output)
+
+    def claim(self, id: str) -> None:
+        """Keep the outputs of a request apart from now on."""
+        self._claimed[id] = []
+
+    def drop(self, id: str) -> None:
+        """Forget a claimed request and its outputs."""
+        self._claimed.pop(id, None)
+
+    def take(self, ids: list[str] | None = None) -> list[StepOutput]:
+        """Return, once each, the outputs of these claimed requests, or those in the queue."""
+        queues = [self._queue] if ids is None else [self._claimed[id] for id in ids]
+        taken = [output for queue in queues for output in queue]
+        for queue in queues:
+            queue.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Forget every output."""
+        for queue in (self._queue, *self._claimed.values()):
+            queue.clear()

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from moeflow.engine.sequence import Piece, Sequence
+from moeflow.errors import ConfigError
 
 _MIN_SHARED_TOKENS = 16  # a shorter common beginning is not worth a copy
 
@@ -22,12 +23,22 @@ class Scheduler:
         max_step_tokens: most tokens in a step, at least max_batch_size.
         share_prefixes: whether equal beginnings of prompts are computed once.
 
+    Raises:
+        ConfigError: a limit is no positive number, or they do not fit each other.
+
     Attributes:
         waiting, running: sequences in the order of arrival, and of admission.
     """
 
     def __init__(self, max_batch_size: int, max_step_tokens: int, *, share_prefixes: bool = True) -> None:
-        assert max_step_tokens >= max_batch_size, "every decoding sequence has a token in each step"
+        for name, value in (("max_batch_size", max_batch_size), ("max_step_tokens", max_step_tokens)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r} is not allowed: give a whole number, at least 1.")
+        if max_step_tokens < max_batch_size:
+            raise ConfigError(
+                f"max_step_tokens={max_step_tokens} is less than max_batch_size={max_batch_size}: every sequence that "
+                "decodes takes one token of each step. Give at least as many."
+            )
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.share_prefixes = share_prefixes

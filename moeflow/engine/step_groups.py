@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moeflow.engine.regrouping.token_scheduler import SchedulerStats, TokenScheduler
 from moeflow.engine.sequence import Piece
+from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class StepGroups:
     """
 
     def __init__(self, model: PreTrainedModel, group_size: int, *, regrouping: bool = True) -> None:
+        if getattr(model, "moeflow", None) is None:
+            raise ConfigError("group_size is for models of load_moe, whose experts are fetched. Leave it out.")
         self._runtime = cast("ExpertRuntime", model.moeflow)  # transformers types it as a module
         counts = self._runtime.experts_per_layer
         self._shape = len(counts), max(counts)

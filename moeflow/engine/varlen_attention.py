@@ -222,8 +222,14 @@ def _mask(
     mask_function: Callable[..., Any] = forward.causal_rule,
     device: torch.device | None = None,
     **kwargs: Any,
-) -> torch.Tensor:
-    """Stand in for transformers' mask functions: a tensor that models pass on, with the rule on it."""
+) -> torch.Tensor | None:
+    """Stand in for transformers' mask functions: a tensor that models pass on, with the rule on it.
+
+    In a thread that runs no packed pass, the mask is the model's own.
+    """
+    if _cache.get(None) is None:
+        own = forward.mask_function(kwargs["config"])
+        return own(batch_size, q_length, mask_function=mask_function, device=device, **kwargs)
     carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
     carrier.rule = _Mask(mask_function)  # type: ignore[attr-defined]  # models pass the tensor on with what is on it
     return carrier
@@ -236,9 +242,15 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Stand in for transformers' attention functions: the model's own, segment by segment."""
-    cache = _cache.get()
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stand in for transformers' attention functions: the model's own, segment by segment.
+
+    In a thread that runs no packed pass, it is the model's own as it is called.
+    """
+    cache = _cache.get(None)
+    if cache is None:
+        own = forward.attention_function(module, forward.own_implementation(module.config))
+        return own(module, query, key, value, attention_mask, **kwargs)
     cache.num_attentions += 1
     rule = getattr(attention_mask, "rule", None)
     unknown = [

@@ -4,6 +4,8 @@ The only file that calls torch.distributed's collectives. NCCL takes tensors on 
 is made of bytes, so that no dtype matters. With NCCL it is not yet measured on hardware.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -37,6 +39,7 @@ class RankGroup:
             )
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self._process_id = os.getpid()
         self.in_step = True  # whether all ranks are known to expect the same collective next
         self._group = group
         self._device = device
@@ -45,8 +48,13 @@ class RankGroup:
         """Refuse a new exchange where ranks may wait for different collectives.
 
         Raises:
-            ParallelError: an exchange was broken off before.
+            ParallelError: an exchange was broken off before, or this process is a fork of the rank's.
         """
+        if os.getpid() != self._process_id:
+            raise ParallelError(
+                f"this process was forked from rank {self.rank}, whose connections did not come along. Start ranks "
+                "with torchrun or spawn, and run the model there."
+            )
         if not self.in_step:
             raise ParallelError(
                 "an exchange between the ranks was broken off, so they no longer wait for the same one. End all "

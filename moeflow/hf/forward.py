@@ -5,6 +5,7 @@ For rooms that run passes themselves, and for those that watch the passes of `ge
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moeflow.errors import UnsupportedModelError
+from moeflow.fork import tell_of_forks
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
@@ -163,25 +165,77 @@ def register_packed_attention(attention: Callable, mask: Callable) -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(_PACKED, mask)
 
 
+class _Replaced:
+    """A config whose attention is replaced, and the passes that want it so."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.own = config._attn_implementation
+        self.num_passes = 0
+
+
+class _Replacements:
+    """The configs whose attention is replaced now, by id."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_config: dict[int, _Replaced] = {}
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork; what another thread of the parent's has replaced goes on as its own."""
+        self._lock = threading.Lock()
+
+    def own_implementation(self, config: Any) -> str:
+        """Name the implementation that a config has where nothing is replaced."""
+        replaced = self._of_config.get(id(config))
+        return config._attn_implementation if replaced is None else replaced.own
+
+    def add(self, config: Any) -> None:
+        """Replace a config's attention for one more pass."""
+        with self._lock:
+            replaced = self._of_config.setdefault(id(config), _Replaced(config))
+            replaced.num_passes += 1
+            config._attn_implementation_internal = _PACKED
+
+    def remove(self, config: Any) -> None:
+        """Take one pass back; the last puts the config's own attention in its place again."""
+        with self._lock:
+            replaced = self._of_config[id(config)]
+            replaced.num_passes -= 1
+            if not replaced.num_passes:
+                config._attn_implementation_internal = replaced.own
+                del self._of_config[id(config)]
+
+
+_replacements = _Replacements()
+own_implementation = _replacements.own_implementation
+
+
 @contextmanager
 def attention_replaced(model: PreTrainedModel) -> Iterator[dict[int, str]]:
     """Let the model's attention be the registered function, and its masks the registered masks.
+
+    Other threads see the replaced names too: the registered functions must do for their passes what the model's own
+    would do.
 
     Yields:
         The implementation that each config has otherwise, by the config's id: "sdpa" or "eager".
     """
     found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     configs = {id(config): config for config in found}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    before = {key: own_implementation(config) for key, config in configs.items()}
     own = {key: name if name == "eager" or not model._supports_sdpa else "sdpa" for key, name in before.items()}
     own = {key: name if name in ("eager", "sdpa") else "eager" for key, name in own.items()}
+    replaced: list[Any] = []
     try:
         for config in configs.values():
-            config._attn_implementation_internal = _PACKED
+            _replacements.add(config)
+            replaced.append(config)
         yield own
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config in replaced:
+            _replacements.remove(config)
 
 
 def attention_function(module: torch.nn.Module, implementation: str) -> Callable:
@@ -189,6 +243,11 @@ def attention_function(module: torch.nn.Module, implementation: str) -> Callable
     of_model = sys.modules[type(module).__module__]
     eager: Any = getattr(of_model, "eager_attention_forward", None)
     return getattr(of_model, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS).get_interface(implementation, eager)
+
+
+def mask_function(config: Any) -> Callable:
+    """Return the mask function of the implementation that a config has where nothing is replaced."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[own_implementation(config)]
 
 
 def compile_decoding(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 Knows modules and their hooks. Knows nothing of budgets or tiers.
 """
 
+import inspect
 import weakref
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,11 +33,20 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
     changed: Any = model  # transformers' class has no such attributes
     changed.moeflow, changed.save_pretrained = runtime, _refuse_to_save
     changed.set_experts_implementation = _refuse_implementation
-    behind = weakref.ref(runtime)
+    _pass_in_turn(model.base_model, runtime)
+
+
+def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
+    """Let one thread at a time pass through a module, and tell the runtime as each pass begins.
+
+    Predictor, observers, rotary embedding and counters know one pass at a time. In place of `forward`, since a hook
+    cannot release what another took after every interrupt.
+    """
+    own, behind, runtime_behind = vars(module).get("forward"), weakref.ref(module), weakref.ref(runtime)
 
     @torch.compiler.disable
-    def begin_pass(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        begun, runtime = forward.describe_pass(args, kwargs), behind()
+    def begin_pass(args: tuple, kwargs: dict[str, Any]) -> None:
+        begun, runtime = forward.describe_pass(args, kwargs), runtime_behind()
         if begun is None or runtime is None:
             return
         runtime.begin_forward(
@@ -45,7 +55,19 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
         for observer in runtime.observers:
             observer.begin_pass(begun)
 
-    model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+    def run_pass(*args: Any, **kwargs: Any) -> Any:
+        begin_pass(args, kwargs)
+        module: Any = behind()
+        return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def in_turn(*args: Any, **kwargs: Any) -> Any:
+        runtime = runtime_behind()
+        return run_pass(*args, **kwargs) if runtime is None else runtime.turns.run(run_pass, *args, **kwargs)
+
+    changed: Any = in_turn
+    changed.__signature__ = inspect.signature(module.forward)
+    module.forward = in_turn
 
 
 def prune_experts(model: PreTrainedModel, runtime: ExpertRuntime, folder: Path, share: float) -> None:

@@ -6,6 +6,7 @@ Knows work as a function and its arguments. Knows nothing of files or of which e
 import queue
 import threading
 import time
+from collections.abc import Iterable
 
 from moeflow.errors import ExpertReadError, MoeflowError
 from moeflow.offload.transfer import Transfer, Work
@@ -20,16 +21,38 @@ class ReadingThreads:
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
-        self.start()
+        self._begin()
+        self._start_threads()
 
     def start(self) -> None:
         """Start the threads, with nothing queued and nothing reported."""
+        self._begin()
+        self._start_threads()
+
+    def after_fork(self, lost: Iterable[Transfer]) -> None:
+        """Begin anew in the child of a fork, and report as failed what the threads there had to do.
+
+        The next transfer starts the threads, for most children never use a model.
+        """
+        self._begin()
+        for transfer in lost:
+            transfer.take_work()
+            transfer.error = ExpertReadError(
+                f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} was on its way when the process was "
+                "forked. The model stays usable in both processes: call again."
+            )
+            self._ended.put(transfer)
+
+    def _begin(self) -> None:
         # Not a ThreadPoolExecutor: an interrupt inside its submit() leaves a lock held forever.
         # One ticket for each entry of the two queues; a thread with a ticket looks among the demands first.
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._demands: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._prefetches: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def _start_threads(self) -> None:
         self._threads = [
             threading.Thread(
                 target=_run_queued,
@@ -44,6 +67,8 @@ class ReadingThreads:
 
     def put(self, transfer: Transfer) -> None:
         """Queue a transfer that was given work: a prefetch behind every demand, else among the demands."""
+        if not self._threads:
+            self._start_threads()
         (self._prefetches if transfer.prefetch else self._demands).put(transfer)
         self._tickets.put(True)
 

@@ -13,7 +13,8 @@ import torch
 
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout
-from moeflow.errors import ClosedModelError, ExpertReadError
+from moeflow.errors import ClosedModelError, ExpertReadError, ForkedProcessError, MoeflowError
+from moeflow.fork import tell_of_forks
 from moeflow.hardware import process_memory_bytes
 from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute
@@ -29,6 +30,7 @@ from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.predictors.protocol import Predictor
+from moeflow.turns import Turns
 
 
 class _Parts(NamedTuple):
@@ -84,6 +86,7 @@ class ExpertRuntime:
         self.device = pool.device
         self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
+        self.turns = Turns()  # of the model's passes
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
@@ -113,6 +116,8 @@ class ExpertRuntime:
         ]
         parts = _Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
         self._release = weakref.finalize(self, _Parts.release, parts)
+        self._refusal: MoeflowError = ClosedModelError("the model was closed: load it again to use it.")
+        tell_of_forks(self)
 
     def __enter__(self) -> "ExpertRuntime":
         return self
@@ -146,6 +151,25 @@ class ExpertRuntime:
             for observer in self.observers:
                 observer.close()
 
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork; on a GPU, refuse from now on, for CUDA does not live through it."""
+        self._lock = threading.RLock()
+        self.turns.renew()
+        if self.closed:
+            return
+        self.store.after_fork()
+        if self.device.type != "cpu":
+            self._release.detach()  # what it would release is the parent's
+            self._refusal = ForkedProcessError(
+                f"the model was loaded on {self.device} by the process that forked this one, and CUDA cannot be used "
+                "in the child of a fork. Load the model in this process, started by spawn, or give device='cpu'."
+            )
+            return
+        self._transfers.after_fork()
+        # Of a pass in another thread, and of prefetches, nobody waits for the end here: the next call clears up.
+        self._torn = self._torn or len(self._transfers) > 0
+        torch.set_num_threads(1)  # the others did not come along, and OpenMP would wait for them for ever
+
     def begin_forward(
         self, num_sequences: int, num_positions: int, *, continues: bool, token_ids: torch.Tensor | None = None
     ) -> None:
@@ -156,16 +180,22 @@ class ExpertRuntime:
             num_positions: new ones of each sequence, padding included.
             continues: whether earlier positions lie in a KV cache, which makes the pass decode.
             token_ids: the tokens, [num_sequences, num_positions], where they are known.
+
+        Raises:
+            ClosedModelError: close() was called.
+            ForkedProcessError: the model is on a GPU and this process is a fork of its own.
         """
         with self._lock:
+            if self.closed:
+                raise self._refusal
             self._stats.begin_forward(num_sequences, num_positions, continues=continues)
-            if self._governor is not None and not self.closed:
+            if self._governor is not None:
                 self._mend()
                 limit = self._governor.slots(self.cache.used, self.cache.limit, now=not continues)
                 self._torn = True
                 self._residency.set_limit(limit)
                 self._torn = False
-            if self._prediction is not None and not self.closed:
+            if self._prediction is not None:
                 self._mend()
                 self._torn = True
                 self._prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
@@ -195,10 +225,11 @@ class ExpertRuntime:
         Raises:
             ExpertReadError: an expert could not be read. The runtime stays usable.
             ClosedModelError: close() was called.
+            ForkedProcessError: the model is on a GPU and this process is a fork of its own.
         """
         with self._lock:
             if self.closed:
-                raise ClosedModelError("the model was closed: load it again to use it.")
+                raise self._refusal
             self._mend()
             self._torn = True  # until this call has put everything back
             try:

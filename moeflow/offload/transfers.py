@@ -166,6 +166,10 @@ class Transfers:
         self._copying.clear()
         self._copied.clear()
 
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork: what was in flight ends there with an ExpertReadError."""
+        self._threads.after_fork(self._in_flight.values())
+
     def abandon(self) -> None:
         """Let running copies end and forget them all, settled or not; then be ready again."""
         self.close()

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeflow.errors import TraceError
+from moeflow.errors import ForkedProcessError, TraceError
+from moeflow.fork import tell_of_forks
 from moeflow.hf import experts_interface
 from moeflow.hf.fingerprint import model_fingerprint
 from moeflow.hf.forward import ForwardPass
@@ -65,14 +66,31 @@ class TraceRecorder:
         self._index = self._weights = torch.empty(0, 0, 0)  # [L, T, K], routes of the pass under way
         self._of_layer: list[tuple[torch.Tensor, torch.Tensor]] = []  # their views [T, K]
         self._close = weakref.finalize(self, rows.close)
+        self._forked = False
+        tell_of_forks(self)
 
     @property
     def num_tokens(self) -> int:
         """Tokens recorded so far, those in the file from before included."""
         return self._rows.num_rows
 
+    def after_fork(self) -> None:
+        """Let go of the file in the child of a fork, and refuse passes from now on: the parent goes on writing."""
+        if self._close.detach() is not None:
+            self._forked, self._pass = True, None
+            self._rows.writer.after_fork()
+
     def begin_pass(self, begun: ForwardPass) -> None:
-        """Hear that a pass over new tokens begins; the pass before must have ended or is dropped."""
+        """Hear that a pass over new tokens begins; the pass before must have ended or is dropped.
+
+        Raises:
+            ForkedProcessError: this process is a fork of the one that writes the trace.
+        """
+        if self._forked:
+            raise ForkedProcessError(
+                f"the routes of this model go to {self.path}, which the process that forked this one writes. Load the "
+                "model in this process, without trace= or with another file."
+            )
         if not self._close.alive:
             return
         self._drop_pass()

@@ -113,6 +113,13 @@ class TraceWriter:
             self._file.truncate(self._header.data_offset + self._header.num_rows * self._header.dtype.itemsize)
             self._file.close()
 
+    def after_fork(self) -> None:
+        """Let go of the file in the child of a fork, unwritten: it and its lock are the parent's."""
+        if not self._file.closed:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, self._file.fileno())  # a thread of the parent's may have left bytes in the buffer
+            os.close(nothing)
+
     def _write_header(self, num_rows: int) -> None:
         self._header = TraceHeader(
             self._header.format,

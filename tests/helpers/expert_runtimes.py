@@ -6,6 +6,7 @@ from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -23,6 +24,13 @@ NUM_LAYERS, NUM_EXPERTS, SIZE = 3, 6, 1000
 DEMANDS = st.lists(
     st.tuples(st.integers(0, NUM_LAYERS - 1), st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1)), max_size=25
 )
+
+
+def write_experts(path):
+    """Write the file at an odd offset; return it and the values [NUM_LAYERS, NUM_EXPERTS, SIZE], float32."""
+    values = np.random.default_rng(0).normal(size=(NUM_LAYERS, NUM_EXPERTS, SIZE)).astype(np.float32)
+    path.write_bytes(b"odd" + values.tobytes())
+    return path, torch.from_numpy(values)
 
 
 class ThreadStreams:

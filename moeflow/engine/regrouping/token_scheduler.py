@@ -21,6 +21,7 @@ import numpy as np
 from moeflow.engine.regrouping.likely_routes import LikelyRoutes
 from moeflow.engine.regrouping.search import active_pairs, amended_groups, arrival_groups, regroup
 from moeflow.errors import ConfigError
+from moeflow.fork import tell_of_forks
 from moeflow.predictors.odds import multi_hot
 
 _TRIAL_STEPS = 8  # planned steps between two judgements
@@ -70,11 +71,19 @@ class TokenScheduler:
         self._regrouping = regrouping
         self._shape = num_layers, num_experts
         self._likely = LikelyRoutes(num_layers, num_experts, top_k)
-        self._threads = ThreadPoolExecutor(1, "moeflow-scheduler")
-        self._ahead: tuple[list[str], Future] | None = None  # of these sequences, [sequences] groups
+        self._begin_thread()
+        tell_of_forks(self)
         self._split: tuple[list[str], np.ndarray] | None = None  # the step under way, if it was planned
         self._rest, self._next_rest = 0, _MIN_REST_STEPS
         self._trial = [0, 0, 0.0, 0.0]  # steps, pairs saved, seconds waited, seconds of steps
+
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork, with a thread that will be there and without the plan under way."""
+        self._begin_thread()
+
+    def _begin_thread(self) -> None:
+        self._threads = ThreadPoolExecutor(1, "moeflow-scheduler")  # its thread comes with the first plan
+        self._ahead: tuple[list[str], Future] | None = None  # of these sequences, [sequences] groups
 
     @property
     def wants_routes(self) -> bool:
