@@ -34,8 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--expect", type=Path, help="the JSON of an earlier run; exit 1 where a hash differs")
     arguments = parser.parse_args(argv)
 
+    import torch
     from transformers.utils import logging
 
+    torch.set_num_threads(1)  # the last bits of torch's own products depend on it
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hashes = {}
