@@ -14,6 +14,8 @@ from moeflow.errors import ClosedModelError, ForkedProcessError
 from moeflow.loading.load_moe import load_moe
 from moeflow.turns import Turns
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 6
 CLOSED = [("this engine", "make another."), ("the model", "load it again to use it.")]
 
