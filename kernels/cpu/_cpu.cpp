@@ -149,6 +149,35 @@ struct Plan {
 
 int least(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
+/* What the entries return, in the order of _check in ops.py. */
+enum Status { DONE, NO_MEMORY, NO_FIT };
+
+constexpr int64_t MOST_COUNT = INT32_MAX; /* of tokens and features: ints count them further in */
+
+bool is_count(int64_t count) { return count >= 0 && count <= MOST_COUNT; }
+bool is_width(int activation_bits) { return activation_bits == 0 || activation_bits == 16; }
+
+/* Whether every expert lies in memory, takes and gives rows of so many features, and has as many between as the first. */
+bool fit(const Expert *const *experts, const char *const *records, int num_experts, int64_t num_features) {
+    for (int e = 0; e < num_experts; ++e) {
+        const Expert *expert = experts[e];
+        if (!expert || !records[e] || expert->first.in_features != num_features ||
+            expert->down.num_rows != num_features || expert->down.in_features != experts[0]->down.in_features)
+            return false;
+    }
+    return true;
+}
+/* Whether starts rise within the rows, and every row names a token and a place that are there. */
+bool fit_rows(const int64_t *starts, int num_experts, const int64_t *tokens, const int64_t *places, int64_t num_rows,
+              int64_t num_tokens, int64_t num_places) {
+    if (starts[0] < 0 || starts[num_experts] > num_rows) return false;
+    for (int e = 0; e < num_experts; ++e)
+        if (starts[e] > starts[e + 1]) return false;
+    for (int64_t i = 0; i < num_rows; ++i)
+        if (tokens[i] < 0 || tokens[i] >= num_tokens || places[i] < 0 || places[i] >= num_places) return false;
+    return true;
+}
+
 } // namespace
 
 /* Chooses the best instruction set from `wanted` down; returns its name. */
@@ -169,22 +198,27 @@ EXPORTED void moeflow_cpu_openmp(void *parallel, void *thread_num, void *num_thr
     openmp.num_threads = (decltype(openmp.num_threads))num_threads;
 }
 
-/* Writes each expert's outputs for its tokens to their places; nonzero: no memory. */
+/* Writes each expert's outputs for its tokens [num_entries] to their places. hidden_states: [num_tokens, num_features],
+ * outputs: [num_places, num_features]. */
 EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const *records, const int64_t *starts,
-                                 int num_experts, const int64_t *tokens, const int64_t *places,
-                                 const char *hidden_states, int format, float *outputs, int activation_bits,
-                                 int num_threads) {
-    const int64_t num_places = num_experts ? starts[num_experts] : 0;
-    if (!num_places) return 0;
+                                 int num_experts, const int64_t *tokens, const int64_t *places, int64_t num_entries,
+                                 const char *hidden_states, int format, int64_t num_tokens, int64_t num_features,
+                                 float *outputs, int64_t num_places, int activation_bits, int num_threads) {
+    if (!is_width(activation_bits) || !fit(experts, records, num_experts, num_features) ||
+        !fit_rows(starts, num_experts, tokens, places, num_entries, num_tokens, num_places))
+        return NO_FIT;
+    const int64_t num_used = starts[num_experts];
+    if (!num_used) return DONE;
+    if (!hidden_states || !outputs) return NO_FIT;
     Plan plan(experts, num_experts, activation_bits == 16, num_threads);
-    const int64_t num_rows = least(num_places, ROWS_OF_ROUND);
+    const int64_t num_rows = least(num_used, ROWS_OF_ROUND);
     int64_t num_segments = 0;
     for (int e = 0; e < num_experts; ++e)
         num_segments += (starts[e + 1] - starts[e] + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
     const int64_t segments_bytes = align(num_segments * (int64_t)sizeof(Segment), 64);
     char *memory = workspace.get(segments_bytes + num_rows * (plan.input.stride + plan.hidden.stride) +
                                  num_threads * SCRATCH_BYTES);
-    if (!memory) return 1;
+    if (!memory) return NO_MEMORY;
     Segment *segments = (Segment *)memory;
     plan.input.data = memory + segments_bytes;
     plan.hidden.data = plan.input.data + num_rows * plan.input.stride;
@@ -196,7 +230,7 @@ EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const
             const int count = least(TOKENS_AT_ONCE, starts[e + 1] - from), total = (int)(starts[e + 1] - starts[e]);
             segments[num_segments++] = {experts[e], records[e], tokens + from, places + from, count, total, 0, 0};
         }
-    in_parallel(plan.threads(num_threads, num_places), [&](Team &team, int thread) {
+    in_parallel(plan.threads(num_threads, num_used), [&](Team &team, int thread) {
         char *own = scratch + thread * SCRATCH_BYTES;
         for (int64_t begin = 0, end = begin; begin < num_segments; begin = end) {
             int64_t rows = 0;
@@ -227,17 +261,19 @@ EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const
             });
         }
     });
-    return 0;
+    return DONE;
 }
 
 /* One token through its experts, summed by weight: the same bits as moeflow_cpu_experts and moeflow_cpu_combine. */
 EXPORTED int moeflow_cpu_token(const Expert *const *experts, const char *const *records, int num_experts,
-                               const void *hidden_states, const void *weights, int weights_format, void *out,
-                               int format, int activation_bits, int num_threads) {
-    if (num_experts < 1 || num_experts > TOKEN_EXPERTS) return 2;
+                               const void *hidden_states, int64_t num_features, const void *weights,
+                               int weights_format, void *out, int format, int activation_bits, int num_threads) {
+    if (num_experts < 1 || num_experts > TOKEN_EXPERTS || !hidden_states || !weights || !out ||
+        !is_width(activation_bits) || !fit(experts, records, num_experts, num_features))
+        return NO_FIT;
     Plan plan(experts, num_experts, activation_bits == 16, num_threads);
     char *memory = workspace.get(plan.input.stride + num_experts * plan.hidden.stride + num_threads * SCRATCH_BYTES);
-    if (!memory) return 1;
+    if (!memory) return NO_MEMORY;
     plan.input.data = memory;
     plan.hidden.data = memory + plan.input.stride;
     char *scratch = plan.hidden.data + num_experts * plan.hidden.stride;
@@ -265,33 +301,40 @@ EXPORTED int moeflow_cpu_token(const Expert *const *experts, const char *const *
                                    least(plan.down_at_once, plan.num_outputs - first), own);
         });
     });
-    return 0;
+    return DONE;
 }
 
-/* Sums float32 outputs [T * K, H] by router weight [T, K], in the order of K, and rounds once. */
+/* Sums float32 outputs [T * K, H] by router weight [T, K], in the order of K, and rounds once; K is 1 or more. */
 EXPORTED int moeflow_cpu_combine(const float *outputs, const void *weights, int weights_format, int64_t num_tokens,
-                                 int top_k, int num_features, char *out, int format, int num_threads) {
+                                 int64_t top_k, int64_t num_features, char *out, int format, int num_threads) {
+    if (!is_count(num_tokens) || !is_count(top_k) || !is_count(num_features)) return NO_FIT;
+    if (num_tokens * num_features == 0) return DONE;
+    if (top_k < 1 || num_tokens * top_k > MOST_COUNT || !outputs || !weights || !out) return NO_FIT;
     float *factors = (float *)workspace.get(sizeof(float) * num_tokens * top_k);
-    if (num_tokens && !factors) return 1;
-    arithmetic->convert(weights, weights_format, (int)(num_tokens * top_k), factors, (int)(num_tokens * top_k));
+    if (!factors) return NO_MEMORY;
+    const int num_pairs = (int)(num_tokens * top_k);
+    arithmetic->convert(weights, weights_format, num_pairs, factors, num_pairs);
     in_parallel(num_tokens * num_features < SERIAL_VALUES ? 1 : num_threads, [&](Team &team, int) {
         team.share(num_tokens, [&](int64_t t) {
-            arithmetic->combine(outputs + t * top_k * num_features, factors + t * top_k, top_k, num_features,
+            arithmetic->combine(outputs + t * top_k * num_features, factors + t * top_k, (int)top_k, (int)num_features,
                                 out + t * num_features * bytes_of(format), format);
         });
     });
-    return 0;
+    return DONE;
 }
 
 /* out [T, N] = x [T, K] times a matrix [N, K], plus its bias. */
 EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const char *x, int format,
-                                int64_t stride_bytes, int num_tokens, void *out, int activation_bits,
+                                int64_t stride_bytes, int64_t num_tokens, void *out, int activation_bits,
                                 int num_threads) {
+    if (!is_count(num_tokens) || !is_width(activation_bits)) return NO_FIT;
+    if (!num_tokens) return DONE;
+    if (!matrix || !(record || matrix->codes) || !x || !out) return NO_FIT;
     Rows input = no_rows(matrix->in_features);
     ask(*matrix, activation_bits == 16, input);
     const bool prepares = lay_out(input);
     char *memory = workspace.get(num_tokens * input.stride + num_threads * SCRATCH_BYTES);
-    if (!memory) return 1;
+    if (!memory) return NO_MEMORY;
     input.data = memory;
     char *scratch = memory + num_tokens * input.stride;
     for (int t = 0; t < num_tokens; ++t) {
@@ -300,26 +343,29 @@ EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const 
     }
     const int at_once = matrix->is_transposed ? COLUMNS_AT_ONCE : rows_at_once(matrix->num_rows, num_threads);
     const int64_t pieces = (matrix->num_rows + at_once - 1) / at_once;
-    const bool is_small = (int64_t)num_tokens * matrix->num_rows * matrix->in_features < SERIAL_VALUES;
+    const bool is_small = num_tokens * matrix->num_rows * matrix->in_features < SERIAL_VALUES;
     in_parallel(is_small ? 1 : num_threads, [&](Team &team, int thread) {
         team.share(pieces, [&](int64_t i) {
             const int first = (int)i * at_once;
-            arithmetic->linear(*matrix, record, input, num_tokens, out, format, first,
+            arithmetic->linear(*matrix, record, input, (int)num_tokens, out, format, first,
                                least(at_once, matrix->num_rows - first), scratch + thread * SCRATCH_BYTES);
         });
     });
-    return 0;
+    return DONE;
 }
 
 /* transformers' RMSNorm of rows [T, H]; sum_lanes: floats in the vectors that torch's sums use here. */
 EXPORTED int moeflow_cpu_rms_norm(const char *x, int64_t stride_bytes, const void *weight, float eps,
-                                  int64_t num_tokens, int num_features, char *out, int format, int sum_lanes) {
+                                  int64_t num_tokens, int64_t num_features, char *out, int format, int sum_lanes) {
+    if (!is_count(num_tokens) || !is_count(num_features)) return NO_FIT;
+    if (!num_tokens) return DONE;
+    if (!num_features || !x || !weight || !out) return NO_FIT;
     char *scratch = workspace.get(sizeof(float) * 3 * align(num_features, 16));
-    if (!scratch) return 1;
+    if (!scratch) return NO_MEMORY;
     for (int64_t t = 0; t < num_tokens; ++t)
-        arithmetic->rms_norm(x + t * stride_bytes, weight, eps, num_features,
+        arithmetic->rms_norm(x + t * stride_bytes, weight, eps, (int)num_features,
                              out + t * num_features * bytes_of(format), format, sum_lanes, scratch);
-    return 0;
+    return DONE;
 }
 
 /* Reads a block of memory and gives the exclusive or of its words: how fast that goes is what no kernel can beat. Four

@@ -66,11 +66,15 @@ def library() -> Library | None:
     if wanted and name != wanted:
         _log.warning("%s=%s: this processor has no %s, its kernels run on %s", VARIABLE, wanted, wanted, name)
     pointer, long = c_void_p, c_int64
-    free.moeflow_cpu_experts.argtypes = [*[pointer] * 3, c_int, *[pointer] * 3, c_int, pointer, c_int, c_int]
-    held.moeflow_cpu_token.argtypes = [pointer, pointer, c_int, pointer, pointer, c_int, pointer, c_int, c_int, c_int]
-    held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, c_int, c_int, pointer, c_int, c_int]
-    held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, c_int, pointer, c_int, c_int]
-    held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, c_int, pointer, c_int, c_int]
+    free.moeflow_cpu_experts.argtypes = [
+        *[pointer] * 3, c_int, pointer, pointer, long, pointer, c_int, long, long, pointer, long, c_int, c_int,
+    ]  # fmt: skip
+    held.moeflow_cpu_token.argtypes = [
+        pointer, pointer, c_int, pointer, long, pointer, c_int, pointer, c_int, c_int, c_int,
+    ]  # fmt: skip
+    held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, long, long, pointer, c_int, c_int]
+    held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, long, pointer, c_int, c_int]
+    held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, long, pointer, c_int, c_int]
     free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
     free.moeflow_cpu_read.restype = c_uint64
     _share_threads(held)

@@ -9,7 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from moeflow.core import RecordLayout
+from moeflow.core import DTYPE_BYTES, RecordLayout
+from moeflow.errors import ConfigError
 from moeflow.kernels.activations import ACTIVATIONS, Activation
 from moeflow.kernels.quantization.formats import FORMAT_OF_DTYPE, WeightFormat, find_format
 
@@ -20,6 +21,8 @@ _GATES = ("none", "concatenated", "interleaved")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of activations, by number."""
+
+_MOST_FEATURES = 2**31 - 1  # of a side of a matrix
 
 _BIAS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -108,7 +111,7 @@ def described_matrix(
     bias_dtype: torch.dtype | None,
     is_transposed: bool = False,
 ) -> Matrix | None:
-    """Describe a matrix; None where no kernel knows it.
+    """Describe a matrix; None where no kernel knows it, or a side is empty or too long.
 
     Args:
         spec: its format.
@@ -120,6 +123,8 @@ def described_matrix(
     """
     kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1"}.get(spec.kind, spec.name)
     if kind not in _FORMATS or (bias_dtype is not None and bias_dtype not in DTYPES):
+        return None
+    if not all(1 <= size <= _MOST_FEATURES for size in shape):
         return None
     num_rows, in_features = shape
     padded = spec.padded(in_features)
@@ -134,6 +139,8 @@ def described_matrix(
 @lru_cache(maxsize=8192)
 def float_matrix(address: int, bias: int, format: int, bias_format: int, num_rows: int, in_features: int) -> Matrix:
     """Describe a matrix of floats. The whole description is the cache's key, so none is ever out of date."""
+    if max(num_rows, in_features) > _MOST_FEATURES:
+        raise ConfigError(f"a matrix of {num_rows} x {in_features} values. Allowed: {_MOST_FEATURES} on a side.")
     return Matrix(
         address, -1, -1, bias, format, bias_format, num_rows, in_features, in_features, in_features
     )  # fmt: skip
@@ -145,16 +152,34 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 
 def _matrix(record, name, is_transposed) -> Matrix | None:
-    """Describe one matrix of a record; None where it is missing or no kernel knows it."""
+    """Describe one matrix of a record; None where a part is missing or of another size, or no kernel knows it."""
     tensors = {spec.name: spec for spec in record.tensors}
     places = {part: tensors[part].offset for part in (name, *parts_of(name)) if part in tensors}
     bias = tensors.get(f"{name}_bias")
     bias_dtype = None if bias is None else _BIAS_DTYPES.get(bias.dtype, torch.float64)
     for matrix in record.matrices:
         if matrix.name == name:
-            return described_matrix(find_format(matrix.format), matrix.shape, places, name, bias_dtype)
+            form = find_format(matrix.format)
+            if not _has_parts(record, tensors, name, form, matrix.shape):
+                return None
+            return described_matrix(form, matrix.shape, places, name, bias_dtype)
     spec = tensors.get(name)
     if spec is None or spec.dtype not in FORMAT_OF_DTYPE or len(spec.shape) != 2:
         return None
     shape = spec.shape[::-1] if is_transposed else spec.shape
-    return described_matrix(FORMAT_OF_DTYPE[spec.dtype], shape, places, name, bias_dtype, is_transposed)
+    form = FORMAT_OF_DTYPE[spec.dtype]
+    if not _has_parts(record, tensors, name, form, shape):
+        return None
+    return described_matrix(form, shape, places, name, bias_dtype, is_transposed)
+
+
+def _has_parts(record, tensors, name, form, shape) -> bool:
+    """Whether a record holds all tensors of a matrix within its bytes, each as long as the format has it."""
+    wanted = {part: DTYPE_BYTES[dtype] * rows * columns for part, dtype, (rows, columns) in form.tensors(name, shape)}
+    bias = tensors.get(f"{name}_bias")
+    if bias is not None:
+        wanted[bias.name] = DTYPE_BYTES[bias.dtype] * shape[0]
+    found = [tensors[part] for part in wanted if part in tensors]
+    return len(found) == len(wanted) and all(
+        spec.num_bytes == wanted[spec.name] and 0 <= spec.offset <= record.num_bytes - spec.num_bytes for spec in found
+    )

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from moeflow.kernels.cpu import ops as cpu
+from moeflow.kernels.cpu.checks import refusal, takes_linear, takes_norm
 from moeflow.kernels.cpu.library import instruction_set
+from moeflow.kernels.cpu.ops import linear, rms_norm
 from moeflow.kernels.cpu.structs import DTYPES
 
 MAX_TOKENS = 16  # up to here the row-by-row kernel is ahead of torch's matrix product
@@ -21,40 +22,25 @@ _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply few tokens with a float matrix on the CPU.
+_PLAIN = (torch.nn.Parameter, torch.Tensor)  # a subclass keeps its values in a way of its own
 
-    Args:
-        x: [..., K].
-        weight: [N, K], contiguous, of the dtype of x.
-        bias: [N] or None.
 
-    Returns:
-        [..., N], summed in float32 and rounded once.
-    """
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    cpu.linear(x, weight, bias, out)
+def _linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = linear(x, weight, bias)
+    if out is None:
+        raise refusal("a linear", "x [..., K], weight [N, K] and bias [N]", x, weight, bias)
     return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalise as transformers' RMSNorm does.
-
-    Args:
-        x: [..., H].
-        weight: [H].
-        eps: added to the mean square.
-
-    Returns:
-        [..., H].
-    """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    cpu.rms_norm(x, weight, eps, out)
+def _norm_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    out = rms_norm(x, weight, eps)
+    if out is None:
+        raise refusal("a norm", "x [..., H] and weight [H] of its dtype", x, weight)
     return out
 
 
-_LIBRARY.impl("linear", linear, "CPU")
-_LIBRARY.impl("rms_norm", rms_norm, "CPU")
+_LIBRARY.impl("linear", _linear_op, "CPU")
+_LIBRARY.impl("rms_norm", _norm_op, "CPU")
 
 
 @torch.library.register_fake("moeflow::linear")
@@ -68,41 +54,39 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernels take these as they are: few tokens, on the CPU, one dtype that they have, no autocast."""
+    """Whether so few tokens are multiplied here, in one dtype as torch asks, without gradients or autocast."""
     return (
         0 < x.numel() <= MAX_TOKENS * x.shape[-1]
-        and x.is_cpu
-        and weight.is_cpu
         and x.dtype == weight.dtype
-        and x.dtype in DTYPES
-        and x.shape[-1] == weight.shape[-1]
+        and type(weight) in _PLAIN
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _same_kind(bias: torch.Tensor | None, weight: torch.Tensor) -> bool:
-    return bias is None or (bias.dtype == weight.dtype and bias.is_cpu)
 
 
 class FewTokensLinear(torch.nn.Linear):
     """A torch linear that multiplies few tokens by moeflow's kernel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if not _suits(x, weight) or not weight.is_contiguous() or not _same_kind(self.bias, weight):
-            return super().forward(x)
-        if torch.compiler.is_compiling():
-            return torch.ops.moeflow.linear(x, weight, self.bias)
-        return linear(x, weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if _suits(x, weight) and (bias is None or bias.dtype == weight.dtype):
+            if torch.compiler.is_compiling():
+                if takes_linear(x, weight, bias):
+                    return torch.ops.moeflow.linear(x, weight, bias)
+            elif (out := linear(x, weight, bias)) is not None:
+                return out
+        return super().forward(x)
 
 
 def _norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    if not _suits(x, self.weight):
-        return self._transformers_forward(x)
-    if torch.compiler.is_compiling():
-        return torch.ops.moeflow.rms_norm(x, self.weight, self.variance_epsilon)
-    return rms_norm(x, self.weight, self.variance_epsilon)
+    weight = self.weight
+    if _suits(x, weight):
+        if torch.compiler.is_compiling():
+            if takes_norm(x, weight):
+                return torch.ops.moeflow.rms_norm(x, weight, self.variance_epsilon)
+        elif (out := rms_norm(x, weight, self.variance_epsilon)) is not None:
+            return out
+    return self._transformers_forward(x)
 
 
 @torch.no_grad()
@@ -135,4 +119,5 @@ def _is_known_norm(module: Any) -> bool:
         return False  # those with a gate take two
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(3, module.weight.shape[0], generator=generator).to(module.weight.dtype)
-    return torch.equal(module(sample), rms_norm(sample, module.weight, module.variance_epsilon))
+    found = rms_norm(sample, module.weight, module.variance_epsilon)
+    return found is not None and torch.equal(module(sample), found)

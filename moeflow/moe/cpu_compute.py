@@ -6,7 +6,8 @@ from moeflow.core import RecordLayout
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.cpu import ops as cpu
 from moeflow.kernels.cpu.library import instruction_set
-from moeflow.kernels.cpu.structs import ExpertKernel
+from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel
+from moeflow.moe.compute import run_apart
 from moeflow.moe.dispatch import Dispatch
 from moeflow.offload.slot_pool import Resident
 
@@ -65,19 +66,21 @@ class CpuCompute:
     def run_token(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        if len(residents) > cpu.MAX_TOKEN_EXPERTS:
+            return run_apart(self, hidden_states, residents, dispatch, top_k_weights)
         ordered = sorted(residents, key=lambda resident: dispatch.places(resident.expert))
-        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        cpu.run_token(
+        return cpu.run_token(
             hidden_states.contiguous(),
             [self._kernels[id(resident.record)] for resident in ordered],
             [resident.address for resident in ordered],
-            top_k_weights.contiguous(),
-            out,
+            _known(top_k_weights).contiguous(),
             activation_bits=self._bits,
         )
-        return out
 
     def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        cpu.combine(outputs, top_k_weights, out)
-        return out
+        return cpu.combine(outputs, _known(top_k_weights), hidden_states.dtype)
+
+
+def _known(top_k_weights: torch.Tensor) -> torch.Tensor:
+    """Return router weights in a dtype that the kernels know: a router may compute in float64."""
+    return top_k_weights if top_k_weights.dtype in DTYPES else top_k_weights.float()

@@ -13,11 +13,11 @@ using namespace moeflow;
 extern "C" {
 const char *moeflow_cpu_use(const char *);
 int moeflow_cpu_experts(const Expert *const *, const char *const *, const int64_t *, int, const int64_t *,
-                        const int64_t *, const char *, int, float *, int, int);
-int moeflow_cpu_token(const Expert *const *, const char *const *, int, const void *, const void *, int, void *, int, int,
-                      int);
-int moeflow_cpu_linear(const Matrix *, const char *, const char *, int, int64_t, int, void *, int, int);
-int moeflow_cpu_rms_norm(const char *, int64_t, const void *, float, int64_t, int, char *, int, int);
+                        const int64_t *, int64_t, const char *, int, int64_t, int64_t, float *, int64_t, int, int);
+int moeflow_cpu_token(const Expert *const *, const char *const *, int, const void *, int64_t, const void *, int, void *,
+                      int, int, int);
+int moeflow_cpu_linear(const Matrix *, const char *, const char *, int, int64_t, int64_t, void *, int, int);
+int moeflow_cpu_rms_norm(const char *, int64_t, const void *, float, int64_t, int64_t, char *, int, int);
 }
 
 static const int BITS[NUM_FORMATS] = {32, 16, 16, 8, 4, 3, 2, 1, 4, 8};
@@ -72,11 +72,12 @@ int main() {
                         const char *records[] = {record, record};
                         const int64_t starts[] = {0, 0, tokens};
                         const float weights[] = {0.5f, 0.5f};
-                        for (const int rounded : {0, 8}) {
+                        for (const int rounded : {0, 16}) {
                             int failed = moeflow_cpu_experts(experts, records, starts, 2, rows.data(), rows.data(),
-                                                             (const char *)x.data(), FLOAT32, out.data(), rounded, 2);
-                            failed |= moeflow_cpu_token(experts, records, 2, x.data(), weights, FLOAT32, out.data(),
-                                                        FLOAT32, rounded, 2);
+                                                             tokens, (const char *)x.data(), FLOAT32, tokens, features,
+                                                             out.data(), tokens, rounded, 2);
+                            failed |= moeflow_cpu_token(experts, records, 2, x.data(), features, weights, FLOAT32,
+                                                        out.data(), FLOAT32, rounded, 2);
                             std::vector<float> wide((size_t)tokens * expert.first.num_rows);
                             failed |= moeflow_cpu_linear(&expert.first, record, (const char *)x.data(), FLOAT32,
                                                          4 * features, tokens, wide.data(), rounded, 2);

@@ -164,10 +164,9 @@ def test_one_token_in_one_call_has_the_bits_of_experts_and_combine(forced, dtype
     x = torch.randn(1, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
     weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).to(dtype)
     outputs = run(experts, x, [[0]] * 4, 4, activation_bits)
-    expected, found = torch.empty_like(x), torch.empty_like(x)
-    cpu.combine(outputs, weights, expected)
-    cpu.run_token(
-        x, [e.kernel for e in experts], [e.address for e in experts], weights, found, activation_bits=activation_bits
+    expected = cpu.combine(outputs, weights, dtype)
+    found = cpu.run_token(
+        x, [e.kernel for e in experts], [e.address for e in experts], weights, activation_bits=activation_bits
     )
     assert torch.equal(found, expected)
     assert torch.equal(expected, (outputs * weights.float().T).sum(0, keepdim=True).to(dtype))
@@ -229,8 +228,7 @@ def test_linear_agrees_with_torch(forced, dtype, num_tokens):
     x = torch.randn(num_tokens, 2 * 77, generator=generator).to(dtype)[:, 77:]  # rows apart
     weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((130, 77), (130,)))
     for used in (bias, None):
-        out = torch.empty(num_tokens, 130, dtype=dtype)
-        cpu.linear(x, weight, used, out)
+        out = cpu.linear(x, weight, used)
         expected = x.double() @ weight.double().T + (0 if used is None else used.double())
         torch.testing.assert_close(out, expected.to(dtype), rtol=torch.finfo(dtype).eps * 2, atol=2e-5)
 
@@ -243,8 +241,7 @@ def test_norm_has_torch_bits(forced, dtype, num_features):
         pytest.skip("torch sums in another order here")
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((3, num_features), (num_features,)))
-    out = torch.empty_like(x)
-    cpu.rms_norm(x, weight, 1e-6, out)
+    out = cpu.rms_norm(x, weight, 1e-6)
     wide = x.float()
     expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
     assert torch.equal(out, expected)
@@ -255,11 +252,9 @@ def test_float16_of_any_bits_is_read_and_written_as_torch_does(forced):
     every = torch.arange(-(2**15), 2**15).to(torch.int16)
     values = every.view(torch.float16)
     values = values[values.isfinite()].view(-1, 1)
-    halves = torch.empty(len(values), 1, dtype=torch.float16)
-    cpu.combine(values.float() * 1.0003, torch.ones(len(values), 1), halves)
+    halves = cpu.combine(values.float() * 1.0003, torch.ones(len(values), 1), torch.float16)
     torch.testing.assert_close(halves, (values.float() * 1.0003).half(), rtol=0, atol=0)
-    cpu.linear(values, torch.ones(1, 1, dtype=torch.float16), None, halves)
-    assert torch.equal(halves, values)
+    assert torch.equal(cpu.linear(values, torch.ones(1, 1, dtype=torch.float16), None), values)
 
 
 def test_unknown_records_have_no_kernel():
