@@ -12,6 +12,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from moeflow.errors import ConfigError
+
 _log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,26 @@ def built_library(name: str, beside: str) -> str:
         if path.is_file():
             return str(path)
     raise FileNotFoundError(f"{name} was not built beside {beside}")
+
+
+def array_pointer(array: Any, kind: Any, shape: tuple[int, ...]) -> Any:
+    """Return where an array lies, for C code that reads `shape` numbers there.
+
+    Args:
+        array: of numpy.
+        kind: ctype of a number.
+        shape: the array's, as the code takes it to be.
+
+    Raises:
+        ConfigError: the array has another shape or dtype, or does not lie in order.
+    """
+    if array.shape != shape or array.dtype != kind or not array.flags.c_contiguous:
+        order = "" if array.flags.c_contiguous else ", not contiguous"
+        raise ConfigError(
+            f"an array is {array.dtype} {list(array.shape)}{order}, and "
+            f"the compiled loop reads {kind.__name__} {list(shape)}. Give arrays of one problem, as they were made."
+        )
+    return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
 @cache

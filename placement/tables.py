@@ -5,6 +5,7 @@ Knows problems. Knows nothing of searches.
 
 import numpy as np
 
+from moeflow.errors import PlacementError
 from moeflow.placement.problem import Problem
 
 
@@ -17,6 +18,9 @@ class Tables:
         balance: factor of compute; with 0 only traffic counts.
         may_replicate: whether replicas may go to other experts; else only the places of copies change.
         slowest: by path, whether the slowest link counts, or the mean over all.
+
+    Raises:
+        PlacementError: another number of weights than workloads, or one that is no number.
 
     Attributes:
         slots: [G]. num_copies, free_slots: of a layer.
@@ -43,6 +47,8 @@ class Tables:
         count = len(problem.workloads)
         self.problem, self.balance = problem, balance
         self.weights = np.full(count, 1 / count) if weights is None else np.ascontiguousarray(weights, np.float64)
+        if self.weights.shape != (count,) or not np.isfinite(self.weights).all():
+            raise PlacementError(f"weights {self.weights.tolist()} of {count} workloads. Give one number for each.")
         self.slots = problem.slots.astype(np.int64)
         self.num_copies = problem.num_experts + problem.num_replicas
         self.free_slots = int(self.slots.sum()) - self.num_copies

@@ -157,6 +157,9 @@ constexpr int64_t MOST_COUNT = INT32_MAX; /* of tokens and features: ints count 
 bool is_count(int64_t count) { return count >= 0 && count <= MOST_COUNT; }
 bool is_width(int activation_bits) { return activation_bits == 0 || activation_bits == 16; }
 
+/* Whether a matrix lies in memory: without a record its offsets are addresses. */
+bool is_there(const Matrix &m, const char *record) { return record || (m.codes && m.scale && m.zero && m.bias); }
+
 /* Whether every expert lies in memory, takes and gives rows of so many features, and has as many between as the first. */
 bool fit(const Expert *const *experts, const char *const *records, int num_experts, int64_t num_features) {
     for (int e = 0; e < num_experts; ++e) {
@@ -329,7 +332,7 @@ EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const 
                                 int num_threads) {
     if (!is_count(num_tokens) || !is_width(activation_bits)) return NO_FIT;
     if (!num_tokens) return DONE;
-    if (!matrix || !(record || matrix->codes) || !x || !out) return NO_FIT;
+    if (!matrix || !x || !out || !is_there(*matrix, record)) return NO_FIT;
     Rows input = no_rows(matrix->in_features);
     ask(*matrix, activation_bits == 16, input);
     const bool prepares = lay_out(input);

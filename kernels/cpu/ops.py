@@ -59,8 +59,13 @@ def run_experts(
     """
     if not checks.takes_experts(hidden_states, outputs):
         raise checks.refusal("experts", "tokens [T, H] and float32 outputs [places, H]", hidden_states, outputs)
-    hidden_states = hidden_states.contiguous()
     num_experts = len(kernels)
+    if len(addresses) != num_experts or len(starts) != num_experts + 1 or len(places) != len(tokens):
+        raise ConfigError(
+            f"{num_experts} kernels, {len(addresses)} addresses, {len(starts)} starts, {len(tokens)} tokens and "
+            f"{len(places)} places. Give an address for each kernel, one start more, and a place for each token."
+        )
+    hidden_states = hidden_states.contiguous()
     rows = np.array((tokens, places), dtype=np.int64)
     failed = loaded().free.moeflow_cpu_experts(
         (c_void_p * num_experts)(*[kernel.pointer for kernel in kernels]),
@@ -309,7 +314,7 @@ def _failure(answer, what) -> Exception:
         return MemoryError(f"no memory for {what}")
     return ConfigError(
         f"{what}: a count, a row or an address is out of range, or experts differ in size. Allowed: rows, places and "
-        "counts within the tensors given, records in memory, experts of one layer, activations of 0 or 16 bits."
+        "counts within the tensors given, weights in memory, experts of one layer, activations of 0 or 16 bits."
     )
 
 

@@ -9,10 +9,10 @@ from functools import lru_cache
 
 import torch
 
-from moeflow.core import DTYPE_BYTES, RecordLayout
+from moeflow.core import RecordLayout
 from moeflow.errors import ConfigError
 from moeflow.kernels.activations import ACTIVATIONS, Activation
-from moeflow.kernels.quantization.formats import FORMAT_OF_DTYPE, WeightFormat, find_format
+from moeflow.kernels.quantization.formats import FORMAT_OF_DTYPE, WeightFormat, find_format, holds_matrix
 
 # In the order of the enums in _cpu.h.
 _FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8")
@@ -160,7 +160,7 @@ def _matrix(record, name, is_transposed) -> Matrix | None:
     for matrix in record.matrices:
         if matrix.name == name:
             form = find_format(matrix.format)
-            if not _has_parts(record, tensors, name, form, matrix.shape):
+            if not holds_matrix(record, name, form, matrix.shape):
                 return None
             return described_matrix(form, matrix.shape, places, name, bias_dtype)
     spec = tensors.get(name)
@@ -168,18 +168,6 @@ def _matrix(record, name, is_transposed) -> Matrix | None:
         return None
     shape = spec.shape[::-1] if is_transposed else spec.shape
     form = FORMAT_OF_DTYPE[spec.dtype]
-    if not _has_parts(record, tensors, name, form, shape):
+    if not holds_matrix(record, name, form, shape):
         return None
     return described_matrix(form, shape, places, name, bias_dtype, is_transposed)
-
-
-def _has_parts(record, tensors, name, form, shape) -> bool:
-    """Whether a record holds all tensors of a matrix within its bytes, each as long as the format has it."""
-    wanted = {part: DTYPE_BYTES[dtype] * rows * columns for part, dtype, (rows, columns) in form.tensors(name, shape)}
-    bias = tensors.get(f"{name}_bias")
-    if bias is not None:
-        wanted[bias.name] = DTYPE_BYTES[bias.dtype] * shape[0]
-    found = [tensors[part] for part in wanted if part in tensors]
-    return len(found) == len(wanted) and all(
-        spec.num_bytes == wanted[spec.name] and 0 <= spec.offset <= record.num_bytes - spec.num_bytes for spec in found
-    )

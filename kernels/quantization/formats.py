@@ -34,7 +34,7 @@ Knows names, sizes and shapes. Knows nothing of tensors, files or models.
 
 from typing import NamedTuple
 
-from moeflow.core import align_up
+from moeflow.core import DTYPE_BYTES, RecordLayout, align_up
 from moeflow.errors import ConfigError
 
 BLOCK = 32  # values packed together
@@ -136,3 +136,24 @@ def find_format(name: str) -> WeightFormat:
 
 
 FORMAT_OF_DTYPE = {spec.dtype: spec for spec in FORMATS.values() if spec.kind == "float"}
+
+
+def holds_matrix(record: RecordLayout, name: str, spec: WeightFormat, shape: tuple[int, int]) -> bool:
+    """Whether a record has all tensors of a matrix within its bytes, each as long as its format has it.
+
+    Args:
+        record: of an expert.
+        name: of the matrix.
+        spec: its format.
+        shape: [N, K].
+    """
+    tensors = {tensor.name: tensor for tensor in record.tensors}
+    wanted = {part: DTYPE_BYTES[dtype] * rows * columns for part, dtype, (rows, columns) in spec.tensors(name, shape)}
+    bias = tensors.get(f"{name}_bias")
+    if bias is not None:
+        wanted[bias.name] = DTYPE_BYTES[bias.dtype] * shape[0]
+    found = [tensors[part] for part in wanted if part in tensors]
+    return len(found) == len(wanted) and all(
+        tensor.num_bytes == wanted[tensor.name] and 0 <= tensor.offset <= record.num_bytes - tensor.num_bytes
+        for tensor in found
+    )

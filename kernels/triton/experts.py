@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from moeflow.core import RecordLayout
+from moeflow.errors import ConfigError
 from moeflow.kernels.activations import ACTIVATIONS, Activation
 from moeflow.kernels.triton.matrix import MatrixPlan
 
@@ -19,6 +20,7 @@ _BUILT: list["TritonExperts"] = []
 # Tokens of a whole call -> tokens of a tile. Whole calls only: bits must not depend on the resident experts.
 _TILE_TOKENS = ((128, 16), (512, 32), (2048, 64))
 _LARGEST_TILE = 128
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> bool:
@@ -39,12 +41,14 @@ class TritonExperts:
         first: the gate and up matrix, or the up matrix.
         down: the down matrix.
         activation: the one between them.
+        record_bytes: of the record that they lie in.
     """
 
-    def __init__(self, first: MatrixPlan, down: MatrixPlan, activation: Activation) -> None:
+    def __init__(self, first: MatrixPlan, down: MatrixPlan, activation: Activation, record_bytes: int) -> None:
         from moeflow.kernels.triton.activation import constants
 
         self.first, self.down, self.step = first, down, constants(activation)
+        self.record_bytes = record_bytes
         self.number = len(_BUILT)
         _BUILT.append(self)
 
@@ -74,7 +78,9 @@ class TritonExperts:
             return None
         if first.num_rows != down.in_features * (1 if activation.gate == "none" else 2):
             return None
-        return cls(first, down, activation)
+        if down.num_rows != first.in_features:
+            return None
+        return cls(first, down, activation, record.num_bytes)
 
     def decode(
         self, hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor
@@ -144,6 +150,9 @@ class TritonExperts:
 def _decode(
     hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor, number: int
 ) -> torch.Tensor:
+    _check_numbers(hidden_states, slots)
+    if slots.shape != (*hidden_states.shape[:1], slots.shape[-1]):
+        raise ConfigError(f"slots are {list(slots.shape)}. Give [T, K] for {len(hidden_states)} tokens.")
     flat = slots.reshape(-1)
     outputs = _run_pairs(_BUILT[number], hidden_states, arena, flat, pairs_per_row=slots.shape[1])
     return _combine(outputs, top_k_weights, hidden_states.dtype)
@@ -152,6 +161,9 @@ def _decode(
 def _pairs(
     hidden_states: torch.Tensor, arena: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor, number: int
 ) -> torch.Tensor:
+    _check_numbers(hidden_states, slots, tokens)
+    if slots.dim() != 1 or slots.shape != tokens.shape:
+        raise ConfigError(f"slots are {list(slots.shape)}, tokens {list(tokens.shape)}. Give one of each for a pair.")
     return _run_pairs(_BUILT[number], hidden_states, arena, slots.contiguous(), tokens=tokens.contiguous())
 
 
@@ -179,8 +191,13 @@ def _prefill(
 
     experts = _BUILT[number]
     _check(experts, hidden_states, arena)
-    assert outputs.dtype == torch.float32, outputs.dtype
-    assert outputs.is_contiguous(), outputs.stride()
+    _check_numbers(hidden_states, slots, tokens, offsets, places)
+    if tokens.shape != places.shape or offsets.numel() != slots.numel() + 1:
+        raise ConfigError(
+            f"{tokens.numel()} tokens, {places.numel()} places and {offsets.numel()} offsets of {slots.numel()} "
+            "experts. Give as many places as tokens, and one offset more than experts."
+        )
+    _check_sums(outputs, hidden_states.device, hidden_states.shape[1])
     num_tokens, num_entries = hidden_states.shape[0], tokens.numel()
     tile = next((tile for most, tile in _TILE_TOKENS if num_tokens <= most), _LARGEST_TILE)
     inner = hidden_states.new_empty(num_entries, experts.down.in_features)
@@ -198,14 +215,50 @@ def _prefill(
 def _combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from moeflow.kernels.triton.combine import combine_pairs
 
+    _check_sums(outputs, top_k_weights.device, outputs.shape[-1])
+    if top_k_weights.dim() != 2 or top_k_weights.numel() != len(outputs) or not top_k_weights.is_floating_point():
+        raise ConfigError(
+            f"router weights are {top_k_weights.dtype} {list(top_k_weights.shape)} for {len(outputs)} outputs. Give "
+            "floats [T, K] for outputs [T * K, H]."
+        )
     return combine_pairs(outputs, top_k_weights, dtype)
 
 
 def _check(experts, hidden_states, arena) -> None:
-    assert arena.dtype == torch.uint8, arena.dtype
-    assert arena.stride(1) == 1 and not arena.stride(0) % 64, f"slots lie at multiples of 64 bytes: {arena.stride()}"  # noqa: PT018
-    assert hidden_states.shape[-1] == experts.first.in_features, (hidden_states.shape, experts.first.in_features)
-    assert hidden_states.dtype in (torch.float32, torch.bfloat16, torch.float16), hidden_states.dtype
+    """Refuse activations and slots that the kernels would read past or misread; they see addresses alone."""
+    if hidden_states.dtype not in _DTYPES or hidden_states.shape[1:] != (experts.first.in_features,):
+        raise ConfigError(
+            f"hidden states are {hidden_states.dtype} {list(hidden_states.shape)}. Allowed: float32, bfloat16 or "
+            f"float16 [T, {experts.first.in_features}]."
+        )
+    if arena.dtype != torch.uint8 or arena.dim() != 2 or arena.stride(1) != 1 or arena.stride(0) % 64:
+        raise ConfigError(
+            f"slots are {arena.dtype} {list(arena.shape)} in steps of {arena.stride()}. Allowed: uint8 [num_slots, "
+            "slot_bytes], each at a multiple of 64 bytes."
+        )
+    if arena.device != hidden_states.device or arena.shape[1] < experts.record_bytes:
+        raise ConfigError(
+            f"slots of {arena.shape[1]} bytes are on {arena.device}, hidden states on {hidden_states.device}. Give "
+            f"slots of {experts.record_bytes} bytes or more on the same device."
+        )
+
+
+def _check_numbers(hidden_states, *numbers) -> None:
+    for tensor in numbers:
+        if tensor.dtype != torch.int32 or tensor.device != hidden_states.device:
+            raise ConfigError(
+                f"slots, tokens, offsets and places are {tensor.dtype} on {tensor.device}. Give int32 on "
+                f"{hidden_states.device}, where the hidden states are."
+            )
+
+
+def _check_sums(outputs, device, num_features) -> None:
+    is_table = outputs.dim() == 2 and outputs.shape[1] == num_features
+    if outputs.dtype != torch.float32 or outputs.device != device or not is_table or not outputs.is_contiguous():
+        raise ConfigError(
+            f"outputs are {outputs.dtype} {list(outputs.shape)} on {outputs.device}. Give contiguous float32 "
+            f"[T * K, {num_features}] on {device}."
+        )
 
 
 def _register(name, function, fake, mutates_args=()) -> None:

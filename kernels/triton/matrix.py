@@ -6,7 +6,7 @@ Knows formats and record layouts. Knows nothing of Triton itself, which may be a
 from typing import NamedTuple
 
 from moeflow.core import RecordLayout
-from moeflow.kernels.quantization.formats import BLOCK, FORMAT_OF_DTYPE, WeightFormat, find_format
+from moeflow.kernels.quantization.formats import BLOCK, FORMAT_OF_DTYPE, WeightFormat, find_format, holds_matrix
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 
@@ -91,7 +91,9 @@ class MatrixPlan(NamedTuple):
             num_rows, in_features = codes.shape[::-1] if is_transposed else codes.shape
         else:
             return None
-        if (spec.kind, spec.bits) not in _DECODE_BLOCKS:
+        if (spec.kind, spec.bits) not in _DECODE_BLOCKS or min(num_rows, in_features) < 1:
+            return None
+        if not holds_matrix(record, name, spec, (num_rows, in_features)):
             return None
         plan = cls(
             num_rows, in_features, spec, is_transposed, codes.offset,

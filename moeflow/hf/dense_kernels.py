@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moeflow.errors import ConfigError
 from moeflow.kernels.cpu.checks import refusal, takes_linear, takes_norm
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.ops import linear, rms_norm
@@ -45,12 +46,24 @@ _LIBRARY.impl("rms_norm", _norm_op, "CPU")
 
 @torch.library.register_fake("moeflow::linear")
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    _check_device(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("moeflow::rms_norm")
 def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    _check_device(x, weight)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _check_device(x: torch.Tensor, *weights: torch.Tensor | None) -> None:
+    """Refuse a weight that was moved away from its input: torch leaves a product unset where one is on "meta"."""
+    for weight in weights:
+        if weight is not None and weight.device != x.device:
+            raise ConfigError(
+                f"a weight is on {weight.device}, its input on {x.device}. Do not move parts of a model that load_moe "
+                "returned: give load_moe the device instead."
+            )
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -75,6 +88,7 @@ class FewTokensLinear(torch.nn.Linear):
                     return torch.ops.moeflow.linear(x, weight, bias)
             elif (out := linear(x, weight, bias)) is not None:
                 return out
+        _check_device(x, weight, bias)
         return super().forward(x)
 
 

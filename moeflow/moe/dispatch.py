@@ -6,6 +6,8 @@ summed in the order of K, so that the order in which experts arrive never shows 
 
 import torch
 
+from moeflow.errors import ConfigError
+
 
 class Dispatch:
     """The (token, expert) pairs of one layer, grouped by expert, tokens in order.
@@ -13,6 +15,9 @@ class Dispatch:
     Args:
         top_k_index: [T, K], expert numbers; num_experts or more means none.
         num_experts: of the layer.
+
+    Raises:
+        ConfigError: a negative number.
     """
 
     def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None:
@@ -20,12 +25,17 @@ class Dispatch:
         flat = top_k_index.reshape(-1)
         if self.num_tokens == 1:
             chosen = flat.tolist()
+            if chosen and min(chosen) < 0:
+                raise _no_expert(min(chosen), num_experts)
             self._places: dict[int, list[int]] = {}
             for place, expert in enumerate(chosen):
                 if expert < num_experts:
                     self._places.setdefault(expert, []).append(place)
         else:
+            flat = flat.clamp(max=num_experts)  # all that mean none are one
             order = flat.argsort(stable=True).tolist()
+            if order and (least := int(flat[order[0]])) < 0:
+                raise _no_expert(least, num_experts)
             counts, start = torch.bincount(flat, minlength=num_experts).tolist(), 0
             self._places = {}
             for expert, count in enumerate(counts[:num_experts]):
@@ -51,3 +61,9 @@ class Dispatch:
     def num_tokens_of(self) -> list[int]:
         """Return how many tokens go to each of `experts`."""
         return [len(places) for places in self._places.values()]
+
+
+def _no_expert(number: int, num_experts: int) -> ConfigError:
+    return ConfigError(
+        f"a token is routed to expert {number}. Allowed: 0 to {num_experts - 1}, {num_experts} or more for none."
+    )

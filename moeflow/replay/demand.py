@@ -19,6 +19,7 @@ from moeflow.replay.demand_loop import replay_loop
 from moeflow.trace.trace import RoutingTrace
 
 # In the order of the enum in _replay.c.
+_MOST = 2**31 - 1  # rows, and experts of all layers: the loop numbers them in 32 bits
 REPLAY_POLICIES = ("lru", "lfu", "lfru", "static", "popularity", "belady", "random")
 
 
@@ -74,9 +75,10 @@ def replay(
         Hits and accesses by layer.
 
     Raises:
-        ConfigError: an unknown policy, fewer slots than one event demands, or nothing to replay.
+        ConfigError: an unknown policy, fewer slots than one event demands, routes that are not whole numbers [N, L, K]
+            of 1 to 65,535 experts, malformed starts, or nothing to replay.
     """
-    starts = np.ascontiguousarray(starts, np.int64)
+    experts, starts = np.asarray(experts), np.ascontiguousarray(starts, np.int64)
     _check(experts, starts, num_slots, policy)
     return _replay(_in_order(experts, num_experts), num_experts, starts, num_slots, policy, per_layer, warm, seed)
 
@@ -178,6 +180,10 @@ def _check(experts: np.ndarray, starts: np.ndarray, num_slots: int, policy: str)
     """Refuse an unknown policy, malformed starts, an empty trace and too few slots."""
     if policy not in REPLAY_POLICIES:
         raise ConfigError(f"policy {policy!r} is unknown. Allowed: {', '.join(REPLAY_POLICIES)}.")
+    if experts.ndim != 3 or experts.dtype.kind not in "iu":
+        raise ConfigError(
+            f"experts are {experts.dtype} {list(experts.shape)}. Give whole numbers [rows, layers, experts a token]."
+        )
     if (
         starts.ndim != 1
         or (np.diff(starts) < 0).any()
@@ -198,7 +204,13 @@ def _check(experts: np.ndarray, starts: np.ndarray, num_slots: int, policy: str)
 
 def _in_order(experts: np.ndarray, num_experts: int) -> np.ndarray:
     """Return experts as contiguous uint16, rising within an event, with num_experts and nothing else for none."""
-    assert num_experts < 2**16, f"{num_experts} experts a layer do not fit 16 bits"
+    if not 1 <= num_experts < 2**16:
+        raise ConfigError(f"{num_experts} experts a layer cannot be replayed. Allowed: 1 to {2**16 - 1}.")
+    if max(len(experts), experts.shape[1] * num_experts) > _MOST:
+        raise ConfigError(
+            f"{len(experts)} rows of {experts.shape[1]} layers with {num_experts} experts are too many. Allowed: "
+            f"{_MOST} rows, {_MOST} experts in all layers."
+        )
     ordered = np.where((experts < 0) | (experts >= num_experts), np.uint16(num_experts), experts).astype(np.uint16)
     ordered.sort(axis=-1)
     again = ordered[..., 1:] == ordered[..., :-1]
@@ -218,7 +230,9 @@ def _replay(
 ) -> Replay:
     """Replay rows that `_check` has passed and `_in_order` has sorted."""
     loop = _compiled_loop() or replay_loop
-    top_k = ordered.shape[2]
+    num_layers, top_k = ordered.shape[1:]
+    # Further slots stay empty, and no expert is ever evicted.
+    num_slots = min(num_slots, max(num_experts * (1 if per_layer else num_layers), top_k))
     # A static cache fixes all slots but one event's and one in flight, as the live one does.
     options = {"warm": warm, "num_fixed": num_slots - top_k - 1, "seed": seed}
     if not per_layer:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from moeflow.c_library import c_function
+from moeflow.c_library import array_pointer, c_function
+from moeflow.errors import PlacementError
 from moeflow.placement.plan import Plan
 from moeflow.placement.solvers import anneal_loop
 from moeflow.placement.tables import Tables
@@ -22,25 +23,29 @@ from moeflow.random_bits import RandomBits
 
 _MAX_GPUS = 1024  # size of the C loop's arrays on the stack
 _CNumber = type["ctypes._SimpleCData[Any]"]
-_TABLES: dict[str, _CNumber] = {
-    "slots": c_int64, "tokens": c_double, "active": c_double, "arithmetic_s": c_double, "reading_s": c_double,
-    "link_s": c_double, "weights": c_double, "traffic": c_double, "traffic_back": c_double, "distance": c_double,
-    "transitions": c_double, "transitions_back": c_double, "crossing_s": c_double,
+# Letters name the axes: workloads W, layers L, pairs of layers T, experts E, GPUs G, copies C, most copies R.
+_TABLES: dict[str, tuple[_CNumber, str]] = {
+    "slots": (c_int64, "G"), "tokens": (c_double, "WLE"), "active": (c_double, "WLER"), "arithmetic_s": (c_double, "G"),
+    "reading_s": (c_double, "G"), "link_s": (c_double, "G"), "weights": (c_double, "W"), "traffic": (c_double, "TEE"),
+    "traffic_back": (c_double, "TEE"), "distance": (c_double, "GG"), "transitions": (c_double, "WTEE"),
+    "transitions_back": (c_double, "WTEE"), "crossing_s": (c_double, "GG"),
 }  # fmt: skip
-_ARRAYS: dict[str, _CNumber] = {
-    "copy_expert": c_int64, "copy_gpu": c_int64, "holds": c_uint8, "num_copies": c_int64, "used": c_int64,
-    "busy_s": c_double, "pull_s": c_double, "inflow": c_double, "outflow": c_double, "flow": c_double,
-    "slowest_s": c_double,
+_ARRAYS: dict[str, tuple[_CNumber, str]] = {
+    "copy_expert": (c_int64, "LC"), "copy_gpu": (c_int64, "LC"), "holds": (c_uint8, "LEG"),
+    "num_copies": (c_int64, "LE"), "used": (c_int64, "LG"), "busy_s": (c_double, "WLG"), "pull_s": (c_double, "LEG"),
+    "inflow": (c_double, "WLEG"), "outflow": (c_double, "WLEG"), "flow": (c_double, "WTGG"),
+    "slowest_s": (c_double, "WT"),
 }  # fmt: skip
+_FLOWS = ("inflow", "outflow", "flow", "slowest_s")  # empty where the slowest link does not count
 _SIZES = ("layers", "experts", "gpus", "workloads", "copies", "most_copies", "free_slots", "may_replicate")
 
 
 class _CTables(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in _SIZES] + [(name, POINTER(kind)) for name, kind in _TABLES.items()]
+    _fields_ = [(name, c_int64) for name in _SIZES] + [(name, POINTER(kind)) for name, (kind, _) in _TABLES.items()]
 
 
 class _CState(ctypes.Structure):
-    _fields_ = [*((name, POINTER(kind)) for name, kind in _ARRAYS.items()), ("random", c_uint64)]
+    _fields_ = [*((name, POINTER(kind)) for name, (kind, _) in _ARRAYS.items()), ("random", c_uint64)]
 
 
 class Annealing:
@@ -50,6 +55,9 @@ class Annealing:
         tables: the problem.
         plan: the first placement, with as many copies a layer as the problem has slots to fill.
         seed: of the random numbers.
+
+    Raises:
+        PlacementError: a plan of another problem.
 
     Attributes:
         copy_expert, copy_gpu: [L, C], every copy. holds: [L, E, G]. num_copies: [L, E]. used: [L, G] slots.
@@ -62,13 +70,20 @@ class Annealing:
     def __init__(self, tables: Tables, plan: Plan, seed: int = 0) -> None:
         self.tables = tables
         mask = plan.mask()
-        layers, experts, gpus = np.nonzero(mask)
-        assert len(layers) == plan.num_layers * tables.num_copies, "a plan with another number of copies"
+        copies, used = mask.sum(axis=(1, 2)), mask.sum(axis=1)
+        wanted = (*tables.tokens.shape[1:], len(tables.slots))
+        if mask.shape != wanted or (copies != tables.num_copies).any() or (used > tables.slots).any():
+            raise PlacementError(
+                f"the plan has {list(mask.shape)} layers, experts and GPUs and {copies.min()} to {copies.max()} copies "
+                f"a layer, the problem {list(wanted)}, {tables.num_copies} copies and slots {tables.slots.tolist()}. "
+                "Give a plan of this problem."
+            )
+        _, experts, gpus = np.nonzero(mask)
         self.copy_expert = np.ascontiguousarray(experts.reshape(plan.num_layers, -1), np.int64)
         self.copy_gpu = np.ascontiguousarray(gpus.reshape(plan.num_layers, -1), np.int64)
         self.holds = np.ascontiguousarray(mask, np.uint8)
         self.num_copies = np.ascontiguousarray(mask.sum(axis=2), np.int64)
-        self.used = np.ascontiguousarray(mask.sum(axis=1), np.int64)
+        self.used = np.ascontiguousarray(used, np.int64)
         self.random = RandomBits(seed)
         self.busy_s, self.pull_s = self._busy(), self._pull()
         self.inflow, self.outflow, self.flow, self.slowest_s = self._flows()
@@ -78,7 +93,8 @@ class Annealing:
         loop = _c_loop()
         if loop is None or self.tables.problem.num_gpus > _MAX_GPUS:
             return anneal_loop.anneal(self.tables, self, num_proposals, temperature)
-        tables, state = _c_tables(self.tables, self.copy_expert.shape[1]), _c_state(self)
+        sizes = _sizes(self.tables)
+        tables, state = _c_tables(self.tables, sizes), _c_state(self, sizes)
         kept = loop(byref(tables), byref(state), num_proposals, temperature)
         self.random.state = state.random
         return kept
@@ -140,20 +156,31 @@ def _close(kept: np.ndarray, fresh: np.ndarray) -> bool:
     return np.allclose(kept, fresh, rtol=1e-9, atol=1e-12 * np.abs(fresh).max(initial=0.0))
 
 
-def _c_tables(tables: Tables, num_copies: int) -> _CTables:
-    out = _CTables(
-        *tables.tokens.shape[1:], len(tables.slots), len(tables.weights), num_copies, tables.active.shape[3],
-        tables.free_slots, tables.may_replicate,
-    )  # fmt: skip
-    for name, kind in _TABLES.items():
-        if (array := getattr(tables, name)) is not None:
-            setattr(out, name, array.ctypes.data_as(POINTER(kind)))
+def _sizes(tables: Tables) -> dict[str, int]:
+    """Return the numbers of workloads, layers, experts, most copies, GPUs, copies and transitions, by letter."""
+    workloads, layers, experts, most = tables.active.shape
+    sizes = {"W": workloads, "L": layers, "E": experts, "R": most, "G": len(tables.slots), "C": tables.num_copies}
+    return {**sizes, "T": layers - 1}
+
+
+def _pointer(owner: object, name: str, kind: _CNumber, letters: str, sizes: dict[str, int]) -> Any:
+    return array_pointer(getattr(owner, name), kind, tuple(sizes[letter] for letter in letters))
+
+
+def _c_tables(tables: Tables, sizes: dict[str, int]) -> _CTables:
+    out = _CTables(*(sizes[letter] for letter in "LEGWCR"), tables.free_slots, tables.may_replicate)
+    for name, (kind, letters) in _TABLES.items():
+        if getattr(tables, name) is not None:
+            setattr(out, name, _pointer(tables, name, kind, letters, sizes))
     return out
 
 
-def _c_state(state: Annealing) -> _CState:
-    pointers = [getattr(state, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
-    return _CState(*pointers, state.random.state)
+def _c_state(state: Annealing, sizes: dict[str, int]) -> _CState:
+    out = _CState(random=state.random.state)
+    for name, (kind, letters) in _ARRAYS.items():
+        if name not in _FLOWS or state.tables.transitions is not None:
+            setattr(out, name, _pointer(state, name, kind, letters, sizes))
+    return out
 
 
 def _c_loop() -> Callable[..., int] | None:

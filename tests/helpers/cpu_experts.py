@@ -105,13 +105,13 @@ class Expert:
         changed = torch.zeros_like(hidden)
         for part in (places < len(places) // 2, places >= len(places) // 2, places % 2 == 0, places % 2 == 1):
             changed += (self.activation.apply(before + shift * part) - hidden).abs()
-        return (changed + _ROUNDINGS * hidden.abs()) @ self._weight("down_proj").abs().T
+        return (changed + _ROUNDINGS * hidden.abs()) @ self.weight("down_proj").abs().T
 
     def _product(self, name, each=lambda values: values):
-        weight, bias = each(self._weight(name)), self.tensors.get(f"{name}_bias")
+        weight, bias = each(self.weight(name)), self.tensors.get(f"{name}_bias")
         return lambda x: x @ weight.T + (0 if bias is None else each(bias.double()))
 
-    def _weight(self, name):
+    def weight(self, name):
         if self.spec.kind != "float":
             return dequantize(self.tensors, name, self.spec, self.shapes[name], torch.float64)
         weight = self.tensors[name].double()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.placement_problems import EXPERT_BYTES, machine, random_problem
+from moeflow.errors import ConfigError, PlacementError
 from moeflow.placement.cost import StepShape
 from moeflow.placement.problem import Problem
 from moeflow.placement.solvers import anneal, anneal_loop
@@ -270,3 +271,21 @@ def test_annealing_tells_how_far_it_is_up_to_the_end():
     assert told == sorted(told)
     assert told[-1] == 1
     assert len(told) > 100
+
+
+def test_a_plan_or_weights_of_another_problem_are_refused():
+    problem, other = uneven_problem(0, "path"), uneven_problem(0, "path", num_replicas=0)
+    with pytest.raises(PlacementError, match="Give a plan of this problem"):
+        Annealing(Tables(problem), random_placement(other).plan)
+    for weights in (np.ones(1), np.full(2, np.nan)):
+        with pytest.raises(PlacementError, match="one number for each"):
+            Tables(problem, weights)
+
+
+@needs_c
+def test_arrays_of_another_shape_or_dtype_are_refused():
+    for name in anneal._ARRAYS:
+        annealing = annealing_of(uneven_problem(0, "path"), True)
+        setattr(annealing, name, getattr(annealing, name)[:1])
+        with pytest.raises(ConfigError, match="compiled loop reads"):
+            annealing.run(5, 1.0)

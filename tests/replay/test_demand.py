@@ -316,3 +316,21 @@ def test_too_few_slots_and_empty_traces_are_refused():
         replay_trace(write_trace(experts, phase=np.zeros(60)), [50], ["lru"])
     with pytest.raises(ConfigError, match="rising order"):
         replay(experts, 8, [0, 61], 4, "lru")
+
+
+@pytest.mark.parametrize("policy", REPLAY_POLICIES)
+def test_more_slots_than_experts_are_as_many_as_experts(policy):
+    experts, every = random_routing(0), 8 * random_routing(0).shape[1]
+    for num_slots in (2**31, 2**32 + 3, 2**70):
+        found, enough = (replay(experts, 8, [0, 60], slots, policy) for slots in (num_slots, every))
+        assert found.layer_hits.tolist() == enough.layer_hits.tolist()
+
+
+def test_routes_that_the_loop_cannot_count_are_refused():
+    experts = random_routing(0)
+    for num_experts in (-1, 0, 2**16):
+        with pytest.raises(ConfigError, match="Allowed: 1 to 65535"):
+            replay(experts, num_experts, [0, 60], 4, "lru")
+    for routes in (experts[0], experts * 1.5):
+        with pytest.raises(ConfigError, match="whole numbers"):
+            replay(routes, 8, [0, 60], 4, "lru")

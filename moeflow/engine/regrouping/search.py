@@ -16,7 +16,7 @@ from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_uint16, c_uint6
 
 import numpy as np
 
-from moeflow.c_library import c_function
+from moeflow.c_library import array_pointer, c_function
 from moeflow.engine.regrouping import search_loop
 from moeflow.errors import ConfigError
 from moeflow.random_bits import RandomBits
@@ -24,6 +24,7 @@ from moeflow.random_bits import RandomBits
 HOT, COLD = 6.0, 0.3  # temperatures, in active (layer, expert) pairs
 _NUM_SWAPS = 40_000  # some milliseconds; 32 tokens end within .1 % of the fewest pairs
 _MIN_SWAPS_PER_TOKEN = 500  # a shorter search begins half as hot, since it has no time to cool from more
+_MOST_TOKENS = 2**16 - 1  # `Search.count` counts them in 16 bits
 _ARRAYS = {
     "routes": c_uint64, "group": c_int32, "any": c_uint64, "one": c_uint64, "count": c_uint16, "best": c_int32,
 }  # fmt: skip
@@ -52,7 +53,7 @@ def regroup(
         [tokens] int32, the group of each token; never more active pairs than the start has.
 
     Raises:
-        ConfigError: routes are not [tokens, L, E], or there are more groups than tokens.
+        ConfigError: routes are not [tokens, L, E], there are more groups than tokens, or 65,536 tokens or more.
     """
     search = Search(routes, num_groups, start=start, seed=seed)
     search.run(_NUM_SWAPS if num_swaps is None else num_swaps)
@@ -109,6 +110,8 @@ class Search:
         if routes.ndim != 3 or routes.dtype != bool:
             raise ConfigError(f"routes are {routes.dtype} {list(routes.shape)}. Give bool [tokens, layers, experts].")
         tokens = len(routes)
+        if tokens > _MOST_TOKENS:
+            raise ConfigError(f"{tokens} tokens to regroup. Allowed: {_MOST_TOKENS}.")
         if not 1 <= num_groups <= max(tokens, 1):
             raise ConfigError(f"{num_groups} groups of {tokens} tokens. Give from 1 to as many groups as tokens.")
         self.group = arrival_groups(tokens, num_groups) if start is None else np.array(start, np.int32)
@@ -129,10 +132,17 @@ class Search:
             hot = HOT if num_swaps >= _MIN_SWAPS_PER_TOKEN * len(self.group) else HOT / 2
         cooling = (cold / hot) ** (1 / max(num_swaps, 1))
         loop = _c_loop()
+        if not len(self.group):
+            return 0
         if loop is None:
             return search_loop.regroup(self, num_swaps, hot, cooling)
-        pointers = [getattr(self, name).ctypes.data_as(POINTER(kind)) for name, kind in _ARRAYS.items()]
-        state = _CState(*self.routes.shape, *pointers, self.random.state)
+        (tokens, words), groups = self.routes.shape, len(self.count)
+        shapes = {"routes": (tokens, words), "group": (tokens,), "best": (tokens,), "count": (groups, 64 * words)}
+        pointers = [
+            array_pointer(getattr(self, name), kind, shapes.get(name, (groups, words)))
+            for name, kind in _ARRAYS.items()
+        ]
+        state = _CState(tokens, words, *pointers, self.random.state)
         change = loop(byref(state), num_swaps, hot, cooling)
         self.random.state = state.random
         return change

@@ -17,6 +17,19 @@ from moeflow.trace.convert import convert_trace
 from moeflow.trace.trace import RoutingTrace
 
 
+def test_more_tokens_than_it_counts_are_refused_and_none_have_no_groups():
+    with pytest.raises(ConfigError, match="Allowed: 65535"):
+        regroup(np.zeros((2**16, 1, 1), bool), 2)
+    assert regroup(np.zeros((0, 2, 3), bool), 1).shape == (0,)
+
+
+def test_arrays_of_another_search_are_refused():
+    search = Search(random_routes(0, 9), 2)
+    search.count = search.count[:1]
+    with pytest.raises(ConfigError, match="compiled loop reads"):
+        search.run(10)
+
+
 def random_routes(seed, tokens, layers=3, experts=7, share=0.3):
     return np.random.default_rng(seed).random((tokens, layers, experts)) < share
 

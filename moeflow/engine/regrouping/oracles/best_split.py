@@ -38,8 +38,9 @@ def best_split(routes: np.ndarray, *, num_steps: int = _NUM_STEPS) -> tuple[np.n
         [tokens] int32 groups, 0 or 1, and whether they are proven to be the best.
 
     Raises:
-        ConfigError: fewer than two tokens.
+        ConfigError: fewer than two tokens, or routes that are not bool [tokens, L, E].
     """
+    routes = np.asarray(routes)
     tokens = len(routes)
     if tokens < 2:
         raise ConfigError(f"{tokens} tokens in 2 groups. Give at least two.")
