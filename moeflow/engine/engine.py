@@ -121,7 +121,7 @@ class Engine:
         if any(kept.id == id for kept in self._kept.donors()):
             self._kept.drop()  # a slot has one name
         ids = self._prompts.token_ids(prompt, params)
-        sequence = Sequence(id, ids, self._prompts.most_new_tokens(ids, params))
+        sequence = self._runner.sequence(id, ids, self._prompts.most_new_tokens(ids, params))
         request = self._requests[id] = Request(sequence, params, self.tokenizer)
         try:
             self._prompts.check(ids)

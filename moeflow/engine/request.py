@@ -81,7 +81,7 @@ class Request:
         """
         sequence = self.sequence
         sampled = self.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids)
-        sequence.token_ids.append(sampled.token_id)
+        sequence.append(sampled.token_id)
         if self.logprobs is not None:
             self.logprobs.append((sampled.logprob, sampled.top))
         text, stopped = "", sampled.token_id in end_tokens and not self.params.ignore_eos

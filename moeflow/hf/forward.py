@@ -69,10 +69,10 @@ def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
     cache = kwargs.get("cache") if cache is None else cache  # its name from transformers 5.24 on
     describe = getattr(cache, "describe_pass", None)  # a cache that holds many sequences knows better
     if describe is not None:
-        num_sequences, num_positions, token_ids = describe(ids)
+        num_sequences, num_positions, continues, token_ids = describe(ids)
     else:
         num_sequences, num_positions, token_ids = ids.shape[0], ids.shape[1], ids if ids.dim() == 2 else None
-    continues = _continues(cache, num_positions)
+        continues = _continues(cache, num_positions)
     mask = kwargs.get("attention_mask")
     return ForwardPass(num_sequences, num_positions, continues, token_ids, mask, cache)
 
@@ -115,9 +115,17 @@ def check_key_value_cache(model: PreTrainedModel) -> None:
 
 
 def context_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions the model was made for; None where its config does not say."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    """Return how many positions the model was made for; None where its config does not say.
+
+    Dynamic NTK scaling begins beyond `max_position_embeddings`, and is made for `factor` times as many.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # of the model, or of types of layers
+    return max(int(found * each.get("factor", 1)) if each.get("rope_type") == "dynamic" else found for each in ropes)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
