@@ -71,7 +71,7 @@ class SequenceRotary:
         self._own = module.forward
         self._replaced = module.__dict__.get("forward")  # another library's, which stands in as well
         self._longest = max(_SHORTEST, longest)
-        self._parameters = inspect.signature(module.forward)
+        self._parameters = _signature(module)
         self.scalings: dict[Hashable, Scaling] = {}  # by the arguments beside tensors: a model may have several
 
     @property
@@ -202,8 +202,13 @@ def _rotary_modules(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     """Yield the modules that make something of positions alone."""
     for module in model.modules():
         bare = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
-        if bare and "position_ids" in inspect.signature(module.forward).parameters:
+        if bare and "position_ids" in _signature(module).parameters:
             yield module
+
+
+def _signature(module: torch.nn.Module) -> inspect.Signature:
+    """Return how a module's own forward is called, whatever stands in for it."""
+    return inspect.signature(type(module).forward.__get__(module))
 
 
 def _stand_in(module: torch.nn.Module, longest: int) -> SequenceRotary:

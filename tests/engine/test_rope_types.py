@@ -42,6 +42,12 @@ def test_an_engine_and_generate_leave_each_other_no_scaling(rope):
         assert generated(model, medium) == truth(fresh, medium)
         assert generated(model, long) == truth(fresh, long)
         assert answers(engine, [medium]) == [truth(fresh, medium)]
+    with Engine(model) as other, Engine(model) as third:
+        assert (
+            answers(other, [long, medium])
+            == answers(third, [long, medium])
+            == [truth(fresh, long), truth(fresh, medium)]
+        )
     assert generated(copy.deepcopy(model), PROMPTS["short"][0]) == truth(fresh, PROMPTS["short"][0])
 
 
