@@ -139,6 +139,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     return tuple(tokens if own is None or own in tokens else [*tokens, own])
 
 
+def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the texts at which the generation settings end an answer."""
+    found = getattr(getattr(model, "generation_config", None), "stop_strings", None)
+    return (found,) if isinstance(found, str) else tuple(found or ())
+
+
 def sampling_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Return do_sample and the sampling that the checkpoint asks for, under the names of `generate`.
 

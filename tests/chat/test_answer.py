@@ -130,6 +130,18 @@ def test_end_of_turn_named_only_by_the_tokenizer_ends_the_answer(model, tokenize
     assert stream.answer.num_new_tokens == 3
 
 
+@pytest.mark.parametrize(("stop", "text"), [("i<|pad|>", "H"), ("<|pad|>", "Hi"), (["x", "Hi"], ""), ("foxHi", "")])
+def test_stop_strings_of_the_checkpoint_end_the_answer_and_are_not_shown(
+    model, tokenizer, input_ids, say, monkeypatch, stop, text
+):
+    monkeypatch.setattr(model.generation_config, "stop_strings", stop)
+    say([*tokenizer("Hi<|pad|>there")["input_ids"], tokenizer.eos_token_id])
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=50))
+    assert "".join(stream) == text
+    assert (stream.answer.text, stream.answer.stopped) == (text, "eos")
+    assert stream.answer.num_new_tokens == (3 if "<|pad|>" in stop else 2)
+
+
 def test_characters_of_several_tokens_arrive_whole(model, tokenizer, input_ids, say):
     text = "naïve 漢字 🙂 end"
     token_ids = tokenizer(text)["input_ids"]
