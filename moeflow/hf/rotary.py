@@ -68,7 +68,6 @@ class SequenceRotary:
 
     def __init__(self, module: torch.nn.Module, longest: int) -> None:
         self._module = module
-        self._own = module.forward
         self._replaced = module.__dict__.get("forward")  # another library's, which stands in as well
         self._longest = max(_SHORTEST, longest)
         self._parameters = _signature(module)
@@ -94,11 +93,11 @@ class SequenceRotary:
         """Compute cosines and sines as the module does, each sequence of a packed pass as if it were alone."""
         spans = _spans.get()
         if spans is None:
-            return self._own(*args, **kwargs)
+            return self._call_module(*args, **kwargs)
         call = self._parameters.bind(*args, **kwargs)
         positions = call.arguments["position_ids"]
         if positions.shape[-1] != sum(span.num_new for span in spans):
-            return self._own(*args, **kwargs)  # not of the pass's tokens
+            return self._call_module(*args, **kwargs)  # not of the pass's tokens
         use = tuple(value for value in call.arguments.values() if not isinstance(value, torch.Tensor))
         if use not in self.scalings:
             self.scalings[use] = self._measure(call)
@@ -115,6 +114,11 @@ class SequenceRotary:
             order += places
         tensors = [_in_order(parts, order, spans) for parts in zip(*rows, strict=True)]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+    def _call_module(self, *args: Any, **kwargs: Any) -> Any:
+        if self._replaced is not None:
+            return self._replaced(*args, **kwargs)
+        return type(self._module).forward(self._module, *args, **kwargs)
 
     def _measure(self, call: inspect.BoundArguments) -> Scaling:
         """Find the lengths at which the scaling changes, from what position 1 becomes in a call of each length."""

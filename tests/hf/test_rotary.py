@@ -1,6 +1,7 @@
 """Rotary embeddings by sequence: which depend on the length, from where on, and that they are left as they were."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -59,10 +60,12 @@ def test_each_sequence_of_a_pass_is_scaled_as_alone_and_the_module_stays_as_it_w
     assert before.keys() == module.state_dict().keys()
 
 
-def test_a_copy_of_a_model_has_rotary_embeddings_of_its_own():
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_has_rotary_embeddings_of_its_own(duplicate):
     model = rope_model("dynamic")
     learnt(model)
-    other = copy.deepcopy(model)
+    other = duplicate(model)
+    assert learnt(other).scaling_of(60) == learnt(model).scaling_of(60)
     other(torch.zeros(1, 60, dtype=torch.long))
     assert other.model.rotary_emb.max_seq_len_cached == 60
     assert model.model.rotary_emb.max_seq_len_cached == ORIGINAL
