@@ -191,11 +191,11 @@ def stream_answer(
         The iterator. After the last piece its `answer` is an `Answer`.
 
     Raises:
-        ConfigError: input_ids is no prompt, or params ask for what `generate` has not. What goes wrong while generating
-            is raised by the iterator.
+        ConfigError: input_ids is no prompt, params ask for what `generate` has not, or the generation settings have
+            stop strings that the tokenizer cannot write. What goes wrong while generating is raised by the iterator.
     """
     import torch
-    from transformers import StoppingCriteriaList
+    from transformers import StoppingCriteriaList, StopStringCriteria
 
     from moeflow.hf.forward import end_tokens, stop_strings
 
@@ -218,6 +218,13 @@ def stream_answer(
     options = {"max_new_tokens": params.max_new_tokens, "num_beams": 1, **_generate_options(model, params)}
     if stop_texts:
         options["tokenizer"] = tokenizer
+        try:
+            StopStringCriteria(tokenizer, list(stop_texts))  # transformers keeps it for generate
+        except ValueError as error:
+            raise ConfigError(
+                f"the model's tokenizer has no token for stop_strings {list(stop_texts)!r} of its generation settings: "
+                "take them out of generation_config.json."
+            ) from error
     if ends:
         pad_token_id = tokenizer.pad_token_id
         options["eos_token_id"] = list(ends)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import ConfigError, UnsupportedModelError
 from moeflow.fork import tell_of_forks
 from moeflow.hf.version import parts_of_transformers
 
@@ -140,9 +140,21 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the texts at which the generation settings end an answer."""
+    """Return the texts at which the generation settings end an answer.
+
+    Raises:
+        ConfigError: they hold something else.
+    """
     found = getattr(getattr(model, "generation_config", None), "stop_strings", None)
-    return (found,) if isinstance(found, str) else tuple(found or ())
+    if found is None:
+        return ()
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(
+            f"stop_strings is {found!r} in the model's generation settings (generation_config.json): it must be a text "
+            "or a list of texts, none of them empty."
+        )
+    return tuple(texts)
 
 
 def sampling_settings(model: PreTrainedModel) -> dict[str, Any]:
