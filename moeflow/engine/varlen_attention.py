@@ -106,7 +106,7 @@ class VarlenCache(forward.KeyValueCache):
                 except ExpertReadError:
                     if token == _MAX_TRIED_TOKENS - 1:
                         raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             raise UnsupportedModelError(
                 f"{name} cannot run a pass of one token alone ({type(error).__name__}: {error}): the engine gives it "
                 "token ids, positions and a cache only. Call model.generate instead."
