@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
-from moeflow.engine.detokenizer import Detokenizer
 from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.stop_strings import StopStrings
 from moeflow.errors import ConfigError, ForkedProcessError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Answer:
         ttft_s: seconds from the call to the first token.
         decode_s: seconds from the first token to the last.
         tokens_per_s: decode rate, the tokens after the first over `decode_s`; None for a single token.
-        stopped: "eos", "length" or "user".
+        stopped: "eos" (the model ended, or a stop string of its settings came), "length" or "user".
     """
 
     text: str
@@ -53,11 +53,11 @@ class Answer:
 class _TokenStreamer:
     """The streamer `generate` puts tokens into: notes the time, decodes, queues text as soon as it is whole."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pieces: SimpleQueue[str | None]) -> None:
+    def __init__(self, stops: StopStrings, pieces: SimpleQueue[str | None]) -> None:
         self.token_ids: list[int] = []
         self.times_s: list[float] = []
         self.text = ""
-        self._detokenizer = Detokenizer(tokenizer)
+        self.stops = stops
         self._pieces = pieces
         self._prompt_seen = False
 
@@ -69,11 +69,12 @@ class _TokenStreamer:
         token_ids = value.flatten().tolist()
         self.token_ids += token_ids
         self.times_s.append(time.perf_counter())
-        self._emit(self._detokenizer.push(token_ids))
+        for token_id in token_ids:
+            self._emit(self.stops.push(token_id)[0])
 
     def end(self) -> None:
         """Queue what is left of the text."""
-        self._emit(self._detokenizer.finish())
+        self._emit(self.stops.finish())
 
     def _emit(self, piece: str) -> None:
         if piece:
@@ -190,24 +191,24 @@ def stream_answer(
         The iterator. After the last piece its `answer` is an `Answer`.
 
     Raises:
-        ConfigError: input_ids is no prompt, or params ask for what `generate` has not. What goes wrong while generating
-            is raised by the iterator.
+        ConfigError: input_ids is no prompt, params ask for what `generate` has not, or the generation settings have
+            stop strings that the tokenizer cannot write. What goes wrong while generating is raised by the iterator.
     """
     import torch
-    from transformers import StoppingCriteriaList
+    from transformers import StoppingCriteriaList, StopStringCriteria
 
-    from moeflow.hf.forward import end_tokens
+    from moeflow.hf.forward import end_tokens, stop_strings
 
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ConfigError(f"input_ids has shape {list(input_ids.shape)}; it must be [1, num_prompt_tokens], not empty")
     for name in NOT_IN_GENERATE:
         if getattr(params, name) != getattr(SamplingParams, name):
             raise ConfigError(f"{name} is {getattr(params, name)!r}; only the engine and `moeflow batch` know it")
-    ends = end_tokens(model, tokenizer)
+    ends, stop_texts = end_tokens(model, tokenizer), stop_strings(model)
     stop_event = stop_event or threading.Event()
     closed = threading.Event()
     pieces: SimpleQueue[str | None] = SimpleQueue()
-    streamer = _TokenStreamer(tokenizer, pieces)
+    streamer = _TokenStreamer(StopStrings(tokenizer, stop_texts, input_ids[0].tolist()), pieces)
     input_ids = input_ids.to(model.device)
 
     def stop_requested(generated_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -215,6 +216,15 @@ def stream_answer(
         return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
 
     options = {"max_new_tokens": params.max_new_tokens, "num_beams": 1, **_generate_options(model, params)}
+    if stop_texts:
+        options["tokenizer"] = tokenizer
+        try:
+            StopStringCriteria(tokenizer, list(stop_texts))  # transformers keeps it for generate
+        except ValueError as error:
+            raise ConfigError(
+                f"the model's tokenizer has no token for stop_strings {list(stop_texts)!r} of its generation settings: "
+                "take them out of generation_config.json."
+            ) from error
     if ends:
         pad_token_id = tokenizer.pad_token_id
         options["eos_token_id"] = list(ends)
@@ -234,13 +244,10 @@ def stream_answer(
     def describe(streamer: _TokenStreamer, begin_s: float) -> Answer:
         num_new_tokens = len(streamer.token_ids)
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
-        if streamer.token_ids[-1] in ends:
+        if streamer.token_ids[-1] in ends or streamer.stops.stopped:
             stopped = "eos"
-        elif num_new_tokens >= params.max_new_tokens:
-            stopped = "length"
         else:
-            # Neither asked to stop nor at the limit: a stop string of the checkpoint's generation settings.
-            stopped = "user" if stop_event.is_set() or closed.is_set() else "eos"
+            stopped = "length" if num_new_tokens >= params.max_new_tokens else "user"
         return Answer(
             text=streamer.text,
             num_prompt_tokens=input_ids.shape[1],

@@ -20,11 +20,17 @@ class Detokenizer:
     A piece costs the decoding of a few tokens, however long the text has become.
 
     Args:
-        tokenizer: the model's; special tokens have no text.
+        tokenizer: the model's.
+        skip_special_tokens: whether special tokens have no text; else they are written.
+
+    Attributes:
+        pending: what the tokens read as beyond the text that is out; later ones may change it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+        self.pending = ""
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._token_ids: list[int] = []
         # The text of the tokens before `_shown` is out already. They are decoded again with each new token, because
         # what a token reads as (a leading space, half a character) depends on the tokens before it.
@@ -42,6 +48,7 @@ class Detokenizer:
         self._token_ids += token_ids
         known = self._decode(self._shown)
         text = self._decode(len(self._token_ids))
+        self.pending = ""
         if len(text) > len(known) and (final or not text.endswith(_UNFINISHED)):
             self._forget(len(self._token_ids))
             return text[len(known) :]
@@ -52,7 +59,9 @@ class Detokenizer:
             settled = self._decode(end)
             if text.startswith(settled):
                 self._forget(end)
+                self.pending = text[len(settled) :]
                 return settled[len(known) :]
+        self.pending = text[len(known) :]
         return ""
 
     def _forget(self, shown: int) -> None:
@@ -62,4 +71,5 @@ class Detokenizer:
 
     def _decode(self, end: int) -> str:
         tokens = self._token_ids[:end]
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        skip = self._skip_special_tokens
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False))

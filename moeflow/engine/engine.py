@@ -50,7 +50,7 @@ class Engine:
             the order of arrival. Outputs are the same.
 
     Raises:
-        ConfigError: a limit is no positive number, or kv_memory no size.
+        ConfigError: a limit is no positive number, kv_memory no size, or the model's stop strings need a tokenizer.
         UnsupportedModelError: the model keeps other state than keys and values, or attends in a way of its own.
     """
 
@@ -121,8 +121,8 @@ class Engine:
         if any(kept.id == id for kept in self._kept.donors()):
             self._kept.drop()  # a slot has one name
         ids = self._prompts.token_ids(prompt, params)
-        sequence = Sequence(id, ids, self._prompts.most_new_tokens(ids, params))
-        request = self._requests[id] = Request(sequence, params, self.tokenizer)
+        sequence = self._runner.sequence(id, ids, self._prompts.most_new_tokens(ids, params))
+        request = self._requests[id] = Request(sequence, self._prompts.stopping(params), self.tokenizer)
         try:
             self._prompts.check(ids)
             self._slots.check_possible(sequence.num_positions)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache import KeyValueSlots
-from moeflow.engine.sequence import Piece
+from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
 from moeflow.hf import forward
@@ -66,12 +66,21 @@ class ModelRunner:
         self.slots = KeyValueSlots(self._cache.shapes, budget_bytes, max_positions)
         self.num_retries = 0
 
+    def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int) -> Sequence:
+        """Make a sequence that knows how this model scales by the length."""
+        rotaries = self._cache.rotaries
+        return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart)
+
     def run(self, pieces: list[Piece]) -> list[Computed]:
-        """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail."""
-        try:
-            return self._forward(pieces)
-        except _PASS_ERRORS:
-            self.num_retries += 1
+        """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail.
+
+        Each piece also runs alone where the model takes one length for a whole pass.
+        """
+        if len(pieces) == 1 or self._cache.shares_passes:
+            try:
+                return self._forward(pieces)
+            except _PASS_ERRORS:
+                self.num_retries += 1
         computed = []
         for piece in pieces:
             try:
@@ -86,7 +95,7 @@ class ModelRunner:
         positions: list[int] = []
         keep: list[int] = []
         for sequence, new, samples in pieces:
-            segment = Segment(self.slots[sequence.id], sequence.num_computed, len(new))
+            segment = Segment(self.slots[sequence.id], sequence.num_computed, len(new), sequence.length)
             segments.append(segment)
             tokens += new
             positions += range(segment.start, segment.end)

@@ -3,6 +3,7 @@
 Knows the tokenizer, the vocabulary and the context. Knows nothing of passes.
 """
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -22,12 +23,21 @@ class Prompts:
 
     Attributes:
         context: positions the model was made for; None where its config does not say.
+
+    Raises:
+        ConfigError: the model's answers end at stop strings, which need a tokenizer.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
         self.context = forward.context_positions(model)
+        self._stop = forward.stop_strings(model)
+        if self._stop and tokenizer is None:
+            raise ConfigError(
+                f"the model's generation settings end answers at {self._stop[0]!r} (stop_strings): give the engine the "
+                "model's tokenizer as well."
+            )
 
     def token_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         """Return a prompt's token ids, unchecked.
@@ -43,6 +53,10 @@ class Prompts:
             assert self._tokenizer is not None, "refused above"
             return list(self._tokenizer(prompt)["input_ids"])
         return list(prompt)
+
+    def stopping(self, params: SamplingParams) -> SamplingParams:
+        """Return params with the stop strings of the generation settings, where they name none."""
+        return params if params.stop or not self._stop else replace(params, stop=self._stop)
 
     def most_new_tokens(self, ids: list[int], params: SamplingParams) -> int:
         """Return the requested number of new tokens, cut to the room that the context has."""

@@ -62,7 +62,7 @@ class Request:
         self.sequence = sequence
         self.params = params
         self.sampler = Sampler(params)
-        self.stops = None if tokenizer is None else StopStrings(tokenizer, params.stop)
+        self.stops = None if tokenizer is None else StopStrings(tokenizer, params.stop, sequence.prompt_ids)
         self.text = ""  # what is certain of the answer so far
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
 
@@ -81,14 +81,15 @@ class Request:
         """
         sequence = self.sequence
         sampled = self.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids)
-        sequence.token_ids.append(sampled.token_id)
+        sequence.append(sampled.token_id)
         if self.logprobs is not None:
             self.logprobs.append((sampled.logprob, sampled.top))
-        text, stopped = "", sampled.token_id in end_tokens and not self.params.ignore_eos
-        if not stopped and self.stops is not None:
-            text, stopped = self.stops.push(sampled.token_id)
+        ends = sampled.token_id in end_tokens and not self.params.ignore_eos
+        text, stopped = "", False
+        if self.stops is not None:
+            text, stopped = self.stops.push(sampled.token_id, visible=not ends)
             self.text += text
-        reason = "stop" if stopped else "length" if len(sequence.token_ids) == sequence.max_new_tokens else None
+        reason = "stop" if ends or stopped else "length" if len(sequence.token_ids) == sequence.max_new_tokens else None
         return sampled.token_id, text, reason
 
     def finish(self, reason: str, error: str | None) -> tuple[str, Completion]:

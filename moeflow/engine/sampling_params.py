@@ -29,7 +29,8 @@ class SamplingParams:
         presence_penalty: taken off the logits of tokens in the answer.
         frequency_penalty: taken off the logits of tokens in the answer as often as they are in it.
         seed: of this request's draws; None takes one from torch's default generator.
-        stop: texts that end the answer; they are not part of it.
+        stop: texts that end the answer and are not part of it, special tokens (`<|im_end|>`) included; where none are
+            given, those of the model's generation settings.
         logprobs: number of likeliest tokens to report with each token, 0 for the token alone; None for no report.
         ignore_eos: go on behind the model's end-of-sequence token.
 

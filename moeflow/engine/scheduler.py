@@ -65,6 +65,7 @@ class Scheduler:
         return any(
             min(len(ended.prompt_ids), len(one.prompt_ids) - 1) >= _MIN_SHARED_TOKENS
             and ended.prompt_ids[:_MIN_SHARED_TOKENS] == one.prompt_ids[:_MIN_SHARED_TOKENS]
+            and ended.scaling == one.scaling
             for one in soon
         )
 
@@ -100,21 +101,21 @@ class Scheduler:
                 if donor is not None:
                     share(donor, one, shared)
                     one.num_computed = shared
-            tokens = one.prompt_ids[one.num_computed : one.num_computed + left]
+            tokens = one.uncomputed(left)
             after[one] = one.num_computed + len(tokens)
             left -= len(tokens)
-            pieces.append(Piece(one, tokens, after[one] == len(one.prompt_ids)))
+            pieces.append(Piece(one, tokens, after[one] == one.length))
         return pieces
 
     def _longest(self, sequence: Sequence, after: dict[Sequence, int]) -> tuple[Sequence | None, int]:
         """Find the sequence that has, or has after this step, most of this prompt's beginning.
 
-        The prompt's last token is never shared.
+        The prompt's last token is never shared, nor are keys of another scaling.
         """
         best, longest = None, _MIN_SHARED_TOKENS - 1
-        prompt = sequence.prompt_ids[:-1]
+        prompt, scaling = sequence.prompt_ids[:-1], sequence.scaling
         for other, computed in after.items():
-            limit = min(computed, len(prompt), len(other.prompt_ids))
+            limit = min(computed, len(prompt), len(other.prompt_ids)) if other.scaling == scaling else 0
             if limit > longest and other.prompt_ids[: longest + 1] == prompt[: longest + 1]:
                 best, longest = other, _common(other.prompt_ids, prompt, limit)
         return best, longest

@@ -3,8 +3,14 @@
 Knows token ids and counts. Knows nothing of tensors, slots or requests.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+
+def _unscaled(length: int) -> Hashable:
+    """Name the scaling of a model that has one for all lengths."""
+    return None
 
 
 @dataclass(eq=False)
@@ -15,13 +21,39 @@ class Sequence:
         id: its name.
         prompt_ids: its prompt, at least one token.
         max_new_tokens: most tokens it may get.
+        scaling_of: names the scaling of positions in a call of a length; equal names, equal scalings.
+        restart: length at which all its positions are computed anew; None for no such length.
     """
 
     id: str
     prompt_ids: list[int]
     max_new_tokens: int
+    scaling_of: Callable[[int], Hashable] = _unscaled
+    restart: int | None = None
     token_ids: list[int] = field(default_factory=list)  # the answer so far
     num_computed: int = 0  # positions whose keys and values are there
+    _restarted: bool = False
+
+    @property
+    def length(self) -> int:
+        """Its tokens so far, prompt and answer."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def scaling(self) -> Hashable:
+        """Name the scaling that its prompt's keys have: that of the call in which `generate` would compute them."""
+        return self.scaling_of(self.restart if self._restarted and self.restart else len(self.prompt_ids))
+
+    def append(self, token_id: int) -> None:
+        """Add a token to the answer; at the length of its restart, all is to be computed anew."""
+        self.token_ids.append(token_id)
+        if self.length == self.restart:
+            self.num_computed, self._restarted = 0, True
+
+    def uncomputed(self, most: int) -> list[int]:
+        """Return the next tokens whose positions are not computed, at most so many."""
+        begin, size = self.num_computed, len(self.prompt_ids)
+        return (self.prompt_ids[begin:] + self.token_ids[max(0, begin - size) :])[:most]
 
     @property
     def num_positions(self) -> int:
@@ -35,8 +67,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether its prompt is done."""
-        return self.num_computed >= len(self.prompt_ids)
+        """Whether nothing but its last new token is to be computed."""
+        return bool(self.token_ids) and self.num_computed == self.length - 1
 
 
 class Piece(NamedTuple):

@@ -5,63 +5,142 @@ Knows the detokenizer. Knows nothing of models.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moeflow.engine.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\ufffd"  # what half a character reads as
+
+
+class _Unit(NamedTuple):
+    """The text of a few tokens.
+
+    Args:
+        written: with special tokens; stop strings are looked for in it.
+        shown: without them. It ends where `written` ends; at its beginning it may lack a space.
+    """
+
+    written: str
+    shown: str
+
+    def split(self, place: int) -> tuple[str, _Unit]:
+        """Return what is shown of the first `place` characters, and the rest."""
+        rest = self.written[place:]
+        begin = max(0, len(self.shown) - len(rest))
+        return self.shown[:begin], _Unit(rest, self.shown[begin:])
 
 
 class StopStrings:
     """Turns the tokens of one answer into text, up to the first stop string.
 
     The stop string that is complete first ends the text, and of those complete at the same character the longest; so
-    the text does not depend on how it is cut into tokens.
+    the text does not depend on how it is cut into tokens. As in `generate`, special tokens count as they are written,
+    and a stop string may begin in the prompt. The text shows no special token.
 
     Args:
         tokenizer: the model's.
         stop: texts that end the answer, none empty.
+        prompt_ids: the prompt's tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = (), prompt_ids: Sequence[int] = ()
+    ) -> None:
         self.stopped = False
-        self._detokenizer = Detokenizer(tokenizer)
+        self._shown = Detokenizer(tokenizer)
+        self._written = Detokenizer(tokenizer, skip_special_tokens=False)
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        self._held = ""
+        self._held: list[_Unit] = []
+        self._open = _Unit("", "")  # text since the last place at which both detokenizers had nothing pending
+        self._prompt_ids: Sequence[int] = prompt_ids  # until the first token has come
+        self._num_prompt = 0  # characters of the prompt in the held text
 
-    def push(self, token_id: int) -> tuple[str, bool]:
+    def push(self, token_id: int, *, visible: bool = True) -> tuple[str, bool]:
         """Take the next token.
+
+        Args:
+            token_id: the token.
+            visible: whether its text is part of the answer; that of an end-of-sequence token is not.
 
         Returns:
             The text that is now safe to show, and whether a stop string has ended the answer; later tokens add nothing.
         """
-        if not self.stopped:
-            self._held += self._detokenizer.push([token_id])
-        return self._release(), self.stopped
+        if self.stopped:
+            return "", True
+        shown = self._shown.push([token_id]) if visible else ""
+        if not self._stop:
+            return shown, False
+        self._read_prompt()
+        self._add(self._written.push([token_id]), shown)
+        return self._release(self._written.pending.rstrip(_UNFINISHED)), self.stopped
 
     def finish(self) -> str:
         """Return the rest of the text, where no stop string ended it before."""
         if self.stopped:
             return ""
-        self._held += self._detokenizer.finish()
-        text = self._release()
+        if not self._stop:
+            return self._shown.finish()
+        text = self._release(self._written.pending)
         if not self.stopped:
-            text += self._held
-        self._held = ""
+            text += "".join(unit.shown for unit in self._held) + self._open.shown + self._shown.finish()
+        self._held, self._open = [], _Unit("", "")
         return text
 
-    def _release(self) -> str:
-        """Return the part of the held text that no further text can take back, and keep the rest."""
-        begins = [(self._held.find(stop), stop) for stop in self._stop]
+    def _read_prompt(self) -> None:
+        """Take the end of the prompt, in which a stop string may begin: at most a token for each byte."""
+        if self._prompt_ids:
+            most = max(len(stop.encode(errors="replace")) for stop in self._stop)
+            self._add(self._written.push(list(self._prompt_ids[-most - 1 :])), "")
+            self._prompt_ids = ()
+            whole = self._written.pending.rstrip(_UNFINISHED)
+            self._num_prompt = sum(len(unit.written) for unit in (*self._held, self._open)) + len(whole)
+
+    def _add(self, written: str, shown: str) -> None:
+        self._open = _Unit(self._open.written + written, self._open.shown + shown)
+        if not self._written.pending and not self._shown.pending:
+            if self._open.written or self._open.shown:
+                self._held.append(self._open)
+            self._open = _Unit("", "")
+
+    def _release(self, pending: str) -> str:
+        """Return the part of the held text that no further text can take back, and keep the rest.
+
+        Args:
+            pending: text behind the held one that is certain though not yet out.
+        """
+        written = "".join(unit.written for unit in self._held) + self._open.written + pending
+        # A stop string that lies in the prompt alone is none of the answer's.
+        begins = [(written.find(stop, max(0, self._num_prompt - len(stop) + 1)), stop) for stop in self._stop]
         found = [(begin + len(stop), begin) for begin, stop in begins if begin >= 0]
         if found:
             self.stopped = True
-            text, self._held = self._held[: min(found)[1]], ""
+            self._held.append(
+                _Unit(self._open.written + self._written.pending, self._open.shown + self._shown.finish())
+            )
+            text = self._take(min(found)[1])
+            self._held, self._open = [], _Unit("", "")
             return text
-        begin = max(0, len(self._held) - self._longest + 1)
-        while begin < len(self._held) and not any(stop.startswith(self._held[begin:]) for stop in self._stop):
+        begin = max(0, len(written) - self._longest + 1)
+        while begin < len(written) and not any(stop.startswith(written[begin:]) for stop in self._stop):
             begin += 1
-        text, self._held = self._held[:begin], self._held[begin:]
+        return self._take(begin)
+
+    def _take(self, place: int) -> str:
+        """Return what is shown of the first `place` held characters, and hold the rest."""
+        text = ""
+        while self._held and place:
+            unit = self._held.pop(0)
+            shown, rest = unit.split(place)
+            text += shown
+            taken = len(unit.written) - len(rest.written)
+            place -= taken
+            self._num_prompt = max(0, self._num_prompt - taken)
+            if rest.written:
+                self._held.insert(0, rest)
         return text

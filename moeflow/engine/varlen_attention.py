@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from moeflow.engine.kv_cache import KeyValueSlot, LayerShape
 from moeflow.errors import ExpertReadError, UnsupportedModelError
 from moeflow.hf import forward
+from moeflow.hf.rotary import SequenceRotaries, Span
 
 _cache: ContextVar["VarlenCache"] = ContextVar("_cache")  # of the pass under way
 _UNUSED_TENSORS = {"position_ids", "cache_position"}  # attention functions get them and do not use them
@@ -31,11 +32,13 @@ class Segment(NamedTuple):
         slot: where its keys and values lie; None in a pass that keeps none.
         start: the position of its first new token.
         num_new: new tokens.
+        length: positions that the sequence has with all its tokens: a prompt in pieces counts whole.
     """
 
     slot: KeyValueSlot | None
     start: int
     num_new: int
+    length: int
 
     @property
     def end(self) -> int:
@@ -44,10 +47,20 @@ class Segment(NamedTuple):
 
 
 class VarlenCache(forward.KeyValueCache):
-    """What a packed pass hands to the model as its key-value cache."""
+    """What a packed pass hands to the model as its key-value cache.
+
+    Attributes:
+        shapes: of each layer that keeps keys and values.
+        shares_passes: whether sequences may be in one pass; a model that asks for the length of its cache takes one
+            length for all.
+        rotaries: the rotary embeddings that scale by the length; there once the model is learnt.
+    """
+
+    rotaries: SequenceRotaries
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self.shares_passes = True
         self.segments: list[Segment] = []
         self.shapes: dict[int, LayerShape] = {}  # of each layer that keeps keys and values, learnt as passes run
         self.num_attentions = 0
@@ -68,7 +81,8 @@ class VarlenCache(forward.KeyValueCache):
         self._same_rows, self._rows = rows == self._rows, rows
         token = _cache.set(self)
         try:
-            with forward.attention_replaced(model) as self._implementations:
+            spans = [Span(segment.num_new, segment.length) for segment in segments]
+            with forward.attention_replaced(model) as self._implementations, self.rotaries.running(spans):
                 yield
         finally:
             _cache.reset(token)
@@ -83,6 +97,7 @@ class VarlenCache(forward.KeyValueCache):
             ExpertReadError: nor can any of a few other tokens be run, since experts cannot be read.
         """
         name = type(model).__name__
+        self.rotaries = SequenceRotaries(model, forward.context_positions(model))
         try:
             for token in range(_MAX_TRIED_TOKENS):
                 try:
@@ -91,11 +106,13 @@ class VarlenCache(forward.KeyValueCache):
                 except ExpertReadError:
                     if token == _MAX_TRIED_TOKENS - 1:
                         raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             raise UnsupportedModelError(
                 f"{name} cannot run a pass of one token alone ({type(error).__name__}: {error}): the engine gives it "
                 "token ids, positions and a cache only. Call model.generate instead."
             ) from error
+        finally:
+            self.rotaries.keep_dependent()
         if not self.shapes or self.num_attentions < len(self.shapes):
             raise UnsupportedModelError(
                 f"{name} does not call transformers' attention interface in each layer that keeps keys and values "
@@ -105,18 +122,19 @@ class VarlenCache(forward.KeyValueCache):
     def _run_alone(self, model: PreTrainedModel, token: int) -> None:
         position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.num_attentions = 0
-        with torch.no_grad(), self.running(model, [Segment(None, 0, 1)]):
+        with torch.no_grad(), self.running(model, [Segment(None, 0, 1, 1)]):
             forward.packed_forward(model, torch.full_like(position, token), position, self, position[0])
 
-    def describe_pass(self, input_ids: torch.Tensor) -> tuple[int, int, torch.Tensor | None]:
-        """Tell num_sequences, num_positions and the tokens [num_sequences, num_positions] of the pass under way.
+    def describe_pass(self, input_ids: torch.Tensor) -> tuple[int, int, bool, torch.Tensor | None]:
+        """Tell num_sequences, num_positions, whether any decodes, and the tokens [num_sequences, num_positions].
 
         Only a pass of one token a sequence is a rectangle; any other is told as one row. The tokens are None where they
         do not go on with the sequences of the pass before, row by row.
         """
-        if all(segment.num_new == 1 and segment.start for segment in self.segments):
-            return len(self.segments), 1, input_ids.reshape(-1, 1) if self._same_rows else None
-        return 1, input_ids.shape[1], None
+        decode = [segment.num_new == 1 and segment.start > 0 for segment in self.segments]
+        if all(decode):
+            return len(self.segments), 1, True, input_ids.reshape(-1, 1) if self._same_rows else None
+        return 1, input_ids.shape[1], any(decode), None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -176,8 +194,13 @@ class VarlenCache(forward.KeyValueCache):
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the most positions that a sequence had which now decodes; 0 where none does."""
-        return max((segment.start for segment in self.segments if segment.num_new == 1), default=0)
+        """Return the positions of the pass's one sequence; a model that asks gets no pass of several."""
+        self.shares_passes = False
+        return max(segment.start for segment in self.segments)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return what transformers hands to the mask function, which does not look at it."""
+        return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return what transformers hands to the mask function, which does not look at it."""

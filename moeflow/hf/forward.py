@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import ConfigError, UnsupportedModelError
 from moeflow.fork import tell_of_forks
 from moeflow.hf.version import parts_of_transformers
 
@@ -69,10 +69,10 @@ def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
     cache = kwargs.get("cache") if cache is None else cache  # its name from transformers 5.24 on
     describe = getattr(cache, "describe_pass", None)  # a cache that holds many sequences knows better
     if describe is not None:
-        num_sequences, num_positions, token_ids = describe(ids)
+        num_sequences, num_positions, continues, token_ids = describe(ids)
     else:
         num_sequences, num_positions, token_ids = ids.shape[0], ids.shape[1], ids if ids.dim() == 2 else None
-    continues = _continues(cache, num_positions)
+        continues = _continues(cache, num_positions)
     mask = kwargs.get("attention_mask")
     return ForwardPass(num_sequences, num_positions, continues, token_ids, mask, cache)
 
@@ -115,9 +115,17 @@ def check_key_value_cache(model: PreTrainedModel) -> None:
 
 
 def context_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions the model was made for; None where its config does not say."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    """Return how many positions the model was made for; None where its config does not say.
+
+    Dynamic NTK scaling begins beyond `max_position_embeddings`, and is made for `factor` times as many.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # of the model, or of types of layers
+    return max(int(found * each.get("factor", 1)) if each.get("rope_type") == "dynamic" else found for each in ropes)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
@@ -129,6 +137,24 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     tokens = [found] if isinstance(found, int) else list(found or ())
     own = None if tokenizer is None else tokenizer.eos_token_id
     return tuple(tokens if own is None or own in tokens else [*tokens, own])
+
+
+def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the texts at which the generation settings end an answer.
+
+    Raises:
+        ConfigError: they hold something else.
+    """
+    found = getattr(getattr(model, "generation_config", None), "stop_strings", None)
+    if found is None:
+        return ()
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(
+            f"stop_strings is {found!r} in the model's generation settings (generation_config.json): it must be a text "
+            "or a list of texts, none of them empty."
+        )
+    return tuple(texts)
 
 
 def sampling_settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from helpers.small_tokenizers import byte_tokenizer
+from helpers.small_tokenizers import byte_tokenizer, letter_tokenizer
 from moeflow.chat.answer import checkpoint_params, stream_answer
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
@@ -128,6 +128,33 @@ def test_end_of_turn_named_only_by_the_tokenizer_ends_the_answer(model, tokenize
     assert "".join(stream) == "Hi"
     assert stream.answer.stopped == "eos"
     assert stream.answer.num_new_tokens == 3
+
+
+@pytest.mark.parametrize(("stop", "text"), [("i<|pad|>", "H"), ("<|pad|>", "Hi"), (["x", "Hi"], ""), ("foxHi", "")])
+def test_stop_strings_of_the_checkpoint_end_the_answer_and_are_not_shown(
+    model, tokenizer, input_ids, say, monkeypatch, stop, text
+):
+    monkeypatch.setattr(model.generation_config, "stop_strings", stop)
+    say([*tokenizer("Hi<|pad|>there")["input_ids"], tokenizer.eos_token_id])
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=50))
+    assert "".join(stream) == text
+    assert (stream.answer.text, stream.answer.stopped) == (text, "eos")
+    assert stream.answer.num_new_tokens == (3 if "<|pad|>" in stop else 2)
+
+
+@pytest.mark.parametrize(("stop", "named"), [([""], "stop_strings"), (5, "5"), ([7], "7"), ({"a": 1}, "stop_strings")])
+def test_stop_strings_of_the_checkpoint_that_are_no_texts_are_refused(
+    model, tokenizer, input_ids, monkeypatch, stop, named
+):
+    monkeypatch.setattr(model.generation_config, "stop_strings", stop)
+    with pytest.raises(ConfigError, match=named):
+        stream_answer(model, tokenizer, input_ids, SamplingParams())
+
+
+def test_stop_strings_of_the_checkpoint_that_no_token_completes_are_refused(model, input_ids, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "stop_strings", ["é"])
+    with pytest.raises(ConfigError, match="é"):
+        stream_answer(model, letter_tokenizer(), input_ids, SamplingParams())
 
 
 def test_characters_of_several_tokens_arrive_whole(model, tokenizer, input_ids, say):

@@ -1,5 +1,8 @@
 """The tokens of generate(), whatever runs beside them and however prompts are cut."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from helpers.small_models import tiny_mixtral
 from helpers.small_tokenizers import letter_tokenizer
 from moeflow.engine.engine import Engine
 from moeflow.engine.sampling_params import SamplingParams
+from moeflow.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +129,42 @@ def test_stop_strings_end_an_answer_at_the_token_where_those_of_generate_do():
     assert len(ends) > 2
     (begun,) = engine.generate(["The quick"], SamplingParams(max_new_tokens=20, stop=(whole.text[-2:] + "!",)))
     assert (begun.text, begun.finish_reason) == (whole.text, "length"), "the beginning of a stop string is text"
+
+
+def test_stop_strings_with_special_tokens_end_an_answer_where_those_of_generate_do():
+    letters = letter_tokenizer(additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    model = tiny_mixtral(vocab_size=len(letters))
+    model.lm_head.weight.data[-2:] *= 2  # special tokens are likely
+    inputs = letters("The quick", return_tensors="pt")
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24}
+    written = letters.decode(model.generate(**inputs, **options)[0])
+    assert "<|im_end|>" in written[9:] or "<|im_start|>" in written[9:]
+    choice = Random(0)
+    with Engine(model, letters) as engine:
+        ends = set()
+        for _ in range(40):
+            begins = [choice.randrange(len(written)) for _ in range(choice.randint(1, 2))]
+            stop = tuple(written[begin : begin + choice.choice((1, 3, 9, 16))] for begin in begins)
+            out = model.generate(**inputs, stop_strings=list(stop), tokenizer=letters, **options)[0, 9:].tolist()
+            (cut,) = engine.generate(["The quick"], SamplingParams(max_new_tokens=24, stop=stop))
+            assert cut.token_ids == out
+            text = letters.decode(out, skip_special_tokens=True)
+            assert text.startswith(cut.text)
+            assert cut.finish_reason == "stop" or cut.text == text
+            ends.add(len(out))
+    assert len(ends) > 5
+
+
+def test_the_stop_strings_of_the_checkpoint_hold_where_a_request_names_none(speaking, tokenizer, monkeypatch):
+    with Engine(speaking, tokenizer) as engine:
+        whole = engine.generate([PROMPTS[2]], GREEDY)[0].text
+    monkeypatch.setattr(speaking.generation_config, "stop_strings", [whole[3:5]])
+    with Engine(speaking, tokenizer) as engine:
+        own = replace(GREEDY, stop=("never said",))
+        cut, other = engine.generate([PROMPTS[2]] * 2, [GREEDY, own])
+    assert (cut.text, cut.finish_reason, other.text) == (whole[: whole.find(whole[3:5])], "stop", whole)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        Engine(speaking)
 
 
 def test_logprobs_are_those_of_the_logits_of_generate(mixtral):

@@ -1,10 +1,11 @@
 """Text from tokens: whole characters, stop strings across tokens, and a cost that does not grow with the text."""
 
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, StopStringCriteria
 
 from helpers.small_tokenizers import byte_tokenizer
 from moeflow.engine.detokenizer import Detokenizer
@@ -103,10 +104,90 @@ def test_a_stop_string_in_half_a_character_at_the_end_is_found():
     assert in_pieces(BYTES, token_ids, ("\ufffd",))[1]
 
 
-def test_special_tokens_have_no_text_and_break_no_stop_string():
+def test_special_tokens_have_no_text_and_stand_between_the_characters_of_a_stop_string():
     token_ids = [*BYTES("aE")["input_ids"], BYTES.eos_token_id, *BYTES("ND")["input_ids"]]
     pieces, stopped = in_pieces(BYTES, token_ids, ("END",))
-    assert ("".join(pieces), stopped) == ("a", True)
+    assert ("".join(pieces), stopped) == ("aEND", False)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [(END, "ab"), ("b" + END, "a"), (END + "c", "ab"), ("b" + END + "c", "a"), (END + END, "abcd"), ("d" + END, "abc")],
+)
+def test_stop_strings_are_found_in_special_tokens_as_they_are_written(stop, text):
+    token_ids = BYTES(f"ab{END}cd{END}{END}e")["input_ids"]
+    pieces, stopped = in_pieces(BYTES, token_ids, (stop, "never" + END))
+    assert ("".join(pieces), stopped) == (text, True)
+
+
+def test_text_before_a_special_token_is_shown_though_the_token_may_begin_a_stop_string():
+    strings = StopStrings(BYTES, (END + "b",))
+    assert [strings.push(token_id) for token_id in BYTES(f"a<{END}ac")["input_ids"]] == [
+        ("a", False), ("", False), ("<", False), ("a", False), ("c", False),
+    ]  # fmt: skip
+
+
+def test_the_token_that_ends_an_answer_may_complete_a_stop_string():
+    strings = StopStrings(BYTES, ("b" + END,))
+    shown = [strings.push(token_id) for token_id in BYTES("ab")["input_ids"]]
+    assert shown == [("a", False), ("", False)]
+    assert strings.push(BYTES.eos_token_id, visible=False) == ("", True)
+
+
+def test_a_stop_string_may_begin_in_the_prompt_and_not_end_there():
+    for prompt, answer, stop, text in (
+        ("a\n", "\nb", "\n\n", ""), ("END", "ND", "END", "ND"), ("x€", "€b", "€€", ""), (END, "ab", END + "a", ""),
+    ):  # fmt: skip
+        strings = StopStrings(BYTES, (stop,), BYTES(prompt)["input_ids"])
+        pieces = [strings.push(token_id)[0] for token_id in BYTES(answer)["input_ids"]]
+        assert "".join([*pieces, strings.finish()]) == text
+
+
+def merged_tokenizer():
+    """Bytes merged into words, and special tokens between them, as most chat models have it."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )  # fmt: skip
+    words.train_from_iterator(["the quick fox\nsaid stop. é 漢 😀 END\n\nstop END"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=SPECIAL)
+
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<tool call>"]
+MERGED = merged_tokenizer()
+IDS = st.one_of(
+    st.sampled_from(MERGED.convert_tokens_to_ids(SPECIAL)), st.integers(len(MERGED) - 60, len(MERGED) - 1)
+)  # the last are merged ones, some with half a character at an end
+
+
+@pytest.mark.slow
+@given(st.data(), st.lists(IDS, min_size=1, max_size=8), st.lists(IDS, min_size=1, max_size=12))
+@settings(max_examples=400, deadline=None)
+def test_random_stop_strings_end_an_answer_at_the_token_where_those_of_generate_do(data, prompt, answer):
+    written = MERGED.decode(prompt + answer).replace("\ufffd", "")
+    begins = st.tuples(st.integers(0, max(0, len(written) - 1)), st.sampled_from([1, 2, 3, 5, 12, 20]))
+    cuts = data.draw(st.lists(begins, min_size=1, max_size=3))
+    stop = [part for begin, size in cuts if (part := written[begin : begin + size])]
+    assume(stop)
+    criteria = StopStringCriteria(MERGED, stop)
+    ends = [end for end in range(1, len(answer) + 1) if criteria(torch.tensor([prompt + answer[:end]]), None)[0]]
+    strings = StopStrings(MERGED, tuple(stop), prompt)
+    pieces, end = [], None
+    for place, token_id in enumerate(answer, 1):
+        piece, stopped = strings.push(token_id)
+        pieces.append(piece)
+        if stopped:
+            end = place
+            break
+    assert end == (ends[0] if ends else None)
+    text = MERGED.decode(answer[:end], skip_special_tokens=True)
+    if "\ufffd" not in text:
+        assert text.startswith("".join(pieces))
+    if end is None:
+        assert "".join([*pieces, strings.finish()]) == text or "\ufffd" in text
 
 
 def test_in_a_token_of_several_characters_too_the_stop_string_complete_first_ends_the_text():

@@ -48,10 +48,10 @@ def test_a_cache_without_a_length_continues_with_one_position_at_a_time():
 def test_a_cache_of_many_sequences_describes_its_pass_itself():
     class Packed:
         def describe_pass(self, input_ids):
-            return input_ids.shape[1], 1, input_ids.reshape(-1, 1)
+            return input_ids.shape[1], 1, True, input_ids.reshape(-1, 1)
 
         def get_seq_length(self):
-            return 4
+            raise AssertionError("only models ask")
 
     begun = describe_pass((), {"input_ids": IDS[:1], "past_key_values": Packed()})
     assert begun[:3] == (3, 1, True)
