@@ -7,13 +7,13 @@ nothing of routers or arithmetic.
 import threading
 import weakref
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout
-from moeflow.errors import ClosedModelError, ExpertReadError, ForkedProcessError, MoeflowError
+from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
 from moeflow.hardware import process_memory_bytes
 from moeflow.offload.fetch import ExpertFetch
@@ -129,6 +129,12 @@ class ExpertRuntime:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            "a loaded model's experts, threads and files can be neither copied nor pickled. Call load_moe again, in "
+            "the process that needs the model."
+        )
 
     @property
     def closed(self) -> bool:
