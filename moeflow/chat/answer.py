@@ -116,14 +116,16 @@ class AnswerStream:
         if self._finished:
             raise StopIteration
         self._check_process()
-        piece = self._pieces.get()
+        piece = None
+        if not (self._future.done() and self._pieces.empty()):  # else an interrupt came after the last piece
+            piece = self._pieces.get()
         if piece is None:
             self._finish()
             raise StopIteration
         return piece
 
     def close(self) -> None:
-        """Stop generating and wait for the thread to end."""
+        """Stop generating and wait for the thread to end. After an interrupt in here, a second call waits on."""
         if not self._finished and os.getpid() == self._process_id:
             self._closed.set()
             self._finish()
@@ -144,10 +146,11 @@ class AnswerStream:
             )
 
     def _finish(self) -> None:
-        self._finished = True
         self._executor.shutdown(wait=True)
+        if self._future.exception() is None:
+            self.answer = self._describe(self._streamer, self._begin_s)
+        self._finished = True  # not before: after an interrupt all of this is done again
         self._future.result()
-        self.answer = self._describe(self._streamer, self._begin_s)
 
 
 def checkpoint_params(model: PreTrainedModel, **given: Any) -> SamplingParams:

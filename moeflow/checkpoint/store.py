@@ -4,6 +4,7 @@ Knows files and bytes. Knows nothing of models, caches or devices; torch is not 
 """
 
 import errno
+import io
 import mmap
 import os
 import threading
@@ -49,17 +50,16 @@ class ExpertStore:
         self._reads = self._bytes_read = 0
         self._read_s = 0.0
         self._verified: set[ExpertKey] = set()
-        self._fds: list[int | None] = [None] * len(self.files)
+        self._opened: list[io.FileIO | None] = [None] * len(self.files)
         self._direct = [direct and hasattr(os, "O_DIRECT")] * len(self.files)
-        self._retired: list[int] = []
+        self._retired: list[io.FileIO] = []
         self._closed = False
 
     @property
     def mode(self) -> str:
         """How files are read: "direct", "buffered", or "direct and buffered" where filesystems differ."""
-        used = {direct for direct, fd in zip(self._direct, self._fds, strict=True) if fd is not None} or set(
-            self._direct
-        )
+        of_opened = {direct for direct, file in zip(self._direct, self._opened, strict=True) if file is not None}
+        used = of_opened or set(self._direct)
         return " and ".join(name for flag, name in ((True, "direct"), (False, "buffered")) if flag in used)
 
     def stats(self) -> dict:
@@ -122,13 +122,19 @@ class ExpertStore:
         self._lock, self._staging, self._staging_bytes = threading.Lock(), threading.local(), 0
 
     def close(self) -> None:
-        """Close the files. Reads that come later raise ClosedModelError."""
+        """Close the files; no read may be under way. Reads that come later raise ClosedModelError.
+
+        After an interrupt in here, a second call closes the others.
+        """
         with self._lock:
             self._closed = True
-            fds, self._fds, self._retired = self._fds + self._retired, [None] * len(self.files), []
-        for fd in fds:
-            if fd is not None:
-                os.close(fd)
+            for number, opened in enumerate(self._opened):
+                if opened is not None:
+                    opened.close()
+                    self._opened[number] = None
+            for opened in self._retired:
+                opened.close()
+            self._retired.clear()
 
     @staticmethod
     def _file_of(source: LayerSource, expert: int) -> int:
@@ -188,14 +194,14 @@ class ExpertStore:
 
     def _pread(self, extent: Extent, view: memoryview, start: int) -> int:
         """Read from `start` until the extent's end is in `view`, which may be a little longer."""
-        fd, needed, done = self._open(extent.file), extent.end - start, 0
+        file, needed, done = self._open(extent.file), extent.end - start, 0
         while done < needed:
             try:
-                count = os.preadv(fd, [view[done:]], start + done)
+                count = os.preadv(file.fileno(), [view[done:]], start + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct[extent.file]:
                     raise
-                fd = self._reopen_buffered(extent.file)
+                file = self._reopen_buffered(extent.file)
                 continue
             end = done + count
             if end < needed:
@@ -205,39 +211,38 @@ class ExpertStore:
             done = end
         return needed
 
-    def _open(self, file: int) -> int:
-        fd = self._fds[file]
-        if fd is not None:
-            return fd
+    def _open(self, file: int) -> io.FileIO:
+        opened = self._opened[file]
+        if opened is not None:
+            return opened
         with self._lock:
             if self._closed:
                 raise ClosedModelError(_CLOSED)
-            fd = self._fds[file]
-            if fd is None:
-                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+            opened = self._opened[file]
+            if opened is None:
                 if self._direct[file]:
                     try:
-                        fd = os.open(self.files[file], flags | os.O_DIRECT)
+                        opened = io.FileIO(self.files[file], opener=_open_direct)
                     except OSError as error:
                         if error.errno != errno.EINVAL:
                             raise
                         self._direct[file] = False
-                if fd is None:
-                    fd = os.open(self.files[file], flags)
-                self._fds[file] = fd
-            return fd
+                if opened is None:
+                    opened = io.FileIO(self.files[file])
+                self._opened[file] = opened
+            return opened
 
-    def _reopen_buffered(self, file: int) -> int:
+    def _reopen_buffered(self, file: int) -> io.FileIO:
         """Give up direct reads of one file: some filesystems take the flag and refuse the read."""
         with self._lock:
-            fd = self._fds[file]
-            if fd is None:
+            opened = self._opened[file]
+            if opened is None:
                 raise ClosedModelError(_CLOSED)
             if self._direct[file]:
-                self._retired.append(fd)  # another thread may be reading from it
-                fd = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                self._direct[file], self._fds[file] = False, fd
-            return fd
+                self._retired.append(opened)  # another thread may be reading from it
+                opened = io.FileIO(self.files[file])
+                self._direct[file], self._opened[file] = False, opened
+            return opened
 
     def _check(self, source: LayerSource, key: ExpertKey, record: np.ndarray) -> None:
         """Compare a record with its checksum the first time it is read."""
@@ -252,3 +257,7 @@ class ExpertStore:
                 "with moeflow pack."
             )
         self._verified.add(key)
+
+
+def _open_direct(file: str, flags: int) -> int:
+    return os.open(file, flags | os.O_DIRECT)

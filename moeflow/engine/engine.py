@@ -242,11 +242,12 @@ class Engine:
 
     @in_turn
     def close(self) -> None:
-        """Cancel what is under way and release its memory. The model stays as it was."""
+        """Cancel what is under way and release its memory; call again after an interrupt. The model stays."""
         if not isinstance(self._refusal, ForkedProcessError):
             for id in list(self._requests):
                 self.cancel(id)
         self._outputs.clear()
+        self._slots.clear()  # also those whose request an interrupt left half ended
         if self._groups is not None:
             self._groups.close()
         self._refusal = ClosedModelError("this engine was closed: make another.")
@@ -282,9 +283,8 @@ class Engine:
         if error is not None:
             self._end(request, [], "", "error", error)
             return
-        in_prompt = not sequence.decoding
+        self._counts["prompt_tokens"] += len(piece.tokens) * (not sequence.decoding)
         sequence.num_computed += len(piece.tokens)
-        self._counts["prompt_tokens"] += len(piece.tokens) * in_prompt
         if logits is None:
             return
         try:

@@ -131,6 +131,11 @@ class KeyValueSlots:
         """Release a sequence's slot."""
         self.used_bytes -= self._slots.pop(id).num_positions * self.position_bytes
 
+    def clear(self) -> None:
+        """Release every slot."""
+        self._slots.clear()
+        self.used_bytes = 0
+
     def check_integrity(self) -> None:
         """Assert that the counted bytes are those of the slots' tensors, and inside the budget."""
         found = sum(

@@ -54,7 +54,8 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             return True
-        self.waiting.remove(sequence)
+        if sequence in self.waiting:  # not where an interrupt came before its request was reported
+            self.waiting.remove(sequence)
         return False
 
     def wants(self, ended: Sequence) -> bool:

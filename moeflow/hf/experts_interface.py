@@ -22,7 +22,6 @@ with parts_of_transformers():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "moeflow"
-_OFFLOADED: dict[type, type] = {}  # transformers' classes of experts modules, and ours of the same names
 _TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -47,6 +46,7 @@ class ExpertsModule(torch.nn.Module):
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
     _is_hf_initialized: bool
     _moeflow: Any  # the `OffloadedExperts` that run in its place
+    _absent: Any  # {name: `AbsentParameter`} of its parameters, which stay on disk
 
 
 def _refuse_to_run(module: torch.nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
@@ -79,26 +79,6 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[str, ExpertsModule]]:
             "a dense model, or a family that cannot be offloaded. Load it with AutoModelForCausalLM.from_pretrained."
         )
     return found
-
-
-def run_experts_by(module: ExpertsModule, run: Callable[..., torch.Tensor]) -> None:
-    """Let an experts module call `run`, whatever its config says: without parameters it cannot compute itself.
-
-    Args:
-        module: its parameters taken off.
-        run: called with hidden_states [T, H], top_k_index [T, K] and top_k_weights [T, K]; returns [T, H].
-    """
-    module._moeflow = run
-    kind = type(module)
-    if kind not in _OFFLOADED:
-        _OFFLOADED[kind] = type(kind.__name__, (kind,), {"forward": _offloaded_forward})
-    module.__class__ = _OFFLOADED[kind]
-
-
-def _offloaded_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    return self._moeflow(hidden_states, top_k_index, top_k_weights)
 
 
 def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ Knows where to look. Knows nothing of budgets or devices. Every way of opening a
 """
 
 import copy
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
+from moeflow.errors import ConfigError
 from moeflow.hf import pretrained
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
 
@@ -48,12 +50,14 @@ class ModelFolder:
         # Where it is left open, transformers asks on standard input, and a piped prompt would answer.
         hf_options["trust_remote_code"] = bool(hf_options.get("trust_remote_code"))
         folder = cls(model, **{name: hf_options[name] for name in _HUB_OPTIONS if name in hf_options})
+        _refuse_adapter(folder.path)
         config = hf_options.pop("config", None)
         if config is None or isinstance(config, (str, Path)):
             trusted = hf_options["trust_remote_code"]
             config = pretrained.load_config(Path(config or folder.path), trust_remote_code=trusted)
         folder.config = copy.deepcopy(config)  # the caller's stays as it is
-        for name in [name for name in hf_options if name in config.to_dict()]:
+        known = {*config.to_dict(), *config.attribute_map}
+        for name in [name for name in hf_options if name in known]:
             setattr(folder.config, name, hf_options.pop(name))
         return folder
 
@@ -107,3 +111,20 @@ class ModelFolder:
     def feeding(self, empty: PreTrainedModel) -> set[str]:
         """Return the names of the checkpoint's tensors that feed routed experts; a packed folder has none."""
         return set() if self.packed else expert_tensor_names(empty, self.checkpoint.tensors)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter: from_pretrained would apply it while the experts are not there."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    base = str(folder)
+    if not (folder / "config.json").is_file():
+        try:
+            base = json.loads(file.read_bytes())["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = "its base model"
+    raise ConfigError(
+        f"{file} is of an adapter, which load_moe does not apply. Load {base} without that file, then the adapter from "
+        "a folder of its own: model.load_adapter(folder), or PEFT's PeftModel.from_pretrained(model, folder)."
+    )

@@ -213,6 +213,8 @@ def load_without_experts(
             f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
             "The checkpoint is incomplete: download it again."
         )
+    # Our name stays out of the config, of which others may make a model; these experts never ask it.
+    loaded.config._experts_implementation = None
     return loaded, info, found[0]
 
 

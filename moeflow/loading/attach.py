@@ -5,6 +5,8 @@ Knows modules and their hooks. Knows nothing of budgets or tiers.
 
 import inspect
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from moeflow.calibration.pruning_thresholds import calibrate_pruning
 from moeflow.calibration.windows import cut_windows
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, forward, pretrained
+from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 
@@ -28,11 +31,12 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
         model: its experts taken off.
         runtime: of its experts.
     """
-    for layer, (_, module) in enumerate(experts_interface.experts_modules(model)):
-        experts_interface.run_experts_by(module, OffloadedExperts(runtime, layer, module))
+    for layer, (path, module) in enumerate(experts_interface.experts_modules(model)):
+        run_experts_by(path, module, OffloadedExperts(runtime, layer, module))
     changed: Any = model  # transformers' class has no such attributes
-    changed.moeflow, changed.save_pretrained = runtime, _refuse_to_save
-    changed.set_experts_implementation = _refuse_implementation
+    changed.moeflow, changed.set_experts_implementation = runtime, _refuse_implementation
+    for name in ("save_pretrained", "push_to_hub"):  # they begin to write before they look at any parameter
+        setattr(model, name, partial(_save_adapter, weakref.ref(model), name))
     _pass_in_turn(model.base_model, runtime)
 
 
@@ -93,8 +97,9 @@ def _refuse_implementation(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
-    raise ConfigError(
-        "this model's experts are not in its modules, so save_pretrained would write a model without them. Copy the "
-        "checkpoint folder instead, or use moeflow pack."
-    )
+def _save_adapter(behind: Callable[[], Any], method: str, *args: Any, **kwargs: Any) -> Any:
+    """Save the adapter of a model that has one, as transformers does; the model itself cannot be saved."""
+    model = behind()
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        refuse(first_name(experts_interface.experts_modules(model)[0][1]))
+    return getattr(type(model), method)(model, *args, **kwargs)

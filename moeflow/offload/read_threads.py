@@ -1,4 +1,4 @@
-"""Worker threads that run expert reads. Demanded reads run before prefetches.
+"""Worker threads that run expert reads. Demanded reads run before prefetches. The first read starts the threads.
 
 Knows work as a function and its arguments. Knows nothing of files or of which expert sits in which slot.
 """
@@ -22,18 +22,9 @@ class ReadingThreads:
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         self._begin()
-        self._start_threads()
-
-    def start(self) -> None:
-        """Start the threads, with nothing queued and nothing reported."""
-        self._begin()
-        self._start_threads()
 
     def after_fork(self, lost: Iterable[Transfer]) -> None:
-        """Begin anew in the child of a fork, and report as failed what the threads there had to do.
-
-        The next transfer starts the threads, for most children never use a model.
-        """
+        """Begin anew in the child of a fork, and report as failed what the threads there had to do."""
         self._begin()
         for transfer in lost:
             transfer.take_work()
@@ -53,21 +44,22 @@ class ReadingThreads:
         self._threads: list[threading.Thread] = []
 
     def _start_threads(self) -> None:
-        self._threads = [
-            threading.Thread(
+        while len(self._threads) < self._num_threads:
+            thread = threading.Thread(
                 target=_run_queued,
                 args=(self._tickets, (self._demands, self._prefetches), self._ended),
                 name="moeflow-read",
                 daemon=True,
             )
-            for _ in range(self._num_threads)
-        ]
-        for thread in self._threads:
             thread.start()
+            self._threads.append(thread)  # one more starts where an interrupt comes between
+
+    def __del__(self) -> None:
+        self._tickets.put(False)  # where an interrupt came into garbage collection, no one calls stop()
 
     def put(self, transfer: Transfer) -> None:
         """Queue a transfer that was given work: a prefetch behind every demand, else among the demands."""
-        if not self._threads:
+        if len(self._threads) < self._num_threads:
             self._start_threads()
         (self._prefetches if transfer.prefetch else self._demands).put(transfer)
         self._tickets.put(True)
@@ -88,14 +80,16 @@ class ReadingThreads:
             return None
 
     def stop(self) -> None:
-        """Let running work end, stop the threads, and forget the queues and reports."""
-        for _ in self._threads:
-            self._tickets.put(False)
+        """Let running work end, stop the threads, and forget the queues and reports; the next transfer starts anew.
+
+        After an interrupt in here, a second call finishes.
+        """
+        self._tickets.put(False)
         for thread in self._threads:
             # The garbage collector may run this inside a reading thread, which cannot wait for itself.
-            if thread.ident is not None and thread is not threading.current_thread():
+            if thread is not threading.current_thread():
                 thread.join()
-        self._ended = queue.SimpleQueue()
+        self._begin()
 
 
 def _run_queued(
@@ -115,6 +109,7 @@ def _run_queued(
         if work is not None:
             _run(ended, transfer, work)
         del transfer, work  # while this thread waits, it holds nothing of the runtime's
+    tickets.put(False)  # for the next thread
 
 
 def _run(ended: queue.SimpleQueue[Transfer], transfer: Transfer, work: Work) -> None:

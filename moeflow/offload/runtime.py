@@ -7,13 +7,13 @@ nothing of routers or arithmetic.
 import threading
 import weakref
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout
-from moeflow.errors import ClosedModelError, ExpertReadError, ForkedProcessError, MoeflowError
+from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
 from moeflow.hardware import process_memory_bytes
 from moeflow.offload.fetch import ExpertFetch
@@ -34,19 +34,23 @@ from moeflow.turns import Turns
 
 
 class _Parts(NamedTuple):
-    """The parts that close() and garbage collection release, in this order."""
+    """The parts that close() and garbage collection release, in this order and as often as they are asked to."""
 
     transfers: Transfers
     store: ExpertStore
     pools: list[SlotPool]
 
     def release(self) -> None:
+        failure: Exception | None = None
         try:
             self.transfers.close()
-        finally:
-            self.store.close()
-            for pool in self.pools:
-                pool.close()
+        except Exception as error:  # the device's, once the threads have ended; an interrupt may leave them reading
+            failure = error
+        self.store.close()
+        for pool in self.pools:
+            pool.close()
+        if failure is not None:
+            raise failure
 
 
 class ExpertRuntime:
@@ -114,8 +118,9 @@ class ExpertRuntime:
             ]
             for source in store.layers
         ]
-        parts = _Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
-        self._release = weakref.finalize(self, _Parts.release, parts)
+        self._parts = _Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
+        self._at_collection = weakref.finalize(self, self._parts.release)
+        self._closed = False
         self._refusal: MoeflowError = ClosedModelError("the model was closed: load it again to use it.")
         tell_of_forks(self)
 
@@ -125,10 +130,16 @@ class ExpertRuntime:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            "a loaded model's experts, threads and files can be neither copied nor pickled. Call load_moe again, in "
+            "the process that needs the model."
+        )
+
     @property
     def closed(self) -> bool:
         """Whether close() was called."""
-        return not self._release.alive
+        return self._closed
 
     @property
     def predictor(self) -> Predictor | None:
@@ -145,9 +156,15 @@ class ExpertRuntime:
         return self._records[layer]
 
     def close(self) -> None:
-        """Stop the threads, close the files, release every slot. The model cannot run afterwards."""
+        """Stop the threads, close the files, release every slot. The model cannot run afterwards.
+
+        An interrupt in here leaves the rest to the next call, or to garbage collection.
+        """
         with self._lock:
-            self._release()
+            self._closed = True
+            if self._at_collection.alive:
+                self._parts.release()
+                self._at_collection.detach()
             for observer in self.observers:
                 observer.close()
 
@@ -159,7 +176,8 @@ class ExpertRuntime:
             return
         self.store.after_fork()
         if self.device.type != "cpu":
-            self._release.detach()  # what it would release is the parent's
+            self._closed = True
+            self._at_collection.detach()  # what it would release is the parent's
             self._refusal = ForkedProcessError(
                 f"the model was loaded on {self.device} by the process that forked this one, and CUDA cannot be used "
                 "in the child of a fork. Load the model in this process, started by spawn, or give device='cpu'."

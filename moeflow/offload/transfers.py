@@ -157,7 +157,7 @@ class Transfers:
         return None if transfer is None else self._settle(transfer)
 
     def close(self) -> None:
-        """Let running copies end, drop waiting ones, stop the threads."""
+        """Let running copies end, drop waiting ones, stop the threads. A second call goes on where one was cut off."""
         for waiting in self._in_flight.values():
             waiting.take_work()
         self._threads.stop()
@@ -171,11 +171,10 @@ class Transfers:
         self._threads.after_fork(self._in_flight.values())
 
     def abandon(self) -> None:
-        """Let running copies end and forget them all, settled or not; then be ready again."""
+        """Let running copies end and forget them all, settled or not; be ready again."""
         self.close()
         if self._host is not None:
             self._host.cache.clear()
-        self._threads.start()
 
     def _settle(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.key]

@@ -169,7 +169,9 @@ class TraceRecorder:
                 self.dropped_tokens,
                 self.path,
             )
-        self._close()
+        if self._close.alive:
+            self._rows.close()
+            self._close.detach()  # not before: after an interrupt the next call closes the file
 
     def _drop_pass(self) -> None:
         if self._pass is not None:
