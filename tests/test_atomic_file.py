@@ -1,0 +1,127 @@
+"""Files appear whole or not at all: killed at each line, on a full disk, beside another writer, through links."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from helpers.kill_points import kill_at_each_line
+from moeflow import atomic_file as module
+from moeflow import file_lock
+from moeflow.atomic_file import atomic_file, write_atomically
+from moeflow.errors import PlacementError, TraceError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_and_replaced(tmp_path):
+    write_atomically(tmp_path / "a", b"one")
+    os.chmod(tmp_path / "a", 0o640)
+    write_atomically(tmp_path / "a", "zwölf")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "zwölf"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_new_file_has_the_permissions_that_the_user_gives_new_files(tmp_path):
+    (tmp_path / "plain").touch()
+    with atomic_file(tmp_path / "a") as partial:
+        partial.touch(mode=0o600)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path):
+    write_atomically(tmp_path / "a", b"one")
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a") as partial:
+        partial.write_bytes(b"tw")
+        raise KeyboardInterrupt
+    assert ((tmp_path / "a").read_bytes(), names(tmp_path)) == (b"one", ["a"])
+
+
+def test_a_link_stays_one_and_a_device_is_written_to(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "a")
+    write_atomically(tmp_path / "link", b"one")
+    assert (tmp_path / "link").is_symlink()
+    assert ((tmp_path / "folder" / "a").read_bytes(), names(tmp_path / "folder")) == (b"one", ["a"])
+    write_atomically(os.devnull, b"one")
+    assert not os.path.isfile(os.devnull)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "Is a directory. Give the name of a file."),
+        ("absent/a", "No such file or directory. Make the folder .*absent first"),
+        ("file/a", "Not a directory. Give a file in a folder of yours."),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named(tmp_path, path, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(PlacementError, match=rf"{path} cannot be written: {message}"):
+        write_atomically(tmp_path / path, b"one", PlacementError)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_named_and_nothing_stays(tmp_path):
+    if os.path.exists("/dev/full"):
+        with pytest.raises(TraceError, match="No space left on device. Make room"):
+            write_atomically("/dev/full", b"one", TraceError)
+    code = """
+import resource, signal, sys
+from moeflow.atomic_file import write_atomically
+from moeflow.errors import MoeflowError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomically(sys.argv[1], bytes(2000))
+except MoeflowError as error:
+    print(error)
+"""
+    write_atomically(tmp_path / "a", b"one")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+    assert "cannot be written: File too large. Make room" in run.stdout, run.stderr
+    assert ((tmp_path / "a").read_bytes(), names(tmp_path)) == (b"one", ["a"])
+
+
+def test_writers_take_turns(tmp_path):
+    """Each writes in many small steps; the file that stays is one writer's alone, and no other file stays."""
+
+    def write(letter):
+        with atomic_file(tmp_path / "a") as partial, open(partial, "wb", buffering=0) as file:
+            for _ in range(300):
+                file.write(letter)
+
+    threads = [threading.Thread(target=write, args=(bytes([65 + n]),)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    content = (tmp_path / "a").read_bytes()
+    assert (len(content), len(set(content)), names(tmp_path)) == (300, 1, ["a"])
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_killed_at_any_line_the_file_is_old_or_new_and_the_next_run_clears_up(tmp_path, before):
+    target = tmp_path / "a"
+
+    def write():
+        write_atomically(target, b"new" * 1000)
+
+    seen = set()
+    for place in kill_at_each_line(write, module, file_lock):
+        left = target.read_bytes() if target.exists() else None
+        assert left in (before, b"new" * 1000), place
+        seen.add(left)
+        write()
+        assert (target.read_bytes(), names(tmp_path)) == (b"new" * 1000, ["a"]), place
+        target.unlink()
+        if before is not None:
+            target.write_bytes(before)
+    assert len(seen) == 2
