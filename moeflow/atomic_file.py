@@ -67,6 +67,17 @@ def write_atomically(path: str | Path, content: bytes | str, error: type[Moeflow
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write all of the bytes to an open file, which may take them in parts.
+
+    Raises:
+        OSError: the disk is full or failed.
+    """
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
 def cannot_write(path: str | Path, cause: OSError) -> str:
     """Return what to tell about a file that could not be written: the cause, and what to do."""
     if cause.errno in _FULL:

@@ -2,12 +2,11 @@
 
 import os
 import stat
-import subprocess
-import sys
 import threading
 
 import pytest
 
+from helpers.full_disk import with_full_disk
 from helpers.kill_points import kill_at_each_line
 from moeflow import atomic_file as module
 from moeflow import file_lock
@@ -78,20 +77,13 @@ def test_a_full_disk_is_named_and_nothing_stays(tmp_path):
     if os.path.exists("/dev/full"):
         with pytest.raises(TraceError, match=r"No space left on device\. Make room"):
             write_atomically("/dev/full", b"one", TraceError)
-    code = """
-import resource, signal, sys
-from moeflow.atomic_file import write_atomically
-from moeflow.errors import MoeflowError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_atomically(sys.argv[1], bytes(2000))
-except MoeflowError as error:
-    print(error)
-"""
+
+    def write():
+        with pytest.raises(TraceError, match=r"cannot be written: File too large\. Make room"):
+            write_atomically(tmp_path / "a", bytes(2000), TraceError)
+
     write_atomically(tmp_path / "a", b"one")
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
-    assert "cannot be written: File too large. Make room" in run.stdout, run.stderr
+    assert with_full_disk(1000, write) == 0
     assert ((tmp_path / "a").read_bytes(), names(tmp_path)) == (b"one", ["a"])
 
 
@@ -112,6 +104,7 @@ def test_writers_take_turns(tmp_path):
     assert (len(content), len(set(content)), names(tmp_path)) == (300, 1, ["a"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, b"old"])
 def test_killed_at_any_line_the_file_is_old_or_new_and_the_next_run_clears_up(tmp_path, before):
     target = tmp_path / "a"
