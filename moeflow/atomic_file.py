@@ -17,14 +17,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def atomic_file(path: str | Path, error: type[MoeflowError] = MoeflowError) -> Iterator[Path]:
+def atomic_file(path: str | Path, error: type[MoeflowError] | None = MoeflowError) -> Iterator[Path]:
     """Give a path to write to. When the block ends well, what lies there takes the file's place, safe on the disk.
 
     Processes that write the same file take turns. A link stays one; a pipe or a device is written to directly.
 
     Args:
         path: the file; one that is there is replaced and keeps its permissions.
-        error: what is raised.
+        error: what is raised; None leaves an OSError as it is.
 
     Raises:
         MoeflowError: the folder is not there or not the user's, the path is a folder's, the disk is full. The file is
@@ -49,16 +49,18 @@ def atomic_file(path: str | Path, error: type[MoeflowError] = MoeflowError) -> I
             finally:
                 partial.unlink(missing_ok=True)
     except OSError as cause:
+        if error is None:
+            raise
         raise error(cannot_write(path, cause)) from cause
 
 
-def write_atomically(path: str | Path, content: bytes | str, error: type[MoeflowError] = MoeflowError) -> None:
+def write_atomically(path: str | Path, content: bytes | str, error: type[MoeflowError] | None = MoeflowError) -> None:
     """Write a file as `atomic_file` does.
 
     Args:
         path: the file.
         content: its bytes, or its text, which is written in UTF-8.
-        error: what is raised.
+        error: what is raised; None leaves an OSError as it is.
 
     Raises:
         MoeflowError: see `atomic_file`.

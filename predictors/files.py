@@ -1,7 +1,6 @@
 """Files of trained predictors: safetensors with a card of the training, refused for any other model."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from moeflow.atomic_file import write_atomically
 from moeflow.errors import PredictorError
 from moeflow.predictors.markov import Markov
 from moeflow.predictors.path.net import PathNet, PathShape
@@ -150,15 +150,8 @@ def save_predictor(
         dict(shape),
     )
     metadata = {"format": FORMAT, "version": str(VERSION), "card": json.dumps(asdict(card))}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise PredictorError(f"{path} cannot be written: {error}. Give a file in a folder of yours.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+    write_atomically(path, content, PredictorError)
     return card
 
 

@@ -4,6 +4,7 @@ import os
 import stat
 import threading
 
+import numpy as np
 import pytest
 
 from helpers.full_disk import with_full_disk
@@ -123,3 +124,60 @@ def test_killed_at_any_line_the_file_is_old_or_new_and_the_next_run_clears_up(tm
         if before is not None:
             target.write_bytes(before)
     assert len(seen) == 2
+
+
+def write_plan_file(path):
+    from moeflow.placement.files.plan import write_plan
+    from moeflow.placement.plan import Plan
+
+    write_plan(path, Plan.of_gpus(2, np.array([[0, 1, 0, 1]])), {"seed": 1})
+
+
+def convert_lines(path):
+    from moeflow.trace.convert import convert_trace
+
+    lines = path.with_name("source.jsonl")
+    lines.write_text('{"tok": 1, "layers": [[6, 8], [7, 16]]}\n')
+    if path.exists():  # it never replaces a trace
+        path.unlink()
+    convert_trace(lines, path)
+    lines.unlink()
+
+
+def forget_lines(path):
+    from moeflow.batch.results import BatchFile
+
+    if not path.exists():
+        path.write_text('{"id": "a", "line": 1, "error": "x"}\n{"id": "b", "line": 2, "error": "x"}\n')
+    with BatchFile(path) as file:
+        file.forget({"a"} & set(file.finished))
+
+
+def save_conversation(path):
+    from moeflow.chat.conversation import Conversation
+
+    Conversation("be brief", [{"role": "user", "content": "hello"}]).save(path)
+
+
+def save_popularity(path):
+    from moeflow.predictors.files import save_predictor
+    from moeflow.predictors.popularity import Popularity
+
+    save_predictor(Popularity(2, 4, np.ones((2, 4))), path, fingerprint="f", top_k=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [write_plan_file, convert_lines, forget_lines, save_conversation, save_popularity])
+def test_every_writer_killed_on_the_way_ends_the_next_time_with_the_same_bytes(tmp_path, write):
+    """Killed at each of the writing lines: those of the block between, where the content is made, are not tried."""
+    target = tmp_path / "a"
+    write(target)
+    whole = target.read_bytes()
+    target.unlink()
+    for place in kill_at_each_line(lambda: write(target), module):
+        write(target)
+        if names(tmp_path) != ["a"]:  # a converter's source, or a lock that a run which has nothing to write leaves
+            assert write in (convert_lines, forget_lines), place
+        assert target.read_bytes() == whole, place
+        for path in tmp_path.iterdir():
+            path.unlink()

@@ -58,7 +58,7 @@ class RoutingTrace:
         rows = content.view(header.dtype)
         if header.crc32 is None:
             _check_numbers(path, header.format, rows)
-        elif zlib.crc32(content) != header.crc32:
+        elif zlib.crc32(content.data) != header.crc32:
             raise TraceError(
                 f"{path} is damaged: its rows, bytes {header.data_offset:,} to {header.end:,}, do not agree with their "
                 "checksum. Copy or record it again."

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from moeflow.atomic_file import write_atomically
 from moeflow.errors import PlacementError
 from moeflow.placement.cost import judge
-from moeflow.placement.files.atomic_write import write_whole
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
 from moeflow.placement.workload import Workload
@@ -61,7 +61,7 @@ def write_plan(path: str | Path, plan: Plan, facts: dict | None = None) -> None:
     head = {"format": FORMAT, "version": VERSION, "num_gpus": plan.num_gpus, **_finite(facts or {})}
     layers = ",\n  ".join(json.dumps(layer, separators=(",", ":")) for layer in plan.experts)
     text = json.dumps(head, indent=1).removesuffix("\n}")
-    write_whole(path, f'{text},\n "experts": [\n  {layers}\n ]\n}}\n'.encode())
+    write_atomically(path, f'{text},\n "experts": [\n  {layers}\n ]\n}}\n', PlacementError)
 
 
 def read_plan(path: str | Path) -> Plan:
