@@ -1,11 +1,14 @@
 """Files written whole or not at all: a reader sees the old file or the new one, a kill leaves what the next run clears.
+A file may carry its own checksum, so that later damage is seen too.
 
 Knows files. Knows nothing of what is in them.
 """
 
 import errno
 import os
+import re
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +16,8 @@ from pathlib import Path
 from moeflow.errors import MoeflowError
 from moeflow.file_lock import exclusive
 
+NO_CHECKSUM = "0" * 8  # where `seal` puts the checksum
+_CHECKSUM = re.compile(rb'crc32": ?"([0-9a-f]{8})"')
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,6 +72,23 @@ def write_atomically(path: str | Path, content: bytes | str, error: type[Moeflow
     """
     with atomic_file(path, error) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def seal(content: bytes) -> bytes:
+    """Put the CRC-32 of a content into the JSON in it, in place of the first checksum: `"crc32": "00000000"`."""
+    place = _CHECKSUM.search(content)
+    assert place is not None, "a content with a place for the checksum"
+    assert place[1] == NO_CHECKSUM.encode(), "a place that is free"
+    return content[: place.start(1)] + f"{zlib.crc32(content):08x}".encode() + content[place.end(1) :]
+
+
+def is_sealed(content: bytes) -> bool:
+    """Tell whether a content is as `seal` returned it."""
+    place = _CHECKSUM.search(content)
+    if place is None:
+        return False
+    unsealed = content[: place.start(1)] + NO_CHECKSUM.encode() + content[place.end(1) :]
+    return place[1] == f"{zlib.crc32(unsealed):08x}".encode()
 
 
 def write_all(descriptor: int, content: bytes | memoryview) -> None:

@@ -5,7 +5,6 @@ Knows nothing of writers or readers of rows. Needs numpy, not torch.
 
 import json
 import re
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from moeflow.atomic_file import NO_CHECKSUM, is_sealed, seal
 from moeflow.core import align_up
 from moeflow.errors import TraceError
 from moeflow.trace.format import TraceFormat, row_dtype
@@ -21,8 +21,6 @@ FORMAT, VERSION = "moeflow-trace", 1
 _MIN_HEADER_BYTES = 4096  # the 8 bytes of the length included
 _ROOM_BYTES = 320  # for what grows: the row count, the end offset, a recording
 _MAX_ROW_BYTES = 1 << 31
-_CHECKSUM = '"header_crc32":"{}"'
-_NO_CHECKSUM = _CHECKSUM.format("0" * 8).encode()
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,7 @@ class TraceHeader:
         text = self._text()
         assert len(text) <= length, "a header keeps its length"
         content = length.to_bytes(8, "little") + text.ljust(length)
-        if self.crc32 is None:
-            return content
-        return content.replace(_NO_CHECKSUM, _CHECKSUM.format(f"{zlib.crc32(content):08x}").encode(), 1)
+        return content if self.crc32 is None else seal(content)
 
     def _text(self) -> bytes:
         about, described = self.format, self.dtype.fields
@@ -105,7 +101,7 @@ class TraceHeader:
         }
         metadata = {"format": FORMAT, "version": str(VERSION)}
         if self.crc32 is not None:
-            metadata |= {"header_crc32": "0" * 8, "crc32": f"{self.crc32:08x}"}
+            metadata |= {"header_crc32": NO_CHECKSUM, "crc32": f"{self.crc32:08x}"}
         metadata["trace"] = _compact(trace)
         if self.recording is not None:
             metadata["recording"] = _compact(asdict(self.recording))
@@ -155,8 +151,8 @@ def read_trace_header(path: Path, file: BinaryIO) -> TraceHeader:
             f"{path} is a trace of version {version}, and this moeflow reads version {VERSION}. Update moeflow."
         )
     try:
-        if "header_crc32" in metadata:
-            _check(prefix + text, str(metadata["header_crc32"]))
+        if "header_crc32" in metadata and not is_sealed(prefix + text):
+            raise ValueError("its checksum does not agree")
         found = _parse(metadata, header["rows"], 8 + length)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise _corrupt(path, error) from None
@@ -182,12 +178,6 @@ def read_recording(path: str | Path) -> Recording | None:
         return None
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}. Give another name.") from error
-
-
-def _check(content: bytes, checksum: str) -> None:
-    written = _CHECKSUM.format(checksum).encode()
-    if f"{zlib.crc32(content.replace(written, _NO_CHECKSUM, 1)):08x}" != checksum:
-        raise ValueError("its checksum does not agree")
 
 
 def _parse(metadata: dict, rows: dict, data_offset: int) -> TraceHeader:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -223,26 +222,6 @@ def test_partial_build_of_other_inputs_is_discarded(model_and_tokenizer, tmp_pat
     (partial / "layer-0000.safetensors").write_bytes(b"of another recipe")
     out = _build(lambda work: model_and_tokenizer, tmp_path / "demo")
     assert (out / "config.json").is_file()
-
-
-def test_a_folder_that_no_build_wrote_is_left_alone(tmp_path):
-    (tmp_path / "demo.partial").mkdir()
-    (tmp_path / "demo.partial" / "mine").write_text("mine")
-    with pytest.raises(DemoModelError, match="holds something that no build wrote"):
-        _build(_forbidden_load, tmp_path / "demo")
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-        "demo.partial",
-        "demo.partial/mine",
-    ]
-
-
-def test_a_build_that_was_killed_in_its_last_steps_is_cleared_up(built, tmp_path):
-    out = shutil.copytree(built, tmp_path / "demo")
-    (tmp_path / "demo.partial").mkdir()
-    (tmp_path / "demo.partial" / "layer-0000.safetensors").write_bytes(b"left")
-    (tmp_path / "demo.lock").touch()
-    assert _build(_forbidden_load, out) == out
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_interrupt_leaves_no_final_folder_and_a_build_that_continues(model_and_tokenizer, tmp_path):

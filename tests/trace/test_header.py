@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from helpers.damage import damaged
 from helpers.trace_files import FORMAT, random_rows, write_trace
 from moeflow.cli.main import main
 from moeflow.errors import TraceError
@@ -40,30 +41,10 @@ def written(tmp_path):
     return tmp_path / "t"
 
 
-def damage(data, rng):
-    """Change some bytes, bits or a range, cut the file off, or double a part of it."""
-    data, kind = bytearray(data), rng.randrange(5)
-    header = data.index(b"  ")
-    place = rng.randrange(rng.choice([header, len(data)]))
-    if kind == 0:
-        data[place] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        for _ in range(rng.randrange(1, 8)):
-            data[rng.randrange(rng.choice([header, len(data)]))] = rng.choice(b'0123456789{}[],:-.eE"\\ \xff')
-    elif kind == 2:
-        del data[place:]
-    elif kind == 3:
-        size = rng.randrange(1, 100)
-        data[place : place + size] = rng.choice([bytes(size), rng.randbytes(size), b"9" * size, b"[" * size])
-    else:
-        data[place:place] = data[place : place + rng.randrange(1, 50)]
-    return bytes(data)
-
-
 def test_a_damaged_trace_is_refused_or_read_with_the_content_it_had(written):
     data, expected, rng, told = written.read_bytes(), content(written), random.Random(0), []
     for _ in range(1500):
-        written.write_bytes(damage(data, rng))
+        written.write_bytes(damaged(data, rng, data.index(b"  ")))
         try:
             assert content(written) == expected
         except TraceError as error:
@@ -98,7 +79,7 @@ def test_a_damaged_trace_without_checksums_raises_nothing_foreign(written, capsy
     old(written)
     data, rng, told = written.read_bytes(), random.Random(1), []
     for _ in range(1000):
-        written.write_bytes(damage(data, rng))
+        written.write_bytes(damaged(data, rng, data.index(b"  ")))
         try:
             content(written)
         except TraceError as error:
