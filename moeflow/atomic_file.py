@@ -102,6 +102,30 @@ def write_all(descriptor: int, content: bytes | memoryview) -> None:
         left = left[os.write(descriptor, left) :]
 
 
+def check_target(path: str | Path, error: type[MoeflowError] = MoeflowError) -> None:
+    """Refuse, before the work, a file that could not be written after it.
+
+    Args:
+        path: the file.
+        error: what is raised.
+
+    Raises:
+        MoeflowError: the path is a folder's, or its folder is not there or not the user's.
+    """
+    target = Path(os.path.realpath(path))
+    number = 0
+    if target.is_dir():
+        number = errno.EISDIR
+    elif not target.parent.exists():
+        number = errno.ENOENT
+    elif not target.parent.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(target.parent if target.is_file() or not target.exists() else target, os.W_OK):
+        number = errno.EACCES
+    if number:
+        raise error(cannot_write(path, OSError(number, os.strerror(number))))
+
+
 def cannot_write(path: str | Path, cause: OSError) -> str:
     """Return what to tell about a file that could not be written: the cause, and what to do."""
     if cause.errno in _FULL:

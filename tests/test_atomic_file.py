@@ -11,7 +11,7 @@ from helpers.full_disk import with_full_disk
 from helpers.kill_points import kill_at_each_line
 from moeflow import atomic_file as module
 from moeflow import file_lock
-from moeflow.atomic_file import atomic_file, write_atomically
+from moeflow.atomic_file import atomic_file, check_target, write_atomically
 from moeflow.errors import PlacementError, TraceError
 
 
@@ -54,6 +54,8 @@ def test_a_link_stays_one_and_a_device_is_written_to(tmp_path):
     write_atomically(tmp_path / "link", b"one")
     assert (tmp_path / "link").is_symlink()
     assert ((tmp_path / "folder" / "a").read_bytes(), names(tmp_path / "folder")) == (b"one", ["a"])
+    for path in (tmp_path / "link", tmp_path / "b", os.devnull):
+        check_target(path)
     write_atomically(os.devnull, b"one")
     assert not os.path.isfile(os.devnull)
 
@@ -71,6 +73,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, path, message):
     (tmp_path / "file").touch()
     with pytest.raises(PlacementError, match=rf"{path} cannot be written: {message}"):
         write_atomically(tmp_path / path, b"one", PlacementError)
+    if len(path) < 200:
+        with pytest.raises(PlacementError, match=rf"{path} cannot be written: {message}"):
+            check_target(tmp_path / path, PlacementError)
     assert names(tmp_path) == ["file"]
 
 

@@ -92,11 +92,12 @@ def write_packed(
                 _refuse_existing(out)
         (out / JOURNAL).unlink(missing_ok=True)  # the last step: with it the next run knows a whole folder as its own
     except OSError as error:
-        kept = f"What is done is kept in {partial}: make room and run" if partial.exists() else "Run"
-        removing = ", or remove that folder" if partial.exists() else ", or give another folder"
-        raise MoeflowError(
-            f"{out} could not be written: {error.strerror or error}. {kept} the same command again{removing}."
-        ) from error
+        remedy = "Give a folder of yours, on a disk with room."
+        if partial.exists():
+            remedy = (
+                f"What is done is kept in {partial}: make room and run the same command again, or remove that folder."
+            )
+        raise MoeflowError(f"{out} could not be written: {error.strerror or error}. {remedy}") from error
     return out
 
 

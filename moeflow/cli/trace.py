@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from moeflow.atomic_file import check_target
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.replay import add_replay_commands
 from moeflow.errors import TraceError
@@ -66,6 +67,7 @@ def _record(arguments: argparse.Namespace) -> int:
         num_before, num_tokens = earlier.prompts, 0
         print(f"{out} has all of these prompts already; --append records them once more.", file=sys.stderr)
     else:
+        check_target(out, TraceError)
         num_before, num_tokens = _record_prompts(arguments, prompts, out, name)
     if arguments.json:
         about = {"trace": str(out), "prompts": len(prompts), "prompts_before": num_before, "tokens": num_tokens}

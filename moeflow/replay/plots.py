@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moeflow.atomic_file import write_atomically
+from moeflow.atomic_file import check_target, write_atomically
 from moeflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,12 +148,13 @@ def check_plot_path(path: str | Path) -> str:
     """Return the kind of a plot's file, "png" or "svg".
 
     Raises:
-        ConfigError: another suffix, or matplotlib is absent.
+        ConfigError: another suffix, a folder that is not there or not the user's, or matplotlib is absent.
     """
     require_matplotlib()
     kind = Path(path).suffix.lower().lstrip(".")
     if kind not in ("png", "svg"):
         raise ConfigError(f"{path} is no kind of plot. Allowed: a name that ends in .png or .svg.")
+    check_target(path, ConfigError)
     return kind
 
 

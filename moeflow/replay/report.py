@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeflow.atomic_file import write_atomically
+from moeflow.atomic_file import check_target, write_atomically
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes, format_percent
 from moeflow.replay.demand import replay_trace, sequence_rows
@@ -50,6 +50,7 @@ def write_report(
         ConfigError: nothing to replay, matplotlib is absent, or the file cannot be written.
     """
     require_matplotlib()  # before the work, not after it
+    check_target(out, ConfigError)
     sample = _sample(trace, max_tokens)
     experts, starts = sequence_rows(sample, phase)
     rows = replay_trace(sample, _residencies(trace), list(POLICIES), phase=phase)
