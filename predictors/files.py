@@ -1,7 +1,6 @@
 """Files of trained predictors: safetensors with a card of the training, refused for any other model."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from moeflow.atomic_file import NO_CHECKSUM, is_sealed, seal, write_atomically
+from moeflow.core import align_up
 from moeflow.errors import PredictorError
 from moeflow.predictors.markov import Markov
 from moeflow.predictors.path.net import PathNet, PathShape
@@ -22,6 +23,7 @@ from moeflow.predictors.sequence.predictor import SequencePredictor
 from moeflow.predictors.sequence.token_table import TokenTable
 
 FORMAT, VERSION = "moeflow-predictor", 1
+_MAX_SIZE = 1 << 24
 Arrays = dict[str, np.ndarray]
 
 
@@ -149,17 +151,19 @@ def save_predictor(
         trained_on or {},
         dict(shape),
     )
-    metadata = {"format": FORMAT, "version": str(VERSION), "card": json.dumps(asdict(card))}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise PredictorError(f"{path} cannot be written: {error}. Give a file in a folder of yours.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    metadata = {"card": json.dumps(asdict(card)), "crc32": NO_CHECKSUM, "format": FORMAT, "version": str(VERSION)}
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+    write_atomically(path, seal(_in_order(content, metadata)), PredictorError)
     return card
+
+
+def _in_order(content: bytes, metadata: dict[str, str]) -> bytes:
+    """Put the metadata in its order: safetensors writes them in another each time."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8 : 8 + length]), "__metadata__": metadata}, separators=(",", ":"))
+    text = header.encode()
+    text = text.ljust(align_up(len(text), 8))
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def load_predictor(
@@ -182,7 +186,13 @@ def load_predictor(
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            card = _read_card(path, file.metadata() or {})
+            metadata = file.metadata() or {}
+            card = _read_card(path, metadata)
+            if "crc32" in metadata and not is_sealed(Path(path).read_bytes()):
+                raise PredictorError(
+                    f"{path} is damaged: its checksum does not agree. Copy it again, or train it anew: moeflow "
+                    "predictor train."
+                )
             _require(path, card, fingerprint, num_layers, num_experts)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -212,11 +222,23 @@ def _read_card(path: str | Path, metadata: dict) -> PredictorCard:
         raise PredictorError(f"{path} has version {metadata.get('version')!r}, and this moeflow reads {VERSION}.")
     try:
         card = PredictorCard(**json.loads(metadata["card"]))
-    except (KeyError, TypeError, ValueError) as error:
+        _check_card(card)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PredictorError(f"{path} is damaged: its card cannot be read ({error}).") from error
     if card.kind not in KINDS:
         raise PredictorError(f"{path} holds a predictor {card.kind!r}. Allowed: {', '.join(KINDS)}.")
     return card
+
+
+def _check_card(card: PredictorCard) -> None:
+    """Refuse what no card holds; ValueError names it."""
+    sizes = {name: getattr(card, name) for name in ("num_layers", "num_experts", "top_k")}
+    sizes |= {f"shape of {name}": value for name, value in dict(card.shape).items() if not isinstance(value, float)}
+    for name, value in sizes.items():
+        if type(value) is not int or not 0 <= value < _MAX_SIZE:
+            raise ValueError(f"{name} is {value!r}")
+    if not isinstance(card.trained_on, dict) or type(card.trained_on.get("hold_out", 2)) is not int:
+        raise ValueError(f"trained_on is {card.trained_on!r}")
 
 
 def _require(

@@ -23,6 +23,7 @@ CHECKS = (
     layout_checks.oracles_stay_on_their_shelf,
     layout_checks.no_file_is_long,
     layout_checks.no_folder_is_crowded,
+    layout_checks.files_are_written_through_one_door,
 )
 
 

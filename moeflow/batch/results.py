@@ -6,12 +6,14 @@ import json
 import os
 import stat
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from moeflow.atomic_file import atomic_file, write_all
 from moeflow.batch.openai_format import batch_record, response_body, token_logprobs
 from moeflow.errors import ConfigError, MoeflowError
+from moeflow.file_lock import lock_file
 
 if TYPE_CHECKING:
     from moeflow.batch.requests import BatchRequest, RefusedLine
@@ -44,7 +46,10 @@ class BatchFile:
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise ConfigError(f"{self.path} is no plain file, from which a run could go on. Give another output.")
-            _lock(self._descriptor, self.path)
+            if not lock_file(self._descriptor, self.path):
+                raise ConfigError(
+                    f"{self.path} is being written by another process. Wait for it, or give another output."
+                )
             self._read()
         except BaseException:
             os.close(self._descriptor)
@@ -62,7 +67,7 @@ class BatchFile:
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         end = os.lseek(self._descriptor, 0, os.SEEK_END)
         try:
-            _write(self._descriptor, line)
+            write_all(self._descriptor, line)
         except OSError as error:
             with suppress(OSError):  # else the next start cuts it off
                 os.ftruncate(self._descriptor, end)
@@ -123,22 +128,13 @@ class BatchFile:
 
     def _replace(self, lines: list[bytes]) -> None:
         """Put a file with these lines in place of the present one."""
-        path = self.path.resolve()  # a link stays one
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                os.fchmod(descriptor, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
-                _lock(descriptor, temporary)
-                _write(descriptor, b"".join(lines))
-                os.fsync(descriptor)
-                os.replace(temporary, path)
-            except BaseException:
-                os.close(descriptor)
-                temporary.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise ConfigError(f"{self.path} cannot be rewritten: {error.strerror}. It is as it was.") from error
+        with ExitStack() as opened:
+            with atomic_file(self.path, ConfigError) as partial:
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+                opened.callback(os.close, descriptor)
+                lock_file(descriptor, partial)  # before it has the name under which others look for it
+                write_all(descriptor, b"".join(lines))
+            opened.pop_all()
         os.close(self._descriptor)
         self._descriptor = descriptor
 
@@ -211,24 +207,3 @@ def _error_of(record: dict[str, Any]) -> str | None:
 def _digest_of(record: dict[str, Any]) -> str:
     """Return the digest of the request that a line answers; KeyError where it tells none."""
     return record["response"]["request_id"].removeprefix("req_") if "custom_id" in record else record["request"]
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Keep other processes from appending to the same file at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # pragma: no cover - Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unchanged = os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except OSError:
-        unchanged = False
-    if not unchanged:
-        raise ConfigError(f"{path} is being written by another process. Wait for it, or give another output.")

@@ -15,13 +15,13 @@ Knows numbers and one file. Knows nothing of models or tensors.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
+from moeflow.atomic_file import atomic_file
 from moeflow.errors import ConfigError
 
 _VERSION = 1
@@ -92,20 +92,10 @@ class ExpertStatistics(NamedTuple):
 
     def save(self, file: str | Path) -> None:
         """Write the file whole (numpy's npz, with a JSON text `about`)."""
-        file = Path(file)
         about = {"version": _VERSION, "formats": self.formats, "num_experts": self.num_experts}
         about["num_tokens"] = self.num_tokens
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as out:
-                np.savez(out, about=np.array(json.dumps(about)), **{name: getattr(self, name) for name in _ARRAYS})
-            os.replace(partial, file)
-        except OSError as error:
-            raise ConfigError(
-                f"{file} cannot be written: {error.strerror}. Give a file in a folder of yours."
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(file, ConfigError) as partial, open(partial, "wb") as out:
+            np.savez(out, about=np.array(json.dumps(about)), **{name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def load(cls, file: str | Path) -> "ExpertStatistics":

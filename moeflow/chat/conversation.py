@@ -6,12 +6,11 @@ Knows the tokenizer and the length of the model's context; neither generates nor
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from moeflow.atomic_file import write_atomically
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
@@ -42,18 +41,7 @@ class Conversation:
         Raises:
             MoeflowError: the file cannot be written.
         """
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                json.dump(self.messages, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise MoeflowError(f"cannot write {path}: {error.strerror}") from error
+        write_atomically(path, json.dumps(self.messages, ensure_ascii=False, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Conversation:

@@ -1,7 +1,7 @@
 """Writes a packed model folder: the dense weights as they are, and one aligned, checksummed record an expert.
 
-The writer fills `OUT.partial` and renames it when it is whole. After a kill the next run continues at the first expert
-that is not in the journal.
+The writer fills `OUT.partial` under a lock and renames it when it is whole. After a kill in any line, the next run of
+the same inputs goes on at the first expert whose bytes on disk are not those of the journal.
 
 Knows checkpoints and layer sources. Knows nothing of models.
 """
@@ -15,23 +15,26 @@ import shutil
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from moeflow import __version__
+from moeflow.atomic_file import sync_file, sync_folder
 from moeflow.checkpoint.headers import SINGLE_FILE, Checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.pack_journal import JOURNAL, PackJournal, is_of_run
 from moeflow.checkpoint.packed_file import PACKED_FILE, header_bytes, record_offsets, stride
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, LayerLayout, align_up
 from moeflow.errors import ConfigError, MoeflowError
+from moeflow.file_lock import exclusive
 from moeflow.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
-_JOURNAL = "experts.journal"
 _COPIED_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _READS_IN_FLIGHT = 4
 _COPY_CHUNK_BYTES = 16 << 20
@@ -43,8 +46,8 @@ def check_output(folder: Path, out: Path) -> None:
     Raises:
         ConfigError: `out` exists, or `folder` is packed already.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists. Give a folder that does not, or remove it.")
+    if os.path.lexists(out) and not (out / JOURNAL).is_file():  # with one, a run was killed in its last step
+        _refuse_existing(out)
     if (folder / PACKED_FILE).exists():
         raise ConfigError(f"{folder} is packed already.")
 
@@ -69,36 +72,73 @@ def write_packed(
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ConfigError: `out` exists, or its disk is too small.
+        ConfigError: `out` exists, another process writes it, or its disk is too small.
         MoeflowError: the disk became full or failed; `out` is not there, `OUT.partial` continues on the next run.
     """
-    folder = checkpoint.folder
-    dense = [name for name in checkpoint.tensors if name not in feeding]
-    layouts = [source.layout for source in layers]
     partial = out.with_name(out.name + ".partial")
-    identity = _identity(checkpoint, layouts, settings)
-    done = _resume(partial, identity)
 
-    _, experts_end = record_offsets(layouts, len(header_bytes(layouts)))
-    dense_bytes = sum(checkpoint.tensors[name].num_bytes for name in dense)
-    total = dense_bytes + experts_end
-    _check_space(partial, total, fresh=not done)
-    report = _Report(progress, total)
+    def refuse() -> NoReturn:
+        raise ConfigError(f"{out} is being written by another process. Wait for it, or give another folder.")
+
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(out.with_name(out.name + ".lock"), on_taken=refuse):
+            run = _run_name(checkpoint, [source.layout for source in layers], settings)
+            if not os.path.lexists(out):
+                _fill(partial, run, checkpoint, layers, feeding, progress)
+                os.rename(partial, out)
+                sync_folder(out.parent)
+            elif not is_of_run(out, run):
+                _refuse_existing(out)
+        (out / JOURNAL).unlink(missing_ok=True)  # the last step: with it the next run knows a whole folder as its own
+    except OSError as error:
+        remedy = "Give a folder of yours, on a disk with room."
+        if partial.exists():
+            remedy = (
+                f"What is done is kept in {partial}: make room and run the same command again, or remove that folder."
+            )
+        raise MoeflowError(f"{out} could not be written: {error.strerror or error}. {remedy}") from error
+    return out
+
+
+def _refuse_existing(out: Path) -> NoReturn:
+    raise ConfigError(f"{out} exists. Give a folder that does not, or remove it.")
+
+
+def _fill(
+    partial: Path,
+    run: str,
+    checkpoint: Checkpoint,
+    layers: list[LayerSource],
+    feeding: set[str],
+    progress: ProgressCallback | None,
+) -> None:
+    """Write everything into the partial folder, or what an earlier run of the same name left undone."""
+    layouts = [source.layout for source in layers]
+    dense = [name for name in checkpoint.tensors if name not in feeding]
+    offsets, experts_end = record_offsets(layouts, len(header_bytes(layouts)))
+    total = sum(checkpoint.tensors[name].num_bytes for name in dense) + experts_end
+    report = _Report(progress, total)
+    keys = [ExpertKey(number, expert) for number, layout in enumerate(layouts) for expert in range(layout.num_experts)]
+    records = [(offsets[key.layer][key.expert], layouts[key.layer].record_of(key.expert).num_bytes) for key in keys]
+    with closing(PackJournal(partial, run)) as journal:
+        journal.keep_intact(
+            partial / PACKED_FILE,
+            records,
+            lambda number: report.add(stride(layouts[keys[number].layer], keys[number].expert)),
+        )
+        if journal.sums:
+            logger.info("continuing %s after %d experts", partial, len(journal.sums))
+        _check_space(partial, total, fresh=not journal.sums)
         for pattern in _COPIED_FILES:
-            for file in folder.glob(pattern):
+            for file in checkpoint.folder.glob(pattern):
                 if not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, partial / file.name)
         _write_dense(checkpoint, dense, partial / SINGLE_FILE, report)
-        _write_experts(checkpoint, layers, partial, done, report)
-        (partial / _JOURNAL).unlink()
-        os.rename(partial, out)
-    except OSError as error:
-        raise MoeflowError(
-            f"{out} could not be written: {error.strerror or error}. What is done is kept in "
-            f"{partial}: make room and run the same command again, or remove that folder."
-        ) from error
-    return out
+        _write_experts(checkpoint, layers, partial / PACKED_FILE, keys, offsets, journal, report)
+    for file in partial.iterdir():
+        sync_file(file)
+    sync_folder(partial)
 
 
 class _Report:
@@ -113,31 +153,15 @@ class _Report:
             self._progress(self._done, self._total)
 
 
-def _identity(checkpoint: Checkpoint, layouts: list[LayerLayout], settings: str) -> str:
+def _run_name(checkpoint: Checkpoint, layouts: list[LayerLayout], settings: str) -> str:
     """Hash the inputs: a partial folder of other inputs must not be continued."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    return hashlib.sha256(json.dumps([files, layouts, settings]).encode()).hexdigest()
-
-
-def _resume(partial: Path, identity: str) -> list[int]:
-    """Return the checksums of the records that are written already, in file order."""
-    journal = partial / _JOURNAL
-    if journal.is_file():
-        lines = journal.read_text().split("\n")
-        if lines[0] == identity:
-            done = [int(line, 16) for line in lines[1:-1]]  # the last line is empty, or was cut off by a kill
-            journal.write_text("\n".join([identity, *(f"{value:08x}" for value in done), ""]))
-            logger.info("continuing %s after %d experts", partial, len(done))
-            return done
-    elif partial.exists() and any(partial.iterdir()):
-        raise ConfigError(
-            f"{partial} holds something that moeflow pack did not write. Remove it or choose another folder."
-        )
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    journal.write_text(identity + "\n")
-    return []
+    stats = [file.stat() for file in checkpoint.files]
+    files = [
+        (file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        for file, stat in zip(checkpoint.files, stats, strict=True)
+    ]
+    inputs = [__version__, files, checkpoint.tensors, layouts, settings]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def _check_space(partial: Path, total: int, *, fresh: bool) -> None:
@@ -177,64 +201,55 @@ def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _
                 target.write(chunk)
                 left -= len(chunk)
                 report.add(len(chunk))
-        target.flush()
-        os.fsync(target.fileno())
 
 
 def _write_experts(
-    checkpoint: Checkpoint, layers: list[LayerSource], partial: Path, done: list[int], report: _Report
+    checkpoint: Checkpoint,
+    layers: list[LayerSource],
+    file: Path,
+    keys: list[ExpertKey],
+    offsets: list[list[int]],
+    journal: PackJournal,
+    report: _Report,
 ) -> None:
+    """Write the records that the journal lacks, in the order of keys, then the header with all checksums."""
     layouts = [source.layout for source in layers]
-    offsets, end = record_offsets(layouts, len(header_bytes(layouts)))
-    keys = [ExpertKey(number, expert) for number, layout in enumerate(layouts) for expert in range(layout.num_experts)]
-    sums = list(done)
-    report.add(sum(stride(layouts[key.layer], key.expert) for key in keys[: len(done)]))
-    file, store = partial / PACKED_FILE, ExpertStore(checkpoint.files, layers)
+    store = ExpertStore(checkpoint.files, layers)
     threads = ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="moeflow-pack")
+
+    def read(key: ExpertKey) -> np.ndarray:
+        record = np.zeros(stride(layouts[key.layer], key.expert), np.uint8)
+        store.read(key, record)
+        return record
+
     try:
-        with open(file, "r+b" if file.exists() else "w+b") as target, open(partial / _JOURNAL, "a") as journal:
-            target.truncate(end)
-
-            def read(key: ExpertKey) -> np.ndarray:
-                record = np.zeros(stride(layouts[key.layer], key.expert), np.uint8)
-                store.read(key, record)
-                return record
-
+        with open(file, "r+b" if file.exists() else "w+b") as target:
+            target.truncate(offsets[-1][-1] + stride(layouts[-1], keys[-1].expert))
             waiting: deque[tuple[ExpertKey, Future[np.ndarray]]] = deque()
-            for key in keys[len(done) :]:
+
+            def write_next() -> None:
+                key, future = waiting.popleft()
+                record = future.result()
+                _write_at(target, offsets[key.layer][key.expert], record.data)
+                journal.add(zlib.crc32(record[: layouts[key.layer].record_of(key.expert).num_bytes].data))
+                report.add(record.nbytes)
+
+            for key in keys[len(journal.sums) :]:
                 waiting.append((key, threads.submit(read, key)))
-                if len(waiting) < _READS_IN_FLIGHT:
-                    continue
-                sums.append(_write_record(target, journal, layouts, offsets, report, *waiting.popleft()))
+                if len(waiting) == _READS_IN_FLIGHT:
+                    write_next()
             while waiting:
-                sums.append(_write_record(target, journal, layouts, offsets, report, *waiting.popleft()))
+                write_next()
             os.fsync(target.fileno())
-            in_order = iter(sums)
+            in_order = iter(journal.sums)
             sums_by_layer = [[next(in_order) for _ in range(layout.num_experts)] for layout in layouts]
-            target.seek(0)
-            target.write(header_bytes(layouts, sums_by_layer))
-            target.flush()
-            os.fsync(target.fileno())
+            _write_at(target, 0, header_bytes(layouts, sums_by_layer))
     finally:
         threads.shutdown(wait=True, cancel_futures=True)
         store.close()
 
 
-def _write_record(
-    target: BinaryIO,
-    journal: TextIO,
-    layouts: list[LayerLayout],
-    offsets: list[list[int]],
-    report: _Report,
-    key: ExpertKey,
-    future: Future[np.ndarray],
-) -> int:
-    record = future.result()
-    target.seek(offsets[key.layer][key.expert])
-    target.write(record.data)
+def _write_at(target: BinaryIO, offset: int, content: bytes | memoryview) -> None:
+    target.seek(offset)
+    target.write(content)
     target.flush()
-    value = zlib.crc32(record[: layouts[key.layer].record_of(key.expert).num_bytes].data)
-    journal.write(f"{value:08x}\n")  # after the record: what the journal names is in the file
-    journal.flush()
-    report.add(record.nbytes)
-    return value

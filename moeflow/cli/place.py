@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeflow.atomic_file import check_target
 from moeflow.cli.place_problem import add_step_options, read_problem
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -132,8 +133,7 @@ def _checked_outputs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         check_export(kind, file)
     files = [arguments.out, *(file for _, file in exports)]
     for file in files:
-        if not Path(file).absolute().parent.is_dir() or Path(file).is_dir():
-            raise ConfigError(f"{file} cannot be written: give a file in a folder that is there.")
+        check_target(file, ConfigError)
     if arguments.plot:
         files += _plot_files(arguments.plot)
         if not Path(arguments.plot).absolute().parent.is_dir():

@@ -1,10 +1,13 @@
 """`moeflow trace`: record, convert and describe routing traces; replays have their own file."""
 
 import argparse
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from moeflow.atomic_file import check_target
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.replay import add_replay_commands
 from moeflow.errors import TraceError
@@ -18,7 +21,9 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     trace = commands.add_parser("trace", help="routing traces: which experts every token is routed to")
     below = trace.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    record = below.add_parser("record", help="answer prompts and write which experts each token took")
+    record = below.add_parser(
+        "record", help="answer prompts and write which experts each token took; a killed run is continued"
+    )
     record.add_argument("model", help="hub id or folder")
     record.add_argument("--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl")
     record.add_argument("-o", "--out", required=True, metavar="T", help="trace to write")
@@ -46,36 +51,63 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _record(arguments: argparse.Namespace) -> int:
+    from moeflow.cli.prompts import read_prompts
+    from moeflow.trace.header import read_recording
+
+    prompts = read_prompts(arguments.prompts, limit=arguments.limit)
+    out, name = Path(arguments.out), _recording_name(arguments, prompts)
+    earlier = read_recording(out)
+    continues = earlier is not None and (earlier.name, earlier.of) == (name, len(prompts))
+    if not continues and not arguments.append and out.exists() and out.stat().st_size:
+        raise TraceError(
+            f"{out} exists already, and is not of these prompts, this model and these options. Give --append to go on "
+            "with it, or another name."
+        )
+    if continues and earlier is not None and earlier.prompts == earlier.of and not arguments.append:
+        num_before, num_tokens = earlier.prompts, 0
+        print(f"{out} has all of these prompts already; --append records them once more.", file=sys.stderr)
+    else:
+        check_target(out, TraceError)
+        num_before, num_tokens = _record_prompts(arguments, prompts, out, name)
+    if arguments.json:
+        about = {"trace": str(out), "prompts": len(prompts), "prompts_before": num_before, "tokens": num_tokens}
+        print(json.dumps(about))
+    else:
+        before = f", {num_before:,} of them recorded before" if num_before else ""
+        print(f"wrote {out}: {num_tokens:,} tokens of {len(prompts):,} prompts{before}")
+    return 0
+
+
+def _recording_name(arguments: argparse.Namespace, prompts: list[str]) -> str:
+    """Return a name of what the rows of a recording depend on: the model, by name wherever it lies, and the rest."""
+    options = ("dtype", "quantization", "prune", "miss", "compile", "lookahead", "max_new_tokens")
+    inputs = [Path(arguments.model).resolve().name, [str(getattr(arguments, name)) for name in options], prompts]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+
+def _record_prompts(arguments: argparse.Namespace, prompts: list[str], out: Path, name: str) -> tuple[int, int]:
+    """Record the prompts that are not in the trace yet; return how many were, and the tokens of the others."""
     from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.chat.conversation import Conversation
     from moeflow.cli.progress import count_progress
-    from moeflow.cli.prompts import read_prompts
     from moeflow.trace.recorder import attach_recorder
 
-    prompts = read_prompts(arguments.prompts, limit=arguments.limit)
-    out = Path(arguments.out)
-    if out.exists() and not arguments.append:
-        raise TraceError(f"{out} exists already. Give --append to go on with it, or another name.")
     model, tokenizer = load_model(arguments.model, arguments)
     runtime = cast("ExpertRuntime", model.moeflow)  # transformers types it as a module
     with runtime, count_progress("recording") as progress:
         recorder = attach_recorder(model, out, lookahead=arguments.lookahead)
+        num_before = recorder.begin_recording(name, len(prompts))
         before = recorder.num_tokens
         params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(prompts[num_before:], num_before):
             progress(number, len(prompts))
             input_ids = Conversation(turns=[{"role": "user", "content": prompt}]).encode(tokenizer)
             with stream_answer(model, tokenizer, input_ids, params) as stream:
                 for _ in stream:
                     pass
-            recorder.flush()
+            recorder.end_prompt()
         progress(len(prompts), len(prompts))
-        num_tokens = recorder.num_tokens - before
-    if arguments.json:
-        print(json.dumps({"trace": str(out), "prompts": len(prompts), "tokens": num_tokens}))
-    else:
-        print(f"wrote {out}: {num_tokens:,} tokens of {len(prompts):,} prompts")
-    return 0
+        return num_before, recorder.num_tokens - before
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -1,15 +1,15 @@
 """The converted model on disk: a Mixtral checkpoint in the hub's layout, written piece by piece.
 
-Every file appears by rename after its bytes reached the disk, so a file with its final name is whole.
+Every weight file appears by rename after its bytes reached the disk, so a file with its final name is whole.
 Knows files. Knows nothing of how the experts were made.
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeflow.atomic_file import atomic_file, write_atomically
 from moeflow.checkpoint.headers import read_header
 from moeflow.demo.recipe import Recipe, SplitFfn
 
@@ -94,7 +94,7 @@ def write_shards(
         total_bytes += sum(entry.num_bytes for entry in header.values())
         on_shard()
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n", None)
 
 
 def mixtral_config(dense: "LlamaConfig", recipe: Recipe) -> "MixtralConfig":
@@ -133,30 +133,10 @@ def write_tensors(path: Path, tensors: dict[str, "torch.Tensor"], **as_they_are:
     """
     from safetensors.torch import save_file
 
-    arriving = path.with_name(path.name + ".tmp")
     # save_file orders by dtype and name, which puts one expert's w1, w2, w3 side by side: one read an expert.
     rounded = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
-    save_file(rounded | as_they_are, arriving, metadata={"format": "pt"})
-    _appear(arriving, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole.
-
-    Args:
-        path: the file.
-        text: its content.
-    """
-    arriving = path.with_name(path.name + ".tmp")
-    arriving.write_text(text, encoding="utf-8")
-    _appear(arriving, path)
-
-
-def _appear(arriving: Path, path: Path) -> None:
-    arriving.chmod(0o644)  # safetensors makes files that only their owner may read
-    with open(arriving, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(arriving, path)
+    with atomic_file(path, None) as partial:
+        save_file(rounded | as_they_are, partial, metadata={"format": "pt"})
 
 
 def _outer_tensors(model: Any) -> dict[str, "torch.Tensor"]:

@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeflow.atomic_file import sync_folder, write_atomically
 from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
-from moeflow.demo.checkpoint import mixtral_config, read_layer, write_layer, write_shards, write_text
+from moeflow.demo.checkpoint import mixtral_config, read_layer, write_layer, write_shards
 from moeflow.demo.recipe import Recipe
 from moeflow.demo.source import (
     GGUF_BYTES,
@@ -29,6 +30,7 @@ from moeflow.demo.source import (
 )
 from moeflow.demo.stages import Stages
 from moeflow.errors import DemoModelError
+from moeflow.file_lock import exclusive
 from moeflow.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -133,18 +135,23 @@ def build_checkpoint(
     """
     out = out.expanduser().absolute()
     inputs = {"format": FORMAT, "source": source_id, "recipe": asdict(recipe)}
-    if _is_complete(out):
+    work, lock = out.with_name(out.name + ".partial"), out.with_name(out.name + ".lock")
+    if _is_complete(out) and not work.exists() and not lock.exists():  # else a build was killed in its last steps
         return out
-    work = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(out.with_name(out.name + ".lock")):
+        with exclusive(
+            lock,
+            on_taken=lambda: logger.warning("another process builds %s; waiting for it", out),
+        ):
             if not _is_complete(out):  # another process may have finished it while this one waited
                 _open_work_folder(work, inputs)
                 _check_disk(work, disk_bytes)
                 _build(load_dense, work, recipe, stages)
-                write_text(work / "checkpoint" / "demo_model.json", json.dumps(inputs, indent=2) + "\n")
+                write_atomically(work / "checkpoint" / "demo_model.json", json.dumps(inputs, indent=2) + "\n", None)
                 os.rename(work / "checkpoint", out)
+                sync_folder(out.parent)
+            if work.exists():
                 shutil.rmtree(work)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -191,7 +198,7 @@ def _calibration_texts(model: Any, tokenizer: Any, path: Path, recipe: Recipe, s
     )
     _return_freed_memory()
     texts += library_texts(tokenizer, recipe.num_library_tokens)
-    write_text(path, json.dumps(texts))
+    write_atomically(path, json.dumps(texts), None)
     return texts
 
 
@@ -238,13 +245,18 @@ def _is_complete(out: Path) -> bool:
 def _open_work_folder(work: Path, inputs: dict) -> None:
     """Keep a partial build of the same inputs, discard any other, and drop files that were being written."""
     stamp = work / "inputs.json"
-    if work.exists() and (not stamp.is_file() or json.loads(stamp.read_text()) != inputs):
-        logger.warning("%s was made from other inputs; starting again", work)
-        shutil.rmtree(work)
     work.mkdir(exist_ok=True)
-    write_text(stamp, json.dumps(inputs))
-    for arriving in work.rglob("*.tmp"):
-        arriving.unlink()
+    others = [path for path in work.iterdir() if stamp.name not in path.name]
+    if others and not stamp.is_file():
+        raise DemoModelError(f"{work} holds something that no build wrote; move it away or name another folder")
+    if others and json.loads(stamp.read_text()) != inputs:
+        logger.warning("%s was made from other inputs; starting again", work)
+        for path in others:  # the stamp goes last: it says whose the folder is
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_atomically(stamp, json.dumps(inputs), None)
+    for pattern in (".*.partial", ".*.lock"):
+        for left in work.rglob(pattern):
+            left.unlink()
 
 
 def _check_disk(work: Path, disk_bytes: int) -> None:
@@ -255,28 +267,3 @@ def _check_disk(work: Path, disk_bytes: int) -> None:
             f"{work.parent} has {free / 1e9:.1f} GB free, the build needs {(disk_bytes - present) / 1e9:.1f} GB more; "
             "free space or name a folder on another disk"
         )
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file; a second process waits for it. The kernel drops the lock when its holder dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        logger.warning("no file locks on this system; do not build in two processes at once")
-        yield
-        return
-    while True:
-        with open(path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("another process builds %s; waiting for it", path.with_suffix(""))
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                continue  # the holder before us removed the file; a newcomer would lock another one
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return

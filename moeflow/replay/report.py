@@ -4,13 +4,13 @@ It shows the trace's facts, hit rates of caches, locality of routing, the reside
 measured with prediction and prefetch.
 """
 
-import os
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from moeflow.atomic_file import check_target, write_atomically
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes, format_percent
 from moeflow.replay.demand import replay_trace, sequence_rows
@@ -50,6 +50,7 @@ def write_report(
         ConfigError: nothing to replay, matplotlib is absent, or the file cannot be written.
     """
     require_matplotlib()  # before the work, not after it
+    check_target(out, ConfigError)
     sample = _sample(trace, max_tokens)
     experts, starts = sequence_rows(sample, phase)
     rows = replay_trace(sample, _residencies(trace), list(POLICIES), phase=phase)
@@ -65,12 +66,7 @@ def write_report(
         ("Locality", _locality(locality, trace)),
     ]
     page = _page(f"Routing of {trace.fingerprint}", sections)
-    partial = Path(f"{out}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror}. Give a file in a folder of yours.") from error
+    write_atomically(out, page, ConfigError)
     return words
 
 

@@ -5,13 +5,13 @@ line. Needs numpy, not torch.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from moeflow.atomic_file import atomic_file
 from moeflow.errors import TraceError
 from moeflow.trace.format import DECODE, TraceFormat
 from moeflow.trace.writer import TraceWriter
@@ -42,18 +42,12 @@ def convert_trace(
     source, out = Path(source), Path(out)
     if out.exists():
         raise TraceError(f"{out} exists already. Give another name, or delete it.")
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
+    if not source.exists():
+        raise TraceError(f"{source} is not there. Give a folder with an .npz and sequences.json, or a .jsonl file.")
+    with atomic_file(out, TraceError) as partial:
         if source.is_dir():
-            num_rows = _convert_gpt_oss(source, partial, fingerprint or GPT_OSS_20B)
-        elif source.is_file():
-            num_rows = _convert_lines(source, partial, fingerprint or source.stem, num_experts)
-        else:
-            raise TraceError(f"{source} is not there. Give a folder with an .npz and sequences.json, or a .jsonl file.")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return num_rows
+            return _convert_gpt_oss(source, partial, fingerprint or GPT_OSS_20B)
+        return _convert_lines(source, partial, fingerprint or source.stem, num_experts)
 
 
 def _convert_gpt_oss(folder: Path, out: Path, fingerprint: str) -> int:

@@ -4,7 +4,6 @@ Knows passes and routes, and changes neither. Knows nothing of tiers or budgets.
 """
 
 import logging
-import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,11 @@ from moeflow.hf import experts_interface
 from moeflow.hf.fingerprint import model_fingerprint
 from moeflow.hf.forward import ForwardPass
 from moeflow.hf.residual import ResidualTap, build_lookahead
+from moeflow.trace.buffered_rows import BufferedRows
 from moeflow.trace.format import DECODE, PREFILL, TraceFormat
 from moeflow.trace.lookahead_record import LookaheadRecord
 from moeflow.trace.writer import TraceWriter
 
-_BUFFERED_ROWS = 256
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +56,7 @@ class TraceRecorder:
         self._padding = sorted(padding)
         self._lookahead = lookahead
         self._num_experts = np.array(format.experts_per_layer)[:, None, None]
-        rows = _BufferedRows(TraceWriter(path, format, append=True))
+        rows = BufferedRows(TraceWriter(path, format, append=True))
         self._rows = rows
         self._next_sequence = rows.writer.next_sequence
         self._sequences = np.empty(0, np.uint32)  # [B] of the latest pass
@@ -150,16 +149,26 @@ class TraceRecorder:
             self._pass = None
             self._record(current)
 
-    def flush(self) -> None:
-        """Write the tokens recorded so far.
+    def begin_recording(self, name: str, num_prompts: int) -> int:
+        """Begin a recording of prompts; return how many are done: see `TraceWriter.begin_recording`."""
+        done = self._rows.writer.begin_recording(name, num_prompts)
+        self._next_sequence = self._rows.writer.next_sequence
+        return done
+
+    def end_prompt(self) -> None:
+        """Write the tokens recorded so far and note that a prompt of the recording is done.
 
         Raises:
             TraceError: the file cannot be written.
         """
-        self._rows.flush()
+        self._rows.end_prompt(self._next_sequence)
 
     def close(self) -> None:
-        """Write the rows that are left and close the file; later passes are not recorded."""
+        """Write the rows that are left and close the file; later passes are not recorded.
+
+        Raises:
+            TraceError: the disk is full or failed; the file is closed all the same.
+        """
         if self._lookahead is not None:
             self._lookahead.close()
         self._drop_pass()
@@ -247,42 +256,6 @@ class _Pass:
         self.phase = phase
         self.num_tokens = len(sequences) * num_positions
         self.seen: set[int] = set()
-
-
-class _BufferedRows:
-    """Rows on their way into the file."""
-
-    def __init__(self, writer: TraceWriter) -> None:
-        self.writer = writer
-        self._buffer = writer.new_rows(_BUFFERED_ROWS)
-        self._num_buffered = 0
-        self._lock = threading.RLock()
-
-    @property
-    def num_rows(self) -> int:
-        return self.writer.num_rows + self._num_buffered
-
-    def add(self, rows: np.ndarray) -> None:
-        with self._lock:
-            if self._num_buffered + len(rows) > len(self._buffer):
-                self.flush()
-            if len(rows) > len(self._buffer):
-                self.writer.write(rows)
-                return
-            self._buffer[self._num_buffered : self._num_buffered + len(rows)] = rows
-            self._num_buffered += len(rows)
-
-    def flush(self) -> None:
-        with self._lock:
-            num_buffered, self._num_buffered = self._num_buffered, 0  # rows that cannot be written are not tried again
-            self.writer.write(self._buffer[:num_buffered])
-
-    def close(self) -> None:
-        with self._lock:
-            try:
-                self.flush()
-            finally:
-                self.writer.close()
 
 
 def attach_recorder(model: Any, path: str | Path, *, lookahead: bool = False) -> TraceRecorder:

@@ -4,13 +4,17 @@ Knows nothing of models or torch; docs/trace_format.md specifies the file.
 """
 
 import functools
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from moeflow.errors import TraceError
-from moeflow.trace.format import DECODE, TraceFormat, read_trace_header
+from moeflow.trace.format import DECODE, TraceFormat
+from moeflow.trace.header import read_trace_header
+
+_ROWS_AT_ONCE = 65536
 
 
 class RoutingTrace:
@@ -41,16 +45,24 @@ class RoutingTrace:
         """Map a trace file; rows whose writing was interrupted are left out.
 
         Raises:
-            TraceError: the file is missing, empty, truncated, corrupt or no trace.
+            TraceError: the file is missing, empty, truncated, corrupt or no trace; a checksum does not agree.
         """
         try:
             with open(path, "rb") as file:
                 header = read_trace_header(Path(path), file)
                 if not header.num_rows:
                     raise TraceError(f"{path} is empty: a trace without tokens. Record or convert one first.")
-                rows = np.memmap(file, header.dtype, "r", header.data_offset, (header.num_rows,))
+                content = np.memmap(file, np.uint8, "r", header.data_offset, (header.end - header.data_offset,))
         except OSError as error:
             raise TraceError(f"{path} cannot be read: {error.strerror}. Give a trace file.") from error
+        rows = content.view(header.dtype)
+        if header.crc32 is None:
+            _check_numbers(path, header.format, rows)
+        elif zlib.crc32(content.data) != header.crc32:
+            raise TraceError(
+                f"{path} is damaged: its rows, bytes {header.data_offset:,} to {header.end:,}, do not agree with their "
+                "checksum. Copy or record it again."
+            )
         return cls(header.format, rows, sequence_facts=header.sequence_facts, name=path)
 
     def __len__(self) -> int:
@@ -165,3 +177,20 @@ class RoutingTrace:
             first, last = int(rows[0]), int(rows[-1])
             groups.append(slice(first, last + 1) if last - first + 1 == len(rows) else rows)
         return sorted_numbers[starts], groups
+
+
+def _check_numbers(path: str | Path, format: TraceFormat, rows: np.ndarray) -> None:
+    """Refuse rows without a checksum that hold what no trace holds: an expert that is not there, a third phase."""
+    limits = np.array(format.experts_per_layer)[:, None]
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[begin : begin + _ROWS_AT_ONCE]
+        good = (part["phase"] <= DECODE) & (part["token_id"] >= -1)
+        good &= ((part["experts"] < limits) | (part["experts"] == format.none)).all(axis=(1, 2))
+        if format.lookahead is not None:
+            said = part["lookahead"]
+            good &= ((said < format.num_experts) | (said == format.none)).all(axis=(1, 2, 3))
+        if format.has_weights:
+            good &= np.isfinite(part["weights"]).all(axis=(1, 2))
+        if not good.all():
+            number = begin + int(np.argmin(good))
+            raise TraceError(f"{path} is damaged: row {number:,} is none of a trace. Copy or record it again.")

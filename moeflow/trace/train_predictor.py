@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moeflow.atomic_file import check_target
 from moeflow.errors import ConfigError, PredictorError
 from moeflow.predictors.files import PredictorCard, load_predictor, save_predictor
 from moeflow.predictors.markov import Markov
@@ -90,9 +91,7 @@ def train_predictor(
     """
     if kind not in TRAINERS:
         raise ConfigError(f"a predictor of kind {kind!r} cannot be trained. Allowed: {', '.join(TRAINERS)}.")
-    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
-        why = "it is a folder" if Path(out).is_dir() else "there is no such folder"
-        raise PredictorError(f"{out} cannot be written: {why}. Give a file in a folder of yours.")
+    check_target(out, PredictorError)
     options = options or TrainingOptions()
     places, _ = split_sequences(trace, hold_out)
     routes = trace_routes(trace, places)

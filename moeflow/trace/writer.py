@@ -4,14 +4,19 @@ Knows nothing of models or torch; docs/trace_format.md specifies the file.
 """
 
 import os
+import zlib
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from moeflow.atomic_file import cannot_write, write_all
 from moeflow.errors import TraceError
-from moeflow.trace.format import TraceFormat, TraceHeader, read_trace_header
+from moeflow.file_lock import lock_file
+from moeflow.trace.format import TraceFormat
+from moeflow.trace.header import Recording, TraceHeader, read_trace_header
 from moeflow.trace.trace import RoutingTrace
 
 
@@ -25,8 +30,8 @@ class TraceWriter:
         sequence_facts: facts of each sequence, by sequence number; written once, at creation.
 
     Raises:
-        TraceError: the file exists and `append` is false, is of another model or format, or cannot be written;
-            another process is writing it.
+        TraceError: the file exists and `append` is false, is damaged, is of another model or format, or cannot be
+            written; another process is writing it.
     """
 
     def __init__(
@@ -35,13 +40,12 @@ class TraceWriter:
         self.path = Path(path)
         self.next_sequence = 0  # the first number that no row has
         try:
-            self._file = open(self.path, "r+b" if append and self.path.exists() else "x+b")  # noqa: SIM115
+            # Without a buffer: what was not written when the disk was full is not tried again by close().
+            self._file = open(self.path, "r+b" if append and self.path.exists() else "x+b", buffering=0)  # noqa: SIM115
         except FileExistsError:
             raise TraceError(f"{path} exists already. Append to it, or give another name.") from None
         except OSError as error:
-            raise TraceError(
-                f"{path} cannot be written: {error.strerror}. Give a file in a folder of yours."
-            ) from error
+            raise TraceError(cannot_write(path, error)) from error
         try:
             self._begin(format, sequence_facts)
         except BaseException:
@@ -50,10 +54,16 @@ class TraceWriter:
 
     def _begin(self, format: TraceFormat, sequence_facts: Iterable[dict]) -> None:
         """Write the header of a new file, or check that of the file that is there."""
-        _lock(self._file, self.path)
+        if not lock_file(self._file.fileno(), self.path):
+            raise TraceError(f"{self.path} is being written by another process. Wait for it, or give another name.")
         if not self._file.seek(0, os.SEEK_END):
-            self._header = TraceHeader.reserve(format, sequence_facts)
-            self._write_header(0)
+            try:
+                self._write_header(TraceHeader.reserve(format, sequence_facts))
+            except BaseException as error:
+                self.path.unlink(missing_ok=True)
+                if isinstance(error, OSError):
+                    raise TraceError(cannot_write(self.path, error)) from error
+                raise
             return
         self._header = read_trace_header(self.path, self._file)
         difference = self._header.format.row_difference(format)
@@ -95,51 +105,89 @@ class TraceWriter:
         if not len(rows):
             return
         assert rows.dtype == self._header.dtype, "rows of another format"
-        if self._file.closed:
-            raise TraceError(f"{self.path} was closed. Open it again to append.")
-        header = self._header
-        try:
-            self._file.seek(header.data_offset + header.num_rows * header.dtype.itemsize)
-            self._file.write(np.ascontiguousarray(rows).data)
-            self._file.flush()
-            self._write_header(header.num_rows + len(rows))
-        except OSError as error:
-            raise TraceError(f"{self.path} cannot be written: {error.strerror}. Rows before are safe.") from error
+        header, content = self._header, np.ascontiguousarray(rows).view(np.uint8).data
+        crc32 = None if header.crc32 is None else zlib.crc32(content, header.crc32)
+        self._write(replace(header, num_rows=header.num_rows + len(rows), crc32=crc32), content)
         self.next_sequence = max(self.next_sequence, int(rows["sequence"].max()) + 1)
 
+    def begin_recording(self, name: str, num_prompts: int) -> int:
+        """Begin a recording of prompts, or go on with one that was interrupted: rows after its last prompt are cut off.
+
+        Args:
+            name: of the prompts, the model and the options.
+            num_prompts: in all.
+
+        Returns:
+            How many prompts are done already.
+
+        Raises:
+            TraceError: the file cannot be written.
+        """
+        header, before = self._header, self._header.recording
+        if header.crc32 is None:  # of an older moeflow: there may be no room in its header
+            return 0
+        if before is None or before.name != name or before.of != num_prompts or before.prompts == before.of:
+            before = Recording(name, num_prompts, 0, header.num_rows, header.crc32, self.next_sequence)
+        self._write(replace(header, num_rows=before.rows, crc32=before.crc32, recording=before))
+        self.next_sequence = before.next_sequence
+        return before.prompts
+
+    def end_prompt(self) -> None:
+        """Note that a prompt of the recording is done, with all rows written so far.
+
+        Raises:
+            TraceError: the file cannot be written.
+        """
+        header = self._header
+        if header.recording is not None and header.crc32 is not None:
+            done = Recording(
+                header.recording.name,
+                header.recording.of,
+                header.recording.prompts + 1,
+                header.num_rows,
+                header.crc32,
+                self.next_sequence,
+            )
+            self._write(replace(header, recording=done))
+
     def close(self) -> None:
-        """Cut off the rest of an interrupted append and close the file; a second call does nothing."""
-        if not self._file.closed:
-            self._file.truncate(self._header.data_offset + self._header.num_rows * self._header.dtype.itemsize)
+        """Cut off the rest of an interrupted append and close the file; a second call does nothing.
+
+        Raises:
+            TraceError: the disk failed; the file is closed.
+        """
+        if self._file.closed:
+            return
+        try:
+            self._file.truncate(self._header.end)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise TraceError(cannot_write(self.path, error)) from error
+        finally:
             self._file.close()
 
     def after_fork(self) -> None:
         """Let go of the file in the child of a fork, unwritten: it and its lock are the parent's."""
         if not self._file.closed:
             nothing = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nothing, self._file.fileno())  # a thread of the parent's may have left bytes in the buffer
+            os.dup2(nothing, self._file.fileno())  # a second thread of the parent's may have been writing
             os.close(nothing)
 
-    def _write_header(self, num_rows: int) -> None:
-        self._header = TraceHeader(
-            self._header.format,
-            self._header.dtype,
-            num_rows,
-            self._header.data_offset,
-            self._header.sequence_facts,
-        )
+    def _write(self, header: TraceHeader, content: memoryview | None = None) -> None:
+        """Write rows behind those that count, then the header that counts them."""
+        if self._file.closed:
+            raise TraceError(f"{self.path} was closed. Open it again to append.")
+        try:
+            if content is not None:
+                self._file.seek(self._header.end)
+                write_all(self._file.fileno(), content)
+            self._write_header(header)
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._header.end)
+            raise TraceError(f"{cannot_write(self.path, error)} Rows before are safe.") from error
+
+    def _write_header(self, header: TraceHeader) -> None:
         self._file.seek(0)
-        self._file.write(self._header.to_bytes())
-        self._file.flush()
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep other processes from appending to the same file at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # pragma: no cover - Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise TraceError(f"{path} is being written by another process. Wait for it, or give another name.") from None
+        write_all(self._file.fileno(), header.to_bytes())
+        self._header = header

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moeflow.atomic_file import write_atomically
 from moeflow.errors import PlacementError
-from moeflow.placement.files.atomic_write import write_whole
 from moeflow.placement.plan import Plan
 
 EXPORTS = {"sglang": (".json",), "eplb": (".json", ".npz"), "npz": (".npz",)}  # kind -> suffixes
@@ -50,7 +50,7 @@ def export_plan(
     """
     suffix = check_export(kind, path)
     if kind == "npz":
-        write_whole(path, _npz(plan_ranks(plan)))
+        write_atomically(path, _npz(plan_ranks(plan)), PlacementError)
         return {"num_filled": 0}
     physical = physical_to_logical(plan, load, most)
     if kind == "sglang":
@@ -63,7 +63,7 @@ def export_plan(
         content = _npz(arrays)
     else:
         content = json.dumps({name: array.tolist() for name, array in arrays.items()}).encode()
-    write_whole(path, content)
+    write_atomically(path, content, PlacementError)
     return {
         "num_physical_experts": physical.shape[1],
         "num_redundant_experts": physical.shape[1] - plan.num_experts,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from moeflow.atomic_file import NO_CHECKSUM, is_sealed, seal, write_atomically
 from moeflow.errors import PlacementError
 from moeflow.placement.cost import judge
-from moeflow.placement.files.atomic_write import write_whole
 from moeflow.placement.plan import Plan
 from moeflow.placement.problem import Problem, Solution
 from moeflow.placement.workload import Workload
@@ -58,10 +58,17 @@ def write_plan(path: str | Path, plan: Plan, facts: dict | None = None) -> None:
     Raises:
         PlacementError: the file cannot be written.
     """
-    head = {"format": FORMAT, "version": VERSION, "num_gpus": plan.num_gpus, **_finite(facts or {})}
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "crc32": NO_CHECKSUM,
+        "num_gpus": plan.num_gpus,
+        **_finite(facts or {}),
+    }
     layers = ",\n  ".join(json.dumps(layer, separators=(",", ":")) for layer in plan.experts)
     text = json.dumps(head, indent=1).removesuffix("\n}")
-    write_whole(path, f'{text},\n "experts": [\n  {layers}\n ]\n}}\n'.encode())
+    content = f'{text},\n "experts": [\n  {layers}\n ]\n}}\n'
+    write_atomically(path, seal(content.encode()), PlacementError)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -83,15 +90,16 @@ def read_plan_facts(path: str | Path) -> dict:
     Raises:
         PlacementError: as `read_plan`.
     """
-    return {key: value for key, value in _read(path).items() if key != "experts"}
+    return {key: value for key, value in _read(path).items() if key not in ("experts", "crc32")}
 
 
 def _read(path: str | Path) -> dict:
     try:
-        content = json.loads(Path(path).read_bytes())
+        text = Path(path).read_bytes()
+        content = json.loads(text)
     except OSError as error:
         raise PlacementError(f"{path} cannot be read: {error.strerror}. Make a plan: moeflow place.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlacementError(f"{path} is truncated or no JSON ({error}). Make the plan again: moeflow place.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlacementError(f'{path} is no plan: its "format" is not "{FORMAT}". Make a plan: moeflow place.')
@@ -101,6 +109,11 @@ def _read(path: str | Path) -> dict:
     if version > VERSION:
         raise PlacementError(
             f"{path} is a plan of version {version}, and this moeflow reads up to {VERSION}. Update moeflow."
+        )
+    if "crc32" in content and not is_sealed(text):
+        raise PlacementError(
+            f"{path} is damaged, or was changed by hand: its checksum does not agree. Make the plan again: moeflow "
+            'place. A change that is meant stands once the line "crc32" is deleted.'
         )
     if not _is_whole(content.get("num_gpus"), 1):
         raise PlacementError(f"{path}: num_gpus is {content.get('num_gpus')!r}. It must be a whole number from 1.")

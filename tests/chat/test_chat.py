@@ -69,7 +69,7 @@ def test_conversation_is_part_of_the_next_prompt(terminal):
 @pytest.mark.slow
 def test_failing_file_commands_say_why_and_the_chat_goes_on(terminal, tmp_path):
     terminal.ask(f"/load {tmp_path}/none.json", "error: cannot read .*none.json: No such file or directory")
-    terminal.ask(f"/save {tmp_path}/none/x.json", "error: cannot write .*x.json: No such file or directory")
+    terminal.ask(f"/save {tmp_path}/none/x.json", "error: .*x.json cannot be written: No such file or directory")
     terminal.ask("/load", "error: /load needs a file: /load FILE")
 
 

@@ -131,7 +131,7 @@ def test_file_of_other_encoding_is_refused(tmp_path):
 def test_failed_save_leaves_the_old_file_and_no_other(tmp_path):
     target = tmp_path / "folder"
     target.mkdir()
-    with pytest.raises(MoeflowError, match="cannot write"):
+    with pytest.raises(MoeflowError, match="cannot be written"):
         conversation_of("a", "b").save(target)
     assert list(tmp_path.iterdir()) == [target]
 

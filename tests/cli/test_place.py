@@ -219,13 +219,13 @@ def test_a_topology_file_gives_the_number_of_gpus_and_their_memory(tmp_path, cap
         (["--gpus", "4", "--export", "vllm=x.json"], "Allowed: sglang, eplb, npz"),
         (["--gpus", "4", "--export", "sglang"], "--export sglang names no file"),
         (["--gpus", "4", "--export", "sglang=x.npz"], "must end in .json"),
-        (["--gpus", "4", "--export", "eplb=/nowhere/x.npz"], "a folder that is there"),
+        (["--gpus", "4", "--export", "eplb=/nowhere/x.npz"], "Make the folder"),
         (["--gpus", "4", "--plot", "a.pdf"], "ends in .png or .svg"),
-        (["--gpus", "4", "--plot", "/nowhere/a.png"], "a folder that is there"),
+        (["--gpus", "4", "--plot", "/nowhere/a.png"], "Make the folder"),
         (["--gpus", "4", "--plot", "/nowhere/plots"], "a folder that is there"),
         (["--gpus", "4", "--export", "sglang=a.json", "-o", "./a.json"], "a.json is named for two things"),
         (["--gpus", "4", "--validate", "OTHER", "-o", "OTHER"], "other.json is named for two things"),
-        (["--gpus", "4", "-o", "/nowhere/p"], "a folder that is there"),
+        (["--gpus", "4", "-o", "/nowhere/p"], "Make the folder"),
     ],
 )
 def test_a_bad_option_is_told_in_one_line_and_nothing_is_written(tmp_path, capsys, options, what):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.paths import ROOT
 from moeflow.cli.main import main
-from moeflow.errors import TraceError
 from moeflow.trace.trace import RoutingTrace
 
 FEW_TOKENS = ("--max-new-tokens", "4", "--expert-memory", "50%")
@@ -39,7 +39,7 @@ def test_record_writes_a_sequence_a_prompt_in_the_chat_template(folder, tmp_path
     assert record(folder, tmp_path / "p.txt", tmp_path / "t", "--limit", "2", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     trace = RoutingTrace.open(tmp_path / "t")
-    assert told == {"trace": str(tmp_path / "t"), "prompts": 2, "tokens": len(trace)}
+    assert told == {"trace": str(tmp_path / "t"), "prompts": 2, "prompts_before": 0, "tokens": len(trace)}
     first, second = trace.sequences()
     letters = "".join(chr(32 + token) for token in trace.token_ids[first])
     assert letters.startswith("u:hello a:")
@@ -51,8 +51,12 @@ def test_record_appends_only_when_asked(folder, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"turns": ["abc", "def"]}\n')
     assert record(folder, tmp_path / "p.jsonl", tmp_path / "t") == 0
     before = (tmp_path / "t").read_bytes()
-    assert record(folder, tmp_path / "p.jsonl", tmp_path / "t") == 1
-    assert "--append" in capsys.readouterr().err
+    assert record(folder, tmp_path / "p.jsonl", tmp_path / "t") == 0
+    assert "has all of these prompts already; --append" in capsys.readouterr().err
+    (tmp_path / "q.txt").write_text("other\n")
+    for prompts, *options in (("q.txt",), ("p.jsonl", "--lookahead"), ("p.jsonl", "--dtype", "bfloat16")):
+        assert record(folder, tmp_path / prompts, tmp_path / "t", *options) == 1
+        assert "--append" in capsys.readouterr().err
     assert (tmp_path / "t").read_bytes() == before
     assert record(folder, tmp_path / "p.jsonl", tmp_path / "t", "--append") == 0
     assert RoutingTrace.open(tmp_path / "t").sequence_numbers.tolist() == [0, 1]
@@ -75,35 +79,77 @@ def test_lookahead_that_was_recorded_can_be_replayed(folder, tmp_path, capsys):
     assert rows[1]["prefetch"]["issued"] > 0
 
 
-@pytest.mark.slow
-def test_a_killed_recording_leaves_what_is_written(folder, tmp_path):
-    (tmp_path / "p.txt").write_text("hello\n" * 10_000)
-    command = [sys.executable, "-m", "moeflow", "trace", "record", str(folder), "--prompts", str(tmp_path / "p.txt")]
-    run = subprocess.Popen(
-        [*command, "-o", str(tmp_path / "t"), "--max-new-tokens", "2", "--expert-memory", "50%"],
+_RECORD = """
+import os, resource, signal, sys
+from moeflow.cli.main import main
+from moeflow.trace.writer import TraceWriter
+how, number, command = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+if how == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+write = TraceWriter.write
+def write_and_die(self, rows):
+    write(self, rows)
+    write_and_die.left -= len(rows) > 0
+    if not write_and_die.left and len(rows):
+        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
+write_and_die.left = number
+TraceWriter.write = write if how == "full" else write_and_die
+sys.exit(main(command))
+"""
+
+
+def run_record(how, number, folder, prompts, out, *options):
+    command = ["trace", "record", str(folder), "--prompts", str(prompts), "-o", str(out), *FEW_TOKENS, *options]
+    return subprocess.run(
+        [sys.executable, "-c", _RECORD, how, str(number), *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
-    for line in run.stderr:
-        if "recording" in line:
-            break
-    while not _has_rows(tmp_path / "t"):
-        assert run.poll() is None
-    run.kill()
-    run.wait()
-    run.stderr.close()
-    trace = RoutingTrace.open(tmp_path / "t")
-    assert {rows.stop - rows.start for rows in trace.sequences()} == {10 + 1}  # whole answers
 
 
-def _has_rows(path):
-    try:
-        return len(RoutingTrace.open(path)) > 0
-    except TraceError:
-        return False
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("kill", -signal.SIGKILL), ("interrupt", 130)])
+def test_an_interrupted_recording_goes_on_to_the_same_bytes(folder, tmp_path, capsys, how, code):
+    """The second write is half of a prompt, of more rows than are held back: it is cut off and recorded again."""
+    (tmp_path / "p.txt").write_text("hello\n" + "long " * 50 + "\nabc\n")
+    assert record(folder, tmp_path / "p.txt", tmp_path / "whole") == 0
+    run = run_record(how, 2, folder, tmp_path / "p.txt", tmp_path / "t")
+    assert run.returncode == code, run.stderr
+    assert len(RoutingTrace.open(tmp_path / "t").sequences()) == 2
+    capsys.readouterr()
+    assert record(folder, tmp_path / "p.txt", tmp_path / "t", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["prompts"], told["prompts_before"]) == (3, 1)
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.slow
+def test_an_interrupted_append_goes_on_and_keeps_what_was_before(folder, tmp_path):
+    (tmp_path / "p.txt").write_text("hello\nabc\n")
+    (tmp_path / "q.txt").write_text("def\nghi\njkl\n")
+    for out in ("whole", "t"):
+        assert record(folder, tmp_path / "p.txt", tmp_path / out) == 0
+    assert record(folder, tmp_path / "q.txt", tmp_path / "whole", "--append") == 0
+    assert run_record("kill", 2, folder, tmp_path / "q.txt", tmp_path / "t", "--append").returncode == -signal.SIGKILL
+    assert record(folder, tmp_path / "q.txt", tmp_path / "t", "--append") == 0
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_recording_in_one_line_and_the_next_run_goes_on(folder, tmp_path):
+    (tmp_path / "p.txt").write_text("hello\nabc\n")
+    assert record(folder, tmp_path / "p.txt", tmp_path / "whole") == 0
+    for number in (1000, 4096 + 500):
+        run = run_record("full", number, folder, tmp_path / "p.txt", tmp_path / "t")
+        assert run.returncode == 1
+        assert "Traceback" not in run.stderr
+        assert run.stderr.splitlines()[-1].startswith(f"moeflow: {tmp_path / 't'} cannot be written: File too large")
+        assert (tmp_path / "t").exists() == (number > 4096)
+    assert record(folder, tmp_path / "p.txt", tmp_path / "t") == 0
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_info_tells_what_a_trace_holds(folder, tmp_path, capsys):

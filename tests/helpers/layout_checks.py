@@ -4,10 +4,20 @@ import ast
 import graphlib
 import re
 from collections.abc import Iterator
+from typing import TypeGuard
 
 from helpers.source_tree import ORDER, SIDE_PACKAGES, SourceTree
 
 MAX_LINES = 350
+# They write in place under a lock, or give a whole folder its name; tests kill them at each line.
+WRITERS = {
+    "moeflow.atomic_file",
+    "moeflow.checkpoint.pack_journal",
+    "moeflow.checkpoint.packed_writer",
+    "moeflow.demo.model",
+    "moeflow.demo.source",
+    "moeflow.trace.writer",
+}
 MAX_NAMES = 16  # in a folder of moeflow/, but for the command line's
 # Attributes that belong to transformers and may change with it.
 PRIVATE = {
@@ -147,6 +157,30 @@ def no_folder_is_crowded(tree: SourceTree) -> Iterator[str]:
             names = [name for name in names if not (path / name).is_dir()]
         if len(names) > MAX_NAMES:
             yield f"{folder} holds {len(names)} names: {sorted(names)}"
+
+
+def files_are_written_through_one_door(tree: SourceTree) -> Iterator[str]:
+    """Only `WRITERS` replace or rename files or write into them; the others take atomic_file."""
+    for module in tree.files:
+        for node in ast.walk(tree.syntax(module)):
+            if module not in WRITERS and isinstance(node, ast.Call) and _writes(node):
+                yield f"{module}:{node.lineno} writes a file itself: {ast.unparse(node)[:60]}"
+
+
+def _writes(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    if name in ("os.replace", "os.rename", "os.renames", "shutil.move", "shutil.copyfile", "NamedTemporaryFile"):
+        return True
+    if name.endswith((".write_text", ".write_bytes", ".rename")):
+        return True
+    if call.args and ast.unparse(call.args[0]) == "partial":  # what atomic_file gives
+        return False
+    modes = [value.value for value in [*call.args, *(word.value for word in call.keywords)] if _is_text(value)]
+    return name in ("open", "os.fdopen") and any(set(mode) & set("wax+") and len(mode) < 4 for mode in modes)
+
+
+def _is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def functions_are_annotated(tree: SourceTree) -> Iterator[str]:

@@ -1,10 +1,13 @@
 """Plan files: what is written is read back, whole or not at all, and bad files are refused with what is wrong."""
 
 import json
+import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
+from helpers.damage import damaged
 from moeflow.errors import PlacementError
 from moeflow.placement.cost import StepShape, judge
 from moeflow.placement.files.plan import read_plan, read_plan_facts, solution_facts, write_plan
@@ -103,6 +106,7 @@ def test_a_plan_cut_anywhere_is_refused(tmp_path):
 def test_a_bad_plan_is_refused(tmp_path, change, told):
     write_plan(tmp_path / "p.json", PLAN)
     content = json.loads((tmp_path / "p.json").read_text()) | change
+    del content["crc32"]
     (tmp_path / "p.json").write_text(json.dumps(content))
     with pytest.raises(PlacementError, match=told):
         read_plan(tmp_path / "p.json")
@@ -114,3 +118,34 @@ def test_files_that_are_no_plans_are_refused(tmp_path):
     for name, told in (("list.json", "is no plan"), ("binary.json", "no JSON"), ("absent.json", "cannot be read")):
         with pytest.raises(PlacementError, match=told):
             read_plan(tmp_path / name)
+
+
+def test_a_damaged_plan_is_refused_or_read_as_it_was(tmp_path):
+    file = tmp_path / "p.json"
+    write_plan(file, PLAN, {"solver": "mine", "seed": 7})
+    whole, facts, rng, told = file.read_bytes(), read_plan_facts(file), random.Random(0), []
+    for _ in range(1000):
+        file.write_bytes(damaged(whole, rng, 100))
+        try:
+            assert read_plan(file) == PLAN
+            assert facts.items() <= read_plan_facts(file).items()  # a "crc32" that was hit is an unknown key
+        except PlacementError as error:
+            told.append(str(error))
+    assert len(told) > 900
+    assert all(text.startswith(str(file)) for text in told)
+
+
+def test_a_plan_of_a_hand_or_of_an_older_moeflow_has_no_checksum(tmp_path):
+    file = tmp_path / "p.json"
+    write_plan(file, PLAN)
+    text = file.read_text()
+    file.write_text(text.replace("[0,2]", "[0,1]"))
+    with pytest.raises(PlacementError, match=r"changed by hand: .* the line \"crc32\" is deleted"):
+        read_plan(file)
+    content, rng = "\n".join(line for line in text.split("\n") if "crc32" not in line).encode(), random.Random(1)
+    file.write_bytes(content)
+    assert read_plan(file) == PLAN
+    for _ in range(1000):
+        file.write_bytes(damaged(content, rng, 100))
+        with suppress(PlacementError):
+            read_plan(file)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.full_disk import with_full_disk
 from helpers.small_models import tiny_mixtral
 from moeflow.errors import TraceError
 from moeflow.hf.fingerprint import model_fingerprint
@@ -231,3 +232,17 @@ def test_fingerprint_is_of_the_routers_not_of_the_dtype_or_the_experts_place(mix
         next(p for n, p in mixtral.named_parameters() if p.shape == (8, 64))[0, 0] += 1
     assert model_fingerprint(mixtral) not in prints
     assert model_fingerprint(tiny_mixtral(num_experts_per_tok=3).bfloat16()) not in prints
+
+
+def test_closing_a_model_on_a_full_disk_names_the_trace(mixtral_folder, tmp_path):
+    def run():
+        torch.set_num_threads(1)
+        model = load_moe(mixtral_folder, device="cpu", expert_memory="50%", trace=tmp_path / "t")
+        generate(model)
+        with pytest.raises(TraceError, match=r"t cannot be written: File too large\. Make room"):
+            model.moeflow.close()
+        model.moeflow.close()
+
+    assert with_full_disk(4096 + 10, run) == 0
+    with pytest.raises(TraceError, match="empty"):
+        RoutingTrace.open(tmp_path / "t")

@@ -87,9 +87,9 @@ def test_wrong_options_are_named(tmp_path):
         TrainingOptions(epochs=0)
     with pytest.raises(ConfigError, match="device 'abacus'"):
         train_predictor(make_trace(), "path", tmp_path / "p", options=TrainingOptions(device="abacus"))
-    with pytest.raises(PredictorError, match="no such folder"):
+    with pytest.raises(PredictorError, match="No such file or directory"):
         train_predictor(make_trace(), "path", tmp_path / "no" / "p")
-    with pytest.raises(PredictorError, match="it is a folder"):
+    with pytest.raises(PredictorError, match="Is a directory"):
         train_predictor(make_trace(), "path", tmp_path)
     with pytest.raises(ConfigError, match="seed is -1"):
         TrainingOptions(seed=-1)
