@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from moeflow.checkpoint.file_stamp import FileStamp, check_stamps
 from moeflow.core import DTYPE_BYTES
 from moeflow.errors import CheckpointError, ModelSourceError
 
@@ -34,6 +35,18 @@ class Checkpoint(NamedTuple):
     folder: Path
     files: list[Path]
     tensors: dict[str, TensorEntry]
+    stamps: list[FileStamp]
+
+    def check_unchanged(self) -> None:
+        """Refuse files that changed since their headers were read.
+
+        Raises:
+            CheckpointError: one is another file now, was written to, or is gone; the message names it.
+        """
+        try:
+            check_stamps(self.files, self.stamps, [FileStamp.of(file) for file in self.files])
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} is gone since its header was read. Run it again.") from None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -66,6 +79,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}. "
             "Download the checkpoint again."
         )
+    stamps = [FileStamp.of(file) for file in files]
     tensors: dict[str, TensorEntry] = {}
     for number, file in enumerate(files):
         tensors.update(read_header(file, number))
@@ -75,7 +89,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{index}: tensor {name!r} is not in {shard}, where the index says it is. The index and the shards "
                 "do not belong together: download the checkpoint again."
             )
-    return Checkpoint(folder, files, tensors)
+    return Checkpoint(folder, files, tensors, stamps)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

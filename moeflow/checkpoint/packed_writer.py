@@ -189,7 +189,7 @@ def _write_experts(
     keys = [ExpertKey(number, expert) for number, layout in enumerate(layouts) for expert in range(layout.num_experts)]
     sums = list(done)
     report.add(sum(stride(layouts[key.layer], key.expert) for key in keys[: len(done)]))
-    file, store = partial / PACKED_FILE, ExpertStore(checkpoint.files, layers)
+    file, store = partial / PACKED_FILE, ExpertStore(checkpoint.files, layers, stamps=checkpoint.stamps)
     threads = ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="moeflow-pack")
     try:
         with open(file, "r+b" if file.exists() else "w+b") as target, open(partial / _JOURNAL, "a") as journal:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
@@ -32,7 +33,8 @@ class ModelFolder:
     """
 
     def __init__(self, model: str | Path, *, config: PreTrainedConfig | None = None, **hub_options: Any) -> None:
-        self.path = pretrained.resolve_folder(model, **hub_options)
+        # Absolute, so that a later chdir does not move it; links stay, as transformers sees them.
+        self.path = pretrained.resolve_folder(model, **hub_options).absolute()
         if config is not None:
             self.config = config
 
@@ -86,6 +88,11 @@ class ModelFolder:
         """The files that the experts' piece tables number."""
         return [self.path / PACKED_FILE] if self.packed else self.checkpoint.files
 
+    @cached_property
+    def expert_stamps(self) -> list[FileStamp]:
+        """The stamps of `expert_files` from before their headers were read."""
+        return [FileStamp.of(file) for file in self.expert_files] if self.packed else self.checkpoint.stamps
+
     def empty_model(self) -> PreTrainedModel:
         """Build the model on the meta device, with experts and without any weight."""
         return pretrained.empty_model(self.config)
@@ -101,6 +108,7 @@ class ModelFolder:
             UnsupportedModelError: a dense model, or experts in a form that is not read.
         """
         if self.packed:
+            _ = self.expert_stamps
             return read_packed(self.path, map_layouts(empty))
         return map_experts(empty, self.checkpoint.tensors)
 

@@ -175,7 +175,7 @@ def load_without_experts(
         The model, its dense weights unquantised; transformers' loading info; what `on_empty` returned.
 
     Raises:
-        CheckpointError: a dense weight is missing, or a piece of a quantised one is or does not fit.
+        CheckpointError: a dense weight is missing, a piece of a quantised one is or does not fit, or a file changed.
         UnsupportedModelError: a quantised dense weight that is not the model's as it is.
     """
     folder = checkpoint.folder
@@ -203,6 +203,7 @@ def load_without_experts(
         output_loading_info=True,
         **hf_options,
     )
+    checkpoint.check_unchanged()  # transformers opened the files anew
     if loading.problems:
         raise CheckpointError(
             f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."

@@ -128,4 +128,4 @@ def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedMo
     )
     if options.expert_memory != "auto":
         size.slots_for(parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes))
-    return Experts(folder.expert_files, layers, size)
+    return Experts(folder.expert_files, folder.expert_stamps, layers, size)
