@@ -1,4 +1,4 @@
-"""Sizes, durations and shares as text.
+"""Sizes, durations, shares and foreign values as text.
 
 Knows plain numbers. Knows nothing of models or counters.
 """
@@ -42,3 +42,9 @@ def format_seconds(seconds: float | None) -> str:
 def format_percent(share: float | None) -> str:
     """Write a share of 1 as whole percent, such as "71 %"."""
     return MISSING if share is None else f"{share * 100:.0f} %"
+
+
+def brief(value: object, most: int = 200) -> str:
+    """Write a value that comes from a file: of a long one its beginning and its length."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"

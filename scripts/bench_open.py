@@ -36,12 +36,13 @@ print(process_memory_bytes()[1])
 """
 _MAP = """
 import sys, time
+import torch
 from transformers import DeepseekV3Config
 from moeflow.hf import pretrained
 from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.hardware import process_memory_bytes
 from moeflow.hf.expert_sources import map_experts
-empty = pretrained.empty_model(DeepseekV3Config())
+empty = pretrained.empty_model(DeepseekV3Config(), torch.bfloat16)
 before = process_memory_bytes()[1]
 begin = time.perf_counter()
 map_experts(empty, open_checkpoint(sys.argv[1]).tensors)

@@ -7,15 +7,25 @@ bytes).
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+from moeflow.checkpoint.file_stamp import FileStamp, check_stamps
+from moeflow.checkpoint.weight_index import WeightIndex, read_weight_index
 from moeflow.core import DTYPE_BYTES
 from moeflow.errors import CheckpointError, ModelSourceError
+from moeflow.formatting import brief
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+SMALL_HEADER_BYTES = 4_000_000  # larger ones must be smaller than the tensors that they describe
+DTYPES_OF_MODELS = ("F64", "F32", "BF16", "F16")
+_DTYPE_BITS = {name: 8 * size for name, size in DTYPE_BYTES.items()} | {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8
+}  # fmt: skip
+_MOST = 1 << 63
 
 
 class TensorEntry(NamedTuple):
@@ -29,11 +39,33 @@ class TensorEntry(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The files of a checkpoint and every tensor in them by its name in the checkpoint."""
+    """A checkpoint's headers.
+
+    Args:
+        folder: it lies there.
+        files: its shards.
+        tensors: every tensor by its name in the checkpoint.
+        stamps: [len(files)], of the shards before their headers were read.
+        dtype: that a model has whose config.json names none, as transformers decides it: a torch dtype's name that the
+            index gives, or the safetensors name of the first shard's first float tensor. None where there is neither.
+    """
 
     folder: Path
     files: list[Path]
     tensors: dict[str, TensorEntry]
+    stamps: list[FileStamp]
+    dtype: str | None
+
+    def check_unchanged(self) -> None:
+        """Refuse files that changed since their headers were read.
+
+        Raises:
+            CheckpointError: one is another file now, was written to, or is gone; the message names it.
+        """
+        try:
+            check_stamps(self.files, self.stamps, [FileStamp.of(file) for file in self.files])
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} is gone since its header was read. Run it again.") from None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -50,47 +82,47 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelSourceError(f"{folder} is not a folder. Give a folder with a checkpoint, or a hub id.")
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    single, index_file = folder / SINGLE_FILE, folder / INDEX_FILE
+    index = WeightIndex([SINGLE_FILE], {}, None)
     if single.is_file():
-        weight_map: dict[str, str] = {}
-        names = [SINGLE_FILE]
-    elif index.is_file():
-        weight_map = _read_weight_map(index)
-        names = sorted(set(weight_map.values()))
+        _refuse_empty(single, index_file)
+    elif index_file.is_file():
+        index = read_weight_index(index_file)
     else:
         raise _no_weights(folder)
-    files = [folder / name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
+    files = [folder / name for name in index.shards]
+    try:
+        missing = [file for file in files if not file.is_file()]
+        stamps = [] if missing else [FileStamp.of(file) for file in files]
+    except OSError as error:
+        raise CheckpointError(f"{brief(error.filename)} cannot be read: {error.strerror}.") from None
     if missing:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}. "
-            "Download the checkpoint again."
+            f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is "
+            f"{brief(missing[0].relative_to(folder))}. Download the checkpoint again."
         )
     tensors: dict[str, TensorEntry] = {}
+    dtype = index.dtype
     for number, file in enumerate(files):
-        tensors.update(read_header(file, number))
-    for name, shard in weight_map.items():
+        found = read_header(file, number)
+        if number == 0 and dtype is None:
+            dtype = next((found[name].dtype for name in sorted(found) if found[name].dtype in DTYPES_OF_MODELS), None)
+        tensors.update(found)
+    for name, shard in index.weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{index}: tensor {name!r} is not in {shard}, where the index says it is. The index and the shards "
-                "do not belong together: download the checkpoint again."
+                f"{index_file}: tensor {brief(name)!r} is not in {shard}, where the index says it is. The index and "
+                "the shards do not belong together: download the checkpoint again."
             )
-    return Checkpoint(folder, files, tensors)
+    return Checkpoint(folder, files, tensors, stamps, dtype)
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error}). Download it again.") from None
-    for name in names:
-        if not isinstance(name, str) or not name or Path(name).name != name or name in (".", "..") or "\\" in name:
-            raise CheckpointError(
-                f"{index} names the file {name!r}, which lies outside the folder; only plain file names are allowed. "
-                "Do not use a checkpoint from a source you do not trust."
-            )
-    return weight_map
+def _refuse_empty(single: Path, index_file: Path) -> None:
+    """Refuse an empty file that hides the shards: transformers, too, takes the single file first."""
+    if single.stat().st_size == 0 and index_file.is_file():
+        raise CheckpointError(
+            f"{single} is empty, and it comes before the shards of {index_file.name} beside it. Remove the empty file."
+        )
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -107,49 +139,92 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 
 def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
-    """Read one safetensors header.
+    """Read one safetensors header and check it as safetensors' own library does.
 
     Args:
         file: the shard.
         number: the file's place in `Checkpoint.files`, copied into every entry.
 
     Raises:
-        CheckpointError: the header is not one, or the file is shorter than its header says.
+        CheckpointError: the header is not one, or the file does not hold what its header says.
     """
-    size = file.stat().st_size
     try:
         with open(file, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
                     f"{file} is truncated or not a safetensors file: {size} bytes on disk, and a header of {length} "
                     "bytes announced. Download it again."
                 )
-            header = json.loads(handle.read(length))
+            data = size - 8 - length
+            if length > max(SMALL_HEADER_BYTES, data):
+                raise CheckpointError(
+                    f"{file} has a header of {length:,} bytes for {data:,} bytes of tensors, which cannot be right. "
+                    "Download it again, and from a source that you trust."
+                )
+            text = handle.read(length)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} has a corrupt header ({error}). Download it again.") from None
-    data = 8 + length
-    entries, end_of_data = {}, data
     try:
-        for name, info in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = info["data_offsets"]
-            shape = tuple(info["shape"])
-            num_bytes = math.prod(shape) * DTYPE_BYTES.get(info["dtype"], 0)
-            if begin < 0 or end < begin or (num_bytes and end - begin != num_bytes):
-                raise CheckpointError(
-                    f"{file}: tensor {name!r} of {info['dtype']} {list(shape)} has bytes {begin} to {end}, which "
-                    "cannot be. The header is corrupt: download it again."
-                )
-            entries[name] = TensorEntry(number, info["dtype"], shape, data + begin, end - begin)
-            end_of_data = max(end_of_data, data + end)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} has a corrupt header ({error!r}). Download it again.") from None
-    if end_of_data > size:
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        _check_metadata(header.pop("__metadata__", None))
+        "".join(header).encode()  # no half of a surrogate pair
+        entries = {name: _entry(info, number, 8 + length) for name, info in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} is truncated: {size} bytes on disk, {end_of_data} according to its header. Download it again."
-        )
+            f"{file} has a corrupt header ({brief(f'{type(error).__name__}: {error}')}). Download it again."
+        ) from None
+    _check_places(file, entries, 8 + length, size)
     return entries
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is not a table of texts")
+
+
+def _entry(info: dict[str, Any], number: int, data: int) -> TensorEntry:
+    """Return a tensor's place from what the header says of it; `data` is where the tensors' bytes begin."""
+    dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+    for value in (begin, end, *shape):
+        if type(value) is not int or not 0 <= value < _MOST:
+            raise ValueError(f"{value!r} is not a size or an offset")
+    if dtype not in _DTYPE_BITS:
+        raise ValueError(f"dtype {dtype!r} is unknown")
+    return TensorEntry(number, dtype, tuple(shape), data + begin, end - begin)
+
+
+def _check_places(file: Path, entries: dict[str, TensorEntry], data: int, size: int) -> None:
+    """Refuse tensors whose bytes are not as many as their shapes need, or that do not follow one another."""
+    position = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].num_bytes)):
+        fits = 8 * entry.num_bytes == math.prod(entry.shape) * _DTYPE_BITS[entry.dtype]
+        if not fits or entry.begin != position:
+            begin, end = entry.begin - data, entry.begin - data + entry.num_bytes
+            why = f"and the tensors before it end at {position - data}: no gap or overlap is allowed"
+            raise CheckpointError(
+                f"{file}: tensor {brief(name)!r} of {entry.dtype} {brief(list(entry.shape))} has bytes {begin} to "
+                f"{end}, {why if fits else 'which cannot be'}. The header is corrupt: download it again."
+            )
+        position += entry.num_bytes
+    if position > size:
+        raise CheckpointError(
+            f"{file} is truncated: {size} bytes on disk, {position} according to its header. Download it again."
+        )
+    if position < size:
+        raise CheckpointError(
+            f"{file} has {size - position} bytes behind its header's last tensor. It is damaged: download it again."
+        )

@@ -16,12 +16,13 @@ class PieceTable(NamedTuple):
     """One piece of every expert of a layer: expert e is `num_bytes` bytes at `begins[e]` of file `files[e]`.
 
     Args:
-        dtype: safetensors dtype name of the piece on disk.
+        dtype: safetensors dtype name of the piece on disk; of the first where `dtypes` is given.
         shape: shape of one expert's piece.
         num_bytes: bytes of one piece; of the largest where `sizes` is given.
         files: [num_experts], file numbers.
         begins: [num_experts], absolute byte offsets.
         sizes: [num_experts], bytes of each expert's piece, where they differ.
+        dtypes: [num_experts], dtype name of each expert's piece, where they differ.
     """
 
     dtype: str
@@ -30,10 +31,15 @@ class PieceTable(NamedTuple):
     files: array
     begins: array
     sizes: array | None = None
+    dtypes: tuple[str, ...] | None = None
 
     def bytes_of(self, expert: int) -> int:
         """Return the bytes of one expert's piece."""
         return self.num_bytes if self.sizes is None else self.sizes[expert]
+
+    def dtype_of(self, expert: int) -> str:
+        """Return the dtype name of one expert's piece."""
+        return self.dtype if self.dtypes is None else self.dtypes[expert]
 
 
 Convert = Callable[[int, list[np.ndarray], np.ndarray], None]

@@ -214,7 +214,7 @@ def _write_experts(
 ) -> None:
     """Write the records that the journal lacks, in the order of keys, then the header with all checksums."""
     layouts = [source.layout for source in layers]
-    store = ExpertStore(checkpoint.files, layers)
+    store = ExpertStore(checkpoint.files, layers, stamps=checkpoint.stamps)
     threads = ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="moeflow-pack")
 
     def read(key: ExpertKey) -> np.ndarray:

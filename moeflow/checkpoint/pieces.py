@@ -39,7 +39,7 @@ def piece_tables(name: str, feeding: Feeding, num_experts: int) -> list[PieceTab
         num_experts: how many the parameter has.
 
     Raises:
-        CheckpointError: another number of experts, or experts that differ.
+        CheckpointError: another number of experts, or experts that differ in shape. They may differ in dtype.
     """
     converter, groups, place = feeding
     splits_list = converter is not None and len(converter.target_patterns) > 1
@@ -58,11 +58,13 @@ def piece_tables(name: str, feeding: Feeding, num_experts: int) -> list[PieceTab
                     f"{name} has {num_experts} experts, the checkpoint holds {len(entries)} tensors {pattern!r} for "
                     "it. Download the checkpoint again."
                 )
-            odd = [key for key, entry in members if entry.shape != first.shape or entry.dtype != first.dtype]
+            odd = next(((key, entry.shape) for key, entry in members if entry.shape != first.shape), None)
             if odd:
-                raise CheckpointError(f"{odd[0]} differs in shape or dtype from the other experts of {name}.")
-            files, begins = array("H", [e.file for e in entries]), array("Q", [e.begin for e in entries])
-            tables.append(PieceTable(first.dtype, first.shape, first.num_bytes, files, begins))
+                raise CheckpointError(
+                    f"{odd[0]} differs in shape from the other experts of {name}: {list(odd[1])}, theirs is "
+                    f"{list(first.shape)}. The checkpoint is damaged: download it again."
+                )
+            tables.append(_of_each(entries))
         else:
             if len(entries) != 1 or not first.shape or first.shape[0] != num_experts:
                 raise CheckpointError(
@@ -74,3 +76,14 @@ def piece_tables(name: str, feeding: Feeding, num_experts: int) -> list[PieceTab
             files = array("H", [first.file]) * num_experts
             tables.append(PieceTable(first.dtype, first.shape[1:], stride, files, begins))
     return tables
+
+
+def _of_each(entries: list[TensorEntry]) -> PieceTable:
+    """Return the table of tensors of one shape, one an expert."""
+    files, begins = array("H", [entry.file for entry in entries]), array("Q", [entry.begin for entry in entries])
+    largest, dtypes = max(entry.num_bytes for entry in entries), tuple(entry.dtype for entry in entries)
+    first = entries[0]
+    if len(set(dtypes)) == 1:
+        return PieceTable(first.dtype, first.shape, largest, files, begins)
+    sizes = array("Q", [entry.num_bytes for entry in entries])
+    return PieceTable(first.dtype, first.shape, largest, files, begins, sizes, dtypes)

@@ -123,7 +123,8 @@ def _same_bytes(scheme: QuantizationScheme, tables: dict[str, PieceTable], shape
     """Tell whether the checkpoint's bytes are those of the format."""
     if scheme.method == "mxfp4":
         return True
-    return scheme.method == "fp8" and shape[1] % BLOCK == 0 and tables["_scale_inv"].dtype == "F32"
+    scales = tables.get("_scale_inv")
+    return scales is not None and shape[1] % BLOCK == 0 and scales.dtypes is None and scales.dtype == "F32"
 
 
 def _row_offset(spec: TensorSpec, row: int) -> int:
@@ -143,7 +144,7 @@ def _converter(
 
     def convert(expert: int, pieces: list[np.ndarray], record: np.ndarray) -> None:
         tensors = {
-            ending: torch.from_numpy(piece).view(_PIECE_DTYPES[table.dtype]).view(table.shape)
+            ending: torch.from_numpy(piece).view(_PIECE_DTYPES[table.dtype_of(expert)]).view(table.shape)
             for (ending, table), piece in zip(tables.items(), pieces, strict=True)
         }
         try:

@@ -10,14 +10,16 @@ import os
 import threading
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from moeflow.checkpoint.file_stamp import FileStamp, check_stamps
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
-from moeflow.errors import ClosedModelError, ExpertReadError
+from moeflow.errors import CheckpointError, ClosedModelError, ExpertReadError
 
 # Pieces of one file that lie this close are one read: the gap costs less than a second request.
 COALESCE_GAP_BYTES = 128 * 1024
@@ -35,13 +37,26 @@ class Extent(NamedTuple):
 class ExpertStore:
     """Reads one expert's record into memory the caller owns. Safe to call from many threads.
 
+    The files stay open until `close`, so that it does not matter what becomes of their names.
+
     Args:
         files: the files the layers' piece tables number.
         layers: [num_layers], where each expert's bytes come from.
+        stamps: of the files when their headers were read; None takes them as they are now.
         direct: read with O_DIRECT where the filesystem takes it.
+
+    Raises:
+        CheckpointError: a file cannot be opened, or is not the one that it was.
     """
 
-    def __init__(self, files: list[Path], layers: list[LayerSource], *, direct: bool = True) -> None:
+    def __init__(
+        self,
+        files: list[Path],
+        layers: list[LayerSource],
+        *,
+        stamps: list[FileStamp] | None = None,
+        direct: bool = True,
+    ) -> None:
         self.files = [Path(file) for file in files]
         self.layers = layers
         self._lock = threading.Lock()
@@ -50,17 +65,23 @@ class ExpertStore:
         self._reads = self._bytes_read = 0
         self._read_s = 0.0
         self._verified: set[ExpertKey] = set()
-        self._opened: list[io.FileIO | None] = [None] * len(self.files)
+        self._opened: list[io.FileIO] = []
         self._direct = [direct and hasattr(os, "O_DIRECT")] * len(self.files)
-        self._retired: list[io.FileIO] = []
-        self._closed = False
+        try:
+            for number in range(len(self.files)):
+                self._opened.append(self._open(number))
+            self._stamps = [FileStamp.of(opened.fileno()) for opened in self._opened]
+            check_stamps(self.files, stamps or self._stamps, self._stamps)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise CheckpointError(f"{error.filename} cannot be opened: {error.strerror}.") from error
+            raise
 
     @property
     def mode(self) -> str:
         """How files are read: "direct", "buffered", or "direct and buffered" where filesystems differ."""
-        of_opened = {direct for direct, file in zip(self._direct, self._opened, strict=True) if file is not None}
-        used = of_opened or set(self._direct)
-        return " and ".join(name for flag, name in ((True, "direct"), (False, "buffered")) if flag in used)
+        return " and ".join(name for flag, name in ((True, "direct"), (False, "buffered")) if flag in self._direct)
 
     def stats(self) -> dict:
         """Return counts since the store was opened; times are summed over reading threads, in seconds."""
@@ -83,7 +104,7 @@ class ExpertStore:
             Bytes taken from the disk.
 
         Raises:
-            ExpertReadError: the disk failed, the file became shorter, or a checksum does not agree.
+            ExpertReadError: the disk failed, the file changed, or a checksum does not agree.
             ClosedModelError: the store was closed.
         """
         source = self.layers[key.layer]
@@ -95,6 +116,7 @@ class ExpertStore:
             else:
                 num_bytes, raw = self._read_staged(extents)
             taken = time.perf_counter() - begin
+            self._check_unchanged(source, key.expert, {extent.file for extent in extents})
             if raw is not None:
                 sizes = [table.bytes_of(key.expert) for table in source.pieces()]
                 pieces = [
@@ -102,6 +124,7 @@ class ExpertStore:
                 ]
                 source.fill(key.expert, pieces, record)
         except OSError as error:
+            self._check_unchanged(source, key.expert, {table.files[key.expert] for table in source.pieces()})
             raise ExpertReadError(
                 f"expert {key.expert} of {source.layout.name} could not be read from "
                 f"{self.files[self._file_of(source, key.expert)]}: {error.strerror or error}. The model stays usable: "
@@ -127,14 +150,8 @@ class ExpertStore:
         After an interrupt in here, a second call closes the others.
         """
         with self._lock:
-            self._closed = True
-            for number, opened in enumerate(self._opened):
-                if opened is not None:
-                    opened.close()
-                    self._opened[number] = None
-            for opened in self._retired:
+            for opened in self._opened:
                 opened.close()
-            self._retired.clear()
 
     @staticmethod
     def _file_of(source: LayerSource, expert: int) -> int:
@@ -194,14 +211,14 @@ class ExpertStore:
 
     def _pread(self, extent: Extent, view: memoryview, start: int) -> int:
         """Read from `start` until the extent's end is in `view`, which may be a little longer."""
-        file, needed, done = self._open(extent.file), extent.end - start, 0
+        fd, needed, done = self._descriptor(extent.file), extent.end - start, 0
         while done < needed:
             try:
-                count = os.preadv(file.fileno(), [view[done:]], start + done)
+                count = os.preadv(fd, [view[done:]], start + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct[extent.file]:
                     raise
-                file = self._reopen_buffered(extent.file)
+                self._give_up_direct(extent.file)
                 continue
             end = done + count
             if end < needed:
@@ -212,37 +229,40 @@ class ExpertStore:
         return needed
 
     def _open(self, file: int) -> io.FileIO:
-        opened = self._opened[file]
-        if opened is not None:
-            return opened
-        with self._lock:
-            if self._closed:
-                raise ClosedModelError(_CLOSED)
-            opened = self._opened[file]
-            if opened is None:
-                if self._direct[file]:
-                    try:
-                        opened = io.FileIO(self.files[file], opener=_open_direct)
-                    except OSError as error:
-                        if error.errno != errno.EINVAL:
-                            raise
-                        self._direct[file] = False
-                if opened is None:
-                    opened = io.FileIO(self.files[file])
-                self._opened[file] = opened
-            return opened
+        if self._direct[file]:
+            try:
+                return io.FileIO(self.files[file], opener=_open_direct)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct[file] = False
+        return io.FileIO(self.files[file])
 
-    def _reopen_buffered(self, file: int) -> io.FileIO:
+    def _descriptor(self, file: int) -> int:
+        opened = self._opened[file]
+        if opened.closed:
+            raise ClosedModelError(_CLOSED)
+        return opened.fileno()
+
+    def _give_up_direct(self, file: int) -> None:
         """Give up direct reads of one file: some filesystems take the flag and refuse the read."""
+        import fcntl  # not on Windows, which has no such flag
+
         with self._lock:
-            opened = self._opened[file]
-            if opened is None:
-                raise ClosedModelError(_CLOSED)
-            if self._direct[file]:
-                self._retired.append(opened)  # another thread may be reading from it
-                opened = io.FileIO(self.files[file])
-                self._direct[file], self._opened[file] = False, opened
-            return opened
+            fd = self._descriptor(file)
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            self._direct[file] = False
+
+    def _check_unchanged(self, source: LayerSource, expert: int, files: Iterable[int]) -> None:
+        """Compare files with what they were when the model was loaded, after bytes were read from them."""
+        for file in files:
+            now = FileStamp.of(self._descriptor(file))
+            if now != self._stamps[file]:
+                raise ExpertReadError(
+                    f"expert {expert} of {source.layout.name} could not be read: {self.files[file]} changed on disk "
+                    f"after the model was loaded ({self._stamps[file].change_to(now)}). Old and new weights must not "
+                    "be mixed: load the model again."
+                )
 
     def _check(self, source: LayerSource, key: ExpertKey, record: np.ndarray) -> None:
         """Compare a record with its checksum the first time it is read."""

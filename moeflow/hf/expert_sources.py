@@ -5,6 +5,7 @@ and, for the few layouts that are not stored as the module wants them, into a co
 """
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ def _place_floats(
     operations = list(converter.operations) if converter is not None else []
     tables = piece_tables(full_name, feeding, num_experts)
     steps = _per_expert_steps(full_name, operations, tables, spec.shape)
-    if not steps and all(table.dtype == spec.dtype for table in tables):
+    if not steps and all(table.dtypes is None and table.dtype == spec.dtype for table in tables):
         offset = spec.offset
         for table in tables:
             copies.append((table, offset))
@@ -168,8 +169,7 @@ def _place_floats(
         written = offset - spec.offset
     else:
         conversions.append(Conversion(tuple(tables), _converter(converter, steps, tables, list(groups), spec)))
-        written = sum(table.num_bytes * TORCH_DTYPES[spec.dtype].itemsize // TORCH_DTYPES[table.dtype].itemsize
-                      for table in tables)  # fmt: skip
+        written = sum(math.prod(table.shape) for table in tables) * TORCH_DTYPES[spec.dtype].itemsize
     if written != spec.num_bytes:
         raise CheckpointError(
             f"{full_name} needs {spec.num_bytes} bytes an expert, the checkpoint has {written} "
@@ -212,14 +212,13 @@ def _converter(
 ) -> Convert:
     """Build the function that turns one expert's raw pieces into its tensor inside the record."""
     target_dtype = TORCH_DTYPES[spec.dtype]
-    shapes = [(TORCH_DTYPES[table.dtype], table.shape) for table in tables]
     target = converter.target_patterns[:1] if converter else ["tensor"]
     concatenates = len(tables) > 1 and not any(type(step).__name__ == "Concatenate" for step in steps)
 
     def convert(expert: int, pieces: list[np.ndarray], record: np.ndarray) -> None:
-        tensors = [
-            torch.from_numpy(piece).view(dtype).view(1, *shape)
-            for piece, (dtype, shape) in zip(pieces, shapes, strict=True)
+        tensors = [  # cast before the steps, as transformers does
+            torch.from_numpy(piece).view(TORCH_DTYPES[table.dtype_of(expert)]).view(1, *table.shape).to(target_dtype)
+            for piece, table in zip(pieces, tables, strict=True)
         ]
         if concatenates:
             tensors = [torch.cat(tensors, dim=1)]

@@ -9,11 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
-from moeflow.checkpoint.packed_file import PACKED_FILE, read_packed
+from moeflow.checkpoint.packed_file import PACKED_FILE, packed_dtype, read_packed
+from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.hf import pretrained
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
@@ -34,7 +37,8 @@ class ModelFolder:
     """
 
     def __init__(self, model: str | Path, *, config: PreTrainedConfig | None = None, **hub_options: Any) -> None:
-        self.path = pretrained.resolve_folder(model, **hub_options)
+        # Absolute, so that a later chdir does not move it; links stay, as transformers sees them.
+        self.path = pretrained.resolve_folder(model, **hub_options).absolute()
         if config is not None:
             self.config = config
 
@@ -90,9 +94,26 @@ class ModelFolder:
         """The files that the experts' piece tables number."""
         return [self.path / PACKED_FILE] if self.packed else self.checkpoint.files
 
+    @cached_property
+    def expert_stamps(self) -> list[FileStamp]:
+        """The stamps of `expert_files` from before their headers were read."""
+        return [FileStamp.of(file) for file in self.expert_files] if self.packed else self.checkpoint.stamps
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype where nothing else is asked for: the config's, else its weights', as transformers has it.
+
+        In a packed folder the experts tell, if they are not in a weight format.
+        """
+        named = getattr(self.config, "dtype", None)
+        if named is None:
+            named = (packed_dtype(self.path) if self.packed else None) or self.checkpoint.dtype
+        found = FLOAT_DTYPES.get(named) or getattr(torch, named, None) if isinstance(named, str) else named
+        return found if isinstance(found, torch.dtype) else torch.float32
+
     def empty_model(self) -> PreTrainedModel:
         """Build the model on the meta device, with experts and without any weight."""
-        return pretrained.empty_model(self.config)
+        return pretrained.empty_model(self.config, self.dtype)
 
     def layers(self, empty: PreTrainedModel) -> list[LayerSource]:
         """Find every expert's bytes, [num_layers].
@@ -105,6 +126,7 @@ class ModelFolder:
             UnsupportedModelError: a dense model, or experts in a form that is not read.
         """
         if self.packed:
+            _ = self.expert_stamps
             return read_packed(self.path, map_layouts(empty))
         return map_experts(empty, self.checkpoint.tensors)
 

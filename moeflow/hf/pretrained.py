@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from moeflow.checkpoint.headers import Checkpoint
 from moeflow.checkpoint.prequantized import StoredMatrix, find_matrices
 from moeflow.errors import CheckpointError, ModelSourceError, UnsupportedModelError
+from moeflow.formatting import brief
 from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
 from moeflow.hf.quantizer import WithoutExperts, quantization_scheme
 from moeflow.hf.version import parts_of_transformers
@@ -148,12 +150,10 @@ def model_class(config: PreTrainedConfig) -> Any:
     return AutoModel
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model on the meta device, with experts and without any weight."""
     cls = model_class(config)
     config = copy.deepcopy(config)
-    own: Any = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
-    dtype = dtype or own or torch.float32
     with torch.device("meta"):
         if hasattr(cls, "from_config"):
             return cls.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -175,7 +175,7 @@ def load_without_experts(
         The model, its dense weights unquantised; transformers' loading info; what `on_empty` returned.
 
     Raises:
-        CheckpointError: a dense weight is missing, or a piece of a quantised one is or does not fit.
+        CheckpointError: a dense weight is missing, a piece of a quantised one is or does not fit, or a file changed.
         UnsupportedModelError: a quantised dense weight that is not the model's as it is.
     """
     folder = checkpoint.folder
@@ -194,15 +194,20 @@ def load_without_experts(
         _take_experts_off(empty)
 
     loading = WithoutExperts(strip, scheme)
-    loaded, info = cls.from_pretrained(
-        folder,
-        config=config,
-        quantization_config=loading,
-        experts_implementation=IMPLEMENTATION,
-        use_safetensors=True,
-        output_loading_info=True,
-        **hf_options,
-    )
+    try:
+        loaded, info = cls.from_pretrained(
+            folder,
+            config=config,
+            quantization_config=loading,
+            experts_implementation=IMPLEMENTATION,
+            use_safetensors=True,
+            output_loading_info=True,
+            **hf_options,
+        )
+    except (OSError, SafetensorError) as error:
+        checkpoint.check_unchanged()
+        raise CheckpointError(f"{folder} cannot be read ({brief(error)}). Download the checkpoint again.") from error
+    checkpoint.check_unchanged()  # transformers opened the files anew
     if loading.problems:
         raise CheckpointError(
             f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."

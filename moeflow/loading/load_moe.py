@@ -90,9 +90,15 @@ def load_moe(
     want_info = hf_kwargs.pop("output_loading_info", False)
     folder = ModelFolder.of_hf_options(model, hf_kwargs)
     on_cpu = options.torch_device.type == "cpu"
+    dtype = folder.dtype if dtype == "auto" else dtype
     placement = {} if on_cpu else {"device_map": {"": options.torch_device}}
     loaded, info, experts = pretrained.load_without_experts(
-        folder.checkpoint, folder.config, partial(_find_experts, folder, options), dtype=dtype, **placement, **hf_kwargs
+        folder.checkpoint,
+        folder.config,
+        partial(_find_experts, folder, options),
+        dtype=dtype,
+        **placement,
+        **hf_kwargs,
     )
     pretrained.own_dense_weights(loaded)
     if on_cpu:
@@ -128,4 +134,4 @@ def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedMo
     )
     if options.expert_memory != "auto":
         size.slots_for(parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes))
-    return Experts(folder.expert_files, layers, size)
+    return Experts(folder.expert_files, folder.expert_stamps, layers, size)

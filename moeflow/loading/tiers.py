@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from moeflow import hardware
+from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
@@ -41,11 +42,13 @@ class Experts(NamedTuple):
 
     Args:
         files: the files that piece tables number.
+        stamps: of the files when their headers were read.
         layers: [num_layers], where each expert's bytes come from.
         size: the memory that they take.
     """
 
     files: list[Path]
+    stamps: list[FileStamp]
     layers: list[LayerSource]
     size: ExpertsSize
 
@@ -87,18 +90,19 @@ def build_runtime(
     num_transient = size.num_experts_per_tok + 1
     streams: Streams = HostStreams()
     host: HostTier | None = None
-    pools = []
+    opened: list[SlotPool | ExpertStore] = []
     try:
-        pools.append(SlotPool(num_slots, size.slot_bytes, device))
+        opened.append(pool := SlotPool(num_slots, size.slot_bytes, device))
         if device.type == "cuda":
             streams = CudaStreams(device)
             host = _host_tier(size, options.host_memory, policy, num_transient)
-            pools.append(host.pool)
+            opened.append(host.pool)
         cache = ExpertCache(num_slots, policy, num_transient=num_transient, sizes=size.pages)
         cache.set_limit(limit)
+        opened.append(store := ExpertStore(experts.files, experts.layers, stamps=experts.stamps))
         return ExpertRuntime(
-            ExpertStore(experts.files, experts.layers),
-            pools[0],
+            store,
+            pool,
             cache,
             streams,
             host=host,
@@ -109,8 +113,8 @@ def build_runtime(
             misses=MissSplit() if options.miss == "cheapest" else None,
         )
     except BaseException:
-        for pool in pools:
-            pool.close()
+        for part in opened:
+            part.close()
         raise
 
 

@@ -20,7 +20,7 @@ def folder(tmp_path):
     """Two shards and an index."""
     save_file({"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, tmp_path / "model-1.safetensors")
     save_file({"b": np.ones(5, np.float16)}, tmp_path / "model-2.safetensors")
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     return tmp_path
 
@@ -77,16 +77,16 @@ def test_header_whose_sizes_cannot_be_is_refused(folder):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\b", "", 7])
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x.safetensors", "..", "a\\b"])
 def test_index_that_names_a_file_outside_the_folder_is_refused(folder, name):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match=r"outside the folder|not a safetensors index"):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="outside the folder"):
         open_checkpoint(folder)
 
 
 def test_index_that_names_a_tensor_its_shard_lacks_is_refused(folder):
     weight_map = {"a": "model-1.safetensors", "ghost": "model-2.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="'ghost' is not in model-2"):
         open_checkpoint(folder)
 

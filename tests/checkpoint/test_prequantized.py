@@ -30,6 +30,7 @@ from moeflow.checkpoint.prequantized_values import in_format, values
 from moeflow.convert.pack import pack_model
 from moeflow.hf import pretrained
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts
+from moeflow.hf.model_folder import ModelFolder
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format
 from moeflow.loading.describe import describe_model
@@ -77,7 +78,7 @@ def test_dense_weights_are_plain_values_and_nothing_is_missing_or_left_over(made
 
 def test_every_piece_of_an_expert_is_told_apart_from_dense_tensors(made):
     tensors = open_checkpoint(made.native).tensors
-    feeding = expert_tensor_names(pretrained.empty_model(pretrained.load_config(made.native)), tensors)
+    feeding = expert_tensor_names(ModelFolder(made.native).empty_model(), tensors)
     assert feeding == {name for name in tensors if ".experts." in name}
 
 
@@ -143,7 +144,7 @@ def test_one_quantised_layer_beside_an_unquantised_one_is_read(gptq, tmp_path):
     for name, value in source.items():
         if "layers.1.block_sparse_moe.experts." in name:
             change(gptq, name, lambda _, value=value: value)
-    first, second = map_experts(pretrained.empty_model(pretrained.load_config(gptq)), open_checkpoint(gptq).tensors)
+    first, second = map_experts(ModelFolder(gptq).empty_model(), open_checkpoint(gptq).tensors)
     assert first.layout.record.matrices
     assert not second.layout.record.matrices
     found = logits(gptq, dtype="float32")

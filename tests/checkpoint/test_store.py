@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import Conversion, LayerSource, PieceTable
 from moeflow.checkpoint.store import COALESCE_GAP_BYTES, ExpertStore
 from moeflow.core import ExpertKey, LayerLayout, RecordLayout
-from moeflow.errors import ClosedModelError, ExpertReadError
+from moeflow.errors import CheckpointError, ClosedModelError, ExpertReadError
 
 
 def page_aligned(num_bytes):
@@ -109,17 +110,48 @@ def test_many_threads_read_at_once(file):
 def test_file_that_became_shorter_is_an_error_that_names_expert_and_file(file):
     store = ExpertStore([file], [layer((900_000, 100_000, 0), num_bytes=100_000)])
     os.truncate(file, 950_000)
-    with pytest.raises(ExpertReadError, match=r"expert 0 of layers\.0\.experts.*data\.bin.*truncated"):
+    with pytest.raises(ExpertReadError, match=r"expert 0 of layers\.0\.experts.*data\.bin changed.*and has 950,000"):
         store.read(ExpertKey(0, 0), page_aligned(102_400))
     store.close()
 
 
-def test_file_that_is_gone_is_an_error_that_names_it(file):
-    store = ExpertStore([file], [layer((0, 10, 0), num_bytes=10)])
-    file.unlink()
-    with pytest.raises(ExpertReadError, match=r"data\.bin"):
-        store.read(ExpertKey(0, 0), page_aligned(4096))
+def test_file_whose_name_is_gone_or_another_files_is_still_read(file, tmp_path):
+    store, data, record = ExpertStore([file], [layer((0, 10, 0), num_bytes=10)]), file.read_bytes(), page_aligned(4096)
+    other = tmp_path / "other"
+    other.write_bytes(bytes(len(data)))
+    for change in (lambda: other.rename(file), file.unlink):
+        change()
+        record[:] = 0
+        store.read(ExpertKey(0, 0), record)
+        assert record[:10].tobytes() == data[:10]
     store.close()
+
+
+def test_file_that_was_written_to_is_refused_until_it_is_as_before(file):
+    """Of the same size, and wherever the writing was: which bytes were read before it cannot be known."""
+    store, stamp = ExpertStore([file], [layer((0, 10, 0), num_bytes=10)]), file.stat()
+    with open(file, "r+b") as handle:
+        handle.seek(500_000)
+        handle.write(b"other")
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    with pytest.raises(ExpertReadError, match=r"data\.bin changed on disk.*it was written to.*load the model again"):
+        store.read(ExpertKey(0, 0), page_aligned(4096))
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    store.read(ExpertKey(0, 0), page_aligned(4096))
+    store.close()
+
+
+def test_file_that_changed_or_went_before_it_is_opened_is_named(file, tmp_path):
+    before, source, fds = FileStamp.of(file), layer((0, 10, 0), num_bytes=10), len(os.listdir("/proc/self/fd"))
+    other = tmp_path / "other"
+    other.write_bytes(file.read_bytes())
+    os.utime(other, ns=(before.mtime_ns, before.mtime_ns))
+    other.rename(file)
+    with pytest.raises(CheckpointError, match=r"data\.bin changed on disk while it was opened \(another file"):
+        ExpertStore([file], [source], stamps=[before])
+    with pytest.raises(CheckpointError, match=r"gone\.bin cannot be opened"):
+        ExpertStore([file, tmp_path / "gone.bin"], [source])
+    assert len(os.listdir("/proc/self/fd")) == fds
 
 
 def test_closed_store_says_so(file):

@@ -31,5 +31,5 @@ def write_large_checkpoint(folder, *, num_layers=61, num_experts=256, hidden=716
         with open(folder / name, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + position)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return len(tensors)

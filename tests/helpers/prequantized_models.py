@@ -20,8 +20,8 @@ from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey
 from moeflow.dtypes import TORCH_DTYPES
-from moeflow.hf import pretrained
 from moeflow.hf.expert_sources import map_experts
+from moeflow.hf.model_folder import ModelFolder
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
 
@@ -94,9 +94,7 @@ def change(folder, name, new):
 
 def open_store(folder):
     checkpoint = open_checkpoint(folder)
-    return ExpertStore(
-        checkpoint.files, map_experts(pretrained.empty_model(pretrained.load_config(folder)), checkpoint.tensors)
-    )
+    return ExpertStore(checkpoint.files, map_experts(ModelFolder(folder).empty_model(), checkpoint.tensors))
 
 
 def read_expert(store, layer, expert):
