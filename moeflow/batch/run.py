@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow.batch.requests import BatchRequest
 from moeflow.batch.results import BatchFile, answer_record, failure_record
-from moeflow.chat.conversation import Conversation
 from moeflow.errors import MoeflowError
+from moeflow.hf.prompt_tokens import encode_messages, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,13 +64,9 @@ def answer_batch(
         on_step(num_new, ended)
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str | list[int]:
-    """Return a prompt as it is, or the tokens of messages as the chat template writes them."""
-    if isinstance(content, str):
-        return content
-    has_system = content[0]["role"] == "system"
-    conversation = Conversation(content[0]["content"] if has_system else None, content[has_system:])
-    return conversation.encode(tokenizer)[0].tolist()
+def _prompt(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> list[int]:
+    """Return the tokens of a prompt as it is, or of messages as the chat template writes them."""
+    return encode_text(tokenizer, content) if isinstance(content, str) else encode_messages(tokenizer, content)
 
 
 def _record(request: BatchRequest, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -10,13 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Conversation:
@@ -44,7 +44,9 @@ class Conversation:
         """
         temporary = None
         try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", errors="backslashreplace", dir=path.parent, delete=False
+            ) as file:
                 temporary = Path(file.name)
                 json.dump(self.messages, file, ensure_ascii=False, indent=1)
                 file.flush()
@@ -63,7 +65,7 @@ class Conversation:
             MoeflowError: the file is missing, unreadable, not JSON, or not a conversation.
         """
         try:
-            messages = json.loads(path.read_text(encoding="utf-8"))
+            messages = json.loads(path.read_bytes())  # with or without a byte-order mark
         except OSError as error:
             raise MoeflowError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -84,27 +86,13 @@ class Conversation:
         """Return the prompt for the next answer, [1, num_prompt_tokens]; without a chat template, plain text.
 
         Raises:
-            MoeflowError: the chat template refuses the messages.
+            MoeflowError: the chat template refuses the messages, fails on them, or leaves out what one of them says.
         """
-        if not tokenizer.chat_template:
-            text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in self.messages)
-            return tokenizer(text, return_tensors="pt")["input_ids"]
-        from jinja2 import TemplateError
+        import torch
 
-        attempts = [self.messages]
-        if self.system:
-            # Gemma's and the first Mistrals' templates know no system role: then it goes before the first message.
-            merged = {"role": "user", "content": f"{self.system}\n\n{self.turns[0]['content']}"}
-            attempts.append([merged, *self.turns[1:]])
-        for messages in attempts:
-            try:
-                encoded = tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                )
-                return cast("BatchEncoding", encoded)["input_ids"]
-            except TemplateError as error:
-                refusal = error
-        raise MoeflowError(f"the model's chat template refuses this conversation: {refusal}") from refusal
+        from moeflow.hf.prompt_tokens import encode_messages
+
+        return torch.tensor([encode_messages(tokenizer, self.messages)], dtype=torch.long)
 
     def fit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int

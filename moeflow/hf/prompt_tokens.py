@@ -1,0 +1,139 @@
+"""Prompts as token ids: a text as it is, and messages as the tokenizer's chat template writes them.
+
+Knows tokenizers and chat templates. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moeflow.errors import ConfigError, MoeflowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_Messages = list[dict[str, Any]]
+
+
+def check_text(text: str, what: str) -> str:
+    """Return a text that a tokenizer can read.
+
+    Args:
+        text: of a user.
+        what: how an error calls it.
+
+    Raises:
+        ConfigError: it has half of a surrogate pair, as Python puts it for a byte that is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{what} has half of a surrogate pair at character {error.start + 1}, or a byte that is no UTF-8; give "
+            "UTF-8 text"
+        ) from None
+    return text
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text as it is.
+
+    Raises:
+        ConfigError: it is no text, or the tokenizer fails on it.
+    """
+    check_text(text, "the prompt")
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception as error:  # the tokenizer may be of any kind
+        raise ConfigError(f"the model's tokenizer fails on this text: {_told(error)}") from error
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Return the prompt for the answer to messages; without a chat template their texts, joined.
+
+    Templates differ in where the words are: as text, or as the parts of a content; some know no system role. The first
+    form in which the template writes the words of every message is taken, a system prompt where it stands or before the
+    first message of a user.
+
+    Args:
+        tokenizer: the model's.
+        messages: with "role" and "content", both text.
+
+    Raises:
+        MoeflowError: the template refuses the messages, fails on them, or leaves out what one of them says.
+    """
+    for number, message in enumerate(messages, 1):
+        check_text(message["content"], f"message {number}")
+    if not tokenizer.chat_template:
+        text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in messages)
+        return encode_text(tokenizer, text)
+    whole: list[_Messages] = [list(messages)]
+    if len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
+        # Gemma's and the first Mistrals' templates know no system role, and Phi-3's writes nothing for it.
+        joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        whole.append([{"role": "user", "content": joined}, *messages[2:]])
+    refusal = None
+    for attempt in whole:
+        try:
+            _check_words(tokenizer, attempt)
+            return _encode(tokenizer, attempt)
+        except MoeflowError as error:
+            refusal = error
+    for attempt in whole:
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in attempt]
+        try:
+            _check_words(tokenizer, parts)
+            return _encode(tokenizer, parts)
+        except MoeflowError:
+            continue  # what is wrong with the texts says more than what is wrong with their parts
+    assert refusal is not None, "a form was tried"
+    raise refusal
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> None:
+    """Refuse messages of which the template does not write all.
+
+    A word of its own stands for the text of each message: real texts may be in a template's own words or in each other,
+    and templates may shorten them on purpose (the reasoning of earlier answers, white space).
+    """
+    probes: _Messages = []
+    words = [f"zqx{number}xqz" for number in range(len(messages))]
+    for word, message in zip(words, messages, strict=True):
+        content = message["content"]
+        text = content if isinstance(content, str) else content[0]["text"]
+        word = word if text.strip() else text
+        probes.append({**message, "content": word if content is text else [{"type": "text", "text": word}]})
+    written = str(_apply(tokenizer, probes, tokenize=False))
+    for number, (word, probe) in enumerate(zip(words, probes, strict=True), 1):
+        content = probe["content"]
+        if isinstance(content, list):
+            as_parts = any(f"text{quote}: {quote}{word}" in written for quote in "'\"")  # Python's list, written out
+            missing = content[0]["text"] == word and (as_parts or word not in written)
+        else:
+            missing = content == word and word not in written
+        if missing:
+            raise MoeflowError(
+                f"the model's chat template leaves out message {number}, of the {probe['role']}: the model would not "
+                "read it. Leave it out, or say it in another message."
+            )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> list[int]:
+    return list(_apply(tokenizer, messages, tokenize=True, return_dict=True)["input_ids"])
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: _Messages, **options: Any) -> Any:
+    """Call the chat template. It is a program of the checkpoint's, which may fail in any way."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except TemplateError as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise MoeflowError(f"the model's chat template refuses this conversation: {told}") from error
+    except Exception as error:
+        raise MoeflowError(f"the model's chat template fails on this conversation: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
