@@ -40,9 +40,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params
     from moeflow.chat.chat import run_chat
+    from moeflow.hf.prompt_tokens import check_text
 
     if arguments.json and sys.stdin.isatty():
         raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
+    if arguments.system is not None:
+        check_text(arguments.system, "--system")
     given = given_sampling(arguments)
     source = arguments.model or _ensure_demo_model(arguments.yes)
     model, tokenizer = load_model(source, arguments)
@@ -60,16 +63,20 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params, stream_answer
+    from moeflow.chat.chat import read_piped
     from moeflow.chat.figures import answer_figures, stats_line
     from moeflow.chat.screen import write_pieces
+    from moeflow.hf.prompt_tokens import check_text, encode_text
 
-    prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
-    if not prompt.strip():
+    prompt = arguments.prompt if arguments.prompt is not None else read_piped(sys.stdin)
+    if not check_text(prompt, "the prompt").strip():
         raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
     given = given_sampling(arguments)
     model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow:
-        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        import torch
+
+        input_ids = torch.tensor([encode_text(tokenizer, prompt)])
         before = model.moeflow.snapshot()
         with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:
             if arguments.json:

@@ -20,7 +20,9 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
     record = below.add_parser("record", help="answer prompts and write which experts each token took")
     record.add_argument("model", help="hub id or folder")
-    record.add_argument("--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl")
+    record.add_argument(
+        "--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl with prompts or messages"
+    )
     record.add_argument("-o", "--out", required=True, metavar="T", help="trace to write")
     record.add_argument("--append", action="store_true", help="go on with a trace of the same model")
     record.add_argument("--lookahead", action="store_true", help="write too what the next layers' routers say early")
@@ -64,7 +66,8 @@ def _record(arguments: argparse.Namespace) -> int:
         params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
         for number, prompt in enumerate(prompts):
             progress(number, len(prompts))
-            input_ids = Conversation(turns=[{"role": "user", "content": prompt}]).encode(tokenizer)
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            input_ids = Conversation(turns=messages).encode(tokenizer)
             with stream_answer(model, tokenizer, input_ids, params) as stream:
                 for _ in stream:
                     pass
