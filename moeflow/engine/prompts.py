@@ -34,8 +34,8 @@ class Prompts:
         """Return a prompt's token ids, unchecked.
 
         Raises:
-            ConfigError: neither text nor token ids, text that the tokenizer cannot read, or text or stop strings
-                without a tokenizer.
+            ConfigError: neither text nor token ids, text that the tokenizer cannot read or that is far too long, or
+                text or stop strings without a tokenizer.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")
@@ -43,7 +43,7 @@ class Prompts:
             raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
         if isinstance(prompt, str):
             assert self._tokenizer is not None, "refused above"
-            return encode_text(self._tokenizer, prompt)
+            return encode_text(self._tokenizer, prompt, self.context)
         return list(prompt)
 
     def most_new_tokens(self, ids: list[int], params: SamplingParams) -> int:

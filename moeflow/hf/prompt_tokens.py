@@ -12,6 +12,7 @@ from moeflow.errors import ConfigError, MoeflowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LETTERS_AT_LEAST = 200_000  # of a text whose beginning is tokenised alone
 _Messages = list[dict[str, Any]]
 
 
@@ -35,20 +36,37 @@ def check_text(text: str, what: str) -> str:
     return text
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, context: int | None = None) -> list[int]:
     """Return the token ids of a text as it is.
 
+    Args:
+        tokenizer: the model's.
+        text: of a user.
+        context: the model's positions, if known. A text that is far longer is refused before all of it is tokenised,
+            which takes up to two seconds and 200 MB a megabyte.
+
     Raises:
-        ConfigError: it is no text, or the tokenizer fails on it.
+        ConfigError: it is no text, far too long, or the tokenizer fails on it.
     """
     check_text(text, "the prompt")
+    num_letters = max(_LETTERS_AT_LEAST, 8 * (context or 0))
+    if context is not None and len(text) > num_letters:
+        num_tokens = len(encode_text(tokenizer, text[:num_letters]))
+        if num_tokens > 2 * context:  # where a text is cut, a few tokens may differ
+            raise ConfigError(
+                f"the prompt has {len(text):,} letters, of which the first {num_letters:,} alone are {num_tokens:,} "
+                f"tokens, the model's context {context:,} positions. Shorten the prompt, or take a model with a longer "
+                "context."
+            )
     try:
         return list(tokenizer(text)["input_ids"])
     except Exception as error:  # the tokenizer may be of any kind
         raise ConfigError(f"the model's tokenizer fails on this text: {_told(error)}") from error
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], context: int | None = None
+) -> list[int]:
     """Return the prompt for the answer to messages; without a chat template their texts, joined.
 
     Templates differ in where the words are: as text, or as the parts of a content; some know no system role. The first
@@ -58,15 +76,19 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     Args:
         tokenizer: the model's.
         messages: with "role" and "content", both text.
+        context: the model's positions, if known, as in `encode_text`.
 
     Raises:
-        MoeflowError: the template refuses the messages, fails on them, or leaves out what one of them says.
+        MoeflowError: the template refuses the messages, fails on them, or leaves out what one of them says; or one is
+            no text or far too long.
     """
     for number, message in enumerate(messages, 1):
         check_text(message["content"], f"message {number}")
+        if len(message["content"]) > _LETTERS_AT_LEAST:
+            encode_text(tokenizer, message["content"], context)
     if not tokenizer.chat_template:
         text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in messages)
-        return encode_text(tokenizer, text)
+        return encode_text(tokenizer, text, context)
     whole: list[_Messages] = [list(messages)]
     if len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
         # Gemma's and the first Mistrals' templates know no system role, and Phi-3's writes nothing for it.

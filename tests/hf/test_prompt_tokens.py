@@ -109,3 +109,13 @@ def test_a_tokenizer_that_fails_on_a_text_is_an_error_of_that_text():
 
     with pytest.raises(ConfigError, match="tokenizer fails on this text: KeyError: 'hi'"):
         encode_text(Picky(), "hi")
+
+
+def test_a_text_far_longer_than_the_context_is_refused_by_its_beginning():
+    tokenizer, long = byte_tokenizer(chat_template=AS_TEXT), "x" * 300_000
+    told = "has 300,000 letters, of which the first 200,000 alone are 200,000 tokens, the model's context 256 positions"
+    with pytest.raises(ConfigError, match=told):
+        encode_text(tokenizer, long, 256)
+    with pytest.raises(ConfigError, match=told):
+        encode_messages(tokenizer, [{"role": "user", "content": long}], 256)
+    assert len(encode_text(tokenizer, long, 150_000)) == len(encode_text(tokenizer, long)) == 300_000
