@@ -91,7 +91,7 @@ def _read(path: str | Path) -> dict:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise PlacementError(f"{path} cannot be read: {error.strerror}. Make a plan: moeflow place.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlacementError(f"{path} is truncated or no JSON ({error}). Make the plan again: moeflow place.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlacementError(f'{path} is no plan: its "format" is not "{FORMAT}". Make a plan: moeflow place.')
