@@ -155,12 +155,14 @@ def check_plot_path(path: str | Path) -> str:
     """Return the kind of a plot's file, "png" or "svg".
 
     Raises:
-        ConfigError: another suffix, or matplotlib is absent.
+        ConfigError: another suffix, a folder that is not there, or matplotlib is absent.
     """
     require_matplotlib()
     kind = Path(path).suffix.lower().lstrip(".")
     if kind not in ("png", "svg"):
         raise ConfigError(f"{path} is no kind of plot. Allowed: a name that ends in .png or .svg.")
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: give a name in a folder that is there.")
     return kind
 
 
@@ -177,13 +179,20 @@ def page_svg(figure: "Figure", label: str) -> str:
 
 
 def require_matplotlib() -> None:
-    """Import matplotlib.
+    """Import matplotlib, though MPLBACKEND may name a backend of the notebook that started this process.
 
     Raises:
         ConfigError: it is absent; the message says how to install it.
     """
     try:
-        import matplotlib  # noqa: F401
+        try:
+            import matplotlib
+        except ValueError:
+            backend = os.environ.pop("MPLBACKEND")
+            try:
+                import matplotlib  # noqa: F401
+            finally:
+                os.environ["MPLBACKEND"] = backend
     except ImportError as error:
         raise ConfigError(
             "plots need matplotlib, which is installed with moeflow and is not here: pip install matplotlib."
