@@ -105,9 +105,10 @@ def _ensure_demo_model(yes: bool) -> str:
             format_bytes, (card.download_bytes, card.memory_bytes, card.disk_bytes, card.checkpoint_bytes)
         )
         print(
-            f"The demo model is not on this machine yet. Building it fetches {fetched} ({card.source}), takes {low} "
-            f"to {high} minutes on two cores, up to {memory} of memory and {disk} of disk, of which {kept} "
-            f"stay, in {card.path}. Stop at any time; the next run goes on from there.",
+            f"The demo model is not on this machine yet. Building it fetches {fetched} ({card.source}) and takes up to "
+            f"{memory} of memory and {disk} of disk, of which {kept} stay, in {card.path}. On two cores it takes {low} "
+            f"to {high} minutes, by their speed and what else they do. Stop at any time; the next run goes on from "
+            "there.",
             file=sys.stderr,
         )
         if sys.stdin.isatty() and not yes and input("Build it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):
