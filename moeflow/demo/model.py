@@ -214,9 +214,10 @@ def _split_layers(stream: "Stream", layer_files: list[Path], recipe: Recipe, sta
     for layer, path in enumerate(layer_files):
         if path.is_file():
             replay_layer(stream, read_layer(path, layer, recipe.num_experts), recipe)
+            stages.repeat()
         else:
             write_layer(path, layer, stream.model.layers[layer], split_layer(stream, recipe))
-        stages.advance()
+            stages.advance()
 
 
 def _generation_config(config: "MixtralConfig") -> "GenerationConfig":

@@ -37,7 +37,8 @@ class Stages:
         """End the stage before and begin one of `total` steps, or of unknown length."""
         self._end()
         self._name, self._begin_s, self._total, self._done = name, time.monotonic(), total, 0
-        self._line_s = self._begin_s
+        self._line_s = self._counted_from_s = self._begin_s
+        self._repeated = 0
         if not self.enabled:
             return
         if not sys.stderr.isatty():
@@ -62,14 +63,22 @@ class Stages:
                 line = f"demo model: {self._name} {self._done} of {self._total}"
                 print(f"{line}, {left}" if left else line, file=sys.stderr, flush=True)
 
+    def repeat(self) -> None:
+        """Count a step that an earlier run did and this one only went over, which is quicker."""
+        self._repeated += 1
+        self.advance()
+        self._counted_from_s = time.monotonic()
+
     def seconds_left(self) -> float | None:
         """Return about how long the build will still take; None where this run has not done enough to tell."""
         if not self._total or self._name not in self._shares:
             return None
         names = list(self._shares)
-        spent_s = time.monotonic() - self._begin_s
-        done = self._shares[self._name] * self._done / self._total
-        left = self._shares[self._name] - done + sum(self._shares[n] for n in names[names.index(self._name) + 1 :])
+        share = self._shares[self._name]
+        spent_s = time.monotonic() - self._counted_from_s
+        done = share * (self._done - self._repeated) / self._total
+        left = share * (1 - self._done / self._total)
+        left += sum(self._shares[name] for name in names[names.index(self._name) + 1 :])
         for name, seconds in self.seconds.items():  # what an earlier run did is in neither
             if name in self._shares:
                 spent_s, done = spent_s + seconds, done + self._shares[name]

@@ -41,3 +41,14 @@ def test_time_left_is_told_in_all_by_what_this_run_has_done(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if " of " in line]
     for line, told in zip(lines, ("layers 1 of 4, about", "write 1 of 2, about", "write 2 of 2"), strict=True):
         assert re.fullmatch(rf"demo model: {told}( \d+ min \d\d s left in all)?", line)
+
+
+def test_what_an_earlier_run_did_does_not_make_the_rest_look_short(capsys):
+    stages = Stages(shares={"sample": 0.25, "layers": 0.5, "write": 0.25})
+    stages.seconds["sample"] = 1000.0
+    stages.start("layers", 4)
+    stages.repeat()
+    stages.repeat()
+    assert stages.seconds_left() == pytest.approx(1000 * (0.25 + 0.25) / 0.25, rel=0.01)
+    stages.close()
+    assert "layers 2 of 4" in capsys.readouterr().err
