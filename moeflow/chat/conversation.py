@@ -82,8 +82,12 @@ class Conversation:
             raise MoeflowError(f"{wanted} in which user and assistant take turns and the assistant is last")
         return cls(system, ({"role": m["role"], "content": m["content"]} for m in messages))
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> torch.Tensor:
         """Return the prompt for the next answer, [1, num_prompt_tokens]; without a chat template, plain text.
+
+        Args:
+            tokenizer: the model's.
+            context: the model's positions, if known: what is far longer is cut, and still longer than it.
 
         Raises:
             MoeflowError: the chat template refuses the messages, fails on them, or leaves out what one of them says.
@@ -92,7 +96,7 @@ class Conversation:
 
         from moeflow.hf.prompt_tokens import encode_messages
 
-        return torch.tensor([encode_messages(tokenizer, self.messages)], dtype=torch.long)
+        return torch.tensor([encode_messages(tokenizer, self.messages, context)], dtype=torch.long)
 
     def fit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
@@ -114,13 +118,13 @@ class Conversation:
         from moeflow.hf.forward import context_positions
 
         context = context_positions(model)
-        input_ids, num_forgotten = self.encode(tokenizer), 0
+        input_ids, num_forgotten = self.encode(tokenizer, context), 0
         if context is None:
             return input_ids, max_new_tokens, num_forgotten
         while input_ids.shape[1] > context - min(max_new_tokens, context // 2) and len(self.turns) > 1:
             del self.turns[:2]
             num_forgotten += 1
-            input_ids = self.encode(tokenizer)
+            input_ids = self.encode(tokenizer, context)
         num_free = context - input_ids.shape[1]
         if num_free < 1:
             raise MoeflowError(

@@ -34,8 +34,8 @@ class Prompts:
         """Return a prompt's token ids, unchecked.
 
         Raises:
-            ConfigError: neither text nor token ids, text that the tokenizer cannot read or that is far too long, or
-                text or stop strings without a tokenizer.
+            ConfigError: neither text nor token ids, text that the tokenizer cannot read, or text or stop strings
+                without a tokenizer.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")

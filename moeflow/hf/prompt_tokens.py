@@ -42,22 +42,17 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, context: int | No
     Args:
         tokenizer: the model's.
         text: of a user.
-        context: the model's positions, if known. A text that is far longer is refused before all of it is tokenised,
-            which takes up to two seconds and 200 MB a megabyte.
+        context: the model's positions, if known. Of a text whose beginning alone has more than twice as many tokens,
+            only these are returned: all of it would take up to two seconds and 200 MB a megabyte, to be refused.
 
     Raises:
-        ConfigError: it is no text, far too long, or the tokenizer fails on it.
+        ConfigError: it is no text, or the tokenizer fails on it.
     """
     check_text(text, "the prompt")
-    num_letters = max(_LETTERS_AT_LEAST, 8 * (context or 0))
-    if context is not None and len(text) > num_letters:
-        num_tokens = len(encode_text(tokenizer, text[:num_letters]))
-        if num_tokens > 2 * context:  # where a text is cut, a few tokens may differ
-            raise ConfigError(
-                f"the prompt has {len(text):,} letters, of which the first {num_letters:,} alone are {num_tokens:,} "
-                f"tokens, the model's context {context:,} positions. Shorten the prompt, or take a model with a longer "
-                "context."
-            )
+    if context is not None and len(text) > _letters_alone(context):
+        ids = encode_text(tokenizer, text[: _letters_alone(context)])
+        if len(ids) > 2 * context:  # where a text is cut, a few tokens may differ
+            return ids
     try:
         return list(tokenizer(text)["input_ids"])
     except Exception as error:  # the tokenizer may be of any kind
@@ -80,12 +75,14 @@ def encode_messages(
 
     Raises:
         MoeflowError: the template refuses the messages, fails on them, or leaves out what one of them says; or one is
-            no text or far too long.
+            no text.
     """
     for number, message in enumerate(messages, 1):
-        check_text(message["content"], f"message {number}")
-        if len(message["content"]) > _LETTERS_AT_LEAST:
-            encode_text(tokenizer, message["content"], context)
+        text = check_text(message["content"], f"message {number}")
+        if context is not None and len(text) > _letters_alone(context):
+            ids = encode_text(tokenizer, text, context)
+            if len(ids) > 2 * context:
+                return ids
     if not tokenizer.chat_template:
         text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in messages)
         return encode_text(tokenizer, text, context)
@@ -155,6 +152,11 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: _Messages, **options: A
         raise MoeflowError(f"the model's chat template refuses this conversation: {told}") from error
     except Exception as error:
         raise MoeflowError(f"the model's chat template fails on this conversation: {_told(error)}") from error
+
+
+def _letters_alone(context: int) -> int:
+    """Return of how many letters a beginning is, by which a text is known to be far longer than a context."""
+    return max(_LETTERS_AT_LEAST, 8 * context)
 
 
 def _told(error: Exception) -> str:
