@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from moeflow.cli.options import add_loading_options, load_model
+from moeflow.cli.prompts import Prompt, read_prompts
 from moeflow.cli.replay import add_replay_commands
-from moeflow.errors import TraceError
+from moeflow.errors import MoeflowError, TraceError
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
     from moeflow.offload.runtime import ExpertRuntime
 
 
@@ -49,9 +53,7 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _record(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params, stream_answer
-    from moeflow.chat.conversation import Conversation
     from moeflow.cli.progress import count_progress
-    from moeflow.cli.prompts import read_prompts
     from moeflow.trace.recorder import attach_recorder
 
     prompts = read_prompts(arguments.prompts, limit=arguments.limit)
@@ -61,13 +63,12 @@ def _record(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments.model, arguments)
     runtime = cast("ExpertRuntime", model.moeflow)  # transformers types it as a module
     with runtime, count_progress("recording") as progress:
+        encoded = _encoded(tokenizer, prompts)
         recorder = attach_recorder(model, out, lookahead=arguments.lookahead)
         before = recorder.num_tokens
         params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
-        for number, prompt in enumerate(prompts):
+        for number, input_ids in enumerate(encoded):
             progress(number, len(prompts))
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            input_ids = Conversation(turns=messages).encode(tokenizer)
             with stream_answer(model, tokenizer, input_ids, params) as stream:
                 for _ in stream:
                     pass
@@ -79,6 +80,20 @@ def _record(arguments: argparse.Namespace) -> int:
     else:
         print(f"wrote {out}: {num_tokens:,} tokens of {len(prompts):,} prompts")
     return 0
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", prompts: list[Prompt]) -> "list[torch.Tensor]":
+    """Return the token ids of all prompts, [1, num_prompt_tokens] each, before the first of them is recorded."""
+    from moeflow.chat.conversation import Conversation
+
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            encoded.append(Conversation(turns=messages).encode(tokenizer))
+        except MoeflowError as error:
+            raise MoeflowError(f"prompt {number} of {len(prompts):,}: {error}") from error
+    return encoded
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -58,6 +58,14 @@ def test_record_reads_messages_and_a_byte_order_mark(folder, tmp_path):
     assert [letters.partition(" a:")[0] for letters in said] == ["u:hello", "u:abc"]
 
 
+def test_a_prompt_that_the_template_refuses_is_named_before_anything_is_recorded(folder, tmp_path, capsys):
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n' + json.dumps({"messages": messages}) + "\n")
+    assert record(folder, tmp_path / "p.jsonl", tmp_path / "t") == 1
+    assert "prompt 2 of 2: the model's chat template leaves out message 2" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
 def test_a_name_that_the_terminal_has_no_letters_for_is_told_all_the_same(tmp_path, monkeypatch):
     (tmp_path / "lines.jsonl").write_text('{"tok": 1, "layers": [[0, 1], [1, 2]]}\n')
     out = io.BytesIO()
