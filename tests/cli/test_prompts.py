@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moeflow.cli.prompts import read_prompts
 from moeflow.errors import ConfigError
@@ -54,6 +56,28 @@ def test_a_bad_prompt_is_named_by_its_line(tmp_path, line, told):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(ConfigError, match=f"line 2: .*{told}"):
         read_prompts(tmp_path / "p.jsonl")
+
+
+_NAMES = st.sampled_from(
+    ["prompt", "text", "question", "turns", "messages", "body", "role", "content", "user", "\ud800"]
+)
+_VALUES = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text() | _NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.lists(_VALUES, max_size=3).map(lambda values: "\n".join(map(json.dumps, values)).encode()))
+def test_any_file_has_prompts_or_is_refused(tmp_path, content):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    try:
+        prompts = read_prompts(tmp_path / "p.jsonl")
+    except ConfigError:
+        return
+    json.dumps(prompts, ensure_ascii=False).encode()
 
 
 def test_files_without_prompts_are_refused(tmp_path):
