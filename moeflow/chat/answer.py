@@ -165,6 +165,11 @@ def checkpoint_params(model: PreTrainedModel, **given: Any) -> SamplingParams:
     samples = settings.pop("do_sample") or not given.keys().isdisjoint(("temperature", "top_p", "top_k"))
     if not samples:
         settings["temperature"] = 0.0
+    settings = {name: value for name, value in settings.items() if name not in given}
+    try:
+        SamplingParams(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint's generation_config.json: {error}. Correct it, or give a value.") from None
     return SamplingParams(**{"max_new_tokens": MAX_NEW_TOKENS, **settings, **given})
 
 
