@@ -155,6 +155,18 @@ class Chat:
         )
 
 
+def read_prompt(stdin: TextIO) -> str:
+    """Read a piped prompt to its end, without a byte-order mark before it and line ends behind it.
+
+    Raises:
+        ConfigError: it is not text.
+    """
+    try:
+        return stdin.read().removeprefix("\ufeff").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not text: {error}. Pipe UTF-8 in.") from error
+
+
 def run_prompt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -235,12 +247,8 @@ def run_chat(
     """
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
     if not stdin.isatty():
-        try:
-            prompt = stdin.read().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"the prompt on stdin is not text: {error}") from error
         return run_prompt(
-            model, tokenizer, prompt, params, system=system, as_json=as_json, stdout=stdout,
+            model, tokenizer, read_prompt(stdin), params, system=system, as_json=as_json, stdout=stdout,
         )  # fmt: skip
     if as_json:
         raise ConfigError("JSON output is for one prompt: pipe it in, as in `echo hello | moeflow chat ... --json`")

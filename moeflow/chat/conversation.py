@@ -10,13 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from moeflow.errors import MoeflowError
+from moeflow.errors import ConfigError, MoeflowError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Conversation:
@@ -84,13 +84,15 @@ class Conversation:
         """Return the prompt for the next answer, [1, num_prompt_tokens]; without a chat template, plain text.
 
         Raises:
-            MoeflowError: the chat template refuses the messages.
+            ConfigError: the chat template refuses the messages, or one is no text.
         """
+        import torch
+
+        from moeflow.hf.encoding import encode_messages, encode_text
+
         if not tokenizer.chat_template:
             text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in self.messages)
-            return tokenizer(text, return_tensors="pt")["input_ids"]
-        from jinja2 import TemplateError
-
+            return torch.tensor([encode_text(tokenizer, text)], dtype=torch.long)
         attempts = [self.messages]
         if self.system:
             # Gemma's and the first Mistrals' templates know no system role: then it goes before the first message.
@@ -98,13 +100,10 @@ class Conversation:
             attempts.append([merged, *self.turns[1:]])
         for messages in attempts:
             try:
-                encoded = tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                )
-                return cast("BatchEncoding", encoded)["input_ids"]
-            except TemplateError as error:
+                return torch.tensor([encode_messages(tokenizer, messages)], dtype=torch.long)
+            except ConfigError as error:
                 refusal = error
-        raise MoeflowError(f"the model's chat template refuses this conversation: {refusal}") from refusal
+        raise refusal
 
     def fit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int

@@ -44,7 +44,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     if arguments.json and sys.stdin.isatty():
         raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
     given = given_sampling(arguments)
-    source = arguments.model or _ensure_demo_model(arguments.yes)
+    source = _ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     model, tokenizer = load_model(source, arguments)
     with model.moeflow:
         return run_chat(
@@ -59,17 +59,21 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
     from moeflow.chat.answer import checkpoint_params, stream_answer
+    from moeflow.chat.chat import read_prompt
     from moeflow.chat.figures import answer_figures, stats_line
     from moeflow.chat.screen import write_pieces
+    from moeflow.hf.encoding import encode_text
 
-    prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
+    prompt = arguments.prompt if arguments.prompt is not None else read_prompt(sys.stdin)
     if not prompt.strip():
         raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
     given = given_sampling(arguments)
     model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow:
-        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        input_ids = torch.tensor([encode_text(tokenizer, prompt)], dtype=torch.long)
         before = model.moeflow.snapshot()
         with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:
             if arguments.json:

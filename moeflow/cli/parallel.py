@@ -78,16 +78,18 @@ def _answer(
     arguments: argparse.Namespace,
 ) -> tuple[list[dict], Traffic]:
     """Continue every num_ranks-th prompt here; return the answers to all, in order, and what was sent for them."""
+    import torch
     import torch.distributed as dist
 
     from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.expert_parallel.expert_parallel import apply
+    from moeflow.hf.encoding import encode_text
 
     spread, own = apply(model, arguments.plan), []
     params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
     with spread.session():
         for prompt in prompts[rank::num_ranks]:
-            input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            input_ids = torch.tensor([encode_text(tokenizer, prompt)], dtype=torch.long)
             with stream_answer(model, tokenizer, input_ids, params) as stream:
                 list(stream)
             assert stream.answer is not None, "an answer that was read to its end"

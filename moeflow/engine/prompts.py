@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 from moeflow.hf import forward
+from moeflow.hf.encoding import encode_text
 
 
 class Prompts:
@@ -41,7 +42,7 @@ class Prompts:
             raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
         if isinstance(prompt, str):
             assert self._tokenizer is not None, "refused above"
-            return list(self._tokenizer(prompt)["input_ids"])
+            return encode_text(self._tokenizer, prompt)
         return list(prompt)
 
     def most_new_tokens(self, ids: list[int], params: SamplingParams) -> int:

@@ -3,6 +3,7 @@
 Knows exceptions and texts. Knows nothing of what is called.
 """
 
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,13 @@ def wall(tell: Callable[[BaseException], MoeflowError], *, ours: Collection[Base
         if not foreign or isinstance(error, (MoeflowError, torch.OutOfMemoryError)) or error in ours:
             raise
         raise tell(error) from error
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Tell whether the innermost Python frame of an exception's traceback is of a package's code."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return module == package or module.startswith(f"{package}.")
 
 
 def one_line(error: BaseException) -> str:

@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
+from helpers.small_tokenizers import letter_tokenizer
 from moeflow import load_moe
+from moeflow.chat.answer import checkpoint_params, stream_answer
 from moeflow.errors import ConfigError
 from moeflow.hf.generation_file import check_generation_file
 
@@ -45,11 +48,33 @@ def test_a_folder_may_lack_the_file(tmp_path):
 
 
 def test_sampling_of_the_checkpoint_that_cannot_be_names_the_file(file):
-    from moeflow.chat.answer import checkpoint_params
-
     fields = {"temperature": "hot", "do_sample": True}
     file.write_text(json.dumps(fields))
     model = load_moe(file.parent, expert_memory="50%")
     with model.moeflow, pytest.raises(ConfigError, match=r"generation_config\.json.*temperature is 'hot'"):
         checkpoint_params(model)
     assert checkpoint_params(model, temperature=0.5).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token_id": "hot"},
+        {"eos_token_id": 5.5},
+        {"eos_token_id": [2, "x"]},
+        {"eos_token_id": 10**30},
+        {"bad_words_ids": 5},
+        {"suppress_tokens": "hot"},
+    ],
+)
+def test_settings_that_only_generate_refuses_name_the_file_in_an_answer(file, fields):
+    file.write_text(json.dumps(fields))
+    model = load_moe(file.parent, expert_memory="50%")
+
+    def answer():
+        params = checkpoint_params(model, max_new_tokens=2)
+        with stream_answer(model, letter_tokenizer(), torch.tensor([[3, 4]]), params) as stream:
+            list(stream)
+
+    with model.moeflow, pytest.raises(ConfigError, match=r"generation_config\.json"):
+        answer()
