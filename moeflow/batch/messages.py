@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from moeflow.errors import ConfigError
-from moeflow.hf.prompt_tokens import check_text
+from moeflow.hf.encoding import check_text
 
 ROLES = ("system", "user", "assistant")
 

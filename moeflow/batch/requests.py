@@ -12,7 +12,7 @@ from moeflow.batch.messages import read_messages, refuse_unknown, short
 from moeflow.batch.openai_format import CHAT_URL, OPENAI_FIELDS, TEXT_URL, openai_sampling
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
-from moeflow.hf.prompt_tokens import check_text
+from moeflow.hf.encoding import check_text
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 _MOST_LETTERS = 500  # of an error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moeflow.batch.requests import BatchRequest
 from moeflow.batch.results import BatchFile, answer_record, failure_record
 from moeflow.errors import MoeflowError
-from moeflow.hf.prompt_tokens import encode_messages
+from moeflow.hf.encoding import encode_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

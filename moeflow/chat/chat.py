@@ -21,7 +21,7 @@ from moeflow.chat.screen import Screen, echo_off, write_pieces
 from moeflow.chat.terminal import prompt_session
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
-from moeflow.hf.prompt_tokens import check_text
+from moeflow.hf.encoding import check_text
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -237,7 +237,7 @@ def run_chat(
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
     if not stdin.isatty():
         return run_prompt(
-            model, tokenizer, read_piped(stdin), params, system=system, as_json=as_json, stdout=stdout,
+            model, tokenizer, read_prompt(stdin), params, system=system, as_json=as_json, stdout=stdout,
         )  # fmt: skip
     if as_json:
         raise ConfigError("JSON output is for one prompt: pipe it in, as in `echo hello | moeflow chat ... --json`")
@@ -249,7 +249,7 @@ def run_chat(
     return chat.run(prompt_session(stdin, stdout, list(chat.commands)))
 
 
-def read_piped(stdin: TextIO) -> str:
+def read_prompt(stdin: TextIO) -> str:
     """Return the prompt that a pipe delivers, without a byte-order mark and the last ends of lines.
 
     Raises:

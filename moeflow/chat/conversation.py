@@ -90,11 +90,11 @@ class Conversation:
             context: the model's positions, if known: what is far longer is cut, and still longer than it.
 
         Raises:
-            MoeflowError: the chat template refuses the messages, fails on them, or leaves out what one of them says.
+            ConfigError: the chat template refuses the messages or leaves out what one of them says, or one is no text.
         """
         import torch
 
-        from moeflow.hf.prompt_tokens import encode_messages
+        from moeflow.hf.encoding import encode_messages
 
         return torch.tensor([encode_messages(tokenizer, self.messages, context)], dtype=torch.long)
 

@@ -40,14 +40,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params
     from moeflow.chat.chat import run_chat
-    from moeflow.hf.prompt_tokens import check_text
+    from moeflow.hf.encoding import check_text
 
     if arguments.json and sys.stdin.isatty():
         raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
     if arguments.system is not None:
         check_text(arguments.system, "--system")
     given = given_sampling(arguments)
-    source = arguments.model or _ensure_demo_model(arguments.yes)
+    source = _ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     model, tokenizer = load_model(source, arguments)
     with model.moeflow:
         return run_chat(
@@ -62,13 +62,15 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
     from moeflow.chat.answer import checkpoint_params, stream_answer
-    from moeflow.chat.chat import read_piped
+    from moeflow.chat.chat import read_prompt
     from moeflow.chat.figures import answer_figures, stats_line
     from moeflow.chat.screen import write_pieces
-    from moeflow.hf.prompt_tokens import check_text, encode_text
+    from moeflow.hf.encoding import check_text, encode_text
 
-    prompt = arguments.prompt if arguments.prompt is not None else read_piped(sys.stdin)
+    prompt = arguments.prompt if arguments.prompt is not None else read_prompt(sys.stdin)
     if not check_text(prompt, "the prompt").strip():
         raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
     given = given_sampling(arguments)

@@ -88,7 +88,7 @@ def _answer(
 
     from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.expert_parallel.expert_parallel import apply
-    from moeflow.hf.prompt_tokens import encode_messages, encode_text
+    from moeflow.hf.encoding import encode_messages, encode_text
 
     spread, own = apply(model, arguments.plan), []
     params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)

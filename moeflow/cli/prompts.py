@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from moeflow.batch.messages import read_messages
 from moeflow.errors import ConfigError
-from moeflow.hf.prompt_tokens import check_text
+from moeflow.hf.encoding import check_text
 
 Prompt: TypeAlias = str | list[dict[str, str]]  # a text, or messages
 

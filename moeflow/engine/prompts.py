@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 from moeflow.hf import forward
-from moeflow.hf.prompt_tokens import encode_text
+from moeflow.hf.encoding import encode_text
 
 
 class Prompts:

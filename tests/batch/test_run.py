@@ -78,7 +78,7 @@ def test_a_template_that_is_no_program_fails_its_requests_and_no_others(mixtral,
     requests = requests_of("first", messages, "\ud800", "last")
     lines, _ = answered(Engine(mixtral, broken), broken, requests, tmp_path / "out.jsonl")
     found = {line["id"]: line.get("error", "answered") for line in lines}
-    assert "template fails on this conversation: TypeError" in found.pop("r2")
+    assert "template refuses this conversation: TypeError" in found.pop("r2")
     assert "half of a surrogate pair" in found.pop("r3")
     assert found == {"r1": "answered", "r4": "answered"}
 

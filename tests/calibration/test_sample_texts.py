@@ -15,5 +15,5 @@ def test_requests_are_in_the_prompts_of_a_template_that_walks_over_parts():
 
 
 def test_a_template_that_fails_is_a_named_error():
-    with pytest.raises(MoeflowError, match="chat template fails"):
+    with pytest.raises(MoeflowError, match="chat template refuses"):
         calibration_prompts(byte_tokenizer(chat_template="{{ 1 + 'a' }}"), 2, seed=0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from helpers.paths import ROOT
 from helpers.terminal import DEADLINE_S, EIGHT, driver_command
 from moeflow import load_moe
-from moeflow.chat.chat import read_piped, run_chat, run_prompt
+from moeflow.chat.chat import read_prompt, run_chat, run_prompt
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -51,7 +51,7 @@ def test_prompt_of_a_pipe_is_one_message_without_its_last_newline(model, tokeniz
 
 
 def test_a_byte_order_mark_is_no_part_of_the_prompt():
-    assert read_piped(piped(b"\xef\xbb\xbfhi\r\n")) == "hi"
+    assert read_prompt(piped(b"\xef\xbb\xbfhi\r\n")) == "hi"
 
 
 def test_model_without_moeflow_reports_only_timing(model, tokenizer):

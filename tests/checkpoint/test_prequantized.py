@@ -29,6 +29,7 @@ from moeflow.checkpoint.prequantized import QuantizationScheme, read_scheme
 from moeflow.checkpoint.prequantized_values import in_format, values
 from moeflow.convert.pack import pack_model
 from moeflow.hf import pretrained
+from moeflow.hf.config_file import load_config
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format
@@ -63,7 +64,7 @@ def test_any_share_of_the_experts_in_memory_gives_the_same_bits(made):
 
 
 def test_dense_weights_are_plain_values_and_nothing_is_missing_or_left_over(made):
-    caller = pretrained.load_config(made.native)
+    caller = load_config(made.native)
     model, info = load_moe(made.native, config=caller, dtype="float32", predictor=None, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = model.state_dict()
@@ -77,7 +78,7 @@ def test_dense_weights_are_plain_values_and_nothing_is_missing_or_left_over(made
 
 def test_every_piece_of_an_expert_is_told_apart_from_dense_tensors(made):
     tensors = open_checkpoint(made.native).tensors
-    feeding = expert_tensor_names(pretrained.empty_model(pretrained.load_config(made.native)), tensors)
+    feeding = expert_tensor_names(pretrained.empty_model(load_config(made.native)), tensors)
     assert feeding == {name for name in tensors if ".experts." in name}
 
 
@@ -143,7 +144,7 @@ def test_one_quantised_layer_beside_an_unquantised_one_is_read(gptq, tmp_path):
     for name, value in source.items():
         if "layers.1.block_sparse_moe.experts." in name:
             change(gptq, name, lambda _, value=value: value)
-    first, second = map_experts(pretrained.empty_model(pretrained.load_config(gptq)), open_checkpoint(gptq).tensors)
+    first, second = map_experts(pretrained.empty_model(load_config(gptq)), open_checkpoint(gptq).tensors)
     assert first.layout.record.matrices
     assert not second.layout.record.matrices
     found = logits(gptq, dtype="float32")

@@ -14,10 +14,14 @@ SURROGATE = "a\udcff"  # how Python gives the byte 0xff of a command line
     ("arguments", "stdin", "told"),
     [
         (["generate", "no/model"], io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"), "standard input is no UTF-8 text"),
-        (["generate", "no/model"], io.StringIO(SURROGATE), "the prompt on standard input has half of a surrogate pair"),
+        (
+            ["generate", "no/model"],
+            io.StringIO(SURROGATE),
+            "prompt on standard input has '\\udcff'",
+        ),
         (["generate", "no/model"], io.StringIO("\ufeff\n"), "the prompt is empty"),
-        (["generate", "no/model", SURROGATE], io.StringIO(), "the prompt has half of a surrogate pair"),
-        (["chat", "no/model", "--system", SURROGATE], io.StringIO("hi"), "--system has half of a surrogate pair"),
+        (["generate", "no/model", SURROGATE], io.StringIO(), "the prompt has '\\udcff' at character 2"),
+        (["chat", "no/model", "--system", SURROGATE], io.StringIO("hi"), "--system has '\\udcff' at character 2"),
         (["generate", "no/model", "hi", "--temperature", "nan"], io.StringIO(), "temperature is nan"),
         (["generate", "no/model", "hi", "--seed", str(2**70)], io.StringIO(), "seed is 1180591620717411303424"),
     ],

@@ -21,6 +21,7 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey
 from moeflow.dtypes import TORCH_DTYPES
 from moeflow.hf import pretrained
+from moeflow.hf.config_file import load_config
 from moeflow.hf.expert_sources import map_experts
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
@@ -94,9 +95,7 @@ def change(folder, name, new):
 
 def open_store(folder):
     checkpoint = open_checkpoint(folder)
-    return ExpertStore(
-        checkpoint.files, map_experts(pretrained.empty_model(pretrained.load_config(folder)), checkpoint.tensors)
-    )
+    return ExpertStore(checkpoint.files, map_experts(pretrained.empty_model(load_config(folder)), checkpoint.tensors))
 
 
 def read_expert(store, layer, expert):

@@ -1,13 +1,15 @@
 """Prompts as token ids: a text as it is, and messages as the tokenizer's chat template writes them.
 
-Knows tokenizers and chat templates. Knows nothing of models.
+Knows tokenizers and chat templates. Knows nothing of models. Imports no torch, so that files of prompts can be checked
+without it.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from moeflow.errors import ConfigError, MoeflowError
+from moeflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,13 +32,15 @@ def check_text(text: str, what: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{what} has half of a surrogate pair at character {error.start + 1}, or a byte that is no UTF-8; give "
-            "UTF-8 text"
+            f"{what} has {text[error.start]!r} at character {error.start + 1}, which is no text: half of a surrogate "
+            "pair, or a byte that is not UTF-8. Give it as UTF-8."
         ) from None
     return text
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, context: int | None = None) -> list[int]:
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, context: int | None = None, *, special_tokens: bool = True
+) -> list[int]:
     """Return the token ids of a text as it is.
 
     Args:
@@ -44,19 +48,18 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, context: int | No
         text: of a user.
         context: the model's positions, if known. Of a text whose beginning alone has more than twice as many tokens,
             only these are returned: all of it would take up to two seconds and 200 MB a megabyte, to be refused.
+        special_tokens: whether those that the tokenizer puts around a text are put around it.
 
     Raises:
         ConfigError: it is no text, or the tokenizer fails on it.
     """
     check_text(text, "the prompt")
     if context is not None and len(text) > _letters_alone(context):
-        ids = encode_text(tokenizer, text[: _letters_alone(context)])
+        ids = encode_text(tokenizer, text[: _letters_alone(context)], special_tokens=special_tokens)
         if len(ids) > 2 * context:  # where a text is cut, a few tokens may differ
             return ids
-    try:
-        return list(tokenizer(text)["input_ids"])
-    except Exception as error:  # the tokenizer may be of any kind
-        raise ConfigError(f"the model's tokenizer fails on this text: {_told(error)}") from error
+    with _wall("the model's tokenizer cannot read this text"):
+        return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
 
 def encode_messages(
@@ -74,7 +77,7 @@ def encode_messages(
         context: the model's positions, if known, as in `encode_text`.
 
     Raises:
-        MoeflowError: the template refuses the messages, fails on them, or leaves out what one of them says; or one is
+        ConfigError: the template refuses the messages, fails on them, or leaves out what one of them says; or one is
             no text.
     """
     for number, message in enumerate(messages, 1):
@@ -96,14 +99,14 @@ def encode_messages(
         try:
             _check_words(tokenizer, attempt)
             return _encode(tokenizer, attempt)
-        except MoeflowError as error:
+        except ConfigError as error:
             refusal = error
     for attempt in whole:
         parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in attempt]
         try:
             _check_words(tokenizer, parts)
             return _encode(tokenizer, parts)
-        except MoeflowError:
+        except ConfigError:
             continue  # what is wrong with the texts says more than what is wrong with their parts
     assert refusal is not None, "a form was tried"
     raise refusal
@@ -131,7 +134,7 @@ def _check_words(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> Non
         else:
             missing = content == word and word not in written
         if missing:
-            raise MoeflowError(
+            raise ConfigError(
                 f"the model's chat template leaves out message {number}, of the {probe['role']}: the model would not "
                 "read it. Leave it out, or say it in another message."
             )
@@ -143,21 +146,23 @@ def _encode(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> list[int
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: _Messages, **options: Any) -> Any:
     """Call the chat template. It is a program of the checkpoint's, which may fail in any way."""
+    with _wall("the model's chat template refuses this conversation"):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+
+
+def _wall(told: str) -> AbstractContextManager[None]:
+    """Return a wall that tells what happened and why."""
     from jinja2 import TemplateError
 
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
-    except TemplateError as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise MoeflowError(f"the model's chat template refuses this conversation: {told}") from error
-    except Exception as error:
-        raise MoeflowError(f"the model's chat template fails on this conversation: {_told(error)}") from error
+    from moeflow.hf.wall import one_line, wall
+
+    def tell(error: BaseException) -> ConfigError:
+        reason = " ".join(str(error).split())[:300] if isinstance(error, TemplateError) else ""
+        return ConfigError(f"{told}: {reason or one_line(error)}")
+
+    return wall(tell)
 
 
 def _letters_alone(context: int) -> int:
     """Return of how many letters a beginning is, by which a text is known to be far longer than a context."""
     return max(_LETTERS_AT_LEAST, 8 * context)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
