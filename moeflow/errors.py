@@ -6,7 +6,7 @@ class MoeflowError(Exception):
 
 
 class ConfigError(MoeflowError, ValueError):
-    """An option is malformed or does not fit this machine."""
+    """An option, or a field of a config, is malformed or does not fit the model or this machine."""
 
 
 class BudgetError(ConfigError):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from moeflow.batch.messages import short
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
@@ -34,24 +35,33 @@ def openai_sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
     """Return a body's sampling under the names of SamplingParams.
 
     Raises:
-        ConfigError: the body asks for several answers or a stream, or its logprobs are not of the form of its URL.
+        ConfigError: the body asks for several answers or a stream, says one thing in two ways, or its logprobs are not
+            of the form of its URL.
     """
+    given = {name: value for name, value in body.items() if value is not None}
     for name, only in (("n", 1), ("stream", False)):
-        if body.get(name, only) not in (only, None):
-            raise ConfigError(f"{name} is {body[name]!r}; a batch has only {only!r}")
-    sampling = {name: body[name] for name in _SAMPLING if name not in _NOT_IN_OPENAI and name in body}
-    for name in ("max_tokens", "max_completion_tokens"):
-        if body.get(name) is not None:
-            sampling["max_new_tokens"] = body[name]
+        if name in given and (given[name] != only or type(given[name]) is not type(only)):
+            raise ConfigError(f"{name} is {short(given[name])}; a batch has only {only!r}")
+    sampling = {name: given[name] for name in _SAMPLING if name not in _NOT_IN_OPENAI and name in given}
+    lengths = [given[name] for name in ("max_tokens", "max_completion_tokens") if name in given]
+    if len(lengths) == 2 and lengths[0] != lengths[1]:
+        raise ConfigError(f"max_tokens is {short(lengths[0])} and max_completion_tokens {short(lengths[1])}; give one")
+    if lengths:
+        sampling["max_new_tokens"] = lengths[0]
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
+    wanted = given.get("logprobs")
     if url == CHAT_URL:
-        if body.get("logprobs") not in (None, True, False):
-            raise ConfigError(f"logprobs is {body['logprobs']!r}; for {CHAT_URL} it must be true or false")
-        if body.get("logprobs"):
-            sampling["logprobs"] = body.get("top_logprobs") or 0
+        if wanted is not None and not isinstance(wanted, bool):
+            raise ConfigError(f"logprobs is {short(wanted)}; for {CHAT_URL} it must be true or false")
+        if "top_logprobs" in given and not wanted:
+            raise ConfigError(f"top_logprobs is {short(given['top_logprobs'])}, which wants logprobs: true beside it")
+        if wanted:
+            sampling["logprobs"] = given.get("top_logprobs", 0)
     else:
-        sampling["logprobs"] = body.get("logprobs")
+        if "top_logprobs" in given:
+            raise ConfigError(f"it has top_logprobs, which is for {CHAT_URL}; give logprobs a number")
+        sampling["logprobs"] = wanted
     return sampling
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from moeflow.batch.messages import read_messages, refuse_unknown, short
 from moeflow.batch.openai_format import CHAT_URL, OPENAI_FIELDS, TEXT_URL, openai_sampling
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
+from moeflow.hf.encoding import check_text
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
-_ROLES = ("system", "user", "assistant")
+_MOST_LETTERS = 500  # of an error
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ def _read_line(
     url: str | None = None
     try:
         entry = _parse(line)
-        in_openai_style = "custom_id" in entry or "body" in entry
+        in_openai_style = entry.get("custom_id") is not None or entry.get("body") is not None
         if in_openai_style:
-            url = str(entry.get("url", ""))
+            url = str(entry.get("url") or "")
         given_id = _given_id(entry.get("custom_id" if in_openai_style else "id"))
         if given_id is not None:
             if given_id in line_of:
@@ -124,25 +125,41 @@ def _read_line(
         if defaults.seed is not None:
             defaults = replace(defaults, seed=(defaults.seed + number) % 2**63)
         if not in_openai_style:
-            _refuse_unknown(entry, ("id", "prompt", "messages", *_SAMPLING))
+            refuse_unknown(entry, ("id", "prompt", "messages", *_SAMPLING), "it")
             content, params = _content(entry), _params(entry, defaults)
             return BatchRequest(number, own_id, None, content, params, answered_by=answered_by)
         body = _body(entry, number)
         wanted = "messages" if url == CHAT_URL else "prompt"
-        _refuse_unknown(body, (wanted, *OPENAI_FIELDS))
+        refuse_unknown(body, (wanted, *OPENAI_FIELDS), "it")
         content, params, model = _content(body), _params(openai_sampling(body, url or ""), defaults), body.get("model")
-        return BatchRequest(number, own_id, url, content, params, model and str(model), answered_by)
-    except ConfigError as error:
-        return RefusedLine(number, own_id, url, str(error))
+        if model is not None and not isinstance(model, str):
+            raise ConfigError(f"its model is {short(model)}; it must be a text")
+        return BatchRequest(number, own_id, url, content, params, model and check_text(model, "its model"), answered_by)
+    except (ConfigError, RecursionError) as error:
+        told = str(error) if isinstance(error, ConfigError) else "it is nested too deeply"
+        return RefusedLine(number, own_id, url, told if len(told) <= _MOST_LETTERS else f"{told[:_MOST_LETTERS]}...")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        entry = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ConfigError("it is not JSON that can be read: it is nested too deeply") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(f"it is not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise ConfigError(f'it is JSON but no object; write {{"prompt": ...}}, found {type(entry).__name__}')
+    return entry
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, of which no field may be there twice: one of the two would be dropped."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ConfigError(f"it has the field {short(max(names, key=names.count))} twice; give it once")
     return entry
 
 
@@ -152,73 +169,44 @@ def _given_id(value: object) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"its id is {value!r}; it must be a text")
+        raise ConfigError(f"its id is {short(value)}; it must be a text")
     if value[0] == "#" and value[1:].isdigit():
         raise ConfigError(f"its id is {value!r}; # and a number stand for lines without an id, so give it another")
-    return _text(value, "its id")
+    return check_text(value, "its id")
 
 
 def _body(entry: dict[str, Any], number: int) -> dict[str, Any]:
-    _refuse_unknown(entry, ("custom_id", "method", "url", "body"))
-    if not isinstance(entry.get("custom_id"), str):
+    refuse_unknown(entry, ("custom_id", "method", "url", "body"), "it")
+    custom_id, method, url, body = (entry.get(name) for name in ("custom_id", "method", "url", "body"))
+    if custom_id is None:
         raise ConfigError(f"it has no custom_id; give each line a text of its own, such as request-{number}")
-    if entry.get("method", "POST") != "POST":
-        raise ConfigError(f"its method is {entry['method']!r}; it must be POST")
-    if entry.get("url") not in (CHAT_URL, TEXT_URL):
-        raise ConfigError(f"its url is {entry.get('url')!r}; it must be {CHAT_URL} or {TEXT_URL}")
-    if not isinstance(entry.get("body"), dict):
-        raise ConfigError("its body is no object")
-    return entry["body"]
-
-
-def _refuse_unknown(entry: dict[str, Any], allowed: Collection[str]) -> None:
-    unknown = [name for name in entry if name not in allowed]
-    if unknown:
-        raise ConfigError(f"it has {', '.join(map(repr, unknown))}; known are {', '.join(allowed)}")
+    if not isinstance(custom_id, str):
+        raise ConfigError(f"its custom_id is {short(custom_id)}; it must be a text, such as request-{number}")
+    if method not in ("POST", None):
+        raise ConfigError(f"its method is {short(method)}; it must be POST")
+    if url not in (CHAT_URL, TEXT_URL):
+        raise ConfigError(f"its url is {short(url)}; it must be {CHAT_URL} or {TEXT_URL}")
+    if not isinstance(body, dict):
+        raise ConfigError(f"its body is {short(body)}, no object")
+    return body
 
 
 def _content(entry: dict[str, Any]) -> str | list[dict]:
     prompt, messages = entry.get("prompt"), entry.get("messages")
     if (prompt is None) == (messages is None):
         raise ConfigError("it must have a prompt or messages, one of them")
-    if messages is None:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ConfigError(f"its prompt is {_short(prompt)}; it must be a text that is not empty")
-        return _text(prompt, "its prompt")
-    if not isinstance(messages, list) or not messages:
-        raise ConfigError(f'its messages are {_short(messages)}; they must be a list of {{"role", "content"}}')
-    messages = [_message(place, message) for place, message in enumerate(messages, 1)]
-    if all(message["role"] != "user" or not message["content"].strip() for message in messages):
-        raise ConfigError("its messages have none of a user with text in it")
-    return messages
-
-
-def _message(place: int, message: object) -> dict[str, str]:
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
-        raise ConfigError(f"message {place} has no role out of {', '.join(_ROLES)}")
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise ConfigError(f"message {place} has {_short(content)} as content; only text can be read")
-    return {"role": message["role"], "content": _text(content, f"message {place}")}
+    if messages is not None:
+        return read_messages(messages)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ConfigError(f"its prompt is {short(prompt)}; it must be a text that is not empty")
+    return check_text(prompt, "its prompt")
 
 
 def _params(entry: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     given = {name: entry[name] for name in _SAMPLING if entry.get(name) is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
-    return replace(defaults, **given)
-
-
-def _text(value: str, what: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{what} has half of a surrogate pair, which is no text") from None
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    params = replace(defaults, **given)
+    for text in params.stop:
+        check_text(text, "stop")
+    return params

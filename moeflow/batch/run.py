@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow.batch.requests import BatchRequest
 from moeflow.batch.results import BatchFile, answer_record, failure_record
-from moeflow.chat.conversation import Conversation
 from moeflow.errors import MoeflowError
+from moeflow.hf.encoding import encode_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,13 +39,16 @@ def answer_batch(
     Raises:
         MoeflowError: the file cannot be written, or the engine cannot go on; what is in the file is kept.
     """
+    from moeflow.hf.forward import context_positions
+
+    context = context_positions(engine.model)
     coming = iter(requests)
     held: dict[str, BatchRequest] = {}
     while True:
         refused = []
         while len(held) < num_ahead and (request := next(coming, None)) is not None:
             try:
-                engine.add(_prompt(tokenizer, request.content), request.params, id=request.id)
+                engine.add(_prompt(tokenizer, request.content, context), request.params, id=request.id)
             except MoeflowError as error:
                 file.append(failure_record(request, str(error)))
                 refused.append(request.id)
@@ -64,13 +67,13 @@ def answer_batch(
         on_step(num_new, ended)
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str | list[int]:
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]], context: int | None
+) -> str | list[int]:
     """Return a prompt as it is, or the tokens of messages as the chat template writes them."""
     if isinstance(content, str):
         return content
-    has_system = content[0]["role"] == "system"
-    conversation = Conversation(content[0]["content"] if has_system else None, content[has_system:])
-    return conversation.encode(tokenizer)[0].tolist()
+    return encode_messages(tokenizer, content, context)
 
 
 def _record(request: BatchRequest, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeflow.hf.encoding import encode_messages
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -149,6 +151,9 @@ def calibration_prompts(tokenizer: "PreTrainedTokenizerBase", num_prompts: int, 
         tokenizer: a transformers tokenizer; without a chat template every prompt is plain text.
         num_prompts: how many prompts.
         seed: decides which topic meets which form.
+
+    Raises:
+        MoeflowError: the chat template fails, or leaves the request out.
     """
     order = random.Random(seed)
     topics = list(TOPICS)
@@ -159,12 +164,11 @@ def calibration_prompts(tokenizer: "PreTrainedTokenizerBase", num_prompts: int, 
         topic = topics[i % len(topics)]
         if i % 2 == 0 and tokenizer.chat_template:
             request = CHAT_REQUESTS[i // 2 % len(CHAT_REQUESTS)].format(topic=topic)
-            messages = [{"role": "user", "content": request}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompts.append(encode_messages(tokenizer, [{"role": "user", "content": request}]))
         else:
             opening = PLAIN_OPENINGS[i // 2 % len(PLAIN_OPENINGS)]
             text = opening.format(topic=topic, Topic=topic[0].upper() + topic[1:])
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     return prompts
 
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.calibration.sample_texts import calibration_prompts, library_texts, sample_continuations
 from moeflow.errors import ConfigError
+from moeflow.hf.encoding import encode_text
 from moeflow.progress import ProgressCallback
 
 _WINDOW_TOKENS = 256
@@ -33,7 +34,7 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str | None, num_tokens
         span = _WINDOW_TOKENS * _CHARACTERS_A_TOKEN
         count = max(min(count, len(text) // span), 1)
         starts = [max(len(text) - span, 0) * i // max(count - 1, 1) for i in range(count)]
-        pieces = [tokenizer(text[s : s + span], add_special_tokens=False)["input_ids"] for s in starts]
+        pieces = [encode_text(tokenizer, text[s : s + span], special_tokens=False) for s in starts]
         windows = [piece[:_WINDOW_TOKENS] for piece in pieces if len(piece) >= _WINDOW_TOKENS]
     if not windows:
         raise ConfigError(

@@ -169,6 +169,11 @@ def checkpoint_params(model: PreTrainedModel, **given: Any) -> SamplingParams:
     samples = settings.pop("do_sample") or not given.keys().isdisjoint(("temperature", "top_p", "top_k"))
     if not samples:
         settings["temperature"] = 0.0
+    settings = {name: value for name, value in settings.items() if name not in given}
+    try:
+        SamplingParams(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint's generation_config.json: {error}. Correct it, or give a value.") from None
     return SamplingParams(**{"max_new_tokens": MAX_NEW_TOKENS, **settings, **given})
 
 
@@ -201,6 +206,7 @@ def stream_answer(
     from transformers import StoppingCriteriaList, StopStringCriteria
 
     from moeflow.hf.forward import end_tokens, stop_strings
+    from moeflow.hf.wall import one_line, raised_in
 
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ConfigError(f"input_ids has shape {list(input_ids.shape)}; it must be [1, num_prompt_tokens], not empty")
@@ -236,13 +242,22 @@ def stream_answer(
     def generate() -> None:
         if params.seed is not None:
             torch.manual_seed(params.seed)
-        cast("GenerationMixin", model).generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([stop_requested]),
-            **options,
-        )
+        try:
+            cast("GenerationMixin", model).generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([stop_requested]),
+                **options,
+            )
+        except Exception as error:
+            # What `generate` itself refuses is a setting of the checkpoint: those of the request are checked.
+            if not raised_in(error, "transformers.generation"):
+                raise
+            raise ConfigError(
+                f"transformers cannot generate with the checkpoint's generation_config.json ({one_line(error)}). "
+                "Correct the field, or download the file again."
+            ) from error
 
     def describe(streamer: _TokenStreamer, begin_s: float) -> Answer:
         num_new_tokens = len(streamer.token_ids)

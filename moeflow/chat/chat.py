@@ -21,6 +21,7 @@ from moeflow.chat.screen import Screen, echo_off, write_pieces
 from moeflow.chat.terminal import prompt_session
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
+from moeflow.hf.encoding import check_text
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -235,12 +236,8 @@ def run_chat(
     """
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
     if not stdin.isatty():
-        try:
-            prompt = stdin.read().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"the prompt on stdin is not text: {error}") from error
         return run_prompt(
-            model, tokenizer, prompt, params, system=system, as_json=as_json, stdout=stdout,
+            model, tokenizer, read_prompt(stdin), params, system=system, as_json=as_json, stdout=stdout,
         )  # fmt: skip
     if as_json:
         raise ConfigError("JSON output is for one prompt: pipe it in, as in `echo hello | moeflow chat ... --json`")
@@ -250,6 +247,18 @@ def run_chat(
         screen.note(_NO_TEMPLATE)
     chat = Chat(stdin, model, tokenizer, screen, Conversation(system), params or checkpoint_params(model))
     return chat.run(prompt_session(stdin, stdout, list(chat.commands)))
+
+
+def read_prompt(stdin: TextIO) -> str:
+    """Return the prompt that a pipe delivers, without a byte-order mark and the last ends of lines.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    try:
+        return check_text(stdin.read().removeprefix("\ufeff").rstrip("\r\n"), "the prompt on standard input")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on standard input is no UTF-8 text: {error}") from error
 
 
 def _answer_once(

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from moeflow.atomic_file import write_atomically
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Conversation:
@@ -51,7 +51,7 @@ class Conversation:
             MoeflowError: the file is missing, unreadable, not JSON, or not a conversation.
         """
         try:
-            messages = json.loads(path.read_text(encoding="utf-8"))
+            messages = json.loads(path.read_bytes())  # with or without a byte-order mark
         except OSError as error:
             raise MoeflowError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -68,31 +68,21 @@ class Conversation:
             raise MoeflowError(f"{wanted} in which user and assistant take turns and the assistant is last")
         return cls(system, ({"role": m["role"], "content": m["content"]} for m in messages))
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> torch.Tensor:
         """Return the prompt for the next answer, [1, num_prompt_tokens]; without a chat template, plain text.
 
-        Raises:
-            MoeflowError: the chat template refuses the messages.
-        """
-        if not tokenizer.chat_template:
-            text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in self.messages)
-            return tokenizer(text, return_tensors="pt")["input_ids"]
-        from jinja2 import TemplateError
+        Args:
+            tokenizer: the model's.
+            context: the model's positions, if known: what is far longer is cut, and still longer than it.
 
-        attempts = [self.messages]
-        if self.system:
-            # Gemma's and the first Mistrals' templates know no system role: then it goes before the first message.
-            merged = {"role": "user", "content": f"{self.system}\n\n{self.turns[0]['content']}"}
-            attempts.append([merged, *self.turns[1:]])
-        for messages in attempts:
-            try:
-                encoded = tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                )
-                return cast("BatchEncoding", encoded)["input_ids"]
-            except TemplateError as error:
-                refusal = error
-        raise MoeflowError(f"the model's chat template refuses this conversation: {refusal}") from refusal
+        Raises:
+            ConfigError: the chat template refuses the messages or leaves out what one of them says, or one is no text.
+        """
+        import torch
+
+        from moeflow.hf.encoding import encode_messages
+
+        return torch.tensor([encode_messages(tokenizer, self.messages, context)], dtype=torch.long)
 
     def fit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
@@ -114,13 +104,13 @@ class Conversation:
         from moeflow.hf.forward import context_positions
 
         context = context_positions(model)
-        input_ids, num_forgotten = self.encode(tokenizer), 0
+        input_ids, num_forgotten = self.encode(tokenizer, context), 0
         if context is None:
             return input_ids, max_new_tokens, num_forgotten
         while input_ids.shape[1] > context - min(max_new_tokens, context // 2) and len(self.turns) > 1:
             del self.turns[:2]
             num_forgotten += 1
-            input_ids = self.encode(tokenizer)
+            input_ids = self.encode(tokenizer, context)
         num_free = context - input_ids.shape[1]
         if num_free < 1:
             raise MoeflowError(

@@ -78,11 +78,13 @@ def stats_table(stats: RuntimeStats) -> Table:
         ("hit rate", "hit_rate", format_percent),
         ("hits", "hits", "{:,}".format),
         ("misses", "misses", "{:,}".format),
+        ("waited for prefetch", "waited_for_prefetch", "{:,}".format),
         ("evictions", "evictions", "{:,}".format),
         ("read from disk", "bytes_from_disk", format_bytes),
         ("copied from host", "bytes_from_host", format_bytes),
         ("waiting for experts", "stall_s", format_seconds),
         ("computing experts", "compute_s", format_seconds),
+        ("predicting experts", "predict_s", format_seconds),
     ]
     for label, name, write in counters:
         table.add_row(label, *(write(getattr(phase, name)) for phase in (stats.prefill, stats.decode)))

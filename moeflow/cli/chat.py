@@ -40,11 +40,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params
     from moeflow.chat.chat import run_chat
+    from moeflow.hf.encoding import check_text
 
     if arguments.json and sys.stdin.isatty():
         raise ConfigError("--json is for one piped prompt, as in: echo hello | moeflow chat --json")
+    if arguments.system is not None:
+        check_text(arguments.system, "--system")
     given = given_sampling(arguments)
-    source = arguments.model or _ensure_demo_model(arguments.yes)
+    source = _ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     model, tokenizer = load_model(source, arguments)
     with model.moeflow:
         return run_chat(
@@ -59,17 +62,23 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
     from moeflow.chat.answer import checkpoint_params, stream_answer
+    from moeflow.chat.chat import read_prompt
     from moeflow.chat.figures import answer_figures, stats_line
     from moeflow.chat.screen import write_pieces
+    from moeflow.hf.encoding import check_text, encode_text
 
-    prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read().rstrip("\r\n")
-    if not prompt.strip():
+    prompt = arguments.prompt if arguments.prompt is not None else read_prompt(sys.stdin)
+    if not check_text(prompt, "the prompt").strip():
         raise ConfigError("the prompt is empty: give it as the second argument, or pipe it in.")
     given = given_sampling(arguments)
     model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow:
-        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        import torch
+
+        input_ids = torch.tensor([encode_text(tokenizer, prompt)])
         before = model.moeflow.snapshot()
         with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:
             if arguments.json:
@@ -98,9 +107,10 @@ def _ensure_demo_model(yes: bool) -> str:
             format_bytes, (card.download_bytes, card.memory_bytes, card.disk_bytes, card.checkpoint_bytes)
         )
         print(
-            f"The demo model is not on this machine yet. Building it fetches {fetched} ({card.source}), takes {low} "
-            f"to {high} minutes on two cores, up to {memory} of memory and {disk} of disk, of which {kept} "
-            f"stay, in {card.path}. Stop at any time; the next run goes on from there.",
+            f"The demo model is not on this machine yet. Building it fetches {fetched} ({card.source}) and takes up to "
+            f"{memory} of memory and {disk} of disk, of which {kept} stay, in {card.path}. On two cores it takes {low} "
+            f"to {high} minutes, by their speed and what else they do. Stop at any time; the next run goes on from "
+            "there.",
             file=sys.stderr,
         )
         if sys.stdin.isatty() and not yes and input("Build it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):

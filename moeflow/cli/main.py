@@ -4,6 +4,7 @@ torch and transformers are imported by the commands that need them, so that --he
 """
 
 import argparse
+import io
 import sys
 
 from moeflow import __version__
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 1 for an error that was told in one line, 130 for Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer or a name that this terminal has no letters for
     try:
         return arguments.run(arguments)
     except MoeflowError as error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from moeflow.cli.options import add_loading_options, load_model
-from moeflow.cli.prompts import read_prompts
+from moeflow.cli.prompts import Prompt, read_prompts
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes, format_percent
 
@@ -30,7 +30,11 @@ def add_parallel_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     parallel = commands.add_parser("parallel", help=f"spread the experts over several processes: {_LAUNCH}")
     parallel.add_argument("model", help="hub id or folder, the same for every process")
     parallel.add_argument("prompt", nargs="?", help="a text to continue, greedily and without a chat template")
-    parallel.add_argument("--prompts", metavar="FILE", help="texts, one a line, or JSON lines; dealt out to the ranks")
+    parallel.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="texts, one a line, or JSON lines with texts or messages; dealt out to the ranks",
+    )
     parallel.add_argument("--plan", metavar="PLAN", help="written by moeflow place; without it, equal parts in order")
     parallel.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens of an answer (64)")
     add_loading_options(parallel)
@@ -40,7 +44,7 @@ def add_parallel_command(commands: argparse._SubParsersAction[argparse.ArgumentP
 def _parallel(arguments: argparse.Namespace) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ConfigError("give one prompt, or --prompts FILE, not both.")
-    prompts = [arguments.prompt] if arguments.prompts is None else read_prompts(arguments.prompts)
+    prompts = read_prompts(arguments.prompts) if arguments.prompt is None else [arguments.prompt]
     if arguments.predictor == "auto":
         arguments.predictor = "none"  # a rank's memory serves other ranks' tokens
     with _process_group(arguments) as (rank, num_ranks):
@@ -63,7 +67,8 @@ def _print(arguments: argparse.Namespace, answers: list[dict], traffic: Traffic)
     from rich.console import Console
 
     for answer in answers:
-        print(f"{answer['prompt']}{answer['text']}\n")
+        continued = answer["prompt"] if isinstance(answer["prompt"], str) else ""
+        print(f"{continued}{answer['text']}\n")
     console = Console(stderr=True)
     console.print(_table(traffic))
     console.print(_summary(traffic))
@@ -72,22 +77,25 @@ def _print(arguments: argparse.Namespace, answers: list[dict], traffic: Traffic)
 def _answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[Prompt],
     rank: int,
     num_ranks: int,
     arguments: argparse.Namespace,
 ) -> tuple[list[dict], Traffic]:
     """Continue every num_ranks-th prompt here; return the answers to all, in order, and what was sent for them."""
+    import torch
     import torch.distributed as dist
 
     from moeflow.chat.answer import checkpoint_params, stream_answer
     from moeflow.expert_parallel.expert_parallel import apply
+    from moeflow.hf.encoding import encode_messages, encode_text
 
     spread, own = apply(model, arguments.plan), []
     params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
     with spread.session():
         for prompt in prompts[rank::num_ranks]:
-            input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            ids = encode_text(tokenizer, prompt) if isinstance(prompt, str) else encode_messages(tokenizer, prompt)
+            input_ids = torch.tensor([ids])
             with stream_answer(model, tokenizer, input_ids, params) as stream:
                 list(stream)
             assert stream.answer is not None, "an answer that was read to its end"

@@ -89,7 +89,7 @@ def _calibration_text(arguments: argparse.Namespace) -> str | None:
             "--calibration is what --average-bits and --method gptq learn from: give one of them, or leave it out."
         )
     try:
-        return Path(arguments.calibration).read_text(encoding="utf-8")
+        return Path(arguments.calibration).read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--calibration {arguments.calibration} cannot be read as text: {error}") from error
 

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, cast
 
 from moeflow.atomic_file import check_target
 from moeflow.cli.options import add_loading_options, load_model
+from moeflow.cli.prompts import Prompt, read_prompts
 from moeflow.cli.replay import add_replay_commands
-from moeflow.errors import TraceError
+from moeflow.errors import MoeflowError, TraceError
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
     from moeflow.offload.runtime import ExpertRuntime
 
 
@@ -25,7 +29,9 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "record", help="answer prompts and write which experts each token took; a killed run is continued"
     )
     record.add_argument("model", help="hub id or folder")
-    record.add_argument("--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl")
+    record.add_argument(
+        "--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl with prompts or messages"
+    )
     record.add_argument("-o", "--out", required=True, metavar="T", help="trace to write")
     record.add_argument("--append", action="store_true", help="go on with a trace of the same model")
     record.add_argument("--lookahead", action="store_true", help="write too what the next layers' routers say early")
@@ -51,7 +57,6 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from moeflow.cli.prompts import read_prompts
     from moeflow.trace.header import read_recording
 
     prompts = read_prompts(arguments.prompts, limit=arguments.limit)
@@ -78,36 +83,49 @@ def _record(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recording_name(arguments: argparse.Namespace, prompts: list[str]) -> str:
+def _recording_name(arguments: argparse.Namespace, prompts: list[Prompt]) -> str:
     """Return a name of what the rows of a recording depend on: the model, by name wherever it lies, and the rest."""
     options = ("dtype", "quantization", "prune", "miss", "compile", "lookahead", "max_new_tokens")
     inputs = [Path(arguments.model).resolve().name, [str(getattr(arguments, name)) for name in options], prompts]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
-def _record_prompts(arguments: argparse.Namespace, prompts: list[str], out: Path, name: str) -> tuple[int, int]:
+def _record_prompts(arguments: argparse.Namespace, prompts: list[Prompt], out: Path, name: str) -> tuple[int, int]:
     """Record the prompts that are not in the trace yet; return how many were, and the tokens of the others."""
     from moeflow.chat.answer import checkpoint_params, stream_answer
-    from moeflow.chat.conversation import Conversation
     from moeflow.cli.progress import count_progress
     from moeflow.trace.recorder import attach_recorder
 
     model, tokenizer = load_model(arguments.model, arguments)
     runtime = cast("ExpertRuntime", model.moeflow)  # transformers types it as a module
     with runtime, count_progress("recording") as progress:
+        encoded = _encoded(tokenizer, prompts)
         recorder = attach_recorder(model, out, lookahead=arguments.lookahead)
         num_before = recorder.begin_recording(name, len(prompts))
         before = recorder.num_tokens
         params = checkpoint_params(model, max_new_tokens=arguments.max_new_tokens, temperature=0)
-        for number, prompt in enumerate(prompts[num_before:], num_before):
+        for number, input_ids in enumerate(encoded[num_before:], num_before):
             progress(number, len(prompts))
-            input_ids = Conversation(turns=[{"role": "user", "content": prompt}]).encode(tokenizer)
             with stream_answer(model, tokenizer, input_ids, params) as stream:
                 for _ in stream:
                     pass
             recorder.end_prompt()
         progress(len(prompts), len(prompts))
         return num_before, recorder.num_tokens - before
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", prompts: list[Prompt]) -> "list[torch.Tensor]":
+    """Return the token ids of all prompts, [1, num_prompt_tokens] each, before the first of them is recorded."""
+    from moeflow.chat.conversation import Conversation
+
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            encoded.append(Conversation(turns=messages).encode(tokenizer))
+        except MoeflowError as error:
+            raise MoeflowError(f"prompt {number} of {len(prompts):,}: {error}") from error
+    return encoded
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 from moeflow.hf import forward
+from moeflow.hf.encoding import encode_text
 
 
 class Prompts:
@@ -43,7 +44,8 @@ class Prompts:
         """Return a prompt's token ids, unchecked.
 
         Raises:
-            ConfigError: neither text nor token ids, or text or stop strings without a tokenizer.
+            ConfigError: neither text nor token ids, text that the tokenizer cannot read, or text or stop strings
+                without a tokenizer.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")
@@ -51,7 +53,7 @@ class Prompts:
             raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
         if isinstance(prompt, str):
             assert self._tokenizer is not None, "refused above"
-            return list(self._tokenizer(prompt)["input_ids"])
+            return encode_text(self._tokenizer, prompt, self.context)
         return list(prompt)
 
     def stopping(self, params: SamplingParams) -> SamplingParams:

@@ -132,9 +132,18 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     """Return the tokens at which an answer ends: those of the generation settings, then the tokenizer's own.
 
     Chat models often name their end of turn only in the tokenizer.
+
+    Raises:
+        ConfigError: the generation settings name something else than tokens.
     """
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    tokens = [found] if isinstance(found, int) else list(found or ())
+    found: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = found.tolist() if isinstance(found, torch.Tensor) else found
+    tokens = list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+    if any(not isinstance(token, int) or abs(token) >= 1 << 63 for token in tokens):
+        raise ConfigError(
+            f"eos_token_id is {found!r:.80} in the checkpoint's generation_config.json; it must be a token's id, or a "
+            "list of them. Correct it, or download the file again."
+        )
     own = None if tokenizer is None else tokenizer.eos_token_id
     return tuple(tokens if own is None or own in tokens else [*tokens, own])
 

@@ -5,7 +5,7 @@ Knows where to look. Knows nothing of budgets or devices. Every way of opening a
 
 import copy
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,20 @@ from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_file import PACKED_FILE, packed_dtype, read_packed
-from moeflow.dtypes import FLOAT_DTYPES
+from moeflow.dtypes import parse_dtype
 from moeflow.errors import ConfigError
 from moeflow.hf import pretrained
+from moeflow.hf.config_file import check_counts, load_config
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
+from moeflow.hf.wall import one_line, wall
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def _refused_option(name: str, value: Any, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"{name}={value!r:.80} is refused by the model's config ({one_line(error)}). Correct it, or leave it out."
+    )
 
 
 class ModelFolder:
@@ -58,11 +66,19 @@ class ModelFolder:
         config = hf_options.pop("config", None)
         if config is None or isinstance(config, (str, Path)):
             trusted = hf_options["trust_remote_code"]
-            config = pretrained.load_config(Path(config or folder.path), trust_remote_code=trusted)
+            config = load_config(Path(config or folder.path), trust_remote_code=trusted)
+        if not isinstance(config, PreTrainedConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}. Give a config of transformers or a folder with one. Single "
+                "fields are options of load_moe, as in num_experts_per_tok=1."
+            )
         folder.config = copy.deepcopy(config)  # the caller's stays as it is
         known = {*config.to_dict(), *config.attribute_map}
         for name in [name for name in hf_options if name in known]:
-            setattr(folder.config, name, hf_options.pop(name))
+            value = hf_options.pop(name)
+            with wall(partial(_refused_option, name, value)):
+                setattr(folder.config, name, value)
+        check_counts(folder.config.to_dict(), "the config")
         return folder
 
     @cached_property
@@ -71,9 +87,10 @@ class ModelFolder:
 
         Raises:
             CheckpointError: no or a corrupt config.json.
+            ConfigError: a field of it is wrong.
             UnsupportedModelError: an architecture or a quantisation that is not read.
         """
-        return pretrained.load_config(self.path)
+        return load_config(self.path)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -105,15 +122,22 @@ class ModelFolder:
 
         In a packed folder the experts tell, if they are not in a weight format.
         """
-        named = getattr(self.config, "dtype", None)
-        if named is None:
-            named = (packed_dtype(self.path) if self.packed else None) or self.checkpoint.dtype
-        found = FLOAT_DTYPES.get(named) or getattr(torch, named, None) if isinstance(named, str) else named
-        return found if isinstance(found, torch.dtype) else torch.float32
+        found = pretrained.own_dtype(self.config)
+        if found is not None:
+            return found
+        of_weights = (packed_dtype(self.path) if self.packed else None) or self.checkpoint.dtype
+        return torch.float32 if of_weights is None else parse_dtype(of_weights, f"{self.path}: dtype of the weights")
 
     def empty_model(self) -> PreTrainedModel:
-        """Build the model on the meta device, with experts and without any weight."""
-        return pretrained.empty_model(self.config, self.dtype)
+        """Build the model on the meta device, with experts and without any weight.
+
+        Raises:
+            ConfigError: a field of the config is wrong.
+            CheckpointError: the config describes another model than the files hold.
+        """
+        empty = pretrained.empty_model(self.config, self.dtype)
+        pretrained.check_sizes(empty, self.checkpoint)
+        return empty
 
     def layers(self, empty: PreTrainedModel) -> list[LayerSource]:
         """Find every expert's bytes, [num_layers].

@@ -1,12 +1,14 @@
-"""Loads from a folder through transformers: config, tokenizer, the empty model, the model without its experts.
+"""Loads from a folder through transformers: tokenizer, the empty model, the model without its experts.
 
 Knows folders, configs and from_pretrained. Knows nothing of where an expert's bytes lie: see `model_folder`.
 """
 
 import copy
-import json
+import math
+import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,16 +17,17 @@ from safetensors import SafetensorError
 
 from moeflow.checkpoint.headers import Checkpoint
 from moeflow.checkpoint.prequantized import StoredMatrix, find_matrices
-from moeflow.errors import CheckpointError, ModelSourceError, UnsupportedModelError
-from moeflow.formatting import brief
+from moeflow.dtypes import parse_dtype
+from moeflow.errors import CheckpointError, ConfigError, ModelSourceError, MoeflowError, UnsupportedModelError
 from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
+from moeflow.hf.generation_file import check_generation_file
 from moeflow.hf.quantizer import WithoutExperts, quantization_scheme
 from moeflow.hf.version import parts_of_transformers
+from moeflow.hf.wall import one_line, wall
 
 with parts_of_transformers():
     import transformers
     from transformers import (
-        AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
@@ -36,6 +39,8 @@ with parts_of_transformers():
     from transformers.core_model_loading import rename_source_key
 
 Found = TypeVar("Found")
+_ALWAYS = {"dtype", "trust_remote_code", "device_map"}  # options that load_moe itself gives
+_SMALL = 1 << 28  # values of tables (of rotary embeddings ...) that no file holds
 
 
 def resolve_folder(model: str | Path, **hub_options: Any) -> Path:
@@ -48,16 +53,28 @@ def resolve_folder(model: str | Path, **hub_options: Any) -> Path:
     Raises:
         ModelSourceError: neither a folder nor an id the hub (or its local cache) can serve.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+    if not isinstance(model, (str, os.PathLike)) or not str(model):
+        raise ModelSourceError(f"the model is {model!r:.80}. Give a folder with a checkpoint, or a hub id: org/name.")
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return folder
+        is_path = folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
+    except (OSError, RuntimeError, ValueError) as error:  # no such home, a name too long, a byte of zero, no permission
+        raise ModelSourceError(f"{str(model)[:200]!r} cannot be opened as a folder ({one_line(error)}).") from error
+    if is_path:
         raise ModelSourceError(
             f"{model} is not a folder. Give a folder with a checkpoint, or a hub id such as org/name."
         )
     from huggingface_hub import snapshot_download
 
-    try:
+    def tell(error: BaseException) -> ModelSourceError:
+        return ModelSourceError(
+            f"{model} is not a folder here and could not be fetched from the hub ({one_line(error)}). "
+            "Check the name and the network, or download the model and give its folder."
+        )
+
+    with wall(tell):
         return Path(
             snapshot_download(
                 str(model),
@@ -66,46 +83,6 @@ def resolve_folder(model: str | Path, **hub_options: Any) -> Path:
                 **hub_options,
             )
         )
-    except (OSError, ValueError) as error:
-        raise ModelSourceError(
-            f"{model} is not a folder here and could not be fetched from the hub ({type(error).__name__}: {error}). "
-            "Check the name and the network, or download the model and give its folder."
-        ) from error
-
-
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read config.json and refuse what this version cannot run.
-
-    Args:
-        folder: of the checkpoint.
-        trust_remote_code: whether Python that the folder brings may run.
-
-    Raises:
-        CheckpointError: no or a corrupt config.json.
-        UnsupportedModelError: an unknown architecture, one that needs the folder's own Python, or a checkpoint
-            quantised by a method that is not read.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json. Give a folder written by save_pretrained or the hub.")
-    try:
-        json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}). Download it again.") from None
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
-        if _asks_for_trust(error):
-            raise UnsupportedModelError(
-                f"{folder} needs Python code that it brings itself, and moeflow runs none of it unless told to. Read "
-                "the code; if you trust it, load the model in Python with load_moe(..., trust_remote_code=True)."
-            ) from None
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} does not know the model in {folder}: {error} "
-            "A newer transformers may (pip install -U transformers)."
-        ) from error
-    quantization_scheme(config, str(folder))
-    return config
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -119,42 +96,83 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
         CheckpointError: there is none that transformers can load.
         UnsupportedModelError: it needs the folder's own Python.
     """
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if _asks_for_trust(error):
-            raise UnsupportedModelError(
+
+    def tell(error: BaseException) -> CheckpointError | UnsupportedModelError:
+        if "trust_remote_code" in str(error):
+            return UnsupportedModelError(
                 f"the tokenizer of {model} needs Python code that it brings itself, and moeflow runs none of it unless "
                 "told to. Read the code; if you trust it, load the tokenizer in Python with "
                 "AutoTokenizer.from_pretrained(..., trust_remote_code=True)."
-            ) from None
+            )
+        return CheckpointError(
+            f"{model} has no tokenizer that transformers {transformers.__version__} can load ({one_line(error)}). "
+            "Download it again, or use a newer transformers and tokenizers (pip install -U transformers tokenizers)."
+        )
+
+    with wall(tell):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer.model_max_length, (int, float)):  # transformers compares it with each prompt's length
         raise CheckpointError(
-            f"{model} has no tokenizer that transformers can load ({error}). Download it again."
-        ) from error
-
-
-def _asks_for_trust(error: Exception) -> bool:
-    """Tell whether transformers refused to run a folder's own Python. It has no error class for that."""
-    return "trust_remote_code" in str(error)
+            f"{model}: model_max_length is {tokenizer.model_max_length!r:.80} in tokenizer_config.json; it must be a "
+            "number. Correct it, or download the file again."
+        )
+    return tokenizer
 
 
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the transformers class that loads this config: causal LM first, then the one its architecture names."""
-    remote = getattr(config, "auto_map", None) or {}  # the classes of a folder's own Python
+    remote = getattr(config, "auto_map", None)  # the classes of a folder's own Python
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping or auto.__name__ in remote:
+        if type(config) in auto._model_mapping or (isinstance(remote, dict) and auto.__name__ in remote):
             return auto
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    for name in config.architectures if isinstance(config.architectures, list) else ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
     return AutoModel
 
 
+def _unloadable(config: PreTrainedConfig, options: list[str], error: BaseException) -> ConfigError:
+    """Return the error of a config that transformers cannot load a model by; the field is named where it can be."""
+    problem = one_line(error)
+    if isinstance(error, KeyError) and error.args:  # an unknown name of an activation, a rotary embedding ...
+        named = [name for name, value in vars(config).items() if value == error.args[0]]
+        if named:
+            problem = f"{named[0]} is {error.args[0]!r}, which is unknown to it"
+    remedy = f"Correct the options {', '.join(options)}, or" if options else "Correct"
+    return ConfigError(
+        f"{_source(config)}: transformers {transformers.__version__} cannot load the model ({problem}). {remedy} the "
+        "config's field, or download the file again."
+    )
+
+
+def own_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the dtype that a config names, None where it names none.
+
+    Raises:
+        ConfigError: no model computes in it.
+    """
+    found: Any = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
+    if isinstance(found, dict):  # one for each part of the model
+        found = found.get("")
+    return None if found is None else parse_dtype(found, f"{_source(config)}: dtype")
+
+
+def _source(config: PreTrainedConfig) -> str:
+    """Name the file that a config was read from, where it is known."""
+    file = Path(str(config.name_or_path or "")) / "config.json"
+    return str(file) if config.name_or_path and file.is_file() else "the config"
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the model on the meta device, with experts and without any weight."""
+    """Build the model on the meta device, with experts and without any weight.
+
+    Raises:
+        ConfigError: the config has a field that transformers refuses.
+    """
     cls = model_class(config)
     config = copy.deepcopy(config)
-    with torch.device("meta"):
+    with wall(partial(_unloadable, config, [])), torch.device("meta"):
         if hasattr(cls, "from_config"):
             return cls.from_config(config, dtype=dtype, trust_remote_code=False)
         return cls(config).to(dtype)
@@ -175,7 +193,9 @@ def load_without_experts(
         The model, its dense weights unquantised; transformers' loading info; what `on_empty` returned.
 
     Raises:
-        CheckpointError: a dense weight is missing, a piece of a quantised one is or does not fit, or a file changed.
+        CheckpointError: a dense weight is missing or of another size, a piece of a quantised one is or does not fit, or
+            a file changed.
+        ConfigError: transformers refuses a field of the config, of the generation config, or an option.
         UnsupportedModelError: a quantised dense weight that is not the model's as it is.
     """
     folder = checkpoint.folder
@@ -189,12 +209,27 @@ def load_without_experts(
             part.__dict__.pop("quantization_config", None)
 
     def strip(empty: PreTrainedModel) -> None:
-        _check_dense(empty, stored)
-        found.append(on_empty(empty))
-        _take_experts_off(empty)
+        try:
+            check_sizes(empty, checkpoint)
+            _check_dense(empty, stored)
+            found.append(on_empty(empty))
+            _take_experts_off(empty)
+        except Exception as error:
+            ours.append(error)
+            raise
+
+    ours: list[Exception] = []
+    if hf_options.get("generation_config") is None:
+        check_generation_file(folder)
+
+    def tell(error: BaseException) -> MoeflowError:
+        if isinstance(error, (OSError, SafetensorError)):
+            checkpoint.check_unchanged()
+            return CheckpointError(f"{folder} cannot be read ({one_line(error)}). Download the checkpoint again.")
+        return _unloadable(config, sorted(hf_options.keys() - _ALWAYS), error)
 
     loading = WithoutExperts(strip, scheme)
-    try:
+    with wall(tell, ours=ours):
         loaded, info = cls.from_pretrained(
             folder,
             config=config,
@@ -204,9 +239,6 @@ def load_without_experts(
             output_loading_info=True,
             **hf_options,
         )
-    except (OSError, SafetensorError) as error:
-        checkpoint.check_unchanged()
-        raise CheckpointError(f"{folder} cannot be read ({brief(error)}). Download the checkpoint again.") from error
     checkpoint.check_unchanged()  # transformers opened the files anew
     if loading.problems:
         raise CheckpointError(
@@ -221,6 +253,37 @@ def load_without_experts(
     # Our name stays out of the config, of which others may make a model; these experts never ask it.
     loaded.config._experts_implementation = None
     return loaded, info, found[0]
+
+
+def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Refuse a model that is larger than its files, or whose weights have other shapes, before memory is taken.
+
+    Args:
+        empty: the empty model.
+        checkpoint: its files.
+
+    Raises:
+        CheckpointError: the config is of another model.
+    """
+    remedy = "Its config.json is of another model: download it again."
+    parameters = dict(empty.named_parameters(remove_duplicate=False))
+    wanted = sum(math.prod(tensor.shape) for tensor in (*empty.parameters(), *empty.buffers()))
+    held = sum(file.stat().st_size for file in checkpoint.folder.iterdir() if file.is_file())
+    if wanted > 8 * held + _SMALL:  # no format takes less than a bit for a value
+        raise CheckpointError(
+            f"{checkpoint.folder}: the config describes a model of {wanted:,} values, and the folder's files have "
+            f"{held:,} bytes. {remedy}"
+        )
+    for name, entry in checkpoint.tensors.items():
+        parameter = parameters.get(name)
+        if parameter is None or tuple(parameter.shape) == entry.shape:
+            continue
+        target, pattern = rename_source_key(name, *conversions(empty), empty.base_model_prefix, parameters)
+        if target == name and pattern is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is {list(parameter.shape)} by the config and {list(entry.shape)} in the "
+                f"checkpoint. {remedy}"
+            )
 
 
 def _check_dense(model: PreTrainedModel, stored: dict[str, StoredMatrix]) -> None:

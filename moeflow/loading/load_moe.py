@@ -18,7 +18,7 @@ from moeflow.hf.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, prune_experts
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.live_predictor import build_predictor
-from moeflow.loading.options import LoadOptions, refuse_hf_options
+from moeflow.loading.options import LoadOptions, accepted_hf_options
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
 from moeflow.trace.recorder import attach_recorder
@@ -86,19 +86,18 @@ def load_moe(
     options = LoadOptions(
         device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, compile, trace
     )
-    refuse_hf_options(name for name, value in hf_kwargs.items() if value is not None)
-    want_info = hf_kwargs.pop("output_loading_info", False)
-    folder = ModelFolder.of_hf_options(model, hf_kwargs)
+    hf_options = accepted_hf_options(hf_kwargs)
+    want_info = hf_options.pop("output_loading_info", False)
+    folder = ModelFolder.of_hf_options(model, hf_options)
     on_cpu = options.torch_device.type == "cpu"
-    dtype = folder.dtype if dtype == "auto" else dtype
     placement = {} if on_cpu else {"device_map": {"": options.torch_device}}
     loaded, info, experts = pretrained.load_without_experts(
         folder.checkpoint,
         folder.config,
         partial(_find_experts, folder, options),
-        dtype=dtype,
+        dtype=folder.dtype if options.torch_dtype == "auto" else options.torch_dtype,
         **placement,
-        **hf_kwargs,
+        **hf_options,
     )
     pretrained.own_dense_weights(loaded)
     if on_cpu:

@@ -4,7 +4,6 @@ Knows what is allowed. Knows nothing of models; torch is imported only where a d
 the command line reads this module for its help text.
 """
 
-from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +51,7 @@ class LoadOptions:
         default="auto",
         metadata=_about(
             '"auto" (the checkpoint\'s), or a torch dtype or its name.',
-            flag='"auto", "float32", "bfloat16" or "float16"',
+            flag='"auto", "float32", "bfloat16", "float16" or "float64"',
         ),
     )
     expert_memory: MemorySize = field(
@@ -160,31 +159,53 @@ class LoadOptions:
         for name, value in (("expert_memory", self.expert_memory), ("host_memory", self.host_memory)):
             if value != "auto":
                 parse_memory(value, name=name, whole_bytes=0)
-        _ = self.weight_format  # refuses an unknown one
+        for name, value in (("predictor", self.predictor), ("trace", self.trace)):
+            if value is not None and (not isinstance(value, (str, Path)) or value == ""):
+                raise ConfigError(f"{name} is {value!r:.80}; it must be a name, the path of a file, or None.")
+        if not isinstance(self.quantization, (str, type(None))):
+            raise ConfigError(f'quantization is {self.quantization!r:.80}; it must be a name such as "int4", or None.')
+        if not isinstance(self.compile, bool):
+            raise ConfigError(f"compile is {self.compile!r}; it must be True or False.")
+        _ = self.weight_format, self.torch_dtype  # refuse unknown ones
 
     @cached_property
     def torch_device(self) -> "torch.device":
         """The device that `device` means on this machine."""
         import torch
 
-        if self.device == "auto":
+        if isinstance(self.device, str) and self.device == "auto":
             return (
                 torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
             )
         allowed = 'Allowed: "auto", "cpu", "cuda", "cuda:N".'
         try:
             device = torch.device(self.device)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, ValueError, OverflowError):
             raise ConfigError(f"device={self.device!r} is unknown. {allowed}") from None
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise ConfigError(
                     'device="cuda" was asked for, and torch sees no CUDA GPU. Use device="cpu" or "auto".'
                 )
-            return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            index = torch.cuda.current_device() if device.index is None else device.index
+            count = torch.cuda.device_count()
+            if index >= count:
+                raise ConfigError(f"device={str(device)!r} is not there: torch sees {count} GPUs, from cuda:0 on.")
+            return torch.device("cuda", index)
         if device.type != "cpu":
             raise ConfigError(f"device={str(device)!r} is not supported. {allowed}")
-        return device
+        return torch.device("cpu")  # "cpu:0" is the same, and tensors there say "cpu"
+
+    @cached_property
+    def torch_dtype(self) -> "str | torch.dtype | dict[str, torch.dtype] | None":
+        """The dtype that `dtype` names; "auto" and None as they are, and a dict of transformers' with its values so."""
+        from moeflow.dtypes import parse_dtype
+
+        if self.dtype is None or (isinstance(self.dtype, str) and self.dtype == "auto"):
+            return self.dtype
+        if isinstance(self.dtype, dict):
+            return {part: parse_dtype(value, f"dtype[{part!r}]") for part, value in self.dtype.items()}
+        return parse_dtype(self.dtype, "dtype")
 
     @cached_property
     def weight_format(self) -> str | None:
@@ -212,18 +233,24 @@ _REFUSED = {
     "subfolder": "give that folder as the model",
     "torch_dtype": "it is called dtype",
     "key_mapping": "experts are found by transformers' own mapping",
+    "max_memory": "give expert_memory= instead",
+    "offload_folder": "experts stay in the checkpoint's own files",
+    "tp_plan": "moeflow parallel spreads experts over processes",
 }
 
 
-def refuse_hf_options(names: Iterable[str]) -> None:
-    """Refuse options of from_pretrained that load_moe cannot obey.
+def accepted_hf_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options for from_pretrained; refuse those that load_moe cannot obey.
 
     Args:
-        names: of the options that were given.
+        given: options that load_moe has not itself, by name; None is as good as not given for those it refuses.
 
     Raises:
         ConfigError: one of them is refused; the message names the remedy.
     """
-    for name in names:
-        if name in _REFUSED:
+    for name, value in given.items():
+        if name in _REFUSED and value is not None:
             raise ConfigError(f"load_moe does not take {name}: {_REFUSED[name]}.")
+    if given.get("use_safetensors", True) is False:
+        raise ConfigError("load_moe does not take use_safetensors=False: it reads safetensors only.")
+    return {name: value for name, value in given.items() if name not in _REFUSED and name != "use_safetensors"}

@@ -31,10 +31,10 @@ def read_realised(path: str | Path) -> Realised:
         ConfigError: the file is missing or not of this form; the message names the place.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_bytes())  # with or without a byte-order mark
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a JSON file of measured rows.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}. Give a JSON file of measured rows.") from error
     content = {"rows": content} if isinstance(content, list) else content
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ bytes. In SVG made for a page, ink takes the colour of the page's text.
 """
 
 import io
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from html import escape
@@ -171,13 +172,20 @@ def page_svg(figure: "Figure", label: str) -> str:
 
 
 def require_matplotlib() -> None:
-    """Import matplotlib.
+    """Import matplotlib, though MPLBACKEND may name a backend of the notebook that started this process.
 
     Raises:
         ConfigError: it is absent; the message says how to install it.
     """
     try:
-        import matplotlib  # noqa: F401
+        try:
+            import matplotlib
+        except ValueError:
+            backend = os.environ.pop("MPLBACKEND")
+            try:
+                import matplotlib  # noqa: F401
+            finally:
+                os.environ["MPLBACKEND"] = backend
     except ImportError as error:
         raise ConfigError(
             "plots need matplotlib, which is installed with moeflow and is not here: pip install matplotlib."

@@ -88,7 +88,7 @@ def _read_gpt_oss(folder: Path) -> tuple[list[dict], dict[str, np.ndarray]]:
             arrays = {name: archive[name] for name in names}
     except KeyError as error:
         raise TraceError(f"{archives[0]} lacks an array: {error}. It must hold {', '.join(names)}.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RecursionError, EOFError, zipfile.BadZipFile) as error:
         raise TraceError(f"{folder} cannot be read ({error}). Copy it again.") from error
     experts, starts, lengths = arrays["expert_ids"], arrays["seq_start"], arrays["seq_len"]
     wrong = None
@@ -142,7 +142,7 @@ def _convert_lines(file: Path, out: Path, fingerprint: str, num_experts: int | N
 def _read_lines(file: Path) -> Iterator[tuple[int, list[list[int]]]]:
     num_layers = None
     try:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -159,7 +159,7 @@ def _parse_line(file: Path, number: int, line: str) -> tuple[int, list[list[int]
     try:
         entry = json.loads(line)
         count, layers = entry["tok"], entry["layers"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _bad_line(file, number, 'it is not an object with "tok" and "layers"') from None
     if type(count) is not int or not isinstance(layers, list) or not layers:
         raise _bad_line(file, number, '"tok" must be a number and "layers" a list of lists')

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeflow.errors import PlacementError
+from moeflow.errors import PlacementError, TraceError
 from moeflow.placement.files.counts import SUFFIXES, read_counts
 from moeflow.placement.workload import Workload
 from moeflow.trace.convert import convert_trace
@@ -21,7 +21,7 @@ def read_workload(path: str | Path) -> Workload:
 
     Args:
         path: a trace; a folder of the gpt-oss-20b collection or a .jsonl recording, which are converted on the way; or
-            a count file (.json, .npz, .npy).
+            a count file (.json, .npz, .npy, .pt, .csv).
 
     Raises:
         PlacementError: the file is missing or its counts are no workload's.
@@ -97,7 +97,11 @@ def opened_routes(path: str | Path) -> Iterator[RoutingTrace]:
             convert_trace(path, Path(folder) / "trace")
             yield RoutingTrace.open(Path(folder) / "trace")
     else:
-        yield RoutingTrace.open(path)
+        try:
+            trace = RoutingTrace.open(path)
+        except TraceError as error:
+            raise TraceError(f"{error} The name of a file of counts ends in {', '.join(SUFFIXES)}.") from error
+        yield trace
 
 
 def kept_sequences(trace: RoutingTrace) -> np.ndarray:

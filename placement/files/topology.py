@@ -66,11 +66,11 @@ def _read(path) -> dict:
     if kind not in (".json", ".toml"):
         raise PlacementError(f"{path} is no topology file. Allowed: a name that ends in .json or .toml.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == ".json" else _toml().loads(text)
     except OSError as error:
         raise PlacementError(f"{path} cannot be read: {error.strerror}. Give a topology file.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlacementError(f"{path} is not {kind[1:].upper()}: {error}.") from None
     return content
 

@@ -2,16 +2,33 @@
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from helpers.batch_lines import DEFAULTS, openai, write
 from helpers.paths import ROOT
-from moeflow.batch.openai_format import CHAT_URL, TEXT_URL
+from moeflow.batch.openai_format import CHAT_URL, OPENAI_FIELDS, TEXT_URL
 from moeflow.batch.requests import read_batch
 from moeflow.cli.batch import EXAMPLES
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
+
+NAMES = (
+    *("prompt", "messages", "role", "content", "type", "text", "id", "custom_id", "url", "method", "body"),
+    *(field.name for field in fields(SamplingParams)),
+    *OPENAI_FIELDS,
+)
+
+WORDS = ("user", "text", "\ud800", "hi")
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+LINES = st.dictionaries(st.sampled_from(NAMES), _VALUES, max_size=6).map(lambda entry: json.dumps(entry).encode())
 
 
 def test_a_line_says_prompt_id_and_sampling(tmp_path):
@@ -51,6 +68,13 @@ def test_openai_lines_are_read_under_their_names(tmp_path):
     assert {one.model for one in requests} == {"m"}
 
 
+def user(content, **others):
+    return {"role": "user", "content": content, **others}
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [
@@ -71,18 +95,42 @@ def test_openai_lines_are_read_under_their_names(tmp_path):
         ({"prompt": "a", "id": 1.5}, "its id is 1.5"),
         ({"prompt": "a", "id": "#4"}, "give it another"),
         ({"messages": []}, "must be a list"),
-        ({"messages": [{"role": "robot", "content": "hi"}]}, "message 1 has no role"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "message 1 has the role 'robot'"),
         ({"messages": [{"role": "user", "content": 5}]}, "only text"),
         ({"messages": [{"role": "system", "content": "hi"}]}, "none of a user"),
         (openai(n=2), "n is 2"),
         (openai(stream=True), "stream is True"),
-        (openai(tools=[]), "'tools'; known are"),
+        (openai(tools=[{"type": "function"}]), "'tools'; known are"),
         (openai(url="/v1/embeddings"), "its url is '/v1/embeddings'"),
         ({**openai(), "method": "GET"}, "its method is 'GET'"),
-        ({"custom_id": "x", "url": CHAT_URL}, "its body is no object"),
+        ({"custom_id": "x", "url": CHAT_URL}, "its body is None, no object"),
         ({"body": {}}, "no custom_id"),
         (openai(logprobs=3), "logprobs is 3"),
         (openai(prompt="both"), "'prompt'; known are"),
+        (openai(n=True), "n is True"),
+        (openai(stream=0), "stream is 0"),
+        (openai(logprobs=1), "logprobs is 1"),
+        (openai(top_logprobs=2), "wants logprobs: true"),
+        (openai("a", TEXT_URL, top_logprobs=2), "it has top_logprobs"),
+        (openai(max_tokens=5, max_completion_tokens=6), "max_tokens is 5 and max_completion_tokens 6"),
+        (openai(model=5), "its model is 5"),
+        (openai(model="\ud800"), "its model has '\\ud800' at character 1"),
+        ({**openai(), "custom_id": 5}, "its custom_id is 5"),
+        ({**openai(), "prompt": "beside"}, "'prompt'; known are"),
+        (b'{"prompt": "a", "prompt": "b"}', "the field 'prompt' twice"),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "the field 'content' twice"),
+        ({"prompt": "a", "stop": "\udcff"}, "half of a surrogate"),
+        ({"messages": ["hi"]}, "message 1 is 'hi'"),
+        ({"messages": [user("hi", name="Ann")]}, "message 1 has 'name'; known are role, content"),
+        ({"messages": [user("hi", tool_calls=[{"id": "1"}])]}, "message 1 has 'tool_calls'"),
+        ({"messages": [user([{"type": "text", "text": "a"}, IMAGE])]}, "part 2 of message 1 is 'image_url'"),
+        ({"messages": [user([{**IMAGE, "text": "a"}])]}, "part 1 of message 1 is 'image_url'"),
+        ({"messages": [user([{"type": "text", "text": "a", "audio": "b"}])]}, "part 1 of message 1 has 'audio'"),
+        ({"messages": [user([{"type": "text", "text": 5}])]}, "part 1 of message 1 has 5 as text"),
+        ({"messages": [user(["a"])]}, "part 1 of message 1 is 'a'"),
+        (b'{"messages": ' + b"[" * 900 + b"]" * 900 + b"}", "message 1 is [[[[[[[...]]]]]]]; it must be"),
+        (b'{"prompt": "a", "top_k": ' + b"[" * 900 + b"]" * 900 + b"}", "top_k is"),
+        (b'{"prompt": "a", "id": 1' + b"0" * 5000 + b"}", "not JSON"),
     ],
 )
 def test_a_bad_line_is_told_by_number_and_the_others_go_on(tmp_path, line, why):
@@ -91,6 +139,43 @@ def test_a_bad_line_is_told_by_number_and_the_others_go_on(tmp_path, line, why):
     assert [one.number for one in requests] == [1, 3]
     assert [one.number for one in refused] == [2]
     assert why in refused[0].error
+    assert len(refused[0].error) < 600
+
+
+def test_null_fields_are_as_absent_ones(tmp_path):
+    nulls = dict.fromkeys(("tools", "response_format", "logit_bias", "stop", "n", "stream", "logprobs", "max_tokens"))
+    answer = {"role": "assistant", "content": "yes", "refusal": None, "annotations": [], "tool_calls": None}
+    path = write(
+        tmp_path / "in.jsonl",
+        {**openai("a", **nulls, messages=[user("hi", name=None), answer, user("so?")]), "method": None},
+        {"id": None, "prompt": "x", "messages": None, "custom_id": None, "body": None, "seed": None},
+    )
+    requests, refused = read_batch(path, DEFAULTS)
+    assert refused == []
+    assert [message["content"] for message in requests[0].content] == ["hi", "yes", "so?"]
+    assert [one.params for one in requests] == [DEFAULTS, DEFAULTS]
+
+
+def test_texts_of_parts_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "one "}, {"text": "two", "type": "text", "cache_control": None}]
+    (request,), _ = read_batch(write(tmp_path / "in.jsonl", {"messages": [user(parts)]}), DEFAULTS)
+    assert request.content == [user("one two")]
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(), LINES, LINES.flatmap(lambda line: st.integers(0, len(line)).map(lambda cut: line[:cut]))))
+def test_any_line_is_a_request_or_refused(tmp_path, line):
+    line = line.replace(b"\n", b" ")
+    requests, refused = read_batch(write(tmp_path / "in.jsonl", line, {"prompt": "last"}), DEFAULTS)
+    assert requests[-1].content == "last"
+    assert len(requests) + len(refused) == 1 + bool(line.strip(b"\xef\xbb\xbf \t\r\n"))
+    for one in requests:
+        assert one.digest
+        json.dumps(one.content, ensure_ascii=False).encode()
+    for one in refused:
+        assert 0 < len(one.error) < 600
+        json.dumps(one.error, ensure_ascii=False).encode()
 
 
 def test_a_second_line_of_an_id_is_refused_naming_the_first(tmp_path):

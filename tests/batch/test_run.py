@@ -72,6 +72,17 @@ def test_messages_that_the_template_refuses_fail_alone(mixtral, tokenizer, tmp_p
     assert {line["id"]: len(line["text"]) > 0 for line in lines[1:]} == {"r2": True, "r3": True}
 
 
+def test_a_template_that_is_no_program_fails_its_requests_and_no_others(mixtral, tmp_path):
+    broken = letter_tokenizer(chat_template="{{ 1 + 'a' }}")
+    messages = [{"role": "user", "content": "hi"}]
+    requests = requests_of("first", messages, "\ud800", "last")
+    lines, _ = answered(Engine(mixtral, broken), broken, requests, tmp_path / "out.jsonl")
+    found = {line["id"]: line.get("error", "answered") for line in lines}
+    assert "template refuses this conversation: TypeError" in found.pop("r2")
+    assert "half of a surrogate pair" in found.pop("r3")
+    assert found == {"r1": "answered", "r4": "answered"}
+
+
 def test_a_system_message_is_said_once_and_before_the_others(mixtral, tmp_path):
     roles = letter_tokenizer(chat_template="{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}")
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from io import StringIO
 
 from rich.console import Console
@@ -107,4 +108,15 @@ def test_table_shows_both_phases_and_the_memory():
     assert [cell.strip() for cell in rows["hits"] if cell.strip()] == ["0", "7,100"]
     assert [cell.strip() for cell in rows["process"] if cell.strip()] == ["805 MiB", "900 MiB"]
     assert [cell.strip() for cell in rows["expert budget"] if cell.strip()] == ["318 MiB", "of 1.2 GiB"]
+    assert [cell.strip() for cell in rows["waited for prefetch"] if cell.strip()] == ["200", "200"]
+    assert [cell.strip() for cell in rows["predicting experts"] if cell.strip()] == ["25.0 s", "25.0 s"]
     assert re.search(r"direct reads, 4 threads +5,800 +20.7 GiB", text)
+
+
+def test_no_counter_of_a_phase_is_left_out_of_the_table():
+    whole = printed(stats_table(make_stats()))
+    for counter in fields(PhaseStats):
+        if counter.name != "decisions":
+            stats = make_stats()
+            setattr(stats.decode, counter.name, 10 * getattr(stats.decode, counter.name) + 1000)
+            assert printed(stats_table(stats)) != whole, counter.name

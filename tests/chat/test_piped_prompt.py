@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from helpers.paths import ROOT
 from helpers.terminal import DEADLINE_S, EIGHT, driver_command
 from moeflow import load_moe
-from moeflow.chat.chat import run_chat, run_prompt
+from moeflow.chat.chat import read_prompt, run_chat, run_prompt
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -50,15 +50,25 @@ def test_prompt_of_a_pipe_is_one_message_without_its_last_newline(model, tokeniz
     assert out.getvalue() == direct.getvalue()
 
 
+def test_a_byte_order_mark_is_no_part_of_the_prompt():
+    assert read_prompt(piped(b"\xef\xbb\xbfhi\r\n")) == "hi"
+
+
 def test_model_without_moeflow_reports_only_timing(model, tokenizer):
     out, err = io.StringIO(), io.StringIO()
     run_prompt(model, tokenizer, "hello", SamplingParams(max_new_tokens=4), stdout=out, stderr=err)
     assert re.fullmatch(r"4 tok · [\d.]+ tok/s · TTFT [\d.]+ m?s · length limit reached\n", err.getvalue())
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", b"\xff\xfe"])
-def test_empty_or_binary_prompt_is_refused(model, tokenizer, text):
-    stdin = io.StringIO(text) if isinstance(text, str) else io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
+def piped(data, errors="strict"):
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors)
+
+
+NO_PROMPTS = (b"", b"\n\n", b"\xef\xbb\xbf\n", b"\xff\xfe")
+
+
+@pytest.mark.parametrize("stdin", [*map(piped, NO_PROMPTS), piped(b"a\xff", "surrogateescape")])
+def test_empty_or_binary_prompt_is_refused(model, tokenizer, stdin):
     with pytest.raises(ConfigError, match="prompt"):
         run_chat(model, tokenizer, stdin=stdin, stdout=io.StringIO())
 

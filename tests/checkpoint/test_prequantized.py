@@ -28,7 +28,7 @@ from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.prequantized import QuantizationScheme, read_scheme
 from moeflow.checkpoint.prequantized_values import in_format, values
 from moeflow.convert.pack import pack_model
-from moeflow.hf import pretrained
+from moeflow.hf.config_file import load_config
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.kernels.quantization.dequantize import dequantize
@@ -64,7 +64,7 @@ def test_any_share_of_the_experts_in_memory_gives_the_same_bits(made):
 
 
 def test_dense_weights_are_plain_values_and_nothing_is_missing_or_left_over(made):
-    caller = pretrained.load_config(made.native)
+    caller = load_config(made.native)
     model, info = load_moe(made.native, config=caller, dtype="float32", predictor=None, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = model.state_dict()

@@ -111,12 +111,37 @@ def test_pack_writes_a_folder_that_generate_takes(folder, tmp_path):
         (("generate", "MODEL", "hi", "--host-memory", "1GB", "--device", "cpu"), "expert_memory"),
         (("generate", "MODEL", " "), "prompt is empty"),
         (("pack", "MODEL", "MODEL"), "exists"),
+        (("info", ""), "the model is ''"),
+        (("chat", ""), "the model is ''"),
+        (("generate", "MODEL", "a\udcff"), "which is no text"),
+        (("chat", "MODEL", "--system", "a\udcff"), "which is no text"),
+        (("generate", "MODEL", "hi", "--dtype", "fp8"), "float32, bfloat16, float16 or float64"),
+        (("generate", "MODEL", "hi", "--temperature", "nan"), "temperature is nan"),
+        (("generate", "MODEL", "hi", "--seed", str(2**70)), "2**63 - 1"),
+        (("generate", "MODEL", "hi", "--seed", "-1"), "2**63 - 1"),
+        (("chat", "MODEL", "--top-p", "2"), "at most 1"),
+        (("chat", "MODEL", "--device", "xpu"), "not supported"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(folder, arguments, match, capfd, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi" if "--system" in arguments else ""))
     code = main([str(folder) if argument == "MODEL" else argument for argument in arguments])
     one_line(code, capfd.readouterr().err, match)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_piped_prompt_is_text(folder, command, capfd, monkeypatch):
+    for piped in (b"\xff\xfe\n", b"", b"\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+        code = main([command, str(folder), "--max-new-tokens", "2"])
+        one_line(code, capfd.readouterr().err, "the prompt")
+    answers = []
+    for piped in (b"hi", b"\xef\xbb\xbfhi\r\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+        assert main([command, str(folder), "--max-new-tokens", "2", "--temperature", "0"]) == 0
+        answers.append(capfd.readouterr().out)
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`moeflow trace` as a user types it: record, append, look."""
 
+import io
 import json
 import os
 import shutil
@@ -45,6 +46,34 @@ def test_record_writes_a_sequence_a_prompt_in_the_chat_template(folder, tmp_path
     assert letters.startswith("u:hello a:")
     assert trace.phase[first].tolist() == [0] * 10 + [1] * 3
     assert len(trace.token_ids[second]) == 8 + 3
+
+
+def test_record_reads_messages_and_a_byte_order_mark(folder, tmp_path):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
+    lines = '\ufeff{"messages": ' + json.dumps(messages) + '}\n{"prompt": "abc"}\n'
+    (tmp_path / "p.JSONL").write_text(lines, encoding="utf-8")
+    assert record(folder, tmp_path / "p.JSONL", tmp_path / "t") == 0
+    trace = RoutingTrace.open(tmp_path / "t")
+    said = ["".join(chr(32 + token) for token in trace.token_ids[rows]) for rows in trace.sequences()]
+    assert [letters.partition(" a:")[0] for letters in said] == ["u:hello", "u:abc"]
+
+
+def test_a_prompt_that_the_template_refuses_is_named_before_anything_is_recorded(folder, tmp_path, capsys):
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n' + json.dumps({"messages": messages}) + "\n")
+    assert record(folder, tmp_path / "p.jsonl", tmp_path / "t") == 1
+    assert "prompt 2 of 2: the model's chat template leaves out message 2" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_name_that_the_terminal_has_no_letters_for_is_told_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "lines.jsonl").write_text('{"tok": 1, "layers": [[0, 1], [1, 2]]}\n')
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
+    assert main(["trace", "convert", str(tmp_path / "lines.jsonl"), "-o", str(tmp_path / "\u00e9")]) == 0
+    sys.stdout.flush()
+    assert b"wrote" in out.getvalue()
+    assert b"\\xe9: 1 tokens" in out.getvalue()
 
 
 def test_record_appends_only_when_asked(folder, tmp_path, capsys):

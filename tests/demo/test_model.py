@@ -318,21 +318,6 @@ def test_replay_gives_the_stream_that_splitting_gave(model_and_tokenizer, texts)
         assert torch.equal(first.flat(), second.flat())
 
 
-def test_progress_is_plain_lines_without_a_terminal_and_silent_when_not_wanted(capsys):
-    for enabled in (True, False):
-        stages = Stages(enabled)
-        stages.start("fetch")
-        stages.start("layers", 8)
-        for _ in range(8):
-            stages.advance()
-        stages.close()
-        if enabled:
-            lines = capsys.readouterr().err.splitlines()
-    assert capsys.readouterr() == ("", "")
-    assert [line for line in lines if " of " in line] == [f"demo model: layers {n} of 8" for n in (2, 4, 6, 8)]
-    assert list(stages.seconds) == ["fetch", "layers"]
-
-
 def test_prompts_are_varied_and_decided_by_the_seed(model_and_tokenizer):
     tokenizer = model_and_tokenizer[1]
     prompts = calibration_prompts(tokenizer, 64, seed=3)

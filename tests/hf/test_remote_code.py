@@ -63,10 +63,11 @@ def test_a_piped_yes_is_no_permission(own, command, tmp_path, monkeypatch, capfd
 
 
 @pytest.mark.slow
-def test_neither_is_it_one_in_a_process_of_its_own(own):
+@pytest.mark.parametrize("name", ["info", "chat"])
+def test_neither_is_it_one_in_a_process_of_its_own(own, name):
     folder, marker = own
-    command = [sys.executable, "-m", "moeflow", "info", str(folder)]
-    done = subprocess.run(command, input="yes\n", capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "moeflow", name, str(folder)]
+    done = subprocess.run(command, input="y\nyes\n", capture_output=True, text=True, cwd=ROOT)
     assert not marker.exists()
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
@@ -83,6 +84,24 @@ def test_with_permission_the_own_classes_run_with_the_same_bits(own, mixtral_fol
             found.append(model(ids).logits)
     assert marker.exists()
     assert torch.equal(*found)
+
+
+def test_with_permission_a_folder_loads_whose_python_is_only_a_causal_model(own, mixtral_folder):
+    folder, marker = own
+    file = folder / "config.json"
+    names = {"model_type": "mixtral", "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **names}))
+    code = folder / "modeling_own.py"
+    code.write_text(code.read_text().replace("config_class = OwnConfig", "config_class = MixtralConfig"))
+    ids, found, ran = torch.arange(1, 9)[None], [], []
+    for source, options in ((mixtral_folder, {}), (folder, {}), (folder, {"trust_remote_code": True})):
+        model = load_moe(source, expert_memory="50%", **options)
+        with model.moeflow, torch.no_grad():
+            found.append(model(ids).logits)
+        ran.append((marker.exists(), type(model).__name__))
+    assert ran == [(False, "MixtralForCausalLM"), (False, "MixtralForCausalLM"), (True, "OwnForCausalLM")]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
 
 
 def test_a_tokenizer_with_python_of_its_own_is_refused(own):

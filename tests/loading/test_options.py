@@ -63,3 +63,37 @@ def test_a_format_is_told_by_its_full_name():
     assert LoadOptions().weight_format is None
     with pytest.raises(ConfigError):
         LoadOptions(quantization="int5")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "fp8"}, "float32, bfloat16, float16 or float64"),
+        ({"dtype": "float8_e4m3fn"}, "float32, bfloat16, float16 or float64"),
+        ({"dtype": "int8"}, "float32, bfloat16, float16 or float64"),
+        ({"dtype": "nn"}, "dtype is 'nn'"),
+        ({"dtype": 3}, "dtype is 3"),
+        ({"dtype": float}, "dtype is <class 'float'>"),
+        ({"device": None}, "cuda:N"),
+        ({"device": 10**30}, "cuda:N"),
+        ({"device": "xpu"}, "not supported"),
+        ({"quantization": ["int4"]}, "quantization is"),
+        ({"predictor": 3}, "predictor is 3"),
+        ({"trace": 3}, "trace is 3"),
+        ({"trace": ""}, "trace is ''"),
+        ({"compile": "no"}, "True or False"),
+        ({"policy": ["lru"]}, "policy="),
+    ],
+)
+def test_an_option_of_another_kind_says_what_is_allowed(options, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        LoadOptions(**{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize("name", ["bf16", "BF16", "torch.bfloat16", "bfloat16"])
+def test_a_dtype_has_several_names(name):
+    assert str(LoadOptions(dtype=name).torch_dtype) == "torch.bfloat16"
+
+
+def test_the_processor_has_no_number():
+    assert str(LoadOptions(device="cpu:0").torch_device) == "cpu"

@@ -66,11 +66,36 @@ def test_malformed_budget_names_what_is_allowed(mixtral_folder, budget):
         ({"variant": "v2"}, "different files"),
         ({"subfolder": "part"}, "give that folder"),
         ({"torch_dtype": torch.float16}, "it is called dtype"),
+        ({"max_memory": {0: "1GB"}}, "expert_memory="),
+        ({"offload_folder": "here"}, "own files"),
+        ({"use_safetensors": False}, "safetensors only"),
+        ({"no_such_option": 1}, "options no_such_option"),
+        ({"attn_implementation": "best"}, "options attn_implementation"),
+        ({"generation_config": {"top_k": 5}}, "options generation_config"),
     ],
 )
 def test_options_that_cannot_be_obeyed_are_refused(mixtral_folder, options, match):
     with pytest.raises(ConfigError, match=match):
         load_moe(mixtral_folder, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["experts_implementation", "device_map", "quantization_config", "state_dict", "use_safetensors"]
+)
+def test_an_option_of_from_pretrained_that_is_none_is_not_given(mixtral_folder, name):
+    load_moe(mixtral_folder, expert_memory="50%", **{name: None}).moeflow.close()
+
+
+@pytest.mark.parametrize("model", [None, b"/model", "", 5, "x" * 5000, "a\0b", "~no-such-user/model"])
+def test_what_names_no_model_says_what_does(model):
+    with pytest.raises(ModelSourceError, match="folder"):
+        load_moe(model)
+
+
+def test_a_model_on_the_processor_by_number_runs(mixtral_folder):
+    model = load_moe(mixtral_folder, expert_memory="50%", device="cpu:0")
+    with model.moeflow, torch.no_grad():
+        assert model(PROMPT).logits.shape[1] == PROMPT.shape[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

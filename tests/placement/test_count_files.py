@@ -56,6 +56,69 @@ def test_a_bare_array_is_the_load(tmp_path):
     assert (workload.load.tolist(), workload.first_layer) == (LOAD, 1)
 
 
+STEPS = [[[0, 0, 0], [1, 0, 3], [4, 5, 0]], [[0, 0, 0], [0, 2, 0], [0, 0, 6]]]  # [steps, layers, experts] of LOAD
+
+
+def test_steps_of_sglang_are_summed_as_its_balancer_does(tmp_path):
+    workload = read_counts(write(tmp_path, {"logical_count": STEPS}))
+    assert (workload.load.tolist(), workload.first_layer) == (LOAD, 1)
+    with pytest.raises(PlacementError, match="logical_count has a count that is negative"):
+        read_counts(write(tmp_path, {"logical_count": [[[5, 1]], [[-1, 1]]]}))
+
+
+@pytest.mark.torch
+def test_what_torch_saved_is_read_and_nothing_else_is_unpickled(tmp_path):
+    import torch
+
+    counts, path = torch.tensor(STEPS, dtype=torch.int32), tmp_path / "a.pt"
+    for content in ({"rank": 0, "logical_count": counts}, {"load": counts.sum(0)[1:]}, counts.sum(0).bfloat16()):
+        torch.save(content, path)
+        assert read_counts(path).load.tolist() == LOAD
+    for content, told in (
+        ({"records": []}, "mode stat"),
+        ([1], "holds a list"),
+        ({"logical_count": "x"}, "not an array of numbers"),
+        ({"logical_count": object()}, "more than tensors"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(PlacementError, match=told):
+            read_counts(path)
+    path.write_bytes(b"\x80\x02junk")
+    with pytest.raises(PlacementError, match="is damaged"):
+        read_counts(path)
+
+
+TABLE = "0,0,0\n1,2,3\n\n4, 5,6.0\n"
+SGLANG_CSV = "layer_id,expert_id,count\n1,0,1\n1,1,2\n1,2,3\n2,0,4\n2,1,2\n2,1,3\n2,2,6\n"
+
+
+@pytest.mark.parametrize(
+    "text", [SGLANG_CSV, "\ufeff" + SGLANG_CSV.replace("\n", "\r\n"), "0,0,0\n1,2,3\n\n4, 5,6.0\n"]
+)
+def test_separated_values_are_sglangs_lines_or_a_table(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8", newline="")
+    workload = read_counts(tmp_path / "a.csv")
+    assert (workload.load.tolist(), workload.first_layer) == (LOAD, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "is empty"),
+        ("a,b\n1,2\n", "could not convert string to float: 'a'"),
+        ("1,2\n3\n", "rows of unequal lengths"),
+        ("layer_id,expert_id,count\n", "no rows"),
+        ("layer_id,expert_id,count\n1,2\n", "rows of unequal lengths"),
+        ("layer_id,expert_id,count\n0,1e9,5\n", "no whole number from 0 to 4095"),
+        ("layer_id,expert_id,count\n0,0.5,5\n", "no whole number from 0 to 4095"),
+        ("1,nan\n", "Counts are finite"),
+    ],
+)
+def test_bad_separated_values_are_refused(tmp_path, text, told):
+    with pytest.raises(PlacementError, match=told):
+        read_counts(write(tmp_path, text, "a.csv"))
+
+
 def test_the_real_deepseek_and_mixtral_files_are_read(data_folder):
     deepseek = read_counts(data_folder / "deepseek_v3_load" / "prefill_in512.json")
     assert (deepseek.shape, deepseek.first_layer) == ((58, 256), 3)
@@ -101,6 +164,13 @@ def test_the_real_deepseek_and_mixtral_files_are_read(data_folder):
 def test_a_bad_count_file_is_refused(tmp_path, content, told):
     with pytest.raises(PlacementError, match=told):
         read_counts(write(tmp_path, content))
+
+
+def test_json_that_is_nested_deeply_is_refused_and_a_byte_order_mark_is_read(tmp_path):
+    with pytest.raises(PlacementError, match="is not JSON"):
+        read_counts(write(tmp_path, "[" * 100_000))
+    (tmp_path / "a.json").write_text(json.dumps({"load": LOAD}), encoding="utf-8-sig")
+    assert read_counts(tmp_path / "a.json").load.tolist() == LOAD
 
 
 def test_files_that_are_none_are_refused(tmp_path):

@@ -115,7 +115,13 @@ def test_a_bad_plan_is_refused(tmp_path, change, told):
 def test_files_that_are_no_plans_are_refused(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    for name, told in (("list.json", "is no plan"), ("binary.json", "no JSON"), ("absent.json", "cannot be read")):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name, told in (
+        ("deep.json", "no JSON"),
+        ("list.json", "is no plan"),
+        ("binary.json", "no JSON"),
+        ("absent.json", "cannot be read"),
+    ):
         with pytest.raises(PlacementError, match=told):
             read_plan(tmp_path / name)
 

@@ -129,9 +129,13 @@ def test_files_that_are_none_are_refused(tmp_path):
     write(tmp_path, "gpus = [", "bad.toml")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     (tmp_path / "folder.toml").mkdir()
+    write(tmp_path, "[" * 100_000, "deep.json")
+    write(tmp_path, "a = " + "[" * 100_000, "deep.toml")
     for name, told in (
         ("bad.toml", "not TOML"),
         ("binary.json", "not JSON"),
+        ("deep.json", "not JSON"),
+        ("deep.toml", "not TOML"),
         ("folder.toml", "cannot be read"),
         ("absent.toml", "cannot be read: No such file"),
         ("t.yaml", r"ends in \.json or \.toml"),

@@ -21,7 +21,7 @@ def test_measured_values_without_a_name_stand_for_all(tmp_path):
     realised = read_realised(path)
     assert realised.recall_by_distance == {"all": {"1": 0.5}}
     assert realised.wasted_bytes == {"all": 7}
-    path.write_text(json.dumps(MEASURED["rows"]))
+    path.write_text(json.dumps(MEASURED["rows"]), encoding="utf-8-sig")
     assert read_realised(path).rows == MEASURED["rows"]
 
 
@@ -29,6 +29,7 @@ def test_measured_values_without_a_name_stand_for_all(tmp_path):
     ("content", "words"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("3", "holds a int"),
         ('{"rows": 3}', "rows of .* is a int"),
         ('[{"policy": "a", "residency": 15, "hit_rate": 1.5}]', "row 0 of"),

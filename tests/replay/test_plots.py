@@ -1,12 +1,15 @@
 """Figures: right kind of file, the same bytes each time, every policy named, colours that follow the page."""
 
+import os
 import re
+import subprocess
 import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from helpers.paths import ROOT
 from moeflow.errors import ConfigError
 from moeflow.replay.plots import heat_map_figure, hit_rate_figure, page_svg, recall_figure, save_figure
 
@@ -105,6 +108,18 @@ def test_other_kinds_of_plot_are_refused(tmp_path, name):
 def test_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere/a\.png cannot be written"):
         save_figure(hit_rate_figure(ROWS), tmp_path / "nowhere" / "a.png")
+
+
+@pytest.mark.slow
+def test_a_backend_of_the_notebook_that_started_the_process_is_no_matter():
+    program = (
+        "import os; from moeflow.replay.plots import hit_rate_figure; "
+        "hit_rate_figure([{'policy': 'lru', 'residency': 50, 'hit_rate': 0.5}]); print(os.environ['MPLBACKEND'])"
+    )
+    backend = "module://no_such_package.backend_inline"
+    environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{backend}\n", "")
 
 
 def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch):

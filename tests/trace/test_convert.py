@@ -73,7 +73,8 @@ def test_the_real_olmoe_lines_are_converted_whole(data_folder, tmp_path, capsys)
 
 def test_lines_begin_a_sequence_where_the_count_starts_again(tmp_path):
     lines = [(1, [[0, 1], [2, 3]]), (2, [[0], [1, 2]]), (1, [[1, 2], [3]])]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"tok": t, "layers": e}) + "\n" for t, e in lines))
+    text = "".join(json.dumps({"tok": t, "layers": e}) + "\n" for t, e in lines)
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8-sig")
     convert_trace(tmp_path / "a.jsonl", tmp_path / "t", num_experts=8)
     trace = RoutingTrace.open(tmp_path / "t")
     assert trace.sequence.tolist() == [0, 0, 1]
@@ -86,6 +87,7 @@ def test_lines_begin_a_sequence_where_the_count_starts_again(tmp_path):
     [
         "{",
         "3",
+        "[" * 100_000,
         '{"tok": 2}',
         '{"tok": "a", "layers": [[1, 2]]}',
         '{"tok": 2, "layers": [[1, 2], [3, 4]]}',
@@ -119,6 +121,13 @@ def test_a_damaged_gpt_oss_folder_is_refused(tmp_path, changes):
     with pytest.raises(TraceError, match="g"):
         convert_trace(tmp_path / "g", tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+def test_descriptions_of_sequences_nested_deeply_are_refused(tmp_path):
+    write_gpt_oss(tmp_path / "g")
+    (tmp_path / "g" / "sequences.json").write_text("[" * 100_000)
+    with pytest.raises(TraceError, match="cannot be read"):
+        convert_trace(tmp_path / "g", tmp_path / "t")
 
 
 def test_missing_sources_and_existing_traces_are_refused(tmp_path):

@@ -1,0 +1,80 @@
+"""The messages of a request: a role and a text each; whatever else one holds is refused by its name."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection
+from typing import Any
+
+from moeflow.errors import ConfigError
+from moeflow.hf.encoding import check_text
+
+ROLES = ("system", "user", "assistant")
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
+
+def short(value: object) -> str:
+    """Return a value as an error shows it, whatever its size and depth."""
+    return _REPR.repr(value)
+
+
+def refuse_unknown(entry: dict[str, Any], allowed: Collection[str], owner: str) -> None:
+    """Refuse fields that would have no effect; null, an empty list and an empty object say nothing.
+
+    Args:
+        entry: an object of the file.
+        allowed: the fields that are read.
+        owner: how an error calls the object.
+
+    Raises:
+        ConfigError: there is one; the message names it and what is allowed.
+    """
+    unknown = [name for name, value in entry.items() if name not in allowed and value not in (None, [], {})]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ConfigError(f"{owner} has {', '.join(map(short, unknown[:5]))}{more}; known are {', '.join(allowed)}")
+
+
+def read_messages(messages: object) -> list[dict[str, str]]:
+    """Return messages with "role" and "content", the texts of a content's parts joined.
+
+    Args:
+        messages: what a request's "messages" hold.
+
+    Raises:
+        ConfigError: no messages, none of a user with words, or one holds something that no prompt could tell; the
+            message names it.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f'its messages are {short(messages)}; they must be a list of {{"role", "content"}}')
+    read = [_message(place, message) for place, message in enumerate(messages, 1)]
+    if all(message["role"] != "user" or not message["content"].strip() for message in read):
+        raise ConfigError("its messages have none of a user with text in it")
+    return read
+
+
+def _message(place: int, message: object) -> dict[str, str]:
+    name = f"message {place}"
+    if not isinstance(message, dict):
+        raise ConfigError(f'{name} is {short(message)}; it must be {{"role", "content"}}')
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ConfigError(f"{name} has the role {short(role)}; it must be one of {', '.join(ROLES)}")
+    refuse_unknown(message, ("role", "content"), name)
+    if isinstance(content, list):
+        content = "".join(_part(f"part {number} of {name}", part) for number, part in enumerate(content, 1))
+    if not isinstance(content, str):
+        raise ConfigError(f"{name} has {short(content)} as content; only text can be read")
+    return {"role": role, "content": check_text(content, name)}
+
+
+def _part(name: str, part: object) -> str:
+    if not isinstance(part, dict) or part.get("type", "text") != "text":
+        found = part.get("type") if isinstance(part, dict) else part
+        raise ConfigError(f"{name} is {short(found)}; only text parts can be read")
+    refuse_unknown(part, ("type", "text"), name)
+    if not isinstance(part.get("text"), str):
+        raise ConfigError(f"{name} has {short(part.get('text'))} as text; it must be a text")
+    return part["text"]

@@ -1,0 +1,34 @@
+"""`moeflow chat` and `moeflow generate`: prompts that are no text are refused before a model is loaded."""
+
+import io
+import sys
+
+import pytest
+
+from moeflow.cli.main import main
+
+SURROGATE = "a\udcff"  # how Python gives the byte 0xff of a command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "told"),
+    [
+        (["generate", "no/model"], io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"), "standard input is no UTF-8 text"),
+        (
+            ["generate", "no/model"],
+            io.StringIO(SURROGATE),
+            "prompt on standard input has '\\udcff'",
+        ),
+        (["generate", "no/model"], io.StringIO("\ufeff\n"), "the prompt is empty"),
+        (["generate", "no/model", SURROGATE], io.StringIO(), "the prompt has '\\udcff' at character 2"),
+        (["chat", "no/model", "--system", SURROGATE], io.StringIO("hi"), "--system has '\\udcff' at character 2"),
+        (["generate", "no/model", "hi", "--temperature", "nan"], io.StringIO(), "temperature is nan"),
+        (["generate", "no/model", "hi", "--seed", str(2**70)], io.StringIO(), "seed is 1180591620717411303424"),
+    ],
+)
+def test_what_is_no_text_or_no_number_is_one_line(monkeypatch, capsys, arguments, stdin, told):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
