@@ -16,7 +16,7 @@ from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_file import PACKED_FILE, packed_dtype, read_packed
-from moeflow.dtypes import parse_dtype
+from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.hf import pretrained
 from moeflow.hf.config_file import check_counts, load_config
@@ -125,8 +125,9 @@ class ModelFolder:
         found = pretrained.own_dtype(self.config)
         if found is not None:
             return found
-        of_weights = (packed_dtype(self.path) if self.packed else None) or self.checkpoint.dtype
-        return torch.float32 if of_weights is None else parse_dtype(of_weights, f"{self.path}: dtype of the weights")
+        of_weights = (packed_dtype(self.path) if self.packed else None) or self.checkpoint.dtype or ""
+        named = FLOAT_DTYPES.get(of_weights) or getattr(torch, of_weights, None)
+        return named if isinstance(named, torch.dtype) else torch.float32
 
     def empty_model(self) -> PreTrainedModel:
         """Build the model on the meta device, with experts and without any weight.
