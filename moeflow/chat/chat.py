@@ -129,7 +129,7 @@ class Chat:
         self.screen.note("conversation forgotten")
 
     def _system(self, argument: str) -> None:
-        self.conversation.system = argument or None
+        self.conversation.system = check_text(argument, "the system prompt") or None
         self.screen.note("system prompt set" if argument else "system prompt removed")
 
     def _save(self, argument: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moeflow.atomic_file import write_atomically
 from moeflow.errors import MoeflowError
+from moeflow.hf.encoding import check_text
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ class Conversation:
         for number, message in enumerate(messages, 1):
             if not isinstance(message, dict) or not isinstance(message.get("content"), str):
                 raise MoeflowError(f'{wanted} with "role" and "content" text; message {number} is something else')
+            check_text(message["content"], f"message {number} of {path}")
         system = messages.pop(0)["content"] if messages and messages[0].get("role") == "system" else None
         roles = [message.get("role") for message in messages]
         if roles != ["user", "assistant"] * (len(roles) // 2):

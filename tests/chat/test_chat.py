@@ -1,5 +1,6 @@
 """The chat on a real pseudo-terminal and in real pipes, with a tiny random Mixtral run by moeflow."""
 
+import io
 import json
 import re
 import shutil
@@ -9,7 +10,11 @@ import sys
 import pytest
 
 from helpers.paths import ROOT
-from helpers.terminal import ENDLESS, PROMPT, open_terminal
+from helpers.terminal import EIGHT, ENDLESS, PROMPT, open_terminal
+from moeflow.chat.chat import Chat
+from moeflow.chat.conversation import Conversation
+from moeflow.chat.screen import Screen
+from moeflow.errors import ConfigError
 
 ANSWERING = re.compile(r"(?:[a-z] ?){60}")  # the model says nothing else, and nobody else that many in a row
 
@@ -160,3 +165,12 @@ def test_module_imports_neither_torch_nor_rich():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_system_prompt_that_is_no_text_is_refused_and_the_old_one_stays(model, tokenizer, tmp_path):
+    screen = Screen(io.StringIO(), True)
+    chat = Chat(io.StringIO(), model, tokenizer, screen, Conversation("old"), EIGHT)
+    with pytest.raises(ConfigError, match="the system prompt has"):
+        chat.commands["/system"][0]("a\udcff")
+    chat.commands["/save"][0](str(tmp_path / "saved.json"))
+    assert json.loads((tmp_path / "saved.json").read_text()) == [{"role": "system", "content": "old"}]

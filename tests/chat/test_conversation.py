@@ -109,6 +109,7 @@ def test_long_conversation_never_fails(tokenizer, tmp_path):
         ('[{"role": "user"}]', "message 1 is something else"),
         ('[{"role": "user", "content": ["a"]}]', "message 1 is something else"),
         ('["a"]', "message 1 is something else"),
+        ('[{"role": "user", "content": "\\ud800"}]', "message 1 of .*which is no text"),
         ('[{"role": "user", "content": "a"}]', "take turns"),
         ('[{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]', "take turns"),
         ('[{"role": "system", "content": "a"}, {"role": "system", "content": "a"}]', "take turns"),
