@@ -233,7 +233,7 @@ def read(draw):
 def replay(draw):
     shape = [draw.choice(SIZES) if draw.random() < WRONG / 4 else size for size in (6, 2, 3)]
     routes = np.random.default_rng(draw.randrange(99)).integers(-1, 9, shape).astype(draw.choice((np.int16, np.int64)))
-    routes = routes.astype(float) if draw.random() < WRONG else routes[0] if draw.random() < WRONG else routes
+    routes = routes.astype(float) if draw.random() < WRONG else routes.reshape(-1) if draw.random() < WRONG else routes
     if draw.random() < WRONG and routes.size:
         routes.flat[0] = 2**15 - 1
     num_experts, num_slots, starts = count(draw, 8), count(draw, draw.choice((3, 5, 40))), numbers(draw, [0, 2, 6])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.triton_experts import DEVICE, SILU, Experts, decode, error, group, prefill, routed
 from moeflow.core import RecordLayout
+from moeflow.errors import ConfigError
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.quantization.formats import FORMATS
 from moeflow.kernels.triton import matrix
@@ -226,3 +227,28 @@ def test_what_the_kernels_cannot_read_is_declined():
     assert TritonExperts.build(RecordLayout.pack(wide), SILU) is not None
     assert TritonExperts.build(RecordLayout.pack([*wide, ("router", "F32", (2, 2))]), SILU) is None
     assert TritonExperts.build(RecordLayout.pack(wide), SILU._replace(kind="swish")) is None
+
+
+def test_tensors_that_the_kernels_would_misread_are_refused():
+    experts = Experts("float32", 60, 40)
+    x, slots, weights = routed(experts, 3, 2, torch.float32)
+    kernels, arena, flat, meta = experts.kernels, experts.arena, slots.flatten(), torch.device("meta")
+    rows = torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    offsets, outputs = torch.tensor([0, 6], dtype=torch.int32, device=DEVICE), torch.zeros(6, 60, device=DEVICE)
+    right = (x, arena, slots[:1, 0], rows, offsets, rows, outputs)
+    calls = [
+        *(lambda x=wrong: kernels.decode(x, arena, slots, weights) for wrong in (x[:2], x[:, :59], x.double(), x[0])),
+        *(lambda a=wrong: kernels.decode(x, a, slots, weights) for wrong in (arena[:, :64], arena.to(meta), arena[0])),
+        *(lambda s=wrong: kernels.decode(x, arena, s, weights) for wrong in (slots.long(), slots[0], slots.to(meta))),
+        *(lambda w=wrong: kernels.decode(x, arena, slots, w) for wrong in (weights[:2], weights.long(), weights[0])),
+        *(lambda t=wrong: kernels.pairs(x, arena, t, flat) for wrong in (rows[:5], rows.long(), rows.to(meta))),
+        *(lambda n=number: kernels.prefill(*right[:n], right[n].to(meta), *right[n + 1 :]) for number in range(7)),
+        lambda: kernels.prefill(*right[:4], offsets[:1], rows, outputs),
+        lambda: kernels.prefill(*right[:5], rows[:5], outputs),
+        lambda: kernels.combine(outputs, weights[:2], torch.float32),
+        lambda: kernels.combine(outputs.half(), weights, torch.float32),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"Give|Allowed"):
+            call()
+    prefill(experts, x, slots, weights)
