@@ -148,8 +148,8 @@ class SequenceRotary:
         twin = copy.copy(self._module)
         twin.__dict__.pop("forward", None)
         twin._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in twin._buffers.items()}
-        positions = call.arguments["position_ids"]
-        self._compute(twin, call, torch.zeros_like(positions[..., :1]))  # a short call resets the state
+        for length in (self._longest, 1):  # a short call behind a long one resets any state, half changed ones as well
+            self._compute(twin, call, torch.full_like(call.arguments["position_ids"][..., :1], length - 1))
         return twin
 
     def _compute(

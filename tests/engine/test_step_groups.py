@@ -138,6 +138,8 @@ def test_a_sequence_that_fails_while_it_decodes_fails_alone(offloaded, expected,
 
 
 def test_a_closed_engine_leaves_no_thread_and_remembers_no_sequence(offloaded):
+    engine = Engine(offloaded)  # its pass starts the model's reading threads
+    engine.close()
     before = set(threading.enumerate())
     engine = Engine(offloaded, group_size=2)
     answers(engine)

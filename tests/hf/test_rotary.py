@@ -60,6 +60,18 @@ def test_each_sequence_of_a_pass_is_scaled_as_alone_and_the_module_stays_as_it_w
     assert before.keys() == module.state_dict().keys()
 
 
+def test_a_state_that_generate_of_another_thread_has_half_changed_does_no_harm():
+    model = rope_model("dynamic")
+    rotaries, module, span = learnt(model), model.model.rotary_emb, [Span(10, 10)]
+    positions = torch.arange(10)[None]
+    wanted = copy.deepcopy(module)(torch.zeros(1, 10, 32), positions)
+    module(torch.zeros(1, 1, 32), torch.tensor([[60]]))
+    module.max_seq_len_cached = ORIGINAL  # while the frequencies are those of 61 positions
+    with rotaries.running(span):
+        found = module(torch.zeros(1, 10, 32), positions)
+    assert all(torch.equal(ours, its) for ours, its in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_model_has_rotary_embeddings_of_its_own(duplicate):
     model = rope_model("dynamic")
