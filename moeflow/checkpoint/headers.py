@@ -21,6 +21,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 SMALL_HEADER_BYTES = 4_000_000  # larger ones must be smaller than the tensors that they describe
+MAX_TENSORS = 200_000  # in one file; a quantised model of 235B parameters has 150,000 in all its files
 DTYPES_OF_MODELS = ("F64", "F32", "BF16", "F16")
 _DTYPE_BITS = {name: 8 * size for name, size in DTYPE_BYTES.items()} | {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8
@@ -164,6 +165,12 @@ def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
                     "Download it again, and from a source that you trust."
                 )
             text = handle.read(length)
+            num_tensors = text.count(b"data_offsets")
+            if num_tensors > MAX_TENSORS:
+                raise CheckpointError(
+                    f"{file} has {num_tensors:,} tensors in its header, and at most {MAX_TENSORS:,} in one file are "
+                    "allowed. Save the model in smaller shards: save_pretrained(folder, max_shard_size=...)."
+                )
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     try:
@@ -199,6 +206,8 @@ def _check_metadata(metadata: Any) -> None:
 def _entry(info: dict[str, Any], number: int, data: int) -> TensorEntry:
     """Return a tensor's place from what the header says of it; `data` is where the tensors' bytes begin."""
     dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(shape, list):
+        raise ValueError(f"{shape!r} is not a shape")
     for value in (begin, end, *shape):
         if type(value) is not int or not 0 <= value < _MOST:
             raise ValueError(f"{value!r} is not a size or an offset")

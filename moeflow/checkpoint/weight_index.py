@@ -12,6 +12,7 @@ from moeflow.errors import CheckpointError
 from moeflow.formatting import brief
 
 _MAX_INDEX_BYTES = 100_000_000  # ten times the index of a model of 671B parameters
+_MAX_SHARDS = 10_000
 
 
 class WeightIndex(NamedTuple):
@@ -51,10 +52,16 @@ def read_weight_index(file: Path) -> WeightIndex:
         raise CheckpointError(f"{file} is not a safetensors index ({brief(error)}). Download it again.") from None
     if not weight_map:
         raise CheckpointError(f"{file} names no tensor: its weight_map is empty. Download it again.")
-    for name in {shard if isinstance(shard, str) else repr(shard): shard for shard in weight_map.values()}.values():
-        _check_shard(file, name)
+    odd = next((shard for shard in weight_map.values() if not isinstance(shard, str)), None)
+    if odd is not None or None in weight_map.values():
+        raise CheckpointError(f"{file} says {brief(odd)} where the name of a file should be. Download it again.")
+    shards = sorted(set(weight_map.values()))
+    if len(shards) > _MAX_SHARDS:
+        raise CheckpointError(f"{file} names {len(shards):,} files, at most {_MAX_SHARDS:,} are allowed.")
+    for shard in shards:
+        _check_shard(file, shard)
     dtype = metadata.get("dtype")
-    return WeightIndex(sorted(set(weight_map.values())), weight_map, dtype if isinstance(dtype, str) else None)
+    return WeightIndex(shards, weight_map, dtype if isinstance(dtype, str) else None)
 
 
 def _table(index: Any, name: str) -> dict[str, Any]:
@@ -64,9 +71,9 @@ def _table(index: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def _check_shard(file: Path, name: Any) -> None:
+def _check_shard(file: Path, name: str) -> None:
     """Refuse what is not the name of a safetensors file in the index's folder or below it."""
-    path = PurePosixPath(name if isinstance(name, str) else "")
+    path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise CheckpointError(
             f"{file} names the file {brief(name)!r}, which lies outside the folder; only files in the folder and below "

@@ -5,9 +5,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import deserialize
 from safetensors.numpy import save_file
 
 from helpers.large_checkpoint import write_large_checkpoint
@@ -130,3 +135,107 @@ def test_671b_index_opens_from_its_headers_in_little_memory(tmp_path):
     assert counts.split()[:2] == [str(num_tensors), "163"]
     assert int(peak) < 300e6
     shutil.rmtree(tmp_path)
+
+
+def test_empty_file_that_hides_the_shards_is_named(folder):
+    (folder / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is empty, and it comes before the shards"):
+        open_checkpoint(folder)
+
+
+def entry(begin, end, *, dtype="F32", shape=(2,)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ({"a": entry(0, 8), "b": entry(0, 8)}, "no gap or overlap"),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, "no gap or overlap"),
+        ({"a": entry(8, 16)}, "no gap or overlap"),
+        ({"a": entry(0, 8)}, "8 bytes behind its header's last tensor"),
+        ({"a": entry(0.0, 8)}, "not a size or an offset"),
+        ({"a": entry(False, 8)}, "not a size or an offset"),
+        ({"a": entry(-8, 0)}, "not a size or an offset"),
+        ({"a": entry(0, 8, shape=[True])}, "not a size or an offset"),
+        ({"a": entry(0, 8, shape={"2": 1})}, "not a shape"),
+        ({"a": entry(0, 8, dtype=["F32"])}, "corrupt header"),
+        ({"a" * 9000: entry(0, 8, dtype="Q" * 9000)}, r"corrupt header.*9,031 letters"),
+        (b'{"a": {}, "a": {}}', "stands there twice"),
+        (b'{"a": ' + b"[" * 100_000, "corrupt header"),
+        (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', "not JSON"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "corrupt header"),
+        ({"__metadata__": {"a": 1}}, "not a table of texts"),
+        (b"{" + b" " * 4_000_001 + b"}", "header of 4,000,003 bytes for 16 bytes of tensors"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_hostile_header_is_refused_in_a_short_line(tmp_path, header, match):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(CheckpointError, match=match) as caught:
+        open_checkpoint(tmp_path)
+    assert "model.safetensors" in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_header_of_too_many_tensors_is_refused_before_it_is_read(tmp_path):
+    text = b'{"data_offsets": 1,' * 200_001
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(1 << 30)
+    with pytest.raises(CheckpointError, match="200,001 tensors"):
+        open_checkpoint(tmp_path)
+
+
+def _containers(values):
+    return st.one_of(
+        st.lists(values, max_size=2), st.dictionaries(st.sampled_from(["x", "y", "q"]), values, max_size=3)
+    )
+
+
+_SIZES = st.one_of(st.integers(-1, 24), st.sampled_from([0, 4, 8, 16, True, 8.0, None, 1 << 64, "8"]))
+_SHAPES = st.lists(st.one_of(st.integers(-1, 4), st.sampled_from([0, 1, 2, True, 2.0, 1 << 63])), max_size=3)
+_DTYPES = st.sampled_from(["F32", "F16", "BF16", "U8", "F4", "F6_E2M3", "F8_E8M0", "C64", "Q", "", None, 1])
+_INFOS = st.one_of(
+    st.fixed_dictionaries(
+        {"dtype": _DTYPES, "shape": _SHAPES, "data_offsets": st.lists(_SIZES, min_size=1, max_size=3)},
+        optional={"more": st.sampled_from([1, "x", [], {"a": None}])},
+    ),
+    st.sampled_from([None, [], 7, {}]),
+)
+_RIGHT = {"x": entry(0, 8), "y": entry(8, 16, dtype="BF16", shape=[2, 2]), "z": entry(16, 16, shape=[0])}
+_NAMES = st.sampled_from(["x", "y", "z", "", "__metadata__", "a" * 300, "\u00e9"])
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(
+    changes=st.dictionaries(_NAMES, _INFOS, max_size=2),
+    kept=st.sets(st.sampled_from(["x", "y", "z"])),
+    cut=st.one_of(st.none(), st.integers(0, 250)),
+    flipped=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 255)), max_size=2),
+    num_bytes=st.sampled_from([16, 8, 0, 17]),
+    index=st.one_of(st.none(), st.recursive(st.sampled_from([1, None, "model-1.safetensors", "x"]), _containers)),
+)
+def test_any_header_and_index_is_refused_or_read_as_safetensors_reads_it(changes, kept, cut, flipped, num_bytes, index):
+    text = json.dumps({**{name: _RIGHT[name] for name in sorted(kept)}, **changes}).encode()
+    data = bytearray(struct.pack("<Q", len(text)) + text + bytes(range(num_bytes)))[:cut]
+    for place, bits in flipped:
+        if place < len(data):
+            data[place] ^= bits
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / ("model.safetensors" if index is None else "model-1.safetensors")
+        file.write_bytes(data)
+        if index is not None:
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        try:
+            found = open_checkpoint(folder)
+        except CheckpointError:
+            return
+        expected = dict(deserialize(bytes(data)))
+        assert found.tensors.keys() == expected.keys()
+        for name, place in found.tensors.items():
+            assert data[place.begin : place.begin + place.num_bytes] == expected[name]["data"]
+            assert (place.dtype, list(place.shape)) == (expected[name]["dtype"], expected[name]["shape"])

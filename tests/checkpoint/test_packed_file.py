@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from moeflow import load_moe
 from moeflow.checkpoint.packed_file import PACKED_FILE
 from moeflow.convert.pack import pack_model
 from moeflow.errors import CheckpointError, ConfigError, ExpertReadError
+from moeflow.hf.model_folder import ModelFolder
 
 PROMPT = torch.arange(1, 12).unsqueeze(0)
 
@@ -206,3 +209,71 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(mixtral_folder, 
     with pytest.raises(ConfigError, match="5 are free"):
         pack_model(mixtral_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def rewrite_header(folder, change):
+    """Change a packed file's header and give it a checksum that agrees, as one who means harm would."""
+    file = folder / PACKED_FILE
+    data = file.read_bytes()
+    length = int.from_bytes(data[8:16], "little")
+    records = data[-(-(24 + length) // 4096) * 4096 :]
+    header = json.loads(data[24 : 24 + length])
+    text = change(header) or json.dumps(header).encode()
+    prefix = data[:8] + struct.pack("<QII", len(text), zlib.crc32(text), 0)
+    begin = prefix + text
+    file.write_bytes(begin.ljust(-(-len(begin) // 4096) * 4096, b"\0") + records)
+
+
+ODD_NUMBERS = [None, -1, 1.5, True, "4", [], 10**12, 10**30]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: b"[" * 100_000,
+        lambda header: b"[]",
+        lambda header: b"\xff",
+        lambda header: header.update(layers={}),
+        lambda header: header["layers"][0].update(name=5),
+        lambda header: header["layers"][0].update(name="x" * 100_000),
+        lambda header: header["layers"][1].update(offset=header["layers"][0]["offset"]),
+        *[lambda header, odd=odd: header["layers"][0].update(num_experts=odd) for odd in ODD_NUMBERS],
+        *[lambda header, odd=odd: header["layers"][0]["records"][0].update(record_bytes=odd) for odd in ODD_NUMBERS],
+        *[
+            lambda header, odd=odd: header["layers"][0]["records"][0]["tensors"][1].update(offset=odd)
+            for odd in [*ODD_NUMBERS, 0]
+        ],
+        *[
+            lambda header, odd=odd: header["layers"][0]["records"][0]["tensors"][0].update(shape=odd)
+            for odd in (None, "ab", [-1], [1.5], [True], [10**30])
+        ],
+        *[
+            lambda header, odd=odd: header["layers"][0]["records"][0]["tensors"][0].update(dtype=odd)
+            for odd in (None, 1, ["F32"], "Q")
+        ],
+        *[
+            lambda header, odd=odd: header["layers"][0].update(offset=odd)
+            for odd in (None, 4096, "x", "-00000000000fff0", "0x00000000001000", "f" * 16, "0" * 16, "f" * 5000)
+        ],
+        *[
+            lambda header, odd=odd: header["layers"][0].update(crc32=odd)
+            for odd in (None, [], ["z" * 8] * 8, ["-0000001"] * 8, [1] * 8)
+        ],
+        *[
+            lambda header, odd=odd: header["layers"][0].update(record_of=odd)
+            for odd in (None, [], [1] * 8, [-1] * 8, "0" * 8)
+        ],
+    ],
+)
+def test_hostile_header_with_a_right_checksum_is_refused_in_a_short_line(damaged, change):
+    rewrite_header(damaged, change)
+    opened = ModelFolder(damaged)
+    with pytest.raises(CheckpointError, match=r"experts\.moeflow") as caught:
+        opened.layers(opened.empty_model())
+    assert len(str(caught.value)) < 700
+
+
+def test_header_that_was_written_anew_unchanged_is_read(damaged):
+    rewrite_header(damaged, lambda header: None)
+    opened = ModelFolder(damaged)
+    assert len(opened.layers(opened.empty_model())) == 3
