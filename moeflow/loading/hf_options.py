@@ -38,7 +38,7 @@ _REFUSED = {
     "offload_buffers": _ON_DISK,
     "offload_state_dict": _ON_DISK,
     "low_cpu_mem_usage": "weights are never in memory twice",
-    "use_safetensors": "moeflow never unpickles weights",
+    "use_safetensors": "moeflow reads safetensors only and never unpickles",
     "weights_only": "moeflow never unpickles weights",
     "load_in_8bit": 'give quantization="int8" instead',
     "load_in_4bit": 'give quantization="int4" instead',
