@@ -17,8 +17,9 @@ from moeflow.hf.model_folder import ModelFolder
 from moeflow.hf.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, prune_experts
 from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.hf_options import refuse_unknown, taken_hf_options
 from moeflow.loading.live_predictor import build_predictor
-from moeflow.loading.options import LoadOptions, accepted_hf_options
+from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
 from moeflow.trace.recorder import attach_recorder
@@ -69,7 +70,9 @@ def load_moe(
         compile: let generate() run its decode steps through torch.compile, with a static key-value cache: the first
             call takes about a minute longer, the others are faster. Last bits differ from those without it.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
-        **hf_kwargs: passed to transformers' from_pretrained.
+        **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
+            `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
+            `disable_mmap` and `output_loading_info`. Others are refused, each with what to use instead.
 
     Returns:
         The transformers model, of the class that its config names, in eval mode, with `model.moeflow` (an
@@ -86,9 +89,10 @@ def load_moe(
     options = LoadOptions(
         device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, compile, trace
     )
-    hf_options = accepted_hf_options(hf_kwargs)
+    hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
     folder = ModelFolder.of_hf_options(model, hf_options)
+    refuse_unknown(hf_options)
     on_cpu = options.torch_device.type == "cpu"
     placement = {} if on_cpu else {"device_map": {"": options.torch_device}}
     loaded, info, experts = pretrained.load_without_experts(

@@ -220,37 +220,3 @@ class LoadOptions:
 def flag_options() -> list[Field]:
     """Return the options that are flags of the command line, in the order of the fields."""
     return [option for option in fields(LoadOptions) if option.metadata["flag"] is not None]
-
-
-# Options of from_pretrained that load_moe cannot obey, each with the remedy.
-_REFUSED = {
-    "device_map": "give device= instead: the dense weights go to one device",
-    "quantization_config": "a quantised checkpoint is read as it is; quantization= quantises another's experts",
-    "experts_implementation": "load_moe is an experts implementation itself",
-    "state_dict": "weights are read from the checkpoint only",
-    "gguf_file": "GGUF checkpoints are not supported: use safetensors",
-    "variant": "experts and dense weights would come from different files",
-    "subfolder": "give that folder as the model",
-    "torch_dtype": "it is called dtype",
-    "key_mapping": "experts are found by transformers' own mapping",
-    "max_memory": "give expert_memory= instead",
-    "offload_folder": "experts stay in the checkpoint's own files",
-    "tp_plan": "moeflow parallel spreads experts over processes",
-}
-
-
-def accepted_hf_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options for from_pretrained; refuse those that load_moe cannot obey.
-
-    Args:
-        given: options that load_moe has not itself, by name; None is as good as not given for those it refuses.
-
-    Raises:
-        ConfigError: one of them is refused; the message names the remedy.
-    """
-    for name, value in given.items():
-        if name in _REFUSED and value is not None:
-            raise ConfigError(f"load_moe does not take {name}: {_REFUSED[name]}.")
-    if given.get("use_safetensors", True) is False:
-        raise ConfigError("load_moe does not take use_safetensors=False: it reads safetensors only.")
-    return {name: value for name, value in given.items() if name not in _REFUSED and name != "use_safetensors"}

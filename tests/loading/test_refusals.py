@@ -69,7 +69,7 @@ def test_malformed_budget_names_what_is_allowed(mixtral_folder, budget):
         ({"max_memory": {0: "1GB"}}, "expert_memory="),
         ({"offload_folder": "here"}, "own files"),
         ({"use_safetensors": False}, "safetensors only"),
-        ({"no_such_option": 1}, "options no_such_option"),
+        ({"no_such_option": 1}, "no_such_option: it is no option"),
         ({"attn_implementation": "best"}, "options attn_implementation"),
         ({"generation_config": {"top_k": 5}}, "options generation_config"),
     ],
