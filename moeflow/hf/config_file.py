@@ -22,7 +22,8 @@ with parts_of_transformers():
 
 # Many times what any published model has. Layers and experts are built one by one, and a config of a million would run
 # for minutes before it is seen not to fit its weights.
-_MOST = {"layer": 1000, "layers": 1000, "depth": 1000, "experts": 16384}
+_MOST = {"layer": 512, "layers": 512, "depth": 512, "experts": 16384, "labels": 100_000}
+_MOST_ENTRIES = 10_000  # of a list: one a layer, one a dimension, one an end token
 _DTYPES = ("dtype", "torch_dtype")
 
 
@@ -120,7 +121,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def check_counts(fields: dict[str, Any], source: str) -> None:
-    """Refuse counts of layers and experts that no model has, before anything is built.
+    """Refuse counts of layers, experts and labels that no model has, and endless lists, before anything is built.
 
     Args:
         fields: of a config, with those of its parts.
@@ -129,6 +130,10 @@ def check_counts(fields: dict[str, Any], source: str) -> None:
     Raises:
         ConfigError: a count is beyond all measure, or negative.
     """
+    for name, value in fields.items():
+        entries = _longest_list(value)
+        if entries > _MOST_ENTRIES:
+            raise ConfigError(f"{source}: {name} has {entries} entries; it may have {_MOST_ENTRIES}. Correct it.")
     for part in _parts(fields):
         for name, value in part.items():
             most = _MOST.get(name.rpartition("_")[2])
@@ -137,6 +142,18 @@ def check_counts(fields: dict[str, Any], source: str) -> None:
             for count in value if isinstance(value, list) else [value]:
                 if type(count) is int and (count > most or (count < 0 and name.startswith("num_"))):
                     raise ConfigError(f"{source}: {name} is {count!r:.40}; it may be 0 to {most}. Correct it.")
+
+
+def _longest_list(value: Any) -> int:
+    """Return the length of the longest list in a JSON value."""
+    longest, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            longest = max(longest, len(value))
+        if isinstance(value, (list, dict)) and len(value) <= _MOST_ENTRIES:
+            waiting += value.values() if isinstance(value, dict) else value
+    return longest
 
 
 def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:

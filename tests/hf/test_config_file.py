@@ -83,6 +83,9 @@ def test_a_count_of_another_type_or_size_names_file_and_field(folder, field, val
         ({"quantization_config": 5}, "quantization_config"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 5}}, "quantization_config"),
         ({"auto_map": 5}, "TypeError"),
+        ({"num_labels": 10**8}, "num_labels is 100000000"),
+        ({"eos_token_id": [2] * 100_000}, "eos_token_id has 100000 entries"),
+        ({"rope_parameters": {"short_factor": [1.0] * 100_000}}, "rope_parameters has 100000 entries"),
     ],
 )
 def test_a_field_that_cannot_be_is_named(folder, fields, said):
