@@ -15,6 +15,7 @@ Knows numbers and one file. Knows nothing of models or tensors.
 """
 
 import json
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -28,6 +29,8 @@ _VERSION = 1
 _EVEN_SHARE = 0.5  # of the tokens of other text, assumed to be routed evenly
 _PRIOR_TOKENS = 32  # an expert with fewer takes its layer's error more than its own
 _TINY = 1e-12
+# What numpy, zipfile and json raise for a damaged archive.
+_DAMAGES = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
 class ExpertStatistics(NamedTuple):
@@ -108,20 +111,30 @@ class ExpertStatistics(NamedTuple):
             with np.load(file, allow_pickle=False) as stored:
                 about = json.loads(str(stored["about"]))
                 arrays = {name: stored[name] for name in _ARRAYS}
+            version = about["version"]
+            found = cls(tuple(about["formats"]), tuple(about["num_experts"]), num_tokens=about["num_tokens"], **arrays)
+            _check_shapes(found)
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror or error}. Give a statistics file.") from error
-        except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        except _DAMAGES as error:
             raise ConfigError(f"{file} holds no calibration statistics ({error}). Measure them again.") from None
-        if about["version"] != _VERSION:
-            raise ConfigError(
-                f"{file} is version {about['version']}, this moeflow reads {_VERSION}. Measure them again."
-            )
-        return cls(
-            formats=tuple(about["formats"]),
-            num_experts=tuple(about["num_experts"]),
-            num_tokens=about["num_tokens"],
-            **arrays,
-        )
+        if version != _VERSION:
+            raise ConfigError(f"{file} is version {version}, this moeflow reads {_VERSION}. Measure them again.")
+        return found
+
+
+def _check_shapes(statistics: ExpertStatistics) -> None:
+    """Refuse arrays of other sizes than the layers, experts and formats; ValueError names one."""
+    layers, most, formats = len(statistics.num_experts), max(statistics.num_experts), len(statistics.formats)
+    shapes = {
+        "num_bytes": (layers, formats),
+        "routed": (layers, most),
+        "mean_weight": (layers, most),
+        "error": (layers, most, formats),
+    }
+    for name, shape in shapes.items():
+        if getattr(statistics, name).shape != shape:
+            raise ValueError(f"{name} is {getattr(statistics, name).shape} and should be {shape}")
 
 
 _ARRAYS = ("num_bytes", "routed", "mean_weight", "error", "divergence", "disturbance")

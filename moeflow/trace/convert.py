@@ -6,6 +6,7 @@ line. Needs numpy, not torch.
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ GPT_OSS_20B = "openai/gpt-oss-20b"
 _GPT_OSS_EXPERTS = 32
 _GPT_OSS_FACTS = ("dataset", "category", "prompt_tokens", "finished", "repetition", "duplicate")
 _ROWS_AT_ONCE = 8192
+# What numpy, zipfile and json raise for damaged files; a RecursionError is a RuntimeError.
+_DAMAGES = (
+    OSError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def convert_trace(
@@ -88,19 +93,31 @@ def _read_gpt_oss(folder: Path) -> tuple[list[dict], dict[str, np.ndarray]]:
             arrays = {name: archive[name] for name in names}
     except KeyError as error:
         raise TraceError(f"{archives[0]} lacks an array: {error}. It must hold {', '.join(names)}.") from None
-    except (OSError, ValueError, RecursionError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGES as error:
         raise TraceError(f"{folder} cannot be read ({error}). Copy it again.") from error
     experts, starts, lengths = arrays["expert_ids"], arrays["seq_start"], arrays["seq_len"]
     wrong = None
-    if experts.ndim != 3 or not experts.size:
+    if any(arrays[name].dtype.kind not in "iu" for name in names if name != "weights"):
+        wrong = "an array of numbers is not of whole numbers"
+    elif arrays["weights"].dtype.kind != "f":
+        wrong = f"weights are {arrays['weights'].dtype}, not floating-point numbers"
+    elif experts.ndim != 3 or not experts.size:
         wrong = f"expert_ids has the shape {list(experts.shape)}, not [tokens, layers, ranks]"
     elif arrays["weights"].shape != experts.shape or arrays["token_index"].shape != experts.shape[:1]:
         wrong = "expert_ids, weights and token_index are of different lengths"
     elif experts.max() >= _GPT_OSS_EXPERTS or experts.min() < 0:
         wrong = f"expert ids reach from {experts.min()} to {experts.max()}, and gpt-oss-20b has {_GPT_OSS_EXPERTS}"
-    elif starts.shape != lengths.shape or (starts < 0).any() or (starts + lengths > len(experts)).any():
+    elif (
+        starts.ndim != 1
+        or starts.shape != lengths.shape
+        or (starts < 0).any()
+        or (lengths < 0).any()
+        or (starts + lengths > len(experts)).any()
+    ):
         wrong = "seq_start and seq_len point outside the tokens"
-    elif not isinstance(sequences, list) or len(sequences) != len(starts):
+    elif not isinstance(sequences, list) or not all(isinstance(entry, dict) for entry in sequences):
+        wrong = "sequences.json is no list of objects"
+    elif len(sequences) != len(starts):
         wrong = f"sequences.json does not describe the {len(starts)} sequences of the .npz"
     if wrong is not None:
         raise TraceError(f"{folder} is damaged or of another form: {wrong}. Copy it again.")

@@ -7,6 +7,7 @@ and a bare [L, E] array in .npy, .pt or .csv. Knows nothing of traces.
 import csv
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def _read_arrays(path) -> dict | np.ndarray:
             return content
         with content as archive:
             return {key: archive[key] for key in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise PlacementError(f"{path} cannot be read as arrays ({error}). {_ACCEPTED}.") from None
 
 

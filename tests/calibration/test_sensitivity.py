@@ -1,9 +1,12 @@
 """Calibration: what is measured agrees with doing it by hand, and the formats chosen keep to the budget."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 
+from helpers.damage import damaged
 from moeflow.calibration.expert_statistics import ExpertStatistics
 from moeflow.calibration.sensitivity import measure_experts
 from moeflow.calibration.windows import cut_windows
@@ -226,3 +229,18 @@ def test_one_bit_is_left_to_averages_that_need_it(mixtral, average_bits, smalles
         mixtral, text, average_bits, group_size=32, method="rtn", num_tokens=256, tokenizer=Letters()
     )
     assert found.statistics.formats[0] == smallest
+
+
+def test_a_damaged_file_is_refused_or_read_as_it_was(statistics, tmp_path):
+    file = tmp_path / "statistics.npz"
+    statistics.save(file)
+    whole, rng, num_refused = file.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        file.write_bytes(damaged(whole, rng, 300))
+        try:
+            found = ExpertStatistics.load(file)
+        except ConfigError:
+            num_refused += 1
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(found, statistics, strict=True))
+    assert num_refused > 200

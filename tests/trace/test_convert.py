@@ -1,10 +1,12 @@
 """What conversion keeps of its sources, and which sources it refuses."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 
+from helpers.damage import damaged
 from moeflow.cli.main import main
 from moeflow.errors import TraceError
 from moeflow.trace.convert import convert_trace
@@ -140,3 +142,28 @@ def test_missing_sources_and_existing_traces_are_refused(tmp_path):
     with pytest.raises(TraceError, match="exists"):
         convert_trace(tmp_path / "empty", tmp_path / "t")
     assert (tmp_path / "t").read_text() == "mine"
+
+
+def test_damaged_sources_are_refused_or_read_as_they_were(tmp_path):
+    write_gpt_oss(tmp_path / "g")
+    (tmp_path / "a.jsonl").write_text(
+        '{"tok": 1, "layers": [[6, 8], [7, 16]]}\n{"tok": 2, "layers": [[1, 2], [3, 4]]}\n'
+    )
+    rng, told = random.Random(0), []
+    for source, file in (("g", "g/topk.npz"), ("g", "g/sequences.json"), ("a.jsonl", "a.jsonl")):
+        whole = (tmp_path / file).read_bytes()
+        for _ in range(150):
+            (tmp_path / file).write_bytes(damaged(whole, rng, min(100, len(whole))))
+            try:
+                convert_trace(tmp_path / source, tmp_path / "t")
+            except TraceError as error:
+                told.append(str(error))
+            (tmp_path / "t").unlink(missing_ok=True)
+        (tmp_path / file).write_bytes(whole)
+    assert len(told) > 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "g"]
+
+
+def test_lines_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"tok": 1, "layers": [[6, 8], [7, 16]]}\n', encoding="utf-8-sig")
+    assert convert_trace(tmp_path / "a.jsonl", tmp_path / "t") == 1
