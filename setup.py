@@ -7,10 +7,15 @@ glibc.
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent))
+from moeflow.c_library import sources_checksum
 
 
 class BuildLibraries(build_ext):
@@ -20,6 +25,9 @@ class BuildLibraries(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        checksum = sources_checksum(Path(ext.sources[0]).parent)
+        ext.extra_compile_args += ["-include", "moeflow/_sources.h", f"-DMOEFLOW_SOURCES={checksum}u"]
+        ext.depends += ["moeflow/_sources.h", *map(str, Path(ext.sources[0]).parent.glob("*.[ch]*"))]
         zig = os.environ.get("MOEFLOW_ZIG")
         if not zig:
             super().build_extension(ext)

@@ -6,6 +6,7 @@ library's arithmetic.
 
 import ctypes
 import logging
+import zlib
 from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -25,13 +26,36 @@ def built_library(name: str, beside: str) -> str:
         beside: the `__file__` of a module in the same folder.
 
     Raises:
-        FileNotFoundError: it was not built.
+        FileNotFoundError: it was not built, or of other sources than those that lie beside it.
+        OSError: it is no library.
     """
     for suffix in reversed(EXTENSION_SUFFIXES):  # the plain ".so" that an installation builds comes first
         path = Path(beside).with_name(name + suffix)
         if path.is_file():
+            sources = sources_checksum(path.parent)
+            if sources and _checksum_of(path) != sources:  # its functions may take other arguments, and crash
+                raise FileNotFoundError(f"{path} was built of other sources than those beside it")
             return str(path)
     raise FileNotFoundError(f"{name} was not built beside {beside}")
+
+
+def sources_checksum(folder: Path) -> int:
+    """Return the CRC-32 of the C and C++ files in a folder, by name; 0 where there are none, as in an installation."""
+    checksum = 0
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".c", ".cpp", ".h"):
+            checksum = zlib.crc32(file.read_bytes(), zlib.crc32(file.name.encode(), checksum))
+    return checksum
+
+
+def _checksum_of(path: Path) -> int:
+    """Return the checksum of the sources that a library was built of; 0 where it does not say."""
+    try:
+        told = ctypes.CDLL(str(path)).moeflow_sources
+    except AttributeError:
+        return 0
+    told.restype = ctypes.c_uint32
+    return told()
 
 
 def array_pointer(array: Any, kind: Any, shape: tuple[int, ...]) -> Any:
@@ -58,7 +82,7 @@ def array_pointer(array: Any, kind: Any, shape: tuple[int, ...]) -> Any:
 def c_function(
     name: str, beside: str, argtypes: tuple[type, ...], restype: type, *, without: str
 ) -> Callable[..., Any] | None:
-    """Return the function `moeflow_<name>` of the library `_<name>`; None, said once, where that was not built.
+    """Return the function `moeflow_<name>` of the library `_<name>`; None, said once, where that cannot be used.
 
     Args:
         name: of both, "replay".
@@ -69,10 +93,11 @@ def c_function(
     """
     try:
         function = getattr(ctypes.CDLL(built_library(f"_{name}", beside)), f"moeflow_{name}")
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
         _log.warning(
-            "moeflow's compiled %s was not built: %s. Install moeflow again where there is a C compiler.", name, without
-        )
+            "moeflow's compiled %s cannot be used (%s): %s. Install moeflow again where there is a C compiler.",
+            name, error, without,
+        )  # fmt: skip
         return None
     function.argtypes, function.restype = argtypes, restype
     return function

@@ -43,7 +43,7 @@ def instruction_set() -> str | None:
 
 @cache
 def library() -> Library | None:
-    """Load the library and choose the instruction set; None, said once, where it was not built or is off."""
+    """Load the library and choose the instruction set; None, said once, where it cannot be used or is off."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "off":
         return None
@@ -57,11 +57,11 @@ def library() -> Library | None:
         held, free = ctypes.PyDLL(path), ctypes.CDLL(path)
         held.moeflow_cpu_use.restype = c_char_p
         name = held.moeflow_cpu_use(wanted.encode()).decode()
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
         _log.warning(
-            "moeflow's compiled kernels were not built: experts run in torch, several times slower. Install moeflow "
-            "again where there is a C++ compiler."
-        )
+            "moeflow's compiled kernels cannot be used (%s): experts run in torch, several times slower. Install "
+            "moeflow again where there is a C++ compiler.", error,
+        )  # fmt: skip
         return None
     if wanted and name != wanted:
         _log.warning("%s=%s: this processor has no %s, its kernels run on %s", VARIABLE, wanted, wanted, name)
