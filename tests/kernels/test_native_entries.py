@@ -23,7 +23,7 @@ NUM_CALLS = 6500
 def test_wrong_arguments_are_refused_and_right_ones_computed():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     ended = subprocess.run(
-        [sys.executable, str(FUZZ), str(NUM_CALLS), "0"], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, str(FUZZ), str(NUM_CALLS), "0"], capture_output=True, text=True, timeout=300, env=environment
     )
     assert ended.returncode == 0, (ended.returncode, ended.stdout[-500:], ended.stderr[-2000:])
     counts = {name: (int(no), int(yes)) for name, no, yes in (entry.split(":") for entry in ended.stdout.split())}
