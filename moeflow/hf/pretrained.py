@@ -245,14 +245,23 @@ def load_without_experts(
             f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."
         )
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
-            "The checkpoint is incomplete: download it again."
-        )
+        raise _incomplete(folder, loaded, sorted(info["missing_keys"]))
     # Our name stays out of the config, of which others may make a model; these experts never ask it.
     loaded.config._experts_implementation = None
     return loaded, info, found[0]
+
+
+def _incomplete(folder: Path, loaded: PreTrainedModel, missing: list[str]) -> CheckpointError | UnsupportedModelError:
+    """Return the error of weights that are not there: a download that broke off, or another model's head."""
+    needed, stored, prefix = type(loaded).__name__, loaded.config.architectures, f"{loaded.base_model_prefix}."
+    found = str(stored[0])[:80] if isinstance(stored, list) and stored else "another model"
+    if found != needed and not any(name.startswith(prefix) for name in missing):
+        return UnsupportedModelError(
+            f"{folder} is a checkpoint of {found} and has no {missing[0]}, which load_moe's {needed} needs. Use the "
+            "language model's checkpoint, or load this one with transformers' from_pretrained."
+        )
+    why = f"lacks {len(missing)} tensors of the model, the first is {missing[0]}"
+    return CheckpointError(f"{folder} {why}. The checkpoint is incomplete: download it again.")
 
 
 def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
