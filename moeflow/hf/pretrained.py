@@ -253,15 +253,15 @@ def load_without_experts(
 
 def _incomplete(folder: Path, loaded: PreTrainedModel, missing: list[str]) -> CheckpointError | UnsupportedModelError:
     """Return the error of weights that are not there: a download that broke off, or another model's head."""
-    needed, stored, prefix = type(loaded).__name__, loaded.config.architectures, f"{loaded.base_model_prefix}."
-    found = str(stored[0])[:80] if isinstance(stored, list) and stored else "another model"
+    needed, prefix = type(loaded).__name__, f"{loaded.base_model_prefix}."
+    found = ", ".join(map(str, loaded.config.architectures or ["another model"]))[:80]
     if found != needed and not any(name.startswith(prefix) for name in missing):
         return UnsupportedModelError(
-            f"{folder} is a checkpoint of {found} and has no {missing[0]}, which load_moe's {needed} needs. Use the "
-            "language model's checkpoint, or load this one with transformers' from_pretrained."
+            f"{folder} is a checkpoint of {found} and has no {missing[0]}, which load_moe's {needed} needs. Use that "
+            "model's checkpoint, or load this one with transformers' from_pretrained."
         )
-    why = f"lacks {len(missing)} tensors of the model, the first is {missing[0]}"
-    return CheckpointError(f"{folder} {why}. The checkpoint is incomplete: download it again.")
+    lacks = f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}"
+    return CheckpointError(f"{lacks}. The checkpoint is incomplete: download it again.")
 
 
 def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -343,8 +343,7 @@ def _take_experts_off(model: PreTrainedModel) -> None:
 def own_dense_weights(model: PreTrainedModel) -> None:
     """Move parameters and buffers on the CPU out of the checkpoint's memory mapping, one at a time.
 
-    Mapped weights would be paged out under memory pressure, and lie at whatever offset the file has, on which the
-    last bit of a matrix product depends.
+    Mapped weights would be paged out, and lie at whatever offset the file has, on which a product's last bit depends.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
