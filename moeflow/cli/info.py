@@ -105,6 +105,7 @@ def model_text(about: dict[str, Any]) -> "Group":
         ("smallest budget", f"{format_bytes(about['minimum_bytes'])} ({about['minimum_bytes']:,} bytes)"),
         ("memory free here", format_bytes(machine["memory_available_bytes"])),
         ("GPUs", "; ".join(machine["gpus"]) or "none"),
+        *((f"link out of the folder: {name}", target) for name, target in about["links_out"].items()),
     ):
         facts.add_row(name, str(value))
     budgets = Table(

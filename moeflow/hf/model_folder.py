@@ -129,6 +129,18 @@ class ModelFolder:
         named = FLOAT_DTYPES.get(of_weights) or getattr(torch, of_weights, None)
         return named if isinstance(named, torch.dtype) else torch.float32
 
+    def links_out(self) -> dict[str, str]:
+        """Return the weights' files that are links out of the folder, with their targets; a hub cache's are its own."""
+        home = self.path.resolve()
+        if home.parent.name == "snapshots":
+            home = home.parent.parent  # snapshots link to blobs beside them
+        targets = {file: file.resolve() for file in dict.fromkeys((*self.checkpoint.files, *self.expert_files))}
+        return {
+            str(file.relative_to(self.path)): str(target)
+            for file, target in targets.items()
+            if not target.is_relative_to(home)
+        }
+
     def empty_model(self) -> PreTrainedModel:
         """Build the model on the meta device, with experts and without any weight.
 

@@ -245,14 +245,23 @@ def load_without_experts(
             f"{folder}: {loading.problems[0]}. Download the checkpoint again, or use another quantisation of the model."
         )
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}. "
-            "The checkpoint is incomplete: download it again."
-        )
+        raise _incomplete(folder, loaded, sorted(info["missing_keys"]))
     # Our name stays out of the config, of which others may make a model; these experts never ask it.
     loaded.config._experts_implementation = None
     return loaded, info, found[0]
+
+
+def _incomplete(folder: Path, loaded: PreTrainedModel, missing: list[str]) -> CheckpointError | UnsupportedModelError:
+    """Return the error of weights that are not there: a download that broke off, or another model's head."""
+    needed, prefix = type(loaded).__name__, f"{loaded.base_model_prefix}."
+    found = ", ".join(map(str, loaded.config.architectures or ["another model"]))[:80]
+    if found != needed and not any(name.startswith(prefix) for name in missing):
+        return UnsupportedModelError(
+            f"{folder} is a checkpoint of {found} and has no {missing[0]}, which load_moe's {needed} needs. Use that "
+            "model's checkpoint, or load this one with transformers' from_pretrained."
+        )
+    lacks = f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}"
+    return CheckpointError(f"{lacks}. The checkpoint is incomplete: download it again.")
 
 
 def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -334,8 +343,7 @@ def _take_experts_off(model: PreTrainedModel) -> None:
 def own_dense_weights(model: PreTrainedModel) -> None:
     """Move parameters and buffers on the CPU out of the checkpoint's memory mapping, one at a time.
 
-    Mapped weights would be paged out under memory pressure, and lie at whatever offset the file has, on which the
-    last bit of a matrix product depends.
+    Mapped weights would be paged out, and lie at whatever offset the file has, on which a product's last bit depends.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":

@@ -21,7 +21,8 @@ def describe_model(model: str | Path) -> dict:
 
     Returns:
         Names and sizes: model_type, layers, moe_layers, experts, num_experts_per_tok, expert_bytes, experts_bytes,
-        dense_bytes, minimum_bytes, budgets (share, slots, bytes, experts resident a layer), machine.
+        dense_bytes, links_out (files that are links out of the folder, and where to), minimum_bytes, budgets (share,
+        slots, bytes, experts resident a layer), machine.
 
     Raises:
         ModelSourceError, CheckpointError, UnsupportedModelError: as load_moe does.
@@ -49,6 +50,7 @@ def describe_model(model: str | Path) -> dict:
         "expert_bytes": record_bytes[0] if len(record_bytes) == 1 else record_bytes,
         "experts_bytes": size.all_bytes,
         "dense_bytes": dense,
+        "links_out": folder.links_out(),
         "minimum_bytes": size.min_bytes,
         "budgets": [_budget(size, len(layers), share) for share in _BUDGET_SHARES_PERCENT],
         "machine": {

@@ -15,7 +15,7 @@ import torch
 from moeflow import load_moe
 from moeflow.checkpoint.packed_file import PACKED_FILE
 from moeflow.convert.pack import pack_model
-from moeflow.errors import CheckpointError, ConfigError, ExpertReadError
+from moeflow.errors import CheckpointError, ConfigError, ExpertReadError, MoeflowError
 from moeflow.hf.model_folder import ModelFolder
 
 PROMPT = torch.arange(1, 12).unsqueeze(0)
@@ -277,3 +277,11 @@ def test_header_that_was_written_anew_unchanged_is_read(damaged):
     rewrite_header(damaged, lambda header: None)
     opened = ModelFolder(damaged)
     assert len(opened.layers(opened.empty_model())) == 3
+
+
+def test_shard_that_changes_while_it_is_packed_is_named_and_nothing_is_written(mixtral_folder, tmp_path):
+    folder = shutil.copytree(mixtral_folder, tmp_path / "model")
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    with pytest.raises(MoeflowError, match=rf"{shard.name} changed on disk"):
+        pack_model(folder, tmp_path / "out", progress=lambda done, of: os.utime(shard))
+    assert not (tmp_path / "out").exists()

@@ -6,13 +6,15 @@ import re
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
+from moeflow.cli.main import main
 from moeflow.convert.pack import pack_model
-from moeflow.errors import CheckpointError
+from moeflow.errors import CheckpointError, UnsupportedModelError
 from moeflow.hf import pretrained
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.describe import describe_model
@@ -68,13 +70,12 @@ def test_a_packed_folder_keeps_the_dtype_that_was_decided_before(tmp_path):
     assert torch.equal(logits(packed), logits(folder))
 
 
-@pytest.mark.parametrize(
-    ("said", "dtype"), [("float16", torch.float16), ("no such", torch.float32), (7, torch.float32)]
-)
-def test_an_index_may_name_the_dtype(said, dtype, tmp_path):
+def test_an_index_may_name_the_dtype(tmp_path):
     folder = save(tmp_path / "model", torch.float32, max_shard_size="30KB")
-    edit(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(dtype=said))
-    assert ModelFolder(folder).dtype == dtype
+    edit(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(dtype="float16"))
+    assert ModelFolder(folder).dtype == torch.float16
+    edit(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(dtype="no such"))
+    assert ModelFolder(folder).dtype == torch.float32
 
 
 def test_a_relative_folder_outlives_a_change_of_directory(mixtral_folder, tmp_path, monkeypatch):
@@ -107,3 +108,26 @@ def test_a_file_that_changes_while_the_model_is_opened_is_named(packed, tmp_path
     for change, match in ((os.utime, "changed on disk while it was opened"), (os.unlink, "is gone")):
         with pytest.raises(CheckpointError, match=re.escape(str(file)) + f" {match}"):
             pretrained.load_without_experts(opened.checkpoint, opened.config, lambda empty, change=change: change(file))
+
+
+def test_shards_that_are_links_out_of_the_folder_are_named_and_those_of_a_hub_cache_are_not(tmp_path, capsys):
+    for folder, named in ((tmp_path / "model", True), (tmp_path / "models--o--n" / "snapshots" / "1f", False)):
+        save(folder, torch.float32)
+        blob = folder.parent.parent / "blobs" / f"weights of {folder.name}"
+        blob.parent.mkdir(exist_ok=True)
+        (folder / "model.safetensors").rename(blob)
+        (folder / "model.safetensors").symlink_to(blob)
+        assert describe_model(folder)["links_out"] == ({"model.safetensors": str(blob)} if named else {})
+        assert main(["info", str(folder)]) == 0
+        assert ("link out" in capsys.readouterr().out) == named
+        logits(folder)
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForSequenceClassification", "MixtralModel"])
+def test_a_checkpoint_with_another_head_is_named_by_what_it_is(architecture, tmp_path):
+    getattr(transformers, architecture)(tiny_mixtral(**SHARED).config).save_pretrained(tmp_path)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=rf"checkpoint of {architecture} and has no lm_head.weight, which load_moe's MixtralForCausalLM needs",
+    ):
+        load_moe(tmp_path)
