@@ -116,19 +116,24 @@ def num_experts_per_tok(model: PreTrainedModel) -> int:
     """Return the largest number of experts a token is routed to, as the routers and the config name it.
 
     Raises:
-        ConfigError: none at all.
+        ConfigError: none at all, or more than a layer has.
     """
     owners: list[Any] = [model.config, model.config.get_text_config(decoder=True)]
     for path, module in experts_modules(model):
         block = model.get_submodule(path.rpartition(".")[0])
         owners += [module, getattr(module, "config", None), block, *block.children()]
-    found = [getattr(owner, name, None) for owner in owners for name in _TOP_K_NAMES]
-    found = [value for entry in found for value in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    most = max((value for value in found if type(value) is int), default=1)
+    found: list[tuple[int, str]] = []
+    for owner in owners:
+        for name in _TOP_K_NAMES:
+            value = getattr(owner, name, None)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found += [(number, name) for number in values if type(number) is int]
+    most, name = max(found, key=lambda entry: entry[0], default=(1, ""))  # the first of equals: the config's
     if most < 1:
-        raise ConfigError(
-            f"num_experts_per_tok={most}: a token needs an expert. Give 1 or more, or leave the config's."
-        )
+        raise ConfigError(f"{name}={most}: a token needs an expert. Give 1 or more, or leave the config's.")
+    held = max(getattr(module, "num_experts", most) for _, module in experts_modules(model))
+    if most > held and name != "top_k":  # that name may be of something else
+        raise ConfigError(f"{name}={most}: a layer has {held} experts. Give at most that, or leave the config's.")
     return most
 
 
