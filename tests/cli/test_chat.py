@@ -10,6 +10,7 @@ from moeflow.cli.main import main
 SURROGATE = "a\udcff"  # how Python gives the byte 0xff of a command line
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("arguments", "stdin", "told"),
     [
