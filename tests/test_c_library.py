@@ -59,6 +59,8 @@ def test_a_plain_name_comes_before_one_with_a_python_abi(tmp_path):
 
 def test_a_library_of_other_sources_is_not_called(tmp_path, caplog):
     """Its functions may take other arguments: a call would end the process."""
+    if not Path(replay.__file__).with_name("_replay.so").is_file():
+        pytest.skip("the C loop was not built")
     built = shutil.copy(built_library("_replay", replay.__file__), tmp_path)
     module = str(tmp_path / "module.py")
     assert built_library("_replay", module) == built  # as in an installation, without sources

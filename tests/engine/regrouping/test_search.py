@@ -23,6 +23,10 @@ def test_more_tokens_than_it_counts_are_refused_and_none_have_no_groups():
     assert regroup(np.zeros((0, 2, 3), bool), 1).shape == (0,)
 
 
+needs_c = pytest.mark.skipif(regroup_module._c_loop() is None, reason="the C loop was not built")
+
+
+@needs_c
 def test_arrays_of_another_search_are_refused():
     search = Search(random_routes(0, 9), 2)
     search.count = search.count[:1]
@@ -50,9 +54,6 @@ def best_of_all(routes, num_groups):
     return min(
         sum(int(routes[list(group)].any(axis=0).sum()) for group in split) for split in splits(list(range(tokens)))
     )
-
-
-needs_c = pytest.mark.skipif(regroup_module._c_loop() is None, reason="the C loop was not built")
 
 
 @needs_c
