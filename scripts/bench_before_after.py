@@ -12,11 +12,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from bench.machine import describe, print_card, software
 from bench.rounds import quotients, ranged, spread
+from bench.token_times import TokenTimes
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
@@ -257,20 +257,6 @@ def dense_bytes(model) -> int:
     if output is None or output.weight is not table:
         weights.pop(id(table), None)
     return sum(weights.values())
-
-
-class TokenTimes:
-    """A streamer that keeps the time of each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, token_ids: object) -> None:
-        """Take the prompt first, then every token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Do nothing: the last token was put."""
 
 
 def decode(model, ids, num_tokens: int) -> dict:

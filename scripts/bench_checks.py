@@ -8,13 +8,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
 import timeit
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 from bench.machine import describe, print_card, software
+from bench.token_times import TokenTimes
 
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
 CHECKS = ("takes_linear", "takes_norm", "takes_token", "takes_experts", "takes_outputs")
@@ -69,18 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def median_step(model, ids, num_tokens: int) -> float:
     """Return the seconds between two tokens, the first left out."""
-
-    class Times:
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, token_ids: object) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    streamer = Times()
+    streamer = TokenTimes()
     model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, streamer=streamer)
     return statistics.median(after - before for before, after in pairwise(streamer.times[1:]))
 

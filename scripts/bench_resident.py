@@ -12,6 +12,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from bench.token_times import TokenTimes
+
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
 
 
@@ -108,19 +110,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Clock:
-    """Notes when each token comes out of generate()."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing more comes."""
-
-
 def generate(model, ids, num_tokens: int, streamer=None):
     """Decode greedily, exactly this many tokens."""
     import torch
@@ -139,7 +128,7 @@ def generate(model, ids, num_tokens: int, streamer=None):
 
 def token_s(model, ids, num_tokens: int) -> float:
     """Return the seconds a decode step takes: the median of the times between tokens, the first two left out."""
-    clock = Clock()
+    clock = TokenTimes()
     generate(model, ids, num_tokens, clock)
     times = clock.times[1:]  # the prompt comes first
     return statistics.median(after - before for before, after in pairwise(times[2:]))

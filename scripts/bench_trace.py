@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from bench.token_times import TokenTimes
 from moeflow.demo.model import default_demo_path
 from moeflow.loading.load_moe import load_moe
 from moeflow.trace.recorder import attach_recorder
@@ -22,25 +23,17 @@ from moeflow.trace.trace import RoutingTrace
 
 def decode_s(model, prompt: torch.Tensor, num_tokens: int) -> tuple[float, torch.Tensor]:
     """Return seconds a decoded token and the tokens of a greedy answer."""
-    times = []
-
-    class _Clock:
-        def put(self, token_ids):
-            times.append(time.perf_counter())
-
-        def end(self):
-            pass
-
+    clock = TokenTimes()
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=num_tokens,
         min_new_tokens=num_tokens,
         do_sample=False,
-        streamer=_Clock(),
+        streamer=clock,
     )
-    # times: the prompt, the first token (prefill), then one a decode step
-    return (times[-1] - times[1]) / (num_tokens - 1), tokens
+    # the prompt, the first token (prefill), then one a decode step
+    return (clock.times[-1] - clock.times[1]) / (num_tokens - 1), tokens
 
 
 def measure(args: argparse.Namespace, trace: Path) -> dict:

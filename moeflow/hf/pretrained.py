@@ -154,7 +154,7 @@ def own_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     """
     found: Any = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
     if isinstance(found, dict):  # one for each part of the model
-        found = found.get("")
+        return parse_dtype(found[""], f"{_source(config)}: dtype") if "" in found else None
     return None if found is None else parse_dtype(found, f"{_source(config)}: dtype")
 
 

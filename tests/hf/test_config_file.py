@@ -79,6 +79,7 @@ def test_a_count_of_another_type_or_size_names_file_and_field(folder, field, val
         ({"dtype": "swish2"}, "dtype is 'swish2'; a model computes in float32"),
         ({"dtype": "int8"}, "dtype is torch.int8; a model computes in float32"),
         ({"dtype": 5}, "dtype is 5"),
+        ({"dtype": {"": None}}, "dtype is None"),
         ({"quantization_config": []}, "quantization_config"),
         ({"quantization_config": 5}, "quantization_config"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 5}}, "quantization_config"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers.damaged_json import damaged
 from helpers.families import FAMILIES
@@ -26,6 +26,7 @@ PIECES = (
     "{%", "%}", "{{", "}}", "for m in messages", "endfor", "m", "messages", "['content']", "1/0", "+", "|", "upper",
     "raise_exception('no')", "if", "endif", "[9]", ".x", "\udcff", "'", "range(10**9)",
 )  # fmt: skip
+SHORT_DTYPE = b'dtype": "bf16"'  # a name that load_moe reads, and transformers does not
 ASKED = [{"role": "user", "content": "hi"}]
 often = settings(
     max_examples=300,
@@ -66,8 +67,15 @@ def loaded_as_by_transformers(folder):
         model = load_moe(folder, expert_memory="60%")
     except MoeflowError:
         return
+    if SHORT_DTYPE in (folder / "config.json").read_bytes():
+        assert model.dtype is torch.bfloat16
+        model.moeflow.close()
+        return
     own = AutoModelForCausalLM.from_pretrained(
-        folder, experts_implementation="eager", trust_remote_code=False, ignore_mismatched_sizes=False
+        folder,
+        experts_implementation="eager",
+        trust_remote_code=False,
+        ignore_mismatched_sizes=False,
     )
     with model.moeflow, torch.no_grad():
         try:
@@ -80,15 +88,40 @@ def loaded_as_by_transformers(folder):
     assert model.generation_config.to_dict() == own.generation_config.to_dict()
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_damaged_config_is_refused_or_read_as_by_transformers(folder, name):
-    good = json.loads((folder / name).read_text())
+def test_a_damaged_config_is_refused_or_read_as_by_transformers(folder):
+    good = json.loads((folder / "config.json").read_text())
 
     @often
     @given(damaged(good))
     def check(content):
-        (folder / name).write_bytes(content)
+        (folder / "config.json").write_bytes(content)
         loaded_as_by_transformers(folder)
+
+    check()
+
+
+def generation_config_of_transformers(folder):
+    """Read as a model's from_pretrained reads it: what is no file is left aside for the model's config."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+def test_a_damaged_generation_config_is_refused_or_read_as_by_transformers(folder):
+    file = folder / "generation_config.json"
+    good = json.loads(file.read_text())
+
+    @often
+    @given(damaged(good))
+    def check(content):
+        file.write_bytes(content)
+        try:
+            model = load_moe(folder, expert_memory="60%")
+        except MoeflowError:
+            return
+        model.moeflow.close()
+        assert model.generation_config.to_dict() == generation_config_of_transformers(folder).to_dict()
 
     check()
 
@@ -116,6 +149,15 @@ def use_as_transformers(tokenizer):
     return tokenizer("ab c")["input_ids"], asked, tokenizer.decode([3, 4])
 
 
+def used_as_by_transformers(folder):
+    """Load a folder's tokenizer and use it: refused by an error of moeflow's, or equal to transformers."""
+    try:
+        found = use(load_tokenizer(folder))
+    except MoeflowError:
+        return
+    assert found == use_as_transformers(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_a_damaged_tokenizer_is_refused_or_read_as_by_transformers(folder, name):
     file = folder / name
@@ -125,11 +167,7 @@ def test_a_damaged_tokenizer_is_refused_or_read_as_by_transformers(folder, name)
     @given(damaged(good))
     def check(content):
         file.write_bytes(content)
-        try:
-            found = use(load_tokenizer(folder))
-        except MoeflowError:
-            return
-        assert found == use_as_transformers(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        used_as_by_transformers(folder)
 
     check()
 
@@ -147,10 +185,6 @@ def test_a_damaged_template_is_refused_or_rendered_as_by_transformers(folder):
     )  # fmt: skip
     def check(pieces, at):
         file.write_bytes((TEMPLATE[:at] + " ".join(pieces) + TEMPLATE[at:]).encode("utf-8", "surrogatepass"))
-        try:
-            found = use(load_tokenizer(folder))
-        except MoeflowError:
-            return
-        assert found == use_as_transformers(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        used_as_by_transformers(folder)
 
     check()
