@@ -70,3 +70,11 @@ def test_shards_may_lie_in_sub_folders(tmp_path):
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "weights" / "1.safetensors")
     write(tmp_path, {"a": "weights/1.safetensors"})
     assert open_checkpoint(tmp_path).files == [tmp_path / "weights" / "1.safetensors"]
+
+
+def test_a_file_far_too_large_for_an_index_is_refused_without_reading_it(tmp_path):
+    file = tmp_path / "model.safetensors.index.json"
+    with open(file, "wb") as handle:
+        handle.truncate(1 << 40)  # a hole: it takes no room, and reading it would take all memory
+    with pytest.raises(CheckpointError, match="1,099,511,627,776 bytes, an index at most"):
+        read_weight_index(file)

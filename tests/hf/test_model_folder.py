@@ -131,3 +131,11 @@ def test_a_checkpoint_with_another_head_is_named_by_what_it_is(architecture, tmp
         match=rf"checkpoint of {architecture} and has no lm_head.weight, which load_moe's MixtralForCausalLM needs",
     ):
         load_moe(tmp_path)
+
+
+def test_a_relative_folder_is_read_after_a_chdir(mixtral_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(mixtral_folder.parent)
+    folder = ModelFolder(mixtral_folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert folder.config.model_type == "mixtral"
+    assert folder.checkpoint.tensors
