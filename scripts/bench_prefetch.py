@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: one process a core, not one thread each of many
@@ -20,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 from bench.machine import print_card
+from moeflow.atomic_file import write_atomically
 from moeflow.cli.progress import count_progress
 from moeflow.replay.link import LinkModel
 from moeflow.replay.machine import FORECAST, replay_machine, replayed_places
@@ -140,9 +140,7 @@ def write_realised(path: str, result: dict, figures: dict) -> None:
             if account["in_time"] + account["late"]
         },
     }
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(content))
 
 
 def card_lines(trace: RoutingTrace, result: dict, arguments) -> dict[str, str]:

@@ -23,6 +23,9 @@ def wall(tell: Callable[[BaseException], MoeflowError], *, ours: Collection[Base
     Args:
         tell: makes the error from the original; see `one_line`.
         ours: what code of moeflow's raised inside the call, passed on as it is. It may be filled while the call runs.
+
+    Raises:
+        MoeflowError: what `tell` made, with the original as its cause.
     """
     try:
         yield

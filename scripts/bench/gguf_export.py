@@ -6,13 +6,13 @@ Streams tensor by tensor: memory stays near one layer's largest stack of experts
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+from moeflow.atomic_file import atomic_file
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 
 FORMAT = 1  # raise it when files of an older exporter must not be used again
@@ -39,12 +39,13 @@ def export_gguf(checkpoint: Path, work: Path, pre: str = "smollm") -> Path:
 
     Args:
         checkpoint: folder of a Mixtral checkpoint with a byte-level BPE tokenizer.json.
-        work: folder for GGUF files; each is named by a hash of its source and appears whole, by rename.
+        work: folder for GGUF files; each is named by a hash of its source and appears whole.
         pre: llama.cpp's name of the tokenizer's pre-tokenizer.
 
     Raises:
         ExportError: another architecture or tokenizer, a missing tensor, or a value that f16 cannot hold.
-        OSError: `work` cannot be written.
+        OSError: `work` cannot be made.
+        MoeflowError: the file cannot be written.
     """
     source = open_checkpoint(checkpoint)
     config = json.loads((source.folder / "config.json").read_text())
@@ -54,14 +55,8 @@ def export_gguf(checkpoint: Path, work: Path, pre: str = "smollm") -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    arriving = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with atomic_file(target) as arriving:  # on the disk too: what waits stays in the page cache
         _write(source, config, pre, arriving)
-        with open(arriving, "rb+") as file:
-            os.fsync(file.fileno())  # pages that wait to be written cannot be dropped from the page cache
-        os.replace(arriving, target)
-    finally:
-        arriving.unlink(missing_ok=True)
     return target
 
 
