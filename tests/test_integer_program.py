@@ -30,7 +30,7 @@ def knapsack():
 @pytest.mark.parametrize("warm_start", [False, True])
 def test_each_solver_finds_and_proves_the_optimum(name, warm_start):
     program = knapsack()
-    program.solve(pulp_solver(name, time_limit_s=10, seed=3, warm_start=warm_start))
+    program.solve(pulp_solver(name, time_limit_s=3600, seed=3, warm_start=warm_start))
     assert found_solution(program)
     assert pulp.value(program.objective) == pytest.approx(85)
     assert 85 - 1e-3 <= proven_bound(program) <= 85 + 1e-6

@@ -50,10 +50,31 @@ class BatchFile:
                 raise ConfigError(
                     f"{self.path} is being written by another process. Wait for it, or give another output."
                 )
-            self._read()
+            self.read()
         except BaseException:
             os.close(self._descriptor)
             raise
+
+    def read(self) -> None:
+        """Note what the file says is finished; cut off a torn line.
+
+        An interrupt may come between the writing of a line and its noting: whoever catches one reads before counting.
+
+        Raises:
+            ConfigError: the file holds other things than the answers of a batch.
+        """
+        with open(self.path, "rb") as file:
+            lines = file.readlines()
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        if not torn.startswith(_LINE_START) and not _LINE_START.startswith(torn):
+            self._refuse(len(lines) + 1)
+        for number, line in enumerate(lines, 1):
+            try:
+                self._note(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._refuse(number)
+        if torn:
+            os.ftruncate(self._descriptor, sum(map(len, lines)))
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line; it is in the file, whole, when this returns.
@@ -105,21 +126,6 @@ class BatchFile:
         if error is None:
             self.digests[name] = _digest_of(record)
         self.finished[name] = error
-
-    def _read(self) -> None:
-        """Note what is finished; cut off a torn line."""
-        with open(self.path, "rb") as file:
-            lines = file.readlines()
-        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        if not torn.startswith(_LINE_START) and not _LINE_START.startswith(torn):
-            self._refuse(len(lines) + 1)
-        for number, line in enumerate(lines, 1):
-            try:
-                self._note(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self._refuse(number)
-        if torn:
-            os.ftruncate(self._descriptor, sum(map(len, lines)))
 
     def _refuse(self, number: int) -> NoReturn:
         raise ConfigError(

@@ -90,6 +90,8 @@ def _batch(arguments: argparse.Namespace) -> int:
             figures, interrupted = _answer(arguments, requests, file) if requests else (None, False)
         except KeyboardInterrupt:  # before the first step
             figures, interrupted = None, True
+        if interrupted:
+            file.read()
         failed = {line_of[name]: error for name, error in file.finished.items() if error and name in line_of}
         num_finished = sum(name in file.finished for name in line_of)
     about = {

@@ -195,3 +195,17 @@ def test_a_digest_tells_content_sampling_id_and_model_apart_and_nothing_else():
     assert len({each.digest for each in [one, *others]}) == 6
     assert BatchRequest(9, "id-1", CHAT_URL, "hi", DEFAULTS, model="m").digest == one.digest
     assert one.digest == "56d16c75cad760ce", "answers in files would be taken for those of others"
+
+
+def test_a_line_whose_noting_was_interrupted_is_counted_after_reading(tmp_path):
+    class Interrupting(dict):
+        def __getitem__(self, key):
+            raise KeyboardInterrupt
+
+    with BatchFile(tmp_path / "out.jsonl") as file:
+        file.append(answer(1))
+        with pytest.raises(KeyboardInterrupt):
+            file.append(Interrupting(answer(2)))
+        assert list(file.finished) == ["id-1"]
+        file.read()
+        assert list(file.finished) == ["id-1", "id-2"]
