@@ -1,6 +1,6 @@
-"""Measure decoding with every expert in memory: moeflow's kernels, plain and compiled, against transformers eager.
+"""Measure decoding with every expert in memory: moeflow plain, by native steps and compiled; transformers eager.
 
-All three models live in this process and take turns, so that a noisy machine touches them alike. Greedy, one sequence,
+All models live in this process and take turns, so that a noisy machine touches them alike. Greedy, one sequence,
 end-of-text ignored; a token's time is the median between two tokens of generate(). Then where a token's time goes.
 """
 
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     models = {
         "transformers eager": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager"),
         "moeflow": load_moe(folder, **options),
+        "moeflow native step": load_moe(folder, **options, step="auto"),
     }
     if not arguments.no_compile:
         models["moeflow compiled"] = load_moe(folder, **options, compile=True)
@@ -85,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\na token reads {read_bytes / 1e6:.0f} MB: at least {1e3 * read_bytes / bandwidth:.2f} ms at that bandwidth"
     )
+    step = models["moeflow native step"].moeflow.step
+    if step.num_steps:
+        parts["moeflow native step"] = {kind: value / step.num_steps for kind, value in step.seconds.items() if value}
     for name, part in parts.items():
         print(f"{name}: " + ", ".join(f"{what} {1e3 * seconds:.2f} ms" for what, seconds in part.items()))
     print(

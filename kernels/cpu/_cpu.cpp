@@ -183,6 +183,8 @@ bool fit_rows(const int64_t *starts, int num_experts, const int64_t *tokens, con
 
 } // namespace
 
+const Arithmetic &moeflow::chosen_arithmetic() { return *arithmetic; }
+
 /* Chooses the best instruction set from `wanted` down; returns its name. */
 EXPORTED const char *moeflow_cpu_use(const char *wanted) {
     bool is_reached = false;

@@ -9,6 +9,8 @@
 
 #include <type_traits>
 
+#include "_step.h"
+
 namespace moeflow {
 
 /* In the order of _FORMATS in structs.py. */
@@ -79,6 +81,15 @@ constexpr int ROWS_AT_ONCE = 96, LEAST_ROWS_AT_ONCE = 24, COLUMNS_AT_ONCE = 192;
 constexpr int TOKENS_AT_ONCE = 96;                      /* of a segment */
 constexpr int TOKEN_EXPERTS = 64;                       /* of down_token */
 
+/* The query heads of one sequence that share a head of keys and values. */
+struct HeadGroup {
+    const char *keys, *values; /* [positions, features] */
+    const float *queries;      /* [num_queries, key_features] */
+    int64_t key_features, value_features;
+    int num_queries, dtype;
+    float scale, soft_cap; /* no cap: 0 */
+};
+
 /* One instruction set's arithmetic. */
 struct Arithmetic {
     const char *name;
@@ -100,10 +111,34 @@ struct Arithmetic {
                    int first, int count, char *scratch);
     void (*rms_norm)(const void *x, const void *weight, float eps, int count, void *out, int format,
                      int sum_lanes, char *scratch);
+    /* Of a step: rounding; a = op(a, b) elementwise; and positions first to first + count of a head group's attention, as
+     * [num_queries] times the highest score, the sum of weights, and the weighted sum of values. */
+    void (*store)(const float *from, void *to, int count, int format);
+    void (*pointwise)(int op, int64_t n, float *a, const float *b);
+    void (*attend)(const HeadGroup &group, int64_t first, int64_t count, float *out);
 };
+
+/* Of the C ABI in _cpu.cpp, for _step.cpp. */
+extern "C" {
+int moeflow_cpu_experts(const Expert *const *experts, const char *const *records, const int64_t *starts,
+                        int num_experts, const int64_t *tokens, const int64_t *places, int64_t num_entries,
+                        const char *hidden_states, int format, int64_t num_tokens, int64_t num_features,
+                        float *outputs, int64_t num_places, int activation_bits, int num_threads);
+int moeflow_cpu_token(const Expert *const *experts, const char *const *records, int num_experts,
+                      const void *hidden_states, int64_t num_features, const void *weights, int weights_format,
+                      void *out, int format, int activation_bits, int num_threads);
+int moeflow_cpu_combine(const float *outputs, const void *weights, int weights_format, int64_t num_tokens,
+                        int64_t top_k, int64_t num_features, char *out, int format, int num_threads);
+int moeflow_cpu_linear(const Matrix *matrix, const char *record, const char *x, int format, int64_t stride_bytes,
+                       int64_t num_tokens, void *out, int activation_bits, int num_threads);
+int moeflow_cpu_rms_norm(const char *x, int64_t stride_bytes, const void *weight, float eps, int64_t num_tokens,
+                         int64_t num_features, char *out, int format, int sum_lanes);
+}
 
 /* Null where the compiler's target has none of it. */
 extern const Arithmetic *const AVX512, *const AVX2, *const PORTABLE;
+/* The one in use. */
+const Arithmetic &chosen_arithmetic();
 
 } // namespace moeflow
 

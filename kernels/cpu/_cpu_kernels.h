@@ -26,6 +26,7 @@ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 #include "_cpu_few_tokens.h"
 #include "_cpu_many_tokens.h"
 #include "_cpu_activations.h"
+#include "_cpu_step.h"
 
 /* ---- Transposed floats [K, N]: each lane is an output, one chain over k ---- */
 
@@ -317,5 +318,5 @@ template <class S> struct Steps {
 template <class S> constexpr Arithmetic arithmetic(const char *name) {
     using A = Steps<S>;
     return {name, S::LANES, A::convert, A::prepare, A::hidden, A::down, A::down_token, A::combine,
-            A::linear, A::rms_norm};
+            A::linear, A::rms_norm, StepArithmetic<S>::store, StepArithmetic<S>::pointwise, StepArithmetic<S>::attend_any};
 }

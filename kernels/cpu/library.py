@@ -75,6 +75,8 @@ def library() -> Library | None:
     held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, long, long, pointer, c_int, c_int]
     held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, long, pointer, c_int, c_int]
     held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, long, pointer, c_int, c_int]
+    free.moeflow_step_run.argtypes = [pointer, long, long, pointer]
+    free.moeflow_step_run.restype = long
     free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
     free.moeflow_cpu_read.restype = c_uint64
     _share_threads(held)

@@ -39,7 +39,7 @@ def answer_batch(
     Raises:
         MoeflowError: the file cannot be written, or the engine cannot go on; what is in the file is kept.
     """
-    from moeflow.hf.forward import context_positions
+    from moeflow.hf.passes.forward import context_positions
 
     context = context_positions(engine.model)
     coming = iter(requests)

@@ -21,7 +21,7 @@ from moeflow.dtypes import tensors_of
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
 from moeflow.hf.experts_interface import ExpertsModule
-from moeflow.hf.residual import ResidualTap
+from moeflow.hf.passes.residual import ResidualTap
 from moeflow.kernels.expert_mlp import expert_mlp
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import WeightFormat, find_format

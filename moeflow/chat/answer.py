@@ -163,7 +163,7 @@ def checkpoint_params(model: PreTrainedModel, **given: Any) -> SamplingParams:
     Raises:
         ConfigError: a value is out of its range.
     """
-    from moeflow.hf.forward import sampling_settings
+    from moeflow.hf.passes.forward import sampling_settings
 
     settings = sampling_settings(model)
     samples = settings.pop("do_sample") or not given.keys().isdisjoint(("temperature", "top_p", "top_k"))
@@ -205,7 +205,7 @@ def stream_answer(
     import torch
     from transformers import StoppingCriteriaList, StopStringCriteria
 
-    from moeflow.hf.forward import end_tokens, stop_strings
+    from moeflow.hf.passes.forward import end_tokens, stop_strings
     from moeflow.hf.wall import one_line, raised_in
 
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:

@@ -103,7 +103,7 @@ class Conversation:
         Raises:
             MoeflowError: the last message alone does not fit.
         """
-        from moeflow.hf.forward import context_positions
+        from moeflow.hf.passes.forward import context_positions
 
         context = context_positions(model)
         input_ids, num_forgotten = self.encode(tokenizer, context), 0

@@ -25,7 +25,7 @@ from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.step_groups import StepGroups
 from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
-from moeflow.hf import forward
+from moeflow.hf.passes import forward
 from moeflow.memory_size import MemorySize
 from moeflow.trace.recorder import TraceRecorder
 from moeflow.turns import Turns, in_turn

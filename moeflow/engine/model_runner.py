@@ -14,7 +14,7 @@ from moeflow.engine.kv_cache import KeyValueSlots
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
-from moeflow.hf import forward
+from moeflow.hf.passes import forward
 from moeflow.turns import Turns
 
 _PASS_ERRORS = (ExpertReadError, OSError, RuntimeError)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
-from moeflow.hf import forward
 from moeflow.hf.encoding import encode_text
+from moeflow.hf.passes import forward
 
 
 class Prompts:

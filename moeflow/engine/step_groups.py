@@ -19,7 +19,7 @@ from moeflow.hf import experts_interface
 
 if TYPE_CHECKING:
     from moeflow.offload.runtime import ExpertRuntime
-from moeflow.hf.forward import ForwardPass
+from moeflow.hf.passes.forward import ForwardPass
 
 
 class PassRoutes:

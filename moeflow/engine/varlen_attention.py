@@ -8,7 +8,6 @@ segments, and call the model's own attention for each with the whole keys and va
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,10 @@ from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache import KeyValueSlot, LayerShape
 from moeflow.errors import ExpertReadError, UnsupportedModelError
-from moeflow.hf import forward
-from moeflow.hf.rotary import SequenceRotaries, Span
+from moeflow.hf.passes import attention, forward
+from moeflow.hf.passes.attention import MaskRule
+from moeflow.hf.passes.rotary import SequenceRotaries, Span
 
-_cache: ContextVar["VarlenCache"] = ContextVar("_cache")  # of the pass under way
 _UNUSED_TENSORS = {"position_ids", "cache_position"}  # attention functions get them and do not use them
 _PER_HEAD_TENSORS = {"s_aux"}  # the same for every token
 _MAX_TRIED_TOKENS = 8  # token ids tried in turn where experts of the first ones cannot be read
@@ -79,13 +78,11 @@ class VarlenCache(forward.KeyValueCache):
         self.segments = segments
         rows = [weakref.ref(segment.slot) for segment in segments if segment.slot is not None]
         self._same_rows, self._rows = rows == self._rows, rows
-        token = _cache.set(self)
         try:
             spans = [Span(segment.num_new, segment.length) for segment in segments]
-            with forward.attention_replaced(model) as self._implementations, self.rotaries.running(spans):
+            with attention.attention_replaced(model, self) as self._implementations, self.rotaries.running(spans):
                 yield
         finally:
-            _cache.reset(token)
             self._returned.clear()
             self.segments = []
 
@@ -210,6 +207,50 @@ class VarlenCache(forward.KeyValueCache):
         """Return -1: there is no most."""
         return -1
 
+    def mask(
+        self, batch_size: int, q_length: int, mask_function: MaskRule, device: torch.device | None
+    ) -> torch.Tensor:
+        """Return a tensor that models pass on, with the rule on it."""
+        carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
+        carrier.rule = _Mask(mask_function)  # type: ignore[attr-defined]  # models pass the tensor on with what is on it
+        return carrier
+
+    def attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend by the model's own attention, segment by segment.
+
+        Raises:
+            UnsupportedModelError: the model attends in a way that cannot be cut into sequences.
+        """
+        self.num_attentions += 1
+        rule = getattr(attention_mask, "rule", None)
+        unknown = [
+            name
+            for name, argument in kwargs.items()
+            if isinstance(argument, torch.Tensor) and name not in _UNUSED_TENSORS | _PER_HEAD_TENSORS
+        ]
+        if rule is None or unknown:
+            found = f"gives its attention {unknown[0]}" if unknown else "makes its attention masks itself"
+            raise UnsupportedModelError(
+                f"{type(module).__name__} {found}, which the engine cannot cut into sequences. Call model.generate "
+                "instead."
+            )
+        implementation = self.implementation(module)
+        attend, outputs = attention.attention_function(module, implementation), []
+        queries = query.split([segment.num_new for segment in self.segments], 2)
+        kwargs = {name: argument for name, argument in kwargs.items() if name not in _UNUSED_TENSORS}
+        for index, (segment, (keys, values)) in enumerate(zip(self.segments, self.whole(key, value), strict=True)):
+            mask = rule.of(index, segment, query, implementation == "eager")
+            outputs.append(attend(module, queries[index], keys, values, mask, **kwargs)[0])
+        return torch.cat(outputs, 1), None
+
 
 class _Mask:
     """A mask by its rule, from which each segment's tensor is made once a pass."""
@@ -226,7 +267,7 @@ class _Mask:
         return self._made[key]
 
     def _make(self, segment: Segment, query: torch.Tensor, eager: bool) -> torch.Tensor | None:
-        causal = self._allowed is forward.causal_rule
+        causal = self._allowed is attention.causal_rule
         if causal and (segment.num_new == 1 or (segment.start == 0 and not eager)):
             return None  # sdpa masks what comes later where it gets as many queries as keys
         queries = torch.arange(segment.start, segment.end, device=query.device)[:, None]
@@ -237,63 +278,3 @@ class _Mask:
         if eager:
             allowed = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
         return allowed[None, None]
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    mask_function: Callable[..., Any] = forward.causal_rule,
-    device: torch.device | None = None,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """Stand in for transformers' mask functions: a tensor that models pass on, with the rule on it.
-
-    In a thread that runs no packed pass, the mask is the model's own.
-    """
-    if _cache.get(None) is None:
-        own = forward.mask_function(kwargs["config"])
-        return own(batch_size, q_length, mask_function=mask_function, device=device, **kwargs)
-    carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
-    carrier.rule = _Mask(mask_function)  # type: ignore[attr-defined]  # models pass the tensor on with what is on it
-    return carrier
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stand in for transformers' attention functions: the model's own, segment by segment.
-
-    In a thread that runs no packed pass, it is the model's own as it is called.
-    """
-    cache = _cache.get(None)
-    if cache is None:
-        own = forward.attention_function(module, forward.own_implementation(module.config))
-        return own(module, query, key, value, attention_mask, **kwargs)
-    cache.num_attentions += 1
-    rule = getattr(attention_mask, "rule", None)
-    unknown = [
-        name
-        for name, argument in kwargs.items()
-        if isinstance(argument, torch.Tensor) and name not in _UNUSED_TENSORS | _PER_HEAD_TENSORS
-    ]
-    if rule is None or unknown:
-        found = f"gives its attention {unknown[0]}" if unknown else "makes its attention masks itself"
-        raise UnsupportedModelError(
-            f"{type(module).__name__} {found}, which the engine cannot cut into sequences. Call model.generate instead."
-        )
-    implementation = cache.implementation(module)
-    attend, outputs = forward.attention_function(module, implementation), []
-    queries = query.split([segment.num_new for segment in cache.segments], 2)
-    kwargs = {name: argument for name, argument in kwargs.items() if name not in _UNUSED_TENSORS}
-    for index, (segment, (keys, values)) in enumerate(zip(cache.segments, cache.whole(key, value), strict=True)):
-        mask = rule.of(index, segment, query, implementation == "eager")
-        outputs.append(attend(module, queries[index], keys, values, mask, **kwargs)[0])
-    return torch.cat(outputs, 1), None
-
-
-forward.register_packed_attention(_attention, _mask)

@@ -36,8 +36,9 @@ from moeflow.expert_parallel.ranks import RankGroup
 from moeflow.expert_parallel.replicas import ReplicaTable
 from moeflow.expert_parallel.round import ASKS, DONE, Request, Rounds
 from moeflow.expert_parallel.traffic import Traffic
-from moeflow.hf import experts_interface, forward
+from moeflow.hf import experts_interface
 from moeflow.hf.fingerprint import model_fingerprint
+from moeflow.hf.passes import forward
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.placement.files.plan import read_plan

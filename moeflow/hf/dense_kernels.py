@@ -71,7 +71,7 @@ def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         0 < x.numel() <= MAX_TOKENS * x.shape[-1]
         and x.dtype == weight.dtype
-        and type(weight) in _PLAIN
+        and (type(weight) in _PLAIN or torch.compiler.is_compiling())
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.is_autocast_enabled("cpu")
     )

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from moeflow.calibration.pruning_thresholds import calibrate_pruning
 from moeflow.calibration.windows import cut_windows
 from moeflow.errors import ConfigError
-from moeflow.hf import experts_interface, forward, pretrained
+from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
+from moeflow.hf.passes import forward
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.errors import ConfigError
 from moeflow.hf.fingerprint import model_fingerprint
-from moeflow.hf.residual import build_lookahead
+from moeflow.hf.passes.residual import build_lookahead
 from moeflow.predictors.ensemble import Ensemble
 from moeflow.predictors.files import load_predictor
 from moeflow.predictors.markov import Markov

@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.checkpoint.quantized_source import quantize_sources
-from moeflow.hf import experts_interface, forward, pretrained
+from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.model_folder import ModelFolder
-from moeflow.hf.residual import ResidualTap
+from moeflow.hf.passes import forward
+from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, prune_experts
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.hf_options import refuse_unknown, taken_hf_options
@@ -22,6 +23,7 @@ from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.step.decoding import StepDecoding
 from moeflow.trace.recorder import attach_recorder
 
 
@@ -38,6 +40,7 @@ def load_moe(
     miss: str = "copy",
     prune: float = 0.0,
     compile: bool = False,
+    step: str = "python",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -69,6 +72,10 @@ def load_moe(
             thresholds found on calibration text while loading (0.5 skips half of them). Lossy, so 0 by default.
         compile: let generate() run its decode steps through torch.compile, with a static key-value cache: the first
             call takes about a minute longer, the others are faster. Last bits differ from those without it.
+        step: what runs the decode steps of one sequence in generate(): "python" (the model's own code), or "auto" (a
+            program captured from it at the first step, which takes several seconds, and run natively from one missing
+            expert to the next; steps that it cannot run stay the model's own). On the CPU only. Last bits differ
+            between the two.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
@@ -87,7 +94,7 @@ def load_moe(
         TraceError: the trace is of another model, damaged, or cannot be written.
     """
     options = LoadOptions(
-        device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, compile, trace
+        device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, compile, step, trace
     )
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -116,6 +123,8 @@ def load_moe(
             prune_experts(loaded, runtime, folder.path, prune)
         if compile:
             forward.compile_decoding(loaded)
+        if options.step == "auto":
+            runtime.step = StepDecoding(loaded)
         if trace is not None:
             attach_recorder(loaded, trace)
     except BaseException:

@@ -133,6 +133,17 @@ class LoadOptions:
             flag="torch.compile: a slow start, then faster decoding",
         ),
     )
+    step: str = field(
+        default="python",
+        metadata=_about(
+            'what runs the decode steps of one sequence in generate(): "python" (the model\'s own code), or "auto" (a '
+            "program captured from it at the first step, which takes several seconds, and run natively from one "
+            "missing expert to the next; steps that it cannot run stay the model's own). On the CPU only. Last bits "
+            "differ between the two.",
+            flag='decode steps: "python", or "auto": captured once, then run natively',
+            choices=("python", "auto"),
+        ),
+    )
     trace: str | Path | None = field(
         default=None,
         metadata=_about("a file to record into which experts every token is routed to; appended to where it exists."),
@@ -146,6 +157,9 @@ class LoadOptions:
                 raise ConfigError(f"{option.name}={value!r} is unknown. Allowed: {', '.join(choices)}.")
         if isinstance(self.prune, bool) or not isinstance(self.prune, (int, float)) or not 0 <= self.prune <= 1:
             raise ConfigError(f"prune={self.prune!r} is not a share. Give 0 (leave out nothing) to 1.")
+        if self.step == "auto" and (self.compile or not on_cpu):
+            what = "compile=True decodes in a way of its own" if self.compile else "steps run natively on the CPU alone"
+            raise ConfigError(f'step="auto": {what}. Leave step="python".')
         if self.miss != "copy" and on_cpu:
             raise ConfigError(
                 f"miss={self.miss!r} chooses between copying an expert to the GPU and computing it in host memory, and "

@@ -14,7 +14,7 @@ from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError
-from moeflow.hf.residual import ResidualTap
+from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.options import LoadOptions
 from moeflow.memory_size import MemorySize, parse_memory

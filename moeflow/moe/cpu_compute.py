@@ -28,6 +28,15 @@ class CpuCompute:
         self._bits = activation_bits
         self._kernels: dict[int, ExpertKernel] = {}  # by the record's identity: equal records are one object
 
+    @property
+    def activation_bits(self) -> int:
+        """Width of activations that meet integer codes."""
+        return self._bits
+
+    def kernel(self, record: RecordLayout) -> ExpertKernel:
+        """Return the kernel of a record that `can_run` was asked about."""
+        return self._kernels[id(record)]
+
     def can_run(self, records: list[RecordLayout]) -> bool:
         """Prepare a kernel for each record that `run` may meet; return whether all have one."""
         if instruction_set() is None:

@@ -96,12 +96,12 @@ class OffloadedExperts:
             observer.observe(self.layer, top_k_index, top_k_weights, hidden_states)
         if self._outputs_of is not None:
             spread = self._outputs_of(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
-            return self._compute(hidden_states.dtype).combine(hidden_states, spread, top_k_weights)
+            return self.compute(hidden_states.dtype).combine(hidden_states, spread, top_k_weights)
         router_output = None
         if self.runtime.predicting:
             router_output = RouterOutput(top_k_index, top_k_weights, hidden_states)
         dispatch = Dispatch(top_k_index, self._num_experts)
-        compute = self._compute(hidden_states.dtype)
+        compute = self.compute(hidden_states.dtype)
         outputs: torch.Tensor | None = None
         output: torch.Tensor | None = None
         fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, dispatch.num_tokens_of())
@@ -134,7 +134,7 @@ class OffloadedExperts:
             ExpertReadError: an expert could not be read.
             ClosedModelError: the runtime was closed.
         """
-        dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self._compute(hidden_states.dtype)
+        dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self.compute(hidden_states.dtype)
         outputs = compute.allocate_outputs(hidden_states, dispatch)
         fetched = self.runtime.fetch(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
         with closing(fetched):
@@ -146,9 +146,15 @@ class OffloadedExperts:
         """Return the dtype of experts' outputs until they are summed, for hidden states of `dtype`."""
         no_routes = torch.empty(0, 1, dtype=torch.int64)
         empty = torch.empty(0, 1, dtype=dtype, device=self.runtime.device)
-        return self._compute(dtype).allocate_outputs(empty, Dispatch(no_routes, self._num_experts)).dtype
+        return self.compute(dtype).allocate_outputs(empty, Dispatch(no_routes, self._num_experts)).dtype
 
-    def _compute(self, dtype: torch.dtype) -> ExpertCompute:
+    @property
+    def changes_routes(self) -> bool:
+        """Whether a call does more than to run the experts that it is given: pruning, or other processes' experts."""
+        return bool(self._before) or self._outputs_of is not None
+
+    def compute(self, dtype: torch.dtype) -> ExpertCompute:
+        """Return what computes experts for hidden states of a dtype."""
         found = self._computes.get(dtype)
         if found is None:
             records = self.runtime.records(self.layer)
@@ -178,6 +184,11 @@ class _NoBackward(torch.autograd.Function):
             "once. Load the model with "
             "AutoModelForCausalLM.from_pretrained to train it."
         )
+
+
+def layer_of_handle(handle: int) -> int:
+    """Return the number among the MoE layers of the experts behind a node of a captured graph."""
+    return _BY_HANDLE[handle].layer
 
 
 def _experts_op(

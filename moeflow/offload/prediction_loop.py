@@ -17,7 +17,7 @@ from moeflow.policy.prediction_switch import PredictionSwitch
 from moeflow.policy.prefetch import Prefetcher
 
 if TYPE_CHECKING:
-    from moeflow.hf.residual import ResidualTap
+    from moeflow.hf.passes.residual import ResidualTap
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from moeflow.hf.forward import ForwardPass
+    from moeflow.hf.passes.forward import ForwardPass
 
 
 class RouteObserver(Protocol):

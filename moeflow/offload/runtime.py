@@ -6,7 +6,8 @@ nothing of routers or arithmetic.
 
 import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from moeflow.offload.host_tier import HostTier
 from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
+from moeflow.offload.resident_table import ResidentTable
 from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import ReadStats, RuntimeStats, Stats
@@ -91,6 +93,7 @@ class ExpertRuntime:
         self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
         self.turns = Turns()  # of the model's passes
+        self.step: Any = None  # the model's StepDecoding, where its decode steps may run natively
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
@@ -105,6 +108,7 @@ class ExpertRuntime:
             assert host is not None, "without a host tier no expert lies anywhere else"
             self._host_compute = HostCompute(misses, host, self._transfers)
         prefetcher = None if prediction is None else prediction.prefetcher
+        self.resident_table = ResidentTable(cache, pool, self._stats)
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
@@ -259,6 +263,23 @@ class ExpertRuntime:
                 raise
             self._torn = False
 
+    @contextmanager
+    def holding(self) -> Iterator[bool]:
+        """Hold every resident expert where it lies, for code that runs several layers without asking for each.
+
+        Yields:
+            Whether layers may go unasked for: not while their demands are predicted, observed or shared out.
+
+        Raises:
+            ClosedModelError: close() was called.
+            ForkedProcessError: the model is on a GPU and this process is a fork of its own.
+        """
+        with self._lock:
+            if self.closed:
+                raise self._refusal
+            self._mend()
+            yield not (self.predicting or self.observers or self._host_compute)
+
     def stats(self) -> dict[str, Any]:
         """Return the counters since loading or the last reset_stats(), with units in the names."""
         return self.snapshot().as_dict()
@@ -294,6 +315,7 @@ class ExpertRuntime:
                 memory=memory,
                 miss=None if self._host_compute is None else self._host_compute.as_dict(),
                 prediction=None if self._prediction is None else self._prediction.stats(),
+                step={"mode": "python", "reason": None, "steps": 0} if self.step is None else self.step.as_dict(),
                 io=ReadStats(**self.store.stats(), threads=self._transfers.num_threads),
             )
 

@@ -171,6 +171,7 @@ class RuntimeStats(Counters):
         miss: bandwidths that decide where a miss is computed, as averaged until now; None where it is always copied.
         prediction: None without a predictor.
         io: reads from disk.
+        step: what runs decode steps, why not natively where they never will, and how many ran so; see `StepDecoding`.
     """
 
     device: str = field(metadata=_NOW)
@@ -183,6 +184,7 @@ class RuntimeStats(Counters):
     miss: dict[str, float | None] | None = field(metadata=_NOW)
     prediction: PredictionStats | None
     io: ReadStats
+    step: dict[str, Any] = field(metadata=_NOW)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as one dict that `json.dumps` takes."""

@@ -63,6 +63,7 @@ class ExpertCache:
         self._expert = np.zeros(num_slots, np.int64)
         self._blocked = np.full(num_slots, np.inf)  # infinite where a slot may not be evicted, else 0
         self._present = np.zeros((1, 1), bool)  # of every expert, whether it has a slot
+        self._resident = np.full((1, 1), -1, np.int64)  # of every expert, its slot where it is resident, else -1
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -163,6 +164,7 @@ class ExpertCache:
         slot = self._slot_of[key]
         assert self._state[slot] == _LOADING, f"{key} is not loading"
         self._state[slot] = _RESIDENT
+        self._resident[key] = slot
         return slot
 
     def abort(self, key: ExpertKey) -> None:
@@ -225,6 +227,11 @@ class ExpertCache:
         self._grow(num_layers - 1, num_experts - 1)
         return self._present[:num_layers, :num_experts]
 
+    def resident_slots(self, num_layers: int, num_experts: int) -> np.ndarray:
+        """Return the slot of every resident expert, -1 of others: [num_layers, num_experts], not to be changed."""
+        self._grow(num_layers - 1, num_experts - 1)
+        return self._resident[:num_layers, :num_experts]
+
     def resident(self) -> list[ExpertKey]:
         """List the resident experts."""
         return [key for key, slot in self._slot_of.items() if self._state[slot] == _RESIDENT]
@@ -244,6 +251,9 @@ class ExpertCache:
         free = (self._state == _RESIDENT) & (self._pins == 0)
         assert np.array_equal(free, self._blocked == 0), "a slot is barred from eviction, or open to it, by mistake"
         assert self._present.sum() == len(self._slot_of), "the map of present experts is stale"
+        resident = {ExpertKey(*map(int, place)) for place in np.argwhere(self._resident >= 0)}
+        assert resident == set(self.resident()), "the map of resident experts is stale"
+        assert all(self._resident[key] == self._slot_of[key] for key in resident), "a resident expert is elsewhere"
         assert self.used == sum(map(self.size, self._slot_of)), "what is used does not add up"
         for key, slot in self._slot_of.items():
             assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
@@ -255,6 +265,7 @@ class ExpertCache:
         self._key_of[:] = [None] * self.num_slots
         self._free[:] = range(self.num_slots - 1, -1, -1)
         self._state[:], self._pins[:], self._blocked[:], self._present[:] = _FREE, 0, np.inf, False
+        self._resident[:] = -1
 
     def _victim(self) -> int | None:
         scores = self._victim_scores(self) + self._blocked
@@ -274,6 +285,7 @@ class ExpertCache:
         self._counts, self._last_passes, self._last_events, self._present = (
             np.pad(array, more) for array in (self._counts, self._last_passes, self._last_events, self._present)
         )
+        self._resident = np.pad(self._resident, more, constant_values=-1)
         self._passes = np.pad(self._passes, more[0])
 
     def _release(self, slot: int) -> ExpertKey:
@@ -282,7 +294,7 @@ class ExpertCache:
         assert key is not None, f"slot {slot} is free already"
         self.used -= self.size(key)
         del self._slot_of[key]
-        self._present[key] = False
+        self._present[key], self._resident[key] = False, -1
         self._state[slot], self._pins[slot], self._blocked[slot] = _FREE, 0, np.inf
         self._free.append(slot)
         return key

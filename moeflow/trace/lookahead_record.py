@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from moeflow.hf.residual import ResidualTap
+from moeflow.hf.passes.residual import ResidualTap
 from moeflow.predictors.lookahead import Lookahead
 
 

@@ -16,8 +16,8 @@ from moeflow.errors import ForkedProcessError, TraceError
 from moeflow.fork import tell_of_forks
 from moeflow.hf import experts_interface
 from moeflow.hf.fingerprint import model_fingerprint
-from moeflow.hf.forward import ForwardPass
-from moeflow.hf.residual import ResidualTap, build_lookahead
+from moeflow.hf.passes.forward import ForwardPass
+from moeflow.hf.passes.residual import ResidualTap, build_lookahead
 from moeflow.trace.buffered_rows import BufferedRows
 from moeflow.trace.format import DECODE, PREFILL, TraceFormat
 from moeflow.trace.lookahead_record import LookaheadRecord

@@ -58,6 +58,7 @@ def make_stats(times=1, host_bytes=0):
         },
         miss=None,
         prediction=None,
+        step={"mode": "native", "reason": None, "steps": 40},
         io=ReadStats(mode="direct", reads=58 * times, bytes=212 * MIB * times, read_s=0.125 * times, threads=4),
     )
 

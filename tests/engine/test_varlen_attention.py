@@ -10,7 +10,7 @@ from helpers.families import FAMILIES
 from helpers.family_models import build_model
 from moeflow.engine.engine import Engine
 from moeflow.errors import UnsupportedModelError
-from moeflow.hf.forward import KeyValueCache
+from moeflow.hf.passes.forward import KeyValueCache
 
 REFUSED = {  # family: what the message names
     "axk2": "DynamicIndexedLayer",

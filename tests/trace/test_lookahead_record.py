@@ -6,7 +6,7 @@ import torch
 
 from helpers.small_models import tiny_mixtral
 from moeflow.errors import TraceError
-from moeflow.hf.residual import ResidualTap, build_lookahead
+from moeflow.hf.passes.residual import ResidualTap, build_lookahead
 from moeflow.loading.load_moe import load_moe
 from moeflow.trace.format import DECODE
 from moeflow.trace.recorder import attach_recorder

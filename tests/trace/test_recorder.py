@@ -10,7 +10,7 @@ from helpers.full_disk import with_full_disk
 from helpers.small_models import tiny_mixtral
 from moeflow.errors import TraceError
 from moeflow.hf.fingerprint import model_fingerprint
-from moeflow.hf.forward import ForwardPass
+from moeflow.hf.passes.forward import ForwardPass
 from moeflow.loading.load_moe import load_moe
 from moeflow.trace.format import DECODE, PREFILL, TraceFormat
 from moeflow.trace.recorder import TraceRecorder

@@ -9,8 +9,8 @@ import torch
 from helpers.rope_models import ORIGINAL, ROPES, rope_model
 from moeflow.engine.engine import Engine
 from moeflow.errors import UnsupportedModelError
-from moeflow.hf.forward import context_positions
-from moeflow.hf.rotary import SequenceRotaries, Span
+from moeflow.hf.passes.forward import context_positions
+from moeflow.hf.passes.rotary import SequenceRotaries, Span
 
 
 def learnt(model):

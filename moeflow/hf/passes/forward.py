@@ -4,27 +4,18 @@ For rooms that run passes themselves, and for those that watch the passes of `ge
 """
 
 import inspect
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from moeflow.errors import ConfigError, UnsupportedModelError
-from moeflow.fork import tell_of_forks
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
     from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache, DynamicCache
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 KeyValueCache = Cache
-causal_rule = causal_mask_function  # (batch, head, query position, key position) -> bool
-_PACKED = "moeflow_packed"
 _SAMPLING_DEFAULTS = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
 }  # fmt: skip
@@ -175,6 +166,11 @@ def sampling_settings(model: PreTrainedModel) -> dict[str, Any]:
     return {name: _SAMPLING_DEFAULTS[name] if value is None else value for name, value in found.items()}
 
 
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """Return a key-value cache under the name that the model's forward has for it."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 def packed_forward(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache, keep: torch.Tensor
 ) -> torch.Tensor:
@@ -187,102 +183,11 @@ def packed_forward(
         keep: [S], places in 0..N-1.
     """
     known = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache}
+    arguments: dict[str, Any] = cache_argument(model, cache)
     if "logits_to_keep" in known:
         arguments["logits_to_keep"] = keep
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **arguments).logits[0]
     return logits if "logits_to_keep" in known else logits[keep]
-
-
-def register_packed_attention(attention: Callable, mask: Callable) -> None:
-    """Register the functions that `attention_replaced` puts in place of a model's own."""
-    ALL_ATTENTION_FUNCTIONS.register(_PACKED, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_PACKED, mask)
-
-
-class _Replaced:
-    """A config whose attention is replaced, and the passes that want it so."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.own = config._attn_implementation
-        self.num_passes = 0
-
-
-class _Replacements:
-    """The configs whose attention is replaced now, by id."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of_config: dict[int, _Replaced] = {}
-        tell_of_forks(self)
-
-    def after_fork(self) -> None:
-        """Begin anew in the child of a fork; what another thread of the parent's has replaced goes on as its own."""
-        self._lock = threading.Lock()
-
-    def own_implementation(self, config: Any) -> str:
-        """Name the implementation that a config has where nothing is replaced."""
-        replaced = self._of_config.get(id(config))
-        return config._attn_implementation if replaced is None else replaced.own
-
-    def add(self, config: Any) -> None:
-        """Replace a config's attention for one more pass."""
-        with self._lock:
-            replaced = self._of_config.setdefault(id(config), _Replaced(config))
-            replaced.num_passes += 1
-            config._attn_implementation_internal = _PACKED
-
-    def remove(self, config: Any) -> None:
-        """Take one pass back; the last puts the config's own attention in its place again."""
-        with self._lock:
-            replaced = self._of_config[id(config)]
-            replaced.num_passes -= 1
-            if not replaced.num_passes:
-                config._attn_implementation_internal = replaced.own
-                del self._of_config[id(config)]
-
-
-_replacements = _Replacements()
-own_implementation = _replacements.own_implementation
-
-
-@contextmanager
-def attention_replaced(model: PreTrainedModel) -> Iterator[dict[int, str]]:
-    """Let the model's attention be the registered function, and its masks the registered masks.
-
-    Other threads see the replaced names too: the registered functions must do for their passes what the model's own
-    would do.
-
-    Yields:
-        The implementation that each config has otherwise, by the config's id: "sdpa" or "eager".
-    """
-    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    configs = {id(config): config for config in found}
-    before = {key: own_implementation(config) for key, config in configs.items()}
-    own = {key: name if name == "eager" or not model._supports_sdpa else "sdpa" for key, name in before.items()}
-    own = {key: name if name in ("eager", "sdpa") else "eager" for key, name in own.items()}
-    replaced: list[Any] = []
-    try:
-        for config in configs.values():
-            _replacements.add(config)
-            replaced.append(config)
-        yield own
-    finally:
-        for config in replaced:
-            _replacements.remove(config)
-
-
-def attention_function(module: torch.nn.Module, implementation: str) -> Callable:
-    """Return the function that an attention module would call with this implementation."""
-    of_model = sys.modules[type(module).__module__]
-    eager: Any = getattr(of_model, "eager_attention_forward", None)
-    return getattr(of_model, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS).get_interface(implementation, eager)
-
-
-def mask_function(config: Any) -> Callable:
-    """Return the mask function of the implementation that a config has where nothing is replaced."""
-    return ALL_MASK_ATTENTION_FUNCTIONS[own_implementation(config)]
 
 
 def compile_decoding(model: PreTrainedModel) -> None:

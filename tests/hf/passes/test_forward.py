@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from moeflow.hf.forward import describe_pass
+from moeflow.hf.passes.forward import describe_pass
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 

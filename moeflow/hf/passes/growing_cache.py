@@ -1,0 +1,179 @@
+"""A key-value cache in memory that grows by doubling, so that a step writes new keys and values where they stay."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from moeflow.errors import UnsupportedModelError
+
+_FIRST_POSITIONS = 64
+
+
+class KeptShape(NamedTuple):
+    """What one layer keeps of a position.
+
+    Args:
+        heads: of keys and of values.
+        key_features: of a head.
+        value_features: of a head.
+        dtype: of both.
+    """
+
+    heads: int
+    key_features: int
+    value_features: int
+    dtype: torch.dtype
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, [batch, heads, capacity, features], of which the first `length` positions count.
+
+    A layer with a window keeps all positions too: the mask tells which are seen.
+    """
+
+    def __init__(self) -> None:
+        self._memory: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.length = 0
+        self.version = 0  # changes with the memory
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """[batch, heads, length, features]; None before the first."""
+        return None if self._memory is None else self._memory[0][:, :, : self.length]
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        if keys is None:
+            self._memory, self.length = None, 0
+        elif self._memory is None:
+            self._memory, self.length = (keys, keys), keys.shape[2]
+        else:
+            self._memory, self.length = (keys, self._memory[1]), keys.shape[2]
+        self.version += 1
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """[batch, heads, length, features]; None before the first."""
+        return None if self._memory is None else self._memory[1][:, :, : self.length]
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        if values is not None:
+            assert self._memory is not None
+            self._memory = self._memory[0], values
+        self.version += 1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note that there is something to keep."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new keys and values, [batch, heads, new, features]; return those of all positions."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self._make_room(end, key_states, value_states)
+        assert self._memory is not None
+        for memory, new in zip(self._memory, (key_states, value_states), strict=True):
+            memory[:, :, self.length : end] = new
+        self.length = end
+        return self._memory[0][:, :, :end], self._memory[1][:, :, :end]
+
+    def get_seq_length(self) -> int:
+        """Return how many positions are kept."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions; the number is negative, as transformers has it."""
+        self.length = max(self.length - abs(tokens_to_remove), 0)
+
+    def make_room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the memory, with room for one more position."""
+        assert self._memory is not None
+        self._make_room(self.length + 1, *self._memory)
+        return self._memory
+
+    def _make_room(self, end: int, *like: torch.Tensor) -> None:
+        is_enough = self._memory is not None and all(
+            memory.shape[2] >= end and memory.is_contiguous() and memory.shape[0] == new.shape[0]
+            for memory, new in zip(self._memory, like, strict=True)
+        )
+        if is_enough:
+            return
+        capacity = max(_FIRST_POSITIONS, 1 << (end - 1).bit_length())
+        made = [new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3]) for new in like]
+        if self._memory is not None:
+            for new, old in zip(made, self._memory, strict=True):
+                new[:, :, : self.length] = old[:, :, : self.length]
+        self._memory = made[0], made[1]
+        self.version += 1
+
+
+class GrowingCache(DynamicCache):
+    """A cache of growing layers, in place of one that transformers made."""
+
+    def __init__(self, num_layers: int) -> None:
+        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)])
+        self._table = np.zeros((0, 0, 3), np.int64)
+        self._versions: list[int] = []
+
+    @classmethod
+    def in_place_of(cls, cache: object) -> "GrowingCache | None":
+        """Return a cache for one that is empty and keeps nothing but keys and values; None for others."""
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        if type(cache) is not DynamicCache or cache.offloading or any(type(one) not in plain for one in cache.layers):
+            return None
+        if cache.get_seq_length() or not cache.layers:
+            return None
+        return cls(len(cache.layers))
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> "GrowingCache | None":
+        """Return an empty cache for a model; None where it keeps other state than keys and values."""
+        return cls.in_place_of(DynamicCache(config=model.config.get_text_config(decoder=True)))
+
+    @property
+    def length(self) -> int:
+        """Positions kept."""
+        return int(self.get_seq_length())
+
+    def table(self, layers: dict[int, KeptShape]) -> np.ndarray:
+        """Return where keys and values of these layers lie, with room for one more position.
+
+        Args:
+            layers: by their numbers.
+
+        Returns:
+            [len(layers), batch, 3] int64: addresses of keys and of values, and the positions that there is room for.
+
+        Raises:
+            UnsupportedModelError: a layer keeps tensors of another shape or dtype.
+        """
+        growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
+        memories = [layer.make_room() for layer in growing]
+        versions = [layer.version for layer in growing]
+        if versions != self._versions:
+            batch = memories[0][0].shape[0]
+            rows = np.arange(batch)
+            self._table = np.empty((len(layers), batch, 3), np.int64)
+            for number, ((keys, values), shape) in enumerate(zip(memories, layers.values(), strict=True)):
+                found = KeptShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+                if found != shape or values.dtype != keys.dtype or values.shape[:3] != keys.shape[:3]:
+                    raise UnsupportedModelError(f"a layer keeps {found}, and its step writes {shape}")
+                self._table[number, :, 0] = keys.data_ptr() + rows * keys.stride(0) * keys.element_size()
+                self._table[number, :, 1] = values.data_ptr() + rows * values.stride(0) * values.element_size()
+                self._table[number, :, 2] = keys.shape[2]
+            self._versions = versions
+        return self._table
+
+    def advance(self, layers: Iterable[int]) -> None:
+        """Count the position that a step has written."""
+        for number in layers:
+            self.layers[number].length += 1  # type: ignore[union-attr]

@@ -1,0 +1,49 @@
+"""Where every resident expert lies, as a table that compiled code reads, and the count of what it used.
+
+Holds only while the runtime is held (`ExpertRuntime.holding`): residency changes between such calls alone.
+"""
+
+import numpy as np
+
+from moeflow.core import ExpertKey
+from moeflow.offload.slot_pool import SlotPool
+from moeflow.offload.stats import Stats
+from moeflow.policy.cache import ExpertCache
+
+
+class ResidentTable:
+    """The table of one model's residents.
+
+    Args:
+        cache: which expert sits in which slot.
+        pool: the slots.
+        stats: the counters.
+    """
+
+    def __init__(self, cache: ExpertCache, pool: SlotPool, stats: Stats) -> None:
+        self._cache = cache
+        self._pool = pool
+        self._stats = stats
+
+    def write(self, addresses: np.ndarray) -> None:
+        """Write where each expert lies, 0 where it is not resident: [num_layers, most experts of a layer] int64."""
+        slots = self._cache.resident_slots(*addresses.shape)
+        np.multiply(slots, self._pool.stride, out=addresses)
+        addresses += self._pool.address
+        addresses[slots < 0] = 0
+
+    def count(self, layers: list[int], experts: list[np.ndarray], compute_s: float) -> None:
+        """Count layers that found all their experts in the table, as `ExpertRuntime.fetch` would have.
+
+        Args:
+            layers: their numbers, in their order.
+            experts: of each, [T, K] expert numbers.
+            compute_s: seconds in their arithmetic.
+        """
+        stats = self._stats.now
+        for layer, chosen in zip(layers, experts, strict=True):
+            demanded = chosen[0].tolist() if len(chosen) == 1 else np.unique(chosen).tolist()
+            self._cache.touch([ExpertKey(layer, expert) for expert in demanded])
+            stats.hits += len(demanded)
+        stats.decisions.layers_ready += len(layers)
+        stats.compute_s += compute_s

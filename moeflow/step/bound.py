@@ -1,0 +1,125 @@
+"""A step program bound to a model's weights and to memory: instructions at fixed addresses."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from moeflow.hf.passes.growing_cache import KeptShape
+from moeflow.kernels.cpu.step import MAX_DIMS, StepCode, instruction_words, tensor_words
+from moeflow.step.plan import plan_memory
+from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, Instruction, Operand, Program
+
+_ELSEWHERE = KINDS.index("torch")
+
+
+class BoundProgram:
+    """A program's tensors in memory.
+
+    Args:
+        program: the program.
+        model: whose weights it names.
+    """
+
+    def __init__(self, program: Program, model: torch.nn.Module) -> None:
+        self.program = program
+        offsets, num_bytes = plan_memory(program)
+        self._arena = torch.zeros(num_bytes + 64, dtype=torch.uint8)
+        begin = -self._arena.data_ptr() % 64
+        named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        self._raw: list[torch.Tensor] = []  # of each buffer, its bytes, or the weight
+        for buffer, offset in zip(program.buffers, offsets, strict=True):
+            if buffer.kind == "weight":
+                self._raw.append(named[buffer.name].detach())
+            elif buffer.kind == "literal":
+                self._raw.append(program.literals[buffer.name].detach())
+            elif offset is None:
+                self._raw.append(torch.empty(0, dtype=torch.uint8))
+            else:
+                self._raw.append(self._arena[begin + offset : begin + offset + buffer.num_bytes])
+        for instruction in program.setup:
+            self.call(instruction)
+        self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
+        for one in program.body:
+            if one.kind == "attend":
+                key, value = one.inputs[1:3]
+                shape = KeptShape(key.sizes[1], key.sizes[3], value.sizes[3], key.dtype)
+                self.kept_layers[one.attributes["layer"]] = shape
+        self._kept_places = {layer: place for place, layer in enumerate(self.kept_layers)}
+        self.code = StepCode([self._words(instruction) for instruction in program.body])
+        self.inputs = {
+            buffer.name: self._raw[number].view(torch.int64)
+            for number, buffer in enumerate(program.buffers)
+            if buffer.kind == "input"
+        }
+        self.logits = self.tensor(program.logits)
+
+    def tensor(self, operand: Operand) -> torch.Tensor:
+        """Return an operand where it lies."""
+        raw = self._raw[operand.buffer]
+        flat = raw if raw.dtype == operand.dtype else raw.view(operand.dtype)
+        return torch.as_strided(flat, operand.sizes, operand.strides, flat.storage_offset() + operand.offset)
+
+    def call(self, instruction: Instruction) -> None:
+        """Run a "torch" instruction."""
+        about = instruction.attributes
+
+        def of(value: Any) -> Any:
+            return self.tensor(value) if isinstance(value, Operand) else value
+
+        args, kwargs = torch.utils._pytree.tree_map(of, (about["args"], about["kwargs"]))
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        made = about["call"](*args, **kwargs)
+        for operand, result in zip(
+            instruction.outputs, made if isinstance(made, (tuple, list)) else [made], strict=True
+        ):
+            self.tensor(operand).copy_(result)
+
+    def _words(self, instruction: Instruction) -> np.ndarray:
+        about, kind = instruction.attributes, KINDS.index(instruction.kind)
+        whole: list[int] = []
+        real: list[float] = []
+        first, *more = instruction.outputs
+        operands = [first, *instruction.inputs, *more]
+        if instruction.kind == "torch":
+            return instruction_words(_ELSEWHERE, [], [], [])
+        if instruction.kind == "pointwise":
+            side = {"right": 2, "left": 3}.get(about.get("side", ""), 1 if len(instruction.inputs) == 2 else 0)
+            whole, real = [POINTWISE.index(about["op"]), side], [about.get("number", 0.0), about.get("factor", 1.0)]
+            operands = coalesce(operands)
+        elif instruction.kind == "rms_norm":
+            real = [about["eps"]]
+        elif instruction.kind == "experts":
+            whole = [about["layer"]]
+        elif instruction.kind == "attend":
+            whole = [self._kept_places[about["layer"]], about["window"], about["chunk"]]
+            real = [about["scale"], about["soft_cap"]]
+        elif instruction.kind == "reduce":
+            whole = [REDUCTIONS.index(about["op"])]
+        return instruction_words(kind, whole, real, [self._tensor_words(operand) for operand in operands])
+
+    def _tensor_words(self, operand: Operand) -> list[int]:
+        address = self._raw[operand.buffer].data_ptr() + operand.offset * operand.dtype.itemsize
+        assert len(operand.sizes) <= MAX_DIMS, operand
+        return tensor_words(address, DTYPES.index(operand.dtype), operand.sizes, operand.strides)
+
+
+def coalesce(operands: list[Operand]) -> list[Operand]:
+    """Merge neighbouring dimensions of tensors of one size where all go on without a gap; at least one stays."""
+    sizes = operands[0].sizes
+    dims: list[int] = [place for place, size in enumerate(sizes) if size != 1]
+    merged: list[list[int]] = []
+    for place in dims:
+        if merged and all(one.strides[merged[-1][-1]] == one.strides[place] * sizes[place] for one in operands):
+            merged[-1].append(place)
+        else:
+            merged.append([place])
+    groups = merged or [[]]
+    result = []
+    for one in operands:
+        strides = tuple(one.strides[group[-1]] if group else 1 for group in groups)
+        shape = tuple(math.prod(sizes[place] for place in group) for group in groups)
+        result.append(Operand(one.buffer, one.dtype, shape, strides, one.offset))
+    return result
