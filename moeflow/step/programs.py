@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import MoeflowError, UnsupportedModelError
 from moeflow.hf import experts_interface
 from moeflow.hf.passes.capture import capture
 from moeflow.kernels.cpu.library import instruction_set
@@ -14,24 +14,29 @@ from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
 from moeflow.step.check import difference
 from moeflow.step.lower import lower
+from moeflow.step.program import Program
+from moeflow.step.program_file import KeptProgram
+from moeflow.step.program_folder import KeptFile
 from moeflow.step.runner import StepRunner
-from moeflow.step.unchanged import ModelState
+from moeflow.step.unchanged import ModelState, has_hooks
 
 _log = logging.getLogger(__name__)
 
 
 class StepPrograms:
-    """Programs of one model, captured when they are first asked for.
+    """Programs of one model, captured or taken from the disk when they are first asked for.
 
     Args:
         runtime: of the model's experts.
 
     Attributes:
         reason: why the model has none; None where it has, or may have.
+        was_kept: whether what is known came from the disk, by number of rows.
     """
 
     def __init__(self, runtime: ExpertRuntime) -> None:
         self.reason: str | None = None
+        self.was_kept: dict[int, bool] = {}
         self._runtime = runtime
         self._runners: dict[int, StepRunner] = {}
         self._state: ModelState | None = None
@@ -42,30 +47,50 @@ class StepPrograms:
     def runner(self, model: PreTrainedModel, num_rows: int) -> StepRunner | None:
         """Return the program of so many rows; None where the model has none, or is not what it was captured from."""
         if self.reason is None and num_rows not in self._runners:
-            self._capture(model, num_rows)
+            self._prepare(model, num_rows)
         if self.reason is not None or self._state is None or not self._state.is_unchanged():
             return None
-        return self._runners[num_rows]
+        return self._runners.get(num_rows)
 
-    def _capture(self, model: PreTrainedModel, num_rows: int) -> None:
+    def _prepare(self, model: PreTrainedModel, num_rows: int) -> None:
+        """Take a program from the disk, or capture it and keep it there."""
         if instruction_set() is None:
             self.reason = "the compiled kernels were not built"
             return
-        try:
-            bound = BoundProgram(lower(capture(model, num_rows), num_rows), model)
-        except UnsupportedModelError as error:
-            self.reason = str(error)
-            return
-        except Exception as error:  # an operation that no rule was written for: the model's own code goes on
-            self.reason = f"its step cannot be written as a program ({type(error).__name__}: {str(error)[:200]})"
-            _log.warning("%s decodes by its own code: %s", type(model).__name__, self.reason)
-            return
-        experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
-        runner = StepRunner(bound, self._runtime, experts)
-        try:
-            self.reason = difference(model, runner)
-        except UnsupportedModelError as error:
-            self.reason = str(error)
-        if self.reason is None:
+        if has_hooks(model.modules()):
+            return  # a capture would run them
+        file = KeptFile(model, num_rows)
+        kept = file.read()
+        runner = None
+        if kept is not None and kept.program is not None:
+            try:
+                runner = self._bind(model, kept.program)
+            except Exception:  # a setup that fails on these weights: the file is not what a capture wrote
+                kept = None
+        self.was_kept[num_rows] = kept is not None
+        if kept is None:
+            kept, runner = self._capture(model, num_rows)
+            file.write(kept)
+        self.reason = kept.reason
+        if runner is not None:
             self._runners[num_rows] = runner
             self._state = self._state or ModelState(model)
+
+    def _capture(self, model: PreTrainedModel, num_rows: int) -> tuple[KeptProgram, StepRunner | None]:
+        _log.info("the decode step of %s is written as a program, once a model", type(model).__name__)
+        try:
+            program = lower(capture(model, num_rows), num_rows)
+            runner = self._bind(model, program)
+            reason = difference(model, runner)
+        except UnsupportedModelError as error:
+            reason = str(error)
+        except (MoeflowError, MemoryError):  # of the experts, or of the moment: the next call tries again
+            raise
+        except Exception as error:  # an operation that no rule was written for: the model's own code goes on
+            reason = f"its step cannot be written as a program ({type(error).__name__}: {str(error)[:200]})"
+            _log.warning("%s decodes by its own code: %s", type(model).__name__, reason)
+        return (KeptProgram(program, None), runner) if reason is None else (KeptProgram(None, reason), None)
+
+    def _bind(self, model: PreTrainedModel, program: Program) -> StepRunner:
+        experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
+        return StepRunner(BoundProgram(program, model), self._runtime, experts)

@@ -1,8 +1,14 @@
 """Whether a model still is what its programs were captured from: modules, weights, hooks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+
+def has_hooks(modules: Iterable[torch.nn.Module]) -> bool:
+    """Tell whether a forward hook is on any of these modules."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class ModelState:
@@ -21,7 +27,7 @@ class ModelState:
 
     def is_unchanged(self) -> bool:
         """Whether modules and weights are those of then, and no hook is on any."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules):
+        if has_hooks(self._modules):
             return False
         if any(children.get(name) is not child for children, name, child in self._children):
             return False
