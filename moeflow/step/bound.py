@@ -34,6 +34,8 @@ class BoundProgram:
                 self._raw.append(named[buffer.name].detach())
             elif buffer.kind == "literal":
                 self._raw.append(program.literals[buffer.name].detach())
+            elif buffer.kind == "state":
+                self._raw.append(torch.zeros(buffer.num_bytes, dtype=torch.uint8))
             elif offset is None:
                 self._raw.append(torch.empty(0, dtype=torch.uint8))
             else:
@@ -54,6 +56,31 @@ class BoundProgram:
             if buffer.kind == "input"
         }
         self.logits = self.tensor(program.logits)
+        states = {state.buffer for state in program.states}
+        self._of_states = [
+            number
+            for number, one in enumerate(program.body)
+            if any(operand.buffer in states for operand in (*one.outputs, *one.inputs))
+        ]
+
+    def takes(self, states: list[torch.Tensor] | None) -> bool:
+        """Whether states are those of the program, by size and dtype."""
+        if states is None:
+            return False
+        return all(
+            tuple(found.shape) == state.sizes and found.dtype == state.dtype
+            for found, state in zip(states, self.program.states, strict=True)
+        )
+
+    def use_states(self, states: list[torch.Tensor]) -> None:
+        """Let instructions read and write states where they lie."""
+        raw = self._raw
+        if all(raw[s.buffer].data_ptr() == t.data_ptr() for s, t in zip(self.program.states, states, strict=True)):
+            return
+        for state, tensor in zip(self.program.states, states, strict=True):
+            raw[state.buffer] = tensor.detach()
+        for number in self._of_states:
+            self.code.replace(number, self._words(self.program.body[number]))
 
     def tensor(self, operand: Operand) -> torch.Tensor:
         """Return an operand where it lies."""

@@ -1,5 +1,7 @@
 """Compares a captured step with the model's own code: what depends on data or on Python's state shows here."""
 
+import copy
+
 import torch
 from transformers import PreTrainedModel
 
@@ -34,10 +36,10 @@ def difference(model: PreTrainedModel, runner: StepRunner) -> str | None:
     own(model, input_ids=torch.tensor([_PREFIX]), **arguments)
     for position in sorted({len(_PREFIX), last // 2, last}):
         positions = torch.tensor([[position]])
-        expected = own(model, input_ids=token, position_ids=positions, **arguments).logits
-        cache.crop(-1)
-        made = runner.step(cache, token, position)
-        most = float((made.float() - expected.float()).abs().max() / expected.float().abs().max())
+        beside = copy.deepcopy(cache)
+        expected = own(model, **{**arguments, **cache_argument(model, beside)}, input_ids=token, position_ids=positions)
+        made = runner.step(copy.deepcopy(cache), token, position)
+        most = float((made.float() - expected.logits.float()).abs().max() / expected.logits.float().abs().max())
         if not most <= _TOLERANCE.get(made.dtype, _HALF_TOLERANCE):
             return f"at position {position} the captured step differs from the model's own by {most:.1e} of its logits"
     return None

@@ -61,7 +61,7 @@ class StepDecoding:
 
     def _step(self, model: PreTrainedModel, call: DecodeCall) -> Any:
         runner = self.programs.runner(model, 1)
-        if runner is None:
+        if runner is None or not runner.bound.takes(call.cache.states(runner.bound.program.state_names)):
             return None
         self._runtime.begin_forward(1, 1, continues=True, token_ids=call.input_ids)
         logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()

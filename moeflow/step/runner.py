@@ -68,6 +68,9 @@ class StepRunner:
             ExpertReadError: an expert could not be read. The step may be run again.
             ClosedModelError: the runtime was closed.
         """
+        states = cache.states(self.bound.program.state_names)
+        assert states is not None, "a cache without states"
+        self.bound.use_states(states)
         inputs, state, kept = self.bound.inputs, self._state, cache.table(self.bound.kept_layers)
         inputs["input_ids"].copy_(input_ids.reshape(-1))
         inputs["position_ids"].fill_(position)

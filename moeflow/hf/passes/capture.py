@@ -7,7 +7,7 @@ how long a sequence is nor where an expert lies.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.attention import MaskRule, attention_replaced, causal_rule
+from moeflow.hf.passes.growing_cache import GrowingCache, GrowingLayer
+from moeflow.hf.passes.kept_state import StateName, put_state, state_names, state_of
 
 _UNUSED = {"position_ids", "cache_position"}  # tensors that attention functions get and do not use
 _FAR = (1 << 20) + 3  # a position that is the first of no chunk, on which a mask's rule is tried
@@ -34,11 +36,27 @@ def _(
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-class _Handed(forward.KeyValueCache):
-    """Stands in for a key-value cache and for attention: hands both to the graph as one node a layer."""
+class CapturedStep(NamedTuple):
+    """The step of a model.
 
-    def __init__(self) -> None:
-        super().__init__(layers=[])
+    Args:
+        exported: the graph of (input_ids, position_ids, states) to (logits, new states).
+        states: what the model keeps beside keys and values, in the order of the graph's inputs.
+    """
+
+    exported: torch.export.ExportedProgram
+    states: list[StateName]
+
+
+class _Handed(forward.KeyValueCache):
+    """Stands in for a key-value cache and for attention: hands both to the graph as one node a layer.
+
+    Args:
+        layers: of a cache after a prompt, whose states the step's own take the place of.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
         self._handed: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}  # {id of keys: (layer, keys, values)}
 
     def update(
@@ -105,18 +123,24 @@ class _Handed(forward.KeyValueCache):
 
 
 class _Step(torch.nn.Module):
-    """The step as a module of token ids and positions, [rows, 1] each."""
+    """The step as a module of token ids and positions, [rows, 1] each, and states."""
 
-    def __init__(self, model: PreTrainedModel, cache: _Handed) -> None:
+    def __init__(self, model: PreTrainedModel, cache: _Handed, names: list[StateName]) -> None:
         super().__init__()
         self.model = model
+        self._layers, self._names = cache.layers, names
         self._arguments = forward.cache_argument(model, cache)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **self._arguments).logits
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, states: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[Any]]:
+        for name, state in zip(self._names, states, strict=True):
+            put_state(self._layers, name, state.clone())  # which the model may change in place
+        out = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **self._arguments)
+        return out.logits, [state_of(self._layers, name) for name in self._names]
 
 
-def capture(model: PreTrainedModel, num_rows: int) -> torch.export.ExportedProgram:
+def capture(model: PreTrainedModel, num_rows: int) -> CapturedStep:
     """Take the decode step of a model.
 
     Args:
@@ -124,24 +148,42 @@ def capture(model: PreTrainedModel, num_rows: int) -> torch.export.ExportedProgr
         num_rows: sequences, one new token each.
 
     Returns:
-        The graph of (input_ids, position_ids), [num_rows, 1] int64 each, to logits [num_rows, 1, V].
+        The graph of (input_ids, position_ids), [num_rows, 1] int64 each, and states to logits [num_rows, 1, V] and
+        new states.
 
     Raises:
         UnsupportedModelError: the step depends on data, or the model attends in a way of its own.
     """
     ids, positions = torch.full((num_rows, 1), 3), torch.full((num_rows, 1), 5)
-    cache = _Handed()
+    layers = _layers_after_prompt(model, num_rows)
+    names = state_names(layers)
+    states = [state for name in names if (state := state_of(layers, name)) is not None]
+    cache = _Handed(layers)
     try:
         with torch.no_grad(), _own_forward(model), attention_replaced(model, cache), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own code about itself
-            exported = torch.export.export(_Step(model, cache).eval(), (ids, positions), strict=False)
-            return exported.run_decompositions({})
+            step = _Step(model, cache, names).eval()
+            exported = torch.export.export(step, (ids, positions, states), strict=False)
+            return CapturedStep(exported.run_decompositions({}), names)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever the model's own code raises, or what torch says of data-dependent control
         raise UnsupportedModelError(
             f"the step of {type(model).__name__} cannot be captured ({type(error).__name__}: {str(error)[:200]})"
         ) from error
+
+
+def _layers_after_prompt(model: PreTrainedModel, num_rows: int) -> list[Any]:
+    """Return the layers of a cache; those with states after a prompt, of which a step's states have their sizes."""
+    cache = GrowingCache.of_model(model)
+    if cache is None:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps other state than keys and values")
+    if all(type(layer) is GrowingLayer for layer in cache.layers):
+        return []
+    with torch.no_grad():
+        arguments: dict[str, Any] = {**forward.cache_argument(model, cache), "use_cache": True}
+        type(model).forward(model, input_ids=torch.tensor([[3, 5]] * num_rows), **arguments)
+    return list(cache.layers)
 
 
 @contextmanager
