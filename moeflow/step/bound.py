@@ -44,7 +44,7 @@ class BoundProgram:
             self.call(instruction)
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
-            if one.kind == "attend":
+            if one.kind in ("attend", "attend_latent"):
                 key, value = one.inputs[1:3]
                 shape = KeptShape(key.sizes[1], key.sizes[3], value.sizes[3], key.dtype)
                 self.kept_layers[one.attributes["layer"]] = shape
@@ -123,6 +123,9 @@ class BoundProgram:
         elif instruction.kind == "attend":
             whole = [self._kept_places[about["layer"]], about["window"], about["chunk"]]
             real = [about["scale"], about["soft_cap"]]
+        elif instruction.kind == "attend_latent":
+            whole = [self._kept_places[about["layer"]], about["window"], about["chunk"]]
+            real = [about["scale"]]
         elif instruction.kind == "reduce":
             whole = [REDUCTIONS.index(about["op"])]
         return instruction_words(kind, whole, real, [self._tensor_words(operand) for operand in operands])

@@ -49,6 +49,7 @@ class _Lowering:
     def program(self) -> Program:
         """Go through the graph once."""
         logits: Any = None
+        self._exported.graph.eliminate_dead_code()  # keys and values that latents were expanded to
         for node in self._exported.graph.nodes:
             if node.op == "placeholder":
                 self._place(node)
@@ -122,7 +123,7 @@ class _Lowering:
                 self._constant.add(node)
             return  # views
         is_constant = name in FILLED or (
-            name != "attend" and all(source in self._constant for source in node.all_input_nodes)
+            name not in ("attend", "attend_latent") and all(source in self._constant for source in node.all_input_nodes)
         )
         for output in outputs:
             self._buffer(output, "constant" if is_constant else "made", "")
@@ -185,6 +186,13 @@ class _Lowering:
             inputs.append(self._operand(sinks))
         about = {"layer": layer, "scale": scale, "window": window, "chunk": chunk, "soft_cap": soft_cap}
         self._emit("attend", (self._operand(outputs[0]),), tuple(inputs), about)
+        return True
+
+    def _attend_latent(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        query, latent, turned, weight, layer, scale, window, chunk = args
+        inputs = [self._operand(tensor) for tensor in (query, latent, turned)] + [self._contiguous(weight)]
+        about = {"layer": layer, "scale": scale, "window": window, "chunk": chunk}
+        self._emit("attend_latent", (self._operand(outputs[0]),), tuple(inputs), about)
         return True
 
     def _embedding(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:

@@ -28,6 +28,18 @@ _LIBRARY.define(
     "float soft_cap) -> Tensor"
 )
 
+_LIBRARY.define(
+    "attend_latent(Tensor query, Tensor latent, Tensor turned, Tensor weight, int layer, float scale, int window, "
+    "int chunk) -> Tensor"
+)
+
+
+@torch.library.register_fake("moeflow::attend_latent")
+def _(query: torch.Tensor, latent: torch.Tensor, turned: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    heads = query.shape[1]
+    features = weight.shape[0] // heads - (query.shape[3] - turned.shape[3])
+    return query.new_empty(query.shape[0], query.shape[2], heads, features)
+
 
 @torch.library.register_fake("moeflow::attend")
 def _(
@@ -93,16 +105,39 @@ class _Handed(forward.KeyValueCache):
             UnsupportedModelError: the module hands over more than it.
         """
         layer, keys, values = self._handed.get(id(key), (0, None, None))
+        latents = None
         if keys is not key or values is not value:
-            raise UnsupportedModelError(f"{type(module).__name__} attends with other keys and values than it keeps")
+            latents = self._latents_of(module, key, value)
+            if latents is None:
+                raise UnsupportedModelError(f"{type(module).__name__} attends with other keys and values than it keeps")
         unknown = [name for name, found in kwargs.items() if isinstance(found, torch.Tensor) and name not in _UNUSED]
         rule = getattr(attention_mask, "rule", None)
         if unknown or rule is None:
             what = f"gives its attention {unknown[0]}" if unknown else "makes its attention masks itself"
             raise UnsupportedModelError(f"{type(module).__name__} {what}")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if latents is not None:
+            if s_aux is not None or softcap:
+                raise UnsupportedModelError(f"{type(module).__name__} has sinks or a soft cap on latents")
+            return torch.ops.moeflow.attend_latent(query, *latents, scale, *rule), None
         out = torch.ops.moeflow.attend(query, key, value, s_aux, layer, scale, *rule, softcap or 0.0)
         return out, None
+
+    def _latents_of(self, module: Any, key: torch.Tensor, value: torch.Tensor) -> tuple | None:
+        """Return latent, turned key, weight and layer where keys and values were expanded of what the layer keeps.
+
+        A wrong guess shows where the captured step is compared with the model's own.
+        """
+        found = [(layer, *kept) for layer, *kept in self._handed.values() if layer == getattr(module, "layer_idx", None)]
+        weight = getattr(getattr(module, "kv_b_proj", None), "weight", None)
+        if len(found) != 1 or weight is None or module.kv_b_proj.bias is not None or not hasattr(module, "expand_kv"):
+            return None
+        layer, latent, turned = found[0]
+        features = latent.shape[-1]
+        heads, plain = key.shape[1], key.shape[-1] - turned.shape[-1]
+        if weight.shape != (heads * (plain + value.shape[-1]), features) or latent.shape[1] != 1:
+            return None
+        return latent, turned, weight, layer
 
     @property
     def is_compileable(self) -> bool:
