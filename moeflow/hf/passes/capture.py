@@ -35,7 +35,7 @@ _LIBRARY.define(
 
 
 @torch.library.register_fake("moeflow::attend_latent")
-def _(query: torch.Tensor, latent: torch.Tensor, turned: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+def _(query: torch.Tensor, latent: torch.Tensor, turned: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     heads = query.shape[1]
     features = weight.shape[0] // heads - (query.shape[3] - turned.shape[3])
     return query.new_empty(query.shape[0], query.shape[2], heads, features)
@@ -83,7 +83,10 @@ class _Handed(forward.KeyValueCache):
     ) -> torch.Tensor:
         """Return a tensor that models pass on, with the window and the chunk of the rule on it."""
         carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
-        carrier.rule = _rule_of(mask_function)  # type: ignore[attr-defined]
+        try:
+            carrier.rule = _rule_of(mask_function)  # type: ignore[attr-defined]
+        except UnsupportedModelError as error:  # where attention uses it; models make masks for no layer, too
+            carrier.refusal = str(error)  # type: ignore[attr-defined]
         return carrier
 
     def attention(
@@ -112,6 +115,8 @@ class _Handed(forward.KeyValueCache):
                 raise UnsupportedModelError(f"{type(module).__name__} attends with other keys and values than it keeps")
         unknown = [name for name, found in kwargs.items() if isinstance(found, torch.Tensor) and name not in _UNUSED]
         rule = getattr(attention_mask, "rule", None)
+        if hasattr(attention_mask, "refusal"):
+            raise UnsupportedModelError(attention_mask.refusal)
         if unknown or rule is None:
             what = f"gives its attention {unknown[0]}" if unknown else "makes its attention masks itself"
             raise UnsupportedModelError(f"{type(module).__name__} {what}")
@@ -128,7 +133,8 @@ class _Handed(forward.KeyValueCache):
 
         A wrong guess shows where the captured step is compared with the model's own.
         """
-        found = [(layer, *kept) for layer, *kept in self._handed.values() if layer == getattr(module, "layer_idx", None)]
+        own = getattr(module, "layer_idx", None)
+        found = [(layer, *kept) for layer, *kept in self._handed.values() if layer == own]
         weight = getattr(getattr(module, "kv_b_proj", None), "weight", None)
         if len(found) != 1 or weight is None or module.kv_b_proj.bias is not None or not hasattr(module, "expand_kv"):
             return None
