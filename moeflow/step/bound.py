@@ -24,6 +24,8 @@ class BoundProgram:
 
     def __init__(self, program: Program, model: torch.nn.Module) -> None:
         self.program = program
+        calls = [one.attributes["call"] for one in program.body if one.kind == "own"]
+        self.modules = {call.path: model.get_submodule(call.path) for call in calls}
         offsets, num_bytes = plan_memory(program)
         self._arena = torch.zeros(num_bytes + 64, dtype=torch.uint8)
         begin = -self._arena.data_ptr() % 64
@@ -110,7 +112,7 @@ class BoundProgram:
         real: list[float] = []
         first, *more = instruction.outputs
         operands = [first, *instruction.inputs, *more]
-        if instruction.kind == "torch":
+        if instruction.kind in ("torch", "own"):
             return instruction_words(_ELSEWHERE, [], [], [])
         if instruction.kind == "pointwise":
             side = {"right": 2, "left": 3}.get(about.get("side", ""), 1 if len(instruction.inputs) == 2 else 0)

@@ -14,6 +14,7 @@ from moeflow.step.elementwise import FILLED, elementwise
 from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"}
+_WITH_CACHE = {"attend", "attend_latent", "own"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,7 +25,7 @@ def lower(captured: CapturedStep, num_rows: int) -> Program:
         captured: of `capture`.
         num_rows: its sequences.
     """
-    program = _Lowering(captured.exported, num_rows).program()
+    program = _Lowering(captured, num_rows).program()
     program.state_names = list(captured.states)
     return program
 
@@ -32,8 +33,8 @@ def lower(captured: CapturedStep, num_rows: int) -> Program:
 class _Lowering:
     """The program as it grows. Every tensor is one on the meta device, whose storage stands for a buffer."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, num_rows: int) -> None:
-        self._exported = exported
+    def __init__(self, captured: CapturedStep, num_rows: int) -> None:
+        self._exported, self._own_calls = captured.exported, captured.own_calls
         self._num_rows = num_rows
         self._buffers: list[Buffer] = []
         self._buffer_of: dict[int, int] = {}  # by storage
@@ -123,7 +124,7 @@ class _Lowering:
                 self._constant.add(node)
             return  # views
         is_constant = name in FILLED or (
-            name not in ("attend", "attend_latent") and all(source in self._constant for source in node.all_input_nodes)
+            name not in _WITH_CACHE and all(source in self._constant for source in node.all_input_nodes)
         )
         for output in outputs:
             self._buffer(output, "constant" if is_constant else "made", "")
@@ -193,6 +194,12 @@ class _Lowering:
         inputs = [self._operand(tensor) for tensor in (query, latent, turned)] + [self._contiguous(weight)]
         about = {"layer": layer, "scale": scale, "window": window, "chunk": chunk}
         self._emit("attend_latent", (self._operand(outputs[0]),), tuple(inputs), about)
+        return True
+
+    def _own(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        tensors, _, number = args
+        call = self._own_calls[number]
+        self._emit("own", (self._operand(outputs[0]),), tuple(map(self._operand, tensors)), {"call": call})
         return True
 
     def _embedding(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:

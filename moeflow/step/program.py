@@ -10,7 +10,7 @@ from moeflow.hf.passes.kept_state import StateName
 
 KINDS = (
     "linear", "rms_norm", "experts", "attend", "pointwise", "softmax", "top_k", "reduce", "gather", "rows", "scatter",
-    "attend_latent", "torch",
+    "attend_latent", "torch", "own",
 )  # fmt: skip
 """Kinds of instructions, in the order of StepKind in _step.h."""
 
@@ -79,7 +79,8 @@ class Instruction:
         kind: of `KINDS`.
         outputs: tensors that it writes.
         inputs: tensors that it reads.
-        attributes: what else it needs; of a "torch" instruction, "op" and its arguments with operands among them.
+        attributes: what else it needs; of a "torch" instruction, "op" and its arguments with operands among them;
+            of an "own" instruction, "call" and its number.
     """
 
     kind: str

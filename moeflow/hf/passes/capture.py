@@ -18,6 +18,7 @@ from moeflow.hf.passes import forward
 from moeflow.hf.passes.attention import MaskRule, attention_replaced, causal_rule
 from moeflow.hf.passes.growing_cache import GrowingCache, GrowingLayer
 from moeflow.hf.passes.kept_state import StateName, put_state, state_names, state_of
+from moeflow.hf.passes.own_modules import OwnCall, OwnModules, attention_modules
 
 _UNUSED = {"position_ids", "cache_position"}  # tensors that attention functions get and do not use
 _FAR = (1 << 20) + 3  # a position that is the first of no chunk, on which a mask's rule is tried
@@ -54,10 +55,20 @@ class CapturedStep(NamedTuple):
     Args:
         exported: the graph of (input_ids, position_ids, states) to (logits, new states).
         states: what the model keeps beside keys and values, in the order of the graph's inputs.
+        own_calls: modules that stay the model's Python, by the numbers of their nodes.
     """
 
     exported: torch.export.ExportedProgram
     states: list[StateName]
+    own_calls: list[OwnCall]
+
+
+class _OwnNeeded(UnsupportedModelError):
+    """A layer's attention has no instruction."""
+
+    def __init__(self, layer: int | None, message: str) -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class _Handed(forward.KeyValueCache):
@@ -89,7 +100,18 @@ class _Handed(forward.KeyValueCache):
             carrier.refusal = str(error)  # type: ignore[attr-defined]
         return carrier
 
-    def attention(
+    def attention(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """Add the node of a layer's attention.
+
+        Raises:
+            UnsupportedModelError: the module hands over more than an instruction takes.
+        """
+        try:
+            return self._attention(module, *args, **kwargs)
+        except UnsupportedModelError as error:
+            raise _OwnNeeded(getattr(module, "layer_idx", None), str(error)) from error
+
+    def _attention(
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -102,11 +124,6 @@ class _Handed(forward.KeyValueCache):
         s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Add the node of a layer's attention.
-
-        Raises:
-            UnsupportedModelError: the module hands over more than it.
-        """
         layer, keys, values = self._handed.get(id(key), (0, None, None))
         latents = None
         if keys is not key or values is not value:
@@ -195,33 +212,54 @@ def capture(model: PreTrainedModel, num_rows: int) -> CapturedStep:
     Raises:
         UnsupportedModelError: the step depends on data, or the model attends in a way of its own.
     """
-    ids, positions = torch.full((num_rows, 1), 3), torch.full((num_rows, 1), 5)
-    layers = _layers_after_prompt(model, num_rows)
-    names = state_names(layers)
-    states = [state for name in names if (state := state_of(layers, name)) is not None]
-    cache = _Handed(layers)
-    try:
-        with torch.no_grad(), _own_forward(model), attention_replaced(model, cache), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own code about itself
-            step = _Step(model, cache, names).eval()
-            exported = torch.export.export(step, (ids, positions, states), strict=False)
-            return CapturedStep(exported.run_decompositions({}), names)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # whatever the model's own code raises, or what torch says of data-dependent control
-        raise UnsupportedModelError(
-            f"the step of {type(model).__name__} cannot be captured ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-
-
-def _layers_after_prompt(model: PreTrainedModel, num_rows: int) -> list[Any]:
-    """Return the layers of a cache; those with states after a prompt, of which a step's states have their sizes."""
     cache = GrowingCache.of_model(model)
     if cache is None:
-        raise UnsupportedModelError(f"{type(model).__name__} keeps other state than keys and values")
-    if all(type(layer) is GrowingLayer for layer in cache.layers):
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values")
+    own_layers = cache.own_layers()
+    while True:
+        try:
+            return _capture(model, num_rows, OwnModules(attention_modules(model, own_layers)))
+        except _OwnNeeded as needed:
+            if needed.layer is None or needed.layer in own_layers:
+                raise
+            own_layers |= _layers_like(model, needed.layer)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever the model's own code raises, or what torch says of data-dependent control
+            raise UnsupportedModelError(
+                f"the step of {type(model).__name__} cannot be captured ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
+
+
+def _capture(model: PreTrainedModel, num_rows: int, own: OwnModules) -> CapturedStep:
+    layers = _layers_after_prompt(model, num_rows, own)
+    names = state_names(layers)
+    states = [state for name in names if (state := state_of(layers, name)) is not None]
+    inputs = torch.full((num_rows, 1), 3), torch.full((num_rows, 1), 5), states
+    handed = _Handed(layers)
+    step = _Step(model, handed, names).eval()
+    with (
+        torch.no_grad(), _own_forward(model), attention_replaced(model, handed), own.handed(),
+        warnings.catch_warnings(),
+    ):  # fmt: skip
+        warnings.simplefilter("ignore")  # of torch's own code about itself
+        exported = torch.export.export(step, inputs, strict=False).run_decompositions({})
+    return CapturedStep(exported, names, own.calls)
+
+
+def _layers_like(model: PreTrainedModel, layer: int) -> set[int]:
+    """Return the layers whose attention is of the kind of this one's."""
+    kinds = {type(module) for module in attention_modules(model, {layer}).values()}
+    return {layer} | {getattr(module, "layer_idx", layer) for module in model.modules() if type(module) in kinds}
+
+
+def _layers_after_prompt(model: PreTrainedModel, num_rows: int, own: OwnModules) -> list[Any]:
+    """Return the layers of a cache after a prompt, of which a step's states have their sizes; none for plain ones."""
+    cache = GrowingCache.of_model(model)
+    assert cache is not None
+    if all(type(layer) is GrowingLayer for layer in cache.layers) and not own.modules:
         return []
-    with torch.no_grad():
+    with torch.no_grad(), own.watched():
         arguments: dict[str, Any] = {**forward.cache_argument(model, cache), "use_cache": True}
         type(model).forward(model, input_ids=torch.tensor([[3, 5]] * num_rows), **arguments)
     return list(cache.layers)

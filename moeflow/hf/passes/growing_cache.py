@@ -6,12 +6,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes.kept_state import HYBRID_LAYERS, STATE_LAYERS, StateName, state_of
 
 _FIRST_POSITIONS = 64
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class KeptShape(NamedTuple):
@@ -149,15 +157,13 @@ class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):
 
 def _growing(layer: Any) -> Any:
     """Return the layer that takes the place of one of transformers'."""
-    if type(layer) in STATE_LAYERS:
-        return layer
     if type(layer) in HYBRID_LAYERS:
         return GrowingHybridLayer(layer.number_of_states)
-    return GrowingLayer()
+    return GrowingLayer() if type(layer) in _PLAIN_LAYERS else layer
 
 
 class GrowingCache(DynamicCache):
-    """A cache of growing layers, in place of one that transformers made; layers of states alone are transformers'."""
+    """A cache of growing layers, in place of one that transformers made; layers of another kind stay its own."""
 
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)
@@ -166,17 +172,18 @@ class GrowingCache(DynamicCache):
 
     @classmethod
     def in_place_of(cls, cache: object) -> "GrowingCache | None":
-        """Return a cache for one that is empty and keeps keys, values and states of one size; None for others."""
-        known = (DynamicLayer, DynamicSlidingWindowLayer, *HYBRID_LAYERS, *STATE_LAYERS)
-        if type(cache) is not DynamicCache or cache.offloading or any(type(one) not in known for one in cache.layers):
+        """Return a cache for one of transformers' that is empty; None for others, or where no layer has positions."""
+        if type(cache) is not DynamicCache or cache.offloading:
             return None
         if all(type(one) in STATE_LAYERS for one in cache.layers) or cache.get_seq_length():
             return None
-        return cls([_growing(one) for one in cache.layers])
+        known = (*_PLAIN_LAYERS, *HYBRID_LAYERS, *STATE_LAYERS, DynamicIndexedLayer)
+        is_known = all(type(one) in known for one in cache.layers)  # others may look at plain ones beside them
+        return cls([_growing(one) for one in cache.layers] if is_known else list(cache.layers))
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> "GrowingCache | None":
-        """Return an empty cache for a model; None where it keeps anything else than keys, values and states."""
+        """Return an empty cache for a model; None where no layer of its cache has positions."""
         return cls.in_place_of(DynamicCache(config=model.config.get_text_config(decoder=True)))
 
     @property
@@ -217,6 +224,11 @@ class GrowingCache(DynamicCache):
         """Return these states where they lie; None where one is not there, or has positions for a later crop."""
         found = [state_of(self.layers, name) for name in names]
         return None if any(one is None for one in found) else found  # type: ignore[return-value]
+
+    def own_layers(self) -> set[int]:
+        """Return the numbers of layers that only the model's own code knows."""
+        known = (GrowingLayer, GrowingHybridLayer, *STATE_LAYERS)
+        return {number for number, layer in enumerate(self.layers) if type(layer) not in known}
 
     def advance(self, layers: Iterable[int]) -> None:
         """Count the position that a step has written."""
