@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes import forward
-from moeflow.hf.passes.attention import MaskRule, attention_replaced, causal_rule
+from moeflow.hf.passes.attention import (
+    MaskRule,
+    attention_function,
+    attention_replaced,
+    causal_rule,
+    own_implementation,
+)
 from moeflow.hf.passes.growing_cache import GrowingCache, GrowingLayer
 from moeflow.hf.passes.kept_state import StateName, put_state, state_names, state_of
 from moeflow.hf.passes.own_modules import OwnCall, OwnModules, attention_modules
@@ -124,6 +130,9 @@ class _Handed(forward.KeyValueCache):
         s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if attention_mask is None and not hasattr(module, "layer_idx"):  # to nothing that is kept
+            own = attention_function(module, own_implementation(module.config))
+            return own(module, query, key, value, None, scaling=scaling, **kwargs)
         layer, keys, values = self._handed.get(id(key), (0, None, None))
         latents = None
         if keys is not key or values is not value:
@@ -238,12 +247,16 @@ def _capture(model: PreTrainedModel, num_rows: int, own: OwnModules) -> Captured
     inputs = torch.full((num_rows, 1), 3), torch.full((num_rows, 1), 5), states
     handed = _Handed(layers)
     step = _Step(model, handed, names).eval()
+    before = [dict(vars(layer)) for layer in layers]
     with (
         torch.no_grad(), _own_forward(model), attention_replaced(model, handed), own.handed(),
         warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")  # of torch's own code about itself
         exported = torch.export.export(step, inputs, strict=False).run_decompositions({})
+    for layer, was in zip(layers, before, strict=True):  # tensors of the graph among what a layer keeps
+        if any(was.get(name) is not value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)):
+            raise UnsupportedModelError(f"{type(model).__name__} changes a layer of its cache outside of its attention")
     return CapturedStep(exported, names, own.calls)
 
 

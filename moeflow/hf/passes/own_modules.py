@@ -62,7 +62,8 @@ def attention_modules(model: PreTrainedModel, layers: set[int]) -> dict[str, tor
     holders = [path for path, _ in experts_interface.experts_modules(model)]
     found: dict[str, torch.nn.Module] = {}
     for path, module in model.named_modules():
-        if getattr(module, "layer_idx", None) not in layers or any(holder.startswith(path + ".") for holder in holders):
+        is_layer = path.rpartition(".")[2].isdigit() or any(holder.startswith(path + ".") for holder in holders)
+        if getattr(module, "layer_idx", None) not in layers or is_layer:
             continue
         is_inside = any(path.startswith(outer + ".") for outer in found)
         if not is_inside and any(name in inspect.signature(module.forward).parameters for name in _CACHES):
@@ -150,7 +151,8 @@ class OwnModules:
         number = len(self.calls)
         call = OwnCall(path, int(module.layer_idx), *tree_map(given, (args, kwargs)))  # type: ignore[arg-type]
         self.calls.append(call)
-        like = next(place for place, one in enumerate(tensors) if one.dim() == 3 and one.is_floating_point())
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        like = next(place for place, one in enumerate(tensors) if one is hidden)
         out = torch.ops.moeflow.own(tensors, like, number)
         shape = self._shapes[path]
         if shape is None:
