@@ -33,18 +33,15 @@ _SAMPLING_HELP = {  # field: (metavar, help)
 _TYPES = {"int": int, "float": float, "int | None": int}
 
 
-def add_loading_options(parser: argparse.ArgumentParser, *, compiles: bool = True) -> None:
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of load_moe, and --json, to a command.
 
     Args:
         parser: of the command.
-        compiles: whether --compile has an effect on what the command does.
     """
     for option in flag_options():
         flag, text = f"--{option.name.replace('_', '-')}", option.metadata["flag"].replace("%", "%%")
-        if option.name == "compile" and not compiles:
-            parser.set_defaults(compile=False)
-        elif isinstance(option.default, bool):
+        if isinstance(option.default, bool):
             parser.add_argument(flag, action="store_true", help=text)
         else:
             kind = float if isinstance(option.default, float) else str

@@ -14,6 +14,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moeflow.atomic_file import NO_CHECKSUM, is_sealed, seal, write_atomically
+from moeflow.hf.passes.kept_state import StateName
+from moeflow.hf.passes.own_modules import Given, OwnCall
 from moeflow.step.program import Buffer, Instruction, Operand, Program
 from moeflow.step.sound import check_sound
 
@@ -95,6 +97,8 @@ def _program_as_json(program: Program) -> dict[str, Any]:
         "body": [_instruction_as_json(one) for one in program.body],
         "logits": _operand_as_json(program.logits),
         "literals": {name: _literal_as_json(one) for name, one in program.literals.items()},
+        "states": [_operand_as_json(one) for one in program.states],
+        "state_names": [list(one) for one in program.state_names],
     }
 
 
@@ -123,6 +127,8 @@ def _as_json(value: Any) -> Any:
     """Write an argument: lists and plain values as they are, others as an object of one field, named by the type."""
     if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, (OwnCall, Given)):
+        return {"own" if isinstance(value, OwnCall) else "given": [_as_json(one) for one in value]}
     if isinstance(value, (list, tuple)):
         return [_as_json(one) for one in value]
     if isinstance(value, dict):
@@ -146,7 +152,11 @@ def _program_of_json(about: dict[str, Any]) -> Program:
     buffers = [Buffer(str(kind), str(name), _whole(size)) for kind, name, size in about["buffers"]]
     setup, body = ([_instruction_of_json(one) for one in about[part]] for part in ("setup", "body"))
     literals = {name: _literal_of_json(one) for name, one in about["literals"].items()}
-    return Program(_whole(about["num_rows"]), buffers, setup, body, _operand_of_json(about["logits"]), literals)
+    names = [StateName(_whole(layer), str(kind), _whole(place)) for layer, kind, place in about["state_names"]]
+    return Program(
+        _whole(about["num_rows"]), buffers, setup, body, _operand_of_json(about["logits"]), literals,
+        [_operand_of_json(one) for one in about["states"]], names,
+    )  # fmt: skip
 
 
 def _instruction_of_json(one: list[Any]) -> Instruction:
@@ -180,6 +190,8 @@ def _of_json(value: Any) -> Any:
     ((name, held),) = value.items()
     if name == "dict":
         return {key: _of_json(one) for key, one in held.items()}
+    if name in ("own", "given"):
+        return (OwnCall if name == "own" else Given)(*map(_of_json, held))
     return _operand_of_json(held) if name == "operand" else _named(name, held)
 
 

@@ -77,17 +77,24 @@ class StepPrograms:
             self._state = self._state or ModelState(model)
 
     def _capture(self, model: PreTrainedModel, num_rows: int) -> tuple[KeptProgram, StepRunner | None]:
+        """Capture a program and compare it with the model's own code.
+
+        Raises:
+            MoeflowError, MemoryError: of the experts, or of the moment. The next call tries again.
+        """
         _log.info("the decode step of %s is written as a program, once a model", type(model).__name__)
+        what = "cannot be written as a program"
         try:
             program = lower(capture(model, num_rows), num_rows)
             runner = self._bind(model, program)
+            what = "as a program fails"
             reason = difference(model, runner)
         except UnsupportedModelError as error:
             reason = str(error)
-        except (MoeflowError, MemoryError):  # of the experts, or of the moment: the next call tries again
+        except (MoeflowError, MemoryError):
             raise
-        except Exception as error:  # an operation that no rule was written for: the model's own code goes on
-            reason = f"its step cannot be written as a program ({type(error).__name__}: {str(error)[:200]})"
+        except Exception as error:  # an operation that no rule was written for, or the model's own code: that goes on
+            reason = f"its step {what} ({type(error).__name__}: {str(error)[:200]})"
             _log.warning("%s decodes by its own code: %s", type(model).__name__, reason)
         return (KeptProgram(program, None), runner) if reason is None else (KeptProgram(None, reason), None)
 

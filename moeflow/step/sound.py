@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils import _pytree as pytree
 
+from moeflow.hf.passes.own_modules import OwnCall
 from moeflow.kernels.cpu.step import MAX_DIMS
 from moeflow.step.program import DTYPES, POINTWISE, REDUCTIONS, Instruction, Operand, Program
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_WRITTEN = ("constant", "made", "kept")  # kinds of buffers that instructions write
+_WRITTEN = ("constant", "made", "kept", "state")  # kinds of buffers that instructions write
+_STATES = ("conv_states", "recurrent_states")
 _MOST_ROWS = 1024
 _MOST_FEATURES = 2048  # of a head's values: attention sums them on the stack
 _MOST_BYTES = 1 << 33  # of all that a step makes
@@ -52,10 +54,26 @@ def check_sound(program: Program, weights: Mapping[str, torch.Tensor], num_moe_l
     _want(all(one.kind == "torch" for one in program.setup), "a setup that is not torch's")
     for instruction in (*program.setup, *program.body):
         _check_instruction(program, instruction, weights, num_moe_layers)
-    attending = [one.attributes["layer"] for one in program.body if one.kind == "attend"]
+    attending = [one.attributes["layer"] for one in program.body if one.kind in ("attend", "attend_latent")]
     _want(len(set(attending)) == len(attending), "two attentions of a layer")
+    _check_states(program, weights)
     _check_operand(program, program.logits, weights)
     _want(program.logits.sizes[:-1] == (program.num_rows, 1) and program.logits.is_contiguous, "other logits")
+
+
+def _check_states(program: Program, weights: Mapping[str, torch.Tensor]) -> None:
+    """Each state is one whole buffer, which a cache's tensor of its size takes the place of."""
+    numbers = [number for number, one in enumerate(program.buffers) if one.kind == "state"]
+    _want(sorted(state.buffer for state in program.states) == numbers, "a state without a buffer")
+    _want([name.kind in _STATES for name in program.state_names] == [True] * len(numbers), "an unknown state")
+    dtypes = {state.buffer: state.dtype for state in program.states}
+    for state in program.states:
+        _check_operand(program, state, weights)
+        whole = math.prod(state.sizes) * state.dtype.itemsize == program.buffers[state.buffer].num_bytes
+        _want(whole and state.is_contiguous and not state.offset, "a part of a state")
+    for one in program.body:
+        for operand in (*one.outputs, *one.inputs):
+            _want(dtypes.get(operand.buffer, operand.dtype) == operand.dtype, "a state of another dtype")
 
 
 def _want(is_so: bool, what: str) -> None:
@@ -99,14 +117,16 @@ def _check_instruction(
     _want(all(program.buffers[out.buffer].kind in _WRITTEN for out in one.outputs), "a weight that is written")
     if one.kind == "torch":
         return _check_torch(program, one, weights)
+    if one.kind == "own":
+        return _want(isinstance(one.attributes["call"], OwnCall), "a call of nothing")
     for operand in (*one.outputs, *one.inputs):
         _want(len(operand.sizes) <= MAX_DIMS and operand.dtype in DTYPES, "a tensor that the library does not know")
-    if one.kind not in ("pointwise", "attend"):
+    if one.kind not in ("pointwise", "attend", "attend_latent"):
         whole = (*one.outputs, *one.inputs[: 1 if one.kind == "scatter" else None])
         _want(all(operand.is_contiguous and operand.sizes for operand in whole), "gaps")
     _want(one.kind in _RULES, f"no kind {one.kind}")
     _want(_RULES[one.kind](one), f"{one.kind} of tensors that do not fit")
-    if one.kind in ("experts", "attend"):
+    if one.kind in ("experts", "attend", "attend_latent"):
         shape = one.inputs[0].sizes
         _want(shape[0] == program.num_rows, f"{one.kind} of other rows")
         most = num_moe_layers if one.kind == "experts" else 1 << 20
@@ -190,6 +210,24 @@ def _attend(one: Instruction) -> bool:
     )
 
 
+def _attend_latent(one: Instruction) -> bool:
+    (out,), (query, latent, turned, weight) = one.outputs, one.inputs
+    rows, heads, _, features = query.sizes
+    plain = features - turned.sizes[3]
+    return (
+        query.sizes[2] == 1
+        and plain > 0
+        and latent.sizes[:3] == turned.sizes[:3] == (rows, 1, 1)
+        and out.sizes[:3] == (rows, 1, heads)
+        and out.is_contiguous
+        and weight.sizes == (heads * (plain + out.sizes[3]), latent.sizes[3])
+        and weight.is_contiguous
+        and latent.dtype == turned.dtype
+        and {operand.dtype for operand in (out, *one.inputs)} <= {*_FLOATS}
+        and min(one.attributes["window"], one.attributes["chunk"]) >= 0
+    )
+
+
 def _pointwise(one: Instruction) -> bool:
     (out,), op, about = one.outputs, one.attributes["op"], one.attributes
     wanted = 1 if op in _ALONE else 3 if op == "where" else 2 - ("side" in about)
@@ -242,6 +280,7 @@ def _rows(one: Instruction) -> bool:
 
 
 _RULES: dict[str, Callable[[Instruction], bool]] = {
-    "linear": _linear, "rms_norm": _rms_norm, "experts": _experts, "attend": _attend, "pointwise": _pointwise,
-    "softmax": _softmax, "top_k": _top_k, "reduce": _reduce, "gather": _gather, "scatter": _scatter, "rows": _rows,
+    "linear": _linear, "rms_norm": _rms_norm, "experts": _experts, "attend": _attend,
+    "attend_latent": _attend_latent, "pointwise": _pointwise, "softmax": _softmax, "top_k": _top_k, "reduce": _reduce,
+    "gather": _gather, "scatter": _scatter, "rows": _rows,
 }  # fmt: skip
