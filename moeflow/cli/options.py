@@ -5,7 +5,7 @@ The flags are the fields of `LoadOptions` and `SamplingParams`. Knows argparse a
 
 import argparse
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,24 @@ def load_model(
         model = load_moe(source, **flags, **options)
         tokenizer = load_tokenizer(source)
     return model, tokenizer
+
+
+def prepare_step(model: Any) -> None:
+    """Capture the program of a model's decode steps before its first answer, or take it from the disk."""
+    step = model.moeflow.step
+    if step is not None:
+        with preparing_step():
+            step.prepare()
+
+
+def preparing_step() -> AbstractContextManager[Any]:
+    """Tell on a terminal what goes on, the first time that a model is run."""
+    from rich.console import Console
+    from rich.status import Status
+
+    console = Console(stderr=True)
+    text = "writing the decode step as a program, once a model"
+    return Status(text, console=console) if console.is_terminal else nullcontext()
 
 
 def add_sampling_options(

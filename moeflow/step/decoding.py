@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moeflow.errors import MoeflowError
@@ -57,13 +58,41 @@ class StepDecoding:
         """Return the programs as lines; empty before the first step."""
         return "\n\n".join(runner.bound.program.text() for runner in self.programs)
 
+    def prepare(self) -> None:
+        """Capture the program of one sequence now, or take it from the disk, in place of at the first step."""
+        model = self._model()
+        if model is not None and self.programs.reason is None:
+            self._runtime.turns.run(self.programs.runner, model, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """Prepare the program of one sequence and describe it.
+
+        Returns:
+            "reason" why there is none; or "instructions" by kind, "memory_bytes" that it takes beside the weights,
+            "from_disk", and "text". All of them else None.
+        """
+        self.prepare()
+        runner = next(iter(self.programs), None)
+        about = dict.fromkeys(("instructions", "memory_bytes", "from_disk", "text"))
+        if runner is None:
+            return {"reason": self.programs.reason, **about}
+        bound = runner.bound
+        kinds = Counter(one.kind for one in bound.program.body)
+        return {
+            "reason": None,
+            "instructions": dict(kinds.most_common()),
+            "memory_bytes": bound.num_bytes,
+            "from_disk": self.programs.was_kept[1],
+            "text": bound.program.text(),
+        }
+
     def _run(self, kwargs: dict[str, Any]) -> Any:
         """Run a call as a step; return its output, or None where the model must run it itself."""
         model = self._model()
         if self.programs.reason is not None or model is None or not self._outputs.knows or model.training:
             return None
         call = decode_call(model, kwargs)
-        if call is None and not self.num_steps:
+        if call is None and not self.num_steps and not torch.compiler.is_compiling():
             self._refused = _refusal(kwargs) or self._refused
         return None if call is None else self._runtime.turns.run(self._step, model, call)
 
