@@ -1,12 +1,12 @@
 """Writes a captured step as a program: one instruction for each node that computes, none for views."""
 
-import math
 import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes.capture import CapturedStep
 from moeflow.kernels.cpu.step import MAX_DIMS
 from moeflow.moe.experts import layer_of_handle
@@ -160,7 +160,7 @@ class _Lowering:
         tensors = [x, weight] + ([] if bias is None else [bias])
         if any(tensor.dtype not in _FLOATS for tensor in tensors) or weight.dim() != 2 or not weight.is_contiguous():
             return False
-        if x.dtype != weight.dtype or self._num_rows_of(x) > 16:
+        if x.dtype != weight.dtype:
             return False
         inputs = [self._contiguous(x), *map(self._operand, tensors[1:])]
         self._emit("linear", (self._operand(out),), tuple(inputs))
@@ -173,6 +173,8 @@ class _Lowering:
 
     def _experts(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
         x, index, weights, handle = args
+        if len(index) != self._num_rows:
+            raise UnsupportedModelError(f"its experts take {len(index)} tokens in a step of {self._num_rows}")
         inputs = tuple(map(self._contiguous, (x, index, weights)))
         for operand in (*inputs, self._operand(outputs[0])):
             self._keep_buffer(operand.buffer)
@@ -372,9 +374,6 @@ class _Lowering:
         buffer = self._buffers[number]
         if buffer.kind == "made":
             self._buffers[number] = Buffer("kept", buffer.name, buffer.num_bytes)
-
-    def _num_rows_of(self, x: torch.Tensor) -> int:
-        return math.prod(x.shape[:-1])
 
 
 def id_of(made: torch.Tensor) -> int:

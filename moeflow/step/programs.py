@@ -30,12 +30,14 @@ class StepPrograms:
         runtime: of the model's experts.
 
     Attributes:
-        reason: why the model has none; None where it has, or may have.
+        reason: why the model has none of any size; None where it has, or may have.
+        reasons: why it has none of so many rows, by that number.
         was_kept: whether what is known came from the disk, by number of rows.
     """
 
     def __init__(self, runtime: ExpertRuntime) -> None:
         self.reason: str | None = None
+        self.reasons: dict[int, str] = {}
         self.was_kept: dict[int, bool] = {}
         self._runtime = runtime
         self._runners: dict[int, StepRunner] = {}
@@ -46,7 +48,7 @@ class StepPrograms:
 
     def runner(self, model: PreTrainedModel, num_rows: int) -> StepRunner | None:
         """Return the program of so many rows; None where the model has none, or is not what it was captured from."""
-        if self.reason is None and num_rows not in self._runners:
+        if self.reason is None and num_rows not in self._runners.keys() | self.reasons.keys():
             self._prepare(model, num_rows)
         if self.reason is not None or self._state is None or not self._state.is_unchanged():
             return None
@@ -71,7 +73,8 @@ class StepPrograms:
         if kept is None:
             kept, runner = self._capture(model, num_rows)
             file.write(kept)
-        self.reason = kept.reason
+        if kept.reason is not None:
+            self.reasons[num_rows] = kept.reason
         if runner is not None:
             self._runners[num_rows] = runner
             self._state = self._state or ModelState(model)
@@ -88,7 +91,10 @@ class StepPrograms:
             program = lower(capture(model, num_rows), num_rows)
             runner = self._bind(model, program)
             what = "as a program fails"
-            reason = difference(model, runner)
+            if num_rows > 1 and runner.is_of_one:
+                reason = "its step of several sequences has states that are no keys and values"
+            else:
+                reason = difference(model, runner)
         except UnsupportedModelError as error:
             reason = str(error)
         except (MoeflowError, MemoryError):
