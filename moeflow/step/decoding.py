@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, run_calls_by
+from moeflow.hf.passes.forward import describe_pass
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
@@ -57,13 +58,15 @@ class StepDecoding:
         if self.programs.reason is not None or model is None or not self._outputs.knows or model.training:
             return None
         call = decode_call(model, kwargs)
-        return None if call is None else self._runtime.turns.run(self._step, model, call)
+        return None if call is None else self._runtime.turns.run(self._step, model, call, kwargs)
 
-    def _step(self, model: PreTrainedModel, call: DecodeCall) -> Any:
+    def _step(self, model: PreTrainedModel, call: DecodeCall, kwargs: dict[str, Any]) -> Any:
         runner = self.programs.runner(model, 1)
         if runner is None:
             return None
-        self._runtime.begin_forward(1, 1, continues=True, token_ids=call.input_ids)
+        begun = describe_pass((), kwargs)
+        assert begun is not None, "a call that was read has tokens"
+        self._runtime.begin_pass(begun)
         logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()
         call.cache.advance(runner.bound.kept_layers)
         self.num_steps += 1

@@ -10,7 +10,8 @@ from torch.fx import Node
 from moeflow.kernels.cpu.step import MAX_DIMS
 from moeflow.moe.experts import layer_of_handle
 from moeflow.step.elementwise import FILLED, elementwise
-from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program
+from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program, Residual
+from moeflow.step.residuals import find_residuals
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,10 +54,10 @@ class _Lowering:
             else:
                 self._call(node)
         assert logits is not None
-        self._keep(logits)
-        return Program(
-            self._num_rows, self._buffers, self._setup, self._body, self._operand(logits), self._literals
-        )  # fmt: skip
+        found = find_residuals(self._exported.graph).items()
+        seen = {layer: Residual(norm, self._keep(self._made[node])) for layer, (norm, node) in found}
+        kept = self._keep(logits)
+        return Program(self._num_rows, self._buffers, self._setup, self._body, kept, seen, self._literals)
 
     def _place(self, node: Node) -> None:
         signature = self._exported.graph_signature
@@ -136,7 +137,7 @@ class _Lowering:
         tensors = [x, weight] + ([] if bias is None else [bias])
         if any(tensor.dtype not in _FLOATS for tensor in tensors) or weight.dim() != 2 or not weight.is_contiguous():
             return False
-        if x.dtype != weight.dtype or self._num_rows_of(x) > 16:
+        if x.dtype != weight.dtype or math.prod(x.shape[:-1]) > 16:
             return False
         inputs = [self._contiguous(x), *map(self._operand, tensors[1:])]
         self._emit("linear", (self._operand(out),), tuple(inputs))
@@ -327,16 +328,14 @@ class _Lowering:
         self._emit("pointwise", (self._operand(copy),), (operand,), {"op": "copy"})
         return self._operand(copy)
 
-    def _keep(self, made: torch.Tensor) -> None:
+    def _keep(self, made: torch.Tensor) -> Operand:
         self._keep_buffer(self._buffer_of[id_of(made)])
+        return self._operand(made)
 
     def _keep_buffer(self, number: int) -> None:
         buffer = self._buffers[number]
         if buffer.kind == "made":
             self._buffers[number] = Buffer("kept", buffer.name, buffer.num_bytes)
-
-    def _num_rows_of(self, x: torch.Tensor) -> int:
-        return math.prod(x.shape[:-1])
 
 
 def id_of(made: torch.Tensor) -> int:

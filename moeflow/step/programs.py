@@ -63,7 +63,8 @@ class StepPrograms:
         experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
         runner = StepRunner(bound, self._runtime, experts)
         try:
-            self.reason = difference(model, runner)
+            with self._runtime.unwatched():
+                self.reason = difference(model, runner)
         except UnsupportedModelError as error:
             self.reason = str(error)
         if self.reason is None:

@@ -98,7 +98,9 @@ class StepRunner:
 
     def _run_layer(self, instruction: Instruction) -> None:
         x, index, weights = map(self.bound.tensor, instruction.inputs)
-        made = self._experts[instruction.attributes["layer"]].run(x, index, weights)
+        layer = instruction.attributes["layer"]
+        self.bound.show_residual(layer, x)
+        made = self._experts[layer].run(x, index, weights)
         self.bound.tensor(instruction.outputs[0]).copy_(made)
 
     def _describe(self, experts: OffloadedExperts) -> StepLayer:
