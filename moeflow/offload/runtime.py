@@ -91,7 +91,7 @@ class ExpertRuntime:
             assert host is not None, "without a host tier no expert lies anywhere else"
             self._host_compute = HostCompute(misses, host, self._transfers)
         prefetcher = None if prediction is None else prediction.prefetcher
-        self.resident_table = ResidentTable(cache, pool, self._stats)
+        self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done

@@ -12,7 +12,7 @@ from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
-from moeflow.step.program import KINDS, Instruction
+from moeflow.step.program import KINDS
 
 _EXPERTS = KINDS.index("experts")
 
@@ -36,7 +36,7 @@ class StepRunner:
         self._numbers = [number for number, _ in of_layers]
         self._layer_of = [one.attributes["layer"] for _, one in of_layers]
         self._index = [bound.tensor(one.inputs[1]).numpy() for _, one in of_layers]
-        self._addresses = np.zeros((len(experts), max(runtime.experts_per_layer)), np.int64)
+        self._tensors = [list(map(bound.tensor, (*one.inputs, one.outputs[0]))) for _, one in of_layers]
         self._kernels: list[np.ndarray] = []  # addresses of each layer's kernels, read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
         self._unknown = (StepLayer * len(experts))()  # of which every call is Python's
@@ -78,7 +78,7 @@ class StepRunner:
         at = counted = 0  # instructions, and layers of experts, that are done
         while True:
             with self._runtime.holding() as may_go_unasked:
-                table.write(self._addresses)
+                table.refresh()
                 state.layers = ctypes.addressof(self._resident if may_go_unasked else self._unknown)
                 before = self._seconds[_EXPERTS]
                 at = self.bound.code.run(at, state)
@@ -90,18 +90,18 @@ class StepRunner:
                 return self.bound.logits
             instruction, counted = self._body[at], reached
             if instruction.kind == "experts":
-                self._run_layer(instruction)
+                self._run_layer(counted)
                 counted += 1
             else:
                 self.bound.call(instruction)
             at += 1
 
-    def _run_layer(self, instruction: Instruction) -> None:
-        x, index, weights = map(self.bound.tensor, instruction.inputs)
-        layer = instruction.attributes["layer"]
+    def _run_layer(self, place: int) -> None:
+        """Let the runtime run one of the program's layers of experts."""
+        x, index, weights, out = self._tensors[place]
+        layer = self._layer_of[place]
         self.bound.show_residual(layer, x)
-        made = self._experts[layer].run(x, index, weights)
-        self.bound.tensor(instruction.outputs[0]).copy_(made)
+        out.copy_(self._experts[layer].run(x, index, weights))
 
     def _describe(self, experts: OffloadedExperts) -> StepLayer:
         """Describe a layer for the library; one that has other kernels stays Python's."""
@@ -111,5 +111,5 @@ class StepRunner:
         records = self._runtime.records(experts.layer)
         kernels = np.array([compute.kernel(record).pointer for record in records], np.int64)
         self._kernels.append(kernels)
-        addresses = self._addresses[experts.layer].ctypes.data
+        addresses = self._runtime.resident_table.addresses[experts.layer].ctypes.data
         return StepLayer(kernels.ctypes.data, addresses, len(records), compute.activation_bits)
