@@ -108,8 +108,10 @@ class PredictionLoop:
         """Predict nothing and take nothing in, between two passes."""
         self._pause()
         prompt, self._prompt = self._prompt, None
-        yield
-        self._prompt = prompt
+        try:
+            yield
+        finally:
+            self._prompt = prompt
 
     def reset_stats(self) -> None:
         """Begin to count anew."""

@@ -75,11 +75,12 @@ class StepRunner:
         self._firsts[:] = first
         state.kept, state.num_threads = kept.ctypes.data, torch.get_num_threads()
         table = self._runtime.resident_table
+        is_plain = not any(experts.changes_routes for experts in self._experts)
         at = counted = 0  # instructions, and layers of experts, that are done
         while True:
             with self._runtime.holding() as may_go_unasked:
                 table.refresh()
-                state.layers = ctypes.addressof(self._resident if may_go_unasked else self._unknown)
+                state.layers = ctypes.addressof(self._resident if may_go_unasked and is_plain else self._unknown)
                 before = self._seconds[_EXPERTS]
                 at = self.bound.code.run(at, state)
                 reached = len(self._numbers) if at == DONE else bisect_left(self._numbers, at)
@@ -106,7 +107,7 @@ class StepRunner:
     def _describe(self, experts: OffloadedExperts) -> StepLayer:
         """Describe a layer for the library; one that has other kernels stays Python's."""
         compute = experts.compute(self.bound.logits.dtype)
-        if not isinstance(compute, CpuCompute) or experts.changes_routes:
+        if not isinstance(compute, CpuCompute):
             return StepLayer()
         records = self._runtime.records(experts.layer)
         kernels = np.array([compute.kernel(record).pointer for record in records], np.int64)
