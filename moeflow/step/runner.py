@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.kernels.cpu.step import DONE, StepLayer, StepState
-from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
@@ -37,7 +37,7 @@ class StepRunner:
         self._layer_of = [one.attributes["layer"] for _, one in of_layers]
         self._index = [bound.tensor(one.inputs[1]).numpy() for _, one in of_layers]
         self._addresses = np.zeros((len(experts), max(runtime.experts_per_layer)), np.int64)
-        self._kernels: list[np.ndarray] = []  # addresses of each layer's kernels, read by the library
+        self._kernels: list[LayerKernel] = []  # read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
         self._unknown = (StepLayer * len(experts))()  # of which every call is Python's
         self._firsts, self._lengths = np.zeros((2, num_rows), np.int64)
@@ -103,11 +103,9 @@ class StepRunner:
 
     def _describe(self, experts: OffloadedExperts) -> StepLayer:
         """Describe a layer for the library; one that has other kernels stays Python's."""
-        compute = experts.compute(self.bound.logits.dtype)
-        if not isinstance(compute, CpuCompute) or experts.changes_routes:
+        kernel = experts.kernel(self.bound.logits.dtype)
+        if kernel is None or experts.changes_routes:
             return StepLayer()
-        records = self._runtime.records(experts.layer)
-        kernels = np.array([compute.kernel(record).pointer for record in records], np.int64)
-        self._kernels.append(kernels)
+        self._kernels.append(kernel)
         addresses = self._addresses[experts.layer].ctypes.data
-        return StepLayer(kernels.ctypes.data, addresses, len(records), compute.activation_bits)
+        return StepLayer(kernel.pointers.ctypes.data, addresses, len(kernel.pointers), kernel.activation_bits)
