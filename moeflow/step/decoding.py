@@ -1,15 +1,19 @@
 """Lets a model decode by its step programs where a call asks for nothing else; any other call is the model's own."""
 
+import logging
 import weakref
 from collections import Counter
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from moeflow.errors import MoeflowError
 from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, run_calls_by
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
+
+_log = logging.getLogger(__name__)
 
 
 class StepDecoding:
@@ -25,6 +29,7 @@ class StepDecoding:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.num_steps = 0
+        self._refused: str | None = None  # of the last call that was not read, before the first native step
         self._model = weakref.ref(model)
         self._runtime: ExpertRuntime = model.moeflow  # type: ignore[assignment]  # transformers types it as a module
         self.programs = StepPrograms(self._runtime)
@@ -45,7 +50,8 @@ class StepDecoding:
     def as_dict(self) -> dict[str, Any]:
         """Return the mode ("native" once a step ran so), why not where it never will, and the steps run natively."""
         mode = "native" if self.num_steps else "python"
-        return {"mode": mode, "reason": self.programs.reason, "steps": self.num_steps}
+        reason = self.programs.reason if self.num_steps else self.programs.reason or self._refused
+        return {"mode": mode, "reason": reason, "steps": self.num_steps}
 
     def text(self) -> str:
         """Return the programs as lines; empty before the first step."""
@@ -57,14 +63,33 @@ class StepDecoding:
         if self.programs.reason is not None or model is None or not self._outputs.knows or model.training:
             return None
         call = decode_call(model, kwargs)
+        if call is None and not self.num_steps:
+            self._refused = _refusal(kwargs) or self._refused
         return None if call is None else self._runtime.turns.run(self._step, model, call)
 
     def _step(self, model: PreTrainedModel, call: DecodeCall) -> Any:
         runner = self.programs.runner(model, 1)
-        if runner is None:
+        if runner is None or not runner.bound.takes(call.cache.states(runner.bound.program.state_names)):
             return None
         self._runtime.begin_forward(1, 1, continues=True, token_ids=call.input_ids)
-        logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()
+        try:
+            logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of torch, or of the model's own code
+            if isinstance(error, MoeflowError):
+                raise
+            self.programs.reason = f"a step as a program failed ({type(error).__name__}: {str(error)[:200]})"
+            _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
+            return None  # the cache is as before
         call.cache.advance(runner.bound.kept_layers)
         self.num_steps += 1
         return self._outputs.make(logits, call.cache)
+
+
+def _refusal(kwargs: dict[str, Any]) -> str | None:
+    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
+    if ids is None or ids.shape[-1] != 1 or cache is None:
+        return None
+    if type(cache) is not GrowingCache:
+        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
+    return f"its last call was for {len(ids)} sequences, or asked for more than logits and a cache"

@@ -66,6 +66,8 @@ class StepPrograms:
             self.reason = difference(model, runner)
         except UnsupportedModelError as error:
             self.reason = str(error)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            self.reason = f"its step as a program fails ({type(error).__name__}: {str(error)[:200]})"
         if self.reason is None:
             self._runners[num_rows] = runner
             self._state = self._state or ModelState(model)

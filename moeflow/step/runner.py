@@ -2,11 +2,13 @@
 
 import ctypes
 from bisect import bisect_left
+from typing import Any
 
 import numpy as np
 import torch
 
 from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.own_modules import OwnCall, call_module, remembered
 from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.kernels.cpu.step import DONE, StepLayer, StepState
 from moeflow.moe.experts import OffloadedExperts
@@ -36,6 +38,7 @@ class StepRunner:
         self._numbers = [number for number, _ in of_layers]
         self._layer_of = [one.attributes["layer"] for _, one in of_layers]
         self._index = [bound.tensor(one.inputs[1]).numpy() for _, one in of_layers]
+        self._own_calls: list[OwnCall] = [one.attributes["call"] for one in self._body if one.kind == "own"]
         self._addresses = np.zeros((len(experts), max(runtime.experts_per_layer)), np.int64)
         self._kernels: list[LayerKernel] = []  # read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
@@ -68,6 +71,18 @@ class StepRunner:
             ExpertReadError: an expert could not be read. The step may be run again.
             ClosedModelError: the runtime was closed.
         """
+        back = [remembered(cache.layers[call.layer]) for call in self._own_calls]
+        try:
+            return self._step(cache, input_ids, position, first)
+        except BaseException:
+            for bring_back in back:
+                bring_back()
+            raise
+
+    def _step(self, cache: GrowingCache, input_ids: torch.Tensor, position: int, first: int) -> torch.Tensor:
+        states = cache.states(self.bound.program.state_names)
+        assert states is not None, "a cache without states"
+        self.bound.use_states(states)
         inputs, state, kept = self.bound.inputs, self._state, cache.table(self.bound.kept_layers)
         inputs["input_ids"].copy_(input_ids.reshape(-1))
         inputs["position_ids"].fill_(position)
@@ -76,6 +91,7 @@ class StepRunner:
         state.kept, state.num_threads = kept.ctypes.data, torch.get_num_threads()
         table = self._runtime.resident_table
         at = counted = 0  # instructions, and layers of experts, that are done
+        results: dict[int, Any] = {}
         while True:
             with self._runtime.holding() as may_go_unasked:
                 table.write(self._addresses)
@@ -92,6 +108,10 @@ class StepRunner:
             if instruction.kind == "experts":
                 self._run_layer(instruction)
                 counted += 1
+            elif instruction.kind == "own":
+                call, tensors = instruction.attributes["call"], list(map(self.bound.tensor, instruction.inputs))
+                made = call_module(self.bound.modules[call.path], call, tensors, cache, first, results)
+                self.bound.tensor(instruction.outputs[0]).copy_(made)
             else:
                 self.bound.call(instruction)
             at += 1

@@ -57,9 +57,20 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         first = length + 1 - int(mask.sum())
         if first and (first < 0 or int(mask.argmax()) != first):
             return None
-    if positions is not None and positions.numel() != 1:
+    position = length if positions is None else _position(positions)
+    return None if position is None else DecodeCall(ids, position, first, cache)
+
+
+def _position(positions: torch.Tensor) -> int | None:
+    """Return the position of one token, which may be told once for each of three dimensions; None for unlike ones.
+
+    The first of four is that of the text alone, and models use it for masks.
+    """
+    if positions.shape[-2:] != (1, 1) or positions.dim() > 3:
         return None
-    return DecodeCall(ids, length if positions is None else int(positions), first, cache)
+    told = positions.flatten().tolist()
+    told = told[1:] if len(told) == 4 else told
+    return told[0] if told == told[:1] * len(told) else None
 
 
 class OutputMaker:
