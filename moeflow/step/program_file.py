@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from moeflow.atomic_file import NO_CHECKSUM, is_sealed, seal, write_atomically
 from moeflow.hf.passes.kept_state import StateName
 from moeflow.hf.passes.own_modules import Given, OwnCall
-from moeflow.step.program import Buffer, Instruction, Operand, Program
+from moeflow.step.program import Buffer, Instruction, Operand, Program, Residual
 from moeflow.step.sound import check_sound
 
 FORMAT = 1
@@ -96,6 +96,7 @@ def _program_as_json(program: Program) -> dict[str, Any]:
         "setup": [_instruction_as_json(one) for one in program.setup],
         "body": [_instruction_as_json(one) for one in program.body],
         "logits": _operand_as_json(program.logits),
+        "residuals": [[layer, one.norm, _operand_as_json(one.stream)] for layer, one in program.residuals.items()],
         "literals": {name: _literal_as_json(one) for name, one in program.literals.items()},
         "states": [_operand_as_json(one) for one in program.states],
         "state_names": [list(one) for one in program.state_names],
@@ -103,13 +104,10 @@ def _program_as_json(program: Program) -> dict[str, Any]:
 
 
 def _instruction_as_json(one: Instruction) -> list[Any]:
-    about = {name: value for name, value in one.attributes.items() if name != "call"}
-    inputs = () if one.kind == "torch" else one.inputs  # they are among its arguments
-    return [
-        one.kind,
-        *([_operand_as_json(tensor) for tensor in part] for part in (one.outputs, inputs)),
-        _as_json(about),
-    ]
+    is_torch = one.kind == "torch"  # its inputs are among its arguments, and its name tells what is called
+    about = {name: value for name, value in one.attributes.items() if not (is_torch and name == "call")}
+    outputs, inputs = ([_operand_as_json(tensor) for tensor in part] for part in (one.outputs, one.inputs))
+    return [one.kind, outputs, [] if is_torch else inputs, _as_json(about)]
 
 
 def _operand_as_json(one: Operand) -> list[Any]:
@@ -153,10 +151,20 @@ def _program_of_json(about: dict[str, Any]) -> Program:
     setup, body = ([_instruction_of_json(one) for one in about[part]] for part in ("setup", "body"))
     literals = {name: _literal_of_json(one) for name, one in about["literals"].items()}
     names = [StateName(_whole(layer), str(kind), _whole(place)) for layer, kind, place in about["state_names"]]
+    residuals = {
+        _whole(layer): Residual(str(norm), _operand_of_json(stream)) for layer, norm, stream in about["residuals"]
+    }
     return Program(
-        _whole(about["num_rows"]), buffers, setup, body, _operand_of_json(about["logits"]), literals,
-        [_operand_of_json(one) for one in about["states"]], names,
-    )  # fmt: skip
+        num_rows=_whole(about["num_rows"]),
+        buffers=buffers,
+        setup=setup,
+        body=body,
+        logits=_operand_of_json(about["logits"]),
+        residuals=residuals,
+        literals=literals,
+        states=[_operand_of_json(one) for one in about["states"]],
+        state_names=names,
+    )
 
 
 def _instruction_of_json(one: list[Any]) -> Instruction:

@@ -94,7 +94,8 @@ class StepPrograms:
             if num_rows > 1 and runner.is_of_one:
                 reason = "its step of several sequences has states that are no keys and values"
             else:
-                reason = difference(model, runner)
+                with self._runtime.unwatched():
+                    reason = difference(model, runner)
         except UnsupportedModelError as error:
             reason = str(error)
         except (MoeflowError, MemoryError):

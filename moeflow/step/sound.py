@@ -57,6 +57,8 @@ def check_sound(program: Program, weights: Mapping[str, torch.Tensor], num_moe_l
     attending = [one.attributes["layer"] for one in program.body if one.kind in ("attend", "attend_latent")]
     _want(len(set(attending)) == len(attending), "two attentions of a layer")
     _check_states(program, weights)
+    for residual in program.residuals.values():
+        _check_operand(program, residual.stream, weights)
     _check_operand(program, program.logits, weights)
     _want(program.logits.sizes[:-1] == (program.num_rows, 1) and program.logits.is_contiguous, "other logits")
 
