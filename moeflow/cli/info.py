@@ -53,9 +53,12 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def describe_step(model: str) -> dict[str, Any]:
     """Describe the program of a model's decode step; it is captured if it is not on the disk."""
+    from transformers.utils import logging
+
     from moeflow.cli.options import preparing_step
     from moeflow.loading.load_moe import load_moe
 
+    logging.disable_progress_bar()
     loaded = load_moe(model, device="cpu", predictor=None)
     with loaded.moeflow, preparing_step():
         return {"model": model, **loaded.moeflow.step.describe()}
