@@ -363,8 +363,8 @@ void attend(const Instruction &it, const StepState &state) {
             load(q, row * q.strides[0] + h * q.strides[1], q.strides[3], (int)features,
                  query + (row * heads + h) * features);
     const bool is_small = positions * heads * features < SERIAL_POSITIONS;
-    in_parallel(is_small ? 1 : (int)state.num_threads, [&](Team &team, int) {
-        team.share((int64_t)pieces.size(), [&](int64_t i) {
+    in_parallel(is_small ? 1 : (int)state.num_threads, [&](Team &team) {
+        team.share((int64_t)pieces.size(), [&](int64_t i, int) {
             const Piece &piece = pieces[i];
             const KeptPositions &at = kept[piece.row];
             const HeadGroup group{at.keys + piece.group * at.capacity * features * bytes,
@@ -415,12 +415,7 @@ double now() {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-} // namespace
-
-/* Runs instructions from `first` on. Returns -1 where all are done, the number of the one that the caller must run, or
- * -2 - i where instruction i failed: an index out of its table, or no memory. */
-EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_t count, int64_t first,
-                                  const StepState *state) {
+int64_t run(const Instruction *const *instructions, int64_t count, int64_t first, const StepState *state) {
     double begin = state->seconds ? now() : 0;
     for (int64_t i = first; i < count; ++i) {
         const Instruction &it = *instructions[i];
@@ -454,4 +449,15 @@ EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_
         }
     }
     return DONE;
+}
+
+} // namespace
+
+/* Runs instructions from `first` on, all with the same threads. Returns -1 where all are done, the number of the one that
+ * the caller must run, or -2 - i where instruction i failed: an index out of its table, or no memory. */
+EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_t count, int64_t first,
+                                  const StepState *state) {
+    int64_t reached = DONE;
+    in_parallel((int)state->num_threads, [&](Team &) { reached = run(instructions, count, first, state); });
+    return reached;
 }

@@ -60,11 +60,14 @@ class _Lowering:
             else:
                 self._call(node)
         assert logits is not None
-        self._write_states(states)
         found = find_residuals(self._exported.graph).items()
         seen = {layer: Residual(norm, self._keep(self._made[node])) for layer, (norm, node) in found}
-        kept, old = self._keep(logits), list(map(self._operand, self._states))
-        return Program(self._num_rows, self._buffers, self._setup, self._body, kept, seen, self._literals, old)
+        kept = self._keep(logits)
+        self._write_states(states)
+        return Program(
+            self._num_rows, self._buffers, self._setup, self._body, kept, seen, self._literals,
+            [self._operand(state) for state in self._states],
+        )  # fmt: skip
 
     def _write_states(self, made: list[torch.Tensor]) -> None:
         """Write new states at the end, so that a step which fails before may run again."""

@@ -44,9 +44,9 @@ class StepRunner:
         self._numbers = [number for number, _ in of_layers]
         self._layer_of = [one.attributes["layer"] for _, one in of_layers]
         self._index = [bound.tensor(one.inputs[1]).numpy() for _, one in of_layers]
-        self._tensors = [list(map(bound.tensor, (*one.inputs, one.outputs[0]))) for _, one in of_layers]
         self._own_calls: list[OwnCall] = [one.attributes["call"] for one in self._body if one.kind == "own"]
         self.is_of_one = bool(self._own_calls or bound.program.state_names)
+        self._tensors = [list(map(bound.tensor, (*one.inputs, one.outputs[0]))) for _, one in of_layers]
         self._kernels: list[np.ndarray] = []  # addresses of each layer's kernels, read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
         self._unknown = (StepLayer * len(experts))()  # of which every call is Python's
@@ -139,7 +139,8 @@ class StepRunner:
 
     def _run_layer(self, place: int) -> None:
         """Let the runtime run one of the program's layers of experts."""
-        x, index, weights, out = (tensor[: self._state.num_live] for tensor in self._tensors[place])
+        live = slice(self._state.num_live)
+        x, index, weights, out = (tensor[live] for tensor in self._tensors[place])
         layer = self._layer_of[place]
         self.bound.show_residual(layer, x)
         out.copy_(self._experts[layer].run(x, index, weights))

@@ -1,4 +1,4 @@
-"""Native steps whose experts are missing: the same bits whatever is in memory, and after a fault the model goes on."""
+"""Native steps whose experts are missing: the same bits whatever is in memory; a model goes on after a fault."""
 
 import os
 import threading
