@@ -10,8 +10,8 @@ import torch
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.own_modules import OwnCall, call_module, remembered
 from moeflow.hf.passes.step_rows import StepRows
+from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.kernels.cpu.step import DONE, StepLayer, StepState
-from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
@@ -47,7 +47,7 @@ class StepRunner:
         self._own_calls: list[OwnCall] = [one.attributes["call"] for one in self._body if one.kind == "own"]
         self.is_of_one = bool(self._own_calls or bound.program.state_names)
         self._tensors = [list(map(bound.tensor, (*one.inputs, one.outputs[0]))) for _, one in of_layers]
-        self._kernels: list[np.ndarray] = []  # addresses of each layer's kernels, read by the library
+        self._kernels: list[LayerKernel] = []  # read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
         self._unknown = (StepLayer * len(experts))()  # of which every call is Python's
         self._firsts, self._lengths = np.zeros((2, num_rows), np.int64)
@@ -153,11 +153,9 @@ class StepRunner:
 
     def _describe(self, experts: OffloadedExperts) -> StepLayer:
         """Describe a layer for the library; one that has other kernels stays Python's."""
-        compute = experts.compute(self.bound.logits.dtype)
-        if not isinstance(compute, CpuCompute):
+        kernel = experts.kernel(self.bound.logits.dtype)
+        if kernel is None:
             return StepLayer()
-        records = self._runtime.records(experts.layer)
-        kernels = np.array([compute.kernel(record).pointer for record in records], np.int64)
-        self._kernels.append(kernels)
+        self._kernels.append(kernel)
         addresses = self._runtime.resident_table.addresses[experts.layer].ctypes.data
-        return StepLayer(kernels.ctypes.data, addresses, len(records), compute.activation_bits)
+        return StepLayer(kernel.pointers.ctypes.data, addresses, len(kernel.pointers), kernel.activation_bits)
