@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moeflow.errors import MoeflowError
-from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, run_calls_by
+from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, refusal, run_calls_by
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
@@ -64,7 +64,7 @@ class StepDecoding:
             return None
         call = decode_call(model, kwargs)
         if call is None and not self.num_steps:
-            self._refused = _refusal(kwargs) or self._refused
+            self._refused = refusal(kwargs) or self._refused
         return None if call is None else self._runtime.turns.run(self._step, model, call)
 
     def _step(self, model: PreTrainedModel, call: DecodeCall) -> Any:
@@ -83,13 +83,3 @@ class StepDecoding:
         call.cache.advance(runner.bound.kept_layers)
         self.num_steps += 1
         return self._outputs.make(logits, call.cache)
-
-
-def _refusal(kwargs: dict[str, Any]) -> str | None:
-    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
-    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
-    if ids is None or ids.shape[-1] != 1 or cache is None:
-        return None
-    if type(cache) is not GrowingCache:
-        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
-    return f"its last call was for {len(ids)} sequences, or asked for more than logits and a cache"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from moeflow.hf.passes.growing_cache import GrowingCache
 
@@ -71,6 +72,21 @@ def _position(positions: torch.Tensor) -> int | None:
     told = positions.flatten().tolist()
     told = told[1:] if len(told) == 4 else told
     return told[0] if told == told[:1] * len(told) else None
+
+
+def refusal(kwargs: dict[str, Any]) -> str | None:
+    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
+    try:
+        if not isinstance(cache, Cache) or not cache.get_seq_length():
+            return None
+    except ValueError:  # a cache without positions
+        return None
+    if ids is None or ids.shape[-1] != 1:
+        return "its last call was for several new tokens, or for none by number"
+    if type(cache) is not GrowingCache:
+        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
+    return f"its last call was for {len(ids)} sequences, or asked for more than logits and a cache"
 
 
 class OutputMaker:
