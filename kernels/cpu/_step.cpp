@@ -240,7 +240,9 @@ bool linear(const Instruction &it, const StepState &state) {
     if (it.num_tensors > 3) m.bias = (int64_t)it.tensors[3].data, m.bias_format = (int32_t)it.tensors[3].dtype;
     m.num_rows = (int32_t)weight.sizes[0];
     m.in_features = m.group_size = m.padded = (int32_t)weight.sizes[1];
-    return !moeflow_cpu_linear(&m, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype), rows.count,
+    const bool is_of_rows = x.sizes[0] == state.num_rows;
+    return !moeflow_cpu_linear(&m, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype),
+                               is_of_rows ? rows.count / state.num_rows * state.num_live : rows.count,
                                out.data, 0, (int)state.num_threads);
 }
 

@@ -31,9 +31,8 @@ class _Lowering(Operations):
     """Goes through a graph."""
 
     def __init__(self, captured: CapturedStep, num_rows: int) -> None:
-        super().__init__(captured.own_calls)
+        super().__init__(num_rows, captured.own_calls)
         self._exported = captured.exported
-        self._num_rows = num_rows
         self._made: dict[Node, Any] = {}
         self._constant: set[Node] = set()
         self._literals: dict[str, torch.Tensor] = {}

@@ -1,10 +1,10 @@
 """Operations of torch as instructions of a program: a rule for each that has any."""
 
-import math
 from typing import Any
 
 import torch
 
+from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes.own_modules import OwnCall
 from moeflow.kernels.cpu.step import MAX_DIMS
 from moeflow.moe.experts import layer_of_handle
@@ -21,10 +21,12 @@ class Operations:
     wrote instructions.
 
     Args:
+        num_rows: sequences of a step.
         own_calls: of modules that stay the model's Python.
     """
 
-    def __init__(self, own_calls: list[OwnCall]) -> None:
+    def __init__(self, num_rows: int, own_calls: list[OwnCall]) -> None:
+        self._num_rows = num_rows
         self._own_calls = own_calls
         self._buffers: list[Buffer] = []
         self._buffer_of: dict[int, int] = {}  # by storage
@@ -54,7 +56,7 @@ class Operations:
         tensors = [x, weight] + ([] if bias is None else [bias])
         if any(tensor.dtype not in _FLOATS for tensor in tensors) or weight.dim() != 2 or not weight.is_contiguous():
             return False
-        if x.dtype != weight.dtype or self._num_rows_of(x) > 16:
+        if x.dtype != weight.dtype:
             return False
         inputs = [self._contiguous(x), *map(self._operand, tensors[1:])]
         self._emit("linear", (self._operand(out),), tuple(inputs))
@@ -67,6 +69,8 @@ class Operations:
 
     def _experts(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
         x, index, weights, handle = args
+        if len(index) != self._num_rows:
+            raise UnsupportedModelError(f"its experts take {len(index)} tokens in a step of {self._num_rows}")
         inputs = tuple(map(self._contiguous, (x, index, weights)))
         for operand in (*inputs, self._operand(outputs[0])):
             self._keep_buffer(operand.buffer)
@@ -256,9 +260,6 @@ class Operations:
         buffer = self._buffers[number]
         if buffer.kind == "made":
             self._buffers[number] = Buffer("kept", buffer.name, buffer.num_bytes)
-
-    def _num_rows_of(self, x: torch.Tensor) -> int:
-        return math.prod(x.shape[:-1])
 
 
 def id_of(made: torch.Tensor) -> int:

@@ -161,7 +161,7 @@ class _Handed(forward.KeyValueCache):
         A wrong guess shows where the captured step is compared with the model's own.
         """
         own = getattr(module, "layer_idx", None)
-        found = [kept for kept in self._handed.values() if kept[0] == own]
+        found = [handed for handed in self._handed.values() if handed[0] == own]
         weight = getattr(getattr(module, "kv_b_proj", None), "weight", None)
         if len(found) != 1 or weight is None or module.kv_b_proj.bias is not None or not hasattr(module, "expand_kv"):
             return None
