@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def documented() -> dict[str, tuple[str, str]]:
 def remark(run: FamilyRun) -> str:
     """Return the cell "remarks" of a run."""
     if run.mode == "python":
-        return (run.reason or "").replace("|", "/")
+        return re.sub(r" by [\d.e+-]+ of its logits", "", run.reason or "").replace("|", "/")
     named = {"own": "attention by its own code", "attend_latent": "latent attention"}
     parts = [text for kind, text in named.items() if run.instructions.get(kind)]
     return ", ".join(parts + ([f"{run.instructions['torch']} `torch`"] if run.instructions.get("torch") else [])) or "-"
