@@ -9,7 +9,8 @@ from torch.fx import Node
 from moeflow.hf.passes.capture import CapturedStep
 from moeflow.step.elementwise import FILLED
 from moeflow.step.operations import Operations, id_of
-from moeflow.step.program import Operand, Program
+from moeflow.step.program import Operand, Program, Residual
+from moeflow.step.residuals import find_residuals
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"}
 _WITH_CACHE = {"attend", "attend_latent", "own"}
@@ -50,10 +51,12 @@ class _Lowering(Operations):
             else:
                 self._call(node)
         assert logits is not None
-        self._keep(logits)
+        found = find_residuals(self._exported.graph).items()
+        seen = {layer: Residual(norm, self._keep(self._made[node])) for layer, (norm, node) in found}
+        kept = self._keep(logits)
         self._write_states(states)
         return Program(
-            self._num_rows, self._buffers, self._setup, self._body, self._operand(logits), self._literals,
+            self._num_rows, self._buffers, self._setup, self._body, kept, seen, self._literals,
             [self._operand(state) for state in self._states],
         )  # fmt: skip
 

@@ -253,8 +253,9 @@ class Operations:
         self._emit("pointwise", (self._operand(copy),), (self._operand(made),), {"op": "copy"})
         return self._operand(copy)
 
-    def _keep(self, made: torch.Tensor) -> None:
+    def _keep(self, made: torch.Tensor) -> Operand:
         self._keep_buffer(self._buffer_of[id_of(made)])
+        return self._operand(made)
 
     def _keep_buffer(self, number: int) -> None:
         buffer = self._buffers[number]
