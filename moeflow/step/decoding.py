@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.errors import MoeflowError
-from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, may_decode, run_calls_by
+from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, may_decode, refusal, run_calls_by
 from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
@@ -101,7 +101,7 @@ class StepDecoding:
             return None
         call = decode_call(model, kwargs)
         if call is None and not self.num_steps and not torch.compiler.is_compiling():
-            self._refused = _refusal(kwargs) or self._refused
+            self._refused = refusal(kwargs) or self._refused
         return None if call is None else self._runtime.turns.run(self._call, call)
 
     def _call(self, call: DecodeCall) -> Any:
@@ -143,13 +143,3 @@ class StepDecoding:
         rows.kept.advance(runner.bound.kept_layers)
         self.num_steps += 1
         return logits
-
-
-def _refusal(kwargs: dict[str, Any]) -> str | None:
-    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
-    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
-    if ids is None or ids.shape[-1] != 1 or cache is None:
-        return None
-    if type(cache) is not GrowingCache:
-        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
-    return "its last call asked for more than logits and a cache"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from moeflow.hf.passes.growing_cache import GrowingCache
 
@@ -85,6 +86,21 @@ def _positions(positions: torch.Tensor | None, num_rows: int, length: int) -> to
 def may_decode() -> bool:
     """Whether nothing in this thread asks torch for more than values: no gradients, autocast or compilation."""
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def refusal(kwargs: dict[str, Any]) -> str | None:
+    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
+    try:
+        if not isinstance(cache, Cache) or not cache.get_seq_length():
+            return None
+    except ValueError:  # a cache without positions
+        return None
+    if ids is None or ids.shape[-1] != 1:
+        return "its last call was for several new tokens, or for none by number"
+    if type(cache) is not GrowingCache:
+        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
+    return "its last call asked for more than logits and a cache"
 
 
 class OutputMaker:

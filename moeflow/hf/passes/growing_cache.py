@@ -158,7 +158,7 @@ class GrowingLayer(DynamicLayer):
         self.version += 1
 
 
-class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):
+class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):  # type: ignore[misc, override]  # as transformers' own
     """A layer with state tensors beside its keys and values."""
 
     is_compileable = False
@@ -201,7 +201,7 @@ class GrowingCache(DynamicCache):
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)
         self._table = np.zeros((0, 0, 3), np.int64)
-        self._versions: list[tuple[int, int, int]] = []
+        self._versions: list[tuple[int, ...]] = []
 
     @classmethod
     def in_place_of(cls, cache: object) -> "GrowingCache | None":
