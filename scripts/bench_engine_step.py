@@ -9,7 +9,6 @@ milliseconds of a native step by kind of instruction. The last line is one JSON 
 
 import argparse
 import json
-import time
 from contextlib import ExitStack
 from functools import partial
 
@@ -58,9 +57,13 @@ def bench_batch(models, size, arguments) -> dict:
         kinds = {kind: 1000 * (total - before.get(kind, 0)) / max(steps, 1) for kind, total in native.seconds.items()}
     ratio = quotients(times["python"], times["auto"])
     step_ms = {step: 1000 * sorted(taken)[len(taken) // 2] / arguments.steps for step, taken in times.items()}
-    parts = ", ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1]) if ms >= 0.005)
+    parts = ", ".join(
+        f"{kind} {ms:.2f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1]) if ms >= 0.005
+    )
     print(f"batch of {size:2}: native step {ranged(ratio, 1, 5, 2)} times as fast", end="   ")
-    print(f"{step_ms['python']:.1f} -> {step_ms['auto']:.1f} ms a step, {steps} native; ms by kind: {parts}", flush=True)
+    print(
+        f"{step_ms['python']:.1f} -> {step_ms['auto']:.1f} ms a step, {steps} native; ms by kind: {parts}", flush=True
+    )
     return {"ratio": ratio, "step_ms": step_ms, "kinds_ms": kinds, "native_steps": steps}
 
 

@@ -407,6 +407,8 @@ void attend(const Instruction &it, const StepState &state) {
         }
 }
 
+#include "_step_latent.h"
+
 double now() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -434,6 +436,7 @@ EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_
             }
             break;
         case STEP_ATTEND: attend(it, *state); break;
+        case STEP_ATTEND_LATENT: attend_latent(it, *state); break;
         case STEP_POINTWISE: pointwise(it); break;
         case STEP_SOFTMAX: softmax(it); break;
         case STEP_TOP_K: top_k(it); break;

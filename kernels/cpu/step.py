@@ -72,6 +72,10 @@ class StepCode:
     def __len__(self) -> int:
         return len(self._words)
 
+    def replace(self, number: int, words: np.ndarray) -> None:
+        """Put another instruction of the same size in the place of one."""
+        self._words[number][:] = words
+
     def run(self, first: int, state: StepState) -> int:
         """Run from an instruction on.
 

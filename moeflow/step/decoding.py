@@ -1,5 +1,6 @@
 """Lets a model decode by its step programs where a call asks for nothing else; any other call is the model's own."""
 
+import logging
 import weakref
 from collections import Counter
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moeflow.errors import MoeflowError
 from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, may_decode, run_calls_by
 from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.offload.runtime import ExpertRuntime
+from moeflow.step.bound import BoundProgram
 from moeflow.step.programs import StepPrograms
+
+_log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Rows that programs have; a step of any other number runs the next larger one, with dead rows."""
@@ -31,6 +36,7 @@ class StepDecoding:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.num_steps = 0
+        self._refused: str | None = None  # of the last call that was not read, before the first native step
         self._model = weakref.ref(model)
         self._runtime: ExpertRuntime = model.moeflow  # type: ignore[assignment]  # transformers types it as a module
         self.programs = StepPrograms(self._runtime)
@@ -52,6 +58,7 @@ class StepDecoding:
         """Return the mode ("native" once a step ran so), why not where none will, and the steps run natively."""
         mode, found = "native" if self.num_steps else "python", self.programs
         reason = found.reason or next((found.reasons[rows] for rows in sorted(found.reasons)), None)
+        reason = reason if self.num_steps else reason or self._refused
         return {"mode": mode, "reason": reason, "steps": self.num_steps}
 
     def text(self) -> str:
@@ -64,6 +71,8 @@ class StepDecoding:
         if self.programs.reason is not None or model is None or not self._outputs.knows:
             return None
         call = decode_call(model, kwargs)
+        if call is None and not self.num_steps:
+            self._refused = _refusal(kwargs) or self._refused
         return None if call is None else self._runtime.turns.run(self._call, call)
 
     def _call(self, call: DecodeCall) -> Any:
@@ -91,12 +100,37 @@ class StepDecoding:
         if model is None or model.training or size is None or not may_decode():
             return None
         runner = self.programs.runner(model, size)
-        if runner is None or not rows.kept.fits(runner.bound.kept_layers, num_rows):
+        if runner is None or not _fits(runner.bound, rows):
             return None
         self._runtime.begin_forward(num_rows, 1, continues=True, token_ids=begun.token_ids)
         for observer in self._runtime.observers:
             observer.begin_pass(begun)
-        logits = runner.step(rows).clone()
+        try:
+            logits = runner.step(rows).clone()
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of torch, or of the model's own code
+            if isinstance(error, MoeflowError):
+                raise
+            self.programs.reason = f"a step as a program failed ({type(error).__name__}: {str(error)[:200]})"
+            _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
+            return None  # what it keeps is as before
         rows.kept.advance(runner.bound.kept_layers)
         self.num_steps += 1
         return logits
+
+
+def _fits(bound: BoundProgram, rows: StepRows) -> bool:
+    """Whether a program knows what the sequences of a step have; modules of the model take a cache of `generate`."""
+    kept = rows.kept
+    if bound.modules and not isinstance(kept, GrowingCache):
+        return False
+    return kept.fits(bound.kept_layers, len(rows.input_ids)) and bound.takes(kept.states(bound.program.state_names))
+
+
+def _refusal(kwargs: dict[str, Any]) -> str | None:
+    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
+    if ids is None or ids.shape[-1] != 1 or cache is None:
+        return None
+    if type(cache) is not GrowingCache:
+        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
+    return "its last call asked for more than logits and a cache"

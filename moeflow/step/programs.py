@@ -65,7 +65,15 @@ class StepPrograms:
             return
         experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
         runner = StepRunner(bound, self._runtime, experts)
-        differs = difference(model, runner)
+        if num_rows > 1 and (bound.modules or bound.program.state_names):
+            self.reasons[num_rows] = "what it keeps beside keys and values is known of single sequences"
+            return
+        try:
+            differs = difference(model, runner)
+        except UnsupportedModelError as error:
+            differs = str(error)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            differs = f"its step as a program fails ({type(error).__name__}: {str(error)[:200]})"
         if differs is None:
             self._runners[num_rows] = runner
             self._state = self._state or ModelState(model)

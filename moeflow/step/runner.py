@@ -2,10 +2,12 @@
 
 import ctypes
 from bisect import bisect_left
+from typing import Any
 
 import numpy as np
 import torch
 
+from moeflow.hf.passes.own_modules import OwnCall, call_module, remembered
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.kernels.cpu.step import DONE, StepLayer, StepState
 from moeflow.moe.cpu_compute import CpuCompute
@@ -40,6 +42,7 @@ class StepRunner:
         self._numbers = [number for number, _ in of_layers]
         self._layer_of = [one.attributes["layer"] for _, one in of_layers]
         self._index = [bound.tensor(one.inputs[1]).numpy() for _, one in of_layers]
+        self._own_calls: list[OwnCall] = [one.attributes["call"] for one in self._body if one.kind == "own"]
         self._addresses = np.zeros((len(experts), max(runtime.experts_per_layer)), np.int64)
         self._kernels: list[np.ndarray] = []  # addresses of each layer's kernels, read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
@@ -70,6 +73,19 @@ class StepRunner:
             ExpertReadError: an expert could not be read. The step may be run again.
             ClosedModelError: the runtime was closed.
         """
+        layers: Any = getattr(rows.kept, "layers", [])
+        back = [remembered(layers[call.layer]) for call in self._own_calls]
+        try:
+            return self._step(rows)
+        except BaseException:
+            for bring_back in back:
+                bring_back()
+            raise
+
+    def _step(self, rows: StepRows) -> torch.Tensor:
+        states = rows.kept.states(self.bound.program.state_names)
+        assert states is not None, "a cache without states"
+        self.bound.use_states(states)
         num_live, state, table = len(rows.input_ids), self._state, self._runtime.resident_table
         self._fill("input_ids", rows.input_ids.reshape(-1))
         self._fill("position_ids", rows.positions)
@@ -78,6 +94,7 @@ class StepRunner:
         self._kept[:, :num_live] = rows.kept.table(self.bound.kept_layers)[:, :num_live]
         state.num_live, state.num_threads = num_live, torch.get_num_threads()
         at = counted = 0  # instructions, and layers of experts, that are done
+        results: dict[int, Any] = {}
         while True:
             with self._runtime.holding() as may_go_unasked:
                 table.write(self._addresses)
@@ -95,6 +112,12 @@ class StepRunner:
             if instruction.kind == "experts":
                 self._run_layer(instruction)
                 counted += 1
+            elif instruction.kind == "own":
+                call, tensors = instruction.attributes["call"], list(map(self.bound.tensor, instruction.inputs))
+                cache: Any = rows.kept  # of `generate`, and of one sequence
+                first = 0 if rows.firsts is None else int(rows.firsts[0])
+                made = call_module(self.bound.modules[call.path], call, tensors, cache, first, results)
+                self.bound.tensor(instruction.outputs[0]).copy_(made)
             else:
                 self.bound.call(instruction)
             at += 1

@@ -61,11 +61,20 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         firsts = length + 1 - seen.sum(1)
         if not bool((seen == (torch.arange(length + 1) >= firsts[:, None])).all()):
             return None
-    if positions is None:
-        positions = torch.full((num_rows,), length)
-    elif positions.numel() not in (1, num_rows):
+    told = torch.full((num_rows,), length) if positions is None else _positions(positions, num_rows)
+    return None if told is None else DecodeCall(ids, told, firsts, cache, mask)
+
+
+def _positions(positions: torch.Tensor, num_rows: int) -> torch.Tensor | None:
+    """Return the positions [rows] of tokens, which may be told once for each of three dimensions; None for unlike ones.
+
+    The first of four is that of the text alone, and models use it for masks.
+    """
+    if positions.dim() not in (2, 3) or positions.shape[-1] != 1 or positions.shape[-2] not in (1, num_rows):
         return None
-    return DecodeCall(ids, positions.reshape(-1).expand(num_rows), firsts, cache, mask)
+    told = positions.reshape(-1, positions.shape[-2])
+    told = told[1:] if len(told) == 4 else told
+    return told[0].expand(num_rows) if bool((told == told[0]).all()) else None
 
 
 def may_decode() -> bool:

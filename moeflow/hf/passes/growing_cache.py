@@ -6,9 +6,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from moeflow.hf.passes.kept_state import HYBRID_LAYERS, STATE_LAYERS, StateName, state_of
 
 _FIRST_POSITIONS = 64
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class KeptShape(NamedTuple):
@@ -148,27 +158,65 @@ class GrowingLayer(DynamicLayer):
         self.version += 1
 
 
-class GrowingCache(DynamicCache):
-    """A cache of growing layers, in place of one that transformers made."""
+class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):
+    """A layer with state tensors beside its keys and values."""
 
-    def __init__(self, num_layers: int) -> None:
-        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)])
+    is_compileable = False
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        GrowingLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make room for a state, by keywords, or note keys and values, by position."""
+        of = GrowingLayer if args else LinearAttentionLayer
+        of.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all."""
+        LinearAttentionLayer.reset(self)
+        GrowingLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:  # type: ignore[override]  # transformers has both
+        """Reorder the sequences."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        GrowingLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions, where past states were recorded."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        GrowingLayer.crop(self, tokens_to_remove)
+
+
+def _growing(layer: Any) -> Any:
+    """Return the layer that takes the place of one of transformers'."""
+    if type(layer) in HYBRID_LAYERS:
+        return GrowingHybridLayer(layer.number_of_states)
+    return GrowingLayer() if type(layer) in _PLAIN_LAYERS else layer
+
+
+class GrowingCache(DynamicCache):
+    """A cache of growing layers, in place of one that transformers made; layers of another kind stay its own."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        Cache.__init__(self, layers=layers)
         self._table = np.zeros((0, 0, 3), np.int64)
-        self._versions: list[int] = []
+        self._versions: list[tuple[int, int, int]] = []
 
     @classmethod
     def in_place_of(cls, cache: object) -> "GrowingCache | None":
-        """Return a cache for one that is empty and keeps nothing but keys and values; None for others."""
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
-        if type(cache) is not DynamicCache or cache.offloading or any(type(one) not in plain for one in cache.layers):
+        """Return a cache for one of transformers' that is empty; None for others, or where no layer has positions."""
+        if type(cache) is not DynamicCache or cache.offloading:
             return None
-        if cache.get_seq_length() or not cache.layers:
+        if all(type(one) in STATE_LAYERS for one in cache.layers) or cache.get_seq_length():
             return None
-        return cls(len(cache.layers))
+        known = (*_PLAIN_LAYERS, *HYBRID_LAYERS, *STATE_LAYERS, DynamicIndexedLayer)
+        is_known = all(type(one) in known for one in cache.layers)  # others may look at plain ones beside them
+        return cls([_growing(one) for one in cache.layers] if is_known else list(cache.layers))
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> "GrowingCache | None":
-        """Return an empty cache for a model; None where it keeps other state than keys and values."""
+        """Return an empty cache for a model; None where no layer of its cache has positions."""
         return cls.in_place_of(DynamicCache(config=model.config.get_text_config(decoder=True)))
 
     @property
@@ -192,7 +240,7 @@ class GrowingCache(DynamicCache):
             return False
         length = self.length
         return all(
-            type(layer) is GrowingLayer and layer.length == length and layer.form == (num_rows, shape)
+            isinstance(layer, GrowingLayer) and layer.length == length and layer.form == (num_rows, shape)
             for layer, shape in ((self.layers[number], shape) for number, shape in layers.items())
         )
 
@@ -207,7 +255,7 @@ class GrowingCache(DynamicCache):
         """
         growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
         memories = [layer.make_room() for layer in growing]
-        versions = [layer.version for layer in growing]
+        versions = [(layer.version, *(memory.data_ptr() for memory in layer.make_room())) for layer in growing]
         if versions != self._versions:
             batch = memories[0][0].shape[0]
             rows = np.arange(batch)
@@ -218,6 +266,16 @@ class GrowingCache(DynamicCache):
                 self._table[number, :, 2] = keys.shape[2]
             self._versions = versions
         return self._table
+
+    def states(self, names: Iterable[StateName]) -> list[torch.Tensor] | None:
+        """Return these states where they lie; None where one is not there, or has positions for a later crop."""
+        found = [state_of(self.layers, name) for name in names]
+        return None if any(one is None for one in found) else found  # type: ignore[return-value]
+
+    def own_layers(self) -> set[int]:
+        """Return the numbers of layers that only the model's own code knows."""
+        known = (GrowingLayer, GrowingHybridLayer, *STATE_LAYERS)
+        return {number for number, layer in enumerate(self.layers) if type(layer) not in known}
 
     def advance(self, layers: Iterable[int]) -> None:
         """Count the position that a step has written."""
