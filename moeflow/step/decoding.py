@@ -58,7 +58,8 @@ class StepDecoding:
         """Return the mode ("native" once a step ran so), why not where none will, and the steps run natively."""
         mode, found = "native" if self.num_steps else "python", self.programs
         reason = found.reason or next((found.reasons[rows] for rows in sorted(found.reasons)), None)
-        reason = reason if self.num_steps else reason or self._refused
+        if not self.num_steps:
+            reason = reason or self._refused
         return {"mode": mode, "reason": reason, "steps": self.num_steps}
 
     def text(self) -> str:
@@ -100,7 +101,7 @@ class StepDecoding:
         if model is None or model.training or size is None or not may_decode():
             return None
         runner = self.programs.runner(model, size)
-        if runner is None or not _fits(runner.bound, rows):
+        if runner is None or not runner.takes(rows):
             return None
         self._runtime.begin_forward(num_rows, 1, continues=True, token_ids=begun.token_ids)
         for observer in self._runtime.observers:
@@ -112,18 +113,10 @@ class StepDecoding:
                 raise
             self.programs.reason = f"a step as a program failed ({type(error).__name__}: {str(error)[:200]})"
             _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
-            return None  # what it keeps is as before
+            return None  # what is kept is as before
         rows.kept.advance(runner.bound.kept_layers)
         self.num_steps += 1
         return logits
-
-
-def _fits(bound: BoundProgram, rows: StepRows) -> bool:
-    """Whether a program knows what the sequences of a step have; modules of the model take a cache of `generate`."""
-    kept = rows.kept
-    if bound.modules and not isinstance(kept, GrowingCache):
-        return False
-    return kept.fits(bound.kept_layers, len(rows.input_ids)) and bound.takes(kept.states(bound.program.state_names))
 
 
 def _refusal(kwargs: dict[str, Any]) -> str | None:

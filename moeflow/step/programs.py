@@ -65,14 +65,12 @@ class StepPrograms:
             return
         experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
         runner = StepRunner(bound, self._runtime, experts)
-        if num_rows > 1 and (bound.modules or bound.program.state_names):
-            self.reasons[num_rows] = "what it keeps beside keys and values is known of single sequences"
+        if num_rows > 1 and runner.is_of_one:
+            self.reasons[num_rows] = "its step of several sequences has states that are no keys and values"
             return
         try:
             differs = difference(model, runner)
-        except UnsupportedModelError as error:
-            differs = str(error)
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             differs = f"its step as a program fails ({type(error).__name__}: {str(error)[:200]})"
         if differs is None:
             self._runners[num_rows] = runner

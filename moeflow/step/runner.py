@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.own_modules import OwnCall, call_module, remembered
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.kernels.cpu.step import DONE, StepLayer, StepState
@@ -29,6 +30,7 @@ class StepRunner:
 
     Attributes:
         num_rows: of the program.
+        is_of_one: whether only a cache of one sequence has all that the program reads and writes.
     """
 
     def __init__(self, bound: BoundProgram, runtime: ExpertRuntime, experts: list[OffloadedExperts]) -> None:
@@ -43,6 +45,7 @@ class StepRunner:
         self._layer_of = [one.attributes["layer"] for _, one in of_layers]
         self._index = [bound.tensor(one.inputs[1]).numpy() for _, one in of_layers]
         self._own_calls: list[OwnCall] = [one.attributes["call"] for one in self._body if one.kind == "own"]
+        self.is_of_one = bool(self._own_calls or bound.program.state_names)
         self._addresses = np.zeros((len(experts), max(runtime.experts_per_layer)), np.int64)
         self._kernels: list[np.ndarray] = []  # addresses of each layer's kernels, read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
@@ -73,8 +76,8 @@ class StepRunner:
             ExpertReadError: an expert could not be read. The step may be run again.
             ClosedModelError: the runtime was closed.
         """
-        layers: Any = getattr(rows.kept, "layers", [])
-        back = [remembered(layers[call.layer]) for call in self._own_calls]
+        kept: Any = rows.kept
+        back = [remembered(kept.layers[call.layer]) for call in self._own_calls]
         try:
             return self._step(rows)
         except BaseException:
@@ -82,11 +85,21 @@ class StepRunner:
                 bring_back()
             raise
 
+    def takes(self, rows: StepRows) -> bool:
+        """Whether what keeps the sequences is what the program writes and reads."""
+        if not rows.kept.fits(self.bound.kept_layers, len(rows.input_ids)):
+            return False
+        if not self.is_of_one:
+            return True
+        names = self.bound.program.state_names
+        return isinstance(rows.kept, GrowingCache) and self.bound.takes(rows.kept.states(names))
+
     def _step(self, rows: StepRows) -> torch.Tensor:
-        states = rows.kept.states(self.bound.program.state_names)
-        assert states is not None, "a cache without states"
-        self.bound.use_states(states)
         num_live, state, table = len(rows.input_ids), self._state, self._runtime.resident_table
+        if isinstance(rows.kept, GrowingCache):
+            states = rows.kept.states(self.bound.program.state_names)
+            assert states is not None, "a cache without states"
+            self.bound.use_states(states)
         self._fill("input_ids", rows.input_ids.reshape(-1))
         self._fill("position_ids", rows.positions)
         self._lengths[:num_live] = rows.kept.lengths
@@ -113,10 +126,11 @@ class StepRunner:
                 self._run_layer(instruction)
                 counted += 1
             elif instruction.kind == "own":
+                assert isinstance(rows.kept, GrowingCache), "checked by takes"
                 call, tensors = instruction.attributes["call"], list(map(self.bound.tensor, instruction.inputs))
-                cache: Any = rows.kept  # of `generate`, and of one sequence
-                first = 0 if rows.firsts is None else int(rows.firsts[0])
-                made = call_module(self.bound.modules[call.path], call, tensors, cache, first, results)
+                made = call_module(
+                    self.bound.modules[call.path], call, tensors, rows.kept, int(self._firsts[0]), results
+                )
                 self.bound.tensor(instruction.outputs[0]).copy_(made)
             else:
                 self.bound.call(instruction)

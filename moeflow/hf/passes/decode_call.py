@@ -61,20 +61,25 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         firsts = length + 1 - seen.sum(1)
         if not bool((seen == (torch.arange(length + 1) >= firsts[:, None])).all()):
             return None
-    told = torch.full((num_rows,), length) if positions is None else _positions(positions, num_rows)
+    told = _positions(positions, num_rows, length)
     return None if told is None else DecodeCall(ids, told, firsts, cache, mask)
 
 
-def _positions(positions: torch.Tensor, num_rows: int) -> torch.Tensor | None:
-    """Return the positions [rows] of tokens, which may be told once for each of three dimensions; None for unlike ones.
+def _positions(positions: torch.Tensor | None, num_rows: int, length: int) -> torch.Tensor | None:
+    """Return the positions [rows] of one token a row, which may be told once for each of three dimensions.
 
-    The first of four is that of the text alone, and models use it for masks.
+    The first of four is that of the text alone, and models use it for masks. None where dimensions are unlike.
     """
-    if positions.dim() not in (2, 3) or positions.shape[-1] != 1 or positions.shape[-2] not in (1, num_rows):
+    if positions is None:
+        return torch.full((num_rows,), length)
+    if positions.dim() == 3:
+        told = positions[1:] if len(positions) == 4 else positions
+        if not len(told) or not bool((told == told[0]).all()):
+            return None
+        positions = told[0]
+    if positions.dim() > 2 or positions.numel() not in (1, num_rows):
         return None
-    told = positions.reshape(-1, positions.shape[-2])
-    told = told[1:] if len(told) == 4 else told
-    return told[0].expand(num_rows) if bool((told == told[0]).all()) else None
+    return positions.reshape(-1).expand(num_rows)
 
 
 def may_decode() -> bool:

@@ -255,7 +255,10 @@ class GrowingCache(DynamicCache):
         """
         growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
         memories = [layer.make_room() for layer in growing]
-        versions = [(layer.version, *(memory.data_ptr() for memory in layer.make_room())) for layer in growing]
+        versions = [
+            (layer.version, keys.data_ptr(), values.data_ptr())
+            for layer, (keys, values) in zip(growing, memories, strict=True)
+        ]
         if versions != self._versions:
             batch = memories[0][0].shape[0]
             rows = np.arange(batch)
