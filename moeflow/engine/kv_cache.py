@@ -10,7 +10,6 @@ import torch
 
 from moeflow.errors import BudgetError, ConfigError
 from moeflow.hf.passes.growing_cache import KeptShape
-from moeflow.hf.passes.kept_state import StateName
 from moeflow.memory_size import MemorySize, parse_memory
 
 _AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more
@@ -120,10 +119,6 @@ class SlotRows:
             [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
         """
         return np.stack([slot.addresses(tuple(layers)) for slot in self._slots], 1)
-
-    def states(self, names: list[StateName]) -> list[torch.Tensor] | None:
-        """Return these states: there are none."""
-        return None if names else []
 
     def advance(self, layers: dict[int, KeptShape]) -> None:
         """Nothing: sequences count their positions themselves."""

@@ -14,7 +14,6 @@ from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.offload.runtime import ExpertRuntime
-from moeflow.step.bound import BoundProgram
 from moeflow.step.programs import StepPrograms
 
 _log = logging.getLogger(__name__)

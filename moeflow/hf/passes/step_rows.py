@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from moeflow.hf.passes.growing_cache import KeptShape
-from moeflow.hf.passes.kept_state import StateName
 
 
 class KeptRows(Protocol):
@@ -27,10 +26,6 @@ class KeptRows(Protocol):
         Returns:
             [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
         """
-        ...
-
-    def states(self, names: list[StateName]) -> list[torch.Tensor] | None:
-        """Return these states where they lie; None where one is not there."""
         ...
 
     def advance(self, layers: dict[int, KeptShape]) -> None:
