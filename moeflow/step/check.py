@@ -41,7 +41,7 @@ def difference(model: PreTrainedModel, runner: StepRunner) -> str | None:
     arguments = {"use_cache": True} | ({"attention_mask": mask} if num_rows > 1 else {})
     before = arguments | ({"attention_mask": mask[:, :-1]} if num_rows > 1 else {})
     own(model, input_ids=torch.tensor([prefix]) + row, **before, **cache_argument(model, cache))
-    differs = torch.zeros(len(ladder), num_rows)  # of a row at a position
+    differs = torch.full((len(ladder), num_rows), torch.nan)  # of a row at a position, where it ran there
     for turn in range(len(ladder)):
         place = (turn + row[:, 0]) % len(ladder)
         positions = torch.tensor(ladder)[place]
@@ -61,8 +61,9 @@ def difference(model: PreTrainedModel, runner: StepRunner) -> str | None:
 def _reason(differs: torch.Tensor, ladder: list[int], dtype: torch.dtype) -> str | None:
     """Say where a step differs; in half precision a few rows may, but neither a position nor a row as a whole."""
     is_half = dtype is not torch.float32
-    at_positions = differs.median(1).values if is_half else differs.amax(1)
-    of_rows = differs.amin(0) if is_half else differs.amax(0)
+    least, most_of = differs.nan_to_num(torch.inf, torch.inf), differs.nan_to_num(0, torch.inf)
+    at_positions = differs.nanmedian(1).values if is_half else most_of.amax(1)
+    of_rows = least.amin(0) if is_half else most_of.amax(0)
     most, tolerance = float(max(at_positions.max(), of_rows.max())), _HALF_TOLERANCE if is_half else _TOLERANCE
     if most <= tolerance:
         return None
