@@ -38,8 +38,7 @@ class BoundProgram:
                 self._raw.append(torch.empty(0, dtype=torch.uint8))
             else:
                 self._raw.append(self._arena[begin + offset : begin + offset + buffer.num_bytes])
-        for instruction in program.setup:
-            self.call(instruction)
+        self.compute_constants()
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
             if one.kind == "attend":
@@ -54,6 +53,11 @@ class BoundProgram:
             if buffer.kind == "input"
         }
         self.logits = self.tensor(program.logits)
+
+    def compute_constants(self) -> None:
+        """Compute what is made of weights alone, again where they may have been changed in place."""
+        for instruction in self.program.setup:
+            self.call(instruction)
 
     def tensor(self, operand: Operand) -> torch.Tensor:
         """Return an operand where it lies."""

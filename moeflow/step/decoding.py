@@ -8,8 +8,10 @@ from transformers import PreTrainedModel
 
 from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, run_calls_by
 from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
+from moeflow.step.unchanged import ModelState
 
 
 class StepDecoding:
@@ -27,12 +29,13 @@ class StepDecoding:
         self.num_steps = 0
         self._model = weakref.ref(model)
         self._runtime: ExpertRuntime = model.moeflow  # type: ignore[assignment]  # transformers types it as a module
-        self.programs = StepPrograms(self._runtime)
         self._outputs = OutputMaker()
-        if GrowingCache.of_model(model) is None:
+        keeps_more = GrowingCache.of_model(model) is None
+        if not keeps_more:
+            run_calls_by(model, self._run, self._learn)
+        self.programs = StepPrograms(self._runtime, ModelState(model))
+        if keeps_more:
             self.programs.reason = f"{type(model).__name__} keeps other state than keys and values"
-        else:
-            run_calls_by(model, self._run, self._outputs.learn)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -43,13 +46,17 @@ class StepDecoding:
         return dict(total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mode ("native" once a step ran so), why not where it never will, and the steps run natively."""
+        """Return the mode ("native" once a step ran so), why not where it does not, and the steps run natively."""
         mode = "native" if self.num_steps else "python"
-        return {"mode": mode, "reason": self.programs.reason, "steps": self.num_steps}
+        return {"mode": mode, "reason": self.programs.reason or self.programs.changed, "steps": self.num_steps}
 
     def text(self) -> str:
         """Return the programs as lines; empty before the first step."""
         return "\n\n".join(runner.bound.program.text() for runner in self.programs)
+
+    def _learn(self, output: Any) -> None:
+        self._outputs.learn(output)
+        self.programs.look_closer()
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
         """Run a call as a step; return its output, or None where the model must run it itself."""
@@ -61,10 +68,13 @@ class StepDecoding:
 
     def _step(self, model: PreTrainedModel, call: DecodeCall) -> Any:
         runner = self.programs.runner(model, 1)
-        if runner is None:
+        if runner is None or not call.cache.fits(runner.bound.kept_layers, 1):
             return None
         self._runtime.begin_forward(1, 1, continues=True, token_ids=call.input_ids)
-        logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()
+        try:
+            logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()
+        except StepIndexError:  # a token that is not in the vocabulary: the model's own code refuses it
+            return None
         call.cache.advance(runner.bound.kept_layers)
         self.num_steps += 1
         return self._outputs.make(logits, call.cache)

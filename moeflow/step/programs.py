@@ -25,27 +25,46 @@ class StepPrograms:
 
     Args:
         runtime: of the model's experts.
+        loaded: the model as it was loaded; one that is changed has no programs until that is undone.
 
     Attributes:
         reason: why the model has none; None where it has, or may have.
+        changed: what the last step found changed in the model; None where nothing was.
     """
 
-    def __init__(self, runtime: ExpertRuntime) -> None:
+    def __init__(self, runtime: ExpertRuntime, loaded: ModelState) -> None:
         self.reason: str | None = None
+        self.changed: str | None = None
         self._runtime = runtime
+        self._loaded = loaded
         self._runners: dict[int, StepRunner] = {}
-        self._state: ModelState | None = None
+        self._own_code_ran = True  # since the last step
+        self._told: set[str] = set()
 
     def __iter__(self) -> Iterator[StepRunner]:
         return iter(self._runners.values())
 
     def runner(self, model: PreTrainedModel, num_rows: int) -> StepRunner | None:
-        """Return the program of so many rows; None where the model has none, or is not what it was captured from."""
-        if self.reason is None and num_rows not in self._runners:
-            self._capture(model, num_rows)
-        if self.reason is not None or self._state is None or not self._state.is_unchanged():
+        """Return the program of so many rows; None where the model has none, or is not what was loaded."""
+        if self.reason is not None:
             return None
-        return self._runners[num_rows]
+        self.changed = self._loaded.change() or (self._loaded.change_behind_a_pass() if self._own_code_ran else None)
+        if self.changed is not None:
+            if self.changed not in self._told:
+                self._told.add(self.changed)
+                _log.warning("%s decodes by its own code: %s", type(model).__name__, self.changed)
+            return None
+        if num_rows not in self._runners:
+            self._capture(model, num_rows)
+        elif self._own_code_ran:
+            for runner in self:
+                runner.bound.compute_constants()
+        self._own_code_ran = False
+        return self._runners.get(num_rows)
+
+    def look_closer(self) -> None:
+        """Note that the model's own code ran: the caller may have changed what does not change between two steps."""
+        self._own_code_ran = True
 
     def _capture(self, model: PreTrainedModel, num_rows: int) -> None:
         if instruction_set() is None:
@@ -68,4 +87,3 @@ class StepPrograms:
             self.reason = str(error)
         if self.reason is None:
             self._runners[num_rows] = runner
-            self._state = self._state or ModelState(model)

@@ -56,7 +56,7 @@ class StepRunner:
         """Run one step of one sequence; the cache does not count it.
 
         Args:
-            cache: what it has, with room for one position more.
+            cache: what it has; it fits the program's layers.
             input_ids: [1, 1].
             position: of the token.
             first: the first position of the cache that is not padding.

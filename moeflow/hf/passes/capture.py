@@ -5,8 +5,6 @@ how long a sequence is nor where an expert lies.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.attention import MaskRule, attention_replaced, causal_rule
+from moeflow.hf.passes.twin import twin_of
 
 _UNUSED = {"position_ids", "cache_position"}  # tensors that attention functions get and do not use
 _FAR = (1 << 20) + 3  # a position that is the first of no chunk, on which a mask's rule is tried
@@ -132,9 +131,9 @@ def capture(model: PreTrainedModel, num_rows: int) -> torch.export.ExportedProgr
     ids, positions = torch.full((num_rows, 1), 3), torch.full((num_rows, 1), 5)
     cache = _Handed()
     try:
-        with torch.no_grad(), _own_forward(model), attention_replaced(model, cache), warnings.catch_warnings():
+        with torch.no_grad(), attention_replaced(model, cache), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own code about itself
-            exported = torch.export.export(_Step(model, cache).eval(), (ids, positions), strict=False)
+            exported = torch.export.export(_Step(twin_of(model), cache).eval(), (ids, positions), strict=False)
             return exported.run_decompositions({})
     except UnsupportedModelError:
         raise
@@ -142,18 +141,6 @@ def capture(model: PreTrainedModel, num_rows: int) -> torch.export.ExportedProgr
         raise UnsupportedModelError(
             f"the step of {type(model).__name__} cannot be captured ({type(error).__name__}: {str(error)[:200]})"
         ) from error
-
-
-@contextmanager
-def _own_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Let the base model run without the turns of its passes, which do not concern a capture."""
-    attributes = vars(model.base_model)
-    wrapped = attributes.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            attributes["forward"] = wrapped
 
 
 def _rule_of(allowed: MaskRule) -> tuple[int, int]:

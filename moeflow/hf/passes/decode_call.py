@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 
 from moeflow.hf.passes.growing_cache import GrowingCache
@@ -14,6 +15,7 @@ from moeflow.hf.passes.growing_cache import GrowingCache
 _CACHE_NAMES = ("cache", "past_key_values")  # the newer name first
 _ANSWERED = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", *_CACHE_NAMES}
 _NEVER = ("output_attentions", "output_hidden_states", "output_router_logits")
+_WHOLE = (torch.int64, torch.int32)
 
 
 class DecodeCall(NamedTuple):
@@ -39,27 +41,47 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         model: that is called.
         kwargs: as given.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _is_watched():
         return None
-    ids = kwargs.get("input_ids")
+    ids: Any = kwargs.get("input_ids")
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-    if type(cache) is not GrowingCache or ids is None or ids.shape != (1, 1) or not cache.get_seq_length():
+    if type(cache) is not GrowingCache or not _is_one_number(ids) or ids.dim() != 2 or not cache.get_seq_length():
         return None
-    if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED) or kwargs.get("return_dict") is False:
+    if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED):
         return None
-    if kwargs.get("use_cache") is False or any(getattr(model.config, name, False) for name in _NEVER):
+    keep, config = kwargs.get("logits_to_keep"), model.config
+    if kwargs.get("use_cache") is False or any(getattr(config, name, False) for name in _NEVER):
+        return None
+    if kwargs.get("return_dict") is False or not config.return_dict or not (keep is None or _is_count(keep)):
         return None
     length, first = cache.get_seq_length(), 0
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None:
-        if mask.shape != (1, length + 1):
+        if not isinstance(mask, torch.Tensor) or mask.shape != (1, length + 1):
             return None
-        first = length + 1 - int(mask.sum())
-        if first and (first < 0 or int(mask.argmax()) != first):
+        seen = mask if mask.dtype is torch.bool else mask != 0
+        first = length + 1 - int(seen.sum())
+        if first and (first > length or bool(seen[0, :first].any())):
             return None
-    if positions is not None and positions.numel() != 1:
+    if positions is not None and not _is_one_number(positions):
         return None
     return DecodeCall(ids, length if positions is None else int(positions), first, cache)
+
+
+def _is_watched() -> bool:
+    """Whether torch's operations are compiled, traced or handed to a mode of the caller's."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    modes = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    return any(type(mode) is not DeviceContext for mode in modes)
+
+
+def _is_one_number(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) and given.numel() == 1 and given.dtype in _WHOLE and given.is_cpu
+
+
+def _is_count(given: Any) -> bool:
+    return isinstance(given, int) and given >= 0
 
 
 class OutputMaker:
