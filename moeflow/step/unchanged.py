@@ -13,6 +13,7 @@ from moeflow.hf.passes.attention import unknown_attention
 
 _OF_ANY_MODULE = vars(torch.nn.Module()).keys()
 _GLOBAL_HOOKS = (of_all_modules._global_forward_hooks, of_all_modules._global_forward_pre_hooks)
+_ANSWERED = ("_", "output_", "use_cache", "return_dict")  # of a config: by the call, or by nothing in a step
 _INACTIVE_HOOKS = "transformers.utils.output_capturing"  # stay on a model that was asked for hidden states once
 
 
@@ -37,6 +38,10 @@ class ModelState:
             if not isinstance(module, PreTrainedModel):  # those note things about their passes
                 names = vars(module).keys() - _OF_ANY_MODULE - {"forward"} | {"training"}
                 self._attributes += [(vars(module), name, vars(module)[name], f"{path}.{name}") for name in names]
+        self._configs = list({id(one.config): one.config for one in self._modules if hasattr(one, "config")}.values())
+        for config in self._configs:
+            names = {name for name in vars(config) if not name.startswith(_ANSWERED) and not name.endswith("token_id")}
+            self._attributes += [(vars(config), name, vars(config)[name], f"config.{name}") for name in names]
         self._num_parts = list(map(len, self._tables))
         self._hooks = [hooks for one in self._modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
         self._classes = [type(module) for module in self._modules]
@@ -46,7 +51,6 @@ class ModelState:
         self._tensors = [part for _, _, part, _ in self._parts if isinstance(part, torch.Tensor)]
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         self._columns = tuple(zip(*self._parts, strict=True))[:3]
-        self._configs = list({id(one.config): one.config for one in self._modules if hasattr(one, "config")}.values())
 
     def change(self) -> str | None:
         """Say what is not as it was then, of what may change between two steps; None where all is.

@@ -60,13 +60,13 @@ def damped(*args, **kwargs):
 @contextmanager
 def put(target, name, value):
     """Set an attribute, and the one before it again."""
-    before = vars(target).get(name)
+    was_own, before = name in vars(target), getattr(target, name)
     setattr(target, name, value)
     yield
-    if before is None:
-        delattr(target, name)
-    else:
+    if was_own:
         setattr(target, name, before)
+    else:
+        delattr(target, name)
 
 
 @contextmanager
@@ -215,6 +215,8 @@ CHANGES = {
     "control by data": lambda model: child(model.model.layers[0].self_attn, "o_proj", Branching),
     "top_k": lambda model: put(model.model.layers[1].mlp.gate, "top_k", 1),
     "scaling": lambda model: put(model.model.layers[1].self_attn, "scaling", 1.0),
+    "layers": lambda model: put(model.config, "num_hidden_layers", 2),
+    "window": lambda model: put(model.config, "sliding_window", 4),
     "eps": lambda model: put(model.model.layers[1].input_layernorm, "variance_epsilon", 1.0),
     **{
         change.__name__: change

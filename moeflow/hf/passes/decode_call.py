@@ -50,7 +50,8 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
     if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED):
         return None
     keep, config = kwargs.get("logits_to_keep"), model.config
-    if kwargs.get("use_cache") is False or any(getattr(config, name, False) for name in _NEVER):
+    parts = [config, *(getattr(config, name, None) for name in type(config).sub_configs)]
+    if kwargs.get("use_cache") is False or any(getattr(part, name, False) for part in parts for name in _NEVER):
         return None
     if kwargs.get("return_dict") is False or not config.return_dict or not (keep is None or _is_count(keep)):
         return None
