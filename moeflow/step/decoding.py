@@ -4,9 +4,11 @@ import weakref
 from collections import Counter
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, run_calls_by
+from moeflow.hf.passes.capture_gate import capture_gate
+from moeflow.hf.passes.decode_call import OutputMaker, decode_call, has_growing_cache, run_calls_by
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime
@@ -63,10 +65,14 @@ class StepDecoding:
         model = self._model()
         if self.programs.reason is not None or model is None or not self._outputs.knows or model.training:
             return None
-        call = decode_call(model, kwargs)
-        return None if call is None else self._runtime.turns.run(self._step, model, call)
+        if torch.compiler.is_dynamo_compiling() or not has_growing_cache(kwargs):
+            return None
+        return self._runtime.turns.run(capture_gate.run, self._step, model, kwargs)
 
-    def _step(self, model: PreTrainedModel, call: DecodeCall) -> Any:
+    def _step(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+        call = decode_call(model, kwargs)
+        if call is None:
+            return None
         runner = self.programs.runner(model, 1)
         if runner is None or not call.cache.fits(runner.bound.kept_layers, 1):
             return None

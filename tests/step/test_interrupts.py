@@ -102,7 +102,7 @@ def test_a_step_that_was_interrupted_in_any_line_is_run_again(load, memory):
     struck = 0
     for line in range(1, all_lines.count + 40):
         cache, token, at = copy.deepcopy(begun), line % len(TOKENS), AtLine(line)
-        struck += interrupt(lambda: step(model, cache, TOKENS[token]), at)
+        struck += interrupt(functools.partial(step, model, cache, TOKENS[token]), at)
         lengths = {layer.length for layer in cache.layers}
         assert lengths in ({length}, {length + 1}), at.place
         cache.crop(length - cache.length)

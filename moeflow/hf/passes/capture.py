@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.attention import MaskRule, attention_replaced, causal_rule
+from moeflow.hf.passes.capture_gate import capture_gate
 from moeflow.hf.passes.twin import twin_of
 
 _UNUSED = {"position_ids", "cache_position"}  # tensors that attention functions get and do not use
@@ -131,7 +132,7 @@ def capture(model: PreTrainedModel, num_rows: int) -> torch.export.ExportedProgr
     ids, positions = torch.full((num_rows, 1), 3), torch.full((num_rows, 1), 5)
     cache = _Handed()
     try:
-        with torch.no_grad(), attention_replaced(model, cache), warnings.catch_warnings():
+        with capture_gate.capturing(), torch.no_grad(), attention_replaced(model, cache), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own code about itself
             exported = torch.export.export(_Step(twin_of(model), cache).eval(), (ids, positions), strict=False)
             return exported.run_decompositions({})

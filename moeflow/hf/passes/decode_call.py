@@ -34,6 +34,11 @@ class DecodeCall(NamedTuple):
     cache: GrowingCache
 
 
+def has_growing_cache(kwargs: dict[str, Any]) -> bool:
+    """Whether a model's forward is given a cache that a program can go on with."""
+    return any(type(kwargs.get(name)) is GrowingCache for name in _CACHE_NAMES)
+
+
 def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | None:
     """Read the keyword arguments of a model's forward; None where they ask for anything else.
 
