@@ -7,12 +7,15 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from helpers.lanes import needs_torch, selects
 from helpers.paths import ROOT
 from helpers.small_models import tiny_mixtral
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("repeatable", derandomize=True)  # a suite that is green stays green
+settings.load_profile("repeatable")
 
 _MODEL_FIXTURES = {"mixtral", "mixtral_folder", "speaking_folder"}
 _HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers")))

@@ -90,6 +90,15 @@ struct HeadGroup {
     float scale, soft_cap; /* no cap: 0 */
 };
 
+/* The query heads of one sequence that share latents; see _step_latent.h. */
+struct LatentHeads {
+    const char *latents, *turned; /* [positions, features] */
+    const float *queries;         /* [num_queries, features + turned_features] */
+    int64_t features, turned_features;
+    int num_queries, dtype;
+    float scale;
+};
+
 /* One instruction set's arithmetic. */
 struct Arithmetic {
     const char *name;
@@ -116,6 +125,10 @@ struct Arithmetic {
     void (*store)(const float *from, void *to, int count, int format);
     void (*pointwise)(int op, int64_t n, float *a, const float *b);
     void (*attend)(const HeadGroup &group, int64_t first, int64_t count, float *out);
+    /* Likewise of latents, with the products of a query with rows of a matrix, and of rows with a latent. */
+    void (*attend_latent)(const LatentHeads &heads, int64_t first, int64_t count, float *out);
+    void (*absorb)(const float *query, const char *rows, int dtype, int count, int features, float *out);
+    void (*expand)(const float *latent, const char *rows, int dtype, int count, int features, float *out);
 };
 
 /* Of the C ABI in _cpu.cpp, for _step.cpp. */

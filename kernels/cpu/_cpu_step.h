@@ -107,7 +107,6 @@ template <class S> struct StepArithmetic {
         else attend<Float16>(group, first, count, out);
     }
 
-  private:
     template <class T> static float dot(const float *a, const T *b, int n) {
         V x = S::zero(), y = S::zero();
         int i = 0;

@@ -240,7 +240,9 @@ bool linear(const Instruction &it, const StepState &state) {
     if (it.num_tensors > 3) m.bias = (int64_t)it.tensors[3].data, m.bias_format = (int32_t)it.tensors[3].dtype;
     m.num_rows = (int32_t)weight.sizes[0];
     m.in_features = m.group_size = m.padded = (int32_t)weight.sizes[1];
-    return !moeflow_cpu_linear(&m, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype), rows.count,
+    const bool is_of_rows = x.sizes[0] == state.num_rows;
+    return !moeflow_cpu_linear(&m, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype),
+                               is_of_rows ? rows.count / state.num_rows * state.num_live : rows.count,
                                out.data, 0, (int)state.num_threads);
 }
 
@@ -405,6 +407,8 @@ void attend(const Instruction &it, const StepState &state) {
         }
 }
 
+#include "_step_latent.h"
+
 double now() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -432,6 +436,7 @@ EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_
             }
             break;
         case STEP_ATTEND: attend(it, *state); break;
+        case STEP_ATTEND_LATENT: attend_latent(it, *state); break;
         case STEP_POINTWISE: pointwise(it); break;
         case STEP_SOFTMAX: softmax(it); break;
         case STEP_TOP_K: top_k(it); break;
@@ -448,5 +453,6 @@ EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_
             begin = end;
         }
     }
+    *state->is_done = 1;
     return DONE;
 }

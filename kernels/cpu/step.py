@@ -44,6 +44,7 @@ class StepState(ctypes.Structure):
         ("num_live", c_int64),
         ("num_threads", c_int64),
         ("seconds", c_void_p),
+        ("is_done", c_void_p),
     ]
 
 
@@ -75,6 +76,10 @@ class StepCode:
 
     def __len__(self) -> int:
         return len(self._words)
+
+    def replace(self, number: int, words: np.ndarray) -> None:
+        """Put another instruction of the same size in the place of one."""
+        self._words[number][:] = words
 
     def run(self, first: int, state: StepState) -> int:
         """Run from an instruction on.

@@ -24,6 +24,8 @@ class BoundProgram:
 
     def __init__(self, program: Program, model: torch.nn.Module) -> None:
         self.program = program
+        calls = [one.attributes["call"] for one in program.body if one.kind == "own"]
+        self.modules = {call.path: model.get_submodule(call.path) for call in calls}
         offsets, num_bytes = plan_memory(program)
         self._arena = torch.zeros(num_bytes + 64, dtype=torch.uint8)
         begin = -self._arena.data_ptr() % 64
@@ -34,6 +36,8 @@ class BoundProgram:
                 self._raw.append(named[buffer.name].detach())
             elif buffer.kind == "literal":
                 self._raw.append(program.literals[buffer.name].detach())
+            elif buffer.kind == "state":
+                self._raw.append(torch.zeros(buffer.num_bytes, dtype=torch.uint8))
             elif offset is None:
                 self._raw.append(torch.empty(0, dtype=torch.uint8))
             else:
@@ -41,7 +45,7 @@ class BoundProgram:
         self.compute_constants()
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
-            if one.kind == "attend":
+            if one.kind in ("attend", "attend_latent"):
                 key, value = one.inputs[1:3]
                 shape = KeptShape(key.sizes[1], key.sizes[3], value.sizes[3], key.dtype)
                 self.kept_layers[one.attributes["layer"]] = shape
@@ -53,6 +57,31 @@ class BoundProgram:
             if buffer.kind == "input"
         }
         self.logits = self.tensor(program.logits)
+        states = {state.buffer for state in program.states}
+        self._of_states = [
+            number
+            for number, one in enumerate(program.body)
+            if any(operand.buffer in states for operand in (*one.outputs, *one.inputs))
+        ]
+
+    def takes(self, states: list[torch.Tensor] | None) -> bool:
+        """Whether states are those of the program, by size and dtype."""
+        if states is None:
+            return False
+        return all(
+            tuple(found.shape) == state.sizes and found.dtype == state.dtype
+            for found, state in zip(states, self.program.states, strict=True)
+        )
+
+    def use_states(self, states: list[torch.Tensor]) -> None:
+        """Let instructions read and write states where they lie."""
+        raw = self._raw
+        if all(raw[s.buffer].data_ptr() == t.data_ptr() for s, t in zip(self.program.states, states, strict=True)):
+            return
+        for state, tensor in zip(self.program.states, states, strict=True):
+            raw[state.buffer] = tensor.detach()
+        for number in self._of_states:
+            self.code.replace(number, self._words(self.program.body[number]))
 
     def compute_constants(self) -> None:
         """Compute what is made of weights alone, again where they may have been changed in place."""
@@ -87,7 +116,7 @@ class BoundProgram:
         real: list[float] = []
         first, *more = instruction.outputs
         operands = [first, *instruction.inputs, *more]
-        if instruction.kind == "torch":
+        if instruction.kind in ("torch", "own"):
             return instruction_words(_ELSEWHERE, [], [], [])
         if instruction.kind == "pointwise":
             side = {"right": 2, "left": 3}.get(about.get("side", ""), 1 if len(instruction.inputs) == 2 else 0)
@@ -100,6 +129,9 @@ class BoundProgram:
         elif instruction.kind == "attend":
             whole = [self._kept_places[about["layer"]], about["window"], about["chunk"]]
             real = [about["scale"], about["soft_cap"]]
+        elif instruction.kind == "attend_latent":
+            whole = [self._kept_places[about["layer"]], about["window"], about["chunk"]]
+            real = [about["scale"]]
         elif instruction.kind == "reduce":
             whole = [REDUCTIONS.index(about["op"])]
         return instruction_words(kind, whole, real, [self._tensor_words(operand) for operand in operands])

@@ -1,5 +1,6 @@
 """Lets a model decode by its step programs where a call asks for nothing else; any other call is the model's own."""
 
+import logging
 import weakref
 from collections import Counter
 from typing import Any
@@ -7,13 +8,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moeflow.errors import MoeflowError
 from moeflow.hf.passes.capture_gate import capture_gate
-from moeflow.hf.passes.decode_call import OutputMaker, decode_call, has_growing_cache, run_calls_by
+from moeflow.hf.passes.decode_call import OutputMaker, decode_call, has_growing_cache, may_decode, run_calls_by
+from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.step_rows import StepRows
 from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
 from moeflow.step.unchanged import ModelState
+
+_log = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 32)
+"""Rows that programs have; a step of any other number runs the next larger one, with dead rows."""
 
 
 class StepDecoding:
@@ -29,14 +38,15 @@ class StepDecoding:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.num_steps = 0
+        self._refused: str | None = None  # of the last call that was not read, before the first native step
         self._model = weakref.ref(model)
         self._runtime: ExpertRuntime = model.moeflow  # type: ignore[assignment]  # transformers types it as a module
         self._outputs = OutputMaker()
-        keeps_more = GrowingCache.of_model(model) is None
-        if not keeps_more:
+        has_positions = GrowingCache.of_model(model) is not None
+        if has_positions:
             run_calls_by(model, self._run, self._learn)
         self.programs = StepPrograms(self._runtime, ModelState(model))
-        if keeps_more:
+        if not has_positions:
             self.programs.reason = f"{type(model).__name__} keeps other state than keys and values"
 
     @property
@@ -48,9 +58,12 @@ class StepDecoding:
         return dict(total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mode ("native" once a step ran so), why not where it does not, and the steps run natively."""
-        mode = "native" if self.num_steps else "python"
-        return {"mode": mode, "reason": self.programs.reason or self.programs.changed, "steps": self.num_steps}
+        """Return the mode ("native" once a step ran so), why not where none does, and the steps run natively."""
+        mode, found = "native" if self.num_steps else "python", self.programs
+        reason = found.reason or found.changed or next((found.reasons[rows] for rows in sorted(found.reasons)), None)
+        if not self.num_steps:
+            reason = reason or self._refused
+        return {"mode": mode, "reason": reason, "steps": self.num_steps}
 
     def text(self) -> str:
         """Return the programs as lines; empty before the first step."""
@@ -62,25 +75,71 @@ class StepDecoding:
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
         """Run a call as a step; return its output, or None where the model must run it itself."""
-        model = self._model()
-        if self.programs.reason is not None or model is None or not self._outputs.knows or model.training:
+        if self.programs.reason is not None or not self._outputs.knows or torch.compiler.is_dynamo_compiling():
             return None
-        if torch.compiler.is_dynamo_compiling() or not has_growing_cache(kwargs):
-            return None
-        return self._runtime.turns.run(capture_gate.run, self._step, model, kwargs)
+        made = None
+        if has_growing_cache(kwargs):
+            made = self._runtime.turns.run(capture_gate.run, self._call, kwargs)
+        if made is None and not self.num_steps:
+            self._refused = _refusal(kwargs) or self._refused
+        return made
 
-    def _step(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> Any:
-        call = decode_call(model, kwargs)
+    def _call(self, kwargs: dict[str, Any]) -> Any:
+        model = self._model()
+        call = None if model is None else decode_call(model, kwargs)
         if call is None:
             return None
-        runner = self.programs.runner(model, 1)
-        if runner is None or not call.cache.fits(runner.bound.kept_layers, 1):
+        rows = StepRows(call.cache, call.input_ids, call.positions, call.firsts)
+        begun = ForwardPass(len(call.input_ids), 1, True, call.input_ids, call.attention_mask, call.cache)
+        logits = self.step(rows, begun)
+        return None if logits is None else self._outputs.make(logits, call.cache)
+
+    def step(self, rows: StepRows, begun: ForwardPass) -> torch.Tensor | None:
+        """Run a step by its program, in the turn of the caller's pass.
+
+        Args:
+            rows: its sequences.
+            begun: the step as the runtime and its observers are told.
+
+        Returns:
+            Logits [rows, 1, V]; None where the model must run it itself, and nothing was done.
+
+        Raises:
+            ExpertReadError: an expert could not be read. The step may be run again.
+            ClosedModelError: the runtime was closed.
+        """
+        return capture_gate.run(self._step, rows, begun)
+
+    def _step(self, rows: StepRows, begun: ForwardPass) -> torch.Tensor | None:
+        model, num_rows = self._model(), len(rows.input_ids)
+        size = next((size for size in SIZES if num_rows <= size), None)
+        if model is None or model.training or size is None or not may_decode():
             return None
-        self._runtime.begin_forward(1, 1, continues=True, token_ids=call.input_ids)
+        runner = self.programs.runner(model, size)
+        if runner is None or not runner.takes(rows):
+            return None
+        self._runtime.begin_forward(num_rows, 1, continues=True, token_ids=begun.token_ids)
+        for observer in self._runtime.observers:
+            observer.begin_pass(begun)
         try:
-            logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()
+            logits = runner.step(rows).clone()
         except StepIndexError:  # a token that is not in the vocabulary: the model's own code refuses it
             return None
-        call.cache.advance(runner.bound.kept_layers)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of torch, or of the model's own code
+            if isinstance(error, MoeflowError):
+                raise
+            self.programs.reason = f"a step as a program failed ({type(error).__name__}: {str(error)[:200]})"
+            _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
+            return None  # what is kept is as before
         self.num_steps += 1
-        return self._outputs.make(logits, call.cache)
+        return logits
+
+
+def _refusal(kwargs: dict[str, Any]) -> str | None:
+    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
+    if not isinstance(ids, torch.Tensor) or ids.shape[-1:] != (1,) or cache is None:
+        return None
+    if type(cache) is not GrowingCache:
+        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
+    return "its last call asked for more than logits and a cache"

@@ -1,36 +1,40 @@
 """Writes a captured step as a program: one instruction for each node that computes, none for views."""
 
-import math
 import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from moeflow.errors import UnsupportedModelError
+from moeflow.hf.passes.capture import CapturedStep
 from moeflow.kernels.cpu.step import MAX_DIMS
 from moeflow.moe.experts import layer_of_handle
 from moeflow.step.elementwise import FILLED, elementwise
 from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"}
+_WITH_CACHE = {"attend", "attend_latent", "own"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def lower(exported: torch.export.ExportedProgram, num_rows: int) -> Program:
+def lower(captured: CapturedStep, num_rows: int) -> Program:
     """Write a captured step as a program.
 
     Args:
-        exported: of `capture`.
+        captured: of `capture`.
         num_rows: its sequences.
     """
-    return _Lowering(exported, num_rows).program()
+    program = _Lowering(captured, num_rows).program()
+    program.state_names = list(captured.states)
+    return program
 
 
 class _Lowering:
     """The program as it grows. Every tensor is one on the meta device, whose storage stands for a buffer."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, num_rows: int) -> None:
-        self._exported = exported
+    def __init__(self, captured: CapturedStep, num_rows: int) -> None:
+        self._exported, self._own_calls = captured.exported, captured.own_calls
         self._num_rows = num_rows
         self._buffers: list[Buffer] = []
         self._buffer_of: dict[int, int] = {}  # by storage
@@ -38,25 +42,40 @@ class _Lowering:
         self._made: dict[Node, Any] = {}
         self._constant: set[Node] = set()
         self._literals: dict[str, torch.Tensor] = {}
+        self._states: list[torch.Tensor] = []
         self._setup: list[Instruction] = []
         self._body: list[Instruction] = []
         self._now = self._body
 
     def program(self) -> Program:
         """Go through the graph once."""
-        logits = None
+        logits: Any = None
+        self._exported.graph.eliminate_dead_code()  # keys and values that latents were expanded to
         for node in self._exported.graph.nodes:
             if node.op == "placeholder":
                 self._place(node)
             elif node.op == "output":
-                (logits,) = torch.fx.map_arg(node.args[0], lambda made: self._made[made])
+                logits, *states = torch.fx.map_arg(node.args[0], lambda made: self._made[made])
             else:
                 self._call(node)
         assert logits is not None
         self._keep(logits)
+        self._write_states(states)
         return Program(
-            self._num_rows, self._buffers, self._setup, self._body, self._operand(logits), self._literals
+            self._num_rows, self._buffers, self._setup, self._body, self._operand(logits), self._literals,
+            [self._operand(state) for state in self._states],
         )  # fmt: skip
+
+    def _write_states(self, made: list[torch.Tensor]) -> None:
+        """Write new states at the end, so that a step which fails before may run again."""
+        kept = {id_of(state) for state in self._states}
+        sources = [
+            self._copied(new) if id_of(new) in kept and new is not old else self._operand(new)
+            for old, new in zip(self._states, made, strict=True)
+        ]
+        for old, source in zip(self._states, sources, strict=True):
+            if source != self._operand(old):
+                self._emit("pointwise", (self._operand(old),), (source,), {"op": "copy"})
 
     def _place(self, node: Node) -> None:
         signature = self._exported.graph_signature
@@ -76,7 +95,10 @@ class _Lowering:
         else:
             value = node.meta["val"]
             made = torch.empty(value.shape, dtype=value.dtype, device="meta")
-            self._buffer(made, "input", node.name)
+            is_state = node.name.startswith("states_")
+            self._buffer(made, "state" if is_state else "input", node.name)
+            if is_state:
+                self._states.append(made)
         self._made[node] = made
 
     def _call(self, node: Node) -> None:
@@ -90,6 +112,8 @@ class _Lowering:
             kwargs["device"] = "meta"
         with torch.no_grad():
             made = self._made[node] = target(*args, **kwargs)
+        if name == "clone" and made.stride() == args[0].stride():  # nothing is written twice
+            made = self._made[node] = args[0]
         if name == "getitem":
             if node.args[0] in self._constant:
                 self._constant.add(node)
@@ -100,7 +124,7 @@ class _Lowering:
                 self._constant.add(node)
             return  # views
         is_constant = name in FILLED or (
-            name != "attend" and all(source in self._constant for source in node.all_input_nodes)
+            name not in _WITH_CACHE and all(source in self._constant for source in node.all_input_nodes)
         )
         for output in outputs:
             self._buffer(output, "constant" if is_constant else "made", "")
@@ -136,7 +160,7 @@ class _Lowering:
         tensors = [x, weight] + ([] if bias is None else [bias])
         if any(tensor.dtype not in _FLOATS for tensor in tensors) or weight.dim() != 2 or not weight.is_contiguous():
             return False
-        if x.dtype != weight.dtype or self._num_rows_of(x) > 16:
+        if x.dtype != weight.dtype:
             return False
         inputs = [self._contiguous(x), *map(self._operand, tensors[1:])]
         self._emit("linear", (self._operand(out),), tuple(inputs))
@@ -149,6 +173,8 @@ class _Lowering:
 
     def _experts(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
         x, index, weights, handle = args
+        if len(index) != self._num_rows:
+            raise UnsupportedModelError(f"its experts take {len(index)} tokens in a step of {self._num_rows}")
         inputs = tuple(map(self._contiguous, (x, index, weights)))
         for operand in (*inputs, self._operand(outputs[0])):
             self._keep_buffer(operand.buffer)
@@ -163,6 +189,19 @@ class _Lowering:
             inputs.append(self._operand(sinks))
         about = {"layer": layer, "scale": scale, "window": window, "chunk": chunk, "soft_cap": soft_cap}
         self._emit("attend", (self._operand(outputs[0]),), tuple(inputs), about)
+        return True
+
+    def _attend_latent(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        query, latent, turned, weight, layer, scale, window, chunk = args
+        inputs = [self._operand(tensor) for tensor in (query, latent, turned)] + [self._contiguous(weight)]
+        about = {"layer": layer, "scale": scale, "window": window, "chunk": chunk}
+        self._emit("attend_latent", (self._operand(outputs[0]),), tuple(inputs), about)
+        return True
+
+    def _own(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        tensors, _, number = args
+        call = self._own_calls[number]
+        self._emit("own", (self._operand(outputs[0]),), tuple(map(self._operand, tensors)), {"call": call})
         return True
 
     def _embedding(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
@@ -320,11 +359,12 @@ class _Lowering:
 
     def _contiguous(self, made: torch.Tensor) -> Operand:
         operand = self._operand(made)
-        if operand.is_contiguous:
-            return operand
+        return operand if operand.is_contiguous else self._copied(made)
+
+    def _copied(self, made: torch.Tensor) -> Operand:
         copy = torch.empty(made.shape, dtype=made.dtype, device="meta")
         self._buffer(copy, "made", "")
-        self._emit("pointwise", (self._operand(copy),), (operand,), {"op": "copy"})
+        self._emit("pointwise", (self._operand(copy),), (self._operand(made),), {"op": "copy"})
         return self._operand(copy)
 
     def _keep(self, made: torch.Tensor) -> None:
@@ -334,9 +374,6 @@ class _Lowering:
         buffer = self._buffers[number]
         if buffer.kind == "made":
             self._buffers[number] = Buffer("kept", buffer.name, buffer.num_bytes)
-
-    def _num_rows_of(self, x: torch.Tensor) -> int:
-        return math.prod(x.shape[:-1])
 
 
 def id_of(made: torch.Tensor) -> int:

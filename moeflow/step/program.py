@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from moeflow.hf.passes.kept_state import StateName
+
 KINDS = (
     "linear", "rms_norm", "experts", "attend", "pointwise", "softmax", "top_k", "reduce", "gather", "rows", "scatter",
-    "torch",
+    "attend_latent", "torch", "own",
 )  # fmt: skip
 """Kinds of instructions, in the order of StepKind in _step.h."""
 
@@ -30,7 +32,8 @@ class Buffer:
 
     Args:
         kind: "input" (written before a step), "weight" (of the model), "literal" (a tensor in the model's code),
-            "constant" (made once of weights), "made" (in the step) or "kept" (made in the step, and read after it).
+            "constant" (made once of weights), "made" (in the step), "kept" (made in the step, and read after it) or
+            "state" (of a cache: read, and written at the end of the step).
         name: of an input, or of a weight among the model's parameters and buffers.
         num_bytes: its size.
     """
@@ -76,7 +79,8 @@ class Instruction:
         kind: of `KINDS`.
         outputs: tensors that it writes.
         inputs: tensors that it reads.
-        attributes: what else it needs; of a "torch" instruction, "op" and its arguments with operands among them.
+        attributes: what else it needs; of a "torch" instruction, "op" and its arguments with operands among them;
+            of an "own" instruction, "call" and its number.
     """
 
     kind: str
@@ -96,6 +100,8 @@ class Program:
         body: run each step.
         logits: [num_rows, 1, V].
         literals: tensors that the model's code made itself, by name.
+        states: what a cache keeps beside keys and values, each in a buffer of its own.
+        state_names: which they are.
     """
 
     num_rows: int
@@ -104,6 +110,8 @@ class Program:
     body: list[Instruction]
     logits: Operand
     literals: dict[str, torch.Tensor] = field(default_factory=dict)
+    states: list[Operand] = field(default_factory=list)
+    state_names: list[StateName] = field(default_factory=list)
 
     def text(self) -> str:
         """Return the program as lines, one an instruction."""

@@ -28,12 +28,14 @@ class StepPrograms:
         loaded: the model as it was loaded; one that is changed has no programs until that is undone.
 
     Attributes:
-        reason: why the model has none; None where it has, or may have.
+        reason: why the model has none of any size; None where it has, or may have.
+        reasons: why it has none of so many rows, by that number.
         changed: what the last step found changed in the model; None where nothing was.
     """
 
     def __init__(self, runtime: ExpertRuntime, loaded: ModelState) -> None:
         self.reason: str | None = None
+        self.reasons: dict[int, str] = {}
         self.changed: str | None = None
         self._runtime = runtime
         self._loaded = loaded
@@ -54,11 +56,11 @@ class StepPrograms:
                 self._told.add(self.changed)
                 _log.warning("%s decodes by its own code: %s", type(model).__name__, self.changed)
             return None
-        if num_rows not in self._runners:
-            self._capture(model, num_rows)
-        elif self._own_code_ran:
+        if self._own_code_ran:
             for runner in self:
                 runner.bound.compute_constants()
+        if num_rows not in self._runners.keys() | self.reasons.keys():
+            self._capture(model, num_rows)
         self._own_code_ran = False
         return self._runners.get(num_rows)
 
@@ -73,17 +75,23 @@ class StepPrograms:
         try:
             bound = BoundProgram(lower(capture(model, num_rows), num_rows), model)
         except UnsupportedModelError as error:
-            self.reason = str(error)
+            self.reasons[num_rows] = str(error)
             return
         except Exception as error:  # an operation that no rule was written for: the model's own code goes on
-            self.reason = f"its step cannot be written as a program ({type(error).__name__}: {str(error)[:200]})"
-            _log.warning("%s decodes by its own code: %s", type(model).__name__, self.reason)
+            reason = f"its step cannot be written as a program ({type(error).__name__}: {str(error)[:200]})"
+            _log.warning("%s decodes by its own code: %s", type(model).__name__, reason)
+            self.reasons[num_rows] = reason
             return
         experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
         runner = StepRunner(bound, self._runtime, experts)
+        if num_rows > 1 and runner.is_of_one:
+            self.reasons[num_rows] = "its step of several sequences has states that are no keys and values"
+            return
         try:
-            self.reason = difference(model, runner)
-        except UnsupportedModelError as error:
-            self.reason = str(error)
-        if self.reason is None:
+            differs = difference(model, runner)
+        except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            differs = f"its step as a program fails ({type(error).__name__}: {str(error)[:200]})"
+        if differs is None:
             self._runners[num_rows] = runner
+        else:
+            self.reasons[num_rows] = differs

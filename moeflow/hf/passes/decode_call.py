@@ -1,4 +1,4 @@
-"""Calls of a model that ask for one new token after a growing cache, and the output that it returns for them."""
+"""Calls of a model that ask for one new token a sequence after a growing cache, and the output that it returns."""
 
 import dataclasses
 import inspect
@@ -19,19 +19,21 @@ _WHOLE = (torch.int64, torch.int32)
 
 
 class DecodeCall(NamedTuple):
-    """A call for the next token of one sequence.
+    """A call for the next token of each of some sequences.
 
     Args:
-        input_ids: [1, 1].
-        position: of the token, in the sequence without its padding where the caller says so.
-        first: the first position of the cache that is not padding.
-        cache: the positions before it.
+        input_ids: [rows, 1].
+        positions: [rows], of the tokens, in the sequences without their padding where the caller says so.
+        firsts: [rows], the first position of the cache that is not padding.
+        cache: the positions before them.
+        attention_mask: as given.
     """
 
     input_ids: torch.Tensor
-    position: int
-    first: int
+    positions: torch.Tensor
+    firsts: torch.Tensor
     cache: GrowingCache
+    attention_mask: torch.Tensor | None
 
 
 def has_growing_cache(kwargs: dict[str, Any]) -> bool:
@@ -46,11 +48,11 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         model: that is called.
         kwargs: as given.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _is_watched():
+    if not may_decode():
         return None
     ids: Any = kwargs.get("input_ids")
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-    if type(cache) is not GrowingCache or not _is_one_number(ids) or ids.dim() != 2 or not cache.get_seq_length():
+    if type(cache) is not GrowingCache or not _is_whole(ids) or ids.dim() != 2 or ids.shape[1] != 1 or not cache.length:
         return None
     if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED):
         return None
@@ -60,30 +62,51 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         return None
     if kwargs.get("return_dict") is False or not config.return_dict or not (keep is None or _is_count(keep)):
         return None
-    length, first = cache.get_seq_length(), 0
+    length, num_rows = cache.length, len(ids)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    firsts = torch.zeros(num_rows, dtype=torch.int64)
     if mask is not None:
-        if not isinstance(mask, torch.Tensor) or mask.shape != (1, length + 1):
+        if not isinstance(mask, torch.Tensor) or mask.shape != (num_rows, length + 1):
             return None
-        seen = mask if mask.dtype is torch.bool else mask != 0
-        first = length + 1 - int(seen.sum())
-        if first and (first > length or bool(seen[0, :first].any())):
+        seen = mask != 0
+        firsts = length + 1 - seen.sum(1)
+        if not bool((seen == (torch.arange(length + 1) >= firsts[:, None])).all()) or bool((firsts > length).any()):
             return None
-    if positions is not None and not _is_one_number(positions):
+    if positions is not None and not _is_whole(positions):
         return None
-    return DecodeCall(ids, length if positions is None else int(positions), first, cache)
+    told = _positions(positions, num_rows, length)
+    return None if told is None else DecodeCall(ids, told, firsts, cache, mask)
 
 
-def _is_watched() -> bool:
-    """Whether torch's operations are compiled, traced or handed to a mode of the caller's."""
+def _positions(positions: torch.Tensor | None, num_rows: int, length: int) -> torch.Tensor | None:
+    """Return the positions [rows] of one token a row, which may be told once for each of three dimensions.
+
+    The first of four is that of the text alone, and models use it for masks. None where dimensions are unlike.
+    """
+    if positions is None:
+        return torch.full((num_rows,), length)
+    if positions.dim() == 3:
+        told = positions[1:] if len(positions) == 4 else positions
+        if not len(told) or not bool((told == told[0]).all()):
+            return None
+        positions = told[0]
+    if positions.dim() > 2 or positions.numel() not in (1, num_rows):
+        return None
+    return positions.reshape(-1).expand(num_rows)
+
+
+def may_decode() -> bool:
+    """Whether nothing in this thread asks torch for more than values: no gradients, autocast, compilation or modes."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
-        return True
+        return False
     modes = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
-    return any(type(mode) is not DeviceContext for mode in modes)
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
-def _is_one_number(given: Any) -> bool:
-    return isinstance(given, torch.Tensor) and given.numel() == 1 and given.dtype in _WHOLE and given.is_cpu
+def _is_whole(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) and given.dtype in _WHOLE and given.is_cpu
 
 
 def _is_count(given: Any) -> bool:
@@ -111,7 +134,7 @@ class OutputMaker:
                 self._kind, self._cache_name = type(output), found
 
     def make(self, logits: torch.Tensor, cache: GrowingCache) -> Any:
-        """Return an output of logits [1, 1, V] and the cache."""
+        """Return an output of logits [rows, 1, V] and the cache."""
         assert self._kind is not None, "no output was seen"
         return self._kind(logits=logits, **{self._cache_name: cache})
 

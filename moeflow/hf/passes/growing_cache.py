@@ -8,9 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from moeflow.hf.passes.kept_state import HYBRID_LAYERS, STATE_LAYERS, StateName, state_of
 
 _FIRST_POSITIONS = 64
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class KeptShape(NamedTuple):
@@ -117,6 +127,33 @@ class GrowingLayer(DynamicLayer):
         if self._is_lent:
             self._end_memory()
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep these sequences in this order, [n]; one may come several times."""
+        self._take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences in this order, [n]."""
+        self._take_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Keep each sequence so many times."""
+        if self._memory is not None:
+            self._take_rows(torch.arange(len(self._memory[0])).repeat_interleave(repeats))
+
+    def _take_rows(self, indices: torch.Tensor) -> None:
+        if self._memory is None:
+            return
+        all_rows = torch.arange(len(self._memory[0]))
+        rows = all_rows[indices]
+        if torch.equal(rows, all_rows):
+            return
+        made = []
+        for old in self._memory:
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
+            made.append(new)
+        self._hold((made[0], made[1]), self.length)
+
     def make_room(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the memory, with room for one more position."""
         assert self._memory is not None
@@ -161,33 +198,76 @@ def _takes(memory: torch.Tensor, new: torch.Tensor) -> bool:
     return is_alike and not is_tracked
 
 
-class GrowingCache(DynamicCache):
-    """A cache of growing layers, in place of one that transformers made."""
+class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):
+    """A layer with state tensors beside its keys and values."""
 
-    def __init__(self, num_layers: int) -> None:
-        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)])
+    is_compileable = False
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        GrowingLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make room for a state, by keywords, or note keys and values, by position."""
+        of = GrowingLayer if args else LinearAttentionLayer
+        of.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all."""
+        LinearAttentionLayer.reset(self)
+        GrowingLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:  # type: ignore[override]  # transformers has both
+        """Reorder the sequences."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        GrowingLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions, where past states were recorded."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        GrowingLayer.crop(self, tokens_to_remove)
+
+
+def _growing(layer: Any) -> Any:
+    """Return the layer that takes the place of one of transformers'."""
+    if type(layer) in HYBRID_LAYERS:
+        return GrowingHybridLayer(layer.number_of_states)
+    return GrowingLayer() if type(layer) in _PLAIN_LAYERS else layer
+
+
+class GrowingCache(DynamicCache):
+    """A cache of growing layers, in place of one that transformers made; layers of another kind stay its own."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        Cache.__init__(self, layers=layers)
         self._table = np.zeros((0, 0, 3), np.int64)
         self._places: list[tuple[int, int, int]] = []  # of the table
 
     @classmethod
     def in_place_of(cls, cache: object) -> "GrowingCache | None":
-        """Return a cache for one that is empty and keeps nothing but keys and values; None for others."""
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
-        if type(cache) is not DynamicCache or cache.offloading or any(type(one) not in plain for one in cache.layers):
+        """Return a cache for one of transformers' that is empty; None for others, or where no layer has positions."""
+        if type(cache) is not DynamicCache or cache.offloading:
             return None
-        if cache.get_seq_length() or not cache.layers:
+        if all(type(one) in STATE_LAYERS for one in cache.layers) or cache.get_seq_length():
             return None
-        return cls(len(cache.layers))
+        known = (*_PLAIN_LAYERS, *HYBRID_LAYERS, *STATE_LAYERS, DynamicIndexedLayer)
+        is_known = all(type(one) in known for one in cache.layers)  # others may look at plain ones beside them
+        return cls([_growing(one) for one in cache.layers] if is_known else list(cache.layers))
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> "GrowingCache | None":
-        """Return an empty cache for a model; None where it keeps other state than keys and values."""
+        """Return an empty cache for a model; None where no layer of its cache has positions."""
         return cls.in_place_of(DynamicCache(config=model.config.get_text_config(decoder=True)))
 
     @property
     def length(self) -> int:
         """Positions kept."""
         return int(self.get_seq_length())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Positions kept of each sequence: [1], the same of all."""
+        return np.array([self.length])
 
     def fits(self, layers: dict[int, KeptShape], num_rows: int) -> bool:
         """Whether each of these layers keeps the same positions of so many sequences, in these shapes.
@@ -199,11 +279,10 @@ class GrowingCache(DynamicCache):
         if max(layers, default=-1) >= len(self.layers):
             return False
         length = self.length
-        for number, shape in layers.items():
-            layer: Any = self.layers[number]
-            if type(layer) is not GrowingLayer or layer.length != length or layer.form != (num_rows, shape):
-                return False
-        return True
+        return all(
+            isinstance(layer, GrowingLayer) and layer.length == length and layer.form == (num_rows, shape)
+            for layer, shape in ((self.layers[number], shape) for number, shape in layers.items())
+        )
 
     def table(self, layers: Iterable[int]) -> np.ndarray:
         """Return where keys and values of these layers lie, with room for one more position.
@@ -212,7 +291,7 @@ class GrowingCache(DynamicCache):
             layers: their numbers; the cache fits them.
 
         Returns:
-            [layers, batch, 3] int64: addresses of keys and of values, and the positions that there is room for.
+            [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
         """
         growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
         memories = [layer.make_room() for layer in growing]
@@ -227,7 +306,18 @@ class GrowingCache(DynamicCache):
             self._places = places
         return self._table
 
+    def states(self, names: Iterable[StateName]) -> list[torch.Tensor] | None:
+        """Return these states where they lie; None where one is not there, or has positions for a later crop."""
+        found = [state_of(self.layers, name) for name in names]
+        return None if any(one is None for one in found) else found  # type: ignore[return-value]
+
+    def own_layers(self) -> set[int]:
+        """Return the numbers of layers that only the model's own code knows."""
+        known = (GrowingLayer, GrowingHybridLayer, *STATE_LAYERS)
+        return {number for number, layer in enumerate(self.layers) if type(layer) not in known}
+
     def advance(self, layers: Iterable[int]) -> None:
         """Count the position that a step has written. No interrupt comes in between: no line of Python runs."""
-        growing = [self.layers[number] for number in layers]
-        deque(map(setattr, growing, repeat("length"), repeat(self.length + 1)), maxlen=0)
+        growing: list[Any] = [self.layers[number] for number in layers]
+        if growing:
+            deque(map(setattr, growing, repeat("length"), repeat(growing[0].length + 1)), maxlen=0)
