@@ -72,6 +72,11 @@ def library() -> Library | None:
     held.moeflow_cpu_token.argtypes = [
         pointer, pointer, c_int, pointer, long, pointer, c_int, pointer, c_int, c_int, c_int,
     ]  # fmt: skip
+    for functions in (held, free):
+        functions.moeflow_cpu_layer.argtypes = [
+            pointer, pointer, long, pointer, long, long, pointer, pointer, c_int, pointer, c_int, long, long, long,
+            pointer, pointer, pointer, c_int, c_int,
+        ]  # fmt: skip
     held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, long, long, pointer, c_int, c_int]
     held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, long, pointer, c_int, c_int]
     held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, long, pointer, c_int, c_int]
@@ -89,7 +94,7 @@ loaded = cast("Callable[[], Library]", library)
 
 def _share_threads(library: ctypes.PyDLL) -> None:
     """Hand the library the threads of the OpenMP that torch has loaded; without it kernels run in one thread."""
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    names = ("GOMP_parallel", "omp_get_thread_num")
     path = _loaded_openmp()
     try:
         openmp = ctypes.CDLL(path) if path else None
@@ -97,7 +102,7 @@ def _share_threads(library: ctypes.PyDLL) -> None:
     except (OSError, AttributeError):
         _log.warning("torch's OpenMP (libgomp) was not found: moeflow's kernels run in one thread")
         return
-    library.moeflow_cpu_openmp.argtypes = [c_void_p] * 3
+    library.moeflow_cpu_openmp.argtypes = [c_void_p] * 2
     library.moeflow_cpu_openmp.restype = None
     library.moeflow_cpu_openmp(*addresses)
 

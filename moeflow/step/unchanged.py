@@ -10,6 +10,7 @@ from torch.nn.modules import module as of_all_modules
 from transformers import PreTrainedModel
 
 from moeflow.hf.passes.attention import unknown_attention
+from moeflow.hf.passes.residual import ResidualHook
 
 _OF_ANY_MODULE = vars(torch.nn.Module()).keys()
 _GLOBAL_HOOKS = (of_all_modules._global_forward_hooks, of_all_modules._global_forward_pre_hooks)
@@ -92,12 +93,16 @@ class ModelState:
         if any(_GLOBAL_HOOKS):
             return "a hook is on all modules"
         for number, hooks in enumerate(self._hooks):
-            if any(getattr(hook, "__module__", None) != _INACTIVE_HOOKS for hook in hooks.values()):
+            if any(map(_is_users, hooks.values())):
                 return f"a hook is on {self._names[number // 2] or 'it'}"
         return None
 
     def _first(self, differs: Iterator[bool], what: str) -> str:
         return f"{self._names[list(differs).index(True)] or 'the model'} {what}"
+
+
+def _is_users(hook: Callable[..., Any]) -> bool:
+    return type(hook) is not ResidualHook and getattr(hook, "__module__", None) != _INACTIVE_HOOKS
 
 
 def _is_moeflows(forward: Callable[..., Any] | None) -> bool:
