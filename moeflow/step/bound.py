@@ -20,14 +20,17 @@ class BoundProgram:
     Args:
         program: the program.
         model: whose weights it names.
+
+    Attributes:
+        num_bytes: of memory that is taken beside the weights.
     """
 
     def __init__(self, program: Program, model: torch.nn.Module) -> None:
         self.program = program
         calls = [one.attributes["call"] for one in program.body if one.kind == "own"]
         self.modules = {call.path: model.get_submodule(call.path) for call in calls}
-        offsets, num_bytes = plan_memory(program)
-        self._arena = torch.zeros(num_bytes + 64, dtype=torch.uint8)
+        offsets, self.num_bytes = plan_memory(program)
+        self._arena = torch.zeros(self.num_bytes + 64, dtype=torch.uint8)
         begin = -self._arena.data_ptr() % 64
         named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         self._raw: list[torch.Tensor] = []  # of each buffer, its bytes, or the weight

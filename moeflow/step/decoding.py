@@ -10,7 +10,14 @@ from transformers import PreTrainedModel
 
 from moeflow.errors import MoeflowError
 from moeflow.hf.passes.capture_gate import capture_gate
-from moeflow.hf.passes.decode_call import OutputMaker, decode_call, has_growing_cache, may_decode, run_calls_by
+from moeflow.hf.passes.decode_call import (
+    OutputMaker,
+    decode_call,
+    has_growing_cache,
+    may_decode,
+    refusal,
+    run_calls_by,
+)
 from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
@@ -69,6 +76,35 @@ class StepDecoding:
         """Return the programs as lines; empty before the first step."""
         return "\n\n".join(runner.bound.program.text() for runner in self.programs)
 
+    def prepare(self) -> None:
+        """Capture the program of one sequence now, or take it from the disk, in place of at the first step."""
+        model = self._model()
+        if model is not None and self.programs.reason is None:
+            self._runtime.turns.run(capture_gate.run, self.programs.runner, model, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """Prepare the program of one sequence and describe it.
+
+        Returns:
+            "reason" why there is none; or "instructions" by kind, "memory_bytes" that it takes beside the weights,
+            "from_disk", and "text". All of them else None.
+        """
+        found = self.programs
+        self.prepare()
+        runner = next(iter(found), None)
+        about = dict.fromkeys(("instructions", "memory_bytes", "from_disk", "text"))
+        if runner is None:
+            return {"reason": found.reason or found.reasons.get(1) or found.changed, **about}
+        bound = runner.bound
+        kinds = Counter(one.kind for one in bound.program.body)
+        return {
+            "reason": None,
+            "instructions": dict(kinds.most_common()),
+            "memory_bytes": bound.num_bytes,
+            "from_disk": found.was_kept[1],
+            "text": bound.program.text(),
+        }
+
     def _learn(self, output: Any) -> None:
         self._outputs.learn(output)
         self.programs.look_closer()
@@ -80,8 +116,8 @@ class StepDecoding:
         made = None
         if has_growing_cache(kwargs):
             made = self._runtime.turns.run(capture_gate.run, self._call, kwargs)
-        if made is None and not self.num_steps:
-            self._refused = _refusal(kwargs) or self._refused
+        if made is None and not self.num_steps and not torch.compiler.is_compiling():
+            self._refused = refusal(kwargs) or self._refused
         return made
 
     def _call(self, kwargs: dict[str, Any]) -> Any:
@@ -131,13 +167,3 @@ class StepDecoding:
             return None  # what is kept is as before
         self.num_steps += 1
         return logits
-
-
-def _refusal(kwargs: dict[str, Any]) -> str | None:
-    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
-    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
-    if not isinstance(ids, torch.Tensor) or ids.shape[-1:] != (1,) or cache is None:
-        return None
-    if type(cache) is not GrowingCache:
-        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
-    return "its last call asked for more than logits and a cache"

@@ -113,7 +113,8 @@ class StepRunner:
         self._fill("position_ids", rows.positions)
         self._lengths[:num_live] = rows.kept.lengths
         self._firsts[:num_live] = 0 if rows.firsts is None else rows.firsts.numpy()
-        self._kept[:, :num_live] = rows.kept.table(self.bound.kept_layers)[:, :num_live]
+        if self.bound.kept_layers:
+            self._kept[:, :num_live] = rows.kept.table(self.bound.kept_layers)[:, :num_live]
         state.num_live, state.num_threads = num_live, torch.get_num_threads()
         is_plain = not any(experts.changes_routes for experts in self._experts)
         at = counted = 0  # instructions, and layers of experts, that are done

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from moeflow.hf.passes.growing_cache import GrowingCache
 
@@ -111,6 +112,21 @@ def _is_whole(given: Any) -> bool:
 
 def _is_count(given: Any) -> bool:
     return isinstance(given, int) and given >= 0
+
+
+def refusal(kwargs: dict[str, Any]) -> str | None:
+    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
+    try:
+        if not isinstance(cache, Cache) or not cache.get_seq_length():
+            return None
+    except ValueError:  # a cache without positions
+        return None
+    if not isinstance(ids, torch.Tensor) or ids.shape[-1:] != (1,):
+        return "its last call was for several new tokens, or for none by number"
+    if type(cache) is not GrowingCache:
+        return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
+    return "its last call asked for more than logits and a cache"
 
 
 class OutputMaker:

@@ -12,7 +12,7 @@ from moeflow.errors import ConfigError, UnsupportedModelError
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
-    from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache, DynamicCache
 
 KeyValueCache = Cache
@@ -188,18 +188,3 @@ def packed_forward(
         arguments["logits_to_keep"] = keep
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **arguments).logits[0]
     return logits if "logits_to_keep" in known else logits[keep]
-
-
-def compile_decoding(model: PreTrainedModel) -> None:
-    """Let generate() compile its decode steps, on any device: a static key-value cache, and torch.compile."""
-    # The compiler's checks of its own allocations would take as long as the smaller kernels.
-    no_mode: Any = None  # CompileConfig says str, torch.compile takes None beside options
-    compiling: Any = CompileConfig(mode=no_mode, fullgraph=False, options={"size_asserts": False})
-    compiling._compile_all_devices = True  # without it transformers compiles on accelerators only
-    model.generation_config.cache_implementation = "static"
-    model.generation_config.compile_config = compiling
-
-
-def compiles_decoding(model: PreTrainedModel) -> bool:
-    """Tell whether `compile_decoding` was called."""
-    return getattr(getattr(model, "generation_config", None), "compile_config", None) is not None

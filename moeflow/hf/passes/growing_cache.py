@@ -198,7 +198,7 @@ def _takes(memory: torch.Tensor, new: torch.Tensor) -> bool:
     return is_alike and not is_tracked
 
 
-class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):
+class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):  # type: ignore[misc, override]  # as transformers' own
     """A layer with state tensors beside its keys and values."""
 
     is_compileable = False
@@ -241,7 +241,7 @@ class GrowingCache(DynamicCache):
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)
         self._table = np.zeros((0, 0, 3), np.int64)
-        self._places: list[tuple[int, int, int]] = []  # of the table
+        self._places: list[tuple[int, ...]] = []  # of the table
 
     @classmethod
     def in_place_of(cls, cache: object) -> "GrowingCache | None":
@@ -294,6 +294,8 @@ class GrowingCache(DynamicCache):
             [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
         """
         growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
+        if not growing:
+            return np.zeros((0, 1, 3), np.int64)
         memories = [layer.make_room() for layer in growing]
         places = [(keys.data_ptr(), values.data_ptr(), keys.shape[2]) for keys, values in memories]
         if places != self._places:
