@@ -45,8 +45,7 @@ class BoundProgram:
                 self._raw.append(torch.empty(0, dtype=torch.uint8))
             else:
                 self._raw.append(self._arena[begin + offset : begin + offset + buffer.num_bytes])
-        for instruction in program.setup:
-            self.call(instruction)
+        self.compute_constants()
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
             if one.kind in ("attend", "attend_latent"):
@@ -90,6 +89,11 @@ class BoundProgram:
             raw[state.buffer] = tensor.detach()
         for number in self._of_states:
             self.code.replace(number, self._words(self.program.body[number]))
+
+    def compute_constants(self) -> None:
+        """Compute what is made of weights alone, again where they may have been changed in place."""
+        for instruction in self.program.setup:
+            self.call(instruction)
 
     def tensor(self, operand: Operand) -> torch.Tensor:
         """Return an operand where it lies."""

@@ -18,7 +18,7 @@ from moeflow.step.program import Program
 from moeflow.step.program_file import KeptProgram
 from moeflow.step.program_folder import KeptFile
 from moeflow.step.runner import StepRunner
-from moeflow.step.unchanged import ModelState, has_hooks
+from moeflow.step.unchanged import ModelState
 
 _log = logging.getLogger(__name__)
 
@@ -28,39 +28,56 @@ class StepPrograms:
 
     Args:
         runtime: of the model's experts.
+        loaded: the model as it was loaded; one that is changed has no programs until that is undone.
 
     Attributes:
         reason: why the model has none of any size; None where it has, or may have.
         reasons: why it has none of so many rows, by that number.
         was_kept: whether what is known came from the disk, by number of rows.
+        changed: what the last step found changed in the model; None where nothing was.
     """
 
-    def __init__(self, runtime: ExpertRuntime) -> None:
+    def __init__(self, runtime: ExpertRuntime, loaded: ModelState) -> None:
         self.reason: str | None = None
         self.reasons: dict[int, str] = {}
         self.was_kept: dict[int, bool] = {}
+        self.changed: str | None = None
         self._runtime = runtime
+        self._loaded = loaded
         self._runners: dict[int, StepRunner] = {}
-        self._state: ModelState | None = None
+        self._own_code_ran = True  # since the last step
+        self._told: set[str] = set()
 
     def __iter__(self) -> Iterator[StepRunner]:
         return iter(self._runners.values())
 
     def runner(self, model: PreTrainedModel, num_rows: int) -> StepRunner | None:
-        """Return the program of so many rows; None where the model has none, or is not what it was captured from."""
-        if self.reason is None and num_rows not in self._runners.keys() | self.reasons.keys():
-            self._prepare(model, num_rows)
-        if self.reason is not None or self._state is None or not self._state.is_unchanged():
+        """Return the program of so many rows; None where the model has none, or is not what was loaded."""
+        if self.reason is not None:
             return None
+        self.changed = self._loaded.change() or (self._loaded.change_behind_a_pass() if self._own_code_ran else None)
+        if self.changed is not None:
+            if self.changed not in self._told:
+                self._told.add(self.changed)
+                _log.warning("%s decodes by its own code: %s", type(model).__name__, self.changed)
+            return None
+        if self._own_code_ran:
+            for runner in self:
+                runner.bound.compute_constants()
+        if num_rows not in self._runners.keys() | self.reasons.keys():
+            self._prepare(model, num_rows)
+        self._own_code_ran = False
         return self._runners.get(num_rows)
+
+    def look_closer(self) -> None:
+        """Note that the model's own code ran: the caller may have changed what does not change between two steps."""
+        self._own_code_ran = True
 
     def _prepare(self, model: PreTrainedModel, num_rows: int) -> None:
         """Take a program from the disk, or capture it and keep it there."""
         if instruction_set() is None:
             self.reason = "the compiled kernels were not built"
             return
-        if has_hooks(model.modules()):
-            return  # a capture would run them
         file = KeptFile(model, num_rows)
         kept = file.read()
         runner = None
@@ -77,7 +94,6 @@ class StepPrograms:
             self.reasons[num_rows] = kept.reason
         if runner is not None:
             self._runners[num_rows] = runner
-            self._state = self._state or ModelState(model)
 
     def _capture(self, model: PreTrainedModel, num_rows: int) -> tuple[KeptProgram, StepRunner | None]:
         """Capture a program and compare it with the model's own code.

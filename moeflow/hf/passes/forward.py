@@ -43,7 +43,7 @@ class ForwardPass(NamedTuple):
 
 
 def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
-    """Describe the pass that a model's forward is called for; None where it is given no tokens.
+    """Describe the pass that a model's forward is called for; None where it is given no tokens in rows.
 
     Args:
         args: positional arguments of forward, as its hooks see them.
@@ -54,7 +54,7 @@ def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
         ids = kwargs.get("inputs_embeds")
     if ids is None:
         ids = args[0] if args else None
-    if ids is None:
+    if not isinstance(ids, torch.Tensor) or ids.dim() < 2:  # which the model refuses
         return None
     cache = kwargs.get("past_key_values")
     cache = kwargs.get("cache") if cache is None else cache  # its name from transformers 5.24 on
