@@ -132,11 +132,13 @@ def test_a_signal_from_outside_at_any_moment(load):
     model.moeflow.check_integrity()
 
 
-def test_a_capture_and_its_check_that_were_interrupted_are_done_again(load):
+def test_a_capture_and_its_check_that_were_interrupted_are_done_again(load, monkeypatch, tmp_path):
     reference = load("100%", predictor=None)
     expected = generate(reference)
     calls = AtCall(0)
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "counted"))  # where no program lies yet
     interrupt(lambda: generate(load("100%", predictor=None), max_new_tokens=3), calls, sys.setprofile)
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "interrupted"))
     model = load("100%", predictor=None)
     for share in (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.9, 0.95):
         at = AtCall(int(calls.count * share))

@@ -23,8 +23,9 @@ NEW = 24
 
 
 @pytest.fixture
-def load(mixtral_folder):
-    """Load models with native steps; each is closed after the test."""
+def load(mixtral_folder, monkeypatch, tmp_path):
+    """Load models with native steps, of which no program lies on disk yet; each is closed after the test."""
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path))
     loaded = []
 
     def load(memory="40%", **options):
