@@ -102,7 +102,7 @@ class StepPrograms:
             MoeflowError, MemoryError: of the experts, or of the moment. The next call tries again.
         """
         _log.info("the decode step of %s is written as a program, once a model", type(model).__name__)
-        what = "cannot be written as a program"
+        what, reason = "cannot be written as a program", None
         try:
             program = lower(capture(model, num_rows), num_rows)
             runner = self._bind(model, program)

@@ -241,7 +241,7 @@ class GrowingCache(DynamicCache):
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)
         self._table = np.zeros((0, 0, 3), np.int64)
-        self._places: list[tuple[int, ...]] = []  # of the table
+        self._places: list[tuple[int, int, int]] = []  # of the table
 
     @classmethod
     def in_place_of(cls, cache: object) -> "GrowingCache | None":
