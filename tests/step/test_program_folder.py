@@ -94,8 +94,11 @@ def test_a_damaged_file_is_written_anew(load, cache):
 
 
 def test_why_a_model_has_no_program_is_kept_too(load, cache, monkeypatch):
-    def looking(self, hidden, *args, **kwargs):
-        return hidden * 2 if hidden.sum() > 0 else hidden, None
+    own = MixtralAttention.forward
+
+    def looking(self, hidden_states, **kwargs):
+        made, weights = own(self, hidden_states, **kwargs)
+        return (made * 2 if hidden_states.sum() > 0 else made), weights
 
     monkeypatch.setattr(MixtralAttention, "forward", looking)
     reasons = []
