@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from helpers.forks import in_child
 from helpers.paths import ROOT
@@ -65,20 +66,16 @@ def test_another_copy_of_the_folder_is_the_same_model(load, cache, mixtral, tmp_
     assert answer(load(tmp_path / "copy"))[1] is True
 
 
-def test_another_model_dtype_or_code_has_a_program_of_its_own(load, cache, tmp_path):
+def test_another_model_dtype_or_code_has_a_program_of_its_own(load, cache, tmp_path, monkeypatch):
     answer(load())
     tiny_mixtral(rms_norm_eps=1e-3).save_pretrained(tmp_path / "config")
     assert answer(load(tmp_path / "config"))[1] is False
     assert answer(load(dtype=torch.bfloat16))[1] is False
 
-    patched = load()
-    scale = 2.0
-    own = type(patched.model.layers[0].self_attn).forward
-    patched.model.layers[0].self_attn.forward = lambda *args, **kwargs: (
-        own(patched.model.layers[0].self_attn, *args, **kwargs)[0] * scale,
-        None,
-    )
-    changed, was_kept = answer(patched)
+    scale, own = 2.0, MixtralAttention.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(MixtralAttention, "forward", lambda *args, **kwargs: (own(*args, **kwargs)[0] * scale, None))
+        changed, was_kept = answer(load())
     assert was_kept is False
     own_logits, was_kept = answer(load())
     assert was_kept is True
@@ -96,14 +93,17 @@ def test_a_damaged_file_is_written_anew(load, cache):
     assert path.read_bytes() == whole
 
 
-def test_why_a_model_has_no_program_is_kept_too(load, cache, tmp_path):
-    def looking(hidden, *args, **kwargs):
-        return hidden * 2 if hidden.sum() > 0 else hidden
+def test_why_a_model_has_no_program_is_kept_too(load, cache, monkeypatch):
+    own = MixtralAttention.forward
 
+    def looking(self, hidden_states, **kwargs):
+        made, weights = own(self, hidden_states, **kwargs)
+        return (made * 2 if hidden_states.sum() > 0 else made), weights
+
+    monkeypatch.setattr(MixtralAttention, "forward", looking)
     reasons = []
     for was_kept in (False, True):
         model = load()
-        model.model.norm.forward = looking
         assert answer(model)[1] is was_kept
         assert model.moeflow.step.num_steps == 0
         reasons.append(model.moeflow.stats()["step"]["reason"])
@@ -132,23 +132,23 @@ def test_only_the_latest_files_are_kept(load, cache):
     assert answer(load())[1] is True
 
 
-def test_an_interrupted_capture_is_tried_again(load, cache):
-    model = load()
-    norm = model.model.norm
-    own = norm.forward
+def test_an_interrupted_capture_is_tried_again(load, cache, monkeypatch):
+    own, left = MixtralAttention.forward, ["an interrupt"]
 
     def interrupted(*args, **kwargs):
-        if torch.compiler.is_compiling():
+        if left and torch.compiler.is_compiling():
+            left.clear()
             raise KeyboardInterrupt
         return own(*args, **kwargs)
 
-    norm.forward = interrupted
+    monkeypatch.setattr(MixtralAttention, "forward", interrupted)
+    model = load()
     with pytest.raises(KeyboardInterrupt):
         answer(model)
-    del norm.forward
     logits, was_kept = answer(model)
     assert was_kept is False
     assert model.moeflow.step.num_steps == 4
+    monkeypatch.undo()
     assert torch.equal(logits, answer(load())[0])
 
 
