@@ -118,7 +118,9 @@ class BoundProgram:
             side = {"right": 2, "left": 3}.get(about.get("side", ""), 1 if len(instruction.inputs) == 2 else 0)
             whole, real = [POINTWISE.index(about["op"]), side], [about.get("number", 0.0), about.get("factor", 1.0)]
             operands = coalesce(operands)
-        elif instruction.kind == "rms_norm":
+        elif instruction.kind == "linear":
+            whole = [len(instruction.outputs)]
+        elif instruction.kind in ("rms_norm", "add_norm"):
             real = [about["eps"]]
         elif instruction.kind == "experts":
             whole = [about["layer"]]

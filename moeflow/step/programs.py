@@ -13,6 +13,7 @@ from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
 from moeflow.step.check import difference
+from moeflow.step.fuse import fuse
 from moeflow.step.lower import lower
 from moeflow.step.runner import StepRunner
 from moeflow.step.unchanged import ModelState
@@ -54,7 +55,7 @@ class StepPrograms:
             self.reason = "the compiled kernels were not built"
             return
         try:
-            bound = BoundProgram(lower(capture(model, num_rows), num_rows), model)
+            bound = BoundProgram(fuse(lower(capture(model, num_rows), num_rows)), model)
         except UnsupportedModelError as error:
             self.reasons[num_rows] = str(error)
             return
