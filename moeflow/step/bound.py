@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from moeflow.hf.passes.growing_cache import KeptShape
+from moeflow.kernels.cpu.huge_pages import use_huge_pages
 from moeflow.kernels.cpu.step import MAX_DIMS, StepCode, instruction_words, tensor_words
 from moeflow.step.plan import plan_memory
 from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, Instruction, Operand, Program
@@ -44,6 +45,8 @@ class BoundProgram:
                 self._raw.append(self._arena[begin + offset : begin + offset + buffer.num_bytes])
         for instruction in program.setup:
             self.call(instruction)
+        matrices = {operand.buffer for one in program.body if one.kind == "linear" for operand in one.inputs[1:]}
+        use_huge_pages([(raw.data_ptr(), raw.nbytes) for raw in map(self._raw.__getitem__, sorted(matrices))])
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
             if one.kind in ("attend", "attend_latent"):
