@@ -1,6 +1,6 @@
-"""Measure the decode speed of two checkouts of moeflow in turns, and check that both give the same tokens.
+"""Measure the speed of two checkouts of moeflow in turns, and check that both give the same tokens.
 
-    python scripts/bench_before_after.py --before FOLDER [--after FOLDER] [--expert-memory 100% 25%]
+    python scripts/bench_before_after.py --before FOLDER [--after FOLDER] [--expert-memory 100% 25%] [--prompts 8 512]
 
 Each checkout has one worker process, with the checkout alone on PYTHONPATH and the same Python, which keeps its model
 loaded. The two decode the same prompt greedily, one after the other, the first of a round in turn. A ratio is speed
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from bench.machine import describe, print_card, software
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--tokens", type=int, metavar="N", default=48, help="of an answer (48); the time counts from the first on"
+    )
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", metavar="N", default=[], help="lengths of prompts to a first token"
     )
     parser.add_argument("--rounds", type=int, metavar="N", default=9, help="answers of each checkout and budget (9)")
     parser.add_argument("--dtype", default="bfloat16", help="of the model (bfloat16)")
@@ -120,15 +124,7 @@ def measure(workers: dict[str, "Worker"], budget: str, arguments: argparse.Names
         side: worker.ask(load={"model": arguments.model, "expert_memory": budget, "dtype": arguments.dtype})
         for side, worker in workers.items()
     }
-    answers = {side: [worker.ask(decode=arguments.tokens)["tokens"]] for side, worker in workers.items()}  # warm-up
-    speeds: dict[str, list[float]] = {side: [] for side in workers}
-    sides = list(workers)
-    for _ in range(arguments.rounds):
-        for side in sides:
-            found = workers[side].ask(decode=arguments.tokens)
-            answers[side].append(found["tokens"])
-            speeds[side].append((arguments.tokens - 1) / found["seconds"])
-        sides.reverse()
+    speeds, same_tokens = in_turns(workers, arguments.rounds, decode=arguments.tokens)
     token_bytes = loaded["after"]["dense_bytes"] + card["expert_bytes_a_token"]
     read = card["read_bytes_per_s"]
     row = {
@@ -138,7 +134,8 @@ def measure(workers: dict[str, "Worker"], budget: str, arguments: argparse.Names
         "ratio": quotients(speeds["before"], speeds["after"]),
         "token_bytes": token_bytes,
         "ceiling_tokens_per_s": None if read is None else read / token_bytes,
-        "same_tokens": len({tuple(tokens) for found in answers.values() for tokens in found}) == 1,
+        "same_tokens": same_tokens,
+        "prompts": {},
     }
     print(f"expert memory {budget}")
     for side in workers:
@@ -146,8 +143,31 @@ def measure(workers: dict[str, "Worker"], budget: str, arguments: argparse.Names
     print(f"  ratio   {ranged(row['ratio'], 1, 7, 3)} before / after, in {arguments.rounds} rounds")
     if read is not None:
         print(f"  ceiling {row['ceiling_tokens_per_s']:7.2f} tok/s: {token_bytes / 1e6:.0f} MB a token, nothing missed")
+    for length in arguments.prompts:
+        speeds, same_tokens = in_turns(workers, arguments.rounds, first_token=length)
+        row["prompts"][length] = {"speeds": speeds, "ratio": quotients(speeds["before"], speeds["after"])}
+        row["same_tokens"] &= same_tokens
+        print(f"  prompt of {length} tokens")
+        for side in workers:
+            seconds = spread([1 / speed for speed in speeds[side]])
+            print(f"    {side:7} {ranged(seconds, 1e3, 7, 1)} ms to the first token")
+        print(f"    ratio   {ranged(row['prompts'][length]['ratio'], 1, 7, 3)} before / after")
     print("  same tokens" if row["same_tokens"] else "  TOKENS DIFFER", flush=True)
     return row
+
+
+def in_turns(workers: dict[str, "Worker"], rounds: int, **question: int) -> tuple[dict[str, list[float]], bool]:
+    """Ask both sides in turns; return the speeds of each, and whether all answers have the same tokens."""
+    answers = {tuple(worker.ask(**question)["tokens"]) for worker in workers.values()}  # warm-up
+    speeds: dict[str, list[float]] = {side: [] for side in workers}
+    sides = list(workers)
+    for _ in range(rounds):
+        for side in sides:
+            found = workers[side].ask(**question)
+            answers.add(tuple(found["tokens"]))
+            speeds[side].append(found["speed"])
+        sides.reverse()
+    return speeds, len(answers) == 1
 
 
 class WorkerEnded(Exception):
@@ -217,7 +237,7 @@ def work() -> None:
             model, ids = load(**value)
             answer = {"dense_bytes": dense_bytes(model)}
         else:
-            answer = decode(model, ids, value)
+            answer = {"decode": decode, "first_token": first_token}[kind](model, ids, value)
         print(json.dumps(answer), file=answers, flush=True)
     if model is not None:
         model.moeflow.close()
@@ -260,12 +280,23 @@ def dense_bytes(model) -> int:
 
 
 def decode(model, ids, num_tokens: int) -> dict:
-    """Decode greedily; return the tokens, and the seconds from the first to the last."""
+    """Decode greedily; return the tokens, and tokens a second from the first to the last."""
     streamer = TokenTimes()
     produced = model.generate(ids, max_new_tokens=num_tokens, do_sample=False, streamer=streamer)
     tokens = produced[0, ids.shape[1] :].tolist()
     assert len(streamer.times) == len(tokens) + 1 == num_tokens + 1, "one time for the prompt, one for each token"
-    return {"tokens": tokens, "seconds": streamer.times[-1] - streamer.times[1]}
+    return {"tokens": tokens, "speed": (num_tokens - 1) / (streamer.times[-1] - streamer.times[1])}
+
+
+def first_token(model, ids, length: int) -> dict:
+    """Compute the token behind a prompt, random but for its beginning; return it, and prompts a second."""
+    import torch
+
+    drawn = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+    drawn[:, : ids.shape[1]] = ids[:, :length]
+    begin = time.perf_counter()
+    produced = model.generate(drawn, max_new_tokens=1, do_sample=False)
+    return {"tokens": produced[0, length:].tolist(), "speed": 1 / (time.perf_counter() - begin)}
 
 
 if __name__ == "__main__":

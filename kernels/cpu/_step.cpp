@@ -10,6 +10,7 @@
 
 #include "_cpu.h"
 #include "_cpu_threads.h"
+#include "_experts.h"
 
 #ifdef _WIN32
 #define EXPORTED extern "C" __declspec(dllexport)
@@ -308,62 +309,21 @@ void rope(const Instruction &it) {
 
 enum Outcome { RAN, MISSED, BROKEN };
 
-struct ExpertMemory {
-    std::vector<int64_t> counts, next, tokens, places, starts;
-    std::vector<const Expert *> kernels;
-    std::vector<const char *> addresses;
-    std::vector<float> outputs;
-};
-thread_local ExpertMemory expert_memory;
-
 Outcome experts(const Instruction &it, const StepState &state) {
     const Tensor &out = it.tensors[0], &x = it.tensors[1], &index = it.tensors[2], &weights = it.tensors[3];
     const StepLayer &layer = state.layers[it.whole[0]];
-    const int64_t top = index.sizes[1], num_tokens = state.num_live, num_places = num_tokens * top;
-    const int64_t *chosen = (const int64_t *)index.data;
+    const int64_t top = index.sizes[1], *chosen = (const int64_t *)index.data;
     if (!layer.addresses) return MISSED;
-    for (int64_t i = 0; i < num_places; ++i)
-        if (chosen[i] < 0 || chosen[i] >= layer.num_experts || !layer.addresses[chosen[i]]) return MISSED;
-    const int format = (int)x.dtype, bits = (int)layer.activation_bits, threads = (int)state.num_threads;
-    const int features = (int)x.sizes[1];
-    const Expert *const *kernels = (const Expert *const *)layer.kernels;
-    if (num_tokens == 1 && top <= TOKEN_EXPERTS) {
-        const Expert *kernel_of[TOKEN_EXPERTS];
-        const char *address_of[TOKEN_EXPERTS];
-        for (int64_t k = 0; k < top; ++k) {
-            for (int64_t j = 0; j < k; ++j)
-                if (chosen[j] == chosen[k]) return MISSED; /* twice the same: Python's way */
-            kernel_of[k] = kernels[chosen[k]], address_of[k] = layer.addresses[chosen[k]];
-        }
-        return moeflow_cpu_token(kernel_of, address_of, (int)top, x.data, features, weights.data,
-                                 (int)weights.dtype, out.data, format, bits, threads)
-                   ? BROKEN
-                   : RAN;
+    for (int64_t i = 0; i < state.num_live * top; ++i)
+        if (chosen[i] < 0 || chosen[i] >= layer.num_experts) return MISSED;
+    const LayerCall call{(const Expert *const *)layer.kernels, layer.addresses, layer.num_experts, chosen,
+                         weights.data, (int)weights.dtype, x.data, (int)x.dtype, state.num_live, top, x.sizes[1],
+                         out.data, (int)layer.activation_bits, (int)state.num_threads};
+    switch (run_layer(call)) {
+    case LAYER_DONE: return RAN;
+    case LAYER_MISSING: return MISSED;
+    default: return BROKEN;
     }
-    ExpertMemory &m = expert_memory;
-    m.counts.assign(layer.num_experts + 1, 0);
-    for (int64_t i = 0; i < num_places; ++i) ++m.counts[chosen[i] + 1];
-    m.kernels.clear(), m.addresses.clear(), m.starts.clear();
-    for (int64_t e = 0; e < layer.num_experts; ++e) {
-        if (m.counts[e + 1])
-            m.kernels.push_back(kernels[e]), m.addresses.push_back(layer.addresses[e]), m.starts.push_back(m.counts[e]);
-        m.counts[e + 1] += m.counts[e];
-    }
-    m.starts.push_back(num_places);
-    m.next.assign(m.counts.begin(), m.counts.end() - 1);
-    m.tokens.resize(num_places), m.places.resize(num_places), m.outputs.resize(num_places * features);
-    for (int64_t i = 0; i < num_places; ++i) {
-        const int64_t at = m.next[chosen[i]]++;
-        m.tokens[at] = i / top, m.places[at] = i;
-    }
-    if (moeflow_cpu_experts(m.kernels.data(), m.addresses.data(), m.starts.data(), (int)m.kernels.size(),
-                            m.tokens.data(), m.places.data(), num_places, x.data, format, num_tokens, features,
-                            m.outputs.data(), num_places, bits, threads))
-        return BROKEN;
-    return moeflow_cpu_combine(m.outputs.data(), weights.data, (int)weights.dtype, num_tokens, top, features,
-                               out.data, format, threads)
-               ? BROKEN
-               : RAN;
 }
 
 /* ---- Attention of one new position a sequence ----

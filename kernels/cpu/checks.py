@@ -59,6 +59,27 @@ def takes_token(hidden_states: torch.Tensor, top_k_weights: torch.Tensor, num_ex
     )
 
 
+def takes_layer(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, arena: torch.Tensor
+) -> bool:
+    """Whether a layer computes this: tokens [T, H], int64 experts [T, K], weights [T, K], arena [slots, bytes]."""
+    return (
+        hidden_states.is_cpu
+        and top_k_index.is_cpu
+        and top_k_weights.is_cpu
+        and hidden_states.dtype in DTYPES
+        and top_k_index.dtype is torch.int64
+        and top_k_weights.dtype in DTYPES
+        and hidden_states.dim() == 2
+        and top_k_index.dim() == 2
+        and top_k_index.shape == top_k_weights.shape
+        and top_k_index.shape[0] == hidden_states.shape[0]
+        and is_plain(arena)
+        and arena.dtype is torch.uint8
+        and arena.dim() == 2
+    )
+
+
 def takes_outputs(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether `combine` computes this: outputs [T * K, H] float32, top_k_weights [T, K]."""
     return (

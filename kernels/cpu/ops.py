@@ -84,7 +84,7 @@ def run_experts(
         torch.get_num_threads(),
     )
     if failed:
-        raise _failure(failed, f"{len(tokens)} rows of {num_experts} experts")
+        raise failure(failed, f"{len(tokens)} rows of {num_experts} experts")
 
 
 def run_token(
@@ -133,7 +133,7 @@ def run_token(
         torch.get_num_threads(),
     )
     if failed:
-        raise _failure(failed, f"{num_experts} experts of one token (1 to {MAX_TOKEN_EXPERTS})")
+        raise failure(failed, f"{num_experts} experts of one token (1 to {MAX_TOKEN_EXPERTS})")
     return out
 
 
@@ -166,7 +166,7 @@ def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dty
         out.data_ptr(), DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise _failure(failed, f"the sum of {top_k} experts of {num_tokens} tokens")
+        raise failure(failed, f"the sum of {top_k} experts of {num_tokens} tokens")
     return out
 
 
@@ -260,7 +260,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor 
         num_features, out.data_ptr(), DTYPES[x.dtype], _SUM_LANES,
     )  # fmt: skip
     if failed:
-        raise _failure(failed, f"a norm of {num_features} features")
+        raise failure(failed, f"a norm of {num_features} features")
     return out
 
 
@@ -305,11 +305,16 @@ def _multiply(pointer, x, out, activation_bits) -> None:
         out.data_ptr(), activation_bits, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise _failure(failed, f"x {list(x.shape)} of a linear")
+        raise failure(failed, f"x {list(x.shape)} of a linear")
 
 
-def _failure(answer, what) -> Exception:
-    """Return the error of a call that the library gave up, or did not begin."""
+def failure(answer: int, what: str) -> Exception:
+    """Return the error of a call that the library gave up, or did not begin.
+
+    Args:
+        answer: of the library.
+        what: was asked for.
+    """
     if answer == _NO_MEMORY:
         return MemoryError(f"no memory for {what}")
     return ConfigError(

@@ -5,6 +5,7 @@ import torch
 from moeflow.core import RecordLayout
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.cpu import ops as cpu
+from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel
 from moeflow.moe.compute import run_apart
@@ -28,14 +29,9 @@ class CpuCompute:
         self._bits = activation_bits
         self._kernels: dict[int, ExpertKernel] = {}  # by the record's identity: equal records are one object
 
-    @property
-    def activation_bits(self) -> int:
-        """Width of activations that meet integer codes."""
-        return self._bits
-
-    def kernel(self, record: RecordLayout) -> ExpertKernel:
-        """Return the kernel of a record that `can_run` was asked about."""
-        return self._kernels[id(record)]
+    def layer(self, records: list[RecordLayout]) -> LayerKernel:
+        """Return the kernels of a layer whose records `can_run` was asked about."""
+        return LayerKernel([self._kernels[id(record)] for record in records], self._bits)
 
     def can_run(self, records: list[RecordLayout]) -> bool:
         """Prepare a kernel for each record that `run` may meet; return whether all have one."""

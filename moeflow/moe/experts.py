@@ -1,5 +1,6 @@
 """The function behind transformers' experts interface: one layer's routed experts, fetched as tokens need them."""
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -9,8 +10,10 @@ import torch
 
 from moeflow.errors import ConfigError
 from moeflow.hf.experts_interface import ExpertsModule
+from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
+from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.dispatch import Dispatch
 from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
@@ -40,6 +43,7 @@ class OffloadedExperts:
         self._num_experts = runtime.experts_per_layer[layer]
         self._module = weakref.ref(module)  # the module holds this object
         self._computes: dict[torch.dtype, ExpertCompute] = {}
+        self._kernels: dict[torch.dtype, LayerKernel | None] = {}
         self._handle = id(self)
         _BY_HANDLE[self._handle] = self
 
@@ -100,6 +104,8 @@ class OffloadedExperts:
         router_output = None
         if self.runtime.predicting:
             router_output = RouterOutput(top_k_index, top_k_weights, hidden_states)
+        elif (whole := self._run_whole(hidden_states, top_k_index, top_k_weights)) is not None:
+            return whole
         dispatch = Dispatch(top_k_index, self._num_experts)
         compute = self.compute(hidden_states.dtype)
         outputs: torch.Tensor | None = None
@@ -118,6 +124,23 @@ class OffloadedExperts:
         if outputs is None:  # no expert at all
             outputs = compute.allocate_outputs(hidden_states, dispatch)
         return compute.combine(hidden_states, outputs, top_k_weights)
+
+    def _run_whole(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Run the layer in one call of the compiled library; None where it has no kernels, or an expert is missing."""
+        kernel = self.kernel(hidden_states.dtype)
+        if kernel is None:
+            return None
+        table = self.runtime.resident_table
+        with self.runtime.holding():
+            begin = time.perf_counter()
+            slots = table.slots(self.layer, self._num_experts)
+            found = kernel.run(hidden_states, top_k_index, top_k_weights, slots, table.arena)
+            if found is None:
+                return None
+            table.count_layer(self.layer, found.experts, time.perf_counter() - begin)
+        return found.hidden_states
 
     @torch.no_grad()
     def run_rows(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
@@ -152,6 +175,13 @@ class OffloadedExperts:
     def changes_routes(self) -> bool:
         """Whether a call does more than to run the experts that it is given: pruning, or other processes' experts."""
         return bool(self._before) or self._outputs_of is not None
+
+    def kernel(self, dtype: torch.dtype) -> LayerKernel | None:
+        """Return what runs the whole layer in one call, for hidden states of a dtype; None without compiled kernels."""
+        if dtype not in self._kernels:
+            compute, records = self.compute(dtype), self.runtime.records(self.layer)
+            self._kernels[dtype] = compute.layer(records) if isinstance(compute, CpuCompute) else None
+        return self._kernels[dtype]
 
     def compute(self, dtype: torch.dtype) -> ExpertCompute:
         """Return what computes experts for hidden states of a dtype."""

@@ -4,6 +4,7 @@ Holds only while the runtime is held (`ExpertRuntime.holding`): residency change
 """
 
 import numpy as np
+import torch
 
 from moeflow.core import ExpertKey
 from moeflow.offload.slot_pool import SlotPool
@@ -18,19 +19,35 @@ class ResidentTable:
         cache: which expert sits in which slot.
         pool: the slots.
         stats: the counters.
+        experts_per_layer: [num_layers] numbers of experts.
+
+    Attributes:
+        addresses: where each expert lies, 0 where it is not resident: [num_layers, most experts of a layer] int64. It
+            stays where it is, and is right after `refresh`.
     """
 
-    def __init__(self, cache: ExpertCache, pool: SlotPool, stats: Stats) -> None:
+    def __init__(self, cache: ExpertCache, pool: SlotPool, stats: Stats, experts_per_layer: list[int]) -> None:
+        self.addresses = np.zeros((len(experts_per_layer), max(experts_per_layer)), np.int64)
         self._cache = cache
         self._pool = pool
         self._stats = stats
 
-    def write(self, addresses: np.ndarray) -> None:
-        """Write where each expert lies, 0 where it is not resident: [num_layers, most experts of a layer] int64."""
-        slots = self._cache.resident_slots(*addresses.shape)
-        np.multiply(slots, self._pool.stride, out=addresses)
-        addresses += self._pool.address
-        addresses[slots < 0] = 0
+    def refresh(self) -> None:
+        """Write the addresses that have changed. An interrupt in any line leaves the rest to the next call."""
+        cache, pool = self._cache, self._pool
+        for key in list(cache.moved):
+            slot = cache.lookup(key)
+            self.addresses[key] = 0 if slot is None else pool.address + slot * pool.stride
+            cache.moved.discard(key)
+
+    @property
+    def arena(self) -> torch.Tensor:
+        """The memory of all slots: [num_slots, bytes of a slot] uint8."""
+        return self._pool.tensor
+
+    def slots(self, layer: int, num_experts: int) -> np.ndarray:
+        """Return the slot of each expert of a layer, -1 where it is not resident: [num_experts] int64."""
+        return self._cache.resident_slots(layer + 1, num_experts)[layer]
 
     def count(self, layers: list[int], experts: list[np.ndarray], compute_s: float) -> None:
         """Count layers that found all their experts in the table, as `ExpertRuntime.fetch` would have.
@@ -40,10 +57,21 @@ class ResidentTable:
             experts: of each, [T, K] expert numbers.
             compute_s: seconds in their arithmetic.
         """
-        stats = self._stats.now
         for layer, chosen in zip(layers, experts, strict=True):
-            demanded = chosen[0].tolist() if len(chosen) == 1 else np.unique(chosen).tolist()
-            self._cache.touch([ExpertKey(layer, expert) for expert in demanded])
-            stats.hits += len(demanded)
-        stats.decisions.layers_ready += len(layers)
+            demanded = dict.fromkeys(chosen[0].tolist()) if len(chosen) == 1 else np.unique(chosen).tolist()
+            self.count_layer(layer, list(demanded), 0)
+        self._stats.now.compute_s += compute_s
+
+    def count_layer(self, layer: int, experts: list[int], compute_s: float) -> None:
+        """Count one layer, as `count` does.
+
+        Args:
+            layer: its number.
+            experts: distinct ones that it asked for, in the order of `ExpertRuntime.fetch`.
+            compute_s: seconds in their arithmetic.
+        """
+        stats = self._stats.now
+        self._cache.touch([ExpertKey(layer, expert) for expert in experts])
+        stats.hits += len(experts)
+        stats.decisions.layers_ready += 1
         stats.compute_s += compute_s

@@ -102,9 +102,7 @@ class StepDecoding:
         runner = self.programs.runner(model, size)
         if runner is None or not runner.takes(rows):
             return None
-        self._runtime.begin_forward(num_rows, 1, continues=True, token_ids=begun.token_ids)
-        for observer in self._runtime.observers:
-            observer.begin_pass(begun)
+        self._runtime.begin_pass(begun)
         try:
             logits = runner.step(rows).clone()
         except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of torch, or of the model's own code

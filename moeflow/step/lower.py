@@ -11,7 +11,8 @@ from moeflow.hf.passes.capture import CapturedStep
 from moeflow.kernels.cpu.step import MAX_DIMS
 from moeflow.moe.experts import layer_of_handle
 from moeflow.step.elementwise import FILLED, elementwise
-from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program
+from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program, Residual
+from moeflow.step.residuals import find_residuals
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"}
 _WITH_CACHE = {"attend", "attend_latent", "own"}
@@ -59,10 +60,12 @@ class _Lowering:
             else:
                 self._call(node)
         assert logits is not None
-        self._keep(logits)
+        found = find_residuals(self._exported.graph).items()
+        seen = {layer: Residual(norm, self._keep(self._made[node])) for layer, (norm, node) in found}
+        kept = self._keep(logits)
         self._write_states(states)
         return Program(
-            self._num_rows, self._buffers, self._setup, self._body, self._operand(logits), self._literals,
+            self._num_rows, self._buffers, self._setup, self._body, kept, seen, self._literals,
             [self._operand(state) for state in self._states],
         )  # fmt: skip
 
@@ -367,8 +370,9 @@ class _Lowering:
         self._emit("pointwise", (self._operand(copy),), (self._operand(made),), {"op": "copy"})
         return self._operand(copy)
 
-    def _keep(self, made: torch.Tensor) -> None:
+    def _keep(self, made: torch.Tensor) -> Operand:
         self._keep_buffer(self._buffer_of[id_of(made)])
+        return self._operand(made)
 
     def _keep_buffer(self, number: int) -> None:
         buffer = self._buffers[number]

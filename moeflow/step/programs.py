@@ -70,7 +70,8 @@ class StepPrograms:
             self.reasons[num_rows] = "its step of several sequences has states that are no keys and values"
             return
         try:
-            differs = difference(model, runner)
+            with self._runtime.unwatched():
+                differs = difference(model, runner)
         except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             differs = f"its step as a program fails ({type(error).__name__}: {str(error)[:200]})"
         if differs is None:

@@ -10,12 +10,12 @@ import torch
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.own_modules import OwnCall, call_module, remembered
 from moeflow.hf.passes.step_rows import StepRows
+from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.kernels.cpu.step import DONE, StepLayer, StepState
-from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
-from moeflow.step.program import KINDS, Instruction
+from moeflow.step.program import KINDS
 
 _EXPERTS = KINDS.index("experts")
 
@@ -46,8 +46,8 @@ class StepRunner:
         self._index = [bound.tensor(one.inputs[1]).numpy() for _, one in of_layers]
         self._own_calls: list[OwnCall] = [one.attributes["call"] for one in self._body if one.kind == "own"]
         self.is_of_one = bool(self._own_calls or bound.program.state_names)
-        self._addresses = np.zeros((len(experts), max(runtime.experts_per_layer)), np.int64)
-        self._kernels: list[np.ndarray] = []  # addresses of each layer's kernels, read by the library
+        self._tensors = [list(map(bound.tensor, (*one.inputs, one.outputs[0]))) for _, one in of_layers]
+        self._kernels: list[LayerKernel] = []  # read by the library
         self._resident = (StepLayer * len(experts))(*map(self._describe, experts))
         self._unknown = (StepLayer * len(experts))()  # of which every call is Python's
         self._firsts, self._lengths = np.zeros((2, num_rows), np.int64)
@@ -106,12 +106,13 @@ class StepRunner:
         self._firsts[:num_live] = 0 if rows.firsts is None else rows.firsts.numpy()
         self._kept[:, :num_live] = rows.kept.table(self.bound.kept_layers)[:, :num_live]
         state.num_live, state.num_threads = num_live, torch.get_num_threads()
+        is_plain = not any(experts.changes_routes for experts in self._experts)
         at = counted = 0  # instructions, and layers of experts, that are done
         results: dict[int, Any] = {}
         while True:
             with self._runtime.holding() as may_go_unasked:
-                table.write(self._addresses)
-                state.layers = ctypes.addressof(self._resident if may_go_unasked else self._unknown)
+                table.refresh()
+                state.layers = ctypes.addressof(self._resident if may_go_unasked and is_plain else self._unknown)
                 before = self._seconds[_EXPERTS]
                 at = self.bound.code.run(at, state)
                 reached = len(self._numbers) if at == DONE else bisect_left(self._numbers, at)
@@ -123,7 +124,7 @@ class StepRunner:
                 return self.bound.logits[:num_live]
             instruction, counted = self._body[at], reached
             if instruction.kind == "experts":
-                self._run_layer(instruction)
+                self._run_layer(counted)
                 counted += 1
             elif instruction.kind == "own":
                 assert isinstance(rows.kept, GrowingCache), "checked by takes"
@@ -136,11 +137,13 @@ class StepRunner:
                 self.bound.call(instruction)
             at += 1
 
-    def _run_layer(self, instruction: Instruction) -> None:
+    def _run_layer(self, place: int) -> None:
+        """Let the runtime run one of the program's layers of experts."""
         live = slice(self._state.num_live)
-        x, index, weights = (self.bound.tensor(operand)[live] for operand in instruction.inputs)
-        made = self._experts[instruction.attributes["layer"]].run(x, index, weights)
-        self.bound.tensor(instruction.outputs[0])[live] = made
+        x, index, weights, out = (tensor[live] for tensor in self._tensors[place])
+        layer = self._layer_of[place]
+        self.bound.show_residual(layer, x)
+        out.copy_(self._experts[layer].run(x, index, weights))
 
     def _fill(self, name: str, values: torch.Tensor) -> None:
         """Write an input of all rows; dead ones get what the first has, so that all they do is sound."""
@@ -150,11 +153,9 @@ class StepRunner:
 
     def _describe(self, experts: OffloadedExperts) -> StepLayer:
         """Describe a layer for the library; one that has other kernels stays Python's."""
-        compute = experts.compute(self.bound.logits.dtype)
-        if not isinstance(compute, CpuCompute) or experts.changes_routes:
+        kernel = experts.kernel(self.bound.logits.dtype)
+        if kernel is None:
             return StepLayer()
-        records = self._runtime.records(experts.layer)
-        kernels = np.array([compute.kernel(record).pointer for record in records], np.int64)
-        self._kernels.append(kernels)
-        addresses = self._addresses[experts.layer].ctypes.data
-        return StepLayer(kernels.ctypes.data, addresses, len(records), compute.activation_bits)
+        self._kernels.append(kernel)
+        addresses = self._runtime.resident_table.addresses[experts.layer].ctypes.data
+        return StepLayer(kernel.pointers.ctypes.data, addresses, len(kernel.pointers), kernel.activation_bits)

@@ -22,6 +22,7 @@ from moeflow.engine.regrouping.search import Search, active_pairs
 from moeflow.errors import MoeflowError
 from moeflow.hf import dense_kernels
 from moeflow.kernels.cpu import ops as cpu
+from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.kernels.cpu.structs import ExpertKernel
 from moeflow.placement.solvers.anneal import Annealing
 from moeflow.placement.solvers.baselines import random_placement
@@ -144,7 +145,28 @@ def token(draw):
     bits = count(draw, 0)
     out = cpu.run_token(x, kernels, addresses, weights, activation_bits=bits)
     if not bits:
-        near(out.flatten(), (expert.expected(x.reshape(1, H)) * weights.double().sum()).flatten())
+        near(out.flatten(), (expert.expected(x.reshape(1, H)) * weights.double().sum()).flatten(), 1e-3)
+
+
+def layer(draw):
+    expert, x = draw.choice(EXPERTS), tensor(draw, 3, H)
+    index = tensor(draw, 3, 2, dtype=torch.int64)
+    if isinstance(index, torch.Tensor) and index.dtype is torch.int64 and index.is_cpu and index.shape == (3, 2):
+        index = torch.tensor([[0, 2], [1, 0], [0, draw.choice((1, 1, 4, -1, 2**62))]])
+    weights, slots = tensor(draw, 3, 2), np.array(numbers(draw, [2, 0, 1]), draw.choice((np.int64,) * 9 + (np.int32,)))
+    arena = torch.zeros(3, expert.record.num_bytes, dtype=torch.uint8)
+    at = expert.address - expert.memory.data_ptr()
+    arena[:] = expert.memory[at : at + expert.record.num_bytes]
+    if draw.random() < WRONG / 2:
+        arena = draw.choice((arena[:, ::2], arena.flatten(), arena.to(torch.int8), arena.to("meta"), None))
+    kernels = [draw.choice(KERNELS) if draw.random() < WRONG / 4 else expert.kernel for _ in range(3)]
+    bits = count(draw, 0)
+    found = LayerKernel(kernels, bits).run(x, index, weights, slots, arena)
+    if found is None:
+        raise ValueError("an expert is missing")
+    if bits == 0:
+        factors = torch.where(index < 3, weights.double(), 0).sum(1, keepdim=True)
+        near(found.hidden_states, expert.expected(x) * factors, 1e-3)
 
 
 def combine(draw):
@@ -289,7 +311,7 @@ def anneal(draw):
 
 
 ENTRIES = (
-    experts, token, combine, linear, module, norm, matrix, record, read, replay, regroup, split, anneal,
+    experts, token, layer, combine, linear, module, norm, matrix, record, read, replay, regroup, split, anneal,
 )  # fmt: skip
 FORMS = ("float32", "bfloat16", "int8", "int4-g32", "mxfp4", "fp8")
 EXPERTS = [Expert(seed, form, (H, INNER)) for seed, form in enumerate(FORMS)]

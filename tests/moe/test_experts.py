@@ -1,10 +1,15 @@
 """OffloadedExperts behind a model: steps before it, outputs of another source, and what it refuses."""
 
+import sys
+
 import pytest
 import torch
 
 from moeflow import load_moe
+from moeflow.core import ExpertKey
 from moeflow.hf import experts_interface
+from moeflow.kernels.cpu.library import instruction_set
+from moeflow.offload.runtime import ExpertRuntime
 
 PROMPT = torch.arange(1, 12).unsqueeze(0)
 
@@ -87,3 +92,49 @@ def test_no_token_is_no_demand(model):
     with torch.no_grad():
         empty = one(torch.empty(0, 64), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
     assert empty.shape == (0, 64)
+
+
+def asked(one):
+    """Return how often each expert of a layer was asked for, and in which order last."""
+    cache, num_experts = one.runtime.cache, one.runtime.experts_per_layer[one.layer]
+    uses = [cache.uses(ExpertKey(one.layer, expert)) for expert in range(num_experts)]
+    last = cache._last_events[one.layer, :num_experts]
+    return uses, last.argsort(kind="stable").tolist()
+
+
+def calls_of(function, run):
+    """Return how often a run entered a Python function."""
+    entered = []
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code is function.__code__:
+            entered.append(1)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return len(entered)
+
+
+@pytest.mark.skipif(instruction_set() is None, reason="moeflow was installed without a C++ compiler")
+@pytest.mark.parametrize("length", [1, 30])
+def test_a_layer_with_all_its_experts_here_is_one_call_with_the_same_bits_and_counts(mixtral_folder, length):
+    ids = torch.arange(1, 1 + length).unsqueeze(0)
+    found = []
+    for predictor in (None, "popularity"):  # a predictor asks to see each layer's routes
+        with torch.no_grad():
+            model = load_moe(mixtral_folder, device="cpu", expert_memory="100%", predictor=predictor)
+            first = model(PROMPT).logits, model(ids).logits
+            model.moeflow.reset_stats()
+            fetches = calls_of(ExpertRuntime.fetch, lambda model=model: model(ids))
+            stats = model.moeflow.stats()["prefill"]
+        counts = {name: stats[name] for name in ("forwards", "tokens", "hits", "misses", "hit_rate", "decisions")}
+        assert stats["compute_s"] > 0
+        found.append((first, counts, [asked(one) for one in layers(model)], fetches > 0))
+        model.moeflow.close()
+    whole, fetched = found
+    assert all(torch.equal(a, b) for a, b in zip(whole[0], fetched[0], strict=True))
+    assert whole[1:3] == fetched[1:3]
+    assert (whole[3], fetched[3]) == (False, True)

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, set_seed
 
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
-from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.growing_cache import GrowingCache, GrowingLayer
 from moeflow.kernels.cpu.library import instruction_set
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
@@ -121,7 +121,7 @@ def test_an_assistant_and_its_target_agree_with_transformers(model, eager, folde
 
 def test_rows_of_a_cache_are_reordered_repeated_and_chosen_as_transformers_does():
     generator = torch.Generator().manual_seed(0)
-    caches = [GrowingCache(2), DynamicCache()]
+    caches = [GrowingCache([GrowingLayer(), GrowingLayer()]), DynamicCache()]
     for layer in range(2):
         keys, values = torch.randn(2, 3, 2, 70, 4, generator=generator)
         for cache in caches:

@@ -4,6 +4,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from helpers.engine_requests import NEW, PROMPTS, answers, generated
+from helpers.small_models import tiny_mixtral
+from helpers.small_tokenizers import letter_tokenizer
+from moeflow.chat.answer import stream_answer
+from moeflow.engine.engine import Engine
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.hf.passes.forward import describe_pass
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -56,3 +62,18 @@ def test_a_cache_of_many_sequences_describes_its_pass_itself():
     begun = describe_pass((), {"input_ids": IDS[:1], "past_key_values": Packed()})
     assert begun[:3] == (3, 1, True)
     assert begun.token_ids.tolist() == [[1], [2], [3]]
+
+
+def test_of_a_prompt_only_the_last_position_gets_logits_whatever_runs_it():
+    model, rows = tiny_mixtral(), []
+    model.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(inputs[0].numel() // 64))
+    for prompt in PROMPTS:
+        generated(model, prompt)
+    assert rows == [1] * NEW * len(PROMPTS)
+    rows.clear()
+    "".join(stream_answer(model, letter_tokenizer(), torch.tensor([PROMPTS[1]]), SamplingParams(max_new_tokens=NEW)))
+    assert set(rows) == {1}
+    rows.clear()
+    with Engine(model, max_batch_size=4, max_step_tokens=7) as engine:  # prompts in pieces
+        answers(engine)
+    assert max(rows) <= 4  # sequences, of up to 7 tokens in a pass
