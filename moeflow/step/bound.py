@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeflow.core import align_up
 from moeflow.hf.passes.growing_cache import KeptShape
+from moeflow.kernels.cpu.huge_pages import use_huge_pages
 from moeflow.kernels.cpu.step import MAX_DIMS, StepCode, instruction_words, tensor_words
-from moeflow.step.plan import plan_memory
 from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, Instruction, Operand, Program
 
 _ELSEWHERE = KINDS.index("torch")
+_ALIGN_BYTES = 64
 
 
 class BoundProgram:
@@ -46,6 +48,8 @@ class BoundProgram:
             else:
                 self._raw.append(self._arena[begin + offset : begin + offset + buffer.num_bytes])
         self.compute_constants()
+        matrices = {operand.buffer for one in program.body if one.kind == "linear" for operand in one.inputs[1:]}
+        use_huge_pages([(raw.data_ptr(), raw.nbytes) for raw in map(self._raw.__getitem__, sorted(matrices))])
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
             if one.kind in ("attend", "attend_latent"):
@@ -141,7 +145,9 @@ class BoundProgram:
             side = {"right": 2, "left": 3}.get(about.get("side", ""), 1 if len(instruction.inputs) == 2 else 0)
             whole, real = [POINTWISE.index(about["op"]), side], [about.get("number", 0.0), about.get("factor", 1.0)]
             operands = coalesce(operands)
-        elif instruction.kind == "rms_norm":
+        elif instruction.kind == "linear":
+            whole = [len(instruction.outputs)]
+        elif instruction.kind in ("rms_norm", "add_norm"):
             real = [about["eps"]]
         elif instruction.kind == "experts":
             whole = [about["layer"]]
@@ -178,3 +184,38 @@ def coalesce(operands: list[Operand]) -> list[Operand]:
         shape = tuple(math.prod(sizes[place] for place in group) for group in groups)
         result.append(Operand(one.buffer, one.dtype, shape, strides, one.offset))
     return result
+
+
+def plan_memory(program: Program) -> tuple[list[int | None], int]:
+    """Place every buffer that a step makes.
+
+    Args:
+        program: buffers that are kept, constant or inputs get memory of their own.
+
+    Returns:
+        [buffers] offsets in bytes, None for weights; and the bytes of all.
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for number, instruction in enumerate(program.body):
+        for operand in (*instruction.outputs, *instruction.inputs):
+            first.setdefault(operand.buffer, number)
+            last[operand.buffer] = number
+    offsets: list[int | None] = [None] * len(program.buffers)
+    end = 0
+    for number, buffer in enumerate(program.buffers):
+        if buffer.kind in ("input", "constant", "kept"):
+            offsets[number], end = end, end + align_up(buffer.num_bytes, _ALIGN_BYTES)
+    placed: list[tuple[int, int, int, int]] = []  # offset, bytes, first and last instruction
+    made = [number for number, buffer in enumerate(program.buffers) if buffer.kind == "made" and number in first]
+    for number in sorted(made, key=lambda number: -program.buffers[number].num_bytes):
+        size, offset = align_up(program.buffers[number].num_bytes, _ALIGN_BYTES), end
+        meeting = [one for one in placed if one[2] <= last[number] and first[number] <= one[3]]
+        candidates = [end, *(begin + length for begin, length, _, _ in meeting)]
+        for candidate in sorted(candidates):
+            if all(candidate + size <= begin or begin + length <= candidate for begin, length, _, _ in meeting):
+                offset = candidate
+                break
+        placed.append((offset, size, first[number], last[number]))
+        offsets[number] = offset
+    return offsets, max([end, *(offset + size for offset, size, _, _ in placed)])

@@ -13,6 +13,7 @@ from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
 from moeflow.step.check import difference
+from moeflow.step.fuse import fuse
 from moeflow.step.lower import lower
 from moeflow.step.program import Program
 from moeflow.step.program_file import KeptProgram
@@ -123,4 +124,4 @@ class StepPrograms:
 
     def _bind(self, model: PreTrainedModel, program: Program) -> StepRunner:
         experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
-        return StepRunner(BoundProgram(program, model), self._runtime, experts)
+        return StepRunner(BoundProgram(fuse(program), model), self._runtime, experts)
