@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from moeflow.errors import ConfigError
@@ -134,8 +135,10 @@ class OffloadedExperts:
             return None
         table = self.runtime.resident_table
         with self.runtime.holding():
-            begin = time.perf_counter()
             slots = table.slots(self.layer, self._num_experts)
+            if len(top_k_index) == 1 and not _hold(slots, top_k_index):
+                return None  # told here for less than the call would take
+            begin = time.perf_counter()
             found = kernel.run(hidden_states, top_k_index, top_k_weights, slots, table.arena)
             if found is None:
                 return None
@@ -192,6 +195,12 @@ class OffloadedExperts:
             assert module is not None, "the module of these experts is gone"
             found = self._computes[dtype] = choose_compute(module, records, self.runtime.device, dtype)
         return found
+
+
+def _hold(slots: np.ndarray, top_k_index: torch.Tensor) -> bool:
+    """Whether all experts of one token [1, K] have a slot; slots: [E], negative where there is none."""
+    num_experts = len(slots)
+    return all(expert >= num_experts or slots[expert] >= 0 for expert in top_k_index[0].tolist())
 
 
 class _NoBackward(torch.autograd.Function):
