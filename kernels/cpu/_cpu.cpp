@@ -198,10 +198,9 @@ EXPORTED const char *moeflow_cpu_use(const char *wanted) {
     return (arithmetic = PORTABLE)->name;
 }
 
-EXPORTED void moeflow_cpu_openmp(void *parallel, void *thread_num, void *num_threads) {
+EXPORTED void moeflow_cpu_openmp(void *parallel, void *thread_num) {
     openmp.parallel = (decltype(openmp.parallel))parallel;
     openmp.thread_num = (decltype(openmp.thread_num))thread_num;
-    openmp.num_threads = (decltype(openmp.num_threads))num_threads;
 }
 
 /* Writes each expert's outputs for its tokens [num_entries] to their places. hidden_states: [num_tokens, num_features],
@@ -236,12 +235,12 @@ EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const
             const int count = least(TOKENS_AT_ONCE, starts[e + 1] - from), total = (int)(starts[e + 1] - starts[e]);
             segments[num_segments++] = {experts[e], records[e], tokens + from, places + from, count, total, 0, 0};
         }
-    in_parallel(plan.threads(num_threads, num_used), [&](Team &team, int thread) {
-        char *own = scratch + thread * SCRATCH_BYTES;
+    in_parallel(plan.threads(num_threads, num_used), [&](Team &team) {
+        const auto own = [&](int thread) { return scratch + thread * SCRATCH_BYTES; };
         for (int64_t begin = 0, end = begin; begin < num_segments; begin = end) {
             int64_t rows = 0;
             for (; end < num_segments && rows + segments[end].count <= num_rows; ++end) rows += segments[end].count;
-            team.share(end - begin, [&](int64_t i) {
+            team.share(end - begin, [&](int64_t i, int) {
                 Segment &segment = segments[begin + i];
                 int64_t row = 0;
                 for (int64_t before = begin; before < begin + i; ++before) row += segments[before].count;
@@ -253,17 +252,17 @@ EXPORTED int moeflow_cpu_experts(const Expert *const *experts, const char *const
                     clear_padding(plan.hidden, row + t);
                 }
             });
-            team.share((end - begin) * plan.first_pieces, [&](int64_t i) {
+            team.share((end - begin) * plan.first_pieces, [&](int64_t i, int thread) {
                 const int first = (int)(i % plan.first_pieces) * plan.first_at_once;
                 arithmetic->hidden(segments[begin + i / plan.first_pieces], plan.input, plan.hidden, first,
-                                   least(plan.first_at_once, plan.hidden.num_features - first), own);
+                                   least(plan.first_at_once, plan.hidden.num_features - first), own(thread));
             });
             if (plan.prepares_hidden)
-                team.share(rows, [&](int64_t row) { arithmetic->prepare(plan.hidden, row); });
-            team.share((end - begin) * plan.down_pieces, [&](int64_t i) {
+                team.share(rows, [&](int64_t row, int) { arithmetic->prepare(plan.hidden, row); });
+            team.share((end - begin) * plan.down_pieces, [&](int64_t i, int thread) {
                 const int first = (int)(i % plan.down_pieces) * plan.down_at_once;
                 arithmetic->down(segments[begin + i / plan.down_pieces], plan.hidden, outputs, plan.num_outputs,
-                                 first, least(plan.down_at_once, plan.num_outputs - first), own);
+                                 first, least(plan.down_at_once, plan.num_outputs - first), own(thread));
             });
         }
     });
@@ -292,19 +291,19 @@ EXPORTED int moeflow_cpu_token(const Expert *const *experts, const char *const *
         segments[e] = {experts[e], records[e], nullptr, nullptr, 1, 1, 0, e};
         clear_padding(plan.hidden, e);
     }
-    in_parallel(plan.threads(num_threads, num_experts), [&](Team &team, int thread) {
-        char *own = scratch + thread * SCRATCH_BYTES;
-        team.share(num_experts * plan.first_pieces, [&](int64_t i) {
+    in_parallel(plan.threads(num_threads, num_experts), [&](Team &team) {
+        const auto own = [&](int thread) { return scratch + thread * SCRATCH_BYTES; };
+        team.share(num_experts * plan.first_pieces, [&](int64_t i, int thread) {
             const int first = (int)(i % plan.first_pieces) * plan.first_at_once;
             arithmetic->hidden(segments[i / plan.first_pieces], plan.input, plan.hidden, first,
-                               least(plan.first_at_once, plan.hidden.num_features - first), own);
+                               least(plan.first_at_once, plan.hidden.num_features - first), own(thread));
         });
         if (plan.prepares_hidden)
-            team.share(num_experts, [&](int64_t e) { arithmetic->prepare(plan.hidden, e); });
-        team.share(plan.down_pieces, [&](int64_t i) {
+            team.share(num_experts, [&](int64_t e, int) { arithmetic->prepare(plan.hidden, e); });
+        team.share(plan.down_pieces, [&](int64_t i, int thread) {
             const int first = (int)i * plan.down_at_once;
             arithmetic->down_token(segments, num_experts, factors, plan.hidden, out, format, first,
-                                   least(plan.down_at_once, plan.num_outputs - first), own);
+                                   least(plan.down_at_once, plan.num_outputs - first), own(thread));
         });
     });
     return DONE;
@@ -320,8 +319,8 @@ EXPORTED int moeflow_cpu_combine(const float *outputs, const void *weights, int 
     if (!factors) return NO_MEMORY;
     const int num_pairs = (int)(num_tokens * top_k);
     arithmetic->convert(weights, weights_format, num_pairs, factors, num_pairs);
-    in_parallel(num_tokens * num_features < SERIAL_VALUES ? 1 : num_threads, [&](Team &team, int) {
-        team.share(num_tokens, [&](int64_t t) {
+    in_parallel(num_tokens * num_features < SERIAL_VALUES ? 1 : num_threads, [&](Team &team) {
+        team.share(num_tokens, [&](int64_t t, int) {
             arithmetic->combine(outputs + t * top_k * num_features, factors + t * top_k, (int)top_k, (int)num_features,
                                 out + t * num_features * bytes_of(format), format);
         });
@@ -381,8 +380,8 @@ EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const 
     const int at_once = matrix->is_transposed ? COLUMNS_AT_ONCE : rows_at_once(matrix->num_rows, num_threads);
     const int64_t pieces = (matrix->num_rows + at_once - 1) / at_once;
     const bool is_small = num_tokens * matrix->num_rows * matrix->in_features < SERIAL_VALUES;
-    in_parallel(is_small ? 1 : num_threads, [&](Team &team, int thread) {
-        team.share(pieces, [&](int64_t i) {
+    in_parallel(is_small ? 1 : num_threads, [&](Team &team) {
+        team.share(pieces, [&](int64_t i, int thread) {
             const int first = (int)i * at_once;
             arithmetic->linear(*matrix, record, input, (int)num_tokens, out, format, first,
                                least(at_once, matrix->num_rows - first), scratch + thread * SCRATCH_BYTES);
@@ -411,8 +410,8 @@ EXPORTED uint64_t moeflow_cpu_read(const char *block, int64_t num_bytes, int num
     typedef uint64_t Words __attribute__((vector_size(16)));
     constexpr int64_t STREAM = 1 << 18, PIECE = 4 * STREAM, AHEAD = 1024;
     std::atomic<uint64_t> all{0};
-    in_parallel(num_threads, [&](Team &team, int) {
-        team.share(num_bytes / PIECE, [&](int64_t i) {
+    in_parallel(num_threads, [&](Team &team) {
+        team.share(num_bytes / PIECE, [&](int64_t i, int) {
             Words a = {}, b = {}, c = {}, d = {}, words;
             for (int64_t at = i * PIECE; at < i * PIECE + STREAM; at += 64)
                 for (const char *from = block + at, *end = from + PIECE; from < end; from += STREAM) {

@@ -241,7 +241,9 @@ bool linear(const Instruction &it, const StepState &state) {
     if (it.num_tensors > 3) m.bias = (int64_t)it.tensors[3].data, m.bias_format = (int32_t)it.tensors[3].dtype;
     m.num_rows = (int32_t)weight.sizes[0];
     m.in_features = m.group_size = m.padded = (int32_t)weight.sizes[1];
-    return !moeflow_cpu_linear(&m, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype), rows.count,
+    const bool is_of_rows = x.sizes[0] == state.num_rows;
+    return !moeflow_cpu_linear(&m, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype),
+                               is_of_rows ? rows.count / state.num_rows * state.num_live : rows.count,
                                out.data, 0, (int)state.num_threads);
 }
 
@@ -321,8 +323,8 @@ void attend(const Instruction &it, const StepState &state) {
             load(q, row * q.strides[0] + h * q.strides[1], q.strides[3], (int)features,
                  query + (row * heads + h) * features);
     const bool is_small = positions * heads * features < SERIAL_POSITIONS;
-    in_parallel(is_small ? 1 : (int)state.num_threads, [&](Team &team, int) {
-        team.share((int64_t)pieces.size(), [&](int64_t i) {
+    in_parallel(is_small ? 1 : (int)state.num_threads, [&](Team &team) {
+        team.share((int64_t)pieces.size(), [&](int64_t i, int) {
             const Piece &piece = pieces[i];
             const KeptPositions &at = kept[piece.row];
             const HeadGroup group{at.keys + piece.group * at.capacity * features * bytes,
@@ -373,12 +375,7 @@ double now() {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-} // namespace
-
-/* Runs instructions from `first` on. Returns -1 where all are done, the number of the one that the caller must run, or
- * -2 - i where instruction i failed: an index out of its table, or no memory. */
-EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_t count, int64_t first,
-                                  const StepState *state) {
+int64_t run(const Instruction *const *instructions, int64_t count, int64_t first, const StepState *state) {
     double begin = state->seconds ? now() : 0;
     for (int64_t i = first; i < count; ++i) {
         const Instruction &it = *instructions[i];
@@ -412,4 +409,15 @@ EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_
         }
     }
     return DONE;
+}
+
+} // namespace
+
+/* Runs instructions from `first` on, all with the same threads. Returns -1 where all are done, the number of the one that
+ * the caller must run, or -2 - i where instruction i failed: an index out of its table, or no memory. */
+EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_t count, int64_t first,
+                                  const StepState *state) {
+    int64_t reached = DONE;
+    in_parallel((int)state->num_threads, [&](Team &) { reached = run(instructions, count, first, state); });
+    return reached;
 }

@@ -56,8 +56,8 @@ void attend_latent(const Instruction &it, const StepState &state) {
     float *given = latent_memory.data(), *query = given + num_heads * query_features;
     float *sums = query + num_heads * absorbed, *results = sums + num_heads * features;
     float *partials = results + num_heads * values;
-    in_parallel((int)state.num_threads, [&](Team &team, int) {
-        team.share(num_heads, [&](int64_t i) {
+    in_parallel((int)state.num_threads, [&](Team &team) {
+        team.share(num_heads, [&](int64_t i, int) {
             const int64_t row = i / heads, head = i % heads;
             float *from = given + i * query_features, *to = query + i * absorbed;
             load(q, row * q.strides[0] + head * q.strides[1], q.strides[3], (int)query_features, from);
@@ -65,7 +65,7 @@ void attend_latent(const Instruction &it, const StepState &state) {
                               (int)features, to);
             memcpy(to + features, from + plain, sizeof(float) * turns);
         });
-        team.share((int64_t)pieces.size(), [&](int64_t i) {
+        team.share((int64_t)pieces.size(), [&](int64_t i, int) {
             const Piece &piece = pieces[i];
             const int64_t more = heads - piece.head;
             const int count = (int)(more < LATENT_HEADS_AT_ONCE ? more : LATENT_HEADS_AT_ONCE);
@@ -74,7 +74,7 @@ void attend_latent(const Instruction &it, const StepState &state) {
                                     (int)latent.dtype, (float)it.real[0]};
             arithmetic.attend_latent(group, piece.first, piece.count, partials + piece.place * stride);
         });
-        team.share(num_heads, [&](int64_t i) {
+        team.share(num_heads, [&](int64_t i, int) {
             const int64_t row = i / heads, head = i % heads;
             const float *first = partials + (begins[row] + head) * stride;
             float most = -INFINITY, total = 0, *sum = sums + i * features;

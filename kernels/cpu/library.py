@@ -94,7 +94,7 @@ loaded = cast("Callable[[], Library]", library)
 
 def _share_threads(library: ctypes.PyDLL) -> None:
     """Hand the library the threads of the OpenMP that torch has loaded; without it kernels run in one thread."""
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    names = ("GOMP_parallel", "omp_get_thread_num")
     path = _loaded_openmp()
     try:
         openmp = ctypes.CDLL(path) if path else None
@@ -102,7 +102,7 @@ def _share_threads(library: ctypes.PyDLL) -> None:
     except (OSError, AttributeError):
         _log.warning("torch's OpenMP (libgomp) was not found: moeflow's kernels run in one thread")
         return
-    library.moeflow_cpu_openmp.argtypes = [c_void_p] * 3
+    library.moeflow_cpu_openmp.argtypes = [c_void_p] * 2
     library.moeflow_cpu_openmp.restype = None
     library.moeflow_cpu_openmp(*addresses)
 

@@ -5,9 +5,11 @@ Knows shapes, and bytes against a budget. Knows nothing of schedulers or models.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from moeflow.errors import BudgetError, ConfigError
+from moeflow.hf.passes.growing_cache import KeptShape
 from moeflow.memory_size import MemorySize, parse_memory
 
 _AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more
@@ -61,6 +63,7 @@ class KeyValueSlot:
         for layer, shape in layout.items():
             for kept, (heads, features) in ((self.keys, shape.key), (self.values, shape.value)):
                 kept[layer] = torch.empty(1, heads, num_positions, features, dtype=shape.dtype, device=shape.device)
+        self._addresses: dict[tuple[int, ...], np.ndarray] = {}
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put keys and values, [1, heads, positions, features], from position `start` on."""
@@ -73,10 +76,52 @@ class KeyValueSlot:
         """Return views of the first positions' keys and values, [1, heads, num_positions, features]."""
         return self.keys[layer][:, :, :num_positions], self.values[layer][:, :, :num_positions]
 
+    def addresses(self, layers: tuple[int, ...]) -> np.ndarray:
+        """Return addresses of keys and of values, and `num_positions`, of each of these layers: [layers, 3] int64."""
+        if layers not in self._addresses:
+            rows = [(self.keys[n].data_ptr(), self.values[n].data_ptr(), self.num_positions) for n in layers]
+            self._addresses[layers] = np.array(rows, np.int64)
+        return self._addresses[layers]
+
     def copy_from(self, other: "KeyValueSlot", num_positions: int) -> None:
         """Copy the first positions of another sequence."""
         for layer in self.keys:
             self.write(layer, 0, *other.read(layer, num_positions))
+
+
+class SlotRows:
+    """Keys and values of some sequences, each in a slot of its own, as a native step reads them.
+
+    Args:
+        slots: [rows].
+        lengths: [rows], positions that each has.
+    """
+
+    def __init__(self, slots: list[KeyValueSlot], lengths: list[int]) -> None:
+        self.lengths = np.array(lengths)
+        self._slots = slots
+
+    def fits(self, layers: dict[int, KeptShape], num_rows: int) -> bool:
+        """Whether these layers, by their numbers, are kept of so many sequences in these shapes."""
+        slot = self._slots[0]  # all have one layout
+        if len(self._slots) != num_rows or layers.keys() != slot.keys.keys():
+            return False
+        return all(
+            KeptShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype) == shape
+            and (keys.device.type, values.dtype, values.shape[1]) == ("cpu", keys.dtype, keys.shape[1])
+            for keys, values, shape in ((slot.keys[layer], slot.values[layer], layers[layer]) for layer in layers)
+        )
+
+    def table(self, layers: dict[int, KeptShape]) -> np.ndarray:
+        """Return where keys and values lie.
+
+        Returns:
+            [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
+        """
+        return np.stack([slot.addresses(tuple(layers)) for slot in self._slots], 1)
+
+    def advance(self, layers: dict[int, KeptShape]) -> None:
+        """Nothing: sequences count their positions themselves."""
 
 
 class KeyValueSlots:

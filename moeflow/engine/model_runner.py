@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache import KeyValueSlots
+from moeflow.engine.kv_cache import KeyValueSlots, SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
 from moeflow.hf.passes import forward
+from moeflow.hf.passes.step_rows import StepRows
 from moeflow.turns import Turns
 
 _PASS_ERRORS = (ExpertReadError, OSError, RuntimeError)
@@ -107,8 +108,29 @@ class ModelRunner:
         )
 
         def run_pass() -> torch.Tensor:
-            with torch.no_grad(), self._watching(pieces), self._cache.running(self._model, segments):
-                return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
+            with torch.no_grad(), self._watching(pieces):
+                logits = self._step(segments, input_ids, position_ids)
+                if logits is not None:
+                    return logits[places]
+                with self._cache.running(self._model, segments):
+                    return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
 
         logits = iter(self._turns.run(run_pass))
         return [Computed(piece, next(logits) if piece.samples else None) for piece in pieces]
+
+    def _step(
+        self, segments: list[Segment], input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Run a pass as a native step and return the logits [S, V]; None where the model must run it itself."""
+        step = getattr(getattr(self._model, "moeflow", None), "step", None)
+        slots = [segment.slot for segment in segments if segment.slot is not None]
+        starts = [segment.start for segment in segments if segment.num_new == 1 and segment.start]
+        if step is None or len(starts) < len(segments) or self._cache.rotaries.depend_on_length:
+            return None
+        rows = StepRows(SlotRows(slots, starts), input_ids[:, None], position_ids)
+        tokens = rows.input_ids if self._cache.goes_on(segments) else None
+        logits = step.step(rows, forward.ForwardPass(len(slots), 1, True, tokens))
+        if logits is None:
+            return None
+        self._cache.follow(segments)
+        return logits[:, 0]

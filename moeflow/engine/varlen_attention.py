@@ -76,8 +76,8 @@ class VarlenCache(forward.KeyValueCache):
     def running(self, model: PreTrainedModel, segments: list[Segment]) -> Iterator[None]:
         """Let the model's passes meanwhile be packed ones over these segments."""
         self.segments = segments
-        rows = [weakref.ref(segment.slot) for segment in segments if segment.slot is not None]
-        self._same_rows, self._rows = rows == self._rows, rows
+        self._same_rows = self.goes_on(segments)
+        self.follow(segments)
         try:
             spans = [Span(segment.num_new, segment.length) for segment in segments]
             with attention.attention_replaced(model, self) as self._implementations, self.rotaries.running(spans):
@@ -85,6 +85,14 @@ class VarlenCache(forward.KeyValueCache):
         finally:
             self._returned.clear()
             self.segments = []
+
+    def goes_on(self, segments: list[Segment]) -> bool:
+        """Whether a pass over these segments goes on with the sequences of the one before, row by row."""
+        return self._rows == [weakref.ref(segment.slot) for segment in segments if segment.slot is not None]
+
+    def follow(self, segments: list[Segment]) -> None:
+        """Note that a pass over these segments is the one before the next."""
+        self._rows = [weakref.ref(segment.slot) for segment in segments if segment.slot is not None]
 
     def learn(self, model: PreTrainedModel) -> None:
         """Run one token, to learn what the model keeps of a position and whether its attention can be cut.

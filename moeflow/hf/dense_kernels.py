@@ -67,9 +67,12 @@ def _check_device(x: torch.Tensor, *weights: torch.Tensor | None) -> None:
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether so few tokens are multiplied here, in one dtype as torch asks, without gradients or autocast."""
+    """Whether so few tokens are multiplied here, in one dtype as torch asks, without gradients or autocast.
+
+    A captured step takes all its linears and norms as single nodes.
+    """
     return (
-        0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        (torch.compiler.is_exporting() or 0 < x.numel() <= MAX_TOKENS * x.shape[-1])
         and x.dtype == weight.dtype
         and (type(weight) in _PLAIN or torch.compiler.is_compiling())
         and not (torch.is_grad_enabled() and x.requires_grad)

@@ -52,13 +52,8 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
     @torch.compiler.disable
     def begin_pass(args: tuple, kwargs: dict[str, Any]) -> None:
         begun, runtime = forward.describe_pass(args, kwargs), runtime_behind()
-        if begun is None or runtime is None:
-            return
-        runtime.begin_forward(
-            begun.num_sequences, begun.num_positions, continues=begun.continues, token_ids=begun.token_ids
-        )
-        for observer in runtime.observers:
-            observer.begin_pass(begun)
+        if begun is not None and runtime is not None:
+            runtime.begin_pass(begun)
 
     def run_pass(*args: Any, **kwargs: Any) -> Any:
         begin_pass(args, kwargs)

@@ -5,7 +5,8 @@ The one place where tensors become the predictor's arrays. Knows nothing of slot
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -101,6 +102,16 @@ class PredictionLoop:
         """Forget prefetches and pause: the cache was emptied."""
         self.prefetcher.ledger.clear()
         self._pause()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Predict nothing and take nothing in, between two passes."""
+        self._pause()
+        prompt, self._prompt = self._prompt, None
+        try:
+            yield
+        finally:
+            self._prompt = prompt
 
     def reset_stats(self) -> None:
         """Begin to count anew."""

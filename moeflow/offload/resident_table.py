@@ -19,19 +19,26 @@ class ResidentTable:
         cache: which expert sits in which slot.
         pool: the slots.
         stats: the counters.
+        experts_per_layer: [num_layers] numbers of experts.
+
+    Attributes:
+        addresses: where each expert lies, 0 where it is not resident: [num_layers, most experts of a layer] int64. It
+            stays where it is, and is right after `refresh`.
     """
 
-    def __init__(self, cache: ExpertCache, pool: SlotPool, stats: Stats) -> None:
+    def __init__(self, cache: ExpertCache, pool: SlotPool, stats: Stats, experts_per_layer: list[int]) -> None:
+        self.addresses = np.zeros((len(experts_per_layer), max(experts_per_layer)), np.int64)
         self._cache = cache
         self._pool = pool
         self._stats = stats
 
-    def write(self, addresses: np.ndarray) -> None:
-        """Write where each expert lies, 0 where it is not resident: [num_layers, most experts of a layer] int64."""
-        slots = self._cache.resident_slots(*addresses.shape)
-        np.multiply(slots, self._pool.stride, out=addresses)
-        addresses += self._pool.address
-        addresses[slots < 0] = 0
+    def refresh(self) -> None:
+        """Write the addresses that have changed. An interrupt in any line leaves the rest to the next call."""
+        cache, pool = self._cache, self._pool
+        for key in list(cache.moved):
+            slot = cache.lookup(key)
+            self.addresses[key] = 0 if slot is None else pool.address + slot * pool.stride
+            cache.moved.discard(key)
 
     @property
     def arena(self) -> torch.Tensor:

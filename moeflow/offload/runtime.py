@@ -7,8 +7,8 @@ nothing of routers or arithmetic.
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -28,31 +28,14 @@ from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import ReadStats, RuntimeStats, Stats
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfers import Transfers
+from moeflow.offload.transfers import Parts, Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.predictors.protocol import Predictor
 from moeflow.turns import Turns
 
-
-class _Parts(NamedTuple):
-    """The parts that close() and garbage collection release, in this order and as often as they are asked to."""
-
-    transfers: Transfers
-    store: ExpertStore
-    pools: list[SlotPool]
-
-    def release(self) -> None:
-        failure: Exception | None = None
-        try:
-            self.transfers.close()
-        except Exception as error:  # the device's, once the threads have ended; an interrupt may leave them reading
-            failure = error
-        self.store.close()
-        for pool in self.pools:
-            pool.close()
-        if failure is not None:
-            raise failure
+if TYPE_CHECKING:
+    from moeflow.hf.passes.forward import ForwardPass
 
 
 class ExpertRuntime:
@@ -108,7 +91,7 @@ class ExpertRuntime:
             assert host is not None, "without a host tier no expert lies anywhere else"
             self._host_compute = HostCompute(misses, host, self._transfers)
         prefetcher = None if prediction is None else prediction.prefetcher
-        self.resident_table = ResidentTable(cache, pool, self._stats)
+        self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
@@ -122,7 +105,7 @@ class ExpertRuntime:
             ]
             for source in store.layers
         ]
-        self._parts = _Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
+        self._parts = Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
         self._at_collection = weakref.finalize(self, self._parts.release)
         self._closed = False
         self._refusal: MoeflowError = ClosedModelError("the model was closed: load it again to use it.")
@@ -191,6 +174,13 @@ class ExpertRuntime:
         # Of a pass in another thread, and of prefetches, nobody waits for the end here: the next call clears up.
         self._torn = self._torn or len(self._transfers) > 0
         torch.set_num_threads(1)  # the others did not come along, and OpenMP would wait for them for ever
+
+    def begin_pass(self, begun: "ForwardPass") -> None:
+        """Begin a pass that transformers describes, and tell the observers; raises as `begin_forward` does."""
+        sizes, ids = (begun.num_sequences, begun.num_positions), begun.token_ids
+        self.begin_forward(*sizes, continues=begun.continues, token_ids=ids)
+        for observer in self.observers:
+            observer.begin_pass(begun)
 
     def begin_forward(
         self, num_sequences: int, num_positions: int, *, continues: bool, token_ids: torch.Tensor | None = None
@@ -280,6 +270,19 @@ class ExpertRuntime:
             self._mend()
             yield not (self.predicting or self.observers or self._host_compute)
 
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Run passes of moeflow's own between two of the user's: neither predicted nor observed nor counted."""
+        with self._lock:
+            observers, prediction, counted = self.observers, self._prediction, self._stats.copy()
+            self.observers, self._prediction = [], None
+            try:
+                with nullcontext() if prediction is None else prediction.paused():
+                    yield
+            finally:
+                self.observers, self._prediction = observers, prediction
+                self._stats.restore(counted)
+
     def stats(self) -> dict[str, Any]:
         """Return the counters since loading or the last reset_stats(), with units in the names."""
         return self.snapshot().as_dict()
@@ -288,7 +291,7 @@ class ExpertRuntime:
         """Return what stats() says as numbers: the difference of two snapshots is what happened between them."""
         with self._lock:
             now, peak = process_memory_bytes()
-            host, slot_bytes, unit_bytes = self._host, self._slot_bytes, self._unit_bytes
+            host, unit_bytes = self._host, self._unit_bytes
             memory = {
                 "expert_budget_bytes": self._budget_bytes or self.cache.limit * unit_bytes,
                 "all_experts_bytes": unit_bytes
@@ -299,8 +302,8 @@ class ExpertRuntime:
                 ),
                 "device_bytes": self.cache.used * unit_bytes,
                 "device_peak_bytes": self.cache.peak_used * unit_bytes,
-                "host_bytes": len(host.cache) * slot_bytes if host else 0,
-                "host_peak_bytes": host.cache.peak_used * slot_bytes if host else 0,
+                "host_bytes": len(host.cache) * self._slot_bytes if host else 0,
+                "host_peak_bytes": host.cache.peak_used * self._slot_bytes if host else 0,
                 "staging_bytes": self.store.staging_bytes,
                 "process_bytes": now,
                 "process_peak_bytes": peak,
@@ -334,12 +337,9 @@ class ExpertRuntime:
         with self._lock:
             self._mend()
             self._residency.settle_ended()
-            self.cache.check_integrity()
-            if self._host is not None:
-                self._host.cache.check_integrity()
-            if not len(self._transfers):
-                assert not self.cache.num_pinned, "a slot is pinned while nothing runs"
-                assert self._host is None or not self._host.cache.num_pinned, "a host slot is pinned while nothing runs"
+            for cache in [self.cache, *([] if self._host is None else [self._host.cache])]:
+                cache.check_integrity()
+                assert len(self._transfers) or not cache.num_pinned, "a slot is pinned while nothing runs"
 
     def _mend(self) -> None:
         """Reset to nothing resident if an interrupt struck in the middle of the bookkeeping."""

@@ -211,3 +211,12 @@ class Stats:
         self.now = self.decode if continues else self.prefill
         self.now.forwards += 1
         self.now.tokens += num_sequences * num_positions
+
+    def copy(self) -> tuple[PhaseStats, PhaseStats]:
+        """Return a snapshot of both phases."""
+        return self.prefill.copy(), self.decode.copy()
+
+    def restore(self, counted: tuple[PhaseStats, PhaseStats]) -> None:
+        """Go back to a snapshot; the next pass says which phase it counts in."""
+        self.prefill, self.decode = counted
+        self.now = self.prefill

@@ -5,6 +5,7 @@ Owns the table of copies in flight, so that no expert is copied twice at once. O
 """
 
 from collections import deque
+from typing import NamedTuple
 
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, Tier
@@ -213,6 +214,27 @@ class Transfers:
             if transfer.source is Tier.HOST:
                 self._copied.append(transfer)
         self._copying = running
+
+
+class Parts(NamedTuple):
+    """What a runtime releases when it is closed or collected, in this order and as often as it is asked to."""
+
+    transfers: Transfers
+    store: ExpertStore
+    pools: list[SlotPool]
+
+    def release(self) -> None:
+        """Stop the threads, close the files, release every slot."""
+        failure: Exception | None = None
+        try:
+            self.transfers.close()
+        except Exception as error:  # the device's, once the threads have ended; an interrupt may leave them reading
+            failure = error
+        self.store.close()
+        for pool in self.pools:
+            pool.close()
+        if failure is not None:
+            raise failure
 
 
 def _read_to_device(store: ExpertStore, pool: SlotPool, transfer: Transfer, num_bytes: int) -> None:

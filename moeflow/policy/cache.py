@@ -45,6 +45,7 @@ class ExpertCache:
         self.policy = policy
         self.evictions = 0
         self.evicted: list[ExpertKey] = []  # by the last reserve()
+        self.moved: set[ExpertKey] = set()  # came to be resident, or ceased to; `ResidentTable` takes them out
         self._emptied: set[int] = set()
         self.peak_used = 0
         self.num_transient = num_transient
@@ -163,6 +164,7 @@ class ExpertCache:
         """Make a loading expert resident: its copy has arrived. The pin of `reserve` stays with the caller."""
         slot = self._slot_of[key]
         assert self._state[slot] == _LOADING, f"{key} is not loading"
+        self.moved.add(key)
         self._state[slot] = _RESIDENT
         self._resident[key] = slot
         return slot
@@ -259,7 +261,8 @@ class ExpertCache:
             assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
 
     def clear(self) -> None:
-        """Forget every resident and loading expert; the counts stay."""
+        """Forget every resident and loading expert, whatever an interrupt has left; the counts stay."""
+        self.moved.update(ExpertKey(*place) for place in np.ndindex(*self._resident.shape))
         self._slot_of.clear()
         self.used = 0
         self._key_of[:] = [None] * self.num_slots
@@ -292,6 +295,7 @@ class ExpertCache:
         """Free a slot; return the expert that sat in it."""
         key, self._key_of[slot] = self._key_of[slot], None
         assert key is not None, f"slot {slot} is free already"
+        self.moved.add(key)
         self.used -= self.size(key)
         del self._slot_of[key]
         self._present[key], self._resident[key] = False, -1

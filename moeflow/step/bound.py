@@ -58,6 +58,10 @@ class BoundProgram:
             if buffer.kind == "input"
         }
         self.logits = self.tensor(program.logits)
+        self._residuals = {
+            layer: (model.get_submodule(found.norm), self.tensor(found.stream))
+            for layer, found in program.residuals.items()
+        }
         states = {state.buffer for state in program.states}
         self._of_states = [
             number
@@ -89,6 +93,18 @@ class BoundProgram:
         raw = self._raw[operand.buffer]
         flat = raw if raw.dtype == operand.dtype else raw.view(operand.dtype)
         return torch.as_strided(flat, operand.sizes, operand.strides, flat.storage_offset() + operand.offset)
+
+    def show_residual(self, layer: int, hidden_states: torch.Tensor) -> None:
+        """Show the taps at a layer's norm what it would have shown them by its hooks, had it run.
+
+        Args:
+            layer: number among the MoE layers.
+            hidden_states: [T, H], what the norm made: the first rows of the program's.
+        """
+        norm, stream = self._residuals.get(layer, (None, None))
+        if norm is not None and stream is not None:
+            for hook in norm._forward_hooks.values():
+                hook(norm, (stream[: len(hidden_states)],), hidden_states)
 
     def call(self, instruction: Instruction) -> None:
         """Run a "torch" instruction."""

@@ -5,15 +5,21 @@ import weakref
 from collections import Counter
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moeflow.errors import MoeflowError
-from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, run_calls_by
+from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, may_decode, run_calls_by
+from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.step_rows import StepRows
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
 
 _log = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 32)
+"""Rows that programs have; a step of any other number runs the next larger one, with dead rows."""
 
 
 class StepDecoding:
@@ -48,9 +54,11 @@ class StepDecoding:
         return dict(total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mode ("native" once a step ran so), why not where it never will, and the steps run natively."""
-        mode = "native" if self.num_steps else "python"
-        reason = self.programs.reason if self.num_steps else self.programs.reason or self._refused
+        """Return the mode ("native" once a step ran so), why not where none will, and the steps run natively."""
+        mode, found = "native" if self.num_steps else "python", self.programs
+        reason = found.reason or next((found.reasons[rows] for rows in sorted(found.reasons)), None)
+        if not self.num_steps:
+            reason = reason or self._refused
         return {"mode": mode, "reason": reason, "steps": self.num_steps}
 
     def text(self) -> str:
@@ -60,29 +68,52 @@ class StepDecoding:
     def _run(self, kwargs: dict[str, Any]) -> Any:
         """Run a call as a step; return its output, or None where the model must run it itself."""
         model = self._model()
-        if self.programs.reason is not None or model is None or not self._outputs.knows or model.training:
+        if self.programs.reason is not None or model is None or not self._outputs.knows:
             return None
         call = decode_call(model, kwargs)
         if call is None and not self.num_steps:
             self._refused = _refusal(kwargs) or self._refused
-        return None if call is None else self._runtime.turns.run(self._step, model, call)
+        return None if call is None else self._runtime.turns.run(self._call, call)
 
-    def _step(self, model: PreTrainedModel, call: DecodeCall) -> Any:
-        runner = self.programs.runner(model, 1)
-        if runner is None or not runner.bound.takes(call.cache.states(runner.bound.program.state_names)):
+    def _call(self, call: DecodeCall) -> Any:
+        rows = StepRows(call.cache, call.input_ids, call.positions, call.firsts)
+        begun = ForwardPass(len(call.input_ids), 1, True, call.input_ids, call.attention_mask, call.cache)
+        logits = self.step(rows, begun)
+        return None if logits is None else self._outputs.make(logits, call.cache)
+
+    def step(self, rows: StepRows, begun: ForwardPass) -> torch.Tensor | None:
+        """Run a step by its program, in the turn of the caller's pass.
+
+        Args:
+            rows: its sequences.
+            begun: the step as the runtime and its observers are told.
+
+        Returns:
+            Logits [rows, 1, V]; None where the model must run it itself, and nothing was done.
+
+        Raises:
+            ExpertReadError: an expert could not be read. The step may be run again.
+            ClosedModelError: the runtime was closed.
+        """
+        model, num_rows = self._model(), len(rows.input_ids)
+        size = next((size for size in SIZES if num_rows <= size), None)
+        if model is None or model.training or size is None or not may_decode():
             return None
-        self._runtime.begin_forward(1, 1, continues=True, token_ids=call.input_ids)
+        runner = self.programs.runner(model, size)
+        if runner is None or not runner.takes(rows):
+            return None
+        self._runtime.begin_pass(begun)
         try:
-            logits = runner.step(call.cache, call.input_ids, call.position, call.first).clone()
+            logits = runner.step(rows).clone()
         except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of torch, or of the model's own code
             if isinstance(error, MoeflowError):
                 raise
             self.programs.reason = f"a step as a program failed ({type(error).__name__}: {str(error)[:200]})"
             _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
-            return None  # the cache is as before
-        call.cache.advance(runner.bound.kept_layers)
+            return None  # what is kept is as before
+        rows.kept.advance(runner.bound.kept_layers)
         self.num_steps += 1
-        return self._outputs.make(logits, call.cache)
+        return logits
 
 
 def _refusal(kwargs: dict[str, Any]) -> str | None:
@@ -92,4 +123,4 @@ def _refusal(kwargs: dict[str, Any]) -> str | None:
         return None
     if type(cache) is not GrowingCache:
         return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"
-    return f"its last call was for {len(ids)} sequences, or asked for more than logits and a cache"
+    return "its last call asked for more than logits and a cache"

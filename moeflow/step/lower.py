@@ -1,17 +1,18 @@
 """Writes a captured step as a program: one instruction for each node that computes, none for views."""
 
-import math
 import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes.capture import CapturedStep
 from moeflow.kernels.cpu.step import MAX_DIMS
 from moeflow.moe.experts import layer_of_handle
 from moeflow.step.elementwise import FILLED, elementwise
-from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program
+from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand, Program, Residual
+from moeflow.step.residuals import find_residuals
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"}
 _WITH_CACHE = {"attend", "attend_latent", "own"}
@@ -59,10 +60,12 @@ class _Lowering:
             else:
                 self._call(node)
         assert logits is not None
-        self._keep(logits)
+        found = find_residuals(self._exported.graph).items()
+        seen = {layer: Residual(norm, self._keep(self._made[node])) for layer, (norm, node) in found}
+        kept = self._keep(logits)
         self._write_states(states)
         return Program(
-            self._num_rows, self._buffers, self._setup, self._body, self._operand(logits), self._literals,
+            self._num_rows, self._buffers, self._setup, self._body, kept, seen, self._literals,
             [self._operand(state) for state in self._states],
         )  # fmt: skip
 
@@ -160,7 +163,7 @@ class _Lowering:
         tensors = [x, weight] + ([] if bias is None else [bias])
         if any(tensor.dtype not in _FLOATS for tensor in tensors) or weight.dim() != 2 or not weight.is_contiguous():
             return False
-        if x.dtype != weight.dtype or self._num_rows_of(x) > 16:
+        if x.dtype != weight.dtype:
             return False
         inputs = [self._contiguous(x), *map(self._operand, tensors[1:])]
         self._emit("linear", (self._operand(out),), tuple(inputs))
@@ -173,6 +176,8 @@ class _Lowering:
 
     def _experts(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
         x, index, weights, handle = args
+        if len(index) != self._num_rows:
+            raise UnsupportedModelError(f"its experts take {len(index)} tokens in a step of {self._num_rows}")
         inputs = tuple(map(self._contiguous, (x, index, weights)))
         for operand in (*inputs, self._operand(outputs[0])):
             self._keep_buffer(operand.buffer)
@@ -365,16 +370,14 @@ class _Lowering:
         self._emit("pointwise", (self._operand(copy),), (self._operand(made),), {"op": "copy"})
         return self._operand(copy)
 
-    def _keep(self, made: torch.Tensor) -> None:
+    def _keep(self, made: torch.Tensor) -> Operand:
         self._keep_buffer(self._buffer_of[id_of(made)])
+        return self._operand(made)
 
     def _keep_buffer(self, number: int) -> None:
         buffer = self._buffers[number]
         if buffer.kind == "made":
             self._buffers[number] = Buffer("kept", buffer.name, buffer.num_bytes)
-
-    def _num_rows_of(self, x: torch.Tensor) -> int:
-        return math.prod(x.shape[:-1])
 
 
 def id_of(made: torch.Tensor) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,6 +89,18 @@ class Instruction:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
+class Residual(NamedTuple):
+    """The residual stream in front of a layer's experts.
+
+    Args:
+        norm: the path of the norm that feeds them, in the model.
+        stream: the norm's input, [num_rows, ..., H]; it stays until the next step.
+    """
+
+    norm: str
+    stream: Operand
+
+
 @dataclass
 class Program:
     """A decode step of `num_rows` sequences.
@@ -99,6 +111,7 @@ class Program:
         setup: run once, when the program is bound: what is made of weights alone.
         body: run each step.
         logits: [num_rows, 1, V].
+        residuals: of MoE layers, by number, for predictors and recorders; without the layers that have none.
         literals: tensors that the model's code made itself, by name.
         states: what a cache keeps beside keys and values, each in a buffer of its own.
         state_names: which they are.
@@ -109,6 +122,7 @@ class Program:
     setup: list[Instruction]
     body: list[Instruction]
     logits: Operand
+    residuals: dict[int, Residual] = field(default_factory=dict)
     literals: dict[str, torch.Tensor] = field(default_factory=dict)
     states: list[Operand] = field(default_factory=list)
     state_names: list[StateName] = field(default_factory=list)

@@ -215,7 +215,8 @@ def _compare_disk(runtime, job: dict) -> dict:
 def load_moeflow(job: dict) -> Engine:
     import moeflow
 
-    model = moeflow.load_moe(job["model"], expert_memory=job["budget"], device="cpu")
+    options = {"expert_memory": job["budget"], **job.get("options", {})}
+    model = moeflow.load_moe(job["model"], device="cpu", **options)
     return Engine(_hf_generate(model, job), runtime=model.moeflow)
 
 
@@ -282,7 +283,7 @@ def _hf_generate(model, job: dict) -> Callable:
 def load_llama(job: dict) -> Engine:
     import llama_cpp
 
-    cores = len(os.sched_getaffinity(0))
+    cores = job.get("threads") or len(os.sched_getaffinity(0))
     model = llama_cpp.Llama(
         job["gguf"],
         n_ctx=max(512, len(job["prompt"]) + job["tokens"]),

@@ -1,4 +1,4 @@
-"""Write a Mixtral checkpoint as an f16 GGUF file, so that llama.cpp can be measured on the same weights.
+"""Write a Mixtral checkpoint as a GGUF file, so that llama.cpp can be measured on the same weights.
 
 Streams tensor by tensor: memory stays near one layer's largest stack of experts. Knows nothing of benchmarks or torch.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from moeflow.atomic_file import atomic_file
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 
-FORMAT = 1  # raise it when files of an older exporter must not be used again
+FORMAT = 2  # raise it when files of an older exporter must not be used again
 # GGUF name -> checkpoint name, of the tensors that exist once a layer.
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -27,6 +27,7 @@ LAYER_NAMES = {
     "ffn_gate_inp": "block_sparse_moe.gate",
 }
 EXPERT_NAMES = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+EXPERT_FORMATS = ("f16", "q8_0", "q4_0")
 KEPT_IN_F32 = ("_norm", "ffn_gate_inp")  # as in llama.cpp's own converter
 
 
@@ -34,13 +35,14 @@ class ExportError(ValueError):
     """The checkpoint cannot be written as a GGUF file llama.cpp would read."""
 
 
-def export_gguf(checkpoint: Path, work: Path, pre: str = "smollm") -> Path:
-    """Return the checkpoint's f16 GGUF in `work`, made now unless it lies there from an earlier call.
+def export_gguf(checkpoint: Path, work: Path, pre: str = "smollm", experts: str = "f16") -> Path:
+    """Return the checkpoint's GGUF in `work`, made now unless it lies there from an earlier call.
 
     Args:
         checkpoint: folder of a Mixtral checkpoint with a byte-level BPE tokenizer.json.
         work: folder for GGUF files; each is named by a hash of its source and appears whole.
         pre: llama.cpp's name of the tokenizer's pre-tokenizer.
+        experts: format of the experts' weights, of `EXPERT_FORMATS`; everything else is f16.
 
     Raises:
         ExportError: another architecture or tokenizer, a missing tensor, or a value that f16 cannot hold.
@@ -51,12 +53,12 @@ def export_gguf(checkpoint: Path, work: Path, pre: str = "smollm") -> Path:
     config = json.loads((source.folder / "config.json").read_text())
     if config.get("model_type") != "mixtral":
         raise ExportError(f"{checkpoint} is a {config.get('model_type')} checkpoint; the export knows mixtral")
-    target = Path(work) / f"{Path(checkpoint).resolve().name}-{_fingerprint(source, pre)}.f16.gguf"
+    target = Path(work) / f"{Path(checkpoint).resolve().name}-{_fingerprint(source, pre)}.{experts}.gguf"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as arriving:  # on the disk too: what waits stays in the page cache
-        _write(source, config, pre, arriving)
+        _write(source, config, pre, arriving, experts)
     return target
 
 
@@ -92,14 +94,18 @@ def _fingerprint(source: Checkpoint, pre: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _write(source: Checkpoint, config: dict, pre: str, path: Path) -> None:
+def _write(source: Checkpoint, config: dict, pre: str, path: Path, experts: str) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     try:
         _add_config(writer, config)
         _add_tokenizer(writer, json.loads((source.folder / "tokenizer.json").read_text()), config, pre)
         plan = list(_plan(source, config))
         for name, shape, dtype, _ in plan:
-            writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+            if kind := _quantized(name, experts):
+                rows = gguf.quant_shape_to_byte_shape(shape, kind)
+                writer.add_tensor_info(name, rows, np.dtype(np.uint8), int(np.prod(rows)), raw_dtype=kind)
+            else:
+                writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -109,9 +115,17 @@ def _write(source: Checkpoint, config: dict, pre: str, path: Path) -> None:
             if not np.isfinite(values).all():
                 raise ExportError(f"{name} has values that {dtype} cannot hold")
             assert values.shape == shape, f"{name} became {values.shape}, announced as {shape}"
+            if kind := _quantized(name, experts):
+                values = gguf.quantize(values.astype(np.float32), kind)
             writer.write_tensor_data(values)
     finally:
         writer.close()
+
+
+def _quantized(name: str, experts: str) -> "gguf.GGMLQuantizationType | None":
+    """Return the quantised type of a tensor; None where it is of floats."""
+    is_experts = name.removesuffix(".weight").endswith("_exps")
+    return gguf.GGMLQuantizationType[experts.upper()] if is_experts and experts != "f16" else None
 
 
 def _add_config(writer: gguf.GGUFWriter, config: dict) -> None:
@@ -217,8 +231,9 @@ def main(argv=None) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--pre", default="smollm", help="llama.cpp's name of the pre-tokenizer (default: smollm)")
+    parser.add_argument("--experts", default="f16", choices=EXPERT_FORMATS, help="format of the experts (default: f16)")
     args = parser.parse_args(argv)
-    print(export_gguf(args.checkpoint, args.work, args.pre))
+    print(export_gguf(args.checkpoint, args.work, args.pre, args.experts))
 
 
 if __name__ == "__main__":

@@ -141,8 +141,9 @@ class _Handed(forward.KeyValueCache):
                 raise UnsupportedModelError(f"{type(module).__name__} attends with other keys and values than it keeps")
         unknown = [name for name, found in kwargs.items() if isinstance(found, torch.Tensor) and name not in _UNUSED]
         rule = getattr(attention_mask, "rule", None)
-        if hasattr(attention_mask, "refusal"):
-            raise UnsupportedModelError(attention_mask.refusal)
+        refusal = getattr(attention_mask, "refusal", None)
+        if refusal is not None:
+            raise UnsupportedModelError(refusal)
         if unknown or rule is None:
             what = f"gives its attention {unknown[0]}" if unknown else "makes its attention masks itself"
             raise UnsupportedModelError(f"{type(module).__name__} {what}")
@@ -160,7 +161,7 @@ class _Handed(forward.KeyValueCache):
         A wrong guess shows where the captured step is compared with the model's own.
         """
         own = getattr(module, "layer_idx", None)
-        found = [(layer, *kept) for layer, *kept in self._handed.values() if layer == own]
+        found = [handed for handed in self._handed.values() if handed[0] == own]
         weight = getattr(getattr(module, "kv_b_proj", None), "weight", None)
         if len(found) != 1 or weight is None or module.kv_b_proj.bias is not None or not hasattr(module, "expand_kv"):
             return None

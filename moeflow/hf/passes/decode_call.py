@@ -1,4 +1,4 @@
-"""Calls of a model that ask for one new token after a growing cache, and the output that it returns for them."""
+"""Calls of a model that ask for one new token a sequence after a growing cache, and the output that it returns."""
 
 import dataclasses
 import inspect
@@ -17,19 +17,21 @@ _NEVER = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class DecodeCall(NamedTuple):
-    """A call for the next token of one sequence.
+    """A call for the next token of each of some sequences.
 
     Args:
-        input_ids: [1, 1].
-        position: of the token, in the sequence without its padding where the caller says so.
-        first: the first position of the cache that is not padding.
-        cache: the positions before it.
+        input_ids: [rows, 1].
+        positions: [rows], of the tokens, in the sequences without their padding where the caller says so.
+        firsts: [rows], the first position of the cache that is not padding.
+        cache: the positions before them.
+        attention_mask: as given.
     """
 
     input_ids: torch.Tensor
-    position: int
-    first: int
+    positions: torch.Tensor
+    firsts: torch.Tensor
     cache: GrowingCache
+    attention_mask: torch.Tensor | None
 
 
 def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | None:
@@ -39,38 +41,50 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         model: that is called.
         kwargs: as given.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not may_decode():
         return None
     ids = kwargs.get("input_ids")
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-    if type(cache) is not GrowingCache or ids is None or ids.shape != (1, 1) or not cache.get_seq_length():
+    if type(cache) is not GrowingCache or ids is None or ids.dim() != 2 or ids.shape[1] != 1 or not cache.length:
         return None
     if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED) or kwargs.get("return_dict") is False:
         return None
     if kwargs.get("use_cache") is False or any(getattr(model.config, name, False) for name in _NEVER):
         return None
-    length, first = cache.get_seq_length(), 0
+    length, num_rows = cache.length, len(ids)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    firsts = torch.zeros(num_rows, dtype=torch.int64)
     if mask is not None:
-        if mask.shape != (1, length + 1):
+        if mask.shape != (num_rows, length + 1):
             return None
-        first = length + 1 - int(mask.sum())
-        if first and (first < 0 or int(mask.argmax()) != first):
+        seen = mask != 0
+        firsts = length + 1 - seen.sum(1)
+        if not bool((seen == (torch.arange(length + 1) >= firsts[:, None])).all()):
             return None
-    position = length if positions is None else _position(positions)
-    return None if position is None else DecodeCall(ids, position, first, cache)
+    told = _positions(positions, num_rows, length)
+    return None if told is None else DecodeCall(ids, told, firsts, cache, mask)
 
 
-def _position(positions: torch.Tensor) -> int | None:
-    """Return the position of one token, which may be told once for each of three dimensions; None for unlike ones.
+def _positions(positions: torch.Tensor | None, num_rows: int, length: int) -> torch.Tensor | None:
+    """Return the positions [rows] of one token a row, which may be told once for each of three dimensions.
 
-    The first of four is that of the text alone, and models use it for masks.
+    The first of four is that of the text alone, and models use it for masks. None where dimensions are unlike.
     """
-    if positions.shape[-2:] != (1, 1) or positions.dim() > 3:
+    if positions is None:
+        return torch.full((num_rows,), length)
+    if positions.dim() == 3:
+        told = positions[1:] if len(positions) == 4 else positions
+        if not len(told) or not bool((told == told[0]).all()):
+            return None
+        positions = told[0]
+    if positions.dim() > 2 or positions.numel() not in (1, num_rows):
         return None
-    told = positions.flatten().tolist()
-    told = told[1:] if len(told) == 4 else told
-    return told[0] if told == told[:1] * len(told) else None
+    return positions.reshape(-1).expand(num_rows)
+
+
+def may_decode() -> bool:
+    """Whether nothing in this thread asks torch for more than values: no gradients, autocast or compilation."""
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
 class OutputMaker:
@@ -94,7 +108,7 @@ class OutputMaker:
                 self._kind, self._cache_name = type(output), found
 
     def make(self, logits: torch.Tensor, cache: GrowingCache) -> Any:
-        """Return an output of logits [1, 1, V] and the cache."""
+        """Return an output of logits [rows, 1, V] and the cache."""
         assert self._kind is not None, "no output was seen"
         return self._kind(logits=logits, **{self._cache_name: cache})
 

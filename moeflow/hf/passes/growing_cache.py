@@ -15,7 +15,6 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes.kept_state import HYBRID_LAYERS, STATE_LAYERS, StateName, state_of
 
 _FIRST_POSITIONS = 64
@@ -77,6 +76,16 @@ class GrowingLayer(DynamicLayer):
             self._memory = self._memory[0], values
         self.version += 1
 
+    @property
+    def form(self) -> tuple[int, KeptShape] | None:
+        """Sequences, and what is kept of a position; None before the first."""
+        if self._memory is None:
+            return None
+        keys, values = self._memory
+        if keys.dtype != values.dtype or keys.shape[:2] != values.shape[:2]:
+            return None
+        return keys.shape[0], KeptShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note that there is something to keep."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -102,6 +111,30 @@ class GrowingLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last positions; the number is negative, as transformers has it."""
         self.length = max(self.length - abs(tokens_to_remove), 0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep these sequences in this order, [n]; one may come several times."""
+        self._take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences in this order, [n]."""
+        self._take_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Keep each sequence so many times."""
+        if self._memory is not None:
+            self._take_rows(torch.arange(len(self._memory[0])).repeat_interleave(repeats))
+
+    def _take_rows(self, rows: torch.Tensor) -> None:
+        if self._memory is None or torch.equal(rows, torch.arange(len(self._memory[0]))):
+            return
+        made = []
+        for old in self._memory:
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
+            made.append(new)
+        self._memory = made[0], made[1]
+        self.version += 1
 
     def make_room(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the memory, with room for one more position."""
@@ -191,29 +224,46 @@ class GrowingCache(DynamicCache):
         """Positions kept."""
         return int(self.get_seq_length())
 
-    def table(self, layers: dict[int, KeptShape]) -> np.ndarray:
-        """Return where keys and values of these layers lie, with room for one more position.
+    @property
+    def lengths(self) -> np.ndarray:
+        """Positions kept of each sequence: [1], the same of all."""
+        return np.array([self.length])
+
+    def fits(self, layers: dict[int, KeptShape], num_rows: int) -> bool:
+        """Whether each of these layers keeps the same positions of so many sequences, in these shapes.
 
         Args:
             layers: by their numbers.
+            num_rows: sequences.
+        """
+        if max(layers, default=-1) >= len(self.layers):
+            return False
+        length = self.length
+        return all(
+            isinstance(layer, GrowingLayer) and layer.length == length and layer.form == (num_rows, shape)
+            for layer, shape in ((self.layers[number], shape) for number, shape in layers.items())
+        )
+
+    def table(self, layers: Iterable[int]) -> np.ndarray:
+        """Return where keys and values of these layers lie, with room for one more position.
+
+        Args:
+            layers: their numbers; the cache fits them.
 
         Returns:
-            [len(layers), batch, 3] int64: addresses of keys and of values, and the positions that there is room for.
-
-        Raises:
-            UnsupportedModelError: a layer keeps tensors of another shape or dtype.
+            [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
         """
         growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
         memories = [layer.make_room() for layer in growing]
-        versions = [(layer.version, *(memory.data_ptr() for memory in layer.make_room())) for layer in growing]
+        versions = [
+            (layer.version, keys.data_ptr(), values.data_ptr())
+            for layer, (keys, values) in zip(growing, memories, strict=True)
+        ]
         if versions != self._versions:
             batch = memories[0][0].shape[0]
             rows = np.arange(batch)
-            self._table = np.empty((len(layers), batch, 3), np.int64)
-            for number, ((keys, values), shape) in enumerate(zip(memories, layers.values(), strict=True)):
-                found = KeptShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-                if found != shape or values.dtype != keys.dtype or values.shape[:3] != keys.shape[:3]:
-                    raise UnsupportedModelError(f"a layer keeps {found}, and its step writes {shape}")
+            self._table = np.empty((len(memories), batch, 3), np.int64)
+            for number, (keys, values) in enumerate(memories):
                 self._table[number, :, 0] = keys.data_ptr() + rows * keys.stride(0) * keys.element_size()
                 self._table[number, :, 1] = values.data_ptr() + rows * values.stride(0) * values.element_size()
                 self._table[number, :, 2] = keys.shape[2]

@@ -5,7 +5,6 @@ shapes, not by their families.
 """
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ class ResidualTap:
         self.close()
         if wanted:
             for layer, norms in self.norms.items():
-                self._hooks += [norm.register_forward_hook(self._keep(layer)) for norm in norms]
+                self._hooks += [norm.register_forward_hook(ResidualHook(self, layer)) for norm in norms]
 
     def residual(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return the residual stream [T, H] of the pass whose experts receive hidden_states [T, H], if it was seen."""
@@ -55,16 +54,29 @@ class ResidualTap:
         self._hooks.clear()
         self._latest.clear()
 
-    def _keep(self, layer: int) -> Callable[[torch.nn.Module, tuple, Any], None]:
-        tap = weakref.ref(self)
+    def keep(self, layer: int, norm: torch.nn.Module, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Take in what a norm near a layer's experts made of what."""
+        self._latest.setdefault(layer, {})[norm] = before.detach(), after.detach()
 
-        @torch.compiler.disable
-        def hook(norm: torch.nn.Module, args: tuple, output: Any) -> None:
-            found = tap()
-            if found is not None and args and isinstance(output, torch.Tensor):
-                found._latest.setdefault(layer, {})[norm] = args[0].detach(), output.detach()
 
-        return hook
+class ResidualHook:
+    """Shows a tap what one norm does. A native step need not run it: its program knows the residual stream.
+
+    Args:
+        tap: that keeps it.
+        layer: number among the MoE layers.
+    """
+
+    def __init__(self, tap: ResidualTap, layer: int) -> None:
+        self._tap = weakref.ref(tap)
+        self._layer = layer
+
+    @torch.compiler.disable
+    def __call__(self, norm: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Take in a call of the norm."""
+        tap = self._tap()
+        if tap is not None and args and isinstance(output, torch.Tensor) and not torch.compiler.is_exporting():
+            tap.keep(self._layer, norm, args[0], output)
 
 
 def build_lookahead(model: torch.nn.Module, top_k: int) -> Lookahead | None:

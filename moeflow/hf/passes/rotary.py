@@ -188,6 +188,11 @@ class SequenceRotaries:
         boundaries = sorted({scaling.boundary for scaling in self._scalings})
         self.restart = next((end + 1 for end in boundaries if _drops_cache(self._model, end)), None)
 
+    @property
+    def depend_on_length(self) -> bool:
+        """Whether any scales by the length, once `keep_dependent` was called."""
+        return bool(self._found)
+
     def scaling_of(self, length: int) -> Hashable:
         """Name the scaling of a length: equal where a call of `generate` would scale alike."""
         return tuple(scaling.of(length) for scaling in self._scalings)
