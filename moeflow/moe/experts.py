@@ -135,11 +135,12 @@ class OffloadedExperts:
             return None
         table = self.runtime.resident_table
         with self.runtime.holding():
-            slots = table.slots(self.layer, self._num_experts)
-            if len(top_k_index) == 1 and not _hold(slots, top_k_index):
+            table.refresh()
+            addresses = table.addresses[self.layer, : self._num_experts]
+            if len(top_k_index) == 1 and not _hold(addresses, top_k_index):
                 return None  # told here for less than the call would take
             begin = time.perf_counter()
-            found = kernel.run(hidden_states, top_k_index, top_k_weights, slots, table.arena)
+            found = kernel.run(hidden_states, top_k_index, top_k_weights, addresses)
             if found is None:
                 return None
             table.count_layer(self.layer, found.experts, time.perf_counter() - begin)
@@ -197,10 +198,10 @@ class OffloadedExperts:
         return found
 
 
-def _hold(slots: np.ndarray, top_k_index: torch.Tensor) -> bool:
-    """Whether all experts of one token [1, K] have a slot; slots: [E], negative where there is none."""
-    num_experts = len(slots)
-    return all(expert >= num_experts or slots[expert] >= 0 for expert in top_k_index[0].tolist())
+def _hold(addresses: np.ndarray, top_k_index: torch.Tensor) -> bool:
+    """Whether all experts of one token [1, K] are in memory; addresses: [E], 0 where one is not."""
+    num_experts = len(addresses)
+    return all(expert >= num_experts or addresses[expert] for expert in top_k_index[0].tolist())
 
 
 class _NoBackward(torch.autograd.Function):
