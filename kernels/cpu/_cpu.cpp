@@ -328,29 +328,19 @@ EXPORTED int moeflow_cpu_combine(const float *outputs, const void *weights, int 
     return DONE;
 }
 
-/* A whole layer: x [T, H] to out [T, H] by index [T, K] and weights [T, K]. slots: [num_experts], in an arena of
- * num_slots times slot_bytes, negative where an expert is not in memory. asked: [num_experts], the experts asked for,
- * of one token in the order of K, else by number; num_asked: how many. */
-EXPORTED int moeflow_cpu_layer(const Expert *const *kernels, const int64_t *slots, int64_t num_experts,
-                               const char *arena, int64_t num_slots, int64_t slot_bytes, const int64_t *index,
-                               const void *weights, int weights_format, const char *hidden_states, int format,
-                               int64_t num_tokens, int64_t top_k, int64_t num_features, char *out, int64_t *asked,
-                               int64_t *num_asked, int activation_bits, int num_threads) {
+/* A whole layer: x [T, H] to out [T, H] by index [T, K] and weights [T, K]. records: [num_experts], null where an expert
+ * is not in memory. asked: [num_experts], the experts asked for, of one token in the order of K, else by number;
+ * num_asked: how many. */
+EXPORTED int moeflow_cpu_layer(const Expert *const *kernels, const char *const *records, int64_t num_experts,
+                               const int64_t *index, const void *weights, int weights_format,
+                               const char *hidden_states, int format, int64_t num_tokens, int64_t top_k,
+                               int64_t num_features, char *out, int64_t *asked, int64_t *num_asked,
+                               int activation_bits, int num_threads) {
     if (!is_count(num_tokens) || !is_count(top_k) || !is_count(num_features) || !is_count(num_experts) ||
-        num_tokens * top_k > MOST_COUNT || !num_tokens || !top_k || !num_features || !kernels || !slots || !arena ||
-        slot_bytes < 1 || !index || !weights || !hidden_states || !out || !asked || !num_asked)
+        num_tokens * top_k > MOST_COUNT || !num_tokens || !top_k || !num_features || !kernels || !records || !index ||
+        !weights || !hidden_states || !out || !asked || !num_asked)
         return NO_FIT;
-    thread_local std::vector<const char *> records;
-    try {
-        records.assign(num_experts, nullptr);
-    } catch (const std::exception &) {
-        return NO_MEMORY;
-    }
-    for (int64_t expert = 0; expert < num_experts; ++expert) {
-        if (slots[expert] >= num_slots) return NO_FIT;
-        if (slots[expert] >= 0) records[expert] = arena + slots[expert] * slot_bytes;
-    }
-    const LayerCall call{kernels, records.data(), num_experts, index, weights, weights_format, hidden_states, format,
+    const LayerCall call{kernels, records, num_experts, index, weights, weights_format, hidden_states, format,
                          num_tokens, top_k, num_features, out, activation_bits, num_threads};
     const LayerStatus status = run_layer(call);
     if (status != LAYER_DONE) return status;

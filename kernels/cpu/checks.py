@@ -59,10 +59,8 @@ def takes_token(hidden_states: torch.Tensor, top_k_weights: torch.Tensor, num_ex
     )
 
 
-def takes_layer(
-    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, arena: torch.Tensor
-) -> bool:
-    """Whether a layer computes this: tokens [T, H], int64 experts [T, K], weights [T, K], arena [slots, bytes]."""
+def takes_layer(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> bool:
+    """Whether a layer computes this: hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K]."""
     return (
         hidden_states.is_cpu
         and top_k_index.is_cpu
@@ -74,9 +72,6 @@ def takes_layer(
         and top_k_index.dim() == 2
         and top_k_index.shape == top_k_weights.shape
         and top_k_index.shape[0] == hidden_states.shape[0]
-        and is_plain(arena)
-        and arena.dtype is torch.uint8
-        and arena.dim() == 2
     )
 
 

@@ -1,6 +1,6 @@
 """One layer's routed experts in one call of the compiled library, where all that its tokens ask for lie in memory.
 
-Knows tensors, kernels and slots. Knows nothing of how experts come into slots.
+Knows tensors, kernels and addresses. Knows nothing of how experts come there.
 """
 
 import ctypes
@@ -51,8 +51,7 @@ class LayerKernel:
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        slots: np.ndarray,
-        arena: torch.Tensor,
+        addresses: np.ndarray,
     ) -> LayerOutput | None:
         """Run the experts and sum them: the bits of `run_experts` and `combine`. One thread at a time.
 
@@ -60,11 +59,10 @@ class LayerKernel:
             hidden_states: [T, H].
             top_k_index: [T, K], whole numbers; E or more means none.
             top_k_weights: [T, K].
-            slots: [E] int64, the row of the arena in which each expert lies; negative where it lies in none.
-            arena: [slots, bytes] uint8, contiguous.
+            addresses: [E] int64, where each expert's record starts in memory; 0 where it is not there.
 
         Returns:
-            The outputs; None where an expert that is asked for lies in no slot, or has a negative number.
+            The outputs; None where an expert that is asked for is not in memory, or has a negative number.
 
         Raises:
             ConfigError: a tensor, count or number that does not fit the others.
@@ -75,11 +73,12 @@ class LayerKernel:
             top_k_index = top_k_index.long()
         if top_k_weights.dtype is torch.float64:  # as some routers compute
             top_k_weights = top_k_weights.float()
-        if not checks.takes_layer(hidden_states, top_k_index, top_k_weights, arena):
-            wanted = "tokens [T, H], experts [T, K], weights [T, K] and an arena of bytes [slots, bytes]"
-            raise checks.refusal("a layer's experts", wanted, hidden_states, top_k_index, top_k_weights, arena)
-        if slots.dtype != np.int64 or slots.shape != (num_experts,) or not slots.flags.c_contiguous:
-            raise checks.refusal(f"slots of {num_experts} experts", f"int64 [{num_experts}]", torch.from_numpy(slots))
+        if not checks.takes_layer(hidden_states, top_k_index, top_k_weights):
+            wanted = "tokens [T, H], experts [T, K] and weights [T, K]"
+            raise checks.refusal("a layer's experts", wanted, hidden_states, top_k_index, top_k_weights)
+        if addresses.dtype != np.int64 or addresses.shape != (num_experts,) or not addresses.flags.c_contiguous:
+            found = torch.from_numpy(addresses)
+            raise checks.refusal(f"addresses of {num_experts} experts", f"int64 [{num_experts}]", found)
         hidden_states, weights = hidden_states.contiguous(), top_k_weights.contiguous()
         index, (num_tokens, top_k) = top_k_index.contiguous(), top_k_index.shape
         out = torch.empty_like(hidden_states)
@@ -87,7 +86,7 @@ class LayerKernel:
         # One token is soon done: to let go of the interpreter lock and take it again would delay it.
         functions = loaded().held if num_tokens == 1 else loaded().free
         status = functions.moeflow_cpu_layer(
-            self._pointers_at, slots.ctypes.data, num_experts, arena.data_ptr(), *arena.shape, index.data_ptr(),
+            self._pointers_at, addresses.ctypes.data, num_experts, index.data_ptr(),
             weights.data_ptr(), DTYPES[weights.dtype], hidden_states.data_ptr(), DTYPES[hidden_states.dtype],
             num_tokens, top_k, hidden_states.shape[1], out.data_ptr(), asked + 8, asked, self.activation_bits,
             torch.get_num_threads(),

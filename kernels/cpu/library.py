@@ -74,8 +74,8 @@ def library() -> Library | None:
     ]  # fmt: skip
     for functions in (held, free):
         functions.moeflow_cpu_layer.argtypes = [
-            pointer, pointer, long, pointer, long, long, pointer, pointer, c_int, pointer, c_int, long, long, long,
-            pointer, pointer, pointer, c_int, c_int,
+            pointer, pointer, long, pointer, pointer, c_int, pointer, c_int, long, long, long, pointer, pointer,
+            pointer, c_int, c_int,
         ]  # fmt: skip
     held.moeflow_cpu_combine.argtypes = [pointer, pointer, c_int, long, long, long, pointer, c_int, c_int]
     held.moeflow_cpu_linear.argtypes = [pointer, pointer, pointer, c_int, long, long, pointer, c_int, c_int]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from moeflow.errors import ConfigError
@@ -134,9 +135,12 @@ class OffloadedExperts:
             return None
         table = self.runtime.resident_table
         with self.runtime.holding():
+            table.refresh()
+            addresses = table.addresses[self.layer, : self._num_experts]
+            if len(top_k_index) == 1 and not _hold(addresses, top_k_index):
+                return None  # told here for less than the call would take
             begin = time.perf_counter()
-            slots = table.slots(self.layer, self._num_experts)
-            found = kernel.run(hidden_states, top_k_index, top_k_weights, slots, table.arena)
+            found = kernel.run(hidden_states, top_k_index, top_k_weights, addresses)
             if found is None:
                 return None
             table.count_layer(self.layer, found.experts, time.perf_counter() - begin)
@@ -192,6 +196,12 @@ class OffloadedExperts:
             assert module is not None, "the module of these experts is gone"
             found = self._computes[dtype] = choose_compute(module, records, self.runtime.device, dtype)
         return found
+
+
+def _hold(addresses: np.ndarray, top_k_index: torch.Tensor) -> bool:
+    """Whether all experts of one token [1, K] are in memory; addresses: [E], 0 where one is not."""
+    num_experts = len(addresses)
+    return all(expert >= num_experts or addresses[expert] for expert in top_k_index[0].tolist())
 
 
 class _NoBackward(torch.autograd.Function):

@@ -4,7 +4,6 @@ Holds only while the runtime is held (`ExpertRuntime.holding`): residency change
 """
 
 import numpy as np
-import torch
 
 from moeflow.core import ExpertKey
 from moeflow.offload.slot_pool import SlotPool
@@ -39,15 +38,6 @@ class ResidentTable:
             slot = cache.lookup(key)
             self.addresses[key] = 0 if slot is None else pool.address + slot * pool.stride
             cache.moved.discard(key)
-
-    @property
-    def arena(self) -> torch.Tensor:
-        """The memory of all slots: [num_slots, bytes of a slot] uint8."""
-        return self._pool.tensor
-
-    def slots(self, layer: int, num_experts: int) -> np.ndarray:
-        """Return the slot of each expert of a layer, -1 where it is not resident: [num_experts] int64."""
-        return self._cache.resident_slots(layer + 1, num_experts)[layer]
 
     def count(self, layers: list[int], experts: list[np.ndarray], compute_s: float) -> None:
         """Count layers that found all their experts in the table, as `ExpertRuntime.fetch` would have.

@@ -229,11 +229,6 @@ class ExpertCache:
         self._grow(num_layers - 1, num_experts - 1)
         return self._present[:num_layers, :num_experts]
 
-    def resident_slots(self, num_layers: int, num_experts: int) -> np.ndarray:
-        """Return the slot of every resident expert, -1 of others: [num_layers, num_experts], not to be changed."""
-        self._grow(num_layers - 1, num_experts - 1)
-        return self._resident[:num_layers, :num_experts]
-
     def resident(self) -> list[ExpertKey]:
         """List the resident experts."""
         return [key for key, slot in self._slot_of.items() if self._state[slot] == _RESIDENT]

@@ -153,15 +153,14 @@ def layer(draw):
     index = tensor(draw, 3, 2, dtype=torch.int64)
     if isinstance(index, torch.Tensor) and index.dtype is torch.int64 and index.is_cpu and index.shape == (3, 2):
         index = torch.tensor([[0, 2], [1, 0], [0, draw.choice((1, 1, 4, -1, 2**62))]])
-    weights, slots = tensor(draw, 3, 2), np.array(numbers(draw, [2, 0, 1]), draw.choice((np.int64,) * 9 + (np.int32,)))
-    arena = torch.zeros(3, expert.record.num_bytes, dtype=torch.uint8)
-    at = expert.address - expert.memory.data_ptr()
-    arena[:] = expert.memory[at : at + expert.record.num_bytes]
-    if draw.random() < WRONG / 2:
-        arena = draw.choice((arena[:, ::2], arena.flatten(), arena.to(torch.int8), arena.to("meta"), None))
+    weights = tensor(draw, 3, 2)
+    addresses = [draw.choice((0, None)) if draw.random() < WRONG / 2 else expert.address for _ in range(3)]
+    if draw.random() < WRONG:
+        addresses = draw.choice((addresses[1:], [*addresses, 0], [[*addresses]]))
+    addresses = np.array(addresses, draw.choice((np.int64, np.float64)) if draw.random() < WRONG / 2 else np.int64)
     kernels = [draw.choice(KERNELS) if draw.random() < WRONG / 4 else expert.kernel for _ in range(3)]
     bits = count(draw, 0)
-    found = LayerKernel(kernels, bits).run(x, index, weights, slots, arena)
+    found = LayerKernel(kernels, bits).run(x, index, weights, addresses)
     if found is None:
         raise ValueError("an expert is missing")
     if bits == 0:

@@ -21,15 +21,16 @@ class Layer:
         self.experts = [Expert(seed, form, shape) for seed in range(NUM_EXPERTS)]
         num_bytes = self.experts[0].record.num_bytes
         self.arena = torch.zeros(NUM_EXPERTS + 1, -(-num_bytes // 64) * 64, dtype=torch.uint8)
-        self.slots = np.arange(NUM_EXPERTS, 0, -1)
-        for expert, slot in zip(self.experts, self.slots, strict=True):
+        slots = range(NUM_EXPERTS, 0, -1)
+        for expert, slot in zip(self.experts, slots, strict=True):
             start = expert.address - expert.memory.data_ptr()
             self.arena[slot, :num_bytes] = expert.memory[start : start + num_bytes]
+        self.addresses = np.array([self.arena[slot].data_ptr() for slot in slots])
         self.kernels = [expert.kernel for expert in self.experts]
         self.kernel = LayerKernel(self.kernels, 0)
 
-    def run(self, x, index, weights, slots=None):
-        return self.kernel.run(x, index, weights, self.slots if slots is None else slots, self.arena)
+    def run(self, x, index, weights):
+        return self.kernel.run(x, index, weights, self.addresses)
 
     def run_in_parts(self, x, index, weights):
         """Run every expert in a call of its own, in falling order, then sum."""
@@ -37,7 +38,7 @@ class Layer:
         for number in range(NUM_EXPERTS - 1, -1, -1):
             places = (index.flatten() == number).nonzero().flatten().tolist()
             tokens = [place // index.shape[1] for place in places]
-            address = self.arena[int(self.slots[number])].data_ptr()
+            address = int(self.addresses[number])
             cpu.run_experts(x, [self.kernels[number]], [address], [0, len(tokens)], tokens, places, outputs)
         return cpu.combine(outputs, weights, x.dtype)
 
@@ -88,9 +89,9 @@ def test_experts_asked_for_are_those_of_the_routes_in_the_order_of_a_fetch():
 def test_a_layer_that_lacks_an_expert_does_not_run():
     layer, (x, index, weights) = Layer("float32"), routes(9, 2, torch.float32)
     for number in range(NUM_EXPERTS):
-        slots = layer.slots.copy()
-        slots[number] = -1
-        assert (layer.run(x, index, weights, slots) is None) == bool((index == number).any())
+        address, layer.addresses[number] = layer.addresses[number], 0
+        assert (layer.run(x, index, weights) is None) == bool((index == number).any())
+        layer.addresses[number] = address
     index[3, 1] = -1
     assert layer.run(x, index, weights) is None
 
@@ -111,7 +112,7 @@ def test_memory_beyond_what_is_kept_gives_the_same_bits_twice():
     assert torch.equal(layer.run(x, index, weights).hidden_states, first)
 
 
-@pytest.mark.parametrize("change", ["x", "index", "weights", "arena", "slots", "beyond", "features", "meta"])
+@pytest.mark.parametrize("change", ["x", "index", "weights", "addresses", "fewer", "features", "meta"])
 def test_what_does_not_fit_is_refused(change):
     layer, (x, index, weights) = Layer("float32"), routes(9, 2, torch.float32)
     if change == "x":
@@ -120,12 +121,10 @@ def test_what_does_not_fit_is_refused(change):
         index = index[:8]
     elif change == "weights":
         weights = weights[:, :1]
-    elif change == "arena":
-        layer.arena = layer.arena[:, ::2]
-    elif change == "slots":
-        layer.slots = layer.slots.astype(np.int32)
-    elif change == "beyond":
-        layer.slots[0] = NUM_EXPERTS + 1
+    elif change == "addresses":
+        layer.addresses = layer.addresses.astype(np.float64)
+    elif change == "fewer":
+        layer.addresses = layer.addresses[1:]
     elif change == "features":
         x = x[:, :-1]
     else:
