@@ -408,6 +408,7 @@ int64_t run(const Instruction *const *instructions, int64_t count, int64_t first
             begin = end;
         }
     }
+    *state->is_done = 1;
     return DONE;
 }
 

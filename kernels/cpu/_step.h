@@ -57,6 +57,7 @@ struct StepState {
     int64_t num_rows, num_live;    /* of the program, and how many of them are sequences */
     int64_t num_threads;
     double *seconds;               /* [NUM_STEP_KINDS], or null */
+    int64_t *is_done;              /* set to 1 behind the last instruction */
 };
 
 } // namespace moeflow

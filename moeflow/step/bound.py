@@ -20,14 +20,17 @@ class BoundProgram:
     Args:
         program: the program.
         model: whose weights it names.
+
+    Attributes:
+        num_bytes: of memory that is taken beside the weights.
     """
 
     def __init__(self, program: Program, model: torch.nn.Module) -> None:
         self.program = program
         calls = [one.attributes["call"] for one in program.body if one.kind == "own"]
         self.modules = {call.path: model.get_submodule(call.path) for call in calls}
-        offsets, num_bytes = plan_memory(program)
-        self._arena = torch.zeros(num_bytes + 64, dtype=torch.uint8)
+        offsets, self.num_bytes = plan_memory(program)
+        self._arena = torch.zeros(self.num_bytes + 64, dtype=torch.uint8)
         begin = -self._arena.data_ptr() % 64
         named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         self._raw: list[torch.Tensor] = []  # of each buffer, its bytes, or the weight
@@ -42,8 +45,7 @@ class BoundProgram:
                 self._raw.append(torch.empty(0, dtype=torch.uint8))
             else:
                 self._raw.append(self._arena[begin + offset : begin + offset + buffer.num_bytes])
-        for instruction in program.setup:
-            self.call(instruction)
+        self.compute_constants()
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
             if one.kind in ("attend", "attend_latent"):
@@ -87,6 +89,11 @@ class BoundProgram:
             raw[state.buffer] = tensor.detach()
         for number in self._of_states:
             self.code.replace(number, self._words(self.program.body[number]))
+
+    def compute_constants(self) -> None:
+        """Compute what is made of weights alone, again where they may have been changed in place."""
+        for instruction in self.program.setup:
+            self.call(instruction)
 
     def tensor(self, operand: Operand) -> torch.Tensor:
         """Return an operand where it lies."""

@@ -4,20 +4,20 @@ import pytest
 import torch
 
 from helpers.families import FAMILIES
-from helpers.family_models import build_model
-from moeflow import load_moe
+from helpers.step_runs import NUM_TOKENS, documented, remark, run_family
 from moeflow.kernels.cpu.library import instruction_set
 
-NATIVE = (
-    "afmoe", "aria", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "gemma4", "gpt_oss", "granitemoe_swa",
-    "minimax_m2", "minimax_m3_vl", "phimoe",
-    "qwen3_moe",
+TRIED = (
+    "afmoe", "beam", "gemma4", "gpt_oss", "granitemoe_swa", "minimax_m3_vl", "phimoe", "qwen2_moe", "qwen3_moe",
+    "deepseek_v3", "kimi_linear", "mistral4",  # latent attention
+    "jamba", "lfm2_moe", "qwen3_5_moe", "zaya",  # states beside keys and values
+    "deepseek_v4", "glm_moe_dsa", "inkling", "unlimited_ocr",  # attention by their own code
+    "ernie4_5_vl_moe", "glm4v_moe",  # positions in three dimensions
+    "inkling2", "minimax", "openai_privacy_filter", "qwen4_exp",  # not native
 )  # fmt: skip
-OWN = {
-    "deepseek_v3": "other keys and values than it keeps",
-    "jamba": "other state than keys and values",
-}
-NUM_TOKENS = 14
+"""A part of docs/families.md that has each kind of step; scripts/try_families.py tries all."""
+
+IN_HALVES = ("qwen3_next", "deepseek_v2")
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,34 +25,27 @@ pytestmark = [
 ]
 
 
-def logits_of(model):
-    """Logits of greedy steps, and their tokens."""
-    out = model.generate(
-        torch.tensor([[5, 7, 11, 3, 9]]),
-        max_new_tokens=NUM_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return torch.stack(out.logits), out.sequences
+def test_the_page_names_every_family_and_enough_are_native():
+    page = documented()
+    assert page.keys() == FAMILIES.keys()
+    assert sum(mode == "native" for mode, _ in page.values()) >= 55
+    assert all(cell not in ("", "-") for mode, cell in page.values() if mode == "python"), "a refusal without a reason"
 
 
-@pytest.mark.parametrize("name", [*NATIVE, *OWN])
-def test_steps_are_those_of_the_model(name, tmp_path):
+@pytest.mark.parametrize("name", TRIED)
+def test_a_family_decodes_as_the_page_says(name, tmp_path):
     torch.set_num_threads(1)
-    build_model(FAMILIES[name]).save_pretrained(tmp_path)
-    found, about = {}, {}
-    for step in ("python", "auto"):
-        model = load_moe(tmp_path, device="cpu", expert_memory="100%", predictor=None, step=step)
-        with model.moeflow:
-            found[step], about = logits_of(model), model.moeflow.stats()["step"]
-    (expected, tokens), (logits, own_tokens) = found["python"], found["auto"]
-    assert torch.equal(tokens, own_tokens)
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    if name in NATIVE:
-        assert about == {"mode": "native", "reason": None, "steps": NUM_TOKENS - 1}
-    else:
-        assert about["mode"] == "python"
-        assert OWN[name] in about["reason"]
+    run = run_family(name, tmp_path)
+    assert run.same_tokens
+    assert run.difference <= 1e-5
+    assert (run.mode, remark(run)) == documented()[name]
+    assert run.num_steps == (NUM_TOKENS - 1 if run.mode == "native" else 0)
+
+
+@pytest.mark.parametrize("name", IN_HALVES)
+def test_a_family_decodes_natively_in_halves(name, tmp_path):
+    torch.set_num_threads(1)
+    run = run_family(name, tmp_path, torch.bfloat16, num_tokens=8)
+    assert run.mode == "native"
+    assert run.num_steps == 7
+    assert run.difference <= 5e-2

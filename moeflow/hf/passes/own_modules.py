@@ -128,10 +128,9 @@ class OwnModules:
             yield
         finally:
             for path, module in self.modules.items():
-                if before[path] is None:
-                    del module.forward
-                else:
-                    module.forward = before[path]
+                del module.forward
+                if before[path] is not None:
+                    vars(module)["forward"] = before[path]
 
     def _node(self, path: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         tensors: list[torch.Tensor] = []
