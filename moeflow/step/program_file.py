@@ -22,7 +22,15 @@ from moeflow.step.sound import check_sound
 FORMAT = 1
 _MOST_BYTES = 1 << 28  # of a file
 _PLAIN = (type(None), bool, int, float, str)
-_UNDERSCORED = {"_softmax", "_log_softmax", "_to_copy", "_unsafe_view"}  # that do not trust their arguments
+_UNDERSCORED = {
+    "_softmax",
+    "_log_softmax",
+    "_to_copy",
+    "_unsafe_view",
+    "__or__",
+    "__and__",
+    "__xor__",
+}  # that check what they get
 _OF_OURS = {"moeflow.linear.default", "moeflow.rms_norm.default"}
 
 
