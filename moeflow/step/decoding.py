@@ -151,6 +151,8 @@ class StepDecoding:
         size = next((size for size in SIZES if num_rows <= size), None)
         if model is None or model.training or size is None or not may_decode():
             return None
+        if self._runtime.parallel is not None:
+            return None  # a capture and its check would meet the other ranks in rounds that they do not run
         runner = self.programs.runner(model, size)
         if runner is None or not runner.takes(rows):
             return None

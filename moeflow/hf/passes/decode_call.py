@@ -117,6 +117,8 @@ def _is_count(given: Any) -> bool:
 def refusal(kwargs: dict[str, Any]) -> str | None:
     """Say why a call for one new token of each sequence is none for a program; None for other calls."""
     ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
+    if hasattr(cache, "describe_pass"):
+        return None  # of the engine's passes, whose sequences have no one length
     try:
         if not isinstance(cache, Cache) or not cache.get_seq_length():
             return None

@@ -248,6 +248,10 @@ class GrowingCache(DynamicCache):
         """Return a cache for one of transformers' that is empty; None for others, or where no layer has positions."""
         if type(cache) is not DynamicCache or cache.offloading:
             return None
+        if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:  # an assistant's
+            made = cls([])
+            made.layer_class_to_replicate = GrowingLayer
+            return made
         if all(type(one) in STATE_LAYERS for one in cache.layers) or cache.get_seq_length():
             return None
         known = (*_PLAIN_LAYERS, *HYBRID_LAYERS, *STATE_LAYERS, DynamicIndexedLayer)
