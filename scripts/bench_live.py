@@ -1,7 +1,8 @@
-"""Measure decoding with a predictor against decoding without, in turns, on the CPU.
+"""Measure decoding with a predictor against decoding without, and native steps against Python's, in turns, on the CPU.
 
-Capped: fresh processes in turns, each whole in a memory cgroup of its own, budget "auto". Residencies: both models in
-one process, generating in turns, so that whatever else the machine does falls on both. Outputs must be equal.
+Capped: fresh processes in turns, each whole in a memory cgroup of its own, budget "auto". Residencies: all models in
+one process, generating in turns, so that whatever else the machine does falls on all. Outputs with and without a
+predictor must be equal.
 """
 
 import argparse
@@ -27,7 +28,7 @@ PROMPTS = (
 
 
 def work(job: dict) -> dict:
-    """Generate in turns with each of the job's predictors in this process; return the measurements of each turn."""
+    """Generate in turns with each of the job's sides in this process; return the measurements of each turn."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -35,12 +36,15 @@ def work(job: dict) -> dict:
     import moeflow
 
     logging.disable_progress_bar()
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"], local_files_only=True)
     models = {}
-    for name in job["predictors"]:
-        model = moeflow.load_moe(job["model"], expert_memory=job["budget"], device="cpu", predictor=name)
+    for predictor, step in job["sides"]:
+        options = {"expert_memory": job["budget"], "device": "cpu", "predictor": predictor, "step": step}
+        model = moeflow.load_moe(job["model"], **options)
         model.generation_config.eos_token_id = None
-        models[str(name)] = model
+        models[side(predictor, step)] = model
     turns, outputs = {name: [] for name in models}, {}
     begin = time.perf_counter()
     for turn in range(job["turns"] + 1):  # the first one warms up
@@ -51,12 +55,18 @@ def work(job: dict) -> dict:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
         for name, model in list(models.items())[:: 1 if turn % 2 else -1]:
             measured, tokens = _generate(model, ids, job["tokens"], torch)
-            assert outputs.setdefault((turn % len(PROMPTS)), tokens) == tokens, f"{name} changes the output"
+            same = outputs.setdefault(f"{turn % len(PROMPTS)} {name.split()[1]}", tokens) == tokens
+            assert same, f"{name} changes the output"
             if turn:
                 turns[name].append(measured)
         if time.perf_counter() - begin > job["seconds"]:
             break
-    return {"turns": turns, "outputs": list(outputs.values())}
+    return {"turns": turns, "outputs": outputs}
+
+
+def side(predictor: str | None, step: str) -> str:
+    """Return the name of one side of a comparison."""
+    return f"{predictor} {step}"
 
 
 def _generate(model, ids, num_tokens, torch) -> tuple[dict, list[int]]:
@@ -93,68 +103,78 @@ def _generate(model, ids, num_tokens, torch) -> tuple[dict, list[int]]:
         "read_bytes_per_token": decode["bytes_from_disk"] / (num_tokens - 1),
         "slots": stats["slots"],
         "prediction": stats["prediction"],
+        "step": stats["step"],
     }, tokens
 
 
-def run_job(args, predictors: list, budget: str, turns: int, limit_bytes: int | None) -> dict:
+def run_job(args, sides: list, budget: str, turns: int, limit_bytes: int | None) -> dict:
     """Run one job in a process of its own."""
     drop_page_cache(open_checkpoint(args.model).files)
     job = {
         "model": str(args.model),
-        "predictors": predictors,
+        "sides": sides,
         "budget": budget,
         "tokens": args.tokens,
         "turns": turns,
         "seconds": args.seconds,
+        "threads": args.threads,
     }
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
     ended = run_process(command, limit_bytes=limit_bytes, timeout_s=3 * args.seconds + 300)
     answer = next((line for line in reversed(ended.stdout.splitlines()) if line.startswith("{")), None)
     if ended.returncode or answer is None:
         why = "killed at the cap" if ended.oom_killed else (ended.stderr.strip().splitlines() or ["failed"])[-1]
-        raise SystemExit(f"bench: {budget}, {predictors}: {why}")
+        raise SystemExit(f"bench: {budget}, {sides}: {why}")
     return json.loads(answer)
 
 
-def capped(args) -> dict:
+def capped(args) -> list[dict]:
     """Compare under the cap: one process after another, in turns."""
     limit = parse_memory(args.cap, name="--cap", whole_bytes=0)
-    names = [None, args.predictor]
-    turns: dict[str, list] = {str(name): [] for name in names}
-    ratios, outputs = [], None
+    turns: dict[str, list] = {side(*one): [] for one in args.sides}
+    rates: dict[str, list] = {name: [] for name in turns}
+    outputs: dict[str, list] = {}
     for number in range(args.rounds):
-        rates = {}
-        for name in names if number % 2 else names[::-1]:
-            say(f"capped at {args.cap}, round {number + 1} of {args.rounds}, predictor {name}")
-            found = run_job(args, [name], "auto", args.repeats, limit)
-            outputs = outputs or found["outputs"]
-            same = all(one == other for one, other in zip(found["outputs"], outputs, strict=False))
-            assert same, f"predictor {name} changes the output"
-            turns[str(name)] += found["turns"][str(name)]
-            rates[name] = statistics.median(turn["tokens_per_s"] for turn in found["turns"][str(name)])
-            say(f"  {rates[name]:.2f} tok/s")
-        ratios.append(rates[args.predictor] / rates[None])
-    return {"name": f"auto, whole process capped at {args.cap}", **summary(turns, args.predictor), "ratios": ratios}
+        for predictor, step in args.sides if number % 2 else args.sides[::-1]:
+            name = side(predictor, step)
+            say(f"capped at {args.cap}, round {number + 1} of {args.rounds}, predictor {predictor}, step {step}")
+            found = run_job(args, [(predictor, step)], "auto", args.repeats, limit)
+            for key, tokens in found["outputs"].items():
+                assert outputs.setdefault(key, tokens) == tokens, f"{name} changes the output"
+            turns[name] += found["turns"][name]
+            rates[name].append(statistics.median(turn["tokens_per_s"] for turn in found["turns"][name]))
+            say(f"  {rates[name][-1]:.2f} tok/s")
+    return rows_of(args, f"auto, whole process capped at {args.cap}", turns, rates)
 
 
-def resident(args, budget: str) -> dict:
-    """Compare at one residency: both models in one process, in turns."""
+def resident(args, budget: str) -> list[dict]:
+    """Compare at one residency: all models in one process, in turns."""
     say(f"residency {budget}")
-    turns = run_job(args, [None, args.predictor], budget, args.rounds * args.repeats, None)["turns"]
-    pairs = zip(turns[args.predictor], turns["None"], strict=True)
-    ratios = [one["tokens_per_s"] / other["tokens_per_s"] for one, other in pairs]
-    say(f"  ratio {statistics.median(ratios):.3f}")
-    return {"name": budget.replace("%", " %"), **summary(turns, args.predictor), "ratios": ratios}
+    turns = run_job(args, args.sides, budget, args.rounds * args.repeats, None)["turns"]
+    rates = {name: [turn["tokens_per_s"] for turn in found] for name, found in turns.items()}
+    return rows_of(args, budget.replace("%", " %"), turns, rates)
 
 
-def summary(turns: dict, predictor: str) -> dict:
-    """Put the turns of both sides into one row."""
-    row = {}
-    for side, name in (("without", "None"), ("with", predictor)):
-        keys = [key for key in turns[name][0] if key != "prediction"]
-        row[side] = {key: spread([turn[key] for turn in turns[name]]) for key in keys}
-    row["prediction"] = turns[predictor][-1]["prediction"]
-    return row
+def rows_of(args, name: str, turns: dict, rates: dict) -> list[dict]:
+    """Put the turns into one row for each way of running steps; rates are of paired rounds."""
+    rows = []
+    for step in args.steps:
+        with_name, without = side(args.predictor, step), side(None, step)
+        row: dict = {"name": name, "steps": step}
+        for key, of in (("without", without), ("with", with_name)):
+            keys = [key for key in turns[of][0] if key not in ("prediction", "step")]
+            row[key] = {key: spread([turn[key] for turn in turns[of]]) for key in keys}
+        row["prediction"] = turns[with_name][-1]["prediction"]
+        row["step"] = turns[with_name][-1]["step"]
+        row["ratios"] = [a / b for a, b in zip(rates[with_name], rates[without], strict=True)]
+        first = args.steps[0]
+        if step != first:
+            row["to"] = first
+            for key, predictor in (("ratios_without", None), ("ratios_with", args.predictor)):
+                pairs = zip(rates[side(predictor, step)], rates[side(predictor, first)], strict=True)
+                row[key] = [a / b for a, b in pairs]
+        rows.append(row)
+    return rows
 
 
 def say(text: str) -> None:
@@ -163,26 +183,36 @@ def say(text: str) -> None:
 
 
 def print_rows(rows: list[dict]) -> None:
-    """Print the table."""
+    """Print the table, and how much faster native steps are."""
     print(
-        f"{'experts in memory':34} {'tok/s without':>14} {'with':>7} {'ratio (range)':>22} {'hit rate':>14} "
-        f"{'stall share':>14} {'predicting':>11} {'MB a token':>13}  switch"
+        f"{'experts in memory':34} {'steps':6} {'tok/s without':>14} {'with':>7} {'ratio (range)':>22} "
+        f"{'hit rate':>14} {'stall share':>14} {'predicting':>11} {'MB a token':>13}  switch"
     )
     for row in rows:
         one, two = row["without"], row["with"]
-        ratio = spread(row["ratios"])
 
         def both(key, scale=1, digits=2, one=one, two=two):
             return f"{one[key]['median'] * scale:.{digits}f} > {two[key]['median'] * scale:.{digits}f}"
 
         prediction = row["prediction"]
         print(
-            f"{row['name']:34} {one['tokens_per_s']['median']:14.2f} {two['tokens_per_s']['median']:7.2f} "
-            f"{ratio['median']:8.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) {both('hit_rate'):>14} "
+            f"{row['name']:34} {row['steps']:6} {one['tokens_per_s']['median']:14.2f} "
+            f"{two['tokens_per_s']['median']:7.2f} {_ratio(row['ratios']):>22} {both('hit_rate'):>14} "
             f"{both('stall_share'):>14} {two['prediction_share']['median']:11.3f} "
             f"{both('read_bytes_per_token', 1e-6, 0):>13}  "
             f"{'on' if prediction['on'] else 'off'}: {prediction['reason']}"
         )
+    for row in rows:
+        if "to" in row:
+            print(
+                f"{row['name']}: step={row['steps']} ({row['step']['mode']}) to step={row['to']}: "
+                f"{_ratio(row['ratios_without'])} without a predictor, {_ratio(row['ratios_with'])} with it"
+            )
+
+
+def _ratio(values: list[float]) -> str:
+    ratio = spread(values)
+    return f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -190,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=default_demo_path(), help="checkpoint folder (the demo model)")
     parser.add_argument("--predictor", default="auto", help="as load_moe takes it (auto)")
+    parser.add_argument("--steps", default="python,auto", help="ways of running steps, in turns (python,auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; without it torch's own choice")
     parser.add_argument("--cap", metavar="SIZE", help='also compare under this memory limit, such as "1000MB"')
     parser.add_argument("--residencies", default="12.5,25,50,75,100", help="percent of the experts; empty for none")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode (64)")
@@ -202,11 +234,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         print(json.dumps(work(json.loads(args.worker))))
         return 0
+    args.steps = args.steps.split(",")
+    args.sides = [(predictor, step) for step in args.steps for predictor in (None, args.predictor)]
     checkpoint = open_checkpoint(args.model)
     size = ModelSize.of(checkpoint)
     disk, mode = plain_bandwidth(checkpoint.files, size.expert_bytes)
-    rows = [capped(args)] if args.cap else []
-    rows += [resident(args, f"{percent.strip()}%") for percent in args.residencies.split(",") if percent.strip()]
+    rows = capped(args) if args.cap else []
+    for percent in args.residencies.split(","):
+        rows += resident(args, f"{percent.strip()}%") if percent.strip() else []
     if not args.json:
         print(f"{args.model.name}: {size.num_experts} experts of {size.expert_bytes / 1e6:.2f} MB, {size.num_layers} ")
         print(f"layers; disk {disk / 1e9:.2f} GB/s ({mode}); {args.tokens} tokens, {args.rounds} rounds")

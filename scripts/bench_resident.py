@@ -1,4 +1,4 @@
-"""Measure decoding with every expert in memory: moeflow plain, by native steps and compiled; transformers eager.
+"""Measure decoding with every expert in memory: moeflow by native steps and by Python's; transformers eager.
 
 All models live in this process and take turns, so that a noisy machine touches them alike. Greedy, one sequence,
 end-of-text ignored; a token's time is the median between two tokens of generate(). Then where a token's time goes.
@@ -26,7 +26,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="decoded in a measurement (48)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each engine (7)")
     parser.add_argument("--threads", type=int, help="torch's threads; without it torch's own choice")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled row, which takes a minute")
     arguments = parser.parse_args(argv)
 
     import torch
@@ -49,11 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     say(f"loading {folder}")
     models = {
         "transformers eager": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager"),
-        "moeflow": load_moe(folder, **options),
-        "moeflow native step": load_moe(folder, **options, step="auto"),
+        "moeflow": load_moe(folder, **options, step="python"),
+        "moeflow native step": load_moe(folder, **options),
     }
-    if not arguments.no_compile:
-        models["moeflow compiled"] = load_moe(folder, **options, compile=True)
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
     bandwidth = cpu.read_bandwidth()
     print(
@@ -139,7 +136,7 @@ def token_s(model, ids, num_tokens: int) -> float:
 
 
 def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
-    """Return seconds a decode step of an uncompiled model spends in experts, dense linears and everything else."""
+    """Return seconds a decode step of a model's own code spends in experts, dense linears and everything else."""
     import torch
 
     from moeflow.hf.experts_interface import experts_modules

@@ -106,7 +106,7 @@ class load:
     def __init__(self, folder: str, budget: str, dtype: str):
         from moeflow import load_moe
 
-        self.model = load_moe(folder, expert_memory=budget, dtype=dtype, device="cpu")
+        self.model = load_moe(folder, expert_memory=budget, dtype=dtype, device="cpu", step="python")
 
     def __enter__(self):
         return self.model

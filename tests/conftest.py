@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def _no_progress_bars(request: pytest.FixtureRequest) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory) -> Iterator[None]:
+    """The run has a cache folder of its own, commands that tests start too: one capture of a step serves all tests."""
+    before = os.environ.get("MOEFLOW_CACHE")
+    os.environ["MOEFLOW_CACHE"] = str(tmp_path_factory.mktemp("moeflow-cache"))
+    yield
+    if before is None:
+        del os.environ["MOEFLOW_CACHE"]
+    else:
+        os.environ["MOEFLOW_CACHE"] = before
 
 
 @pytest.fixture(scope="session")

@@ -359,15 +359,25 @@ EXPORTED int moeflow_cpu_layer(const Expert *const *kernels, const int64_t *slot
     return DONE;
 }
 
-/* out [T, N] = x [T, K] times a matrix [N, K], plus its bias. */
-EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const char *x, int format,
-                                int64_t stride_bytes, int64_t num_tokens, void *out, int activation_bits,
-                                int num_threads) {
-    if (!is_count(num_tokens) || !is_width(activation_bits)) return NO_FIT;
+/* Of each matrix [N, K]: out [T, N] = x [T, K] times the matrix, plus its bias. All have as many in features. */
+EXPORTED int moeflow_cpu_linears(const Matrix *matrices, int num_matrices, const char *record, const char *x, int format,
+                                 int64_t stride_bytes, int64_t num_tokens, void *const *outs, int activation_bits,
+                                 int num_threads) {
+    if (!is_count(num_tokens) || !is_width(activation_bits) || num_matrices < 1 || num_matrices > LINEARS_AT_ONCE)
+        return NO_FIT;
     if (!num_tokens) return DONE;
-    if (!matrix || !x || !out || !is_there(*matrix, record)) return NO_FIT;
-    Rows input = no_rows(matrix->in_features);
-    ask(*matrix, activation_bits == 16, input);
+    if (!matrices || !x || !outs) return NO_FIT;
+    Rows input = no_rows(matrices[0].in_features);
+    int64_t num_values = 0, begins[LINEARS_AT_ONCE + 1] = {};
+    int at_once[LINEARS_AT_ONCE];
+    for (int m = 0; m < num_matrices; ++m) num_values += num_tokens * matrices[m].num_rows * matrices[m].in_features;
+    for (int m = 0; m < num_matrices; ++m) {
+        const Matrix &matrix = matrices[m];
+        if (!outs[m] || !is_there(matrix, record) || matrix.in_features != input.num_features) return NO_FIT;
+        ask(matrix, activation_bits == 16, input);
+        at_once[m] = matrix.is_transposed ? COLUMNS_AT_ONCE : rows_at_once(matrix.num_rows, num_threads);
+        begins[m + 1] = begins[m] + (matrix.num_rows + at_once[m] - 1) / at_once[m];
+    }
     const bool prepares = lay_out(input);
     char *memory = workspace.get(num_tokens * input.stride + num_threads * SCRATCH_BYTES);
     if (!memory) return NO_MEMORY;
@@ -377,17 +387,24 @@ EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const 
         fill(input, t, x + t * stride_bytes, format);
         if (prepares) arithmetic->prepare(input, t);
     }
-    const int at_once = matrix->is_transposed ? COLUMNS_AT_ONCE : rows_at_once(matrix->num_rows, num_threads);
-    const int64_t pieces = (matrix->num_rows + at_once - 1) / at_once;
-    const bool is_small = num_tokens * matrix->num_rows * matrix->in_features < SERIAL_VALUES;
-    in_parallel(is_small ? 1 : num_threads, [&](Team &team) {
-        team.share(pieces, [&](int64_t i, int thread) {
-            const int first = (int)i * at_once;
-            arithmetic->linear(*matrix, record, input, (int)num_tokens, out, format, first,
-                               least(at_once, matrix->num_rows - first), scratch + thread * SCRATCH_BYTES);
+    in_parallel(num_values < SERIAL_VALUES ? 1 : num_threads, [&](Team &team) {
+        team.share(begins[num_matrices], [&](int64_t i, int thread) {
+            int m = 0;
+            while (i >= begins[m + 1]) ++m;
+            const int first = (int)(i - begins[m]) * at_once[m];
+            arithmetic->linear(matrices[m], record, input, (int)num_tokens, outs[m], format, first,
+                               least(at_once[m], matrices[m].num_rows - first), scratch + thread * SCRATCH_BYTES);
         });
     });
     return DONE;
+}
+
+/* out [T, N] = x [T, K] times a matrix [N, K], plus its bias. */
+EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const char *x, int format,
+                                int64_t stride_bytes, int64_t num_tokens, void *out, int activation_bits,
+                                int num_threads) {
+    return moeflow_cpu_linears(matrix, 1, record, x, format, stride_bytes, num_tokens, &out, activation_bits,
+                               num_threads);
 }
 
 /* transformers' RMSNorm of rows [T, H]; sum_lanes: floats in the vectors that torch's sums use here. */

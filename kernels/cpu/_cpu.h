@@ -80,6 +80,7 @@ constexpr int64_t SCRATCH_BYTES = 640 << 10;
 constexpr int ROWS_AT_ONCE = 96, LEAST_ROWS_AT_ONCE = 24, COLUMNS_AT_ONCE = 192;
 constexpr int TOKENS_AT_ONCE = 96;                      /* of a segment */
 constexpr int TOKEN_EXPERTS = 64;                       /* of down_token */
+constexpr int LINEARS_AT_ONCE = 8;                      /* matrices of one call */
 
 /* The query heads of one sequence that share a head of keys and values. */
 struct HeadGroup {
@@ -142,8 +143,9 @@ int moeflow_cpu_token(const Expert *const *experts, const char *const *records, 
                       void *out, int format, int activation_bits, int num_threads);
 int moeflow_cpu_combine(const float *outputs, const void *weights, int weights_format, int64_t num_tokens,
                         int64_t top_k, int64_t num_features, char *out, int format, int num_threads);
-int moeflow_cpu_linear(const Matrix *matrix, const char *record, const char *x, int format, int64_t stride_bytes,
-                       int64_t num_tokens, void *out, int activation_bits, int num_threads);
+int moeflow_cpu_linears(const Matrix *matrices, int num_matrices, const char *record, const char *x, int format,
+                        int64_t stride_bytes, int64_t num_tokens, void *const *outs, int activation_bits,
+                        int num_threads);
 int moeflow_cpu_rms_norm(const char *x, int64_t stride_bytes, const void *weight, float eps, int64_t num_tokens,
                          int64_t num_features, char *out, int format, int sum_lanes);
 }

@@ -74,7 +74,7 @@ template <class S> struct StepArithmetic {
             memset(sum, 0, sizeof(float) * out_features);
         }
         constexpr int AT_ONCE = 64;
-        float scores[AT_ONCE];
+        float scores[AT_ONCE] = {};
         for (int64_t from = 0; from < count; from += AT_ONCE) {
             const int now = (int)(count - from < AT_ONCE ? count - from : AT_ONCE);
             for (int h = 0; h < group.num_queries; ++h) {
@@ -93,11 +93,13 @@ template <class S> struct StepArithmetic {
                     scale(sum, shrink, out_features);
                     *most = highest;
                 }
-                for (int t = 0; t < now; ++t) {
-                    const float weight = expf(scores[t] - highest);
-                    *total += weight;
-                    accumulate(sum, weight, values + (from + t) * out_features, out_features);
-                }
+                for (int t = 0; t < now; t += S::LANES)
+                    S::store(scores + t, exponential<S>(S::sub(S::load(scores + t), S::all(highest))));
+                memset(scores + now, 0, sizeof(float) * (AT_ONCE - now));
+                V weights = S::zero();
+                for (int t = 0; t < now; t += S::LANES) weights = S::add(weights, S::load(scores + t));
+                *total += S::sum(weights);
+                accumulate_many(sum, scores, values + from * out_features, out_features, now);
             }
         }
     }
@@ -124,6 +126,23 @@ template <class S> struct StepArithmetic {
         for (; i + S::LANES <= n; i += S::LANES) S::store(sum + i, S::fma(w, S::load(values + i), S::load(sum + i)));
         if (i < n)
             store_part<S>(sum + i, S::fma(w, load_part<S>(values + i, n - i), load_part<S>(sum + i, n - i)), n - i);
+    }
+    /* sum += weights [count] times rows [count, n], in their order. */
+    template <class T> static void accumulate_many(float *sum, const float *weights, const T *rows, int n, int count) {
+        constexpr int AT_ONCE = 4;
+        int i = 0;
+        for (; i + AT_ONCE * S::LANES <= n; i += AT_ONCE * S::LANES) {
+            V sums[AT_ONCE];
+            UNROLL for (int j = 0; j < AT_ONCE; ++j) sums[j] = S::load(sum + i + j * S::LANES);
+            for (int t = 0; t < count; ++t) {
+                const V weight = S::all(weights[t]);
+                const T *row = rows + (int64_t)t * n + i;
+                UNROLL for (int j = 0; j < AT_ONCE; ++j) sums[j] = S::fma(weight, S::load(row + j * S::LANES), sums[j]);
+            }
+            UNROLL for (int j = 0; j < AT_ONCE; ++j) S::store(sum + i + j * S::LANES, sums[j]);
+        }
+        if (i < n)
+            for (int t = 0; t < count; ++t) accumulate(sum + i, weights[t], rows + (int64_t)t * n + i, n - i);
     }
     static void scale(float *sum, float factor, int n) {
         for (int i = 0; i < n; ++i) sum[i] *= factor;

@@ -232,26 +232,79 @@ bool rows_of_table(const Instruction &it) {
 
 /* ---- Matrices and experts ---- */
 
+/* whole: matrices. tensors: an out, x, the matrices, their biases if there are any, and the further outs. */
 bool linear(const Instruction &it, const StepState &state) {
-    const Tensor &out = it.tensors[0], &x = it.tensors[1], &weight = it.tensors[2];
+    const Tensor &x = it.tensors[1];
     const RowsOf rows(x);
-    Matrix m{};
-    m.codes = (int64_t)weight.data, m.scale = m.zero = m.bias = -1;
-    m.format = (int32_t)weight.dtype;
-    if (it.num_tensors > 3) m.bias = (int64_t)it.tensors[3].data, m.bias_format = (int32_t)it.tensors[3].dtype;
-    m.num_rows = (int32_t)weight.sizes[0];
-    m.in_features = m.group_size = m.padded = (int32_t)weight.sizes[1];
+    const int count = (int)it.whole[0];
+    const bool has_bias = it.num_tensors > 2 * count + 1;
+    Matrix matrices[LINEARS_AT_ONCE] = {};
+    void *outs[LINEARS_AT_ONCE];
+    if (count < 1 || count > LINEARS_AT_ONCE) return false;
+    for (int i = 0; i < count; ++i) {
+        const Tensor &weight = it.tensors[2 + i];
+        Matrix &m = matrices[i];
+        m.codes = (int64_t)weight.data, m.scale = m.zero = m.bias = -1;
+        m.format = (int32_t)weight.dtype;
+        if (has_bias) {
+            const Tensor &bias = it.tensors[2 + count + i];
+            m.bias = (int64_t)bias.data, m.bias_format = (int32_t)bias.dtype;
+        }
+        m.num_rows = (int32_t)weight.sizes[0];
+        m.in_features = m.group_size = m.padded = (int32_t)weight.sizes[1];
+        outs[i] = it.tensors[i ? it.num_tensors - count + i : 0].data;
+    }
     const bool is_of_rows = x.sizes[0] == state.num_rows;
-    return !moeflow_cpu_linear(&m, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype),
-                               is_of_rows ? rows.count / state.num_rows * state.num_live : rows.count,
-                               out.data, 0, (int)state.num_threads);
+    return !moeflow_cpu_linears(matrices, count, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype),
+                                is_of_rows ? rows.count / state.num_rows * state.num_live : rows.count, outs, 0,
+                                (int)state.num_threads);
 }
 
-bool rms_norm(const Instruction &it) {
-    const Tensor &out = it.tensors[0], &x = it.tensors[1], &weight = it.tensors[2];
+bool norm_of(const Tensor &out, const Tensor &x, const Tensor &weight, double eps) {
     const RowsOf rows(x);
-    return !moeflow_cpu_rms_norm(x.data, rows.length * width(x.dtype), weight.data, (float)it.real[0], rows.count,
+    return !moeflow_cpu_rms_norm(x.data, rows.length * width(x.dtype), weight.data, (float)eps, rows.count,
                                  rows.length, out.data, (int)x.dtype, SUM_LANES);
+}
+bool rms_norm(const Instruction &it) { return norm_of(it.tensors[0], it.tensors[1], it.tensors[2], it.real[0]); }
+
+/* a + b, and its norm. tensors: sum, a, b, weight, norm; all are contiguous and of one dtype. */
+bool add_norm(const Instruction &it) {
+    const Tensor &sum = it.tensors[0];
+    const Arithmetic &arithmetic = chosen_arithmetic();
+    const RowsOf rows(sum);
+    float a[BLOCK], b[BLOCK];
+    for (int64_t from = 0, n = rows.count * rows.length; from < n; from += BLOCK) {
+        const int now = (int)(n - from < BLOCK ? n - from : BLOCK);
+        load(it.tensors[1], from, 1, now, a), load(it.tensors[2], from, 1, now, b);
+        arithmetic.pointwise(POINT_ADD, now, a, b);
+        store(sum, from, 1, now, a);
+    }
+    return norm_of(it.tensors[4], sum, it.tensors[3], it.real[0]);
+}
+
+/* Turns the two halves of each head: x * cos + (-second half, first half) * sin, each product rounded as torch does.
+ * tensors: out, x, cos, sin, all of one dtype, and at most BLOCK features a head. */
+void rope(const Instruction &it) {
+    const Tensor *t = it.tensors;
+    const Arithmetic &arithmetic = chosen_arithmetic();
+    const int last = (int)t->dims - 1, n = (int)t->sizes[last], half = n / 2, dtype = (int)t->dtype;
+    const auto round = [&](float *values) {
+        char rounded[BLOCK * sizeof(float)];
+        if (dtype == STEP_FLOAT32) return;
+        arithmetic.store(values, rounded, n, dtype);
+        arithmetic.convert(rounded, dtype, n, values, n);
+    };
+    for_each_row(t, 4, [&](const int64_t *offsets) {
+        float x[BLOCK], turned[BLOCK], factors[BLOCK];
+        load(t[1], offsets[1], t[1].strides[last], n, x);
+        for (int i = 0; i < half; ++i) turned[i] = -x[half + i], turned[half + i] = x[i];
+        load(t[2], offsets[2], t[2].strides[last], n, factors);
+        arithmetic.pointwise(POINT_MUL, n, x, factors), round(x);
+        load(t[3], offsets[3], t[3].strides[last], n, factors);
+        arithmetic.pointwise(POINT_MUL, n, turned, factors), round(turned);
+        arithmetic.pointwise(POINT_ADD, n, x, turned);
+        store(t[0], offsets[0], t[0].strides[last], n, x);
+    });
 }
 
 enum Outcome { RAN, MISSED, BROKEN };
@@ -383,6 +436,8 @@ int64_t run(const Instruction *const *instructions, int64_t count, int64_t first
         switch (it.kind) {
         case STEP_LINEAR: ran = linear(it, *state); break;
         case STEP_RMS_NORM: ran = rms_norm(it); break;
+        case STEP_ADD_NORM: ran = add_norm(it); break;
+        case STEP_ROPE: rope(it); break;
         case STEP_EXPERTS:
             switch (experts(it, *state)) {
             case MISSED: return i;
@@ -408,6 +463,7 @@ int64_t run(const Instruction *const *instructions, int64_t count, int64_t first
             begin = end;
         }
     }
+    *state->is_done = 1;
     return DONE;
 }
 

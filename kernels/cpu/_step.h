@@ -9,7 +9,8 @@ namespace moeflow {
 
 /* In the order of KINDS in step/program.py. */
 enum StepKind { STEP_LINEAR, STEP_RMS_NORM, STEP_EXPERTS, STEP_ATTEND, STEP_POINTWISE, STEP_SOFTMAX, STEP_TOP_K,
-                STEP_REDUCE, STEP_GATHER, STEP_ROWS, STEP_SCATTER, STEP_ATTEND_LATENT, STEP_TORCH, NUM_STEP_KINDS };
+                STEP_REDUCE, STEP_GATHER, STEP_ROWS, STEP_SCATTER, STEP_ATTEND_LATENT, STEP_ADD_NORM, STEP_ROPE, STEP_TORCH,
+                NUM_STEP_KINDS };
 /* In the order of POINTWISE in step/program.py. */
 enum PointwiseOp { POINT_COPY, POINT_ADD, POINT_SUB, POINT_MUL, POINT_DIV, POINT_MAX, POINT_MIN, POINT_POW, POINT_NEG,
                    POINT_ABS, POINT_SQRT, POINT_RSQRT, POINT_RECIPROCAL, POINT_EXP, POINT_LOG, POINT_SIN, POINT_COS,
@@ -57,6 +58,7 @@ struct StepState {
     int64_t num_rows, num_live;    /* of the program, and how many of them are sequences */
     int64_t num_threads;
     double *seconds;               /* [NUM_STEP_KINDS], or null */
+    int64_t *is_done;              /* set to 1 behind the last instruction */
 };
 
 } // namespace moeflow

@@ -17,6 +17,10 @@ _TENSOR_WORDS = 3 + 2 * MAX_DIMS
 DONE = -1
 
 
+class StepIndexError(MoeflowError):
+    """An index in a step is outside of its table."""
+
+
 class StepLayer(ctypes.Structure):
     """Experts of one layer; the tables may be null, and then every call of it is the caller's."""
 
@@ -40,6 +44,7 @@ class StepState(ctypes.Structure):
         ("num_live", c_int64),
         ("num_threads", c_int64),
         ("seconds", c_void_p),
+        ("is_done", c_void_p),
     ]
 
 
@@ -83,9 +88,9 @@ class StepCode:
             `DONE`, or the number of the instruction that the caller must run.
 
         Raises:
-            MoeflowError: an index is outside of its table, or there is no memory.
+            StepIndexError: an index is outside of its table.
         """
         reached = self._run(self._pointers.ctypes.data, len(self), first, ctypes.addressof(state))
         if reached < DONE:
-            raise MoeflowError(f"instruction {DONE - 1 - reached} of a step failed: an index is outside of its table")
+            raise StepIndexError(f"instruction {DONE - 1 - reached} of a step failed: an index is outside of its table")
         return reached

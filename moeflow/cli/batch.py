@@ -60,7 +60,7 @@ def add_batch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     )
     batch.add_argument("--kv-memory", default="auto", metavar="SIZE", help='keys and values: bytes, "2GiB" or "auto"')
     add_sampling_options(batch, defaults={"seed": "each line's number is added to it"})
-    add_loading_options(batch, compiles=False)
+    add_loading_options(batch)
     batch.set_defaults(run=_batch)
 
 

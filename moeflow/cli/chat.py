@@ -8,7 +8,7 @@ import json
 import sys
 
 from moeflow.chat.answer import MAX_NEW_TOKENS, NOT_IN_GENERATE
-from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
+from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model, prepare_step
 from moeflow.errors import ConfigError, MoeflowError
 
 
@@ -50,6 +50,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     source = _ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     model, tokenizer = load_model(source, arguments)
     with model.moeflow:
+        prepare_step(model)
         return run_chat(
             model,
             tokenizer,
@@ -76,8 +77,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     given = given_sampling(arguments)
     model, tokenizer = load_model(arguments.model, arguments)
     with model.moeflow:
-        import torch
-
+        prepare_step(model)
         input_ids = torch.tensor([encode_text(tokenizer, prompt)])
         before = model.moeflow.snapshot()
         with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow import __version__
 from moeflow.c_library import built_library
+from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -23,14 +24,19 @@ def add_info_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     """Add `info` to the parser's commands."""
     info = commands.add_parser("info", help="what a model is and what each budget buys, from headers; or this machine")
     info.add_argument("model", nargs="?", help="hub id or folder; without it, this installation and machine")
+    info.add_argument("--step", action="store_true", help="load the model, and print the program of its decode step")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    text: Callable[[dict[str, Any]], RenderableType]
+    text: Callable[[dict[str, Any]], RenderableType | str]
     if arguments.model is None:
+        if arguments.step:
+            raise ConfigError("--step prints the program of a model's decode step: name the model.")
         about, text = describe_installation(), installation_text
+    elif arguments.step:
+        about, text = describe_step(arguments.model), step_text
     else:
         from moeflow.loading.describe import describe_model
 
@@ -40,8 +46,31 @@ def _info(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(text(about))
+        shown = text(about)
+        print(shown) if isinstance(shown, str) else Console().print(shown)
     return 0
+
+
+def describe_step(model: str) -> dict[str, Any]:
+    """Describe the program of a model's decode step; it is captured if it is not on the disk."""
+    from transformers.utils import logging
+
+    from moeflow.cli.options import preparing_step
+    from moeflow.loading.load_moe import load_moe
+
+    logging.disable_progress_bar()
+    loaded = load_moe(model, device="cpu", predictor=None)
+    with loaded.moeflow, preparing_step():
+        return {"model": model, **loaded.moeflow.step.describe()}
+
+
+def step_text(about: dict[str, Any]) -> str:
+    """Lay `describe_step()` out as text."""
+    if about["reason"] is not None:
+        return f"{about['model']} decodes by its own code: {about['reason']}"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in about["instructions"].items())
+    origin = "from the disk" if about["from_disk"] else "captured now, and kept on disk"
+    return f"{kinds}; {format_bytes(about['memory_bytes'])} beside the weights; {origin}\n{about['text']}"
 
 
 def describe_installation() -> dict[str, Any]:

@@ -5,7 +5,7 @@ The flags are the fields of `LoadOptions` and `SamplingParams`. Knows argparse a
 
 import argparse
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,18 +33,15 @@ _SAMPLING_HELP = {  # field: (metavar, help)
 _TYPES = {"int": int, "float": float, "int | None": int}
 
 
-def add_loading_options(parser: argparse.ArgumentParser, *, compiles: bool = True) -> None:
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of load_moe, and --json, to a command.
 
     Args:
         parser: of the command.
-        compiles: whether --compile has an effect on what the command does.
     """
     for option in flag_options():
         flag, text = f"--{option.name.replace('_', '-')}", option.metadata["flag"].replace("%", "%%")
-        if option.name == "compile" and not compiles:
-            parser.set_defaults(compile=False)
-        elif isinstance(option.default, bool):
+        if isinstance(option.default, bool):
             parser.add_argument(flag, action="store_true", help=text)
         else:
             kind = float if isinstance(option.default, float) else str
@@ -82,6 +79,24 @@ def load_model(
         model = load_moe(source, **flags, **options)
         tokenizer = load_tokenizer(source)
     return model, tokenizer
+
+
+def prepare_step(model: Any) -> None:
+    """Capture the program of a model's decode steps before its first answer, or take it from the disk."""
+    step = model.moeflow.step
+    if step is not None:
+        with preparing_step():
+            step.prepare()
+
+
+def preparing_step() -> AbstractContextManager[Any]:
+    """Tell on a terminal what goes on, the first time that a model is run."""
+    from rich.console import Console
+    from rich.status import Status
+
+    console = Console(stderr=True)
+    text = "writing the decode step as a program, once a model"
+    return Status(text, console=console) if console.is_terminal else nullcontext()
 
 
 def add_sampling_options(

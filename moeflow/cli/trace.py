@@ -85,7 +85,7 @@ def _record(arguments: argparse.Namespace) -> int:
 
 def _recording_name(arguments: argparse.Namespace, prompts: list[Prompt]) -> str:
     """Return a name of what the rows of a recording depend on: the model, by name wherever it lies, and the rest."""
-    options = ("dtype", "quantization", "prune", "miss", "compile", "lookahead", "max_new_tokens")
+    options = ("dtype", "quantization", "prune", "miss", "lookahead", "max_new_tokens")
     inputs = [Path(arguments.model).resolve().name, [str(getattr(arguments, name)) for name in options], prompts]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 

@@ -38,7 +38,6 @@ from moeflow.expert_parallel.round import ASKS, DONE, Request, Rounds
 from moeflow.expert_parallel.traffic import Traffic
 from moeflow.hf import experts_interface
 from moeflow.hf.fingerprint import model_fingerprint
-from moeflow.hf.passes import forward
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.placement.files.plan import read_plan
@@ -60,7 +59,7 @@ def apply(
     that the plan gives it; load_moe's budget stays the budget.
 
     Args:
-        model: from load_moe, with predictor=None and without compile.
+        model: from load_moe, with predictor=None.
         plan: a plan for as many GPUs as the group has ranks, or the file of one; None for equal parts in the order of
             the experts.
         group: a torch.distributed group; None for all processes.
@@ -210,10 +209,6 @@ def _checked_plan(
             f"the model has a predictor ({runtime.predictor.name!r}), which foresees what this rank's tokens need, and "
             "most of that is on other ranks. Load the model with predictor=None (--predictor none) to spread its "
             "experts."
-        )
-    if forward.compiles_decoding(model):
-        raise ConfigError(
-            "compiled decode steps were never tried over several ranks. Load the model with compile=False."
         )
     num_experts = runtime.experts_per_layer
     if len(set(num_experts)) > 1:

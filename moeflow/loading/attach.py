@@ -19,6 +19,7 @@ from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
 from moeflow.hf.passes import forward
+from moeflow.hf.passes.capture_gate import capture_gate
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 
@@ -60,14 +61,21 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
         module: Any = behind()
         return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
 
-    @torch.compiler.disable(recursive=False)
     def in_turn(*args: Any, **kwargs: Any) -> Any:
         runtime = runtime_behind()
-        return run_pass(*args, **kwargs) if runtime is None else runtime.turns.run(run_pass, *args, **kwargs)
+        if runtime is None:
+            return run_pass(*args, **kwargs)
+        return runtime.turns.run(capture_gate.run, run_pass, *args, **kwargs)
 
-    changed: Any = in_turn
+    in_turn_untraced = torch.compiler.disable(in_turn, recursive=False)  # which refuses while another thread captures
+
+    def forward_in_turn(*args: Any, **kwargs: Any) -> Any:
+        run = in_turn_untraced if torch.compiler.is_dynamo_compiling() else in_turn
+        return run(*args, **kwargs)
+
+    changed: Any = forward_in_turn
     changed.__signature__ = inspect.signature(module.forward)
-    module.forward = in_turn
+    module.forward = forward_in_turn
 
 
 def prune_experts(model: PreTrainedModel, runtime: ExpertRuntime, folder: Path, share: float) -> None:

@@ -39,8 +39,7 @@ def load_moe(
     predictor: str | Path | None = "auto",
     miss: str = "copy",
     prune: float = 0.0,
-    compile: bool = False,
-    step: str = "python",
+    step: str = "auto",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -70,12 +69,10 @@ def load_moe(
             bits differ from the GPU's, so that the output depends on timing. It is not yet measured on a GPU.
         prune: share of the experts behind each token's first that are left out, those the router hardly wants, by
             thresholds found on calibration text while loading (0.5 skips half of them). Lossy, so 0 by default.
-        compile: let generate() run its decode steps through torch.compile, with a static key-value cache: the first
-            call takes about a minute longer, the others are faster. Last bits differ from those without it.
-        step: what runs the decode steps of one sequence in generate(): "python" (the model's own code), or "auto" (a
-            program captured from it at the first step, which takes several seconds, and run natively from one missing
-            expert to the next; steps that it cannot run stay the model's own). On the CPU only. Last bits differ
-            between the two.
+        step: what runs the decode steps of one sequence in generate(): "auto" (on the CPU, a program captured from the
+            model at its first step, which takes several seconds once a model, kept on disk, and run natively from one
+            missing expert to the next; steps that it cannot run stay the model's own), or "python" (the model's own
+            code). Last bits differ between the two.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
@@ -94,7 +91,7 @@ def load_moe(
         TraceError: the trace is of another model, damaged, or cannot be written.
     """
     options = LoadOptions(
-        device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, compile, step, trace
+        device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, step, trace
     )
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -121,9 +118,7 @@ def load_moe(
         attach_runtime(loaded, runtime)
         if prune:
             prune_experts(loaded, runtime, folder.path, prune)
-        if compile:
-            forward.compile_decoding(loaded)
-        if options.step == "auto":
+        if options.step == "auto" and on_cpu:
             runtime.step = StepDecoding(loaded)
         if trace is not None:
             attach_recorder(loaded, trace)

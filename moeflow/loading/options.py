@@ -125,23 +125,15 @@ class LoadOptions:
             metavar="SHARE",
         ),
     )
-    compile: bool = field(
-        default=False,
-        metadata=_about(
-            "let generate() run its decode steps through torch.compile, with a static key-value cache: the first "
-            "call takes about a minute longer, the others are faster. Last bits differ from those without it.",
-            flag="torch.compile: a slow start, then faster decoding",
-        ),
-    )
     step: str = field(
-        default="python",
+        default="auto",
         metadata=_about(
-            'what runs the decode steps of one sequence in generate(): "python" (the model\'s own code), or "auto" (a '
-            "program captured from it at the first step, which takes several seconds, and run natively from one "
-            "missing expert to the next; steps that it cannot run stay the model's own). On the CPU only. Last bits "
-            "differ between the two.",
-            flag='decode steps: "python", or "auto": captured once, then run natively',
-            choices=("python", "auto"),
+            'what runs the decode steps of one sequence in generate(): "auto" (on the CPU, a program captured from the '
+            "model at its first step, which takes several seconds once a model, kept on disk, and run natively from "
+            'one missing expert to the next; steps that it cannot run stay the model\'s own), or "python" (the '
+            "model's own code). Last bits differ between the two.",
+            flag='decode steps: "auto" (captured once a model, then run natively), or "python"',
+            choices=("auto", "python"),
         ),
     )
     trace: str | Path | None = field(
@@ -157,9 +149,6 @@ class LoadOptions:
                 raise ConfigError(f"{option.name}={value!r} is unknown. Allowed: {', '.join(choices)}.")
         if isinstance(self.prune, bool) or not isinstance(self.prune, (int, float)) or not 0 <= self.prune <= 1:
             raise ConfigError(f"prune={self.prune!r} is not a share. Give 0 (leave out nothing) to 1.")
-        if self.step == "auto" and (self.compile or not on_cpu):
-            what = "compile=True decodes in a way of its own" if self.compile else "steps run natively on the CPU alone"
-            raise ConfigError(f'step="auto": {what}. Leave step="python".')
         if self.miss != "copy" and on_cpu:
             raise ConfigError(
                 f"miss={self.miss!r} chooses between copying an expert to the GPU and computing it in host memory, and "
@@ -178,8 +167,6 @@ class LoadOptions:
                 raise ConfigError(f"{name} is {value!r:.80}; it must be a name, the path of a file, or None.")
         if not isinstance(self.quantization, (str, type(None))):
             raise ConfigError(f'quantization is {self.quantization!r:.80}; it must be a name such as "int4", or None.')
-        if not isinstance(self.compile, bool):
-            raise ConfigError(f"compile is {self.compile!r}; it must be True or False.")
         _ = self.weight_format, self.torch_dtype  # refuse unknown ones
 
     @cached_property

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeflow.core import align_up
 from moeflow.hf.passes.growing_cache import KeptShape
+from moeflow.kernels.cpu.huge_pages import use_huge_pages
 from moeflow.kernels.cpu.step import MAX_DIMS, StepCode, instruction_words, tensor_words
-from moeflow.step.plan import plan_memory
 from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, Instruction, Operand, Program
 
 _ELSEWHERE = KINDS.index("torch")
+_ALIGN_BYTES = 64
 
 
 class BoundProgram:
@@ -20,14 +22,17 @@ class BoundProgram:
     Args:
         program: the program.
         model: whose weights it names.
+
+    Attributes:
+        num_bytes: of memory that is taken beside the weights.
     """
 
     def __init__(self, program: Program, model: torch.nn.Module) -> None:
         self.program = program
         calls = [one.attributes["call"] for one in program.body if one.kind == "own"]
         self.modules = {call.path: model.get_submodule(call.path) for call in calls}
-        offsets, num_bytes = plan_memory(program)
-        self._arena = torch.zeros(num_bytes + 64, dtype=torch.uint8)
+        offsets, self.num_bytes = plan_memory(program)
+        self._arena = torch.zeros(self.num_bytes + 64, dtype=torch.uint8)
         begin = -self._arena.data_ptr() % 64
         named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         self._raw: list[torch.Tensor] = []  # of each buffer, its bytes, or the weight
@@ -42,8 +47,9 @@ class BoundProgram:
                 self._raw.append(torch.empty(0, dtype=torch.uint8))
             else:
                 self._raw.append(self._arena[begin + offset : begin + offset + buffer.num_bytes])
-        for instruction in program.setup:
-            self.call(instruction)
+        self.compute_constants()
+        matrices = {operand.buffer for one in program.body if one.kind == "linear" for operand in one.inputs[1:]}
+        use_huge_pages([(raw.data_ptr(), raw.nbytes) for raw in map(self._raw.__getitem__, sorted(matrices))])
         self.kept_layers: dict[int, KeptShape] = {}  # by number of the layer, in the order of the library's table
         for one in program.body:
             if one.kind in ("attend", "attend_latent"):
@@ -87,6 +93,11 @@ class BoundProgram:
             raw[state.buffer] = tensor.detach()
         for number in self._of_states:
             self.code.replace(number, self._words(self.program.body[number]))
+
+    def compute_constants(self) -> None:
+        """Compute what is made of weights alone, again where they may have been changed in place."""
+        for instruction in self.program.setup:
+            self.call(instruction)
 
     def tensor(self, operand: Operand) -> torch.Tensor:
         """Return an operand where it lies."""
@@ -134,7 +145,9 @@ class BoundProgram:
             side = {"right": 2, "left": 3}.get(about.get("side", ""), 1 if len(instruction.inputs) == 2 else 0)
             whole, real = [POINTWISE.index(about["op"]), side], [about.get("number", 0.0), about.get("factor", 1.0)]
             operands = coalesce(operands)
-        elif instruction.kind == "rms_norm":
+        elif instruction.kind == "linear":
+            whole = [len(instruction.outputs)]
+        elif instruction.kind in ("rms_norm", "add_norm"):
             real = [about["eps"]]
         elif instruction.kind == "experts":
             whole = [about["layer"]]
@@ -171,3 +184,38 @@ def coalesce(operands: list[Operand]) -> list[Operand]:
         shape = tuple(math.prod(sizes[place] for place in group) for group in groups)
         result.append(Operand(one.buffer, one.dtype, shape, strides, one.offset))
     return result
+
+
+def plan_memory(program: Program) -> tuple[list[int | None], int]:
+    """Place every buffer that a step makes.
+
+    Args:
+        program: buffers that are kept, constant or inputs get memory of their own.
+
+    Returns:
+        [buffers] offsets in bytes, None for weights; and the bytes of all.
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for number, instruction in enumerate(program.body):
+        for operand in (*instruction.outputs, *instruction.inputs):
+            first.setdefault(operand.buffer, number)
+            last[operand.buffer] = number
+    offsets: list[int | None] = [None] * len(program.buffers)
+    end = 0
+    for number, buffer in enumerate(program.buffers):
+        if buffer.kind in ("input", "constant", "kept"):
+            offsets[number], end = end, end + align_up(buffer.num_bytes, _ALIGN_BYTES)
+    placed: list[tuple[int, int, int, int]] = []  # offset, bytes, first and last instruction
+    made = [number for number, buffer in enumerate(program.buffers) if buffer.kind == "made" and number in first]
+    for number in sorted(made, key=lambda number: -program.buffers[number].num_bytes):
+        size, offset = align_up(program.buffers[number].num_bytes, _ALIGN_BYTES), end
+        meeting = [one for one in placed if one[2] <= last[number] and first[number] <= one[3]]
+        candidates = [end, *(begin + length for begin, length, _, _ in meeting)]
+        for candidate in sorted(candidates):
+            if all(candidate + size <= begin or begin + length <= candidate for begin, length, _, _ in meeting):
+                offset = candidate
+                break
+        placed.append((offset, size, first[number], last[number]))
+        offsets[number] = offset
+    return offsets, max([end, *(offset + size for offset, size, _, _ in placed)])

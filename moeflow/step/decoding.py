@@ -9,12 +9,22 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.errors import MoeflowError
-from moeflow.hf.passes.decode_call import DecodeCall, OutputMaker, decode_call, may_decode, refusal, run_calls_by
+from moeflow.hf.passes.capture_gate import capture_gate
+from moeflow.hf.passes.decode_call import (
+    OutputMaker,
+    decode_call,
+    has_growing_cache,
+    may_decode,
+    refusal,
+    run_calls_by,
+)
 from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
+from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
+from moeflow.step.unchanged import ModelState
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +48,13 @@ class StepDecoding:
         self._refused: str | None = None  # of the last call that was not read, before the first native step
         self._model = weakref.ref(model)
         self._runtime: ExpertRuntime = model.moeflow  # type: ignore[assignment]  # transformers types it as a module
-        self.programs = StepPrograms(self._runtime)
         self._outputs = OutputMaker()
-        if GrowingCache.of_model(model) is None:
+        has_positions = GrowingCache.of_model(model) is not None
+        if has_positions:
+            run_calls_by(model, self._run, self._learn)
+        self.programs = StepPrograms(self._runtime, ModelState(model))
+        if not has_positions:
             self.programs.reason = f"{type(model).__name__} keeps other state than keys and values"
-        else:
-            run_calls_by(model, self._run, self._outputs.learn)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -54,9 +65,9 @@ class StepDecoding:
         return dict(total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mode ("native" once a step ran so), why not where none will, and the steps run natively."""
+        """Return the mode ("native" once a step ran so), why not where none does, and the steps run natively."""
         mode, found = "native" if self.num_steps else "python", self.programs
-        reason = found.reason or next((found.reasons[rows] for rows in sorted(found.reasons)), None)
+        reason = found.reason or found.changed or next((found.reasons[rows] for rows in sorted(found.reasons)), None)
         if not self.num_steps:
             reason = reason or self._refused
         return {"mode": mode, "reason": reason, "steps": self.num_steps}
@@ -65,17 +76,55 @@ class StepDecoding:
         """Return the programs as lines; empty before the first step."""
         return "\n\n".join(runner.bound.program.text() for runner in self.programs)
 
+    def prepare(self) -> None:
+        """Capture the program of one sequence now, or take it from the disk, in place of at the first step."""
+        model = self._model()
+        if model is not None and self.programs.reason is None:
+            self._runtime.turns.run(capture_gate.run, self.programs.runner, model, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """Prepare the program of one sequence and describe it.
+
+        Returns:
+            "reason" why there is none; or "instructions" by kind, "memory_bytes" that it takes beside the weights,
+            "from_disk", and "text". All of them else None.
+        """
+        found = self.programs
+        self.prepare()
+        runner = next(iter(found), None)
+        about = dict.fromkeys(("instructions", "memory_bytes", "from_disk", "text"))
+        if runner is None:
+            return {"reason": found.reason or found.reasons.get(1) or found.changed, **about}
+        bound = runner.bound
+        kinds = Counter(one.kind for one in bound.program.body)
+        return {
+            "reason": None,
+            "instructions": dict(kinds.most_common()),
+            "memory_bytes": bound.num_bytes,
+            "from_disk": found.was_kept[1],
+            "text": bound.program.text(),
+        }
+
+    def _learn(self, output: Any) -> None:
+        self._outputs.learn(output)
+        self.programs.look_closer()
+
     def _run(self, kwargs: dict[str, Any]) -> Any:
         """Run a call as a step; return its output, or None where the model must run it itself."""
-        model = self._model()
-        if self.programs.reason is not None or model is None or not self._outputs.knows:
+        if self.programs.reason is not None or not self._outputs.knows or torch.compiler.is_dynamo_compiling():
             return None
-        call = decode_call(model, kwargs)
-        if call is None and not self.num_steps:
+        made = None
+        if has_growing_cache(kwargs):
+            made = self._runtime.turns.run(capture_gate.run, self._call, kwargs)
+        if made is None and not self.num_steps and not torch.compiler.is_compiling():
             self._refused = refusal(kwargs) or self._refused
-        return None if call is None else self._runtime.turns.run(self._call, call)
+        return made
 
-    def _call(self, call: DecodeCall) -> Any:
+    def _call(self, kwargs: dict[str, Any]) -> Any:
+        model = self._model()
+        call = None if model is None else decode_call(model, kwargs)
+        if call is None:
+            return None
         rows = StepRows(call.cache, call.input_ids, call.positions, call.firsts)
         begun = ForwardPass(len(call.input_ids), 1, True, call.input_ids, call.attention_mask, call.cache)
         logits = self.step(rows, begun)
@@ -95,6 +144,9 @@ class StepDecoding:
             ExpertReadError: an expert could not be read. The step may be run again.
             ClosedModelError: the runtime was closed.
         """
+        return capture_gate.run(self._step, rows, begun)
+
+    def _step(self, rows: StepRows, begun: ForwardPass) -> torch.Tensor | None:
         model, num_rows = self._model(), len(rows.input_ids)
         size = next((size for size in SIZES if num_rows <= size), None)
         if model is None or model.training or size is None or not may_decode():
@@ -105,12 +157,13 @@ class StepDecoding:
         self._runtime.begin_pass(begun)
         try:
             logits = runner.step(rows).clone()
+        except StepIndexError:  # a token that is not in the vocabulary: the model's own code refuses it
+            return None
         except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of torch, or of the model's own code
             if isinstance(error, MoeflowError):
                 raise
             self.programs.reason = f"a step as a program failed ({type(error).__name__}: {str(error)[:200]})"
             _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
             return None  # what is kept is as before
-        rows.kept.advance(runner.bound.kept_layers)
         self.num_steps += 1
         return logits

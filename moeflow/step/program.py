@@ -10,7 +10,7 @@ from moeflow.hf.passes.kept_state import StateName
 
 KINDS = (
     "linear", "rms_norm", "experts", "attend", "pointwise", "softmax", "top_k", "reduce", "gather", "rows", "scatter",
-    "attend_latent", "torch", "own",
+    "attend_latent", "add_norm", "rope", "torch", "own",
 )  # fmt: skip
 """Kinds of instructions, in the order of StepKind in _step.h."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import MoeflowError, UnsupportedModelError
 from moeflow.hf import experts_interface
 from moeflow.hf.passes.capture import capture
 from moeflow.kernels.cpu.library import instruction_set
@@ -13,7 +13,11 @@ from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
 from moeflow.step.check import difference
+from moeflow.step.fuse import fuse
 from moeflow.step.lower import lower
+from moeflow.step.program import Program
+from moeflow.step.program_file import KeptProgram
+from moeflow.step.program_folder import KeptFile
 from moeflow.step.runner import StepRunner
 from moeflow.step.unchanged import ModelState
 
@@ -21,60 +25,103 @@ _log = logging.getLogger(__name__)
 
 
 class StepPrograms:
-    """Programs of one model, captured when they are first asked for.
+    """Programs of one model, captured or taken from the disk when they are first asked for.
 
     Args:
         runtime: of the model's experts.
+        loaded: the model as it was loaded; one that is changed has no programs until that is undone.
 
     Attributes:
         reason: why the model has none of any size; None where it has, or may have.
         reasons: why it has none of so many rows, by that number.
+        was_kept: whether what is known came from the disk, by number of rows.
+        changed: what the last step found changed in the model; None where nothing was.
     """
 
-    def __init__(self, runtime: ExpertRuntime) -> None:
+    def __init__(self, runtime: ExpertRuntime, loaded: ModelState) -> None:
         self.reason: str | None = None
         self.reasons: dict[int, str] = {}
+        self.was_kept: dict[int, bool] = {}
+        self.changed: str | None = None
         self._runtime = runtime
+        self._loaded = loaded
         self._runners: dict[int, StepRunner] = {}
-        self._state: ModelState | None = None
+        self._own_code_ran = True  # since the last step
+        self._told: set[str] = set()
 
     def __iter__(self) -> Iterator[StepRunner]:
         return iter(self._runners.values())
 
     def runner(self, model: PreTrainedModel, num_rows: int) -> StepRunner | None:
-        """Return the program of so many rows; None where the model has none, or is not what it was captured from."""
-        if self.reason is None and num_rows not in self._runners.keys() | self.reasons.keys():
-            self._capture(model, num_rows)
-        if self.reason is not None or self._state is None or not self._state.is_unchanged():
+        """Return the program of so many rows; None where the model has none, or is not what was loaded."""
+        if self.reason is not None:
             return None
+        self.changed = self._loaded.change() or (self._loaded.change_behind_a_pass() if self._own_code_ran else None)
+        if self.changed is not None:
+            if self.changed not in self._told:
+                self._told.add(self.changed)
+                _log.warning("%s decodes by its own code: %s", type(model).__name__, self.changed)
+            return None
+        if self._own_code_ran:
+            for runner in self:
+                runner.bound.compute_constants()
+        if num_rows not in self._runners.keys() | self.reasons.keys():
+            self._prepare(model, num_rows)
+        self._own_code_ran = False
         return self._runners.get(num_rows)
 
-    def _capture(self, model: PreTrainedModel, num_rows: int) -> None:
+    def look_closer(self) -> None:
+        """Note that the model's own code ran: the caller may have changed what does not change between two steps."""
+        self._own_code_ran = True
+
+    def _prepare(self, model: PreTrainedModel, num_rows: int) -> None:
+        """Take a program from the disk, or capture it and keep it there."""
         if instruction_set() is None:
             self.reason = "the compiled kernels were not built"
             return
-        try:
-            bound = BoundProgram(lower(capture(model, num_rows), num_rows), model)
-        except UnsupportedModelError as error:
-            self.reasons[num_rows] = str(error)
-            return
-        except Exception as error:  # an operation that no rule was written for: the model's own code goes on
-            reason = f"its step cannot be written as a program ({type(error).__name__}: {str(error)[:200]})"
-            _log.warning("%s decodes by its own code: %s", type(model).__name__, reason)
-            self.reasons[num_rows] = reason
-            return
-        experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
-        runner = StepRunner(bound, self._runtime, experts)
-        if num_rows > 1 and runner.is_of_one:
-            self.reasons[num_rows] = "its step of several sequences has states that are no keys and values"
-            return
-        try:
-            with self._runtime.unwatched():
-                differs = difference(model, runner)
-        except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            differs = f"its step as a program fails ({type(error).__name__}: {str(error)[:200]})"
-        if differs is None:
+        file = KeptFile(model, num_rows)
+        kept = file.read()
+        runner = None
+        if kept is not None and kept.program is not None:
+            try:
+                runner = self._bind(model, kept.program)
+            except Exception:  # a setup that fails on these weights: the file is not what a capture wrote
+                kept = None
+        self.was_kept[num_rows] = kept is not None
+        if kept is None:
+            kept, runner = self._capture(model, num_rows)
+            file.write(kept)
+        if kept.reason is not None:
+            self.reasons[num_rows] = kept.reason
+        if runner is not None:
             self._runners[num_rows] = runner
-            self._state = self._state or ModelState(model)
-        else:
-            self.reasons[num_rows] = differs
+
+    def _capture(self, model: PreTrainedModel, num_rows: int) -> tuple[KeptProgram, StepRunner | None]:
+        """Capture a program and compare it with the model's own code.
+
+        Raises:
+            MoeflowError, MemoryError: of the experts, or of the moment. The next call tries again.
+        """
+        _log.info("the decode step of %s is written as a program, once a model", type(model).__name__)
+        what, reason = "cannot be written as a program", None
+        try:
+            program = lower(capture(model, num_rows), num_rows)
+            runner = self._bind(model, program)
+            what = "as a program fails"
+            if num_rows > 1 and runner.is_of_one:
+                reason = "its step of several sequences has states that are no keys and values"
+            else:
+                with self._runtime.unwatched():
+                    reason = difference(model, runner)
+        except UnsupportedModelError as error:
+            reason = str(error)
+        except (MoeflowError, MemoryError):
+            raise
+        except Exception as error:  # an operation that no rule was written for, or the model's own code: that goes on
+            reason = f"its step {what} ({type(error).__name__}: {str(error)[:200]})"
+            _log.warning("%s decodes by its own code: %s", type(model).__name__, reason)
+        return (KeptProgram(program, None), runner) if reason is None else (KeptProgram(None, reason), None)
+
+    def _bind(self, model: PreTrainedModel, program: Program) -> StepRunner:
+        experts: list[OffloadedExperts] = [module._moeflow for _, module in experts_interface.experts_modules(model)]
+        return StepRunner(BoundProgram(fuse(program), model), self._runtime, experts)

@@ -52,10 +52,12 @@ class StepRunner:
         self._unknown = (StepLayer * len(experts))()  # of which every call is Python's
         self._firsts, self._lengths = np.zeros((2, num_rows), np.int64)
         self._kept = np.zeros((len(bound.kept_layers), num_rows, 3), np.int64)
+        self._is_done = np.zeros(1, np.int64)
         self._seconds = np.zeros(len(KINDS))
         self._state = StepState(
             lengths=self._lengths.ctypes.data, firsts=self._firsts.ctypes.data, num_rows=num_rows, num_live=num_rows,
             seconds=self._seconds.ctypes.data, kept=self._kept.ctypes.data,
+            is_done=self._is_done.ctypes.data,
         )  # fmt: skip
 
     @property
@@ -64,7 +66,9 @@ class StepRunner:
         return dict(zip(KINDS, self._seconds.tolist(), strict=True))
 
     def step(self, rows: StepRows) -> torch.Tensor:
-        """Run one step of as many sequences as the program has rows, or fewer; what keeps them does not count it.
+        """Run one step of as many sequences as the program has rows, or fewer; what keeps them counts it.
+
+        Behind an error or an interrupt it counts the step if that was done, and is as before if not.
 
         Args:
             rows: the sequences.
@@ -76,14 +80,19 @@ class StepRunner:
             ExpertReadError: an expert could not be read. The step may be run again.
             ClosedModelError: the runtime was closed.
         """
+        self._is_done[0] = 0  # until the library sets it: no interrupt comes between that and what it has written
         kept: Any = rows.kept
         back = [remembered(kept.layers[call.layer]) for call in self._own_calls]
         try:
             return self._step(rows)
         except BaseException:
-            for bring_back in back:
-                bring_back()
+            if not self._is_done[0]:
+                for bring_back in back:
+                    bring_back()
             raise
+        finally:
+            if self._is_done[0]:
+                rows.kept.advance(self.bound.kept_layers)
 
     def takes(self, rows: StepRows) -> bool:
         """Whether what keeps the sequences is what the program writes and reads."""

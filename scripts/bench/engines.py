@@ -215,7 +215,7 @@ def _compare_disk(runtime, job: dict) -> dict:
 def load_moeflow(job: dict) -> Engine:
     import moeflow
 
-    options = {"expert_memory": job["budget"], **job.get("options", {})}
+    options = {"expert_memory": job["budget"], "step": "auto", **job.get("options", {})}
     model = moeflow.load_moe(job["model"], device="cpu", **options)
     return Engine(_hf_generate(model, job), runtime=model.moeflow)
 

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.paths import ROOT
 from moeflow.cli.main import main
+from moeflow.kernels.cpu.library import instruction_set
 
 
 def moeflow(*arguments, stdin=None, **environment):
@@ -55,6 +56,26 @@ def test_info_tells_from_headers_what_each_budget_buys(folder):
     text = moeflow("info", folder).stdout
     assert "smallest budget" in text
     assert "221,184 bytes" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
+def test_info_prints_the_program_of_a_step_which_the_first_run_has_kept(folder):
+    first, second = (json.loads(moeflow("info", folder, "--step", "--json").stdout) for _ in range(2))
+    assert first["reason"] is None
+    assert first["instructions"]["experts"] == first["instructions"]["attend"] == 3
+    assert first["memory_bytes"] > 0
+    assert second == {**first, "from_disk": True}
+    text = moeflow("info", folder, "--step").stdout
+    assert "beside the weights; from the disk" in text
+    assert second["text"] in text
+    assert "name the model" in moeflow("info", "--step").stderr
+
+
+@pytest.mark.slow
+def test_info_says_why_a_model_decodes_by_its_own_code(folder):
+    said = moeflow("info", folder, "--step", MOEFLOW_CPU_KERNELS="off").stdout
+    assert "decodes by its own code: the compiled kernels were not built" in said
 
 
 @pytest.mark.slow

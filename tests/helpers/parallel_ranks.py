@@ -220,8 +220,6 @@ def run_refusals(folder):
         seen["other plan"] = apply(right if RANK else None)
     with (model := load(folder, predictor="markov")).moeflow:
         seen["predictor"] = outcome(lambda: expert_parallel.apply(model))
-    with (model := load(folder, compile=True)).moeflow:
-        seen["compile"] = outcome(lambda: expert_parallel.apply(model))
     return seen
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.hf.dense_kernels import MAX_TOKENS, FewTokensLinear, linear, rms_norm, speed_up_dense
 from moeflow.kernels.cpu.library import instruction_set
@@ -80,16 +79,3 @@ def test_gradients_still_flow_through_the_dense_parts(mixtral_folder):
     with torch.no_grad():
         assert layer(torch.randn(0, 64)).shape == (0, 64)
     model.moeflow.close()
-
-
-@pytest.mark.slow
-def test_a_compiled_model_decodes_what_the_plain_one_does(tmp_path):
-    """In float32 no token of a greedy generation is close enough to another for last bits to matter."""
-    tiny_mixtral(num_hidden_layers=1).save_pretrained(tmp_path)
-    ids, outputs = torch.arange(1, 8).unsqueeze(0), []
-    for options in ({}, {"compile": True}, {"compile": True, "expert_memory": "50%"}):
-        model = load_moe(tmp_path, **options)
-        outputs.append(model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0))
-        model.moeflow.close()
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[1], outputs[2])

@@ -81,7 +81,6 @@ def test_a_format_is_told_by_its_full_name():
         ({"predictor": 3}, "predictor is 3"),
         ({"trace": 3}, "trace is 3"),
         ({"trace": ""}, "trace is ''"),
-        ({"compile": "no"}, "True or False"),
         ({"policy": ["lru"]}, "policy="),
     ],
 )

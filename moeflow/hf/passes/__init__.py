@@ -1,5 +1,5 @@
 """A model's passes as transformers runs them: calls, caches, attention, rotary embeddings, captured decode steps.
 
 Knows nothing of experts' places, budgets or requests. `step/`, `trace/`, `calibration/`, `loading/`, `engine/`,
-`expert_parallel/`, `chat/` and `batch/` import it.
+`chat/` and `batch/` import it.
 """

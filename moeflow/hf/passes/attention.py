@@ -20,6 +20,7 @@ with parts_of_transformers():
 MaskRule = Callable[..., Any]  # (batch, head, query position, key position) -> bool
 causal_rule: MaskRule = causal_mask_function
 _NAME = "moeflow"
+_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 class Attending(Protocol):
@@ -129,6 +130,18 @@ def attention_replaced(model: PreTrainedModel, by: Attending) -> Iterator[dict[i
         _attending.reset(token)
         for config in replaced:
             _replacements.remove(config)
+
+
+def unknown_attention(config: Any) -> str | None:
+    """Say why a config's attention may compute otherwise than transformers' own; None where it is that.
+
+    Args:
+        config: of a model or of a part of it.
+    """
+    name = own_implementation(config)
+    if name in (None, "eager") or (name == "sdpa" and ALL_ATTENTION_FUNCTIONS.get(name) is _SDPA):
+        return None
+    return f'its attention is "{name}" as the caller has it'
 
 
 def attention_function(module: torch.nn.Module, implementation: str) -> Callable:

@@ -5,8 +5,6 @@ how long a sequence is nor where an expert lies.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +20,11 @@ from moeflow.hf.passes.attention import (
     causal_rule,
     own_implementation,
 )
+from moeflow.hf.passes.capture_gate import capture_gate
 from moeflow.hf.passes.growing_cache import GrowingCache, GrowingLayer
 from moeflow.hf.passes.kept_state import StateName, put_state, state_names, state_of
 from moeflow.hf.passes.own_modules import OwnCall, OwnModules, attention_modules
+from moeflow.hf.passes.twin import twin_of
 
 _UNUSED = {"position_ids", "cache_position"}  # tensors that attention functions get and do not use
 _FAR = (1 << 20) + 3  # a position that is the first of no chunk, on which a mask's rule is tried
@@ -225,6 +225,7 @@ def capture(model: PreTrainedModel, num_rows: int) -> CapturedStep:
     cache = GrowingCache.of_model(model)
     if cache is None:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values")
+    model = twin_of(model)
     own_layers = cache.own_layers()
     while True:
         try:
@@ -250,7 +251,7 @@ def _capture(model: PreTrainedModel, num_rows: int, own: OwnModules) -> Captured
     step = _Step(model, handed, names).eval()
     before = [dict(vars(layer)) for layer in layers]
     with (
-        torch.no_grad(), _own_forward(model), attention_replaced(model, handed), own.handed(),
+        capture_gate.capturing(), torch.no_grad(), attention_replaced(model, handed), own.handed(),
         warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")  # of torch's own code about itself
@@ -277,18 +278,6 @@ def _layers_after_prompt(model: PreTrainedModel, num_rows: int, own: OwnModules)
         arguments: dict[str, Any] = {**forward.cache_argument(model, cache), "use_cache": True}
         type(model).forward(model, input_ids=torch.tensor([[3, 5]] * num_rows), **arguments)
     return list(cache.layers)
-
-
-@contextmanager
-def _own_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Let the base model run without the turns of its passes, which do not concern a capture."""
-    attributes = vars(model.base_model)
-    wrapped = attributes.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            attributes["forward"] = wrapped
 
 
 def _rule_of(allowed: MaskRule) -> tuple[int, int]:

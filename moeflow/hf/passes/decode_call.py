@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -15,6 +16,7 @@ from moeflow.hf.passes.growing_cache import GrowingCache
 _CACHE_NAMES = ("cache", "past_key_values")  # the newer name first
 _ANSWERED = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", *_CACHE_NAMES}
 _NEVER = ("output_attentions", "output_hidden_states", "output_router_logits")
+_WHOLE = (torch.int64, torch.int32)
 
 
 class DecodeCall(NamedTuple):
@@ -35,6 +37,11 @@ class DecodeCall(NamedTuple):
     attention_mask: torch.Tensor | None
 
 
+def has_growing_cache(kwargs: dict[str, Any]) -> bool:
+    """Whether a model's forward is given a cache that a program can go on with."""
+    return any(type(kwargs.get(name)) is GrowingCache for name in _CACHE_NAMES)
+
+
 def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | None:
     """Read the keyword arguments of a model's forward; None where they ask for anything else.
 
@@ -44,24 +51,30 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
     """
     if not may_decode():
         return None
-    ids = kwargs.get("input_ids")
+    ids: Any = kwargs.get("input_ids")
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-    if type(cache) is not GrowingCache or ids is None or ids.dim() != 2 or ids.shape[1] != 1 or not cache.length:
+    if type(cache) is not GrowingCache or not _is_whole(ids) or ids.dim() != 2 or ids.shape[1] != 1 or not cache.length:
         return None
-    if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED) or kwargs.get("return_dict") is False:
+    if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED):
         return None
-    if kwargs.get("use_cache") is False or any(getattr(model.config, name, False) for name in _NEVER):
+    keep, config = kwargs.get("logits_to_keep"), model.config
+    parts = [config, *(getattr(config, name, None) for name in type(config).sub_configs)]
+    if kwargs.get("use_cache") is False or any(getattr(part, name, False) for part in parts for name in _NEVER):
+        return None
+    if kwargs.get("return_dict") is False or not config.return_dict or not (keep is None or _is_count(keep)):
         return None
     length, num_rows = cache.length, len(ids)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     firsts = torch.zeros(num_rows, dtype=torch.int64)
     if mask is not None:
-        if mask.shape != (num_rows, length + 1):
+        if not isinstance(mask, torch.Tensor) or mask.shape != (num_rows, length + 1):
             return None
         seen = mask != 0
         firsts = length + 1 - seen.sum(1)
-        if not bool((seen == (torch.arange(length + 1) >= firsts[:, None])).all()):
+        if not bool((seen == (torch.arange(length + 1) >= firsts[:, None])).all()) or bool((firsts > length).any()):
             return None
+    if positions is not None and not _is_whole(positions):
+        return None
     told = _positions(positions, num_rows, length)
     return None if told is None else DecodeCall(ids, told, firsts, cache, mask)
 
@@ -84,8 +97,21 @@ def _positions(positions: torch.Tensor | None, num_rows: int, length: int) -> to
 
 
 def may_decode() -> bool:
-    """Whether nothing in this thread asks torch for more than values: no gradients, autocast or compilation."""
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    """Whether nothing in this thread asks torch for more than values: no gradients, autocast, compilation or modes."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    modes = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    return all(type(mode) is DeviceContext for mode in modes)
+
+
+def _is_whole(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) and given.dtype in _WHOLE and given.is_cpu
+
+
+def _is_count(given: Any) -> bool:
+    return isinstance(given, int) and given >= 0
 
 
 def refusal(kwargs: dict[str, Any]) -> str | None:
@@ -96,7 +122,7 @@ def refusal(kwargs: dict[str, Any]) -> str | None:
             return None
     except ValueError:  # a cache without positions
         return None
-    if ids is None or ids.shape[-1] != 1:
+    if not isinstance(ids, torch.Tensor) or ids.shape[-1:] != (1,):
         return "its last call was for several new tokens, or for none by number"
     if type(cache) is not GrowingCache:
         return f"it is called with a {type(cache).__name__}, which is not moeflow's cache"

@@ -12,7 +12,7 @@ from moeflow.errors import ConfigError, UnsupportedModelError
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
-    from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache, DynamicCache
 
 KeyValueCache = Cache
@@ -43,7 +43,7 @@ class ForwardPass(NamedTuple):
 
 
 def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
-    """Describe the pass that a model's forward is called for; None where it is given no tokens.
+    """Describe the pass that a model's forward is called for; None where it is given no tokens in rows.
 
     Args:
         args: positional arguments of forward, as its hooks see them.
@@ -54,7 +54,7 @@ def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
         ids = kwargs.get("inputs_embeds")
     if ids is None:
         ids = args[0] if args else None
-    if ids is None:
+    if not isinstance(ids, torch.Tensor) or ids.dim() < 2:  # which the model refuses
         return None
     cache = kwargs.get("past_key_values")
     cache = kwargs.get("cache") if cache is None else cache  # its name from transformers 5.24 on
@@ -188,18 +188,3 @@ def packed_forward(
         arguments["logits_to_keep"] = keep
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **arguments).logits[0]
     return logits if "logits_to_keep" in known else logits[keep]
-
-
-def compile_decoding(model: PreTrainedModel) -> None:
-    """Let generate() compile its decode steps, on any device: a static key-value cache, and torch.compile."""
-    # The compiler's checks of its own allocations would take as long as the smaller kernels.
-    no_mode: Any = None  # CompileConfig says str, torch.compile takes None beside options
-    compiling: Any = CompileConfig(mode=no_mode, fullgraph=False, options={"size_asserts": False})
-    compiling._compile_all_devices = True  # without it transformers compiles on accelerators only
-    model.generation_config.cache_implementation = "static"
-    model.generation_config.compile_config = compiling
-
-
-def compiles_decoding(model: PreTrainedModel) -> bool:
-    """Tell whether `compile_decoding` was called."""
-    return getattr(getattr(model, "generation_config", None), "compile_config", None) is not None

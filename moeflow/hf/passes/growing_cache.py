@@ -1,6 +1,8 @@
 """A key-value cache in memory that grows by doubling, so that a step writes new keys and values where they stay."""
 
+from collections import deque
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,50 +43,50 @@ class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, [batch, heads, capacity, features], of which the first `length` positions count.
 
     A layer with a window keeps all positions too: the mask tells which are seen.
+
+    Attributes:
+        length: positions kept.
+        form: sequences, and what is kept of a position; None before the first.
     """
 
     def __init__(self) -> None:
         self._memory: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._is_lent = False  # whether a caller may hold a view of the memory
         self.length = 0
-        self.version = 0  # changes with the memory
+        self.form: tuple[int, KeptShape] | None = None
         super().__init__()
+
+    def __copy__(self) -> "GrowingLayer":
+        """Return a layer that goes on by itself: neither writes what the other keeps."""
+        self._end_memory()
+        twin = type(self)()
+        vars(twin).update(vars(self))
+        return twin
 
     @property
     def keys(self) -> torch.Tensor | None:
         """[batch, heads, length, features]; None before the first."""
+        self._is_lent = True
         return None if self._memory is None else self._memory[0][:, :, : self.length]
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
         if keys is None:
-            self._memory, self.length = None, 0
-        elif self._memory is None:
-            self._memory, self.length = (keys, keys), keys.shape[2]
+            self._hold(None, 0)
         else:
-            self._memory, self.length = (keys, self._memory[1]), keys.shape[2]
-        self.version += 1
+            self._hold((keys, keys if self._memory is None else self._memory[1]), keys.shape[2], is_lent=True)
 
     @property
     def values(self) -> torch.Tensor | None:
         """[batch, heads, length, features]; None before the first."""
+        self._is_lent = True
         return None if self._memory is None else self._memory[1][:, :, : self.length]
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
         if values is not None:
             assert self._memory is not None
-            self._memory = self._memory[0], values
-        self.version += 1
-
-    @property
-    def form(self) -> tuple[int, KeptShape] | None:
-        """Sequences, and what is kept of a position; None before the first."""
-        if self._memory is None:
-            return None
-        keys, values = self._memory
-        if keys.dtype != values.dtype or keys.shape[:2] != values.shape[:2]:
-            return None
-        return keys.shape[0], KeptShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+            self._hold((self._memory[0], values), self.length, is_lent=True)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note that there is something to keep."""
@@ -96,11 +98,16 @@ class GrowingLayer(DynamicLayer):
         """Keep new keys and values, [batch, heads, new, features]; return those of all positions."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        self._make_room(end, key_states, value_states)
+        end, new = self.length + key_states.shape[2], (key_states, value_states)
+        if self._memory is not None and not all(map(_takes, self._memory, new)):  # as transformers has it, or refuses
+            old = [memory[:, :, : self.length] for memory in self._memory]
+            keys, values = (torch.cat(pair, dim=-2) for pair in zip(old, new, strict=True))
+            self._hold((keys, values), end)
+            return keys, values
+        self._make_room(end, *new)
         assert self._memory is not None
-        for memory, new in zip(self._memory, (key_states, value_states), strict=True):
-            memory[:, :, self.length : end] = new
+        for memory, added in zip(self._memory, new, strict=True):
+            memory[:, :, self.length : end] = added
         self.length = end
         return self._memory[0][:, :, :end], self._memory[1][:, :, :end]
 
@@ -109,8 +116,16 @@ class GrowingLayer(DynamicLayer):
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; the number is negative, as transformers has it."""
-        self.length = max(self.length - abs(tokens_to_remove), 0)
+        """Forget the last positions; the number is negative, as transformers has it.
+
+        Raises:
+            ValueError: it is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of positions to forget, not {tokens_to_remove}.")
+        self.length = max(self.length + tokens_to_remove, 0)
+        if self._is_lent:
+            self._end_memory()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep these sequences in this order, [n]; one may come several times."""
@@ -125,16 +140,19 @@ class GrowingLayer(DynamicLayer):
         if self._memory is not None:
             self._take_rows(torch.arange(len(self._memory[0])).repeat_interleave(repeats))
 
-    def _take_rows(self, rows: torch.Tensor) -> None:
-        if self._memory is None or torch.equal(rows, torch.arange(len(self._memory[0]))):
+    def _take_rows(self, indices: torch.Tensor) -> None:
+        if self._memory is None:
+            return
+        all_rows = torch.arange(len(self._memory[0]))
+        rows = all_rows[indices]
+        if torch.equal(rows, all_rows):
             return
         made = []
         for old in self._memory:
             new = old.new_empty(len(rows), *old.shape[1:])
             new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
             made.append(new)
-        self._memory = made[0], made[1]
-        self.version += 1
+        self._hold((made[0], made[1]), self.length)
 
     def make_room(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the memory, with room for one more position."""
@@ -144,18 +162,40 @@ class GrowingLayer(DynamicLayer):
 
     def _make_room(self, end: int, *like: torch.Tensor) -> None:
         is_enough = self._memory is not None and all(
-            memory.shape[2] >= end and memory.is_contiguous() and memory.shape[0] == new.shape[0]
-            for memory, new in zip(self._memory, like, strict=True)
+            memory.shape[2] >= end
+            and memory.is_contiguous()
+            and (not memory.is_inference() or torch.is_inference_mode_enabled())
+            for memory in self._memory
         )
         if is_enough:
             return
         capacity = max(_FIRST_POSITIONS, 1 << (end - 1).bit_length())
-        made = [new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3]) for new in like]
+        keys, values = (new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3]) for new in like)
         if self._memory is not None:
-            for new, old in zip(made, self._memory, strict=True):
+            for new, old in zip((keys, values), self._memory, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
-        self._memory = made[0], made[1]
-        self.version += 1
+        self._hold((keys, values), self.length)
+
+    def _hold(self, memory: tuple[torch.Tensor, torch.Tensor] | None, length: int, *, is_lent: bool = False) -> None:
+        self._memory, self.length, self._is_lent, self.form = memory, length, is_lent, None
+        if memory is not None:
+            keys, values = memory
+            if keys.dim() == values.dim() == 4 and keys.dtype == values.dtype and keys.shape[:2] == values.shape[:2]:
+                shape = KeptShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+                self.form = keys.shape[0], shape
+
+    def _end_memory(self) -> None:
+        """Leave no room: what comes next is written to memory of its own."""
+        if self._memory is not None:
+            keys, values = self._memory
+            self._hold((keys[:, :, : self.length], values[:, :, : self.length]), self.length)
+
+
+def _takes(memory: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether new positions may be written behind those in a memory."""
+    is_tracked = torch.is_grad_enabled() and (memory.requires_grad or new.requires_grad)
+    is_alike = memory.dtype == new.dtype and memory.shape[:2] == new.shape[:2] and memory.shape[3:] == new.shape[3:]
+    return is_alike and not is_tracked
 
 
 class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):  # type: ignore[misc, override]  # as transformers' own
@@ -201,7 +241,7 @@ class GrowingCache(DynamicCache):
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)
         self._table = np.zeros((0, 0, 3), np.int64)
-        self._versions: list[tuple[int, ...]] = []
+        self._places: list[tuple[int, int, int]] = []  # of the table
 
     @classmethod
     def in_place_of(cls, cache: object) -> "GrowingCache | None":
@@ -254,20 +294,18 @@ class GrowingCache(DynamicCache):
             [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
         """
         growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
+        if not growing:
+            return np.zeros((0, 1, 3), np.int64)
         memories = [layer.make_room() for layer in growing]
-        versions = [
-            (layer.version, keys.data_ptr(), values.data_ptr())
-            for layer, (keys, values) in zip(growing, memories, strict=True)
-        ]
-        if versions != self._versions:
-            batch = memories[0][0].shape[0]
-            rows = np.arange(batch)
-            self._table = np.empty((len(memories), batch, 3), np.int64)
+        places = [(keys.data_ptr(), values.data_ptr(), keys.shape[2]) for keys, values in memories]
+        if places != self._places:
+            rows = np.arange(memories[0][0].shape[0])
+            self._table = np.empty((len(places), len(rows), 3), np.int64)
             for number, (keys, values) in enumerate(memories):
                 self._table[number, :, 0] = keys.data_ptr() + rows * keys.stride(0) * keys.element_size()
                 self._table[number, :, 1] = values.data_ptr() + rows * values.stride(0) * values.element_size()
                 self._table[number, :, 2] = keys.shape[2]
-            self._versions = versions
+            self._places = places
         return self._table
 
     def states(self, names: Iterable[StateName]) -> list[torch.Tensor] | None:
@@ -281,6 +319,7 @@ class GrowingCache(DynamicCache):
         return {number for number, layer in enumerate(self.layers) if type(layer) not in known}
 
     def advance(self, layers: Iterable[int]) -> None:
-        """Count the position that a step has written."""
-        for number in layers:
-            self.layers[number].length += 1  # type: ignore[union-attr]
+        """Count the position that a step has written. No interrupt comes in between: no line of Python runs."""
+        growing: list[Any] = [self.layers[number] for number in layers]
+        if growing:
+            deque(map(setattr, growing, repeat("length"), repeat(growing[0].length + 1)), maxlen=0)
