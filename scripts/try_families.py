@@ -28,7 +28,7 @@ Which of the families of mixture-of-experts models in transformers decode native
 **{native} of {all} decode natively**; their logits differ from the model's own by at most {difference:.0e} of the
 largest.
 "Attention by its own code" means that attention is the model's Python, and all around it the program.
-"n `torch`" are instructions that torch runs.
+"`torch` instructions" are operations that torch runs, between native stretches.
 
 | family | decodes | remarks |
 |---|---|---|

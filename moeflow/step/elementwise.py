@@ -44,8 +44,10 @@ def elementwise(name: str, made: torch.Tensor, args: list, kwargs: dict[str, Any
         return "softplus", [args[0]], {}
     if name == "bitwise_not" and made.dtype is torch.bool:
         return "not", [args[0]], {}
-    if name in ("bitwise_and", "bitwise_or") and made.dtype is torch.bool:
-        return name.removeprefix("bitwise_"), args[:2], {}
+    if name in ("bitwise_and", "bitwise_or", "__and__", "__or__") and made.dtype is torch.bool:
+        return name.removeprefix("bitwise_").strip("_"), args[:2], {}
+    if name == "square":
+        return "mul", [args[0], args[0]], {}
     if name in _TWO and not kwargs.get("rounding_mode"):
         return _pair(_TWO[name], args, kwargs)
     if name == "rsub":

@@ -11,6 +11,7 @@ from moeflow.moe.experts import layer_of_handle
 from moeflow.step.elementwise import elementwise
 from moeflow.step.program import DTYPES, REDUCTIONS, Buffer, Instruction, Operand
 
+_MOST_PRODUCTS = 1 << 18  # of a product of matrices whose products are written down
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -207,10 +208,88 @@ class Operations:
     def _reduce(self, op: str, outputs: list, args: list) -> bool:
         x, dims = args[0], args[1] if len(args) > 1 else None
         assert op in REDUCTIONS
-        if dims not in ([-1], [x.dim() - 1]) or x.dtype not in _FLOATS or outputs[0].dtype not in _FLOATS:
+        if (
+            not isinstance(dims, (list, tuple))
+            or len(dims) != 1
+            or x.dtype not in _FLOATS
+            or outputs[0].dtype not in _FLOATS
+        ):
             return False
-        self._emit("reduce", (self._operand(outputs[0]),), (self._contiguous(x),), {"op": op})
+        self._emit("reduce", (self._operand(outputs[0]),), (self._contiguous(x.movedim(dims[0], -1)),), {"op": op})
         return True
+
+    def _matmul(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        a, b = args
+        (out,) = outputs
+        size = out.numel() * a.shape[-1]
+        if a.dim() != b.dim() or a.dim() < 2 or a.dim() + 1 > MAX_DIMS or size > _MOST_PRODUCTS:
+            return False
+        shape = (*out.shape, a.shape[-1])
+        left, right = a.unsqueeze(-2).expand(shape), b.transpose(-1, -2).unsqueeze(-3).expand(shape)
+        return self._sum_of_products(out, left, right)
+
+    _bmm = _matmul
+
+    def _conv1d(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        x, weight, bias, stride, padding, dilation, groups = [*args, *(None, [1], [0], [1], 1)[len(args) - 2 :]]
+        (out,) = outputs
+        is_plain = list(stride) == [1] and list(padding) == [0] and list(dilation) == [1]
+        if (
+            not is_plain
+            or groups != x.shape[1]
+            or weight.shape[0] != groups
+            or (bias is not None and bias.dtype != x.dtype)
+        ):
+            return False
+        windows = x.unfold(-1, weight.shape[-1], 1)
+        made = out if bias is None else torch.empty(out.shape, dtype=torch.float32, device="meta")
+        if not self._sum_of_products(made, windows, weight[None, :, 0, None].expand(windows.shape)):
+            return False
+        if bias is not None:
+            inputs = self._operand(made), self._operand(bias[:, None].expand(out.shape))
+            self._emit("pointwise", (self._operand(out),), inputs, {"op": "add"})
+        return True
+
+    def _sum_of_products(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Write the sums over the last dimension of a times b, in float32, to a tensor without it."""
+        if any(tensor.dtype not in _FLOATS for tensor in (out, a, b)):
+            return False
+        self._buffer(out, "made", "")
+        products = torch.empty(a.shape, dtype=torch.float32, device="meta")
+        self._buffer(products, "made", "")
+        self._emit("pointwise", (self._operand(products),), (self._operand(a), self._operand(b)), {"op": "mul"})
+        self._emit("reduce", (self._operand(out),), (self._operand(products),), {"op": "sum"})
+        return True
+
+    def _select_scatter(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        x, part, dim, index = args
+        (out,) = outputs
+        if out.dtype not in DTYPES or out.dim() > MAX_DIMS or part.dtype != out.dtype:
+            return False
+        self._emit("pointwise", (self._operand(out),), (self._operand(x),), {"op": "copy"})
+        self._emit("pointwise", (self._operand(out.select(dim, index)),), (self._operand(part),), {"op": "copy"})
+        return True
+
+    def _clamp(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        x, least, most = [*args, None, None][:3]
+        least, most = kwargs.get("min", least), kwargs.get("max", most)
+        (out,) = outputs
+        bounds = [(op, bound) for op, bound in (("max", least), ("min", most)) if bound is not None]
+        if (
+            out.dtype not in _FLOATS
+            or out.dim() > MAX_DIMS
+            or any(isinstance(bound, torch.Tensor) for _, bound in bounds)
+        ):
+            return False
+        for place, (op, bound) in enumerate(bounds, start=1):
+            made = out if place == len(bounds) else torch.empty(out.shape, dtype=out.dtype, device="meta")
+            self._buffer(made, "made", "")
+            about = {"op": op, "number": float(bound), "side": "right"}
+            self._emit("pointwise", (self._operand(made),), (self._operand(x),), about)
+            x = made
+        return True
+
+    _concat = _cat
 
     # ---- Tensors ----
 

@@ -88,4 +88,4 @@ def remark(run: FamilyRun) -> str:
         return re.sub(r" by [\d.e+-]+ of its logits", "", run.reason or "").replace("|", "/")
     named = {"own": "attention by its own code", "attend_latent": "latent attention"}
     parts = [text for kind, text in named.items() if run.instructions.get(kind)]
-    return ", ".join(parts + ([f"{run.instructions['torch']} `torch`"] if run.instructions.get("torch") else [])) or "-"
+    return ", ".join(parts + (["`torch` instructions"] if run.instructions.get("torch") else [])) or "-"
