@@ -231,7 +231,8 @@ class Operations:
     _bmm = _matmul
 
     def _conv1d(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
-        x, weight, bias, stride, padding, dilation, groups = [*args, *(None, [1], [0], [1], 1)[len(args) - 2 :]]
+        rest: list[Any] = [None, [1], [0], [1], 1]
+        x, weight, bias, stride, padding, dilation, groups = [*args, *rest[len(args) - 2 :]]
         (out,) = outputs
         is_plain = list(stride) == [1] and list(padding) == [0] and list(dilation) == [1]
         if (
