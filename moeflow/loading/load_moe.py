@@ -119,7 +119,7 @@ def load_moe(
         if prune:
             prune_experts(loaded, runtime, folder.path, prune)
         if options.step == "auto" and on_cpu:
-            runtime.step = StepDecoding(loaded)
+            StepDecoding(loaded)
         if trace is not None:
             attach_recorder(loaded, trace)
     except BaseException:

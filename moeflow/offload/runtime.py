@@ -6,7 +6,7 @@ nothing of routers or arithmetic.
 
 import threading
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -76,7 +76,7 @@ class ExpertRuntime:
         self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
         self.turns = Turns()  # of the model's passes
-        self.step: Any = None  # the model's StepDecoding, where its decode steps may run natively
+        self.step_of: Callable[[], Any] = lambda: None  # returns `step`
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
@@ -97,13 +97,10 @@ class ExpertRuntime:
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._lock = threading.RLock()
         # Equal records become one object, so that layers share the tensor views of a slot.
-        records: dict[RecordLayout, RecordLayout] = {}
+        one: dict[RecordLayout, RecordLayout] = {}
         self._records = [
-            [
-                records.setdefault(record, record)
-                for record in map(source.layout.record_of, range(source.layout.num_experts))
-            ]
-            for source in store.layers
+            [one.setdefault(record, record) for record in map(layout.record_of, range(layout.num_experts))]
+            for layout in (source.layout for source in store.layers)
         ]
         self._parts = Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
         self._at_collection = weakref.finalize(self, self._parts.release)
@@ -127,6 +124,11 @@ class ExpertRuntime:
     def closed(self) -> bool:
         """Whether close() was called."""
         return self._closed
+
+    @property
+    def step(self) -> Any:
+        """The model's StepDecoding, which the model owns; None where its decode steps never run natively."""
+        return self.step_of()
 
     @property
     def predictor(self) -> Predictor | None:
@@ -292,14 +294,10 @@ class ExpertRuntime:
         with self._lock:
             now, peak = process_memory_bytes()
             host, unit_bytes = self._host, self._unit_bytes
+            keys = [ExpertKey(layer, e) for layer, count in enumerate(self.experts_per_layer) for e in range(count)]
             memory = {
                 "expert_budget_bytes": self._budget_bytes or self.cache.limit * unit_bytes,
-                "all_experts_bytes": unit_bytes
-                * sum(
-                    self.cache.size(ExpertKey(layer, expert))
-                    for layer, records in enumerate(self._records)
-                    for expert in range(len(records))
-                ),
+                "all_experts_bytes": unit_bytes * sum(map(self.cache.size, keys)),
                 "device_bytes": self.cache.used * unit_bytes,
                 "device_peak_bytes": self.cache.peak_used * unit_bytes,
                 "host_bytes": len(host.cache) * self._slot_bytes if host else 0,

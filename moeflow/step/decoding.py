@@ -33,7 +33,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class StepDecoding:
-    """Decode steps of one model: its program is captured at the first, and runs from then on.
+    """Decode steps of one model, which owns them: its program is captured at the first, and runs from then on.
 
     Args:
         model: loaded, with its runtime.
@@ -53,6 +53,8 @@ class StepDecoding:
         if has_positions:
             run_calls_by(model, self._run, self._learn)
         self.programs = StepPrograms(self._runtime, ModelState(model))
+        model._step_decoding = self  # type: ignore[assignment]  # an attribute of ours
+        self._runtime.step_of = weakref.ref(self)  # no circle: a model without a name releases its memory at once
         if not has_positions:
             self.programs.reason = f"{type(model).__name__} keeps other state than keys and values"
 

@@ -1,5 +1,6 @@
 """The step programs of one model, one for each number of rows, ready to run."""
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -90,6 +91,7 @@ class StepPrograms:
         self.was_kept[num_rows] = kept is not None
         if kept is None:
             kept, runner = self._capture(model, num_rows)
+            gc.collect()  # graphs of torch's refer to themselves, and to the model
             file.write(kept)
         if kept.reason is not None:
             self.reasons[num_rows] = kept.reason

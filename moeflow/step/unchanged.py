@@ -1,5 +1,6 @@
 """Whether a model still is what it was when it was loaded: modules and what they run, weights, hooks, attention."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from operator import is_, is_not
@@ -26,27 +27,32 @@ class ModelState:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        named = list(model.named_modules())
+        self._model = weakref.ref(model)  # which owns this
+        self._own_class, self._is_wrapped = type(model), _is_moeflows(vars(model).get("forward"))
+        named = list(model.named_modules())[1:]
         self._names = [name for name, _ in named]
         self._modules = [module for _, module in named]
         self._tables: list[dict[str, Any]] = []  # of children, parameters and buffers
         self._parts: list[tuple[dict[str, Any], str, Any, str]] = []  # and of each table, its entries
         self._attributes: list[tuple[dict[str, Any], str, Any, str]] = []
-        for path, module in named:
+        for path, module in [("", model), *named]:
             for table in (module._modules, module._parameters, module._buffers):
                 self._tables.append(table)
                 self._parts += [(table, name, part, f"{path}.{name}") for name, part in table.items()]
             if not isinstance(module, PreTrainedModel):  # those note things about their passes
                 names = vars(module).keys() - _OF_ANY_MODULE - {"forward"} | {"training"}
                 self._attributes += [(vars(module), name, vars(module)[name], f"{path}.{name}") for name in names]
-        self._configs = list({id(one.config): one.config for one in self._modules if hasattr(one, "config")}.values())
+        having = [one for one in (model, *self._modules) if hasattr(one, "config")]
+        self._configs = list({id(one.config): one.config for one in having}.values())
         for config in self._configs:
             names = {name for name in vars(config) if not name.startswith(_ANSWERED) and not name.endswith("token_id")}
             self._attributes += [(vars(config), name, vars(config)[name], f"config.{name}") for name in names]
         self._num_parts = list(map(len, self._tables))
-        self._hooks = [hooks for one in self._modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._hooks = [
+            hooks for one in (model, *self._modules) for hooks in (one._forward_hooks, one._forward_pre_hooks)
+        ]
         self._classes = [type(module) for module in self._modules]
-        self._class_forwards: list[tuple[Any, Any]] = [(kind, kind.forward) for kind in set(self._classes)]
+        self._class_forwards: list[tuple[Any, Any]] = [(kind, kind.forward) for kind in {type(model), *self._classes}]
         self._own = [vars(module) for module in self._modules]
         self._forwards = [own.get("forward") for own in self._own]
         self._tensors = [part for _, _, part, _ in self._parts if isinstance(part, torch.Tensor)]
@@ -62,12 +68,18 @@ class ModelState:
             hooked = self._hooked()
             if hooked is not None:
                 return hooked
+        model = self._model()
+        if model is None or type(model) is not self._own_class:
+            return "the model is of another class"
+        now = vars(model).get("forward")
+        if not _is_moeflows(now) if self._is_wrapped else now is not None:
+            return "the model has another forward"
         if not all(map(is_, map(type, self._modules), self._classes)):
             return self._first(map(is_not, map(type, self._modules), self._classes), "is of another class")
         forwards = map(dict.get, self._own, repeat("forward"))
         for number, now in enumerate(forwards):
             if now is not self._forwards[number] and not _is_moeflows(now):
-                return f"{self._names[number] or 'the model'} has another forward"
+                return f"{self._names[number]} has another forward"
         for kind, forward in self._class_forwards:
             if kind.forward is not forward:
                 return f"{kind.__name__} has another forward"
@@ -94,11 +106,11 @@ class ModelState:
             return "a hook is on all modules"
         for number, hooks in enumerate(self._hooks):
             if any(map(_is_users, hooks.values())):
-                return f"a hook is on {self._names[number // 2] or 'it'}"
+                return f"a hook is on {self._names[number // 2 - 1] if number > 1 else 'the model'}"
         return None
 
     def _first(self, differs: Iterator[bool], what: str) -> str:
-        return f"{self._names[list(differs).index(True)] or 'the model'} {what}"
+        return f"{self._names[list(differs).index(True)]} {what}"
 
 
 def _is_users(hook: Callable[..., Any]) -> bool:

@@ -15,6 +15,7 @@ from moeflow import load_moe
 from moeflow.engine.engine import Engine
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ClosedModelError
+from moeflow.hf.passes.capture_gate import capture_gate
 from moeflow.kernels.cpu.library import instruction_set
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
@@ -79,6 +80,27 @@ def test_threads_on_one_model_each_get_what_they_get_alone(load, wanted):
         assert all(map(same, at_once(*calls), wanted))
     assert model.moeflow.stats()["step"] == {"mode": "native", "reason": None, "steps": 2 * len(PROMPTS) * (NEW - 1)}
     model.moeflow.check_integrity()
+
+
+def test_a_pass_whose_end_an_interrupt_swallowed_keeps_no_capture_waiting(load, wanted):
+    capture_gate._passing.add(threading.get_ident())  # as an interrupt in the last line of `run` leaves it
+    model = load()
+    (found,) = at_once(lambda: generate(model, max_new_tokens=NEW))
+    assert same(found, wanted[0])
+
+
+def test_a_model_without_a_name_releases_its_memory_at_once(load, mixtral_folder):
+    model = load_moe(mixtral_folder, device="cpu", expert_memory="100%", predictor=None)
+    generate(model, max_new_tokens=NEW)
+    assert model.moeflow.step.num_steps
+    runtime = weakref.ref(model.moeflow)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert runtime() is None
+    finally:
+        gc.enable()
 
 
 def test_two_models_in_two_threads(load, wanted):

@@ -3,6 +3,7 @@
 torch.export sets flags that every thread reads: passes beside it would take other ways, and other bits.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ class CaptureGate:
             with self._lock:
                 try:
                     self._capturing = me
-                    while self._passing:
+                    while any(map(self._is_passing, list(self._passing))):
                         time.sleep(_LOOKED_S)
                     yield
                 finally:
@@ -66,6 +67,16 @@ class CaptureGate:
         finally:
             if was_passing:
                 self._enter(me)
+
+    def _is_passing(self, thread: int) -> bool:
+        """Whether a thread that was noted is in a pass; where an interrupt kept it from saying its end, forget it."""
+        frame = sys._current_frames().get(thread)
+        while frame is not None:
+            if frame.f_code is CaptureGate.run.__code__:
+                return True
+            frame = frame.f_back
+        self._passing.discard(thread)
+        return False
 
     def _enter(self, me: int) -> None:
         self._passing.add(me)
