@@ -23,6 +23,7 @@ using namespace moeflow;
 namespace {
 
 constexpr int64_t DONE = -1, FAILED = -2; /* FAILED - i: instruction i */
+constexpr int64_t NO_MEMORY = INT64_MIN;
 constexpr int BLOCK = 512;                /* values that are computed at a time */
 constexpr int64_t POSITIONS_AT_ONCE = 512; /* of a piece of attention: the same for any number of threads */
 constexpr int64_t SERIAL_POSITIONS = 1 << 14; /* times features, under which waking threads takes longer */
@@ -368,7 +369,7 @@ void attend(const Instruction &it, const StepState &state) {
         positions += length - first;
     }
     const int64_t query_floats = rows * heads * features;
-    const int64_t needed = query_floats + (int64_t)pieces.size() * queries * stride;
+    const int64_t needed = query_floats + (int64_t)pieces.size() * queries * stride + out_features;
     if ((int64_t)attention_memory.size() < needed) attention_memory.resize(needed + needed / 2);
     float *query = attention_memory.data(), *partial = query + query_floats;
     for (int64_t row = 0; row < rows; ++row)
@@ -392,7 +393,7 @@ void attend(const Instruction &it, const StepState &state) {
             arithmetic.attend(group, piece.first, piece.count, partial + i * queries * stride);
         });
     });
-    float result[2048];
+    float *result = partial + (int64_t)pieces.size() * queries * stride;
     size_t i = 0;
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t group = 0; group < groups; ++group) {
@@ -470,10 +471,17 @@ int64_t run(const Instruction *const *instructions, int64_t count, int64_t first
 } // namespace
 
 /* Runs instructions from `first` on, all with the same threads. Returns -1 where all are done, the number of the one that
- * the caller must run, or -2 - i where instruction i failed: an index out of its table, or no memory. */
+ * the caller must run, or -2 - i where instruction i failed: an index out of its table; or the least number where there
+ * is no memory. */
 EXPORTED int64_t moeflow_step_run(const Instruction *const *instructions, int64_t count, int64_t first,
                                   const StepState *state) {
     int64_t reached = DONE;
-    in_parallel((int)state->num_threads, [&](Team &) { reached = run(instructions, count, first, state); });
+    in_parallel((int)state->num_threads, [&](Team &) {
+        try {
+            reached = run(instructions, count, first, state);
+        } catch (const std::exception &) { /* of the vectors: no memory */
+            reached = NO_MEMORY;
+        }
+    });
     return reached;
 }

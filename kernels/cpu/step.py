@@ -15,6 +15,7 @@ MAX_DIMS = 6
 _HEAD_WORDS = 10
 _TENSOR_WORDS = 3 + 2 * MAX_DIMS
 DONE = -1
+_NO_MEMORY = -(2**63)
 
 
 class StepIndexError(MoeflowError):
@@ -89,8 +90,11 @@ class StepCode:
 
         Raises:
             StepIndexError: an index is outside of its table.
+            MemoryError: no memory for what an instruction needs.
         """
         reached = self._run(self._pointers.ctypes.data, len(self), first, ctypes.addressof(state))
+        if reached == _NO_MEMORY:
+            raise MemoryError("no memory for an instruction of a step")
         if reached < DONE:
             raise StepIndexError(f"instruction {DONE - 1 - reached} of a step failed: an index is outside of its table")
         return reached
