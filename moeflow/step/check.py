@@ -1,6 +1,7 @@
 """Compares a captured step with the model's own code: what depends on data or on Python's state shows here."""
 
 import copy
+import itertools
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +15,8 @@ _PREFIX = (3, 7, 2, 5)
 _LONG_PREFIX = _PREFIX * 6  # where modules of the model look at more than the program: beyond small windows and blocks
 _TOKEN = 4
 _TOLERANCE = 1e-4  # of the largest logit, in float32
-_HALF_TOLERANCE = 0.3  # halves are rounded after each operation, and a rounding may change a route
+_HALF_TOLERANCE = 0.1  # halves are rounded after each operation; a rounding may change a route, of a few tokens
+_HALF_TOKENS = 5  # so many at each position
 _ASSUMED_POSITIONS = 4096
 
 
@@ -36,13 +38,16 @@ def difference(model: PreTrainedModel, runner: StepRunner) -> str | None:
         return f"{type(model).__name__} keeps other state than keys and values"
     own, last = type(model).forward, (context_positions(model) or _ASSUMED_POSITIONS) - 1
     prefix, row = _LONG_PREFIX if runner.bound.modules else _PREFIX, torch.arange(num_rows)[:, None]
-    ladder, token, firsts = sorted({len(prefix), last // 2, last}), _TOKEN + row, row[:, 0] % len(prefix)
+    ladder, firsts = sorted({len(prefix), last // 2, last}), row[:, 0] % len(prefix)
     mask = (torch.arange(len(prefix) + 1) >= firsts[:, None]).long()
     arguments = {"use_cache": True} | ({"attention_mask": mask} if num_rows > 1 else {})
     before = arguments | ({"attention_mask": mask[:, :-1]} if num_rows > 1 else {})
     own(model, input_ids=torch.tensor([prefix]) + row, **before, **cache_argument(model, cache))
-    differs = torch.full((len(ladder), num_rows), torch.nan)  # of a row at a position, where it ran there
-    for turn in range(len(ladder)):
+    is_half = runner.bound.logits.dtype is not torch.float32
+    tries = -(-_HALF_TOKENS // num_rows) if is_half else 1
+    differs = torch.full((len(ladder), tries, num_rows), torch.nan)  # where a row ran at a position
+    for turn, attempt in itertools.product(range(len(ladder)), range(tries)):
+        token = _TOKEN + row + num_rows * attempt
         place = (turn + row[:, 0]) % len(ladder)
         positions = torch.tensor(ladder)[place]
         beside, mine = copy.deepcopy(cache), copy.deepcopy(cache)
@@ -54,16 +59,15 @@ def difference(model: PreTrainedModel, runner: StepRunner) -> str | None:
         live = slice(num_rows // 2 + 1 if turn == 1 else num_rows)
         made = runner.step(StepRows(mine, token[live], positions[live], firsts[live]))
         found = (made.float() - expected[live]).abs().amax((1, 2)) / expected.abs().max()
-        differs[place[live], row[live, 0]] = found.nan_to_num(torch.inf)
-    return _reason(differs, ladder, made.dtype)
+        differs[place[live], attempt, row[live, 0]] = found.nan_to_num(torch.inf)
+    return _reason(differs, ladder, is_half)
 
 
-def _reason(differs: torch.Tensor, ladder: list[int], dtype: torch.dtype) -> str | None:
-    """Say where a step differs; in half precision a few rows may, but neither a position nor a row as a whole."""
-    is_half = dtype is not torch.float32
+def _reason(differs: torch.Tensor, ladder: list[int], is_half: bool) -> str | None:
+    """Say where a step differs; in half precision a few tokens may, but no half of a position's, nor all of a row's."""
     least, most_of = differs.nan_to_num(torch.inf, torch.inf), differs.nan_to_num(0, torch.inf)
-    at_positions = differs.nanmedian(1).values if is_half else most_of.amax(1)
-    of_rows = least.amin(0) if is_half else most_of.amax(0)
+    at_positions = differs.flatten(1).nanmedian(1).values if is_half else most_of.amax((1, 2))
+    of_rows = least.amin((0, 1)) if is_half else most_of.amax((0, 1))
     most, tolerance = float(max(at_positions.max(), of_rows.max())), _HALF_TOLERANCE if is_half else _TOLERANCE
     if most <= tolerance:
         return None
