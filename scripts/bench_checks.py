@@ -17,7 +17,7 @@ from bench.machine import describe, print_card, software
 from bench.token_times import TokenTimes
 
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
-CHECKS = ("takes_linear", "takes_norm", "takes_token", "takes_experts", "takes_outputs")
+CHECKS = ("takes_linear", "takes_norm", "takes_layer", "takes_experts", "takes_outputs")
 REPEATS, CALLS = 7, 5000  # of the timing of one check; the fastest repeat counts
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
     card = {"model": str(folder), "dtype": arguments.dtype, **describe("torch", "transformers")}
     print_card({"model": f"{folder}, {arguments.dtype}", "machine": card["cpu"], "software": software(card)})
-    model = load_moe(folder, dtype=arguments.dtype, device="cpu", expert_memory="100%", predictor=None)
+    model = load_moe(folder, dtype=arguments.dtype, device="cpu", expert_memory="100%", predictor=None, step="python")
     with model.moeflow:
         model.generate(ids, max_new_tokens=2, do_sample=False)  # reads every expert of the prompt
         step_s = median_step(model, ids, arguments.tokens)

@@ -17,7 +17,7 @@ def test_the_share_of_a_step_is_the_sum_of_its_checks(speaking_folder, capsys):
     assert bench_checks.main(options) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     calls = {row["check"]: row["calls_a_token"] for row in result["rows"]}
-    assert calls["takes_linear"] > calls["takes_norm"] > calls["takes_token"] > 0
+    assert calls["takes_linear"] > calls["takes_norm"] > calls["takes_layer"] > 0
     assert result["share"] == pytest.approx(
         sum(row["calls_a_token"] * row["seconds_a_call"] for row in result["rows"]) / result["step_s"]
     )
