@@ -11,12 +11,6 @@
 #include "_cpu.h"
 #include "_cpu_threads.h"
 
-#ifdef _WIN32
-#define EXPORTED extern "C" __declspec(dllexport)
-#else
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-#endif
-
 using namespace moeflow;
 
 namespace {
@@ -353,7 +347,7 @@ void attend(const Instruction &it, const StepState &state) {
         positions += length - first;
     }
     const int64_t query_floats = rows * heads * features;
-    const int64_t needed = query_floats + (int64_t)pieces.size() * queries * stride;
+    const int64_t needed = query_floats + (int64_t)pieces.size() * queries * stride + out_features;
     if ((int64_t)attention_memory.size() < needed) attention_memory.resize(needed + needed / 2);
     float *query = attention_memory.data(), *partial = query + query_floats;
     for (int64_t row = 0; row < rows; ++row)
@@ -377,7 +371,7 @@ void attend(const Instruction &it, const StepState &state) {
             arithmetic.attend(group, piece.first, piece.count, partial + i * queries * stride);
         });
     });
-    float result[2048];
+    float *result = partial + (int64_t)pieces.size() * queries * stride;
     size_t i = 0;
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t group = 0; group < groups; ++group) {

@@ -72,6 +72,16 @@ def test_the_bits_are_the_same_at_any_budget_and_number_of_threads(load):
         torch.set_num_threads(1)
 
 
+def test_heads_of_any_number_of_features(tmp_path):
+    tiny_mixtral(head_dim=2304, num_hidden_layers=1).save_pretrained(tmp_path)
+    model = load_moe(tmp_path, device="cpu", expert_memory="100%", predictor=None, step="auto")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with model.moeflow:
+        logits, expected = answer(model)[1], answer(plain)[1]
+        assert model.moeflow.step.num_steps == NUM_TOKENS - 1
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_hits_and_misses_are_counted_as_without_it(load):
     counted = {}
     for step in ("python", "auto"):
