@@ -13,12 +13,6 @@
 #include "_cpu_threads.h"
 #include "_experts.h"
 
-#ifdef _WIN32
-#define EXPORTED extern "C" __declspec(dllexport)
-#else
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-#endif
-
 using namespace moeflow;
 
 namespace {

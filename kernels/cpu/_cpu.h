@@ -11,6 +11,12 @@
 
 #include "_step.h"
 
+#ifdef _WIN32
+#define EXPORTED extern "C" __declspec(dllexport)
+#else
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace moeflow {
 
 /* In the order of _FORMATS in structs.py. */
