@@ -191,7 +191,9 @@ from moeflow.errors import UnsupportedModelError
 from moeflow.hf import experts_interface
 from moeflow.hf.passes.forward import cache_argument
 from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.step_rows import StepRows
 from moeflow.step.bound import BoundProgram
+from moeflow.step.fuse import fuse
 from moeflow.step.program_file import read_program
 from moeflow.step.runner import StepRunner
 
@@ -223,12 +225,12 @@ with torch.no_grad():
             refused += 1
             continue
         try:
-            runner = StepRunner(BoundProgram(kept.program, model), model.moeflow, experts)
+            runner = StepRunner(BoundProgram(fuse(kept.program), model), model.moeflow, experts)
             cache = GrowingCache.of_model(model)
             prompt = torch.tensor([[3, 7, 2]])
             type(model).forward(model, input_ids=prompt, use_cache=True, **cache_argument(model, cache))
             for position in (3, 200):
-                runner.step(cache, torch.tensor([[4]]), position)
+                runner.step(StepRows(cache, torch.tensor([[4]]), torch.tensor([position])))
             ran += 1
         except Exception:
             pass
