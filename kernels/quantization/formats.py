@@ -29,9 +29,22 @@ Two formats are those of published checkpoints and keep their bytes:
 
 Padding (values beyond K) has any code; a kernel treats the activations there as zero.
 
+One format loses nothing. `bf16-lossless-E` holds bfloat16 values in 12 bits and a little:
+
+- `name`: uint8 [N, Kp / 32 * 48]. A block is 32 bytes of rests and 16 bytes of codes. A rest is a value's sign (bit 7)
+  and mantissa (bits 0 to 6). A code c of 0 to 14 says that the exponent is the row's top less c; 15 says that the value
+  is an escape. Value 8 a + j of a block (a < 4, j < 8) has place p = 8 (a div 2) + 16 (j div 4) + 2 (j mod 4) + a mod 2:
+  its rest is byte p, and its code the low half of code byte p for p < 16, else the high half of code byte p - 16.
+- `name_top`: uint16 [N]: bits 0 to 7 are the row's top, bit 8 says that the row has an escape; the others are zero.
+- `name_escapes`: uint8 [5 E]: E positions row * K + column, uint32, little-endian, rising, then E exponents, a byte
+  each. Unused ones come last, with position 2^32 - 1 and exponent 0.
+
+Padding has rest 0 and code 0.
+
 Knows names, sizes and shapes. Knows nothing of tensors, files or models.
 """
 
+import math
 from typing import NamedTuple
 
 from moeflow.core import DTYPE_BYTES, RecordLayout, align_up
@@ -46,10 +59,12 @@ class WeightFormat(NamedTuple):
 
     Args:
         name: as users write it.
-        kind: what a code means: "float", "int" (symmetric integers), "uint" (asymmetric), "sign", "mxfp4" or "fp8".
+        kind: what a code means: "float", "int" (symmetric integers), "uint" (asymmetric), "sign", "mxfp4", "fp8" or
+            "lossless".
         bits: bits of one code.
         group_size: neighbours in a row that share a scale; 0 for a whole row. Unused in a float format.
         dtype: safetensors dtype name of the codes.
+        num_escapes: E, for how many a lossless format has room.
     """
 
     name: str
@@ -57,6 +72,7 @@ class WeightFormat(NamedTuple):
     bits: int
     group_size: int = 0
     dtype: str = "U8"
+    num_escapes: int = 0
 
     @property
     def has_zeros(self) -> bool:
@@ -87,6 +103,8 @@ class WeightFormat(NamedTuple):
         found: list[tuple[str, str, tuple[int, ...]]] = [
             (name, self.dtype, (num_rows, self.padded(in_features) * self.bits // 8))
         ]
+        if self.kind == "lossless":
+            return [*found, (f"{name}_top", "U16", (num_rows,)), (f"{name}_escapes", "U8", (5 * self.num_escapes,))]
         groups = self.num_groups(in_features)
         if self.kind == "fp8":
             return [*found, (f"{name}_scale", "F32", (-(-num_rows // FP8_BLOCK), groups))]
@@ -97,8 +115,7 @@ class WeightFormat(NamedTuple):
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
         """Return the bytes of a matrix [N, K] with its scales and zeros."""
-        sizes = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-        return sum(sizes[dtype] * rows * columns for _, dtype, (rows, columns) in self.tensors("", shape))
+        return sum(DTYPE_BYTES[dtype] * math.prod(sizes) for _, dtype, sizes in self.tensors("", shape))
 
 
 _GROUPS = (32, 64, 128)
@@ -129,10 +146,25 @@ def find_format(name: str) -> WeightFormat:
     for candidate in (name, f"{name}-g{_DEFAULT_GROUP}"):
         if candidate in FORMATS:
             return FORMATS[candidate]
+    escapes = name.removeprefix(f"{LOSSLESS}-")
+    if escapes != name and escapes.isascii() and escapes.isdigit() and str(int(escapes)) == escapes:
+        return lossless_format(int(escapes))
     raise ConfigError(
         f"{name!r} is not a weight format. Allowed: {', '.join(FORMATS)}; int4, int3, int2 and int1 alone have groups "
         f"of {_DEFAULT_GROUP}."
     )
+
+
+LOSSLESS = "bf16-lossless"
+
+
+def lossless_format(num_escapes: int) -> WeightFormat:
+    """Return the format of bfloat16 values that loses nothing.
+
+    Args:
+        num_escapes: how many escapes a matrix has room for.
+    """
+    return WeightFormat(f"{LOSSLESS}-{num_escapes}", "lossless", 12, num_escapes=num_escapes)
 
 
 FORMAT_OF_DTYPE = {spec.dtype: spec for spec in FORMATS.values() if spec.kind == "float"}
@@ -148,7 +180,7 @@ def holds_matrix(record: RecordLayout, name: str, spec: WeightFormat, shape: tup
         shape: [N, K].
     """
     tensors = {tensor.name: tensor for tensor in record.tensors}
-    wanted = {part: DTYPE_BYTES[dtype] * rows * columns for part, dtype, (rows, columns) in spec.tensors(name, shape)}
+    wanted = {part: DTYPE_BYTES[dtype] * math.prod(sizes) for part, dtype, sizes in spec.tensors(name, shape)}
     bias = tensors.get(f"{name}_bias")
     if bias is not None:
         wanted[bias.name] = DTYPE_BYTES[bias.dtype] * shape[0]

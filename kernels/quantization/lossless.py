@@ -1,0 +1,121 @@
+"""bfloat16 matrices in 12 bits a value, every bit kept: the oracle of the lossless format, in plain torch.
+
+The format is specified in `formats.py`. Knows bits. Knows nothing of models or files.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from moeflow.errors import CheckpointError
+from moeflow.kernels.quantization.formats import BLOCK, WeightFormat
+
+ESCAPE = 15  # the code of a value whose exponent lies apart
+NUM_CODES = 15  # exponents that a row's codes reach, from its top down
+UNUSED = 0xFFFFFFFF  # the position of an escape that is none
+MOST_VALUES = UNUSED  # of a matrix
+_HAS_ESCAPES = 1 << 8
+_ROOM_BELOW_TOP = 16  # a row keeps its largest exponent as its top while at most this part of it escapes
+
+
+def _places() -> torch.Tensor:
+    """[32]: the place of each value of a block."""
+    value = torch.arange(BLOCK)
+    part, lane = value // 8, value % 8
+    return 8 * (part // 2) + 16 * (lane // 4) + 2 * (lane % 4) + part % 2
+
+
+def encode_lossless(weight: torch.Tensor, num_escapes: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Store a matrix without loss.
+
+    Args:
+        weight: [N, K], bfloat16, any strides.
+        num_escapes: room for escapes; as many as there are when None.
+
+    Returns:
+        Codes uint8 [N, Kp / 32 * 48], tops uint16 [N], escapes uint8 [5 E].
+
+    Raises:
+        ValueError: there are more escapes than room.
+    """
+    num_rows, in_features = weight.shape
+    bits = weight.contiguous().view(torch.int16).int() & 0xFFFF
+    exponents, rests = (bits >> 7) & 255, (bits >> 8) & 128 | bits & 127
+    top = _tops(exponents)
+    codes = top[:, None] - exponents
+    escapes = (codes < 0) | (codes >= NUM_CODES)
+    codes = codes.masked_fill(escapes, ESCAPE)
+    padding = (0, -in_features % BLOCK)
+    place = _places()
+    values, nibbles = (F.pad(part, padding).to(torch.uint8).unflatten(1, (-1, BLOCK)) for part in (rests, codes))
+    stored, placed = torch.empty_like(values), torch.empty_like(nibbles)
+    stored[..., place], placed[..., place] = values, nibbles
+    packed = torch.cat((stored, placed[..., :16] | placed[..., 16:] << 4), dim=-1).flatten(1)
+    at = escapes.flatten().nonzero().flatten()
+    room = len(at) if num_escapes is None else num_escapes
+    if len(at) > room:
+        raise ValueError(f"{len(at)} escapes, room for {room}")
+    positions = F.pad(at, (0, room - len(at)), value=UNUSED)
+    found = F.pad(exponents.flatten()[at], (0, room - len(at)))
+    stored_at = torch.stack([(positions >> shift) & 255 for shift in (0, 8, 16, 24)], dim=-1).flatten()
+    tops = (top + _HAS_ESCAPES * escapes.any(1)).to(torch.uint16)
+    return packed, tops, torch.cat((stored_at, found)).to(torch.uint8)
+
+
+def decode_lossless(
+    codes: torch.Tensor, tops: torch.Tensor, escapes: torch.Tensor, spec: WeightFormat, shape: tuple[int, int]
+) -> torch.Tensor:
+    """Return the matrix that was stored.
+
+    Args:
+        codes: uint8 [N, Kp / 32 * 48].
+        tops: uint16 [N].
+        escapes: uint8 [5 E].
+        spec: the format.
+        shape: [N, K].
+
+    Returns:
+        [N, K], bfloat16.
+
+    Raises:
+        CheckpointError: escapes out of order or outside of the matrix, a code of no value, or an escape without one.
+    """
+    num_rows, in_features = shape
+    blocks = codes.unflatten(1, (-1, 48))
+    halves = blocks[..., 32:]
+    place = _places()
+    rests = blocks[..., place].flatten(1)[:, :in_features].int()
+    nibbles = torch.cat((halves & 15, halves >> 4), dim=-1)[..., place].flatten(1)[:, :in_features].int()
+    top = tops.int()
+    exponents = (top & 255)[:, None] - nibbles
+    room = spec.num_escapes
+    four = escapes[: 4 * room].unflatten(0, (-1, 4)).long() if room else escapes.new_zeros(0, 4).long()
+    at = (four << torch.tensor([0, 8, 16, 24])).sum(-1)
+    used = at != UNUSED
+    count = int(used.sum())
+    at, found = at[:count], escapes[4 * room : 4 * room + count].int()
+    is_escape = (nibbles == ESCAPE).flatten()
+    _want(bool(used[:count].all()), "unused escapes before used ones")
+    _want(bool((at.diff() > 0).all()) and (not count or int(at[-1]) < num_rows * in_features), "escapes out of order")
+    _want(torch.equal(is_escape.nonzero().flatten(), at), "escapes at other values than the codes say")
+    _want(bool((((top & _HAS_ESCAPES) != 0) == is_escape.view(shape).any(1)).all()), "rows that hide their escapes")
+    _want(bool((top < 2 * _HAS_ESCAPES).all()), "tops that are no exponents")
+    exponents.view(-1)[at] = found
+    _want(bool((exponents >= 0).all()), "codes that name no value")
+    bits = (rests & 128) << 8 | exponents << 7 | rests & 127
+    return (bits - ((bits & 0x8000) << 1)).to(torch.int16).view(torch.bfloat16)
+
+
+def _tops(exponents: torch.Tensor) -> torch.Tensor:
+    """[N]: the exponent from which each row's codes count down."""
+    in_features = exponents.shape[1]
+    top = exponents.amax(1)
+    for row in ((top[:, None] - exponents >= NUM_CODES).sum(1) * _ROOM_BELOW_TOP > in_features).nonzero().flatten():
+        counts = F.pad(torch.bincount(exponents[row], minlength=256), (NUM_CODES - 1, 0))
+        reached = counts.unfold(0, NUM_CODES, 1).sum(1)  # by each top
+        top[row] = int((reached == reached.max()).nonzero().max())
+    return top
+
+
+def _want(is_so: bool, what: str) -> None:
+    if not is_so:
+        raise CheckpointError(f"a lossless matrix has {what}. The file is damaged: fetch or pack it again.")
