@@ -71,7 +71,7 @@ bool supported(const char *name) {
 void ask(const Matrix &m, bool is_rounded, Rows &rows) {
     const bool has_zeros = m.format == UINT4 || m.format == UINT3 || m.format == UINT2;
     if (has_zeros) rows.sums[m.group_size / 64] = 0;
-    if (is_rounded && m.format > FLOAT16 && m.format != FP8) rows.is_rounded = 1;
+    if (is_rounded && m.format > FLOAT16 && m.format < FP8) rows.is_rounded = 1;
 }
 Rows no_rows(int num_features) {
     Rows rows{};

@@ -20,7 +20,7 @@
 namespace moeflow {
 
 /* In the order of _FORMATS in structs.py. */
-enum Format { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT4, UINT3, UINT2, SIGN1, MXFP4, FP8, NUM_FORMATS };
+enum Format { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT4, UINT3, UINT2, SIGN1, MXFP4, FP8, LOSSLESS, NUM_FORMATS };
 /* In the order of _KINDS in structs.py. */
 enum Kind { SILU, GELU, GELU_TANH, RELU, RELU2 };
 enum Gate { NO_GATE, CONCATENATED, INTERLEAVED };
@@ -43,7 +43,7 @@ struct Matrix {
     int32_t group_size; /* a whole row: the padded in features */
     int32_t padded;
     int32_t is_transposed; /* [in_features, num_rows], floats only */
-    int32_t reserved;
+    int32_t num_escapes;   /* of a lossless matrix, whose `scale` are its tops, and whose `zero` are its escapes */
 };
 
 /* activation(gate, up) = min(act(min(gate, gate_limit)), activated_limit) * (clamp(up, up_limit) + up_offset) */

@@ -122,6 +122,32 @@ struct Avx2 {
         const __m256i wide = _mm256_cvtps_epi32(v);
         _mm_storeu_si128((__m128i *)p, _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
     }
+    /* A row's exponents by code, as the two bytes of a bfloat16 have them. */
+    struct Exponents {
+        __m256i high, low;
+    };
+    static Exponents exponents(int top) {
+        const __m128i code = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m128i found = _mm_subs_epu8(_mm_set1_epi8((char)top), code);
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(found, 1), _mm_set1_epi8(0x7f));
+        const __m128i low = _mm_slli_epi16(_mm_and_si128(found, _mm_set1_epi8(1)), 7);
+        return {_mm256_broadcastsi128_si256(high), _mm256_broadcastsi128_si256(low)};
+    }
+    static void lossless(const uint8_t *p, const Exponents &table, V (&v)[8]) {
+        const __m256i sign = _mm256_set1_epi8((char)0x80), upper = _mm256_set1_epi32((int)0xffff0000);
+        const __m256i both = _mm256_loadu_si256((const __m256i *)(p + 64));
+        for (int i = 0; i < 2; ++i) { /* of which values 0 to 7 of every 16 come, then 8 to 15 */
+            const __m256i rests = _mm256_loadu_si256((const __m256i *)(p + 32 * i));
+            const __m256i codes = _mm256_and_si256(i ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+            const __m256i high = _mm256_or_si256(_mm256_shuffle_epi8(table.high, codes), _mm256_and_si256(rests, sign));
+            const __m256i low = _mm256_or_si256(_mm256_shuffle_epi8(table.low, codes), _mm256_andnot_si256(sign, rests));
+            const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+            v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
+            v[2 + i] = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
+            v[4 + i] = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
+            v[6 + i] = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
+        }
+    }
     static void store(Float16 *p, V v) {
         _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }

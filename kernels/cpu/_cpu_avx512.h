@@ -75,6 +75,28 @@ struct Avx512 {
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
     }
 
+    struct Exponents {
+        __m512i high, low;
+    };
+    static Exponents exponents(int top) {
+        const Avx2::Exponents half = Avx2::exponents(top);
+        return {_mm512_broadcast_i64x4(half.high), _mm512_broadcast_i64x4(half.low)};
+    }
+    static void lossless(const uint8_t *p, const Exponents &table, V (&v)[4]) {
+        const __m512i sign = _mm512_set1_epi8((char)0x80), upper = _mm512_set1_epi32((int)0xffff0000);
+        const __m256i both = _mm256_loadu_si256((const __m256i *)(p + 64));
+        const __m512i rests = _mm512_loadu_si512((const void *)p);
+        const __m512i spread = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+        const __m512i codes = _mm512_and_si512(spread, _mm512_set1_epi8(15));
+        const __m512i high = _mm512_or_si512(_mm512_shuffle_epi8(table.high, codes), _mm512_and_si512(rests, sign));
+        const __m512i low = _mm512_or_si512(_mm512_shuffle_epi8(table.low, codes), _mm512_andnot_si512(sign, rests));
+        const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+        v[0] = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
+        v[1] = _mm512_castsi512_ps(_mm512_and_si512(first, upper));
+        v[2] = _mm512_castsi512_ps(_mm512_slli_epi32(second, 16));
+        v[3] = _mm512_castsi512_ps(_mm512_and_si512(second, upper));
+    }
+
     static void store(Float16 *p, V v) {
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }

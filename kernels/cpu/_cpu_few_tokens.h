@@ -6,8 +6,9 @@ struct Side {
     int row, step, nth;
 };
 /* Where to prefetch, from the start of each such row. */
-template <int R> inline int64_t ahead_of(const Side &side, int64_t at, int64_t row_bytes) {
-    const int64_t length = side.step * row_bytes, ahead = AHEAD_BYTES < length ? AHEAD_BYTES : length;
+template <int R, int64_t AHEAD = AHEAD_BYTES>
+inline int64_t ahead_of(const Side &side, int64_t at, int64_t row_bytes) {
+    const int64_t length = side.step * row_bytes, ahead = AHEAD < length ? AHEAD : length;
     return at + ahead + (side.nth * row_bytes + at + ahead < length ? 0 : (R - 1) * length);
 }
 

@@ -25,6 +25,7 @@ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 #include "_cpu_formats.h"
 #include "_cpu_few_tokens.h"
 #include "_cpu_many_tokens.h"
+#include "_cpu_lossless.h"
 #include "_cpu_activations.h"
 #include "_cpu_step.h"
 #include "_cpu_step_latent.h"
@@ -85,7 +86,7 @@ inline void product_of_codes(const Matrix &m, const char *record, int first, int
 template <class S>
 __attribute__((noinline)) void product(const Matrix &m, const char *record, int first, int count, const Rows &input,
                     const float *const *x, int num_tokens, int total, float *y, int stride, float *scratch) {
-    const bool is_many = total > (m.format <= FLOAT16 ? FEW_OF_FLOATS : FEW_OF_CODES);
+    const bool is_many = total > (m.format <= FLOAT16 || m.format == LOSSLESS ? FEW_OF_FLOATS : FEW_OF_CODES);
 #define ARGUMENTS m, record, first, count, input, x, num_tokens, is_many, y, stride, scratch
     switch (m.format) {
     case FLOAT32: product_of_floats<S, float>(ARGUMENTS); break;
@@ -98,6 +99,10 @@ __attribute__((noinline)) void product(const Matrix &m, const char *record, int 
     case SIGN1: product_of_codes<S, Sign1>(ARGUMENTS); break;
     case MXFP4: product_of_codes<S, Mxfp4>(ARGUMENTS); break;
     case FP8: product_of_codes<S, Fp8>(ARGUMENTS); break;
+    case LOSSLESS:
+        if (is_many) many_tokens<S, LosslessUnpack<S>>(m, record, first, count, x, num_tokens, y, stride, scratch);
+        else few_tokens<LosslessTile<S>>(m, record, first, count, input, x, num_tokens, y, stride);
+        break;
     }
 #undef ARGUMENTS
     if (m.bias < 0) return;

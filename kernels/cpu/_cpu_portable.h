@@ -85,6 +85,15 @@ struct Portable {
     static void widen(const Bytes &b, V (&v)[8]) {
         for (int i = 0; i < 32; ++i) v[i / LANES][i % LANES] = b.v[i];
     }
+    using Exponents = uint32_t; /* the top */
+    static Exponents exponents(int top) { return top; }
+    static void lossless(const uint8_t *p, Exponents top, V (&v)[16]) {
+        for (int i = 0; i < 64; ++i) {
+            const int part = i / 16, lane = i % 16, place = lane / 4 * 16 + part / 2 * 8 + lane % 4 * 2 + part % 2;
+            const uint32_t rest = p[place], both = p[64 + place % 32], code = place < 32 ? both & 15 : both >> 4;
+            v[i / LANES][i % LANES] = float_of((rest & 128) << 24 | ((top - code) & 255) << 23 | (rest & 127) << 16);
+        }
+    }
     static void nibbles(const uint8_t *p, V (&v)[8]) { widen(bytes4(p), v); }
 
     static Bytes bytes8(const uint8_t *p) {

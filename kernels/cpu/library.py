@@ -82,6 +82,9 @@ def library() -> Library | None:
     held.moeflow_cpu_rms_norm.argtypes = [pointer, long, pointer, c_float, long, long, pointer, c_int, c_int]
     free.moeflow_step_run.argtypes = [pointer, long, long, pointer]
     free.moeflow_step_run.restype = long
+    free.moeflow_lossless_encode.argtypes = [pointer, long, long, pointer, pointer, pointer, long]
+    free.moeflow_lossless_encode.restype = long
+    free.moeflow_lossless_decode.argtypes = [pointer, pointer, pointer, long, long, long, pointer]
     free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
     free.moeflow_cpu_read.restype = c_uint64
     _share_threads(held)

@@ -16,7 +16,7 @@ import torch
 from moeflow.errors import ConfigError
 from moeflow.kernels.cpu import checks
 from moeflow.kernels.cpu.library import library, loaded
-from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel, described_matrix, float_matrix, parts_of
+from moeflow.kernels.cpu.structs import DTYPES, ExpertKernel, described_matrix, float_matrix
 from moeflow.kernels.quantization.formats import WeightFormat
 
 # Floats in the vectors of torch's sums: those of AVX2 everywhere, since torch registers no AVX-512 kernel for sums.
@@ -186,7 +186,7 @@ class LinearKernel:
     def __init__(self, tensors: dict[str, torch.Tensor], name: str, spec: WeightFormat, shape: tuple[int, int]) -> None:
         checks.check_matrix(tensors, name, spec, shape)
         bias = tensors.get(f"{name}_bias")
-        places = {part: tensors[part].data_ptr() for part in (name, *parts_of(name)) if part in tensors}
+        places = {part: tensor.data_ptr() for part, tensor in tensors.items()}
         matrix = described_matrix(spec, shape, places, name, None if bias is None else bias.dtype)
         if matrix is None:
             raise ConfigError(f"there is no CPU kernel for a matrix in {spec.name}. Allowed: all formats but float64.")

@@ -12,10 +12,16 @@ import torch
 from moeflow.core import RecordLayout
 from moeflow.errors import ConfigError
 from moeflow.kernels.activations import ACTIVATIONS, Activation
-from moeflow.kernels.quantization.formats import FORMAT_OF_DTYPE, WeightFormat, find_format, holds_matrix
+from moeflow.kernels.quantization.formats import (
+    FORMAT_OF_DTYPE,
+    MOST_LOSSLESS_VALUES,
+    WeightFormat,
+    find_format,
+    holds_matrix,
+)
 
 # In the order of the enums in _cpu.h.
-_FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8")
+_FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8", "lossless")
 _KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _GATES = ("none", "concatenated", "interleaved")
 
@@ -38,7 +44,7 @@ class Matrix(ctypes.Structure):
             "group_size",
             "padded",
             "transposed",
-            "reserved",
+            "num_escapes",
         )
     ]
 
@@ -121,18 +127,22 @@ def described_matrix(
         bias_dtype: None where it has no bias.
         is_transposed: whether it lies [in, out].
     """
-    kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1"}.get(spec.kind, spec.name)
+    kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1", "lossless": "lossless"}.get(spec.kind, spec.name)
     if kind not in _FORMATS or (bias_dtype is not None and bias_dtype not in DTYPES):
         return None
     if not all(1 <= size <= _MOST_FEATURES for size in shape):
         return None
     num_rows, in_features = shape
     padded = spec.padded(in_features)
-    scale, zero, bias = (places.get(part, -1) for part in parts_of(name))
+    if spec.kind == "lossless" and num_rows * in_features > MOST_LOSSLESS_VALUES:
+        return None
+    scale, zero, bias = (places.get(part, -1) for part in _parts_of(name, spec))
+    if spec.kind == "lossless" and not spec.num_escapes:
+        zero = -1  # no tensor of no bytes has a place
     bias_format = 0 if bias_dtype is None else DTYPES[bias_dtype]
     return Matrix(
         places[name], scale, zero, bias, _FORMATS.index(kind), bias_format, num_rows, in_features,
-        spec.group_size or padded, padded, is_transposed,
+        spec.group_size or padded, padded, is_transposed, spec.num_escapes,
     )  # fmt: skip
 
 
@@ -146,15 +156,16 @@ def float_matrix(address: int, bias: int, format: int, bias_format: int, num_row
     )  # fmt: skip
 
 
-def parts_of(name: str) -> tuple[str, str, str]:
-    """Return the names of a matrix's scale, zero and bias."""
-    return f"{name}_scale", f"{name}_zero", f"{name}_bias"
+def _parts_of(name, spec) -> tuple[str, str, str]:
+    """Return the names of a matrix's scale, zero and bias; of its tops and escapes where it is lossless."""
+    first, second = ("top", "escapes") if spec.kind == "lossless" else ("scale", "zero")
+    return f"{name}_{first}", f"{name}_{second}", f"{name}_bias"
 
 
 def _matrix(record, name, is_transposed) -> Matrix | None:
     """Describe one matrix of a record; None where a part is missing or of another size, or no kernel knows it."""
     tensors = {spec.name: spec for spec in record.tensors}
-    places = {part: tensors[part].offset for part in (name, *parts_of(name)) if part in tensors}
+    places = {part: tensor.offset for part, tensor in tensors.items()}
     bias = tensors.get(f"{name}_bias")
     bias_dtype = None if bias is None else _BIAS_DTYPES.get(bias.dtype, torch.float64)
     for matrix in record.matrices:

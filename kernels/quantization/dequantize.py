@@ -6,6 +6,7 @@ Knows formats. Knows nothing of how codes were chosen, nor of models.
 import torch
 
 from moeflow.kernels.quantization.formats import FP8_BLOCK, WeightFormat
+from moeflow.kernels.quantization.lossless import decode_lossless
 from moeflow.kernels.quantization.packing import unpack_codes
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -37,6 +38,8 @@ def dequantize(
     codes = tensors[name]
     if spec.kind == "float":
         return codes.to(dtype)
+    if spec.kind == "lossless":
+        return decode_lossless(codes, tensors[f"{name}_top"], tensors[f"{name}_escapes"], spec, shape).to(dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     values = _code_values(codes, spec, exact)  # [N, Kp]
     assert values.shape == (num_rows, spec.padded(in_features)), f"{name}: {tuple(values.shape)} for {shape}"

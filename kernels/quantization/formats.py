@@ -31,10 +31,12 @@ Padding (values beyond K) has any code; a kernel treats the activations there as
 
 One format loses nothing. `bf16-lossless-E` holds bfloat16 values in 12 bits and a little:
 
-- `name`: uint8 [N, Kp / 32 * 48]. A block is 32 bytes of rests and 16 bytes of codes. A rest is a value's sign (bit 7)
-  and mantissa (bits 0 to 6). A code c of 0 to 14 says that the exponent is the row's top less c; 15 says that the value
-  is an escape. Value 8 a + j of a block (a < 4, j < 8) has place p = 8 (a div 2) + 16 (j div 4) + 2 (j mod 4) + a mod 2:
-  its rest is byte p, and its code the low half of code byte p for p < 16, else the high half of code byte p - 16.
+- `name`: uint8 [N, Kp / 64 * 96]; K is padded to a multiple of 64. A block of 64 values is 64 bytes of rests and 32
+  bytes of codes. A rest is a value's sign (bit 7) and mantissa (bits 0 to 6). A code c of 0 to 14 says that the exponent
+  is the row's top less c; 15 says that the value is an escape. Value 16 a + j of a block (a < 4, j < 16) has place
+  p = 16 (j div 4) + 8 (a div 2) + 2 (j mod 4) + a mod 2, the order in which vectors of 8 and of 16 floats come out of two
+  byte shuffles: its rest is byte p, its code the low half of code byte p for p < 32, else the high half of code byte
+  p - 32.
 - `name_top`: uint16 [N]: bits 0 to 7 are the row's top, bit 8 says that the row has an escape; the others are zero.
 - `name_escapes`: uint8 [5 E]: E positions row * K + column, uint32, little-endian, rising, then E exponents, a byte
   each. Unused ones come last, with position 2^32 - 1 and exponent 0.
@@ -51,6 +53,7 @@ from moeflow.core import DTYPE_BYTES, RecordLayout, align_up
 from moeflow.errors import ConfigError
 
 BLOCK = 32  # values packed together
+LOSSLESS_BLOCK = 64
 FP8_BLOCK = 128
 
 
@@ -81,7 +84,9 @@ class WeightFormat(NamedTuple):
 
     def padded(self, in_features: int) -> int:
         """Return Kp: the in features with their padding."""
-        return in_features if self.kind == "float" else align_up(in_features, max(self.group_size, BLOCK))
+        if self.kind == "float":
+            return in_features
+        return align_up(in_features, LOSSLESS_BLOCK if self.kind == "lossless" else max(self.group_size, BLOCK))
 
     def num_groups(self, in_features: int) -> int:
         """Return the number of scales in a row."""
@@ -156,6 +161,7 @@ def find_format(name: str) -> WeightFormat:
 
 
 LOSSLESS = "bf16-lossless"
+MOST_LOSSLESS_VALUES = 2**32 - 64  # of a matrix: positions are of 32 bits, and a kernel looks a block ahead
 
 
 def lossless_format(num_escapes: int) -> WeightFormat:

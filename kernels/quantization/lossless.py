@@ -7,21 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from moeflow.errors import CheckpointError
-from moeflow.kernels.quantization.formats import BLOCK, WeightFormat
+from moeflow.kernels.quantization.formats import LOSSLESS_BLOCK, WeightFormat
 
 ESCAPE = 15  # the code of a value whose exponent lies apart
 NUM_CODES = 15  # exponents that a row's codes reach, from its top down
 UNUSED = 0xFFFFFFFF  # the position of an escape that is none
-MOST_VALUES = UNUSED  # of a matrix
 _HAS_ESCAPES = 1 << 8
 _ROOM_BELOW_TOP = 16  # a row keeps its largest exponent as its top while at most this part of it escapes
 
 
 def _places() -> torch.Tensor:
-    """[32]: the place of each value of a block."""
-    value = torch.arange(BLOCK)
-    part, lane = value // 8, value % 8
-    return 8 * (part // 2) + 16 * (lane // 4) + 2 * (lane % 4) + part % 2
+    """[64]: the place of each value of a block."""
+    value = torch.arange(LOSSLESS_BLOCK)
+    part, lane = value // 16, value % 16
+    return 16 * (lane // 4) + 8 * (part // 2) + 2 * (lane % 4) + part % 2
 
 
 def encode_lossless(weight: torch.Tensor, num_escapes: int | None = None) -> tuple[torch.Tensor, ...]:
@@ -32,7 +31,7 @@ def encode_lossless(weight: torch.Tensor, num_escapes: int | None = None) -> tup
         num_escapes: room for escapes; as many as there are when None.
 
     Returns:
-        Codes uint8 [N, Kp / 32 * 48], tops uint16 [N], escapes uint8 [5 E].
+        Codes uint8 [N, Kp / 64 * 96], tops uint16 [N], escapes uint8 [5 E].
 
     Raises:
         ValueError: there are more escapes than room.
@@ -44,12 +43,12 @@ def encode_lossless(weight: torch.Tensor, num_escapes: int | None = None) -> tup
     codes = top[:, None] - exponents
     escapes = (codes < 0) | (codes >= NUM_CODES)
     codes = codes.masked_fill(escapes, ESCAPE)
-    padding = (0, -in_features % BLOCK)
+    padding = (0, -in_features % LOSSLESS_BLOCK)
     place = _places()
-    values, nibbles = (F.pad(part, padding).to(torch.uint8).unflatten(1, (-1, BLOCK)) for part in (rests, codes))
+    values, nibbles = (F.pad(part, padding).to(torch.uint8).unflatten(1, (-1, LOSSLESS_BLOCK)) for part in (rests, codes))
     stored, placed = torch.empty_like(values), torch.empty_like(nibbles)
     stored[..., place], placed[..., place] = values, nibbles
-    packed = torch.cat((stored, placed[..., :16] | placed[..., 16:] << 4), dim=-1).flatten(1)
+    packed = torch.cat((stored, placed[..., :32] | placed[..., 32:] << 4), dim=-1).flatten(1)
     at = escapes.flatten().nonzero().flatten()
     room = len(at) if num_escapes is None else num_escapes
     if len(at) > room:
@@ -67,7 +66,7 @@ def decode_lossless(
     """Return the matrix that was stored.
 
     Args:
-        codes: uint8 [N, Kp / 32 * 48].
+        codes: uint8 [N, Kp / 64 * 96].
         tops: uint16 [N].
         escapes: uint8 [5 E].
         spec: the format.
@@ -80,8 +79,8 @@ def decode_lossless(
         CheckpointError: escapes out of order or outside of the matrix, a code of no value, or an escape without one.
     """
     num_rows, in_features = shape
-    blocks = codes.unflatten(1, (-1, 48))
-    halves = blocks[..., 32:]
+    blocks = codes.unflatten(1, (-1, 96))
+    halves = blocks[..., 64:]
     place = _places()
     rests = blocks[..., place].flatten(1)[:, :in_features].int()
     nibbles = torch.cat((halves & 15, halves >> 4), dim=-1)[..., place].flatten(1)[:, :in_features].int()

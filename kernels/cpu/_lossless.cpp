@@ -1,0 +1,154 @@
+/* Writes and reads bfloat16 matrices without loss: the C ABI of lossless.py. The format is specified in
+ * quantization/formats.py. One thread a call: threads that read experts call it side by side. */
+#include "_cpu.h"
+
+using namespace moeflow;
+
+namespace {
+
+constexpr int BLOCK = 64, BLOCK_BYTES = 96, NUM_CODES = 15, ESCAPE = 15;
+constexpr uint32_t UNUSED = 0xffffffffu;
+constexpr int ROOM_BELOW_TOP = 16; /* a row's top is its largest exponent while at most this part of it escapes */
+
+inline int exponent_of(uint16_t bits) { return bits >> 7 & 255; }
+inline uint8_t rest_of(uint16_t bits) { return (uint8_t)((bits >> 8 & 128) | (bits & 127)); }
+
+/* Four bytes, each followed by a zero. */
+inline uint64_t spread(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    uint64_t wide = four;
+    wide = (wide | wide << 16) & 0x0000ffff0000ffffu;
+    return (wide | wide << 8) & 0x00ff00ff00ff00ffu;
+}
+/* Brings 64 bytes to their places: 16 a + j to 16 (j / 4) + 8 (a / 2) + 2 (j % 4) + a % 2. */
+inline void place(const uint8_t *values, uint8_t *to) {
+    for (int half = 0; half < 2; ++half)
+        for (int quad = 0; quad < 4; ++quad) {
+            const uint8_t *p = values + 32 * half + 4 * quad;
+            const uint64_t eight = spread(p) | spread(p + 16) << 8;
+            memcpy(to + 8 * half + 16 * quad, &eight, 8);
+        }
+}
+
+/* How many of a row's values lie outside of the codes' reach below a top. */
+int64_t outside(const uint16_t *w, int64_t count, int top) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found += (uint16_t)(top - exponent_of(w[i])) >= NUM_CODES;
+    return found;
+}
+int top_of(const uint16_t *w, int64_t count) {
+    int top = 0;
+    for (int64_t i = 0; i < count; ++i) top = exponent_of(w[i]) > top ? exponent_of(w[i]) : top;
+    if (outside(w, count, top) * ROOM_BELOW_TOP <= count) return top;
+    int64_t counts[256 + NUM_CODES] = {}, reached = 0, most = -1; /* counts[e + NUM_CODES] */
+    for (int64_t i = 0; i < count; ++i) ++counts[exponent_of(w[i]) + NUM_CODES];
+    for (int candidate = 0; candidate < 256; ++candidate) {
+        reached += counts[candidate + NUM_CODES] - counts[candidate];
+        if (reached >= most) most = reached, top = candidate;
+    }
+    return top;
+}
+
+inline void store32(uint8_t *to, uint32_t value) { memcpy(to, &value, 4); }
+inline uint32_t load32(const uint8_t *from) {
+    uint32_t value;
+    memcpy(&value, from, 4);
+    return value;
+}
+
+} // namespace
+
+/* Returns the escapes of a matrix [num_rows, in_features]; its parts are written where `codes` is not null and no more
+ * escapes are found than there is room for. */
+EXPORTED int64_t moeflow_lossless_encode(const uint16_t *weights, int64_t num_rows, int64_t in_features, uint8_t *codes,
+                                         uint16_t *tops, uint8_t *escapes, int64_t room) {
+    int64_t found = 0;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const uint16_t *w = weights + row * in_features;
+        const int top = top_of(w, in_features);
+        if (!codes) {
+            found += outside(w, in_features, top);
+            continue;
+        }
+        const int64_t before = found;
+        for (int64_t k = 0; k < in_features; k += BLOCK, codes += BLOCK_BYTES) {
+            const int count = (int)(in_features - k < BLOCK ? in_features - k : BLOCK);
+            uint8_t rests[BLOCK] = {}, kept[BLOCK] = {}, placed[BLOCK];
+            int is_any = 0;
+            if (count == BLOCK)
+                for (int i = 0; i < BLOCK; ++i) {
+                    const uint16_t code = (uint16_t)(top - exponent_of(w[k + i]));
+                    is_any |= code >= NUM_CODES;
+                    rests[i] = rest_of(w[k + i]), kept[i] = (uint8_t)(code >= NUM_CODES ? ESCAPE : code);
+                }
+            else
+                for (int i = 0; i < count; ++i) {
+                    const uint16_t code = (uint16_t)(top - exponent_of(w[k + i]));
+                    is_any |= code >= NUM_CODES;
+                    rests[i] = rest_of(w[k + i]), kept[i] = (uint8_t)(code >= NUM_CODES ? ESCAPE : code);
+                }
+            if (is_any)
+                for (int i = 0; i < count; ++i) {
+                    if (kept[i] != ESCAPE) continue;
+                    if (found < room) {
+                        store32(escapes + 4 * found, (uint32_t)(row * in_features + k + i));
+                        escapes[4 * room + found] = (uint8_t)exponent_of(w[k + i]);
+                    }
+                    ++found;
+                }
+            place(rests, codes);
+            place(kept, placed);
+            for (int i = 0; i < 32; ++i) codes[BLOCK + i] = (uint8_t)(placed[i] | placed[32 + i] << 4);
+        }
+        tops[row] = (uint16_t)(top | (found > before) << 8);
+    }
+    if (codes)
+        for (int64_t i = found; i < room; ++i) store32(escapes + 4 * i, UNUSED), escapes[4 * room + i] = 0;
+    return found;
+}
+
+/* What a matrix has that no writer writes; 0: nothing. In the order of _FAULTS in lossless.py. */
+enum Fault { SOUND, UNSORTED, ELSEWHERE, HIDDEN, NO_TOP, NO_VALUE };
+
+/* Looks at a matrix, and writes its values where `weights` is not null. */
+EXPORTED int moeflow_lossless_decode(const uint8_t *codes, const uint16_t *tops, const uint8_t *escapes, int64_t room,
+                                     int64_t num_rows, int64_t in_features, uint16_t *weights) {
+    int64_t next = 0, num_used = 0;
+    while (num_used < room && load32(escapes + 4 * num_used) != UNUSED) ++num_used;
+    for (int64_t i = num_used; i < room; ++i)
+        if (load32(escapes + 4 * i) != UNUSED) return UNSORTED;
+    for (int64_t i = 0; i < num_used; ++i)
+        if (load32(escapes + 4 * i) >= (uint64_t)(num_rows * in_features) ||
+            (i && load32(escapes + 4 * i) <= load32(escapes + 4 * i - 4)))
+            return UNSORTED;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        if (tops[row] > 511) return NO_TOP;
+        const int top = tops[row] & 255;
+        const int64_t before = next;
+        for (int64_t k = 0; k < in_features; k += BLOCK, codes += BLOCK_BYTES) {
+            const int count = (int)(in_features - k < BLOCK ? in_features - k : BLOCK);
+            uint16_t values[BLOCK];
+            uint8_t kept[BLOCK];
+            int special = 0;
+            for (int i = 0; i < BLOCK; ++i) {
+                const int part = i / 16, lane = i % 16, at = lane / 4 * 16 + part / 2 * 8 + lane % 4 * 2 + part % 2;
+                kept[i] = (uint8_t)(at < 32 ? codes[BLOCK + at] & 15 : codes[BLOCK + at - 32] >> 4);
+                values[i] = (uint16_t)((codes[at] & 128) << 8 | ((top - kept[i]) & 255) << 7 | (codes[at] & 127));
+                special |= (kept[i] == ESCAPE) | (kept[i] > top);
+            }
+            if (special)
+                for (int i = 0; i < count; ++i) {
+                    const uint32_t position = (uint32_t)(row * in_features + k + i);
+                    const bool is_listed = next < num_used && load32(escapes + 4 * next) == position;
+                    if (is_listed != (kept[i] == ESCAPE)) return ELSEWHERE;
+                    if (is_listed)
+                        values[i] = (uint16_t)((values[i] & 0x807f) | escapes[4 * room + next++] << 7);
+                    else if (kept[i] > top) return NO_VALUE;
+                }
+            if (weights) memcpy(weights + row * in_features + k, values, 2 * count);
+        }
+        if ((next > before) != (tops[row] >> 8 != 0)) return HIDDEN;
+    }
+    return next == num_used ? SOUND : ELSEWHERE;
+}

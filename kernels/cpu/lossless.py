@@ -1,0 +1,112 @@
+"""Stores bfloat16 matrices without loss, and reads them back: by the compiled library, else by the oracle in torch.
+
+Knows matrices and the format. Knows nothing of files or models.
+"""
+
+import torch
+
+from moeflow.errors import CheckpointError, ConfigError
+from moeflow.kernels.cpu.checks import is_plain, refusal
+from moeflow.kernels.cpu.library import library
+from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, WeightFormat, lossless_format
+from moeflow.kernels.quantization.lossless import decode_lossless, encode_lossless
+
+_FAULTS = (
+    "escapes out of order or outside of the matrix", "escapes at other values than the codes say",
+    "rows that hide their escapes", "tops that are no exponents", "codes that name no value",
+)  # fmt: skip
+
+
+def count_escapes(weight: torch.Tensor) -> int:
+    """Return how many values of a matrix need an escape.
+
+    Args:
+        weight: [N, K], bfloat16, contiguous.
+
+    Raises:
+        ConfigError: the weight is no such matrix, or too large.
+    """
+    _check_weight(weight)
+    found = library()
+    if found is None:
+        return len(encode_lossless(weight)[2]) // 5
+    return found.free.moeflow_lossless_encode(weight.data_ptr(), *weight.shape, None, None, None, 0)
+
+
+def encode(weight: torch.Tensor, codes: torch.Tensor, tops: torch.Tensor, escapes: torch.Tensor) -> None:
+    """Store a matrix.
+
+    Args:
+        weight: [N, K], bfloat16, contiguous.
+        codes: uint8 [N, Kp / 64 * 96], written.
+        tops: uint16 [N], written.
+        escapes: uint8 [5 E], written.
+
+    Raises:
+        ConfigError: a tensor does not fit the others, or there are more escapes than E.
+    """
+    _check_weight(weight)
+    room = escapes.numel() // 5
+    _check_parts(codes, tops, escapes, lossless_format(room), (weight.shape[0], weight.shape[1]))
+    library_ = library()
+    if library_ is None:
+        found = len(encode_lossless(weight)[2]) // 5
+        if found <= room:
+            for part, value in zip((codes, tops, escapes), encode_lossless(weight, room), strict=True):
+                part.copy_(value)
+    else:
+        found = library_.free.moeflow_lossless_encode(
+            weight.data_ptr(), *weight.shape, codes.data_ptr(), tops.data_ptr(), escapes.data_ptr(), room
+        )
+    if found > room:
+        raise ConfigError(f"a matrix {list(weight.shape)} has {found} escapes, and room for {room}. Give room for all.")
+
+
+def decode(
+    codes: torch.Tensor, tops: torch.Tensor, escapes: torch.Tensor, shape: tuple[int, int], out: torch.Tensor | None
+) -> None:
+    """Look at a stored matrix, and write its values where `out` is given.
+
+    Args:
+        codes: uint8 [N, Kp / 64 * 96].
+        tops: uint16 [N].
+        escapes: uint8 [5 E].
+        shape: [N, K].
+        out: [N, K], bfloat16, contiguous.
+
+    Raises:
+        CheckpointError: escapes out of order or beyond the matrix, codes that name no value.
+        ConfigError: a tensor has not the dtype and shape that the matrix asks for.
+    """
+    spec = lossless_format(escapes.numel() // 5)
+    _check_parts(codes, tops, escapes, spec, shape)
+    if out is not None and not (is_plain(out) and out.dtype == torch.bfloat16 and out.shape == shape):
+        raise refusal("a lossless matrix", f"out {list(shape)} in bfloat16", out)
+    found = library()
+    if found is None:
+        values = decode_lossless(codes, tops, escapes, spec, shape)
+        if out is not None:
+            out.copy_(values)
+        return
+    fault = found.free.moeflow_lossless_decode(
+        codes.data_ptr(), tops.data_ptr(), escapes.data_ptr(), spec.num_escapes, *shape,
+        None if out is None else out.data_ptr(),
+    )  # fmt: skip
+    if fault:
+        raise CheckpointError(
+            f"a lossless matrix has {_FAULTS[fault - 1]}. The file is damaged: fetch or pack it again."
+        )
+
+
+def _check_weight(weight) -> None:
+    if not (is_plain(weight) and weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.numel() > 0):
+        raise refusal("a lossless matrix", "[N, K] in bfloat16", weight)
+    if weight.numel() > MOST_LOSSLESS_VALUES:
+        raise ConfigError(f"a matrix {list(weight.shape)} is too large to be stored without loss: at most 2^32 values.")
+
+
+def _check_parts(codes, tops, escapes, spec: WeightFormat, shape) -> None:
+    for part, (name, _, size) in zip((codes, tops, escapes), spec.tensors("codes", shape), strict=True):
+        dtype = torch.uint16 if name.endswith("_top") else torch.uint8
+        if not (is_plain(part) and part.dtype == dtype and part.shape == size):
+            raise refusal(f"{name} of {list(shape)}", f"{dtype} {list(size)}", part)
