@@ -88,6 +88,14 @@ def test_the_path_and_a_run_do_not_change_it(model, tmp_path):
     assert step_digest(model) == before
 
 
+def test_what_torch_compile_leaves_in_the_family_does_not_change_it(model):
+    before = step_digest(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=False)
+    with torch.no_grad():
+        compiled(torch.tensor([[1, 2, 3]]), use_cache=False)
+    assert step_digest(tiny_mixtral()) == before
+
+
 def test_it_is_the_same_in_every_process(model):
     program = """
 from helpers.small_models import tiny_mixtral
