@@ -114,6 +114,7 @@ def run_family(folder):
                 "plan": parallel.plan,
             }
             model.moeflow.check_integrity()
+            assert model.moeflow.step.num_steps == 0, "a step of several ranks ran natively"
     return seen
 
 

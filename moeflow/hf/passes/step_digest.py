@@ -101,7 +101,9 @@ def _functions_beside(forward: Callable, seen: set[int]) -> Iterator[FunctionTyp
     if id(names) in seen or home.startswith("torch."):
         return
     seen.add(id(names))
-    for value in [*names.values()]:
+    for name, value in [*names.items()]:
+        if name.startswith("__"):  # torch.compile leaves what it made of a file there
+            continue
         if isinstance(value, type) and value.__module__ == home:
             members = [getattr(one, "__func__", getattr(one, "fget", one)) for one in vars(value).values()]
         else:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from transformers.models.mixtral import modeling_mixtral as family
 
 from helpers.paths import ROOT
 from helpers.small_models import tiny_mixtral
@@ -68,8 +69,6 @@ def test_a_change_of_the_model_changes_it(model, change):
 
 
 def test_patched_code_of_the_family_changes_it(model, monkeypatch):
-    from transformers.models.mixtral import modeling_mixtral as family
-
     before, digests = step_digest(model), set()
     monkeypatch.setattr(family.MixtralAttention, "forward", lambda self, hidden_states, **kwargs: (hidden_states, None))
     digests.add(step_digest(model))
@@ -85,6 +84,12 @@ def test_the_path_and_a_run_do_not_change_it(model, tmp_path):
     before = step_digest(model)
     model.config._name_or_path = model.name_or_path = str(tmp_path)
     model(torch.tensor([[1, 2, 3]]))
+    assert step_digest(model) == before
+
+
+def test_what_torch_compile_leaves_in_the_family_does_not_change_it(model, monkeypatch):
+    before = step_digest(model)
+    monkeypatch.setattr(family, "__resume_at_30_1", lambda x: x + 1, raising=False)  # a name as torch.compile gives
     assert step_digest(model) == before
 
 
