@@ -23,10 +23,12 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from moeflow import load_moe
     from moeflow.demo.model import default_demo_path
 
+    logging.disable_progress_bar()
     folder = Path(arguments.model) if arguments.model else default_demo_path()
     prompt = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
 
