@@ -180,12 +180,22 @@ def _encoded(source: LayerSource, layout: LayerLayout, verify: bool) -> LayerSou
             parts = _parts(out, matrices[name])
             lossless.encode(value, *parts)
             if verify:
-                _compare(value, parts, f"expert {expert} of {layout.name}: {name}")
+                check_same(value, parts, f"expert {expert} of {layout.name}: {name}")
 
     return LayerSource(layout, (), (Conversion(tuple(source.pieces()), convert),))
 
 
-def _compare(value: torch.Tensor, parts: tuple[torch.Tensor, ...], name: str) -> None:
+def check_same(value: torch.Tensor, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], name: str) -> None:
+    """Decode a matrix and compare it with its source.
+
+    Args:
+        value: [N, K], bfloat16.
+        parts: its codes, tops and escapes.
+        name: of the matrix, for errors.
+
+    Raises:
+        CheckpointError: a bit differs, or the parts are damaged.
+    """
     codes, tops, escapes = parts
     again = torch.empty_like(value)
     lossless.decode(codes, tops, escapes, (value.shape[0], value.shape[1]), again)

@@ -12,7 +12,7 @@ def add_pack_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     pack.add_argument(
         "--lossless",
         action="store_true",
-        help="bfloat16 experts in about three quarters of their bytes, every bit kept",
+        help="bfloat16 experts in three quarters of their bytes, every bit kept",
     )
     pack.add_argument("--json", action="store_true", help="print one JSON object")
     pack.set_defaults(run=_pack)
