@@ -58,7 +58,7 @@ def lossless_sources(
         CheckpointError: a file changed.
         ExpertReadError: the disk failed.
     """
-    if any(is_lossless(record) for source in sources for record in _records(source.layout)):
+    if _any_lossless(sources):
         return sources
     names = [matrices_of(source.layout, turned) for source, turned in zip(sources, transposed, strict=True)]
     if not any(names):
@@ -112,17 +112,18 @@ def lossless_layout(layout: LayerLayout, names: list[str], escapes: list[list[in
     return LayerLayout(layout.name, layout.num_experts, layout.record, (record, layout.record), kinds)
 
 
-def refuse_device(sources: list[LayerSource], device_type: str) -> None:
+def refuse_device(sources: list[LayerSource], device_type: str, *, are_wanted: bool = False) -> None:
     """Refuse lossless experts where no kernel computes them yet.
 
     Args:
         sources: [num_layers].
         device_type: "cpu" or "cuda".
+        are_wanted: whether the sources are to become lossless.
 
     Raises:
-        ConfigError: they are on a GPU.
+        ConfigError: they would be on a GPU.
     """
-    if device_type != "cpu" and any(is_lossless(record) for source in sources for record in _records(source.layout)):
+    if device_type != "cpu" and (are_wanted or _any_lossless(sources)):
         raise ConfigError(
             'lossless experts are computed on the CPU only: no GPU kernel reads them yet. Give device="cpu", or load '
             "the bfloat16 checkpoint without quantization."
@@ -231,6 +232,10 @@ def _parts(tensors: dict[str, torch.Tensor], matrix: MatrixSpec) -> tuple[torch.
 
 def _records(layout: LayerLayout) -> tuple[RecordLayout, ...]:
     return layout.variants or (layout.record,)
+
+
+def _any_lossless(sources: list[LayerSource]) -> bool:
+    return any(is_lossless(record) for source in sources for record in _records(source.layout))
 
 
 def _tell(layouts: list[LayerLayout]) -> None:

@@ -137,10 +137,10 @@ def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedMo
     if options.weight_format is not None:
         formats = [[options.weight_format] * source.layout.num_experts for source in layers]
         layers = quantize_sources(layers, formats, experts_interface.transposed(empty))
+    refuse_device(layers, options.torch_device.type, are_wanted=options.is_lossless)
     if options.is_lossless:
         transposed = experts_interface.transposed(empty)
         layers = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
-    refuse_device(layers, options.torch_device.type)
     size = ExpertsSize.of(
         [source.layout for source in layers],
         experts_interface.num_experts_per_tok(empty),

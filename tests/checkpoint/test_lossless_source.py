@@ -85,7 +85,7 @@ def test_logits_are_those_of_bfloat16_bit_for_bit(folder, packed, expected, way,
 
 
 def test_experts_that_save_too_little_stay_bfloat16_and_it_is_said(folder, caplog):
-    with caplog.at_level(logging.WARNING), load_moe(folder, quantization="lossless").moeflow as runtime:
+    with caplog.at_level(logging.WARNING), load_moe(folder, device="cpu", quantization="lossless").moeflow as runtime:
         layouts = [source.layout for source in runtime.store.layers]
     kept = [(n, e) for n, layout in enumerate(layouts) for e in range(8) if not is_lossless(layout.record_of(e))]
     assert kept == [(1, 2)]
@@ -97,7 +97,7 @@ def test_experts_that_save_too_little_stay_bfloat16_and_it_is_said(folder, caplo
 
 
 def test_a_scan_is_kept_and_a_damaged_one_is_done_again(folder, caplog):
-    with load_moe(folder, quantization="lossless").moeflow:
+    with load_moe(folder, device="cpu", quantization="lossless").moeflow:
         pass
     files = set((cache_folder() / "lossless").glob("*.json"))
     for content in (None, b"{}", b'{"crc32": "00000000", "escapes": [[[5]]]}', b"\xff"):
@@ -105,7 +105,7 @@ def test_a_scan_is_kept_and_a_damaged_one_is_done_again(folder, caplog):
             for file in files:
                 file.write_bytes(content)
         caplog.clear()
-        with caplog.at_level(logging.INFO), load_moe(folder, quantization="lossless").moeflow:
+        with caplog.at_level(logging.INFO), load_moe(folder, device="cpu", quantization="lossless").moeflow:
             assert ("looking at the exponents" in caplog.text) == (content is not None)
     assert set((cache_folder() / "lossless").glob("*.json")) == files
 
@@ -195,7 +195,7 @@ def test_float32_is_refused(mixtral_folder, folder, tmp_path):
     with pytest.raises(ConfigError, match=r"F32, and lossless is for bfloat16"):
         load_moe(mixtral_folder, quantization="lossless")
     with pytest.raises(ConfigError, match=r"F32, and lossless is for bfloat16"):
-        load_moe(folder, quantization="lossless", dtype="float32")
+        load_moe(folder, device="cpu", quantization="lossless", dtype="float32")
     with pytest.raises(ConfigError, match=r"F32, and lossless is for bfloat16"):
         pack_model(mixtral_folder, tmp_path / "out", lossless=True)
     assert list(tmp_path.iterdir()) == []
@@ -222,9 +222,11 @@ def test_quantised_experts_are_refused(folder, tmp_path):
         load_moe(tmp_path / "out", quantization="lossless")
 
 
-def test_a_gpu_is_refused(packed):
-    with load_moe(packed).moeflow as runtime:
-        layers = runtime.store.layers
-    refuse_device(layers, "cpu")
-    with pytest.raises(ConfigError, match="CPU only: no GPU kernel"):
-        refuse_device(layers, "cuda")
+def test_a_gpu_is_refused(folder, packed):
+    for path, are_wanted in ((packed, False), (folder, True)):
+        with load_moe(path, device="cpu").moeflow as runtime:
+            layers = runtime.store.layers
+        refuse_device(layers, "cpu", are_wanted=are_wanted)
+        with pytest.raises(ConfigError, match="CPU only: no GPU kernel"):
+            refuse_device(layers, "cuda", are_wanted=are_wanted)
+    refuse_device(layers, "cuda")
