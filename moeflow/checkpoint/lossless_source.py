@@ -64,7 +64,10 @@ def lossless_sources(
     if not any(names):
         raise ConfigError(_why_none(sources, transposed))
     escapes = scan_escapes(files, stamps, sources, names, progress=progress)
-    layouts = [lossless_layout(source.layout, *found) for source, *found in zip(sources, names, escapes, strict=True)]
+    layouts = [
+        lossless_layout(source.layout, of_layer, counts)
+        for source, of_layer, counts in zip(sources, names, escapes, strict=True)
+    ]
     if all(new is source.layout for new, source in zip(layouts, sources, strict=True)):
         raise ConfigError(
             f"the exponents of these experts differ too much to be stored in 4 bits: no record would take less than "

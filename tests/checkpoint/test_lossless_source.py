@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -84,6 +88,26 @@ def test_logits_are_those_of_bfloat16_bit_for_bit(folder, packed, expected, way,
         assert found[3] == "native"
 
 
+@pytest.mark.slow
+def test_torch_computes_the_same_without_the_compiled_kernels(folder, packed):
+    """In a process of its own, because the library is chosen once."""
+    program = """
+import sys, torch
+from moeflow import load_moe
+torch.set_num_threads(1)
+found = []
+for source, options in ((sys.argv[1], {}), (sys.argv[2], {}), (sys.argv[1], {"quantization": "lossless"})):
+    model = load_moe(source, device="cpu", **options)
+    with model.moeflow, torch.no_grad():
+        found.append(model(torch.arange(1, 12).unsqueeze(0)).logits)
+assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+"""
+    environment = {**os.environ, "MOEFLOW_CPU_KERNELS": "off"}
+    command = [sys.executable, "-c", program, str(folder), str(packed)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_experts_that_save_too_little_stay_bfloat16_and_it_is_said(folder, caplog):
     with caplog.at_level(logging.WARNING), load_moe(folder, device="cpu", quantization="lossless").moeflow as runtime:
         layouts = [source.layout for source in runtime.store.layers]
@@ -152,8 +176,6 @@ def test_a_record_that_would_not_come_back_is_refused():
 
 def foreign(packed, out, damage):
     """Copy a packed folder and damage its first record under right checksums."""
-    import shutil
-
     shutil.copytree(packed, out)
     content = bytearray((out / PACKED_FILE).read_bytes())
     length = int.from_bytes(content[8:16], "little")
