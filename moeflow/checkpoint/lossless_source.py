@@ -6,6 +6,7 @@ Knows records and the lossless format. Knows nothing of models.
 """
 
 import logging
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import Conversion, LayerSource
 from moeflow.core import LayerLayout, MatrixSpec, RecordLayout, align_up
 from moeflow.dtypes import tensors_of
-from moeflow.errors import CheckpointError, ConfigError
+from moeflow.errors import CheckpointError, ConfigError, ExpertReadError
 from moeflow.kernels.cpu import lossless
 from moeflow.kernels.quantization.formats import LOSSLESS, MOST_LOSSLESS_VALUES, find_format, lossless_format
 from moeflow.progress import ProgressCallback
@@ -176,15 +177,24 @@ def _encoded(source: LayerSource, layout: LayerLayout, verify: bool) -> LayerSou
             return
         raw = np.empty(source.layout.record.num_bytes, np.uint8)
         source.fill(expert, pieces, raw)
+        who = f"expert {expert} of {layout.name}"
+        if source.crc32 is not None and zlib.crc32(raw) != source.crc32[expert]:
+            raise ExpertReadError(f"{who} is corrupt: its checksum does not agree. Write the file again.")
         out, matrices = tensors_of(torch.from_numpy(record), target), {spec.name: spec for spec in target.matrices}
         for name, value in tensors_of(torch.from_numpy(raw), source.layout.record).items():
             if name not in matrices:
                 out[name].copy_(value)
                 continue
             parts = _parts(out, matrices[name])
-            lossless.encode(value, *parts)
+            try:
+                lossless.encode(value, *parts)
+            except ConfigError as error:  # no room: other values than those of the scan
+                raise ExpertReadError(
+                    f"{who}: {name} has other exponents than when the checkpoint was looked through ({error}). The "
+                    "file is damaged: fetch it again."
+                ) from error
             if verify:
-                check_same(value, parts, f"expert {expert} of {layout.name}: {name}")
+                check_same(value, parts, f"{who}: {name}")
 
     return LayerSource(layout, (), (Conversion(tuple(source.pieces()), convert),))
 

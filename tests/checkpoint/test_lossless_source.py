@@ -15,6 +15,7 @@ from helpers.families import FAMILIES
 from helpers.family_models import build_model
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
+from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.lossless_source import check_same, is_lossless, refuse_device
 from moeflow.checkpoint.packed_file import PACKED_FILE, PREFIX_BYTES
 from moeflow.cli.main import main
@@ -211,6 +212,30 @@ def test_a_foreign_record_is_refused_at_its_first_read_by_name(packed, tmp_path,
         for _ in range(2):  # it is not taken for good the second time
             with pytest.raises(ExpertReadError, match=rf"expert 0 of model.layers.0.mlp.experts in .*{PACKED_FILE}"):
                 loaded(torch.arange(128).unsqueeze(0))
+
+
+def rot(file, at, content):
+    """Change bytes of a file as a failing disk does, behind the back of its time of writing."""
+    times = file.stat()
+    with open(file, "r+b") as handle:
+        handle.seek(at)
+        handle.write(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_bytes_that_changed_after_the_scan_are_refused_by_name(folder, tmp_path):
+    source, plain = shutil.copytree(folder, tmp_path / "model"), pack_model(folder, tmp_path / "plain")
+    entry = open_checkpoint(source).tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    header = json.loads((plain / PACKED_FILE).read_bytes()[PREFIX_BYTES:].split(b"\0")[0])
+    places = ((source, open_checkpoint(source).files[entry.file], entry.begin, "has other exponents"),)
+    places += ((plain, plain / PACKED_FILE, int(header["layers"][0]["offset"], 16), "is corrupt"),)
+    for path, file, begin, message in places:
+        with load_moe(path, device="cpu", quantization="lossless").moeflow:
+            pass
+        rot(file, begin, bytes(range(256)) * 8)
+        loaded = load_moe(path, device="cpu", quantization="lossless", predictor=None)
+        with loaded.moeflow, torch.no_grad(), pytest.raises(ExpertReadError, match=f"expert 0 of .*{message}"):
+            loaded(torch.arange(128).unsqueeze(0))
 
 
 def test_float32_is_refused(mixtral_folder, folder, tmp_path):
