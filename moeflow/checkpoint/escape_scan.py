@@ -109,9 +109,7 @@ def _read(file: Path, shape: list[tuple[int, int]]) -> Escapes | None:
     try:
         content = file.read_bytes()
         found = json.loads(content)["escapes"] if is_sealed(content) else []
+        sizes = [(len(layer), {len(counts) for counts in layer}) for layer in found]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    fits = isinstance(found, list) and [(len(layer), len(counts)) for layer in found for counts in layer] == [
-        pair for num_experts, count in shape for pair in [(num_experts, count)] * num_experts
-    ]
-    return found if fits else None
+    return found if sizes == [(num_experts, {count}) for num_experts, count in shape] else None

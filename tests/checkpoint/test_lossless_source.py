@@ -17,7 +17,7 @@ from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.checkpoint.headers import open_checkpoint
 from moeflow.checkpoint.lossless_source import check_same, is_lossless, refuse_device
-from moeflow.checkpoint.packed_file import PACKED_FILE, PREFIX_BYTES
+from moeflow.checkpoint.packed_file import PACKED_FILE, PREFIX_BYTES, packed_dtype
 from moeflow.cli.main import main
 from moeflow.convert.pack import pack_model
 from moeflow.convert.quantize import quantize_model
@@ -125,7 +125,8 @@ def test_a_scan_is_kept_and_a_damaged_one_is_done_again(folder, caplog):
     with load_moe(folder, device="cpu", quantization="lossless").moeflow:
         pass
     files = set((cache_folder() / "lossless").glob("*.json"))
-    for content in (None, b"{}", b'{"crc32": "00000000", "escapes": [[[5]]]}', b"\xff"):
+    changed = max(file.read_bytes().replace(b"[[[", b"[[[1") for file in files)  # another count
+    for content in (None, changed, b"{}", b'{"crc32": "00000000", "escapes": [[[5]]]}', b"\xff"):
         if content is not None:
             for file in files:
                 file.write_bytes(content)
@@ -236,6 +237,24 @@ def test_bytes_that_changed_after_the_scan_are_refused_by_name(folder, tmp_path)
         loaded = load_moe(path, device="cpu", quantization="lossless", predictor=None)
         with loaded.moeflow, torch.no_grad(), pytest.raises(ExpertReadError, match=f"expert 0 of .*{message}"):
             loaded(torch.arange(128).unsqueeze(0))
+
+
+def test_a_record_is_looked_into_once(packed):
+    looked = []
+    loaded = load_moe(packed, device="cpu", expert_memory="25%", predictor=None)
+    with loaded.moeflow as runtime, torch.no_grad():
+        for number, source in enumerate(runtime.store.layers):
+            runtime.store.layers[number] = source._replace(
+                check=lambda expert, record, number=number: looked.append((number, expert))
+            )
+        for _ in range(2):
+            loaded(torch.arange(128).unsqueeze(0))
+        assert runtime.store.stats()["reads"] > len(looked)
+    assert sorted(looked) == [(layer, expert) for layer in range(3) for expert in range(8)]
+
+
+def test_a_packed_folder_is_of_bfloat16(packed):
+    assert packed_dtype(packed) == "BF16"
 
 
 def test_float32_is_refused(mixtral_folder, folder, tmp_path):
