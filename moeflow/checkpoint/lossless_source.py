@@ -178,7 +178,7 @@ def _encoded(source: LayerSource, layout: LayerLayout, verify: bool) -> LayerSou
         raw = np.empty(source.layout.record.num_bytes, np.uint8)
         source.fill(expert, pieces, raw)
         who = f"expert {expert} of {layout.name}"
-        if source.crc32 is not None and zlib.crc32(raw) != source.crc32[expert]:
+        if source.crc32 is not None and zlib.crc32(raw.data) != source.crc32[expert]:
             raise ExpertReadError(f"{who} is corrupt: its checksum does not agree. Write the file again.")
         out, matrices = tensors_of(torch.from_numpy(record), target), {spec.name: spec for spec in target.matrices}
         for name, value in tensors_of(torch.from_numpy(raw), source.layout.record).items():
