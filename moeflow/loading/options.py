@@ -222,7 +222,10 @@ class LoadOptions:
             return None
         from moeflow.checkpoint.quantized_source import writable_format
 
-        return writable_format(self.quantization).name
+        try:
+            return writable_format(self.quantization).name
+        except ConfigError as error:
+            raise ConfigError(f'{error} Or "lossless", for experts in bfloat16.') from None
 
 
 def flag_options() -> list[Field]:

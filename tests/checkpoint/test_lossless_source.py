@@ -296,3 +296,9 @@ def test_a_gpu_is_refused(folder, packed):
         with pytest.raises(ConfigError, match="CPU only: no GPU kernel"):
             refuse_device(layers, "cuda", are_wanted=are_wanted)
     refuse_device(layers, "cuda")
+
+
+def test_a_name_that_is_near_is_told_of_it(folder):
+    for name in ("losless", "bf16-lossless-16", "Lossless"):
+        with pytest.raises(ConfigError, match='Or "lossless", for experts in bfloat16'):
+            load_moe(folder, quantization=name)
