@@ -65,12 +65,15 @@ class LayerSource(NamedTuple):
         copies: `(piece table, offset in the record)`: bytes that are copied as they are.
         conversions: tensors that the disk holds in another form than the module.
         crc32: [num_experts], checksum of each record, or None where the file has none.
+        check: looks at a record when it is first read, `(expert, uint8 array of the record) -> None`; raises
+            CheckpointError where it is damaged. None where every record is good.
     """
 
     layout: LayerLayout
     copies: tuple[tuple[PieceTable, int], ...]
     conversions: tuple[Conversion, ...]
     crc32: array | None = None
+    check: Callable[[int, np.ndarray], None] | None = None
 
     def pieces(self) -> Iterator[PieceTable]:
         """Yield every piece table, those that are copied first."""

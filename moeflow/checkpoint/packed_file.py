@@ -17,7 +17,7 @@ from moeflow.checkpoint.layer_source import LayerSource, PieceTable
 from moeflow.core import PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, MatrixSpec, RecordLayout, TensorSpec, align_up
 from moeflow.errors import CheckpointError, ConfigError
 from moeflow.formatting import brief
-from moeflow.kernels.quantization.formats import find_format
+from moeflow.kernels.quantization.formats import LOSSLESS, find_format
 
 PACKED_FILE = "experts.moeflow"
 MAGIC = b"MOEFLOW\x02"
@@ -107,6 +107,8 @@ def packed_dtype(folder: Path) -> str | None:
     with _malformed_header(file):
         header, _, _ = _read_header(file)
         record = _record(header["layers"][0]["records"][0])
+    if any(matrix.format.startswith(LOSSLESS) for matrix in record.matrices):
+        return "BF16"
     return None if record.matrices else record.tensors[0].dtype
 
 

@@ -265,9 +265,23 @@ class ExpertStore:
                 )
 
     def _check(self, source: LayerSource, key: ExpertKey, record: np.ndarray) -> None:
-        """Compare a record with its checksum the first time it is read."""
-        if source.crc32 is None or key in self._verified:
+        """Compare a record with its checksum, and look into it, the first time it is read."""
+        if key in self._verified:
             return
+        if source.crc32 is not None:
+            self._check_sum(source, key, record)
+        if source.check is not None:
+            try:
+                source.check(key.expert, record)
+            except CheckpointError as error:
+                raise ExpertReadError(
+                    f"expert {key.expert} of {source.layout.name} in {self.files[self._file_of(source, key.expert)]}: "
+                    f"{error}"
+                ) from error
+        self._verified.add(key)
+
+    def _check_sum(self, source: LayerSource, key: ExpertKey, record: np.ndarray) -> None:
+        assert source.crc32 is not None, "a source with checksums"
         found = zlib.crc32(record[: source.layout.record_of(key.expert).num_bytes].data)
         if found != source.crc32[key.expert]:
             raise ExpertReadError(
@@ -276,7 +290,6 @@ class ExpertStore:
                 f"checksum {found:08x}, expected {source.crc32[key.expert]:08x}. Write the file again "
                 "with moeflow pack."
             )
-        self._verified.add(key)
 
 
 def _open_direct(file: str, flags: int) -> int:

@@ -22,7 +22,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
 def add_info_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `info` to the parser's commands."""
-    info = commands.add_parser("info", help="what a model is and what each budget buys, from headers; or this machine")
+    info = commands.add_parser("info", help="what a model is and what each budget buys; or this machine")
     info.add_argument("model", nargs="?", help="hub id or folder; without it, this installation and machine")
     info.add_argument("--step", action="store_true", help="load the model, and print the program of its decode step")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -130,6 +130,7 @@ def model_text(about: dict[str, Any]) -> "Group":
         ),
         ("an expert", f"{format_bytes(largest)} ({about['dtype']})"),
         ("all experts", format_bytes(about["experts_bytes"])),
+        *_lossless_row(about["lossless"]),
         ("everything else", format_bytes(about["dense_bytes"])),
         ("smallest budget", f"{format_bytes(about['minimum_bytes'])} ({about['minimum_bytes']:,} bytes)"),
         ("memory free here", format_bytes(machine["memory_available_bytes"])),
@@ -144,6 +145,24 @@ def model_text(about: dict[str, Any]) -> "Group":
         per_layer = f"{row['resident_experts_per_layer']:g}" if row["runs"] else "too small"
         budgets.add_row(f"{row['share_percent']:g}%", format_bytes(row["bytes"]), str(row["slots"]), per_layer)
     return Group(facts, "", budgets)
+
+
+def _lossless_row(saving: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the row about lossless experts; none where nothing is known of them."""
+    if saving is None:
+        return []
+    taken = f"{saving['share']:.1%} of these bytes"
+    if saving["share"] == 1:
+        taken = "no smaller: their exponents differ too much"
+    elif not saving["experts_read"]:
+        taken += " at best"
+    else:
+        taken += f", by the exponents of {saving['experts_read']} experts"
+        if saving["built"]:
+            taken += ": moeflow pack --lossless"
+    if not saving["built"]:
+        taken += f" (not built for {saving['dtype']}, only for BF16)"
+    return [("lossless", taken)]
 
 
 def _is_built(library: str, beside: str) -> bool:

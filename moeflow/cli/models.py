@@ -9,6 +9,11 @@ def add_pack_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     pack = commands.add_parser("pack", help="write a folder whose experts are one aligned, checksummed read each")
     pack.add_argument("model", help="hub id or folder")
     pack.add_argument("out", help="folder to write; a killed run is continued by the next")
+    pack.add_argument(
+        "--lossless",
+        action="store_true",
+        help="bfloat16 experts in three quarters of their bytes, every bit kept",
+    )
     pack.add_argument("--json", action="store_true", help="print one JSON object")
     pack.set_defaults(run=_pack)
 
@@ -26,7 +31,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     from moeflow.convert.pack import pack_model
 
     with bytes_progress(f"packing {arguments.model}") as progress:
-        folder = pack_model(arguments.model, arguments.out, progress=progress)
+        folder = pack_model(arguments.model, arguments.out, lossless=arguments.lossless, progress=progress)
     num_bytes = sum(file.stat().st_size for file in folder.iterdir())
     if arguments.json:
         print(json.dumps({"folder": str(folder), "bytes": num_bytes}))

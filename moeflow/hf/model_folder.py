@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.lossless_source import with_checks
 from moeflow.checkpoint.packed_file import PACKED_FILE, packed_dtype, read_packed
 from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import ConfigError
@@ -164,7 +165,7 @@ class ModelFolder:
         """
         if self.packed:
             _ = self.expert_stamps
-            return read_packed(self.path, map_layouts(empty))
+            return with_checks(read_packed(self.path, map_layouts(empty)))
         return map_experts(empty, self.checkpoint.tensors)
 
     def feeding(self, empty: PreTrainedModel) -> set[str]:

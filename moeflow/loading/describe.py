@@ -1,4 +1,4 @@
-"""Description of a model from headers alone: its sizes, and the slots that each budget buys.
+"""Description of a model from its headers and a few experts: its sizes, and the slots that each budget buys.
 
 Knows a model on disk. Knows nothing of loading it.
 """
@@ -9,12 +9,13 @@ from moeflow import hardware
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.lossless_saving import lossless_saving
 
 _BUDGET_SHARES_PERCENT = (12.5, 25, 50, 75, 100)
 
 
 def describe_model(model: str | Path) -> dict:
-    """Describe a model without reading a weight.
+    """Describe a model from its headers, and from the exponents of four of its experts at most.
 
     Args:
         model: a hub id or a folder.
@@ -22,10 +23,10 @@ def describe_model(model: str | Path) -> dict:
     Returns:
         Names and sizes: model_type, layers, moe_layers, experts, num_experts_per_tok, expert_bytes, experts_bytes,
         dense_bytes, links_out (files that are links out of the folder, and where to), minimum_bytes, budgets (share,
-        slots, bytes, experts resident a layer), machine.
+        slots, bytes, experts resident a layer), lossless (what `LosslessSaving` has, or None), machine.
 
     Raises:
-        ModelSourceError, CheckpointError, UnsupportedModelError: as load_moe does.
+        ModelSourceError, CheckpointError, ExpertReadError, UnsupportedModelError: as load_moe does.
     """
     folder = ModelFolder(model)
     empty = folder.empty_model()
@@ -36,6 +37,8 @@ def describe_model(model: str | Path) -> dict:
     records = {record for source in layers for record in source.layout.variants or (source.layout.record,)}
     record_bytes = sorted({record.num_bytes for record in records})
     formats = sorted({spec.format for record in records for spec in record.matrices})
+    transposed, files = experts_interface.transposed(empty), folder.expert_files
+    saving = lossless_saving(files, folder.expert_stamps, layers, transposed)
     text = folder.config.get_text_config(decoder=True)
     return {
         "model": str(model),
@@ -50,6 +53,7 @@ def describe_model(model: str | Path) -> dict:
         "expert_bytes": record_bytes[0] if len(record_bytes) == 1 else record_bytes,
         "experts_bytes": size.all_bytes,
         "dense_bytes": dense,
+        "lossless": None if saving is None else saving._asdict(),
         "links_out": folder.links_out(),
         "minimum_bytes": size.min_bytes,
         "budgets": [_budget(size, len(layers), share) for share in _BUDGET_SHARES_PERCENT],

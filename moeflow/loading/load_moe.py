@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moeflow.checkpoint.lossless_source import lossless_sources, refuse_device
 from moeflow.checkpoint.quantized_source import quantize_sources
 from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
@@ -55,7 +56,9 @@ def load_moe(
         host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
         quantization: a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2",
             "int1", or with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk:
-            where not all experts fit, write them once with `moeflow quantize`, and load that folder.
+            where not all experts fit, write them once with `moeflow quantize`, and load that folder. Or "lossless":
+            bfloat16 experts take about three quarters of their bytes, and every bit stays, CPU only; `moeflow pack
+            --lossless` writes them once.
         policy: which expert leaves when a slot is needed: "lru", "lfu", "lfru" (frequency / (age + 1)), "static",
             "forecast" (the one whose slot is worth the least by prediction), or "auto" ("forecast" where there is a
             predictor, else "lfru").
@@ -134,6 +137,10 @@ def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedMo
     if options.weight_format is not None:
         formats = [[options.weight_format] * source.layout.num_experts for source in layers]
         layers = quantize_sources(layers, formats, experts_interface.transposed(empty))
+    refuse_device(layers, options.torch_device.type, are_wanted=options.is_lossless)
+    if options.is_lossless:
+        transposed = experts_interface.transposed(empty)
+        layers = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
     size = ExpertsSize.of(
         [source.layout for source in layers],
         experts_interface.num_experts_per_tok(empty),
