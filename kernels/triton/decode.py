@@ -15,7 +15,7 @@ from moeflow.kernels.triton.dequantize import (
     load_scales,
     run_values,
 )
-from moeflow.kernels.triton.lossless import load_lossless, load_tops
+from moeflow.kernels.triton.lossless_values import load_lossless, load_tops
 from moeflow.kernels.triton.matrix import MatrixPlan
 
 

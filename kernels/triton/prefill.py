@@ -16,7 +16,7 @@ from moeflow.kernels.triton.dequantize import (
     rounded,
     run_values,
 )
-from moeflow.kernels.triton.lossless import load_lossless, load_tops
+from moeflow.kernels.triton.lossless_values import load_lossless, load_tops
 from moeflow.kernels.triton.matrix import EXACT_TILE_TOKENS, MatrixPlan
 
 
