@@ -51,6 +51,9 @@ struct Avx2 {
         return _mm256_cvtph_ps(half_of_fp8(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)p))));
     }
     static float value(const Float16 *p) { return _cvtsh_ss(p->bits); }
+    static void store_first(float *to, const Float16 *p, int count) {
+        for (int i = 0; i < count; ++i) to[i] = value(p + i);
+    }
 
     static V to_float(__m256i v) { return _mm256_cvtepi32_ps(v); }
     static void nibbles(const uint8_t *p, V (&v)[4]) {

@@ -44,11 +44,15 @@ struct Avx512 {
         return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
     }
     static float value(const Float16 *p) { return Avx2::value(p); }
+    static void store_first(float *to, const Float16 *p, int count) { /* LANES values, zero beyond those of p */
+        store(to, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p)));
+    }
 
     static void nibbles(const uint8_t *p, V (&v)[2]) {
+        const __m512 floats = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-        v[0] = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
-        v[1] = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+        v[0] = _mm512_permutexvar_ps(both, floats); /* it looks at four bits of a place */
+        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), floats);
     }
     static void widen(Bytes b, V (&v)[2]) {
         v[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(b)));

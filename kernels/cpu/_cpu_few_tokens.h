@@ -63,6 +63,8 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, c
     float scales[R][S::LANES], zeros[R][S::LANES];
     UNROLL for (int r = 0; r < R; ++r) {
         lines[r].set(m, record, side.row + r * side.step);
+        S::prefetch(lines[r].scale + AHEAD_GRID_BYTES); /* of rows that come soon */
+        if constexpr (F::HAS_ZEROS) S::prefetch((const char *)lines[r].zero + AHEAD_GRID_BYTES);
         UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::zero();
     }
     for (int group = 0, block = 0; group < num_groups; ++group) {
@@ -85,7 +87,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, c
                 UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) whole[r][t] = S::none();
                 for (; block < end; ++block) {
                     if ((block & line) == 0) { /* here and not in a function: GCC drops those that only prefetch */
-                        const int64_t ahead = ahead_of<R>(side, block * F::BLOCK_BYTES, row_bytes);
+                        const int64_t ahead = ahead_of<R, AHEAD_BLOCKS * F::BLOCK_BYTES>(side, block * F::BLOCK_BYTES, row_bytes);
                         UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
                     }
                     UNROLL for (int r = 0; r < R; ++r) {
@@ -105,7 +107,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, c
         } else
             for (; block < group_end; ++block) {
                 if ((block & line) == 0) {
-                    const int64_t ahead = ahead_of<R>(side, block * F::BLOCK_BYTES, row_bytes);
+                    const int64_t ahead = ahead_of<R, AHEAD_BLOCKS * F::BLOCK_BYTES>(side, block * F::BLOCK_BYTES, row_bytes);
                     UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
                 }
                 UNROLL for (int r = 0; r < R; ++r) {

@@ -101,8 +101,7 @@ template <class S, class F> struct Line {
     }
     static void halves(const Float16 *p, int count, float *to) {
         if (count == S::LANES) S::store(to, S::load(p));
-        else
-            for (int i = 0; i < count; ++i) to[i] = S::value(p + i);
+        else S::store_first(to, p, count);
     }
     /* The values of one block of a row of so many, before zero and scale. */
     void floats(int block, int in_features, typename S::V (&v)[32 / S::LANES]) const {

@@ -81,6 +81,9 @@ struct Portable {
         return v;
     }
     static float value(const Float16 *p) { return number(*p); }
+    static void store_first(float *to, const Float16 *p, int count) {
+        for (int i = 0; i < count; ++i) to[i] = value(p + i);
+    }
 
     static void widen(const Bytes &b, V (&v)[8]) {
         for (int i = 0; i < 32; ++i) v[i / LANES][i % LANES] = b.v[i];
