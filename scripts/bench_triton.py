@@ -18,10 +18,21 @@ from moeflow.kernels.activations import Activation
 from moeflow.kernels.expert_mlp import combine
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format
+from moeflow.kernels.quantization.lossless import encode_lossless
 from moeflow.kernels.triton.experts import TritonExperts, available
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-DEFAULT_FORMATS = ["bfloat16", "int8", "int4-g64", "int3-g64", "int2-g64", "int1-g64", "mxfp4", "fp8"]
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "U16": torch.uint16}
+DEFAULT_FORMATS = [
+    "bfloat16",
+    "bf16-lossless-4096",
+    "int8",
+    "int4-g64",
+    "int3-g64",
+    "int2-g64",
+    "int1-g64",
+    "mxfp4",
+    "fp8",
+]
 SILU = Activation("silu", "concatenated")
 
 
@@ -45,8 +56,12 @@ class Layer:
         self.record = RecordLayout.pack(tensors, matrices)
         stride = align_up(self.record.num_bytes, PAGE_BYTES)
         self.arena = torch.randint(0, 256, (args.experts, stride), dtype=torch.uint8, device=device)
-        for tensor in self.record.tensors:
-            self._fill(tensor)
+        if self.spec.kind == "lossless":
+            for key, shape in shapes.items():
+                self._encode(key, shape)
+        else:
+            for tensor in self.record.tensors:
+                self._fill(tensor)
         self.kernels = TritonExperts.build(self.record, SILU)
         assert self.kernels is not None, f"no Triton kernel for {name}"
         self.weights = {
@@ -66,6 +81,15 @@ class Layer:
                 view.random_(118, 122)
             elif self.spec.kind == "fp8":
                 view[view & 0x7F == 0x7F] = 0
+
+    def _encode(self, key, shape):
+        for slot in self.arena:
+            views = self._views(slot)
+            weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.05)
+            for part, stored in zip(
+                ("", "_top", "_escapes"), encode_lossless(weight, self.spec.num_escapes), strict=True
+            ):
+                views[key + part].copy_(stored)
 
     def _views(self, slot):
         return {

@@ -16,9 +16,9 @@ _HAS_ESCAPES = 1 << 8
 _ROOM_BELOW_TOP = 16  # a row keeps its largest exponent as its top while at most this part of it escapes
 
 
-def _places() -> torch.Tensor:
+def _places(device: torch.device) -> torch.Tensor:
     """[64]: the place of each value of a block."""
-    value = torch.arange(LOSSLESS_BLOCK)
+    value = torch.arange(LOSSLESS_BLOCK, device=device)
     part, lane = value // 16, value % 16
     return 16 * (lane // 4) + 8 * (part // 2) + 2 * (lane % 4) + part % 2
 
@@ -44,8 +44,10 @@ def encode_lossless(weight: torch.Tensor, num_escapes: int | None = None) -> tup
     escapes = (codes < 0) | (codes >= NUM_CODES)
     codes = codes.masked_fill(escapes, ESCAPE)
     padding = (0, -in_features % LOSSLESS_BLOCK)
-    place = _places()
-    values, nibbles = (F.pad(part, padding).to(torch.uint8).unflatten(1, (-1, LOSSLESS_BLOCK)) for part in (rests, codes))
+    place = _places(weight.device)
+    values, nibbles = (
+        F.pad(part, padding).to(torch.uint8).unflatten(1, (-1, LOSSLESS_BLOCK)) for part in (rests, codes)
+    )
     stored, placed = torch.empty_like(values), torch.empty_like(nibbles)
     stored[..., place], placed[..., place] = values, nibbles
     packed = torch.cat((stored, placed[..., :32] | placed[..., 32:] << 4), dim=-1).flatten(1)
@@ -81,14 +83,14 @@ def decode_lossless(
     num_rows, in_features = shape
     blocks = codes.unflatten(1, (-1, 96))
     halves = blocks[..., 64:]
-    place = _places()
+    place = _places(codes.device)
     rests = blocks[..., place].flatten(1)[:, :in_features].int()
     nibbles = torch.cat((halves & 15, halves >> 4), dim=-1)[..., place].flatten(1)[:, :in_features].int()
     top = tops.int()
     exponents = (top & 255)[:, None] - nibbles
     room = spec.num_escapes
     four = escapes[: 4 * room].unflatten(0, (-1, 4)).long() if room else escapes.new_zeros(0, 4).long()
-    at = (four << torch.tensor([0, 8, 16, 24])).sum(-1)
+    at = (four << torch.tensor([0, 8, 16, 24], device=codes.device)).sum(-1)
     used = at != UNUSED
     count = int(used.sum())
     at, found = at[:count], escapes[4 * room : 4 * room + count].int()

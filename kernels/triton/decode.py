@@ -15,6 +15,7 @@ from moeflow.kernels.triton.dequantize import (
     load_scales,
     run_values,
 )
+from moeflow.kernels.triton.lossless_values import load_lossless, load_tops
 from moeflow.kernels.triton.matrix import MatrixPlan
 
 
@@ -90,6 +91,10 @@ def _multiply_pairs(
     ZERO_AT: tl.constexpr,
     BIAS_AT: tl.constexpr,
     BIAS_DTYPE: tl.constexpr,
+    TOP_AT: tl.constexpr,
+    ESCAPES_AT: tl.constexpr,
+    NUM_ESCAPES: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -111,11 +116,20 @@ def _multiply_pairs(
         row = tl.load(tokens + pair) if HAS_TOKENS else pair // pairs_per_row
         x = inputs + row.to(tl.int64) * K
         partial = tl.zeros([BLOCK_ROWS, BLOCKS], tl.float32)
+        tops = rows
+        if KIND == "lossless":
+            tops = load_tops(record, rows, N, TOP_AT)
         for first in range(0, (K + 31) // 32, BLOCKS):
             blocks = first + tl.arange(0, BLOCKS)
-            codes, words = load_codes(
-                record, rows, blocks, N, K, PADDED_K, KIND, BITS, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT
-            )
+            if KIND == "lossless":
+                codes = load_lossless(
+                    record, rows, blocks, tops, N, K, PADDED_K, CODES_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS
+                )
+                words = codes
+            else:
+                codes, words = load_codes(
+                    record, rows, blocks, N, K, PADDED_K, KIND, BITS, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT
+                )
             zeros = partial
             if ZERO_AT >= 0:
                 zeros = load_scales(record, rows, blocks, N, K, PADDED_K, KIND, GROUP, ZERO_AT)

@@ -25,6 +25,8 @@ def typed(pointer, DTYPE: tl.constexpr):
         result = pointer.to(tl.pointer_type(tl.bfloat16))
     elif DTYPE == "F16":
         result = pointer.to(tl.pointer_type(tl.float16))
+    elif DTYPE == "U16":
+        result = pointer.to(tl.pointer_type(tl.uint16))
     else:
         tl.static_assert(DTYPE == "U32")
         result = pointer.to(tl.pointer_type(tl.uint32))
@@ -93,7 +95,7 @@ def run_values(codes, words, zeros, PLANE: tl.constexpr, KIND: tl.constexpr, BIT
     Returns:
         [R, B, J] float32.
     """
-    if KIND == "float":
+    if KIND == "float" or KIND == "lossless":
         values = codes.to(tl.float32)
     elif KIND == "int":
         values = codes.to(tl.int8, bitcast=True).to(tl.float32)

@@ -20,6 +20,7 @@ _BUILT: list["TritonExperts"] = []
 # Tokens of a whole call -> tokens of a tile. Whole calls only: bits must not depend on the resident experts.
 _TILE_TOKENS = ((128, 16), (512, 32), (2048, 64))
 _LARGEST_TILE = 128
+_PARTS = ("", "_scale", "_zero", "_bias", "_top", "_escapes")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,7 +74,7 @@ class TritonExperts:
         first_name = "up_proj" if activation.gate == "none" else "gate_up_proj"
         first = MatrixPlan.find(record, first_name, is_transposed=is_transposed)
         down = MatrixPlan.find(record, "down_proj", is_transposed=is_transposed)
-        known = {f"{name}{part}" for name in (first_name, "down_proj") for part in ("", "_scale", "_zero", "_bias")}
+        known = {f"{name}{part}" for name in (first_name, "down_proj") for part in _PARTS}
         if first is None or down is None or not names <= known:
             return None
         if first.num_rows != down.in_features * (1 if activation.gate == "none" else 2):

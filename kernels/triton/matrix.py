@@ -15,6 +15,7 @@ FLOAT_DTYPES = ("F32", "BF16", "F16")
 _DECODE_BLOCKS = {
     ("float", 32): (8, 8),
     ("float", 16): (8, 16),
+    ("lossless", 12): (8, 16),  # as bfloat16: the same order of sums, the same bits
     ("int", 8): (8, 16),
     ("fp8", 8): (8, 16),
     ("uint", 4): (16, 16),
@@ -26,6 +27,7 @@ _DECODE_BLOCKS = {
 _PREFILL_BLOCKS = {
     ("float", 32): (64, 1),
     ("float", 16): (64, 2),
+    ("lossless", 12): (64, 2),
     ("int", 8): (64, 2),
     ("fp8", 8): (64, 2),
     ("uint", 4): (64, 4),
@@ -55,6 +57,8 @@ class MatrixPlan(NamedTuple):
         zero_at: its zeros.
         bias_at: its bias.
         bias_dtype: safetensors dtype name of the bias.
+        top_at: its rows' tops, of the lossless format.
+        escapes_at: likewise its escapes.
     """
 
     num_rows: int
@@ -66,6 +70,8 @@ class MatrixPlan(NamedTuple):
     zero_at: int = -1
     bias_at: int = -1
     bias_dtype: str = "F32"
+    top_at: int = -1
+    escapes_at: int = -1
 
     @classmethod
     def find(cls, record: RecordLayout, name: str, *, is_transposed: bool) -> "MatrixPlan | None":
@@ -95,6 +101,12 @@ class MatrixPlan(NamedTuple):
             return None
         if not holds_matrix(record, name, spec, (num_rows, in_features)):
             return None
+        if spec.kind == "lossless":
+            plan = cls(
+                num_rows, in_features, spec, is_transposed, codes.offset,
+                top_at=tensors[f"{name}_top"].offset, escapes_at=tensors[f"{name}_escapes"].offset,
+            )  # fmt: skip
+            return plan if bias is None else plan._replace(bias_at=bias.offset, bias_dtype=bias.dtype)
         plan = cls(
             num_rows, in_features, spec, is_transposed, codes.offset,
             scale_at=-1 if spec.kind == "float" else tensors[f"{name}_scale"].offset,
@@ -119,6 +131,10 @@ class MatrixPlan(NamedTuple):
             "ZERO_AT": self.zero_at,
             "BIAS_AT": self.bias_at,
             "BIAS_DTYPE": self.bias_dtype,
+            "TOP_AT": self.top_at,
+            "ESCAPES_AT": self.escapes_at,
+            "NUM_ESCAPES": self.spec.num_escapes,
+            "SEARCH_STEPS": self.spec.num_escapes.bit_length(),
         }
 
     def decode_blocks(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from moeflow.kernels.triton.dequantize import (
     rounded,
     run_values,
 )
+from moeflow.kernels.triton.lossless_values import load_lossless, load_tops
 from moeflow.kernels.triton.matrix import EXACT_TILE_TOKENS, MatrixPlan
 
 
@@ -117,6 +118,10 @@ def _multiply_groups(
     ZERO_AT: tl.constexpr,
     BIAS_AT: tl.constexpr,
     BIAS_DTYPE: tl.constexpr,
+    TOP_AT: tl.constexpr,
+    ESCAPES_AT: tl.constexpr,
+    NUM_ESCAPES: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -146,11 +151,20 @@ def _multiply_groups(
     rows = rows_of_features(features, N, GATE)
     WIDTH: tl.constexpr = BLOCKS * (32 // PLANES)  # in features of one run
     sums = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
+    tops = rows
+    if KIND == "lossless":
+        tops = load_tops(record, rows, N, TOP_AT)
     for first in range(0, (K + 31) // 32, BLOCKS):
         blocks = first + tl.arange(0, BLOCKS)
-        codes, words = load_codes(
-            record, rows, blocks, N, K, PADDED_K, KIND, BITS, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT
-        )
+        if KIND == "lossless":
+            codes = load_lossless(
+                record, rows, blocks, tops, N, K, PADDED_K, CODES_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS
+            )
+            words = codes
+        else:
+            codes, words = load_codes(
+                record, rows, blocks, N, K, PADDED_K, KIND, BITS, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT
+            )
         zeros, scales = blocks, blocks
         if ZERO_AT >= 0:
             zeros = load_scales(record, rows, blocks, N, K, PADDED_K, KIND, GROUP, ZERO_AT)

@@ -4,16 +4,19 @@ Collected by `test_triton_kernels.py`, which runs this file in a process of its 
 on CPU tensors under Triton's interpreter, whose switch must be set before anybody imports Triton.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.triton_experts import DEVICE, SILU, Experts, decode, error, group, prefill, routed
-from moeflow.core import RecordLayout
+from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.errors import ConfigError
 from moeflow.kernels.activations import Activation
-from moeflow.kernels.quantization.formats import FORMATS
+from moeflow.kernels.quantization.formats import FORMATS, lossless_format
+from moeflow.kernels.quantization.lossless import encode_lossless
 from moeflow.kernels.triton import matrix
 from moeflow.kernels.triton.experts import TritonExperts, available
 
@@ -252,3 +255,40 @@ def test_tensors_that_the_kernels_would_misread_are_refused():
         with pytest.raises(ConfigError, match=r"Give|Allowed"):
             call()
     prefill(experts, x, slots, weights)
+
+
+@pytest.mark.parametrize(("width", "inner"), [(60, 40), (1100, 16), (130, 64)])
+def test_lossless_records_give_the_bits_of_bfloat16(width, inner):
+    plain = Experts("bfloat16", width, inner)
+    matrices = {}
+    for slot in plain.arena.cpu():
+        for tensor in plain.record.tensors:
+            weight = plain._view(slot, tensor)
+            weight[1::7, ::5] *= 2.0**-40  # escapes in some rows, others have none
+            weight[1, -1], weight[1, 0] = 0.0, -0.0
+            matrices.setdefault(tensor.name, []).append(weight)
+    if DEVICE != "cpu":
+        for slot, number in zip(plain.arena, range(len(plain.arena)), strict=True):
+            for tensor in plain.record.tensors:
+                plain._view(slot, tensor).copy_(matrices[tensor.name][number])
+    specs = {
+        name: lossless_format(max(encode_lossless(weight)[2].numel() // 5 for weight in weights) + 3)
+        for name, weights in matrices.items()
+    }
+    tensors = [part for name, spec in specs.items() for part in spec.tensors(name, plain.shapes[name])]
+    described = tuple(MatrixSpec(name, spec.name, plain.shapes[name]) for name, spec in specs.items())
+    record = RecordLayout.pack(tensors, described)
+    arena = torch.full((len(plain.arena), record.num_bytes), 255, dtype=torch.uint8)
+    offsets = {tensor.name: tensor for tensor in record.tensors}
+    for name, weights in matrices.items():
+        for slot, weight in zip(arena, weights, strict=True):
+            parts = encode_lossless(weight, specs[name].num_escapes)
+            for part, stored in zip(("", "_top", "_escapes"), parts, strict=True):
+                at = offsets[name + part]
+                slot[at.offset : at.offset + at.num_bytes] = stored.contiguous().view(torch.uint8).flatten()
+    kernels = TritonExperts.build(record, SILU)
+    assert kernels is not None
+    lossless = SimpleNamespace(kernels=kernels, arena=arena.to(DEVICE))
+    for run, dtype in ((decode, torch.float32), (prefill, torch.float32), (prefill, torch.bfloat16)):
+        routes = routed(plain, 3, 2, dtype)
+        assert torch.equal(run(lossless, *routes), run(plain, *routes))

@@ -31,7 +31,7 @@ def compile_kernel(kernel, types, values):
 
 def main():
     """Compile decode and prefill of some formats, and combine."""
-    for name in ("bfloat16", "int3-g64", "int4-g64", "mxfp4", "fp8"):
+    for name in ("bfloat16", "bf16-lossless-48", "int3-g64", "int4-g64", "mxfp4", "fp8"):
         spec, shape = find_format(name), (256, 192)
         matrices = () if spec.kind == "float" else (MatrixSpec("gate_up_proj", name, shape),)
         record = RecordLayout.pack(spec.tensors("gate_up_proj", shape), matrices)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from moeflow.errors import ConfigError
 from moeflow.kernels.quantization.dequantize import dequantize
-from moeflow.kernels.quantization.formats import FORMATS, find_format
+from moeflow.kernels.quantization.formats import FORMATS, find_format, lossless_format
+from moeflow.kernels.quantization.lossless import encode_lossless
 from moeflow.kernels.quantization.packing import pack_codes, unpack_codes
 
 BITS = (1, 2, 3, 4, 8)
@@ -157,3 +158,13 @@ def test_a_format_without_its_group_has_groups_of_64():
 def test_unknown_format_is_told_what_there_is():
     with pytest.raises(ConfigError, match=r"'int5' is not a weight format\. Allowed: .*int4-g64"):
         find_format("int5")
+
+
+def test_a_lossless_matrix_is_decoded_where_its_codes_are():
+    weight = (torch.arange(-70, 70).view(2, 70) * 1.0).bfloat16()
+    weight[1, 3] *= 2.0**-40
+    with torch.device("meta"):  # a tensor made anywhere else than with the codes would have no values
+        codes, tops, escapes = encode_lossless(weight)
+        tensors = {"up_proj": codes, "up_proj_top": tops, "up_proj_escapes": escapes}
+        found = dequantize(tensors, "up_proj", lossless_format(len(escapes) // 5), (2, 70), torch.bfloat16)
+    assert torch.equal(found.view(torch.int16), weight.view(torch.int16))
