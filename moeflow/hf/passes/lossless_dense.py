@@ -71,10 +71,10 @@ class _Stored(torch.nn.Module):
     def _num_columns(self) -> int:
         raise NotImplementedError
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The values [N, K], in memory of their own."""
+    def _unpacked(self) -> torch.Tensor:
         return torch.ops.moeflow.lossless_weight(self.codes, self.tops, self.escapes, self._num_columns)
+
+    weight: Any = property(_unpacked)  # [N, K], in memory of its own
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
