@@ -18,6 +18,7 @@ from moeflow.kernels.cpu.lossless import count_escapes, decode, encode, lossless
 from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, lossless_format
 
 _MOST_SIZE = 0.9  # of the bytes in bfloat16: a matrix that takes more stays
+_MOST_ESCAPES = 1 / 1024  # of the values: beyond it a product takes longer than from bfloat16
 _ROOM = 16  # escapes that room is made for at once
 
 _LIBRARY = torch.library.Library("moeflow", "FRAGMENT")
@@ -124,7 +125,7 @@ def compress_dense(model: torch.nn.Module) -> int:
     """Keep the weights of a model's linears in the lossless format, one at a time, and give up those in bfloat16.
 
     Linears that are not moeflow's, have hooks, another dtype or weights that others use stay as they are, and those
-    whose record would take more than 0.9 of the weight.
+    whose record would take more than 0.9 of the weight, or has so many escapes that a step would take longer.
 
     Args:
         model: after `speed_up_dense`.
@@ -172,9 +173,10 @@ def _takes(module: Any) -> bool:
 def _compress(weight: torch.Tensor, modules: list[torch.nn.Module]) -> int:
     """Store a weight for its modules and return the bytes that this saves; 0, and it stays, where that is too few."""
     shape = (weight.shape[0], weight.shape[1])
-    room = max(align_up(count_escapes(weight), _ROOM), _ROOM)
+    num_escapes = count_escapes(weight)
+    room = max(align_up(num_escapes, _ROOM), _ROOM)
     spec, before = lossless_format(room), weight.nbytes
-    if spec.num_bytes(shape) >= _MOST_SIZE * before:
+    if spec.num_bytes(shape) >= _MOST_SIZE * before or num_escapes > max(_MOST_ESCAPES * weight.numel(), _ROOM):
         return 0
     (_, _, size), *_ = spec.tensors("", shape)
     codes, tops = torch.empty(size, dtype=torch.uint8), torch.empty(shape[0], dtype=torch.uint16)

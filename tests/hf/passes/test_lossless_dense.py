@@ -135,4 +135,8 @@ def test_what_does_not_gain_or_is_used_otherwise_stays():
     with torch.no_grad():
         spread[0].weight.mul_(torch.exp2(torch.randint(-60, 60, (45, 190)).float()).bfloat16())
     stays(spread)
+    escaping = torch.nn.Sequential(torch.nn.Linear(640, 64)).bfloat16()
+    with torch.no_grad():
+        escaping[0].weight[:, 0] = 1e-30  # 64, where 40 are allowed
+    stays(escaping)
     assert type(spread[0]) is FewTokensLinear
