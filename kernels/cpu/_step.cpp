@@ -227,12 +227,13 @@ bool rows_of_table(const Instruction &it) {
 
 /* ---- Matrices and experts ---- */
 
-/* whole: matrices. tensors: an out, x, the matrices, their biases if there are any, and the further outs. */
+/* whole: matrices, and tensors that each has: its floats, or codes, tops and escapes. tensors: an out, x, the matrices,
+ * part by part, their biases if there are any, and the further outs. */
 bool linear(const Instruction &it, const StepState &state) {
     const Tensor &x = it.tensors[1];
     const RowsOf rows(x);
-    const int count = (int)it.whole[0];
-    const bool has_bias = it.num_tensors > 2 * count + 1;
+    const int count = (int)it.whole[0], parts = (int)it.whole[1];
+    const bool has_bias = it.num_tensors > (parts + 1) * count + 1;
     Matrix matrices[LINEARS_AT_ONCE] = {};
     void *outs[LINEARS_AT_ONCE];
     if (count < 1 || count > LINEARS_AT_ONCE) return false;
@@ -242,11 +243,18 @@ bool linear(const Instruction &it, const StepState &state) {
         m.codes = (int64_t)weight.data, m.scale = m.zero = m.bias = -1;
         m.format = (int32_t)weight.dtype;
         if (has_bias) {
-            const Tensor &bias = it.tensors[2 + count + i];
+            const Tensor &bias = it.tensors[2 + parts * count + i];
             m.bias = (int64_t)bias.data, m.bias_format = (int32_t)bias.dtype;
         }
         m.num_rows = (int32_t)weight.sizes[0];
-        m.in_features = m.group_size = m.padded = (int32_t)weight.sizes[1];
+        m.in_features = m.group_size = m.padded = (int32_t)rows.length;
+        if (parts == 3) {
+            const Tensor &escapes = it.tensors[2 + 2 * count + i];
+            m.format = LOSSLESS;
+            m.scale = (int64_t)it.tensors[2 + count + i].data, m.zero = (int64_t)escapes.data;
+            m.group_size = m.padded = (int32_t)((rows.length + 63) / 64 * 64);
+            m.num_escapes = (int32_t)(escapes.sizes[0] / 5);
+        }
         outs[i] = it.tensors[i ? it.num_tensors - count + i : 0].data;
     }
     const bool is_of_rows = x.sizes[0] == state.num_rows;

@@ -3,12 +3,17 @@
 Knows matrices and the format. Knows nothing of files or models.
 """
 
+import ctypes
+
+import numpy as np
 import torch
 
 from moeflow.errors import CheckpointError, ConfigError
 from moeflow.kernels.cpu.checks import is_plain, refusal
 from moeflow.kernels.cpu.library import library
-from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, WeightFormat, lossless_format
+from moeflow.kernels.cpu.ops import multiply
+from moeflow.kernels.cpu.structs import DTYPES, lossless_matrix
+from moeflow.kernels.quantization.formats import LOSSLESS_BLOCK, MOST_LOSSLESS_VALUES, WeightFormat, lossless_format
 from moeflow.kernels.quantization.lossless import decode_lossless, encode_lossless
 
 _FAULTS = (
@@ -98,6 +103,69 @@ def decode(
         )
 
 
+def lossless_linear(
+    x: torch.Tensor, codes: torch.Tensor, tops: torch.Tensor, escapes: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Multiply with a stored matrix: the bits of `linear` with its values.
+
+    Args:
+        x: [..., K], bfloat16.
+        codes: uint8 [N, Kp / 64 * 96].
+        tops: uint16 [N].
+        escapes: uint8 [5 E].
+        bias: [N] or None.
+
+    Returns:
+        [..., N], contiguous, bfloat16; None where no kernel takes these tensors.
+    """
+    shape, room = (len(tops), x.shape[-1]), escapes.numel() // 5
+    if not (x.is_cpu and x.dtype == torch.bfloat16 and x.numel() and _fits(codes, tops, escapes, shape)):
+        return None
+    if bias is not None and not (is_plain(bias) and bias.dtype in DTYPES and bias.shape == shape[:1]):
+        return None
+    bias_at, bias_format = (-1, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
+    places = (codes.data_ptr(), tops.data_ptr(), escapes.data_ptr(), bias_at)
+    matrix = lossless_matrix(places, bias_format, shape, room)
+    out = x.new_empty(*x.shape[:-1], shape[0])
+    multiply(ctypes.addressof(matrix), x, out, 0)
+    return out
+
+
+def lossless_rows(
+    ids: torch.Tensor, codes: torch.Tensor, tops: torch.Tensor, escapes: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """Return rows of a stored matrix [N, K].
+
+    Args:
+        ids: [...], whole numbers.
+        codes: uint8 [N, Kp / 64 * 96].
+        tops: uint16 [N].
+        escapes: uint8 [5 E].
+        in_features: K.
+
+    Returns:
+        [..., K], bfloat16.
+
+    Raises:
+        IndexError: there is no such row.
+        CheckpointError: as `decode`.
+    """
+    room, rows = escapes.numel() // 5, ids.reshape(-1)
+    out = torch.empty(len(rows), in_features, dtype=torch.bfloat16)
+    if len(rows):
+        stored = torch.index_select(codes, 0, rows)
+        found_tops = torch.index_select(tops.view(torch.int16), 0, rows).view(torch.uint16)
+        values = escapes.numpy()
+        positions, begins = values[: 4 * room].view("<u4"), rows.numpy().astype(np.uint32) * np.uint32(in_features)
+        first, last = (np.searchsorted(positions, begins + np.uint32(more)) for more in (0, in_features))
+        at = [np.arange(*pair) for pair in zip(first, last, strict=True)]
+        which, row = np.concatenate(at), np.repeat(np.arange(len(at)), last - first)
+        moved = (positions[which].astype(np.int64) - begins[row] + row * in_features).astype("<u4")
+        parts = np.concatenate((moved.view(np.uint8), values[4 * room + which]))
+        decode(stored, found_tops, torch.from_numpy(parts), (len(rows), in_features), out)
+    return out.view(*ids.shape, in_features)
+
+
 def _check_weight(weight) -> None:
     if not (is_plain(weight) and weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.numel() > 0):
         raise refusal("a lossless matrix", "[N, K] in bfloat16", weight)
@@ -110,3 +178,15 @@ def _check_parts(codes, tops, escapes, spec: WeightFormat, shape) -> None:
         dtype = torch.uint16 if name.endswith("_top") else torch.uint8
         if not (is_plain(part) and part.dtype == dtype and part.shape == size):
             raise refusal(f"{name} of {list(shape)}", f"{dtype} {list(size)}", part)
+
+
+def _fits(codes: torch.Tensor, tops: torch.Tensor, escapes: torch.Tensor, shape: tuple[int, int]) -> bool:
+    """Whether three tensors are a matrix [N, K]."""
+    return (
+        all(map(is_plain, (codes, tops, escapes)))
+        and (codes.dtype, tops.dtype, escapes.dtype) == (torch.uint8, torch.uint16, torch.uint8)
+        and codes.shape == (shape[0], -(-shape[1] // LOSSLESS_BLOCK) * 96)
+        and tops.shape == shape[:1]
+        and escapes.dim() == 1
+        and escapes.numel() % 5 == 0
+    )

@@ -209,7 +209,7 @@ class LinearKernel:
         """
         if not checks.takes_product(x, out, self._shape):
             raise checks.refusal("a product", f"x [..., {self._shape[1]}] and out [..., {self._shape[0]}]", x, out)
-        _multiply(self._pointer, x, out, activation_bits)
+        multiply(self._pointer, x, out, activation_bits)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -232,7 +232,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     bias_at, bias_format = (-1, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
     matrix = float_matrix(weight.data_ptr(), bias_at, DTYPES[weight.dtype], bias_format, *weight.shape)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _multiply(ctypes.addressof(matrix), x, out, 0)
+    multiply(ctypes.addressof(matrix), x, out, 0)
     return out
 
 
@@ -298,7 +298,8 @@ def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> float:
     return num_bytes / best
 
 
-def _multiply(pointer, x, out, activation_bits) -> None:
+def multiply(pointer: int, x: torch.Tensor, out: torch.Tensor, activation_bits: int) -> None:
+    """Multiply with the matrix that is described at an address; who calls has checked that x and out fit it."""
     x, in_features = x.contiguous(), x.shape[-1]
     failed = loaded().held.moeflow_cpu_linear(
         pointer, None, x.data_ptr(), DTYPES[x.dtype], in_features * x.element_size(), x.numel() // in_features,

@@ -18,6 +18,7 @@ from moeflow.kernels.quantization.formats import (
     WeightFormat,
     find_format,
     holds_matrix,
+    lossless_format,
 )
 
 # In the order of the enums in _cpu.h.
@@ -127,7 +128,9 @@ def described_matrix(
         bias_dtype: None where it has no bias.
         is_transposed: whether it lies [in, out].
     """
-    kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1", "lossless": "lossless"}.get(spec.kind, spec.name)
+    kind = {"int": "int8", "uint": f"uint{spec.bits}", "sign": "sign1", "lossless": "lossless"}.get(
+        spec.kind, spec.name
+    )
     if kind not in _FORMATS or (bias_dtype is not None and bias_dtype not in DTYPES):
         return None
     if not all(1 <= size <= _MOST_FEATURES for size in shape):
@@ -154,6 +157,20 @@ def float_matrix(address: int, bias: int, format: int, bias_format: int, num_row
     return Matrix(
         address, -1, -1, bias, format, bias_format, num_rows, in_features, in_features, in_features
     )  # fmt: skip
+
+
+@lru_cache(maxsize=8192)
+def lossless_matrix(places: tuple[int, int, int, int], bias_format: int, shape: tuple[int, int], room: int) -> Matrix:
+    """Describe a lossless matrix [N, K].
+
+    Args:
+        places: addresses of codes, tops, escapes and bias (-1: none).
+        bias_format: number of the bias's dtype.
+        shape: [N, K].
+        room: E, for how many escapes it has room.
+    """
+    padded = lossless_format(room).padded(shape[1])
+    return Matrix(*places, _FORMATS.index("lossless"), bias_format, *shape, padded, padded, 0, room)
 
 
 def _parts_of(name, spec) -> tuple[str, str, str]:

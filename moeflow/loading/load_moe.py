@@ -16,6 +16,7 @@ from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.hf.passes import forward
+from moeflow.hf.passes.lossless_dense import compress_dense
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, prune_experts
 from moeflow.loading.budget import ExpertsSize
@@ -113,6 +114,8 @@ def load_moe(
     pretrained.own_dense_weights(loaded)
     if on_cpu:
         speed_up_dense(loaded)
+    if on_cpu and quantization == "lossless":
+        compress_dense(loaded)
     predicting = build_predictor(predictor, loaded, experts.layers, experts.size.num_experts_per_tok)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     bytes_per_position = forward.key_value_bytes_per_position(loaded)

@@ -10,7 +10,7 @@ from moeflow.core import align_up
 from moeflow.hf.passes.growing_cache import KeptShape
 from moeflow.kernels.cpu.huge_pages import use_huge_pages
 from moeflow.kernels.cpu.step import MAX_DIMS, StepCode, instruction_words, tensor_words
-from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, Instruction, Operand, Program
+from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, STORED, Instruction, Operand, Program
 
 _ELSEWHERE = KINDS.index("torch")
 _ALIGN_BYTES = 64
@@ -34,7 +34,10 @@ class BoundProgram:
         offsets, self.num_bytes = plan_memory(program)
         self._arena = torch.zeros(self.num_bytes + 64, dtype=torch.uint8)
         begin = -self._arena.data_ptr() % 64
-        named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        named = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         self._raw: list[torch.Tensor] = []  # of each buffer, its bytes, or the weight
         for buffer, offset in zip(program.buffers, offsets, strict=True):
             if buffer.kind == "weight":
@@ -146,7 +149,8 @@ class BoundProgram:
             whole, real = [POINTWISE.index(about["op"]), side], [about.get("number", 0.0), about.get("factor", 1.0)]
             operands = coalesce(operands)
         elif instruction.kind == "linear":
-            whole = [len(instruction.outputs)]
+            count = len(instruction.outputs)
+            whole = [count, 3 if instruction.inputs[1].dtype in STORED else 1]
         elif instruction.kind in ("rms_norm", "add_norm"):
             real = [about["eps"]]
         elif instruction.kind == "experts":
@@ -164,7 +168,8 @@ class BoundProgram:
     def _tensor_words(self, operand: Operand) -> list[int]:
         address = self._raw[operand.buffer].data_ptr() + operand.offset * operand.dtype.itemsize
         assert len(operand.sizes) <= MAX_DIMS, operand
-        return tensor_words(address, DTYPES.index(operand.dtype), operand.sizes, operand.strides)
+        dtype = torch.bool if operand.dtype in STORED else operand.dtype  # bytes
+        return tensor_words(address, DTYPES.index(dtype), operand.sizes, operand.strides)
 
 
 def coalesce(operands: list[Operand]) -> list[Operand]:

@@ -131,6 +131,12 @@ class _Lowering(Operations):
         ):
             self._torch(node, outputs, args, kwargs)
 
+    def _lossless_linear(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        x, *parts = args
+        inputs = [self._contiguous(x), *(self._operand(part) for part in parts if part is not None)]
+        self._emit("linear", (self._operand(outputs[0]),), tuple(inputs))
+        return True
+
     def _torch(self, node: Node, outputs: list, args: list, kwargs: dict[str, Any]) -> None:
         def of(value: Any) -> Any:
             return self._operand(value) if isinstance(value, torch.Tensor) else value

@@ -22,6 +22,9 @@ POINTWISE = (
 """Elementwise operations, in the order of PointwiseOp in _step.h."""
 
 REDUCTIONS = ("sum", "mean", "max", "min")
+STORED = (torch.uint8, torch.uint16)
+"""Dtypes of what a lossless matrix is stored in; only `linear` reads them."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 """Dtypes of tensors, in the order of StepDtype in _step.h."""
 

@@ -31,7 +31,9 @@ _UNDERSCORED = {
     "__and__",
     "__xor__",
 }  # that check what they get
-_OF_OURS = {"moeflow.linear.default", "moeflow.rms_norm.default"}
+_OF_OURS = {
+    f"moeflow.{name}.default" for name in ("linear", "rms_norm", "lossless_linear", "lossless_rows", "lossless_weight")
+}
 
 
 class KeptProgram(NamedTuple):

@@ -42,7 +42,10 @@ class KeptFile:
     def read(self) -> KeptProgram | None:
         """Return what an earlier process found; None where that must be found anew."""
         model = self._model
-        weights = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        weights = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         return read_program(self._path, self._key, weights, len(experts_modules(model)))
 
     def write(self, kept: KeptProgram) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils import _pytree as pytree
 
+from moeflow.dtypes import TORCH_DTYPES
 from moeflow.hf.passes.own_modules import OwnCall
 from moeflow.kernels.cpu.step import MAX_DIMS
-from moeflow.step.program import DTYPES, POINTWISE, REDUCTIONS, Instruction, Operand, Program
+from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, lossless_format
+from moeflow.step.program import DTYPES, POINTWISE, REDUCTIONS, STORED, Instruction, Operand, Program
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WRITTEN = ("constant", "made", "kept", "state")  # kinds of buffers that instructions write
@@ -121,8 +123,9 @@ def _check_instruction(
         return _check_torch(program, one, weights)
     if one.kind == "own":
         return _want(isinstance(one.attributes["call"], OwnCall), "a call of nothing")
+    known = DTYPES + STORED if one.kind == "linear" else DTYPES
     for operand in (*one.outputs, *one.inputs):
-        _want(len(operand.sizes) <= MAX_DIMS and operand.dtype in DTYPES, "a tensor that the library does not know")
+        _want(len(operand.sizes) <= MAX_DIMS and operand.dtype in known, "a tensor that the library does not know")
     if one.kind not in ("pointwise", "attend", "attend_latent"):
         whole = (*one.outputs, *one.inputs[: 1 if one.kind == "scatter" else None])
         _want(all(operand.is_contiguous and operand.sizes for operand in whole), "gaps")
@@ -160,12 +163,30 @@ def _check_torch(program: Program, one: Instruction, weights: Mapping[str, torch
 
 def _linear(one: Instruction) -> bool:
     (out,), (x, weight, *bias) = one.outputs, one.inputs
+    if weight.dtype in STORED:
+        return _lossless_linear(one)
     rows, features = weight.sizes
     return (
         x.sizes[-1] == features
         and out.sizes == (*x.sizes[:-1], rows)
         and x.dtype == weight.dtype == out.dtype
         and x.dtype in _FLOATS
+        and len(bias) <= 1
+        and all(one.sizes == (rows,) and one.dtype in _FLOATS for one in bias)
+    )
+
+
+def _lossless_linear(one: Instruction) -> bool:
+    (out,), (x, codes, tops, escapes, *bias) = one.outputs, one.inputs
+    (rows,), features, room = tops.sizes, x.sizes[-1], escapes.sizes[0] // 5
+    parts = lossless_format(room).tensors("", (rows, features))
+    return (
+        [part.sizes for part in (codes, tops, escapes)] == [sizes for _, _, sizes in parts]
+        and [part.dtype for part in (codes, tops, escapes)] == [TORCH_DTYPES[dtype] for _, dtype, _ in parts]
+        and min(rows, features) > 0
+        and rows * features <= MOST_LOSSLESS_VALUES
+        and out.sizes == (*x.sizes[:-1], rows)
+        and x.dtype == out.dtype == torch.bfloat16
         and len(bias) <= 1
         and all(one.sizes == (rows,) and one.dtype in _FLOATS for one in bias)
     )

@@ -19,7 +19,7 @@ from moeflow.errors import UnsupportedModelError
 from moeflow.hf.passes.capture import capture
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.step.lower import lower
-from moeflow.step.program import KINDS
+from moeflow.step.program import KINDS, Instruction, Operand
 from moeflow.step.program_file import KeptProgram, read_program, write_program
 from moeflow.step.sound import _RULES
 
@@ -178,6 +178,24 @@ def test_an_instruction_that_would_leave_its_tensors_is_refused(written, read, k
 
 def test_each_kind_that_lowering_writes_has_a_rule():
     assert set(KINDS) - set(_RULES) <= {"torch", "own", "add_norm", "rope"}  # the last two: written behind the file
+
+
+def test_a_lossless_linear_whose_parts_do_not_fit_is_refused():
+    def linear(**changes):
+        sizes = {"x": (1, 100), "codes": (45, 192), "tops": (45,), "escapes": (80,), "out": (1, 45), **changes}
+        dtypes = {"codes": torch.uint8, "tops": torch.uint16, "escapes": torch.uint8}
+        made = {
+            name: Operand(0, dtypes.get(name, torch.bfloat16), size, (1,) * len(size), 0)
+            for name, size in sizes.items()
+        }
+        out = made.pop("out")
+        return _RULES["linear"](Instruction("linear", (out,), tuple(made.values())))
+
+    assert linear()
+    assert linear(bias=(45,))
+    wrong = {"x": (1, 200), "codes": (45, 96), "tops": (44,), "escapes": (81,), "out": (1, 46), "bias": (44,)}
+    for name, size in wrong.items():
+        assert not linear(**{name: size}), name
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""A model's passes as transformers runs them: calls, caches, attention, rotary embeddings, captured decode steps.
+"""A model's passes as transformers runs them: calls, caches, attention, rotary embeddings, captured decode steps,
+lossless dense weights.
 
 Knows nothing of experts' places, budgets or requests. `step/`, `trace/`, `calibration/`, `loading/`, `engine/`,
 `chat/` and `batch/` import it.

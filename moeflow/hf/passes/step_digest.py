@@ -39,7 +39,7 @@ def step_digest(model: PreTrainedModel) -> str:
         for function in _functions_beside(kind.forward, seen):
             digest.update(repr(_settled(function, 0)).encode())
     tied: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         about = name, tied.setdefault(id(tensor), name), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
         digest.update(repr((*about, tensor.device.type)).encode())
         digest.update(_sample(tensor))
