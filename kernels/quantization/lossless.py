@@ -36,7 +36,7 @@ def encode_lossless(weight: torch.Tensor, num_escapes: int | None = None) -> tup
     Raises:
         ValueError: there are more escapes than room.
     """
-    num_rows, in_features = weight.shape
+    in_features = weight.shape[1]
     bits = weight.contiguous().view(torch.int16).int() & 0xFFFF
     exponents, rests = (bits >> 7) & 255, (bits >> 8) & 128 | bits & 127
     top = _tops(exponents)
