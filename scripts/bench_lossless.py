@@ -1,0 +1,292 @@
+"""Measure the lossless format: bytes of all experts of a model, speed of encoder, check and kernels, and decoding.
+
+Every matrix is encoded, decoded and compared with its source; a bit that differs ends the run with exit code 1. Kernels
+and models take turns in the same rounds; a ratio is the median over rounds, with its range.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+PARTS = ("bytes", "gemv", "resident", "budget")
+PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the last line of standard output is one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="checkpoint folder of bfloat16 experts; without it the demo model")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
+    parser.add_argument("--threads", default="1,2", help="of the kernels, in turn (1,2); decoding takes the most")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (7)")
+    parser.add_argument("--tokens", type=int, default=48, help="decoded in a measurement (48)")
+    parser.add_argument("--budget", type=float, default=0.25, help="of the bytes of all experts in bfloat16 (0.25)")
+    parser.add_argument("--work", help="folder on a real disk for two packed files; without it the system's own")
+    parser.add_argument("--working-set-mb", type=int, help="of GEMV; without it 8 times the last-level cache")
+    arguments = parser.parse_args(argv)
+
+    import torch
+
+    from bench.machine import describe, print_card
+    from moeflow.demo.model import default_demo_path
+    from moeflow.kernels.cpu.library import instruction_set
+
+    folder = Path(arguments.model) if arguments.model else default_demo_path()
+    threads = [int(number) for number in arguments.threads.split(",")]
+    about = describe("moeflow", "torch", "transformers")
+    machine = f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}"
+    print_card({"machine": machine, "kernels": str(instruction_set()), "model": folder.name})
+    result: dict = {"card": about, "model": folder.name, "instruction_set": instruction_set()}
+    measures = {
+        "bytes": lambda: measure_bytes(folder),
+        "gemv": lambda: measure_gemv(folder, threads, arguments),
+        "resident": lambda: measure_resident(folder, arguments),
+        "budget": lambda: measure_budget(folder, arguments),
+    }
+    wanted = arguments.only.split(",")
+    with torch.inference_mode():
+        for part, measure in measures.items():
+            if part not in wanted:
+                continue
+            torch.set_num_threads(1 if part == "bytes" else max(threads))
+            say(part)
+            try:
+                result[part] = measure()
+            except WrongBits as error:
+                print(f"wrong bits: {error}", file=sys.stderr)
+                return 1
+            print(flush=True)
+    print(json.dumps(result))
+    return 0
+
+
+class WrongBits(Exception):
+    """A value that did not come back."""
+
+
+def say(text: str) -> None:
+    """Tell progress on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parts_for(weight):
+    """Return room for a matrix in the lossless format, just enough: its format, codes, tops and escapes."""
+    import torch
+
+    from moeflow.kernels.cpu.lossless import count_escapes
+    from moeflow.kernels.quantization.formats import lossless_format
+
+    spec = lossless_format(count_escapes(weight))
+    dtypes = {"U8": torch.uint8, "U16": torch.uint16}
+    return spec, [torch.empty(shape, dtype=dtypes[dtype]) for _, dtype, shape in spec.tensors("", weight.shape)]
+
+
+def measure_bytes(folder: Path) -> dict:
+    """Encode, check, decode and compare every matrix; print bytes and speeds of one thread."""
+    import torch
+
+    from bench.expert_matrices import expert_matrices
+    from moeflow.kernels.cpu.lossless import decode, encode
+
+    total = dict.fromkeys(("matrices", "values", "escapes", "rows", "rows_with", "floats", "stored", "differing"), 0)
+    seconds = dict.fromkeys(("encode", "check", "decode"), 0.0)
+    experts = set()
+    for layer, expert, name, weight in expert_matrices(folder):
+        spec, parts = parts_for(weight)
+        out, shape = torch.empty_like(weight), tuple(weight.shape)
+        clock = [time.perf_counter()]
+        encode(weight, *parts)
+        clock.append(time.perf_counter())
+        decode(*parts, shape, None)
+        clock.append(time.perf_counter())
+        decode(*parts, shape, out)
+        clock.append(time.perf_counter())
+        for what, (before, after) in zip(seconds, pairwise(clock), strict=True):
+            seconds[what] += after - before
+        differing = int((out.view(torch.int16) != weight.view(torch.int16)).sum())
+        if differing:
+            raise WrongBits(f"{differing} values of {name} of expert {expert} of layer {layer}")
+        experts.add((layer, expert))
+        for what, more in (
+            ("matrices", 1),
+            ("values", weight.numel()),
+            ("escapes", spec.num_escapes),
+            ("rows", shape[0]),
+            ("rows_with", int((parts[1].numpy() >> 8 & 1).sum())),
+            ("floats", weight.nbytes),
+            ("stored", spec.num_bytes(shape)),
+        ):
+            total[what] += more
+    speeds = {what: total["floats"] / taken for what, taken in seconds.items()}
+    share = total["stored"] / total["floats"]
+    print(f"{len(experts)} experts, {total['matrices']} matrices, {total['differing']} values differ after decoding")
+    print(f"bytes: {share:.4f} of bfloat16, {16 * share:.3f} bits a weight")
+    escapes, rows = total["escapes"] / total["values"], total["rows_with"] / total["rows"]
+    print(f"escapes: {escapes:.4%} of values, in {rows:.2%} of rows")
+    print("one thread, GB/s of bfloat16: " + ", ".join(f"{what} {speed / 1e9:.2f}" for what, speed in speeds.items()))
+    return {**total, "experts": len(experts), "share": share, "bytes_per_s": speeds}
+
+
+def measure_gemv(folder: Path, threads: list[int], arguments) -> list[dict]:
+    """Multiply one token with more of the model's matrices than a cache holds, in both formats; print the table."""
+    import torch
+
+    from bench.ceilings import last_level_cache_bytes
+    from bench.expert_matrices import expert_matrices
+    from bench.rounds import Case, quotients, ranged, take_turns
+    from moeflow.kernels.cpu import ops as cpu
+    from moeflow.kernels.cpu.lossless import encode
+    from moeflow.kernels.quantization.formats import FORMATS
+
+    working_set = arguments.working_set_mb << 20 if arguments.working_set_mb else 8 * last_level_cache_bytes()
+    kernels, num_bytes, shapes = {"bfloat16": [], "lossless": []}, {"bfloat16": 0, "lossless": 0}, []
+    for _, _, _, weight in expert_matrices(folder):
+        shape, (spec, parts) = tuple(weight.shape), parts_for(weight)
+        encode(weight, *parts)
+        stored = dict(zip(("weight", "weight_top", "weight_escapes"), parts, strict=True))
+        for name, tensors, form in (
+            ("bfloat16", {"weight": weight.clone()}, FORMATS["bfloat16"]),
+            ("lossless", stored, spec),
+        ):
+            kernels[name].append(cpu.LinearKernel(tensors, "weight", form, shape))
+            num_bytes[name] += form.num_bytes(shape)
+        shapes.append(shape)
+        if num_bytes["bfloat16"] >= working_set:
+            break
+    generator = torch.Generator().manual_seed(0)
+    inputs = {k: torch.randn(1, k, generator=generator).bfloat16() for _, k in shapes}
+    outputs = {n: torch.empty(1, n, dtype=torch.bfloat16) for n, _ in shapes}
+    for number, (n, k) in enumerate(shapes):
+        found = []
+        for name in kernels:
+            kernels[name][number](inputs[k], outputs[n])
+            found.append(outputs[n].view(torch.int16).clone())
+        if not torch.equal(*found):
+            raise WrongBits(f"the product of matrix {number} {[n, k]}")
+    block = torch.ones(working_set // 8, dtype=torch.int64)
+
+    def walk(name):
+        for kernel, (n, k) in zip(kernels[name], shapes, strict=True):
+            kernel(inputs[k], outputs[n])
+
+    cases = [
+        Case("read", lambda: cpu.read(block), block.nbytes),
+        *(Case(name, lambda name=name: walk(name), num_bytes[name], len(shapes)) for name in kernels),
+    ]
+    size = f"{len(shapes)} of the model's matrices, {num_bytes['bfloat16'] >> 20} MiB in bfloat16"
+    print(f"GEMV: 1 token, {size}; same bits")
+    print(f"{'threads':>7} {'format':9} {'us a matrix':>24} {'GB/s':>6} {'% read':>22} {'x bfloat16':>22}")
+    rows = []
+    for number in threads:
+        torch.set_num_threads(number)
+        times = take_turns(cases, arguments.rounds)
+        read = [block.nbytes / t for t in times["read"]]
+        for case in cases[1:]:
+            rates = [case.num_bytes / t for t in times[case.name]]
+            share, ratio = quotients(rates, read), quotients(times["bfloat16"], times[case.name])
+            a_matrix = quotients(times[case.name], [case.count] * arguments.rounds)
+            row = {
+                "threads": number,
+                "format": case.name,
+                "matrix_s": a_matrix,
+                "bytes_per_s": statistics.median(rates),
+            }
+            rows.append({**row, "share_of_read": share, "ratio_to_bfloat16": ratio, "read": statistics.median(read)})
+            print(
+                f"{number:7} {case.name:9} {ranged(a_matrix, 1e6, 8, 1):>24} {statistics.median(rates) / 1e9:6.1f} "
+                f"{ranged(share, 100, 6, 0):>22} {ranged(ratio, 1, 6, 2):>22}"
+            )
+    return rows
+
+
+def measure_resident(folder: Path, arguments) -> dict:
+    """Decode with all experts in memory, in both formats."""
+    from moeflow import load_moe
+
+    options = {"device": "cpu", "predictor": None, "expert_memory": "100%"}
+    models = {
+        "bfloat16": load_moe(folder, **options),
+        "lossless": load_moe(folder, **options, quantization="lossless"),
+    }
+    return compare(models, folder, arguments, "all experts in memory, dense parts in the lossless format too")
+
+
+def measure_budget(folder: Path, arguments) -> dict:
+    """Decode with the same bytes for experts from two packed files, in both formats."""
+    from moeflow import load_moe
+    from moeflow.convert.pack import pack_model
+
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        packed = {
+            name: pack_model(folder, Path(work) / name, lossless=name == "lossless")
+            for name in ("bfloat16", "lossless")
+        }
+        options = {"device": "cpu", "predictor": None}
+        bf16 = load_moe(packed["bfloat16"], **options, expert_memory="100%")
+        budget = int(arguments.budget * bf16.moeflow.stats()["memory"]["all_experts_bytes"])
+        bf16.moeflow.close()
+        models = {name: load_moe(path, **options, expert_memory=budget) for name, path in packed.items()}
+        what = (
+            f"{budget >> 20} MiB for experts, {arguments.budget:.0%} of theirs in bfloat16; packed files, no predictor"
+        )
+        return compare(models, folder, arguments, what)
+
+
+def compare(models: dict, folder: Path, arguments, what: str) -> dict:
+    """Decode with both models in turns; print times, hit rates and bytes; close the models."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from bench.rounds import quotients, ranged, spread
+    from bench.token_times import TokenTimes
+
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
+    fixed = {"min_new_tokens": arguments.tokens, "max_new_tokens": arguments.tokens, "do_sample": False}
+    fixed |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    answers = {}
+    for name, model in models.items():
+        out = model.generate(ids, **fixed, output_logits=True, return_dict_in_generate=True)
+        answers[name] = out.sequences, torch.stack(out.logits)
+        model.moeflow.reset_stats()
+    if not all(map(torch.equal, *answers.values())):
+        raise WrongBits(f"tokens or logits, {what}")
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(arguments.rounds):
+        say(f"round {turn + 1} of {arguments.rounds}")
+        for name, model in models.items():
+            clock = TokenTimes()
+            model.generate(ids, **fixed, streamer=clock)
+            between = [after - before for before, after in pairwise(clock.times[3:])]
+            times[name].append(statistics.mean(between))
+    print(f"Decoding: {what}; {torch.get_num_threads()} threads; same tokens and logits")
+    heads = f"{'ms a token':>24} {'x bfloat16':>22} {'experts MB':>10} {'hit rate':>8} {'MB read a token':>15}"
+    print(f"{'experts':9} {heads}")
+    rows = {}
+    for name, model in models.items():
+        stats = model.moeflow.stats()
+        decode = stats["decode"]
+        row = {
+            "token_s": spread(times[name]),
+            "ratio_to_bfloat16": quotients(times["bfloat16"], times[name]),
+            "all_experts_bytes": stats["memory"]["all_experts_bytes"],
+            "slots": stats["slots"],
+            "hit_rate": decode["hit_rate"],
+            "bytes_a_token": decode["bytes_from_disk"] / decode["tokens"],
+            "step": stats["step"]["mode"],
+        }
+        rows[name] = row
+        print(
+            f"{name:9} {ranged(row['token_s'], 1e3, 8, 2):>24} {ranged(row['ratio_to_bfloat16'], 1, 6, 2):>22} "
+            f"{row['all_experts_bytes'] / 1e6:10.0f} {row['hit_rate']:8.3f} {row['bytes_a_token'] / 1e6:15.2f}"
+        )
+        model.moeflow.close()
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
