@@ -5,11 +5,13 @@ and models take turns in the same rounds; a ratio is the median over rounds, wit
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (7)")
     parser.add_argument("--tokens", type=int, default=48, help="decoded in a measurement (48)")
     parser.add_argument("--budget", type=float, default=0.25, help="of the bytes of all experts in bfloat16 (0.25)")
+    parser.add_argument("--shape", default="4096x2048", help="of GEMV's other matrices, out x in features (4096x2048)")
     parser.add_argument("--work", help="folder on a real disk for two packed files; without it the system's own")
     parser.add_argument("--working-set-mb", type=int, help="of GEMV; without it 8 times the last-level cache")
     arguments = parser.parse_args(argv)
@@ -133,11 +136,25 @@ def measure_bytes(folder: Path) -> dict:
 
 
 def measure_gemv(folder: Path, threads: list[int], arguments) -> list[dict]:
-    """Multiply one token with more of the model's matrices than a cache holds, in both formats; print the table."""
+    """Multiply one token with the model's matrices, and with random ones of one shape; print the tables."""
+    import torch
+
+    from bench.expert_matrices import expert_matrices
+
+    num_rows, in_features = (int(number) for number in arguments.shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    random = (torch.randn(num_rows, in_features, generator=generator) / in_features**0.5).bfloat16()
+    return [
+        *multiply("the model's matrices", (found.weight for found in expert_matrices(folder)), threads, arguments),
+        *multiply(f"matrices of normal numbers {list(random.shape)}", itertools.repeat(random), threads, arguments),
+    ]
+
+
+def multiply(what: str, weights: Iterator, threads: list[int], arguments) -> list[dict]:
+    """Multiply one token with more matrices than a cache holds, in both formats; print the table."""
     import torch
 
     from bench.ceilings import last_level_cache_bytes
-    from bench.expert_matrices import expert_matrices
     from bench.rounds import Case, quotients, ranged, take_turns
     from moeflow.kernels.cpu import ops as cpu
     from moeflow.kernels.cpu.lossless import encode
@@ -145,7 +162,7 @@ def measure_gemv(folder: Path, threads: list[int], arguments) -> list[dict]:
 
     working_set = arguments.working_set_mb << 20 if arguments.working_set_mb else 8 * last_level_cache_bytes()
     kernels, num_bytes, shapes = {"bfloat16": [], "lossless": []}, {"bfloat16": 0, "lossless": 0}, []
-    for _, _, _, weight in expert_matrices(folder):
+    for weight in weights:
         shape, (spec, parts) = tuple(weight.shape), parts_for(weight)
         encode(weight, *parts)
         stored = dict(zip(("weight", "weight_top", "weight_escapes"), parts, strict=True))
@@ -178,7 +195,7 @@ def measure_gemv(folder: Path, threads: list[int], arguments) -> list[dict]:
         Case("read", lambda: cpu.read(block), block.nbytes),
         *(Case(name, lambda name=name: walk(name), num_bytes[name], len(shapes)) for name in kernels),
     ]
-    size = f"{len(shapes)} of the model's matrices, {num_bytes['bfloat16'] >> 20} MiB in bfloat16"
+    size = f"{len(shapes)} of {what}, {num_bytes['bfloat16'] >> 20} MiB in bfloat16"
     print(f"GEMV: 1 token, {size}; same bits")
     print(f"{'threads':>7} {'format':9} {'us a matrix':>24} {'GB/s':>6} {'% read':>22} {'x bfloat16':>22}")
     rows = []
@@ -191,6 +208,7 @@ def measure_gemv(folder: Path, threads: list[int], arguments) -> list[dict]:
             share, ratio = quotients(rates, read), quotients(times["bfloat16"], times[case.name])
             a_matrix = quotients(times[case.name], [case.count] * arguments.rounds)
             row = {
+                "matrices": what,
                 "threads": number,
                 "format": case.name,
                 "matrix_s": a_matrix,
