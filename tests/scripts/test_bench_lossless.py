@@ -21,24 +21,10 @@ def test_last_line_is_one_json_object_with_every_part(tmp_path):
     tiny_mixtral(intermediate_size=128).bfloat16().save_pretrained(tmp_path / "model")
     words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "model")
+    options = {"threads": 1, "rounds": 1, "tokens": 8, "working-set-mb": 1, "budget": 0.5, "shape": "96x64"}
     command = [sys.executable, str(ROOT / "scripts" / "bench_lossless.py"), "--model", str(tmp_path / "model")]
-    command += [
-        "--threads",
-        "1",
-        "--rounds",
-        "1",
-        "--tokens",
-        "8",
-        "--working-set-mb",
-        "1",
-        "--budget",
-        "0.5",
-        "--shape",
-        "96x64",
-    ]
-    done = subprocess.run(
-        [*command, "--shape", "96x64", "--work", str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
+    command += [f"--{name}={value}" for name, value in {**options, "work": tmp_path}.items()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bytes"]["differing"] == 0
