@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from bench.cgroup import drop_page_cache, run_process
@@ -53,7 +54,9 @@ def work(job: dict) -> dict:
             messages = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        for name, model in list(models.items())[:: 1 if turn % 2 else -1]:
+        sides = deque(models.items())
+        sides.rotate(turn)  # a disk may slow down after a burst: each side takes each place as often
+        for name, model in sides:
             measured, tokens = _generate(model, ids, job["tokens"], torch)
             same = outputs.setdefault(f"{turn % len(PROMPTS)} {name.split()[1]}", tokens) == tokens
             assert same, f"{name} changes the output"
