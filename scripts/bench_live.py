@@ -53,7 +53,8 @@ def work(job: dict) -> dict:
             messages = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        for name, model in list(models.items())[:: 1 if turn % 2 else -1]:
+        for name in in_turn(list(models), turn):
+            model = models[name]
             measured, tokens = _generate(model, ids, job["tokens"], torch)
             same = outputs.setdefault(f"{turn % len(PROMPTS)} {name.split()[1]}", tokens) == tokens
             assert same, f"{name} changes the output"
@@ -62,6 +63,16 @@ def work(job: dict) -> dict:
         if time.perf_counter() - begin > job["seconds"]:
             break
     return {"turns": turns, "outputs": outputs}
+
+
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """Return the order of one turn: over as many turns as there are names, two or four, each follows each other once.
+
+    A disk may be slow for a while after many reads, so that what ran before a side counts (Williams, 1949).
+    """
+    count = len(names)
+    steps = [(-place if place % 2 else place) // 2 % count for place in range(count)]
+    return [names[(step + turn) % count] for step in steps]
 
 
 def side(predictor: str | None, step: str) -> str:

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of a Mixtral checkpoint; without it the demo model")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/bench_step"), help="folder of models made from it")
+    parser.add_argument("--work", type=Path, help="folder of models made from it (bench/ beside the demo model)")
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python, gguf, numpy and psutil")
     parser.add_argument("--cases", nargs="+", default=["bf16", "fine", "int8", "int4-g64"],
                         help="of bf16, fine (every expert cut in two), int8, int4-g64 (all)")  # fmt: skip
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     from moeflow.demo.model import default_demo_path
 
     model = arguments.model or default_demo_path()
+    arguments.work = arguments.work or default_demo_path().parent / "bench"
     card = describe("torch", "transformers")
     if not arguments.json:
         print_card({"machine": f"{card['cpu']}, {card['cores']} cores, load {card['load']:.1f}",

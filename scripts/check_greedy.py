@@ -30,15 +30,15 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.disable_progress_bar()
     folder = Path(arguments.model) if arguments.model else default_demo_path()
-    prompt = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
+    prompt = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
 
     def answer(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens [n] of an answer, and its steps' logits [n, V]."""
         out = model.generate(
-            prompt, max_new_tokens=arguments.tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
+            **prompt, max_new_tokens=arguments.tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-        return out.sequences[0, prompt.shape[1] :], torch.cat(out.logits)
+        return out.sequences[0, prompt.input_ids.shape[1] :], torch.cat(out.logits)
 
     with (model := load_moe(folder, dtype="float32", device="cpu", expert_memory=arguments.budget)).moeflow as runtime:
         tokens, logits = answer(model)

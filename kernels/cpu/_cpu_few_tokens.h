@@ -53,6 +53,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, c
                                           const float *const *x, float *y, int stride) {
     using V = typename S::V;
     constexpr int line = F::BLOCK_BYTES == 32 ? 1 : F::BLOCK_BYTES == 16 ? 3 : 7; /* blocks of one prefetch, less 1 */
+    constexpr int64_t ahead_bytes = AHEAD_BLOCKS * F::BLOCK_BYTES;
     const int num_blocks = (m.in_features + 31) / 32, group_blocks = m.group_size / 32;
     const int num_groups = (num_blocks + group_blocks - 1) / group_blocks;
     const int64_t row_bytes = m.padded / 32 * F::BLOCK_BYTES;
@@ -87,7 +88,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, c
                 UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) whole[r][t] = S::none();
                 for (; block < end; ++block) {
                     if ((block & line) == 0) { /* here and not in a function: GCC drops those that only prefetch */
-                        const int64_t ahead = ahead_of<R, AHEAD_BLOCKS * F::BLOCK_BYTES>(side, block * F::BLOCK_BYTES, row_bytes);
+                        const int64_t ahead = ahead_of<R, ahead_bytes>(side, block * F::BLOCK_BYTES, row_bytes);
                         UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
                     }
                     UNROLL for (int r = 0; r < R; ++r) {
@@ -107,7 +108,7 @@ __attribute__((noinline)) void tile_codes(const Matrix &m, const char *record, c
         } else
             for (; block < group_end; ++block) {
                 if ((block & line) == 0) {
-                    const int64_t ahead = ahead_of<R, AHEAD_BLOCKS * F::BLOCK_BYTES>(side, block * F::BLOCK_BYTES, row_bytes);
+                    const int64_t ahead = ahead_of<R, ahead_bytes>(side, block * F::BLOCK_BYTES, row_bytes);
                     UNROLL for (int r = 0; r < R; ++r) S::prefetch(lines[r].codes + ahead);
                 }
                 UNROLL for (int r = 0; r < R; ++r) {

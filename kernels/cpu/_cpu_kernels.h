@@ -11,7 +11,8 @@
 #define UNROLL _Pragma("GCC unroll 8")
 /* Up to so many tokens of a matrix its values are unpacked in registers, anew for every four tokens. */
 constexpr int FEW_OF_FLOATS = 8, FEW_OF_CODES = 8;
-constexpr int64_t AHEAD_BYTES = 1024, AHEAD_BLOCKS = 64, AHEAD_GRID_BYTES = 128; /* of prefetches: of floats, codes, scales */
+/* How far ahead rows are prefetched: floats, blocks of codes, scales and zeros. */
+constexpr int64_t AHEAD_BYTES = 1024, AHEAD_BLOCKS = 64, AHEAD_GRID_BYTES = 128;
 
 /* Activations that are rounded to int16 with one scale; a power of two, for a group never has two then. */
 constexpr int ROUNDED_TOGETHER = 128;
