@@ -131,10 +131,16 @@ struct Avx2 {
     };
     static Exponents exponents(int top) {
         const __m128i code = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m128i found = _mm_subs_epu8(_mm_set1_epi8((char)top), code);
+        const __m128i most = _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0);
+        const __m128i found = _mm_and_si128(_mm_subs_epu8(_mm_set1_epi8((char)top), code), most); /* 15 says 0 */
         const __m128i high = _mm_and_si128(_mm_srli_epi16(found, 1), _mm_set1_epi8(0x7f));
         const __m128i low = _mm_slli_epi16(_mm_and_si128(found, _mm_set1_epi8(1)), 7);
         return {_mm256_broadcastsi128_si256(high), _mm256_broadcastsi128_si256(low)};
+    }
+    /* Sets bits in a lane; in none where there is no such lane. */
+    static V put(V v, int lane, uint32_t bits) {
+        const __m256i here = _mm256_cmpeq_epi32(_mm256_set1_epi32(lane), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        return _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_and_si256(here, _mm256_set1_epi32((int)bits))));
     }
     static void lossless(const uint8_t *p, const Exponents &table, V (&v)[8]) {
         const __m256i sign = _mm256_set1_epi8((char)0x80), upper = _mm256_set1_epi32((int)0xffff0000);

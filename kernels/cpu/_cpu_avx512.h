@@ -86,6 +86,12 @@ struct Avx512 {
         const Avx2::Exponents half = Avx2::exponents(top);
         return {_mm512_broadcast_i64x4(half.high), _mm512_broadcast_i64x4(half.low)};
     }
+    static V put(V v, int lane, uint32_t bits) {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_set1_epi32(lane), lanes);
+        const __m512i old = _mm512_castps_si512(v);
+        return _mm512_castsi512_ps(_mm512_mask_or_epi32(old, here, old, _mm512_set1_epi32((int)bits)));
+    }
     static void lossless(const uint8_t *p, const Exponents &table, V (&v)[4]) {
         const __m512i sign = _mm512_set1_epi8((char)0x80), upper = _mm512_set1_epi32((int)0xffff0000);
         const __m256i both = _mm256_loadu_si256((const __m256i *)(p + 64));

@@ -90,11 +90,29 @@ struct Portable {
     }
     using Exponents = uint32_t; /* the top */
     static Exponents exponents(int top) { return top; }
+    static V put(V v, int lane, uint32_t bits) { /* in no lane where there is no such lane */
+        if (lane >= 0 && lane < LANES) v[lane] = float_of(bits_of(v[lane]) | bits);
+        return v;
+    }
     static void lossless(const uint8_t *p, Exponents top, V (&v)[16]) {
+        uint8_t codes[64];
+        uint16_t halves[64];
+        for (int i = 0; i < 32; ++i) codes[i] = p[64 + i] & 15;
+        for (int i = 0; i < 32; ++i) codes[32 + i] = p[64 + i] >> 4;
         for (int i = 0; i < 64; ++i) {
-            const int part = i / 16, lane = i % 16, place = lane / 4 * 16 + part / 2 * 8 + lane % 4 * 2 + part % 2;
-            const uint32_t rest = p[place], both = p[64 + place % 32], code = place < 32 ? both & 15 : both >> 4;
-            v[i / LANES][i % LANES] = float_of((rest & 128) << 24 | ((top - code) & 255) << 23 | (rest & 127) << 16);
+            const uint8_t exponent = codes[i] == 15 ? 0 : (uint8_t)(top - codes[i]);
+            halves[i] = (uint16_t)((p[i] & 128) << 8 | exponent << 7 | (p[i] & 127));
+        }
+        for (int i = 0; i < 8; ++i) {
+            uint32_t pairs[4];
+            float low[4], high[4];
+            memcpy(pairs, halves + 8 * i, 16);
+            for (int lane = 0; lane < 4; ++lane) {
+                low[lane] = float_of(pairs[lane] << 16);
+                high[lane] = float_of(pairs[lane] & 0xffff0000u);
+            }
+            memcpy(&v[i % 2 * 8 + i / 2], low, 16);
+            memcpy(&v[i % 2 * 8 + 4 + i / 2], high, 16);
         }
     }
     static void nibbles(const uint8_t *p, V (&v)[8]) { widen(bytes4(p), v); }

@@ -31,10 +31,12 @@ inline void place(const uint8_t *values, uint8_t *to) {
         }
 }
 
-/* How many of a row's values lie outside of the codes' reach below a top. */
+/* Whether a value's exponent is none that a code below a top says, and not 0, which code 15 says. */
+inline bool is_escape(int top, int exponent) { return (uint16_t)(top - exponent) >= NUM_CODES && exponent; }
+/* How many of a row's values are escapes. */
 int64_t outside(const uint16_t *w, int64_t count, int top) {
     int64_t found = 0;
-    for (int64_t i = 0; i < count; ++i) found += (uint16_t)(top - exponent_of(w[i])) >= NUM_CODES;
+    for (int64_t i = 0; i < count; ++i) found += is_escape(top, exponent_of(w[i]));
     return found;
 }
 int top_of(const uint16_t *w, int64_t count) {
@@ -43,6 +45,7 @@ int top_of(const uint16_t *w, int64_t count) {
     if (outside(w, count, top) * ROOM_BELOW_TOP <= count) return top;
     int64_t counts[256 + NUM_CODES] = {}, reached = 0, most = -1; /* counts[e + NUM_CODES] */
     for (int64_t i = 0; i < count; ++i) ++counts[exponent_of(w[i]) + NUM_CODES];
+    counts[NUM_CODES] = 0; /* of exponent 0, which needs no code */
     for (int candidate = 0; candidate < 256; ++candidate) {
         reached += counts[candidate + NUM_CODES] - counts[candidate];
         if (reached >= most) most = reached, top = candidate;
@@ -90,7 +93,7 @@ EXPORTED int64_t moeflow_lossless_encode(const uint16_t *weights, int64_t num_ro
                 }
             if (is_any)
                 for (int i = 0; i < count; ++i) {
-                    if (kept[i] != ESCAPE) continue;
+                    if (kept[i] != ESCAPE || !exponent_of(w[k + i])) continue;
                     if (found < room) {
                         store32(escapes + 4 * found, (uint32_t)(row * in_features + k + i));
                         escapes[4 * room + found] = (uint8_t)exponent_of(w[k + i]);
@@ -134,17 +137,19 @@ EXPORTED int moeflow_lossless_decode(const uint8_t *codes, const uint16_t *tops,
             for (int i = 0; i < BLOCK; ++i) {
                 const int part = i / 16, lane = i % 16, at = lane / 4 * 16 + part / 2 * 8 + lane % 4 * 2 + part % 2;
                 kept[i] = (uint8_t)(at < 32 ? codes[BLOCK + at] & 15 : codes[BLOCK + at - 32] >> 4);
-                values[i] = (uint16_t)((codes[at] & 128) << 8 | ((top - kept[i]) & 255) << 7 | (codes[at] & 127));
+                const int exponent = kept[i] == ESCAPE ? 0 : (top - kept[i]) & 255;
+                values[i] = (uint16_t)((codes[at] & 128) << 8 | exponent << 7 | (codes[at] & 127));
                 special |= (kept[i] == ESCAPE) | (kept[i] > top);
             }
             if (special)
                 for (int i = 0; i < count; ++i) {
                     const uint32_t position = (uint32_t)(row * in_features + k + i);
                     const bool is_listed = next < num_used && load32(escapes + 4 * next) == position;
-                    if (is_listed != (kept[i] == ESCAPE)) return ELSEWHERE;
-                    if (is_listed)
-                        values[i] = (uint16_t)((values[i] & 0x807f) | escapes[4 * room + next++] << 7);
-                    else if (kept[i] > top) return NO_VALUE;
+                    if (is_listed) {
+                        const int exponent = escapes[4 * room + next++];
+                        if (kept[i] != ESCAPE || !exponent) return ELSEWHERE;
+                        values[i] = (uint16_t)(values[i] | exponent << 7);
+                    } else if (kept[i] > top && kept[i] != ESCAPE) return NO_VALUE;
                 }
             if (weights) memcpy(weights + row * in_features + k, values, 2 * count);
         }

@@ -33,13 +33,14 @@ One format loses nothing. `bf16-lossless-E` holds bfloat16 values in 12 bits and
 
 - `name`: uint8 [N, Kp / 64 * 96]; K is padded to a multiple of 64. A block of 64 values is 64 bytes of rests and 32
   bytes of codes. A rest is a value's sign (bit 7) and mantissa (bits 0 to 6). A code c of 0 to 14 says that the
-  exponent is the row's top less c; 15 says that the value is an escape. Value 16 a + j of a block (a < 4, j < 16) has
+  exponent is the row's top less c; 15 says that it is 0, of a zero or a denormal number, or that of an escape: a value
+  with another exponent, which lies apart. Value 16 a + j of a block (a < 4, j < 16) has
   place p = 16 (j div 4) + 8 (a div 2) + 2 (j mod 4) + a mod 2, the order in which vectors of 8 and of 16 floats come
   out of two byte shuffles: its rest is byte p, its code the low half of code byte p for p < 32, else the high half of
   code byte p - 32.
 - `name_top`: uint16 [N]: bits 0 to 7 are the row's top, bit 8 says that the row has an escape; the others are zero.
 - `name_escapes`: uint8 [5 E]: E positions row * K + column, uint32, little-endian, rising, then E exponents, a byte
-  each. Unused ones come last, with position 2^32 - 1 and exponent 0.
+  each, none of them 0. Unused ones come last, with position 2^32 - 1 and exponent 0.
 
 Padding has rest 0 and code 0.
 

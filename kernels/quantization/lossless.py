@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from moeflow.errors import CheckpointError
 from moeflow.kernels.quantization.formats import LOSSLESS_BLOCK, WeightFormat
 
-ESCAPE = 15  # the code of a value whose exponent lies apart
+ESCAPE = 15  # the code of a value whose exponent is 0, or lies apart
 NUM_CODES = 15  # exponents that a row's codes reach, from its top down
 UNUSED = 0xFFFFFFFF  # the position of an escape that is none
 _HAS_ESCAPES = 1 << 8
@@ -41,8 +41,8 @@ def encode_lossless(weight: torch.Tensor, num_escapes: int | None = None) -> tup
     exponents, rests = (bits >> 7) & 255, (bits >> 8) & 128 | bits & 127
     top = _tops(exponents)
     codes = top[:, None] - exponents
-    escapes = (codes < 0) | (codes >= NUM_CODES)
-    codes = codes.masked_fill(escapes, ESCAPE)
+    is_far = (codes < 0) | (codes >= NUM_CODES)
+    codes, escapes = codes.masked_fill(is_far, ESCAPE), is_far & (exponents != 0)
     padding = (0, -in_features % LOSSLESS_BLOCK)
     place = _places(weight.device)
     values, nibbles = (
@@ -78,7 +78,7 @@ def decode_lossless(
         [N, K], bfloat16.
 
     Raises:
-        CheckpointError: escapes out of order or outside of the matrix, a code of no value, or an escape without one.
+        CheckpointError: escapes out of order or outside of the matrix, or without their code; a code of no value.
     """
     num_rows, in_features = shape
     blocks = codes.unflatten(1, (-1, 96))
@@ -87,18 +87,19 @@ def decode_lossless(
     rests = blocks[..., place].flatten(1)[:, :in_features].int()
     nibbles = torch.cat((halves & 15, halves >> 4), dim=-1)[..., place].flatten(1)[:, :in_features].int()
     top = tops.int()
-    exponents = (top & 255)[:, None] - nibbles
+    is_escape = (nibbles == ESCAPE).flatten()
+    exponents = ((top & 255)[:, None] - nibbles).flatten().masked_fill(is_escape, 0).view(shape)
     room = spec.num_escapes
     four = escapes[: 4 * room].unflatten(0, (-1, 4)).long() if room else escapes.new_zeros(0, 4).long()
     at = (four << torch.tensor([0, 8, 16, 24], device=codes.device)).sum(-1)
     used = at != UNUSED
     count = int(used.sum())
     at, found = at[:count], escapes[4 * room : 4 * room + count].int()
-    is_escape = (nibbles == ESCAPE).flatten()
     _want(bool(used[:count].all()), "unused escapes before used ones")
     _want(bool((at.diff() > 0).all()) and (not count or int(at[-1]) < num_rows * in_features), "escapes out of order")
-    _want(torch.equal(is_escape.nonzero().flatten(), at), "escapes at other values than the codes say")
-    _want(bool((((top & _HAS_ESCAPES) != 0) == is_escape.view(shape).any(1)).all()), "rows that hide their escapes")
+    _want(bool(is_escape[at].all()) and bool(found.all()), "escapes at other values than the codes say")
+    has_escapes = torch.zeros_like(top, dtype=torch.bool).index_fill(0, at // in_features, True)
+    _want(torch.equal((top & _HAS_ESCAPES) != 0, has_escapes), "rows that hide their escapes")
     _want(bool((top < 2 * _HAS_ESCAPES).all()), "tops that are no exponents")
     exponents.view(-1)[at] = found
     _want(bool((exponents >= 0).all()), "codes that name no value")
@@ -110,8 +111,11 @@ def _tops(exponents: torch.Tensor) -> torch.Tensor:
     """[N]: the exponent from which each row's codes count down."""
     in_features = exponents.shape[1]
     top = exponents.amax(1)
-    for row in ((top[:, None] - exponents >= NUM_CODES).sum(1) * _ROOM_BELOW_TOP > in_features).nonzero().flatten():
-        counts = F.pad(torch.bincount(exponents[row], minlength=256), (NUM_CODES - 1, 0))
+    is_far = (top[:, None] - exponents >= NUM_CODES) & (exponents != 0)
+    for row in (is_far.sum(1) * _ROOM_BELOW_TOP > in_features).nonzero().flatten():
+        counts = torch.bincount(exponents[row], minlength=256)
+        counts[0] = 0  # which needs no code
+        counts = F.pad(counts, (NUM_CODES - 1, 0))
         reached = counts.unfold(0, NUM_CODES, 1).sum(1)  # by each top
         top[row] = int((reached == reached.max()).nonzero().max())
     return top

@@ -50,18 +50,21 @@ def load_lossless(
     rests = tl.load(first + place, mask=here, other=0).to(tl.uint32)
     pairs = tl.load(first + 64 + place % 32, mask=here, other=0).to(tl.int32)
     codes = (pairs >> (place // 32 * 4)) & 15
-    exponents = (tops & 255)[:, None, None] - codes
+    exponents = tl.where(codes == 15, 0, (tops & 255)[:, None, None] - codes)
     if tl.max(tops, 0) >= 256:  # else no row of this tile has one
         is_escape = here & (codes == 15)
         position = row.to(tl.uint32) * K + column.to(tl.uint32)
         escapes = record + ESCAPES_AT
-        count = codes * 0  # of the escapes up to this position: the last of them is the value's own
+        count = codes * 0  # of the escapes up to this position
+        last = position * 0
         for step in tl.static_range(SEARCH_STEPS):
             further = count + (1 << (SEARCH_STEPS - 1 - step))
             is_stored = is_escape & (further <= NUM_ESCAPES)
             found = tl.load(typed(escapes, "U32") + (further - 1), mask=is_stored, other=0)
-            count = tl.where(is_stored & (found <= position), further, count)
-        stored = tl.load(escapes + 4 * NUM_ESCAPES + (count - 1), mask=is_escape & (count > 0), other=0)
-        exponents = tl.where(is_escape, stored.to(tl.int32), exponents)
+            is_here = is_stored & (found <= position)
+            count, last = tl.where(is_here, further, count), tl.where(is_here, found, last)
+        is_listed = is_escape & (count > 0) & (last == position)
+        stored = tl.load(escapes + 4 * NUM_ESCAPES + (count - 1), mask=is_listed, other=0)
+        exponents = tl.where(is_listed, stored.to(tl.int32), exponents)
     bits = ((rests & 128) << 24) | (exponents.to(tl.uint32) << 23) | ((rests & 127) << 16)
     return tl.where(here, bits.to(tl.float32, bitcast=True), 0.0)

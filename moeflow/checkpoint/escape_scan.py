@@ -23,7 +23,7 @@ from moeflow.kernels.cpu.lossless import count_escapes
 from moeflow.paths import cache_folder
 from moeflow.progress import ProgressCallback
 
-_FORMAT = 1  # of the file, and of the encoder's choice of tops
+_FORMAT = 2  # of the file, and of the encoder's choice of tops
 _READ_THREADS = 4
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ def _stored(weight):
 
 def _weight(num_rows=45, in_features=190):
     weight = torch.randn(num_rows, in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weight[3, 7], weight[44, 189], weight[44, 0] = 0.0, 1e-30, -1e30
+    weight[3, 7], weight[44, 189], weight[44, 0] = -1e-20, 1e-30, -1e30
+    weight[3, 8], weight[9, 9], weight[10, 189] = 0.0, -0.0, 1e-39
     return weight
 
 
@@ -71,6 +72,19 @@ def test_tensors_that_do_not_fit_are_not_multiplied():
     assert lossless_linear(x, codes[:40], tops, escapes, None) is None
     assert lossless_linear(x, codes, tops, escapes[1:], None) is None
     assert lossless_linear(x, codes, tops, escapes, torch.randn(44)) is None
+
+
+def test_zeros_and_denormal_numbers_need_no_escape():
+    weight = _weight()
+    assert count_escapes(weight) == 3
+    weight[7] = 0.0
+    weight[8, 1:] = 1e-39
+    assert count_escapes(weight) == 3
+    parts = _stored(weight)
+    out = torch.empty_like(weight)
+    decode(*parts, (45, 190), out)
+    assert torch.equal(out.view(torch.int16), weight.view(torch.int16))
+    assert [row for row in range(45) if parts[1].view(torch.int16)[row] >= 256] == [3, 44]
 
 
 def test_too_little_room_and_damaged_escapes_are_refused():
@@ -142,7 +156,7 @@ DAMAGE = {  # of `_weight`, with escapes at row 3 column 7 (0), row 44 columns 0
     "an unused escape first": (lambda p: _set_position(p, 0, 2**32 - 1), "out of order|unused"),
     "an escape where no code asks for one": (lambda p: _set_position(p, 0, 578), "other values"),
     "an escape too many": (lambda p: _set_position(p, 3, 45 * 190 - 1), "out of order|other values"),
-    "a code that asks for an escape": (lambda p: _set_code(p, 9, 9, 15), "other values"),
+    "an escape of exponent 0": (lambda p: p[2].index_fill_(0, torch.tensor([4 * 5 + 1]), 0), "other values"),
     "a code in an escape's place": (lambda p: _set_code(p, 3, 7, 2), "other values|hide"),
     "a row that hides its escapes": (_change(1, 44, 127), "hide"),
     "a row that has none": (_change(1, 5, 127 | 256), "hide"),
