@@ -114,46 +114,87 @@ EXPORTED int64_t moeflow_lossless_encode(const uint16_t *weights, int64_t num_ro
 /* What a matrix has that no writer writes; 0: nothing. In the order of _FAULTS in lossless.py. */
 enum Fault { SOUND, UNSORTED, ELSEWHERE, HIDDEN, NO_TOP, NO_VALUE };
 
+namespace {
+
+/* The escapes of a matrix, from `next` on. */
+struct Listed {
+    const uint8_t *escapes;
+    int64_t room, next, used;
+
+    bool is_at(uint32_t position) const { return next < used && load32(escapes + 4 * next) == position; }
+    int take() { return escapes[4 * room + next++]; }
+};
+
+/* Looks at a row, whose first escape is next, and writes its values where `weights` is not null. */
+Fault decode_row(const uint8_t *codes, int stored_top, uint32_t position, int64_t in_features, Listed &listed,
+                 uint16_t *weights) {
+    if (stored_top > 511) return NO_TOP;
+    const int top = stored_top & 255;
+    const int64_t before = listed.next;
+    for (int64_t k = 0; k < in_features; k += BLOCK, codes += BLOCK_BYTES) {
+        const int count = (int)(in_features - k < BLOCK ? in_features - k : BLOCK);
+        uint16_t values[BLOCK];
+        uint8_t kept[BLOCK];
+        int special = 0;
+        for (int i = 0; i < BLOCK; ++i) {
+            const int part = i / 16, lane = i % 16, at = lane / 4 * 16 + part / 2 * 8 + lane % 4 * 2 + part % 2;
+            kept[i] = (uint8_t)(at < 32 ? codes[BLOCK + at] & 15 : codes[BLOCK + at - 32] >> 4);
+            const int exponent = kept[i] == ESCAPE ? 0 : (top - kept[i]) & 255;
+            values[i] = (uint16_t)((codes[at] & 128) << 8 | exponent << 7 | (codes[at] & 127));
+            special |= (kept[i] == ESCAPE) | (kept[i] > top);
+        }
+        if (special)
+            for (int i = 0; i < count; ++i)
+                if (listed.is_at((uint32_t)(position + k + i))) {
+                    const int exponent = listed.take();
+                    if (kept[i] != ESCAPE || !exponent) return ELSEWHERE;
+                    values[i] = (uint16_t)(values[i] | exponent << 7);
+                } else if (kept[i] > top && kept[i] != ESCAPE) return NO_VALUE;
+        if (weights) memcpy(weights + k, values, 2 * count);
+    }
+    return (listed.next > before) == (stored_top >> 8 != 0) ? SOUND : HIDDEN;
+}
+
+} // namespace
+
 /* Looks at a matrix, and writes its values where `weights` is not null. */
 EXPORTED int moeflow_lossless_decode(const uint8_t *codes, const uint16_t *tops, const uint8_t *escapes, int64_t room,
                                      int64_t num_rows, int64_t in_features, uint16_t *weights) {
-    int64_t next = 0, num_used = 0;
-    while (num_used < room && load32(escapes + 4 * num_used) != UNUSED) ++num_used;
-    for (int64_t i = num_used; i < room; ++i)
+    Listed listed{escapes, room, 0, 0};
+    while (listed.used < room && load32(escapes + 4 * listed.used) != UNUSED) ++listed.used;
+    for (int64_t i = listed.used; i < room; ++i)
         if (load32(escapes + 4 * i) != UNUSED) return UNSORTED;
-    for (int64_t i = 0; i < num_used; ++i)
+    for (int64_t i = 0; i < listed.used; ++i)
         if (load32(escapes + 4 * i) >= (uint64_t)(num_rows * in_features) ||
             (i && load32(escapes + 4 * i) <= load32(escapes + 4 * i - 4)))
             return UNSORTED;
+    const int64_t row_bytes = (in_features + BLOCK - 1) / BLOCK * BLOCK_BYTES;
     for (int64_t row = 0; row < num_rows; ++row) {
-        if (tops[row] > 511) return NO_TOP;
-        const int top = tops[row] & 255;
-        const int64_t before = next;
-        for (int64_t k = 0; k < in_features; k += BLOCK, codes += BLOCK_BYTES) {
-            const int count = (int)(in_features - k < BLOCK ? in_features - k : BLOCK);
-            uint16_t values[BLOCK];
-            uint8_t kept[BLOCK];
-            int special = 0;
-            for (int i = 0; i < BLOCK; ++i) {
-                const int part = i / 16, lane = i % 16, at = lane / 4 * 16 + part / 2 * 8 + lane % 4 * 2 + part % 2;
-                kept[i] = (uint8_t)(at < 32 ? codes[BLOCK + at] & 15 : codes[BLOCK + at - 32] >> 4);
-                const int exponent = kept[i] == ESCAPE ? 0 : (top - kept[i]) & 255;
-                values[i] = (uint16_t)((codes[at] & 128) << 8 | exponent << 7 | (codes[at] & 127));
-                special |= (kept[i] == ESCAPE) | (kept[i] > top);
-            }
-            if (special)
-                for (int i = 0; i < count; ++i) {
-                    const uint32_t position = (uint32_t)(row * in_features + k + i);
-                    const bool is_listed = next < num_used && load32(escapes + 4 * next) == position;
-                    if (is_listed) {
-                        const int exponent = escapes[4 * room + next++];
-                        if (kept[i] != ESCAPE || !exponent) return ELSEWHERE;
-                        values[i] = (uint16_t)(values[i] | exponent << 7);
-                    } else if (kept[i] > top && kept[i] != ESCAPE) return NO_VALUE;
-                }
-            if (weights) memcpy(weights + row * in_features + k, values, 2 * count);
-        }
-        if ((next > before) != (tops[row] >> 8 != 0)) return HIDDEN;
+        const Fault fault = decode_row(codes + row * row_bytes, tops[row], (uint32_t)(row * in_features), in_features,
+                                       listed, weights ? weights + row * in_features : nullptr);
+        if (fault) return fault;
     }
-    return next == num_used ? SOUND : ELSEWHERE;
+    return listed.next == listed.used ? SOUND : ELSEWHERE;
+}
+
+/* Writes some rows of a matrix, whose escapes rise. Returns a fault; -1 where there is no such row. */
+EXPORTED int moeflow_lossless_rows(const uint8_t *codes, const uint16_t *tops, const uint8_t *escapes, int64_t room,
+                                   int64_t num_rows, int64_t in_features, const int64_t *ids, int64_t count,
+                                   uint16_t *out) {
+    const int64_t row_bytes = (in_features + BLOCK - 1) / BLOCK * BLOCK_BYTES;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = ids[i];
+        if (row < 0 || row >= num_rows) return -1;
+        const uint32_t position = (uint32_t)(row * in_features);
+        Listed listed{escapes, room, 0, room};
+        for (int64_t end = room; listed.next < end;) {
+            const int64_t middle = (listed.next + end) / 2;
+            if (load32(escapes + 4 * middle) < position) listed.next = middle + 1;
+            else end = middle;
+        }
+        const Fault fault =
+            decode_row(codes + row * row_bytes, tops[row], position, in_features, listed, out + i * in_features);
+        if (fault) return fault;
+    }
+    return SOUND;
 }

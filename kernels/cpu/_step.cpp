@@ -213,10 +213,14 @@ bool scatter(const Instruction &it) {
     return true;
 }
 
-/* out[i] = table[ids[i]], whole rows */
+/* out[i] = table[ids[i]], whole rows. tensors: out, ids, and the table: its floats, or codes, tops and escapes. */
 bool rows_of_table(const Instruction &it) {
-    const Tensor &out = it.tensors[0], &table = it.tensors[1], &ids = it.tensors[2];
+    const Tensor &out = it.tensors[0], &ids = it.tensors[1], &table = it.tensors[2];
     const RowsOf rows(out);
+    if (it.num_tensors == 5)
+        return !moeflow_lossless_rows((const uint8_t *)table.data, (const uint16_t *)it.tensors[3].data,
+                                      (const uint8_t *)it.tensors[4].data, it.tensors[4].sizes[0] / 5, table.sizes[0],
+                                      rows.length, (const int64_t *)ids.data, rows.count, (uint16_t *)out.data);
     for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t at = ((const int64_t *)ids.data)[r];
         if (at < 0 || at >= table.sizes[0]) return false;

@@ -5,7 +5,6 @@ Knows matrices and the format. Knows nothing of files or models.
 
 import ctypes
 
-import numpy as np
 import torch
 
 from moeflow.errors import CheckpointError, ConfigError
@@ -97,6 +96,10 @@ def decode(
         codes.data_ptr(), tops.data_ptr(), escapes.data_ptr(), spec.num_escapes, *shape,
         None if out is None else out.data_ptr(),
     )  # fmt: skip
+    _raise_fault(fault)
+
+
+def _raise_fault(fault: int) -> None:
     if fault:
         raise CheckpointError(
             f"a lossless matrix has {_FAULTS[fault - 1]}. The file is damaged: fetch or pack it again."
@@ -150,20 +153,20 @@ def lossless_rows(
         IndexError: there is no such row.
         CheckpointError: as `decode`.
     """
-    room, rows = escapes.numel() // 5, ids.reshape(-1)
-    out = torch.empty(len(rows), in_features, dtype=torch.bfloat16)
-    if len(rows):
-        stored = torch.index_select(codes, 0, rows)
-        found_tops = torch.index_select(tops.view(torch.int16), 0, rows).view(torch.uint16)
-        values = escapes.numpy()
-        positions, begins = values[: 4 * room].view("<u4"), rows.numpy().astype(np.uint32) * np.uint32(in_features)
-        first, last = (np.searchsorted(positions, begins + np.uint32(more)) for more in (0, in_features))
-        at = [np.arange(*pair) for pair in zip(first, last, strict=True)]
-        which, row = np.concatenate(at), np.repeat(np.arange(len(at)), last - first)
-        moved = (positions[which].astype(np.int64) - begins[row] + row * in_features).astype("<u4")
-        parts = np.concatenate((moved.view(np.uint8), values[4 * room + which]))
-        decode(stored, found_tops, torch.from_numpy(parts), (len(rows), in_features), out)
-    return out.view(*ids.shape, in_features)
+    room, rows = escapes.numel() // 5, ids.long().reshape(-1).contiguous()
+    spec, shape = lossless_format(room), (len(tops), in_features)
+    _check_parts(codes, tops, escapes, spec, shape)
+    found = library()
+    if found is None:
+        return decode_lossless(codes, tops, escapes, spec, shape)[ids]
+    out = torch.empty(*ids.shape, in_features, dtype=torch.bfloat16)
+    fault = found.free.moeflow_lossless_rows(
+        codes.data_ptr(), tops.data_ptr(), escapes.data_ptr(), room, *shape, rows.data_ptr(), len(rows), out.data_ptr()
+    )
+    if fault < 0:
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of a lossless matrix with {len(tops)}: no such row")
+    _raise_fault(fault)
+    return out
 
 
 def _check_weight(weight) -> None:

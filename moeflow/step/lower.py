@@ -137,6 +137,11 @@ class _Lowering(Operations):
         self._emit("linear", (self._operand(outputs[0]),), tuple(inputs))
         return True
 
+    def _lossless_rows(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        ids, *parts = args[:4]
+        self._emit("rows", (self._operand(outputs[0]),), (self._contiguous(ids), *map(self._operand, parts)))
+        return True
+
     def _torch(self, node: Node, outputs: list, args: list, kwargs: dict[str, Any]) -> None:
         def of(value: Any) -> Any:
             return self._operand(value) if isinstance(value, torch.Tensor) else value

@@ -105,7 +105,7 @@ class Operations:
         table, ids = args[:2]
         if not table.is_contiguous():
             return False
-        self._emit("rows", (self._operand(outputs[0]),), (self._operand(table), self._contiguous(ids)))
+        self._emit("rows", (self._operand(outputs[0]),), (self._contiguous(ids), self._operand(table)))
         return True
 
     def _softmax(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:

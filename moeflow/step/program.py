@@ -23,7 +23,7 @@ POINTWISE = (
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 STORED = (torch.uint8, torch.uint16)
-"""Dtypes of what a lossless matrix is stored in; only `linear` reads them."""
+"""Dtypes of what a lossless matrix is stored in; only `linear` and `rows` read them."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 """Dtypes of tensors, in the order of StepDtype in _step.h."""

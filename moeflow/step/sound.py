@@ -4,7 +4,7 @@ The compiled library trusts what a program says. One that comes from a file is l
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.utils import _pytree as pytree
@@ -123,7 +123,7 @@ def _check_instruction(
         return _check_torch(program, one, weights)
     if one.kind == "own":
         return _want(isinstance(one.attributes["call"], OwnCall), "a call of nothing")
-    known = DTYPES + STORED if one.kind == "linear" else DTYPES
+    known = DTYPES + STORED if one.kind in ("linear", "rows") else DTYPES
     for operand in (*one.outputs, *one.inputs):
         _want(len(operand.sizes) <= MAX_DIMS and operand.dtype in known, "a tensor that the library does not know")
     if one.kind not in ("pointwise", "attend", "attend_latent"):
@@ -176,15 +176,21 @@ def _linear(one: Instruction) -> bool:
     )
 
 
-def _lossless_linear(one: Instruction) -> bool:
-    (out,), (x, codes, tops, escapes, *bias) = one.outputs, one.inputs
-    (rows,), features, room = tops.sizes, x.sizes[-1], escapes.sizes[0] // 5
-    parts = lossless_format(room).tensors("", (rows, features))
+def _is_lossless(parts: Sequence[Operand], rows: int, features: int) -> bool:
+    """Whether codes, tops and escapes are those of a matrix."""
+    wanted = lossless_format(parts[2].sizes[0] // 5).tensors("", (rows, features))
     return (
-        [part.sizes for part in (codes, tops, escapes)] == [sizes for _, _, sizes in parts]
-        and [part.dtype for part in (codes, tops, escapes)] == [TORCH_DTYPES[dtype] for _, dtype, _ in parts]
+        [(part.sizes, part.dtype) for part in parts] == [(sizes, TORCH_DTYPES[dtype]) for _, dtype, sizes in wanted]
         and min(rows, features) > 0
         and rows * features <= MOST_LOSSLESS_VALUES
+    )
+
+
+def _lossless_linear(one: Instruction) -> bool:
+    (out,), (x, codes, tops, escapes, *bias) = one.outputs, one.inputs
+    (rows,), features = tops.sizes, x.sizes[-1]
+    return (
+        _is_lossless((codes, tops, escapes), rows, features)
         and out.sizes == (*x.sizes[:-1], rows)
         and x.dtype == out.dtype == torch.bfloat16
         and len(bias) <= 1
@@ -297,9 +303,13 @@ def _scatter(one: Instruction) -> bool:
 
 
 def _rows(one: Instruction) -> bool:
-    (out,), (table, ids) = one.outputs, one.inputs
-    same = len(table.sizes) == 2 and out.sizes == (*ids.sizes, table.sizes[1])
-    return same and out.dtype == table.dtype and ids.dtype == torch.int64
+    (out,), (ids, table, *parts) = one.outputs, one.inputs
+    if len(table.sizes) != 2 or ids.dtype != torch.int64:
+        return False
+    if parts:
+        is_sound = len(parts) == 2 and _is_lossless((table, *parts), table.sizes[0], out.sizes[-1])
+        return is_sound and out.sizes[:-1] == ids.sizes and out.dtype == torch.bfloat16
+    return out.sizes == (*ids.sizes, table.sizes[1]) and out.dtype == table.dtype and table.dtype in DTYPES
 
 
 _RULES: dict[str, Callable[[Instruction], bool]] = {
