@@ -1,8 +1,9 @@
 """Print what other codes of a model's exponents would take, and how fast a decoder of an entropy-coded tier must be.
 
 Counts every exponent of all experts. Codes below a row's top have, for each row, the top from which they reach most
-values; the last code also says exponent 0, so that zeros are no escapes. "Apart": an escape is a position and an exponent, 40 bits, so that any row is read by itself. "In order": an
-escape is its exponent alone, 8 bits, so that a row is found by reading all codes before it.
+values; the last code also says exponent 0, so that zeros are no escapes. "Apart": an escape is a position and an
+exponent, 40 bits, so that any row is read by itself. "In order": an escape is its exponent alone, 8 bits, so that a row
+is found by reading all codes before it.
 """
 
 import argparse
