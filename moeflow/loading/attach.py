@@ -20,6 +20,7 @@ from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.capture_gate import capture_gate
+from moeflow.moe import trusted_pass
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 
@@ -51,15 +52,18 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
     own, behind, runtime_behind = vars(module).get("forward"), weakref.ref(module), weakref.ref(runtime)
 
     @torch.compiler.disable
-    def begin_pass(args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin_pass(args: tuple, kwargs: dict[str, Any]) -> forward.ForwardPass | None:
         begun, runtime = forward.describe_pass(args, kwargs), runtime_behind()
         if begun is not None and runtime is not None:
             runtime.begin_pass(begun)
+        return begun
 
     def run_pass(*args: Any, **kwargs: Any) -> Any:
-        begin_pass(args, kwargs)
-        module: Any = behind()
-        return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
+        begun, runtime, module = begin_pass(args, kwargs), runtime_behind(), behind()
+        run: Any = partial(type(module).forward, module) if own is None else own
+        if begun is None or runtime is None:
+            return run(*args, **kwargs)
+        return trusted_pass.run_pass(runtime, begun, partial(run, *args, **kwargs))
 
     def in_turn(*args: Any, **kwargs: Any) -> Any:
         runtime = runtime_behind()

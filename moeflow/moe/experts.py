@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,8 +17,10 @@ from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.dispatch import Dispatch
+from moeflow.moe.triton_compute import TritonCompute
 from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
+from moeflow.offload.trusting.trusted_step import NotTrustedError
 
 # (hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K], num_experts=E) -> top_k_index, top_k_weights
 BeforeStep = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -102,18 +105,31 @@ class OffloadedExperts:
         if self._outputs_of is not None:
             spread = self._outputs_of(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
             return self.compute(hidden_states.dtype).combine(hidden_states, spread, top_k_weights)
+        compute, trusting = self.compute(hidden_states.dtype), self.runtime.trusting
+        look_up = None  # runs the layer at once where its experts are resident, by kernels that find them
+        if trusting is not None and isinstance(compute, TritonCompute) and compute.can_look_up(len(top_k_index)):
+            look_up = partial(compute.look_up, hidden_states, top_k_index, top_k_weights, trusting.table, self.layer)
+        if trusting is not None and trusting.step is not None:
+            if look_up is None:
+                raise NotTrustedError
+            trusting.step.add(self.layer, top_k_index)
+            return look_up()
         router_output = None
         if self.runtime.predicting:
             router_output = RouterOutput(top_k_index, top_k_weights, hidden_states)
         elif (whole := self._run_whole(hidden_states, top_k_index, top_k_weights)) is not None:
             return whole
         dispatch = Dispatch(top_k_index, self._num_experts)
-        compute = self.compute(hidden_states.dtype)
         outputs: torch.Tensor | None = None
         output: torch.Tensor | None = None
-        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, dispatch.num_tokens_of())
+        counts, together = dispatch.num_tokens_of(), look_up is not None
+        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, counts, together=together)
         with closing(fetched):
             for residents in fetched:
+                if trusting is not None and look_up is not None and len(residents) == len(dispatch.experts):
+                    trusting.table.refresh()
+                    output = look_up()
+                    continue
                 if dispatch.num_tokens == 1 and len(residents) == dispatch.top_k:
                     output = compute.run_token(hidden_states, residents, dispatch, top_k_weights)
                     continue

@@ -12,9 +12,10 @@ from moeflow.moe.compute import run_apart
 from moeflow.moe.dispatch import Dispatch
 from moeflow.moe.torch_compute import TorchCompute
 from moeflow.offload.slot_pool import Resident
+from moeflow.offload.trusting.device_table import DeviceTable
 
-# Up to so many tokens a pass the GPU multiplies pair by pair; beyond, each expert with all its tokens.
-_MAX_PAIRED_TOKENS = 16
+MAX_PAIRED_TOKENS = 16
+"""Up to so many tokens a pass the GPU multiplies pair by pair; beyond, each expert with all its tokens."""
 
 
 class TritonCompute:
@@ -30,6 +31,7 @@ class TritonCompute:
         self._activation = activation
         self._is_transposed = module.is_transposed
         self._kernels: dict[int, TritonExperts] = {}  # by the record's identity: equal records are one object
+        self._of_all: TritonExperts | None = None  # where all records of the layer are equal
 
     def can_run(self, records: list[RecordLayout]) -> bool:
         """Prepare a kernel for each record that `run` may meet; return whether all have one."""
@@ -39,7 +41,37 @@ class TritonCompute:
                 if kernel is None:
                     return False
                 self._kernels[id(record)] = kernel
+        kernels = {self._kernels[id(record)] for record in records}
+        self._of_all = kernels.pop() if len(kernels) == 1 else None
         return True
+
+    def can_look_up(self, num_tokens: int) -> bool:
+        """Whether `look_up` takes so many tokens."""
+        return self._of_all is not None and num_tokens <= MAX_PAIRED_TOKENS
+
+    def look_up(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        table: DeviceTable,
+        layer: int,
+    ) -> torch.Tensor:
+        """Run a layer by kernels that find its experts themselves, with the bits of the other ways.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, K].
+            top_k_weights: [T, K].
+            table: of the slots; its `missed` becomes 1 at the layer where an expert is absent.
+            layer: number among the MoE layers.
+
+        Returns:
+            [T, H].
+        """
+        assert self._of_all is not None, "experts of several kinds"
+        row, missed = table.row(layer), table.missed
+        return self._of_all.lookup(hidden_states, table.arena, top_k_index, row, missed, layer, top_k_weights)
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1], dtype=torch.float32)
@@ -84,7 +116,7 @@ class TritonCompute:
 
         flat = on_device([place for chosen in places for place in chosen])
         tokens = flat // dispatch.top_k
-        if dispatch.num_tokens <= _MAX_PAIRED_TOKENS:
+        if dispatch.num_tokens <= MAX_PAIRED_TOKENS:
             paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
             outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
         else:

@@ -95,7 +95,8 @@ class ExpertRuntime:
         self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
         self.trusting: Trusting | None = None  # decode steps that ask for nothing, where kernels find experts
         if self.device.type != "cpu":
-            self.trusting = Trusting(DeviceTable(cache, pool.tensor, self.experts_per_layer))
+            table = DeviceTable(cache, pool.tensor, self.experts_per_layer)
+            self.trusting = Trusting(table, self._stats)
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done

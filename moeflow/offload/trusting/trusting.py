@@ -17,14 +17,16 @@ class Trusting:
 
     Args:
         table: of the experts' slots.
+        stats: the counters.
 
     Attributes:
         step: under way; None in steps that ask for their experts.
         trust: when a step is trusted.
     """
 
-    def __init__(self, table: DeviceTable) -> None:
+    def __init__(self, table: DeviceTable, stats: Stats) -> None:
         self.table = table
+        self._stats = stats
         self.trust = Trust()
         self.step: TrustedStep | None = None
 
@@ -58,9 +60,9 @@ class Trusting:
             counts.count(routes.layers, routes.experts, 0.0)
         return made, routes.missed
 
-    def run_asking(self, run: Callable[[], Any], stats: Stats) -> Any:
+    def run_asking(self, run: Callable[[], Any]) -> Any:
         """Run a decode step whose layers ask for their experts, and see whether it would have been right to trust."""
-        begin, misses = time.perf_counter(), stats.now.misses
+        begin, misses = time.perf_counter(), self._stats.now.misses
         made = run()
-        self.trust.asked(stats.now.misses > misses, time.perf_counter() - begin)
+        self.trust.asked(self._stats.now.misses > misses, time.perf_counter() - begin)
         return made
