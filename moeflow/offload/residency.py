@@ -88,11 +88,16 @@ class Residency:
         return residents
 
     def end_use(self, keys: Iterable[ExpertKey]) -> None:
-        """Unpin experts on which no more compute will be started."""
+        """Unpin experts between `begin_use` and here, on which no more compute will be started."""
         cache, event = self.cache, self._streams.compute_event()
         for key in keys:
             self._last_use[cache.slot(key)] = event
             cache.unpin(key)
+
+    def release(self, keys: Iterable[ExpertKey]) -> None:
+        """Unpin experts without `begin_use`: this stream has not waited for another's use, which stays the last one."""
+        for key in keys:
+            self.cache.unpin(key)
 
     def start(self, to_start: deque[ExpertKey]) -> None:
         """Start copies, in order, while there is a slot and a place in flight for them."""
@@ -139,7 +144,7 @@ class Residency:
             while (transfer := transfers.poll_completed()) is not None:
                 arrived += self.settle(transfer, waiting)
         except ExpertReadError:
-            self.end_use(arrived)  # the caller sees the error and not these
+            self.release(arrived)  # the caller sees the error and not these
             raise
         for key in prefetcher.overdue(transfers.prefetches()):
             if transfers.drop(key):
