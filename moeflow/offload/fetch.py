@@ -65,6 +65,7 @@ class ExpertFetch:
             on_host = self._host_compute.choose(absent, num_tokens, residency.cache, residency.pool.stride)
         to_start, resident = deque(key for key in absent if key not in on_host), held.copy()
         waiting = {*to_start, *in_flight}
+        batch: list[ExpertKey] = []  # in use
         went_on, stall_s = bool(waiting and (held or on_host)), stats.stall_s
         stats.decisions.layers_ready += not waiting
         stats.hits += len(held)
@@ -99,6 +100,7 @@ class ExpertFetch:
                 residency.end_use(batch)
                 for key in batch:
                     held.remove(key)
+                batch = []
                 if to_start:
                     residency.start(to_start)
                 else:
@@ -111,7 +113,8 @@ class ExpertFetch:
             # runtime clears the cache.
             if isinstance(end, ExpertReadError):
                 residency.settle_all()  # a copy that fails later must not be blamed on the next call
-            residency.end_use(held)
+            residency.end_use(batch)
+            residency.release(key for key in held if key not in batch)
             raise
         finally:
             if self._host_compute is not None:

@@ -89,7 +89,7 @@ class Residency:
         return residents
 
     def end_use(self, keys: Iterable[ExpertKey]) -> None:
-        """Unpin experts on which no more compute will be started."""
+        """Unpin experts between `begin_use` and here, on which no more compute will be started."""
         cache, event = self.cache, self._streams.compute_event()
         for key in keys:
             self._last_use[cache.slot(key)] = event
@@ -97,7 +97,8 @@ class Residency:
 
     def begin_use_of_all(self) -> None:
         """Make later compute of the calling thread wait until every resident expert is ready."""
-        for event in (*self._ready.values(), *set(self._last_use.values()), self._last_use_of_all):
+        used = {id(event): event for event in self._last_use.values()}
+        for event in (*self._ready.values(), *used.values(), self._last_use_of_all):
             self._streams.wait(event)
         self._ready.clear()
 
@@ -105,6 +106,11 @@ class Residency:
         """Note that compute started until now may use any slot."""
         self._last_use_of_all = self._streams.compute_event()
         self._last_use.clear()
+
+    def release(self, keys: Iterable[ExpertKey]) -> None:
+        """Unpin experts without `begin_use`: this stream has not waited for another's use, which stays the last one."""
+        for key in keys:
+            self.cache.unpin(key)
 
     def start(self, to_start: deque[ExpertKey]) -> None:
         """Start copies, in order, while there is a slot and a place in flight for them."""
@@ -151,7 +157,7 @@ class Residency:
             while (transfer := transfers.poll_completed()) is not None:
                 arrived += self.settle(transfer, waiting)
         except ExpertReadError:
-            self.end_use(arrived)  # the caller sees the error and not these
+            self.release(arrived)  # the caller sees the error and not these
             raise
         for key in prefetcher.overdue(transfers.prefetches()):
             if transfers.drop(key):

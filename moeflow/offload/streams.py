@@ -62,36 +62,46 @@ class HostStreams:
         return None
 
 
-class _CopyEnd(NamedTuple):
-    """The events of a copy's begin and end."""
+class _Point(NamedTuple):
+    """A point in a stream's queue. Its events are used again when nobody can ask for the point any more."""
 
-    begin: torch.cuda.Event
-    end: torch.cuda.Event
+    events: tuple[torch.cuda.Event, ...]  # of a copy's begin and end, or of the point alone
+    unused: list[tuple[torch.cuda.Event, ...]]
+
+    def __del__(self) -> None:
+        self.unused.append(self.events)
 
 
 class CudaStreams:
-    """A copy stream beside the caller's current stream, ordered by events."""
+    """A copy stream beside the caller's current stream, ordered by events.
+
+    Args:
+        device: the GPU; the current one, for good, where it has no number.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._device = self._stream.device
+        # Events are recorded anew only when nothing holds their point: a wait is for the record that it found.
+        self._unused_pairs: list[tuple[torch.cuda.Event, ...]] = []
+        self._unused: list[tuple[torch.cuda.Event, ...]] = []
         # The pool may lie on memory that queued kernels of an earlier owner still use.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
+        begin, end = events = _take(self._unused_pairs, 2)
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(_end(after))
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record(self._stream)  # behind earlier copies: only its own time counts
             target.copy_(source, non_blocking=True)
             end.record(self._stream)
-        return _CopyEnd(begin, end)
+        return _Point(events, self._unused_pairs)
 
     def compute_event(self) -> object:
-        event = torch.cuda.Event()
+        (event,) = events = _take(self._unused, 1)
         event.record(torch.cuda.current_stream(self._device))
-        return event
+        return _Point(events, self._unused)
 
     def wait(self, event: object) -> None:
         if event is not None:
@@ -105,11 +115,22 @@ class CudaStreams:
         return event is None or _end(event).query()
 
     def copy_s(self, event: object) -> float:
-        return event.begin.elapsed_time(event.end) / 1000 if isinstance(event, _CopyEnd) else 0.0
+        if not isinstance(event, _Point) or len(event.events) == 1:
+            return 0.0
+        begin, end = event.events
+        return begin.elapsed_time(end) / 1000
 
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)
 
 
+def _take(unused: list[tuple[torch.cuda.Event, ...]], number: int) -> tuple[torch.cuda.Event, ...]:
+    """Return events that nothing holds, new ones where there are none; two of them tell the time between them."""
+    try:
+        return unused.pop()
+    except IndexError:
+        return tuple(torch.cuda.Event(enable_timing=number == 2) for _ in range(number))
+
+
 def _end(event: Any) -> torch.cuda.Event:
-    return event.end if isinstance(event, _CopyEnd) else event
+    return event.events[-1]

@@ -86,7 +86,10 @@ class GivenSplit(MissSplit):
         return min(next(self._numbers), len(num_tokens))
 
 
-def build(path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None):
+def build(
+    path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None, *, store_class=ExpertStore, predicting=None
+):
+    """Build a runtime; `streams` may be made from the pool, `predicting` makes a PredictionLoop from the cache."""
     record = RecordLayout.pack([("w", "F32", (SIZE,))])
     layers = []
     for layer in range(NUM_LAYERS):
@@ -98,8 +101,10 @@ def build(path, num_slots, policy="lfru", host_slots=0, streams=None, misses=Non
     if host_slots:
         host = HostTier(SlotPool(host_slots, record.num_bytes, cpu), ExpertCache(host_slots, policy))
     pool, cache = SlotPool(num_slots, record.num_bytes, cpu), ExpertCache(num_slots, policy)
-    store, streams = ExpertStore([path], layers), streams or HostStreams()
-    return ExpertRuntime(store, pool, cache, streams, host=host, num_threads=2, misses=misses)
+    store = store_class([path], layers)
+    streams = streams(pool) if callable(streams) else streams or HostStreams()
+    prediction = None if predicting is None else predicting(cache)
+    return ExpertRuntime(store, pool, cache, streams, host=host, num_threads=2, prediction=prediction, misses=misses)
 
 
 def each(fetched):

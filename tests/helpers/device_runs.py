@@ -1,0 +1,207 @@
+"""The real runtime over a GPU of queues: passes of several streams, drawn from a seed, with all that may go wrong."""
+
+import contextlib
+import random
+import time
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+from helpers.expert_runtimes import NUM_EXPERTS, NUM_LAYERS, GivenSplit, build
+from helpers.fake_predictor import Foretold, random_routes
+from helpers.queued_device import GARBAGE, QueuedDevice
+from helpers.race_detector import RaceDetector
+from helpers.stepped_threads import SteppedThreads
+from moeflow.checkpoint.store import ExpertStore
+from moeflow.errors import ExpertReadError
+from moeflow.offload import read_threads, streams
+from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
+from moeflow.policy.prefetch import Prefetcher
+from moeflow.policy.prefetch_ledger import PrefetchLedger
+
+_TOP_K = 2
+_FAILURE = "it is gone"  # in the words of errors that are meant
+
+
+class Noticed(Exception):
+    """A run ends early: something was found."""
+
+
+class DeviceRun:
+    """One run of a runtime, from its seed.
+
+    Attributes:
+        wrong: values that a kernel found in a slot and should not have, a line each.
+        failure_rate: of reads and copies that fail.
+    """
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.detector = RaceDetector()
+        self.threads = SteppedThreads(self.random, self.detector)
+        eagerness = self.random.choice((0.02, 0.3, 0.7))
+        self.device = QueuedDevice(
+            self.random, self.detector, self.threads.step, eagerness=eagerness, before_copy=self.fail_at_times
+        )
+        self.wrong: list[str] = []
+        self.failure_rate = self.random.choice((0, 0.03, 0.3))
+
+    @property
+    def noticed(self) -> list[str]:
+        """What is wrong so far."""
+        return self.detector.races + self.wrong
+
+    @contextlib.contextmanager
+    def installed(self):
+        """Put the stand-ins in the places of the GPU, the threads and the clock."""
+        with (
+            mock.patch.object(streams, "torch", SimpleNamespace(cuda=self.device.cuda)),
+            mock.patch.object(read_threads, "queue", self.threads.queue),
+            mock.patch.object(read_threads, "threading", self.threads.threading),
+            mock.patch.object(time, "perf_counter", self.device.clock),
+        ):
+            try:
+                yield
+            finally:
+                self.threads.end()
+
+    def run(self, experts_file, num_passes=14) -> list[str]:
+        """Run passes over the experts; return what was noticed."""
+        with self.installed(), contextlib.suppress(Noticed):
+            self._run(*experts_file, num_passes)
+        return self.noticed
+
+    @contextlib.contextmanager
+    def runtime(self, path, values, *options, **more):
+        """Build a runtime (see `build`), on memory that the kernel of an owner before still uses; close it at the end.
+
+        What has the memory next writes to it.
+        """
+
+        def make(pool):
+            pool._arena = None  # the device's: the system takes no pages of it back
+            self.device.launch("the owner before", [], writes=_addresses(pool))
+            return streams.CudaStreams(torch.device("cuda"))
+
+        self._values = values.numpy().view(np.uint8).reshape(NUM_LAYERS, NUM_EXPERTS, -1)
+        store_class = partial(_DisturbedStore, run=self)
+        runtime = build(path, *options, streams=make, store_class=store_class, **more)
+        addresses = _addresses(runtime._residency.pool) | _addresses(runtime._host.pool)
+        at_collection = runtime._at_collection
+        try:
+            yield runtime
+        finally:
+            try:
+                runtime.close()
+            finally:  # where something was lost, not even that may work
+                at_collection.detach()
+                runtime.store.close()
+        self.device.host_access("the next owner", writes=addresses)
+        self._look()
+
+    def compute(self, runtime, layer, residents):
+        """Compute with experts: in kernels on the calling thread's stream, or at once where they lie on the host."""
+        on_host = [resident for resident in residents if resident.pool is not runtime._residency.pool]
+        for resident in on_host:
+            self.device.host_access("the CPU's arithmetic", reads={resident.address})
+            self._compare(layer, resident)
+        here = [resident for resident in residents if resident not in on_host]
+        if here:
+            steps = [lambda: [self._compare(layer, resident) for resident in here]] * 2  # at its begin and its end
+            self.device.launch("a kernel", steps, reads={resident.address for resident in here})
+
+    def fail_at_times(self):
+        """Raise, if it is drawn, an error that is meant."""
+        if self.random.random() < self.failure_rate:
+            raise OSError(_FAILURE)
+
+    def _run(self, path, values, num_passes):
+        draw = self.random
+        routes = random_routes(
+            num_passes, NUM_LAYERS, NUM_EXPERTS, _TOP_K, draw.randrange(1000), stay=draw.choice((0.5, 0.9))
+        )
+        host_slots = draw.choice((4, 6, 12, 15))
+        options = {
+            "num_slots": draw.choice((2, 3, 5, 8)),
+            "policy": draw.choice(("lru", "lfru", "forecast")),
+            "host_slots": host_slots,
+            "misses": draw.choice((None, GivenSplit(0, 1, 2))) if host_slots > 4 else None,
+            "predicting": None if draw.random() < 0.3 else partial(_prediction, routes=routes, draw=draw),
+        }
+        callers = [self.device.cuda.Stream() for _ in range(draw.choice((1, 2, 4)))]
+        with self.runtime(path, values, **options) as runtime:
+            for number in range(num_passes):
+                with self.device.stream(draw.choice(callers)):
+                    self._pass(runtime, routes[number], number)
+            runtime.check_integrity()
+
+    def _pass(self, runtime, routes, number):
+        draw = self.random
+        runtime.begin_forward(1, 1, continues=number > 0, token_ids=torch.tensor([[number]]))
+        for layer in range(NUM_LAYERS):
+            usual = number == 0 or draw.random() < 0.7
+            chosen = routes[layer].tolist() if usual else draw.sample(range(NUM_EXPERTS), 4)
+            index = torch.tensor([chosen])
+            output = RouterOutput(index, torch.ones(index.shape), torch.zeros(1, 4)) if runtime.predicting else None
+            end = draw.choice((None,) * 12 + (GeneratorExit, KeyboardInterrupt))
+            fetched = runtime.fetch(layer, sorted(set(chosen)), output)
+            with _meant(), contextlib.suppress(KeyboardInterrupt), contextlib.closing(fetched):
+                for residents in fetched:
+                    self.compute(runtime, layer, residents)
+                    if end is GeneratorExit:
+                        break
+                    if end is KeyboardInterrupt:
+                        fetched.throw(KeyboardInterrupt())
+            self._look()
+
+    def _compare(self, layer, resident):
+        expected = self._values[layer, resident.expert]
+        if not np.array_equal(resident.pool.bytes[resident.slot, : len(expected)], expected):
+            self.wrong.append(f"expert {resident.expert} of layer {layer} has other values in slot {resident.slot}")
+
+    def _look(self):
+        if self.noticed:
+            raise Noticed(self.noticed)
+
+
+class _DisturbedStore(ExpertStore):
+    """Reads that begin with garbage in the slot, let others run, and fail at times."""
+
+    def __init__(self, *args, run):
+        super().__init__(*args)
+        self._run = run
+
+    def read(self, key, record):
+        run = self._run
+        run.device.host_access("a read from disk", writes={record.ctypes.data})
+        record[:] = GARBAGE
+        run.threads.step()
+        run.fail_at_times()
+        return super().read(key, record)
+
+
+@contextlib.contextmanager
+def _meant():
+    """Go on after an ExpertReadError that is meant."""
+    try:
+        yield
+    except ExpertReadError as error:
+        if _FAILURE not in str(error):
+            raise
+
+
+def _addresses(pool):
+    return {pool.address + slot * pool.stride for slot in range(pool.num_slots)}
+
+
+def _prediction(cache, routes, draw):
+    now = np.zeros((len(routes), NUM_LAYERS, NUM_EXPERTS), np.float32)
+    for token, layers in enumerate(routes):
+        for layer, experts in enumerate(layers):
+            now[token, layer, experts] = 0.9
+            now[token, layer, draw.randrange(NUM_EXPERTS)] = 0.8
+    ledger = PrefetchLedger(NUM_LAYERS, expert_bytes=1 << 20)
+    return PredictionLoop(Prefetcher(Foretold(now), cache, ledger, min_probability=0.5))
