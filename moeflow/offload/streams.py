@@ -3,6 +3,7 @@
 Two implementations of one small protocol. `CudaStreams` is not yet measured on hardware.
 """
 
+import threading
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,30 +71,43 @@ class _CopyEnd(NamedTuple):
 
 
 class CudaStreams:
-    """A copy stream beside the caller's current stream, ordered by events."""
+    """A copy stream beside the caller's current stream, ordered by events. Touches its own device alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        # The pool may lie on memory that queued kernels of an earlier owner still use.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._outside = threading.local()  # `stream`: the current one of a thread whose copy an interrupt broke off
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device)
+            # The pool may lie on memory that queued kernels of an earlier owner still use.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(_end(after))
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(self._stream)  # behind earlier copies: only its own time counts
-            target.copy_(source, non_blocking=True)
-            end.record(self._stream)
+        self._leave_copy_stream()
+        # Not torch.cuda.stream: where another device is current, it makes a context there as it ends.
+        with torch.cuda.device(self._device):
+            outside = torch.cuda.current_stream(self._device)
+            self._outside.stream = outside
+            try:
+                torch.cuda.set_stream(self._stream)
+                if after is not None:
+                    self._stream.wait_event(_end(after))
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record(self._stream)  # behind earlier copies: only its own time counts
+                target.copy_(source, non_blocking=True)
+                end.record(self._stream)
+            finally:
+                torch.cuda.set_stream(outside)
+                self._outside.stream = None
         return _CopyEnd(begin, end)
 
     def compute_event(self) -> object:
+        self._leave_copy_stream()
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def wait(self, event: object) -> None:
+        self._leave_copy_stream()
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(_end(event))
 
@@ -108,7 +122,16 @@ class CudaStreams:
         return event.begin.elapsed_time(event.end) / 1000 if isinstance(event, _CopyEnd) else 0.0
 
     def finish(self) -> None:
+        self._leave_copy_stream()
         torch.cuda.synchronize(self._device)
+
+    def _leave_copy_stream(self) -> None:
+        """Make the caller's own stream current again where Ctrl-C came between a copy and that."""
+        outside = getattr(self._outside, "stream", None)
+        if outside is not None:
+            with torch.cuda.device(self._device):
+                torch.cuda.set_stream(outside)
+            self._outside.stream = None
 
 
 def _end(event: Any) -> torch.cuda.Event:
