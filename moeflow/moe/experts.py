@@ -16,6 +16,7 @@ from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.dispatch import Dispatch
+from moeflow.moe.split_compute import SplitCompute
 from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
 
@@ -111,7 +112,8 @@ class OffloadedExperts:
         compute = self.compute(hidden_states.dtype)
         outputs: torch.Tensor | None = None
         output: torch.Tensor | None = None
-        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, dispatch.num_tokens_of())
+        on_host = compute.tokens_on_host(hidden_states) if isinstance(compute, SplitCompute) else None
+        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, dispatch.num_tokens_of(), on_host)
         with closing(fetched):
             for residents in fetched:
                 if dispatch.num_tokens == 1 and len(residents) == dispatch.top_k:
@@ -194,7 +196,10 @@ class OffloadedExperts:
             records = self.runtime.records(self.layer)
             module = self._module()
             assert module is not None, "the module of these experts is gone"
-            found = self._computes[dtype] = choose_compute(module, records, self.runtime.device, dtype)
+            runtime = self.runtime
+            found = self._computes[dtype] = choose_compute(
+                module, records, runtime.device, dtype, computes_on_host=runtime.computes_on_host
+            )
         return found
 
 

@@ -5,12 +5,10 @@ from itertools import accumulate
 import torch
 
 from moeflow.core import RecordLayout
-from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.triton.experts import TritonExperts
 from moeflow.moe.compute import run_apart
 from moeflow.moe.dispatch import Dispatch
-from moeflow.moe.torch_compute import TorchCompute
 from moeflow.offload.slot_pool import Resident
 
 # Up to so many tokens a pass the GPU multiplies pair by pair; beyond, each expert with all its tokens.
@@ -21,14 +19,13 @@ class TritonCompute:
     """Triton's kernels, straight from the device's slots. Not yet measured on a GPU.
 
     Args:
-        module: the experts module, for experts that the CPU computes in the host tier.
         activation: of the module, between its matrices.
+        is_transposed: whether float matrices are stored [in, out].
     """
 
-    def __init__(self, module: ExpertsModule, activation: Activation) -> None:
-        self._torch = TorchCompute(module)
+    def __init__(self, activation: Activation, is_transposed: bool) -> None:
         self._activation = activation
-        self._is_transposed = module.is_transposed
+        self._is_transposed = is_transposed
         self._kernels: dict[int, TritonExperts] = {}  # by the record's identity: equal records are one object
 
     def can_run(self, records: list[RecordLayout]) -> bool:
@@ -49,17 +46,14 @@ class TritonCompute:
     ) -> None:
         alike: dict[int, list[Resident]] = {}
         for resident in residents:
-            if resident.pool.device == hidden_states.device:
-                alike.setdefault(id(resident.record), []).append(resident)
-            else:
-                self._torch.run(hidden_states, [resident], dispatch, outputs)
+            alike.setdefault(id(resident.record), []).append(resident)
         for group in alike.values():
             self._run_alike(hidden_states, group, dispatch, outputs)
 
     def run_token(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        if len({id(resident.record) for resident in residents}) > 1 or residents[0].pool.device != hidden_states.device:
+        if len({id(resident.record) for resident in residents}) > 1:
             return run_apart(self, hidden_states, residents, dispatch, top_k_weights)
         slots = [0] * dispatch.top_k
         for resident in residents:

@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 from moeflow.core import ExpertKey, RecordLayout
 from moeflow.errors import ExpertReadError
-from moeflow.offload.host_compute import HostCompute
+from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.slot_pool import Resident
@@ -44,6 +44,7 @@ class ExpertFetch:
         records: list[RecordLayout],
         num_tokens: dict[ExpertKey, int],
         router_output: RouterOutput | None,
+        tokens_on_host: HostTokens | None,
     ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once; see `ExpertRuntime.fetch`.
 
@@ -52,6 +53,7 @@ class ExpertFetch:
             records: [E], how its experts are stored.
             num_tokens: of each demanded expert.
             router_output: what the router chose for each token, for the predictor.
+            tokens_on_host: of the call, sent where experts are computed in host memory.
         """
         stats, residency, prediction = self._stats.now, self._residency, self._prediction
         if self._host_compute is not None:
@@ -76,11 +78,19 @@ class ExpertFetch:
         try:
             if prediction is not None:
                 prediction.record_demand(demand)
+            if on_host and tokens_on_host is not None:
+                tokens_on_host.send()
             residency.start(to_start)
             if prediction is not None and router_output is not None:
                 prediction.observe(layer, router_output, stats)
                 arrive(residency.prefetch(waiting))
-            if self._host_compute is not None:
+            if self._host_compute is not None and on_host:
+                if resident:  # the device works while the CPU does
+                    yield from self._use(resident, held, records, stats)
+                    resident.clear()
+                    residency.start(to_start)
+                if tokens_on_host is not None:
+                    tokens_on_host.wait()
                 yield from self._fetch_from_host(self._host_compute, on_host, records, stats)
             while resident or waiting:
                 if not resident:
@@ -90,13 +100,7 @@ class ExpertFetch:
                 batch = [resident.pop()] if to_start else resident[::-1]
                 if not to_start:
                     resident.clear()
-                batch_residents = residency.begin_use(batch, records)
-                begin = time.perf_counter()
-                yield batch_residents
-                stats.compute_s += time.perf_counter() - begin
-                residency.end_use(batch)
-                for key in batch:
-                    held.remove(key)
+                yield from self._use(batch, held, records, stats)
                 if to_start:
                     residency.start(to_start)
                 else:
@@ -114,6 +118,18 @@ class ExpertFetch:
         finally:
             if self._host_compute is not None:
                 self._host_compute.release()
+
+    def _use(
+        self, batch: list[ExpertKey], held: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
+    ) -> Generator[list[Resident], None, None]:
+        """Yield pinned experts once, unpin them and take them out of `held`."""
+        residents = self._residency.begin_use(batch, records)
+        begin = time.perf_counter()
+        yield residents
+        stats.compute_s += time.perf_counter() - begin
+        self._residency.end_use(batch)
+        for key in batch:
+            held.remove(key)
 
     def _fetch_from_host(
         self, host_compute: HostCompute, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats

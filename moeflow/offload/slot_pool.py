@@ -110,12 +110,16 @@ class SlotPool:
 
 
 class Resident(NamedTuple):
-    """An expert's weights where they lie, valid while their slot is pinned."""
+    """An expert's weights where they lie, valid while their slot is pinned.
+
+    `on_host`: whether the CPU computes it there, beside a device.
+    """
 
     expert: int
     pool: SlotPool
     slot: int
     record: RecordLayout
+    on_host: bool = False
 
     @property
     def address(self) -> int:
