@@ -17,8 +17,8 @@ from moeflow.errors import BudgetError
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.options import LoadOptions
-from moeflow.memory_size import MemorySize, parse_memory
-from moeflow.offload.host_tier import HostTier
+from moeflow.memory_size import parse_memory
+from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
 from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
@@ -34,7 +34,6 @@ from moeflow.predictors.protocol import Predictor
 _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
-_HOST_SHARE = 0.6  # of the free host memory that "auto" pins
 
 
 class Experts(NamedTuple):
@@ -95,7 +94,7 @@ def build_runtime(
         opened.append(pool := SlotPool(num_slots, size.slot_bytes, device))
         if device.type == "cuda":
             streams = CudaStreams(device)
-            host = _host_tier(size, options.host_memory, policy, num_transient)
+            host = _host_tier(size, options, policy, num_transient, num_slots)
             opened.append(host.pool)
         cache = ExpertCache(num_slots, policy, num_transient=num_transient, sizes=size.pages)
         cache.set_limit(limit)
@@ -144,19 +143,15 @@ def _prediction(
     return PredictionLoop(Prefetcher(predictor, cache, ledger), tap=tap)
 
 
-def _host_tier(size: ExpertsSize, host_memory: MemorySize, policy: str, num_transient: int) -> HostTier:
-    """Build the pinned tier: at least one slot for every read in flight."""
-    floor = min(2 * _READ_THREADS, size.num_experts) * size.slot_bytes
-    if host_memory == "auto":
-        budget = max(min(size.all_bytes, int(_HOST_SHARE * hardware.available_memory_bytes())), floor)
-    else:
-        budget = parse_memory(host_memory, name="host_memory", whole_bytes=size.all_bytes)
-        if budget < floor:
-            raise BudgetError(
-                f"host_memory of {budget:,} bytes is below the minimum of {floor:,}: every read in flight passes "
-                "through a pinned slot. Give at least that."
-            )
-    num_slots = min(budget // size.slot_bytes, size.num_experts)
-    pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
+def _host_tier(size: ExpertsSize, options: LoadOptions, policy: str, num_transient: int, num_slots: int) -> HostTier:
+    """Build the pinned tier beside this many slots on the device."""
+    least = min(2 * _READ_THREADS, size.num_experts)
+    wanted = size.host_slots_for(
+        options.host_memory,
+        free_bytes=hardware.available_memory_bytes(),
+        reads_in_flight=least,
+        all_on_device=num_slots == size.num_experts,
+    )
+    pool = PinnedPool(wanted, size.slot_bytes, CudaRegistrar(options.torch_device), least_slots=least)
     policy = "lfru" if policy == "forecast" else policy
-    return HostTier(pool, ExpertCache(num_slots, policy, num_transient=num_transient))
+    return HostTier(pool, ExpertCache(pool.num_slots, policy, num_transient=num_transient))

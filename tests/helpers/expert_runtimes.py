@@ -86,7 +86,7 @@ class GivenSplit(MissSplit):
         return min(next(self._numbers), len(num_tokens))
 
 
-def build(path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None):
+def build(path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None, host_pool=None):
     record = RecordLayout.pack([("w", "F32", (SIZE,))])
     layers = []
     for layer in range(NUM_LAYERS):
@@ -96,7 +96,8 @@ def build(path, num_slots, policy="lfru", host_slots=0, streams=None, misses=Non
     cpu = torch.device("cpu")
     host = None
     if host_slots:
-        host = HostTier(SlotPool(host_slots, record.num_bytes, cpu), ExpertCache(host_slots, policy))
+        host_pool = host_pool or SlotPool(host_slots, record.num_bytes, cpu)
+        host = HostTier(host_pool, ExpertCache(host_slots, policy))
     pool, cache = SlotPool(num_slots, record.num_bytes, cpu), ExpertCache(num_slots, policy)
     store, streams = ExpertStore([path], layers), streams or HostStreams()
     return ExpertRuntime(store, pool, cache, streams, host=host, num_threads=2, misses=misses)
