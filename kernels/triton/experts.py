@@ -31,6 +31,11 @@ def available() -> bool:
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def prefill_tile(call_tokens: int) -> int:
+    """Return how many tokens a tile of `prefill` has in a whole call of so many: bits depend on it."""
+    return next((tile for most, tile in _TILE_TOKENS if call_tokens <= most), _LARGEST_TILE)
+
+
 class TritonExperts:
     """The kernels for one record layout and activation. Make it with `build`.
 
@@ -126,6 +131,8 @@ class TritonExperts:
         offsets: torch.Tensor,
         places: torch.Tensor,
         outputs: torch.Tensor,
+        *,
+        call_tokens: int | None = None,
     ) -> None:
         """Run some experts on all their tokens; a row's bits do not depend on which other experts are in the call.
 
@@ -137,9 +144,11 @@ class TritonExperts:
             offsets: int32 [E' + 1], where each expert's entries begin.
             places: int32 [S], row of `outputs` of each entry.
             outputs: [T * K, H] float32, written at `places`; sum it with `combine`.
+            call_tokens: tokens of the whole call, on which bits depend, where `hidden_states` has others; T if None.
         """
         run = torch.ops.moeflow.triton_experts_prefill if torch.compiler.is_compiling() else _prefill
-        run(hidden_states, arena, slots, tokens, offsets, places, outputs, self.number)
+        call_tokens = call_tokens or len(hidden_states)
+        run(hidden_states, arena, slots, tokens, offsets, places, outputs, self.number, call_tokens)
 
     @staticmethod
     def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -186,6 +195,7 @@ def _prefill(
     places: torch.Tensor,
     outputs: torch.Tensor,
     number: int,
+    call_tokens: int,
 ) -> None:
     from moeflow.kernels.triton.activation import LINEAR
     from moeflow.kernels.triton.prefill import multiply_groups
@@ -199,8 +209,7 @@ def _prefill(
             "experts. Give as many places as tokens, and one offset more than experts."
         )
     _check_sums(outputs, hidden_states.device, hidden_states.shape[1])
-    num_tokens, num_entries = hidden_states.shape[0], tokens.numel()
-    tile = next((tile for most, tile in _TILE_TOKENS if num_tokens <= most), _LARGEST_TILE)
+    num_entries, tile = tokens.numel(), prefill_tile(call_tokens)
     inner = hidden_states.new_empty(num_entries, experts.down.in_features)
     slots, offsets = slots.contiguous(), offsets.contiguous()
     multiply_groups(

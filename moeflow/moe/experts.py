@@ -149,12 +149,15 @@ class OffloadedExperts:
         return found.hidden_states
 
     @torch.no_grad()
-    def run_rows(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def run_rows(
+        self, hidden_states: torch.Tensor, experts: torch.Tensor, call_tokens: int | None = None
+    ) -> torch.Tensor:
         """Run each row through one expert, with the bits that a whole call has before it weighs and sums.
 
         Args:
             hidden_states: [n, H].
             experts: [n], each row's expert, on the CPU.
+            call_tokens: tokens of the whole call that the rows are of; n if None.
 
         Returns:
             [n, H] of `outputs_dtype`.
@@ -163,7 +166,8 @@ class OffloadedExperts:
             ExpertReadError: an expert could not be read.
             ClosedModelError: the runtime was closed.
         """
-        dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self.compute(hidden_states.dtype)
+        dispatch = Dispatch(experts.unsqueeze(1), self._num_experts, call_tokens)
+        compute = self.compute(hidden_states.dtype)
         outputs = compute.allocate_outputs(hidden_states, dispatch)
         fetched = self.runtime.fetch(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
         with closing(fetched):

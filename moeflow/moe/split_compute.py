@@ -64,6 +64,9 @@ class SplitCompute:
         self._tokens = TokensOnHost(hidden_states)
         return self._tokens
 
+    def path(self, call_tokens: int) -> int:
+        return self._device.path(call_tokens)
+
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return self._device.allocate_outputs(hidden_states, dispatch)
 

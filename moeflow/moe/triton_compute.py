@@ -6,7 +6,7 @@ import torch
 
 from moeflow.core import RecordLayout
 from moeflow.kernels.activations import Activation
-from moeflow.kernels.triton.experts import TritonExperts
+from moeflow.kernels.triton.experts import TritonExperts, prefill_tile
 from moeflow.moe.compute import run_apart
 from moeflow.moe.dispatch import Dispatch
 from moeflow.offload.slot_pool import Resident
@@ -37,6 +37,9 @@ class TritonCompute:
                     return False
                 self._kernels[id(record)] = kernel
         return True
+
+    def path(self, call_tokens: int) -> int:
+        return 0 if call_tokens <= _MAX_PAIRED_TOKENS else prefill_tile(call_tokens)
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return hidden_states.new_zeros(dispatch.num_places, hidden_states.shape[-1], dtype=torch.float32)
@@ -78,9 +81,10 @@ class TritonCompute:
 
         flat = on_device([place for chosen in places for place in chosen])
         tokens = flat // dispatch.top_k
-        if dispatch.num_tokens <= _MAX_PAIRED_TOKENS:
+        if self.path(dispatch.call_tokens) == 0:
             paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
             outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
         else:
             offsets = on_device([0, *accumulate(counts)])
-            kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs)
+            call = dispatch.call_tokens
+            kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs, call_tokens=call)
