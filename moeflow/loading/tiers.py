@@ -16,6 +16,7 @@ from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.device_plan import DevicePlan, MemoryNeeds, plan_device, prefill_bytes_per_token, usable_bytes
 from moeflow.loading.options import LoadOptions
 from moeflow.memory_size import parse_memory
 from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
@@ -76,7 +77,7 @@ def build_runtime(
     policy = options.policy
     if policy == "auto":
         policy = "lfru" if predictor is None else "forecast"
-    budget = _device_budget(size, options, bytes_per_position)
+    budget = _device_budget(experts, options, bytes_per_position)
     num_slots = size.slots_for(budget)
     # The cache counts slots, or the pages of experts that differ in size.
     unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
@@ -117,13 +118,15 @@ def build_runtime(
         raise
 
 
-def _device_budget(size: ExpertsSize, options: LoadOptions, bytes_per_position: int) -> int:
+def _device_budget(experts: Experts, options: LoadOptions, bytes_per_position: int) -> int:
     """Return the bytes that experts may take on the device."""
+    size = experts.size
     if options.expert_memory != "auto":
         return parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
-    device = options.torch_device
+    if options.torch_device.type != "cpu":
+        return _gpu_plan(experts, options.torch_device, bytes_per_position).expert_bytes
     reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * bytes_per_position
-    free = hardware.available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = hardware.available_memory_bytes()
     budget = min(max(free - reserve, 0), size.all_bytes)
     if budget < size.min_bytes:
         raise BudgetError(
@@ -132,6 +135,23 @@ def _device_budget(size: ExpertsSize, options: LoadOptions, bytes_per_position: 
             "expert_memory yourself."
         )
     return budget
+
+
+def _gpu_plan(experts: Experts, device: torch.device, bytes_per_position: int) -> DevicePlan:
+    """Divide what is free on a GPU. Not yet run on one."""
+    size = experts.size
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()  # what an earlier model left
+        free = usable_bytes(
+            torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        )
+    needs = MemoryNeeds(
+        activation_bytes=_RESERVE_BYTES,
+        key_value_bytes=_RESERVE_POSITIONS * bytes_per_position,
+        bytes_per_prefill_token=prefill_bytes_per_token(size.num_experts_per_tok, experts.layers[0].layout),
+        context=_RESERVE_POSITIONS,
+    )
+    return plan_device(free, needs, all_bytes=size.all_bytes, least_bytes=size.min_bytes, slot_bytes=size.slot_bytes)
 
 
 def _prediction(

@@ -1,12 +1,15 @@
 """Pinned slots: registered in pieces, with less where the system refuses, and one warning."""
 
 import logging
+from contextlib import closing
 
 import pytest
 import torch
 
-from helpers.expert_runtimes import build, fetch
+from helpers.expert_runtimes import ThreadStreams, build, empty_device, fetch
 from helpers.two_cards import TwoCards
+from moeflow.core import ExpertKey
+from moeflow.errors import ExpertReadError
 from moeflow.offload import host_tier
 from moeflow.offload.host_tier import CudaRegistrar, PinnedPool
 
@@ -85,6 +88,41 @@ def test_a_runtime_runs_on_slots_that_no_system_pins(experts_file):
         for layer in range(3):
             fetch(runtime, layer, list(range(6)), values)
         runtime.check_integrity()
+
+
+class FailingStreams(ThreadStreams):
+    """Copies that fail as CUDA's do while `fails`: in the call that queues them."""
+
+    fails = False
+
+    def copy(self, target, source, after):
+        if self.fails:
+            target[: len(target) // 2] = 255
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().copy(target, source, after)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_copy_that_fails_names_cudas_error_and_leaves_no_expert_in_the_slot(experts_file, on_host):
+    path, values = experts_file
+    streams = FailingStreams()
+    with build(path, 3, host_slots=9, streams=streams) as runtime:
+        fetch(runtime, 1, [0, 1], values)
+        if on_host:
+            fetch(runtime, 0, [2], values)
+            empty_device(runtime)
+        resident = set(runtime.cache.slots)
+        streams.fails = True
+        with (
+            pytest.raises(ExpertReadError, match=r"expert 2 of MoE layer 0 .* CUDA error: an illegal memory access"),
+            closing(runtime.fetch(0, [2])) as fetched,
+        ):
+            list(fetched)
+        assert set(runtime.cache.slots) <= resident
+        assert ExpertKey(0, 2) not in runtime.cache.slots
+        runtime.check_integrity()
+        streams.fails = False
+        fetch(runtime, 0, [2], values)
 
 
 def test_cudas_error_is_named_and_taken_by_a_launch_on_its_own_card(monkeypatch):
