@@ -1,6 +1,6 @@
-"""Memory left inside the process's own limits, and the names of GPUs.
+"""Memory left inside the process's own limits.
 
-Knows cgroups and NVML. Knows nothing of torch.
+Knows cgroups. Knows nothing of torch or of GPUs.
 """
 
 from pathlib import Path
@@ -41,25 +41,6 @@ def process_memory_bytes() -> tuple[int, int]:
     except (OSError, StopIteration):
         peak = now
     return now, max(now, peak)
-
-
-def gpu_names() -> list[str]:
-    """List the NVIDIA GPUs of this machine by name and memory; empty where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        names = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            total = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-            names.append(f"{pynvml.nvmlDeviceGetName(handle)}, {total / 2**30:.0f} GiB")
-        return names
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _cgroup_folders() -> list[Path]:

@@ -145,6 +145,8 @@ class TritonExperts:
         offsets: torch.Tensor,
         places: torch.Tensor,
         outputs: torch.Tensor,
+        *,
+        call_tokens: int | None = None,
     ) -> None:
         """Run some experts on all their tokens; a row's bits do not depend on which other experts are in the call.
 
@@ -156,10 +158,12 @@ class TritonExperts:
             offsets: int32 [E' + 1], where each expert's entries begin.
             places: int32 [S], row of `outputs` of each entry.
             outputs: [T * K, H] float32, written at `places`; sum it with `combine`.
+            call_tokens: tokens of the whole call, on which bits depend, where `hidden_states` has others; T if None.
         """
         torch.ops.moeflow.triton_experts_prefill.default(
-            hidden_states, arena, slots, tokens, offsets, places, outputs, self.number
-        )
+            hidden_states, arena, slots, tokens, offsets, places, outputs, self.number,
+            call_tokens or len(hidden_states),
+        )  # fmt: skip
 
     @staticmethod
     def combine(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

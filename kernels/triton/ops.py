@@ -36,6 +36,11 @@ _LARGEST_TILE = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def prefill_tile(call_tokens: int) -> int:
+    """Return how many tokens a tile of `prefill` has in a whole call of so many: bits depend on it."""
+    return next((tile for most, tile in _TILE_TOKENS if call_tokens <= most), _LARGEST_TILE)
+
+
 def _decode(
     hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor, number: int
 ) -> torch.Tensor:
@@ -97,14 +102,14 @@ def _prefill(
     places: torch.Tensor,
     outputs: torch.Tensor,
     number: int,
+    call_tokens: int,
 ) -> None:
     from moeflow.kernels.triton.activation import LINEAR
     from moeflow.kernels.triton.prefill import multiply_groups
 
-    _check_prefill(hidden_states, arena, slots, tokens, offsets, places, outputs, number)
+    _check_prefill(hidden_states, arena, slots, tokens, offsets, places, outputs, number, call_tokens)
     experts = BUILT[number]
-    num_tokens, num_entries = hidden_states.shape[0], tokens.numel()
-    tile = next((tile for most, tile in _TILE_TOKENS if num_tokens <= most), _LARGEST_TILE)
+    num_entries, tile = tokens.numel(), prefill_tile(call_tokens)
     inner = hidden_states.new_empty(num_entries, experts.down.in_features)
     slots, offsets = slots.contiguous(), offsets.contiguous()
     multiply_groups(
@@ -166,7 +171,7 @@ def _check_pairs(hidden_states, arena, tokens, slots, number) -> None:
         raise ConfigError(f"slots are {list(slots.shape)}, tokens {list(tokens.shape)}. Give one of each for a pair.")
 
 
-def _check_prefill(hidden_states, arena, slots, tokens, offsets, places, outputs, number) -> None:
+def _check_prefill(hidden_states, arena, slots, tokens, offsets, places, outputs, number, call_tokens) -> None:
     _check(BUILT[number], hidden_states, arena)
     _check_numbers(hidden_states, slots, tokens, offsets, places)
     if tokens.shape != places.shape or offsets.numel() != slots.numel() + 1:
@@ -271,7 +276,7 @@ _register(
 )
 _register(
     "triton_experts_prefill(Tensor hidden_states, Tensor arena, Tensor slots, Tensor tokens, Tensor offsets, "
-    "Tensor places, Tensor(a!) outputs, int number) -> ()",
+    "Tensor places, Tensor(a!) outputs, int number, int call_tokens) -> ()",
     _prefill,
     _check_prefill,
     lambda *_: None,

@@ -78,6 +78,7 @@ def describe_installation() -> dict[str, Any]:
     from moeflow import hardware
     from moeflow.demo.model import default_demo_path
     from moeflow.kernels import cpu
+    from moeflow.loading.gpus import gpu_names, visible_devices
 
     demo = default_demo_path()
     return {
@@ -86,7 +87,8 @@ def describe_installation() -> dict[str, Any]:
         **{name: _version(name) for name in _LIBRARIES},
         "memory_limit_bytes": hardware.memory_limit_bytes(),
         "memory_available_bytes": hardware.available_memory_bytes(),
-        "gpus": hardware.gpu_names(),
+        "gpus": gpu_names(),
+        "cuda_visible_devices": visible_devices(),
         "cpu_kernels_built": _is_built("_cpu", cpu.__file__),
         "demo_model": str(demo),
         "demo_model_built": demo.is_dir(),
@@ -103,6 +105,10 @@ def installation_text(about: dict[str, Any]) -> "Table":
             name, value = name.removesuffix("_bytes"), format_bytes(value)
         elif name == "gpus":
             value = "; ".join(value) or "none"
+        elif name == "cuda_visible_devices":
+            if value is None:
+                continue
+            value = repr(value)
         elif name == "cpu_kernels_built":
             value = "yes" if value else "no: experts run in torch. Install moeflow again where there is a C++ compiler"
         elif name == "demo_model_built":

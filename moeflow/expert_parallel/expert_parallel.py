@@ -187,7 +187,8 @@ class ExpertParallel:
             places = assigned.places.to(hidden_states.device)
             rows = hidden_states[places // top_k_index.shape[1]]
             outputs = hidden_states.new_zeros(top_k_index.numel(), hidden_states.shape[1], dtype=outputs_dtype)
-            answered = self._rounds.meet(ASKS, Request(layer, rows, assigned.counts, outputs_dtype))
+            request = Request(layer, rows, assigned.counts, outputs_dtype, len(hidden_states))
+            answered = self._rounds.meet(ASKS, request)
             assert answered is not None, "a rank that asks is not done"
             outputs[places] = answered
             return outputs

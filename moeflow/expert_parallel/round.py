@@ -28,12 +28,14 @@ class Request(NamedTuple):
         rows: [n, H], hidden states, in the order of rank, then expert.
         counts: [G, E], rows for each rank and expert.
         outputs_dtype: dtype of the returned outputs.
+        call_tokens: tokens of the rank's call: bits depend on them, and not on the rows that reach an expert's rank.
     """
 
     layer: int
     rows: torch.Tensor
     counts: torch.Tensor
     outputs_dtype: torch.dtype
+    call_tokens: int
 
 
 class Header(NamedTuple):
@@ -45,6 +47,7 @@ class Header(NamedTuple):
         num_features: H.
         dtype: of hidden states, a number in _DTYPES.
         outputs_dtype: likewise.
+        call_tokens: as a request has it.
         counts: [E], rows for each of the receiver's experts.
     """
 
@@ -53,7 +56,14 @@ class Header(NamedTuple):
     num_features: int
     dtype: int
     outputs_dtype: int
+    call_tokens: int
     counts: list[int]
+
+    @classmethod
+    def of(cls, row: list[int]) -> "Header":
+        """Return the header in a row that came over the wire."""
+        state, layer, num_features, dtype, outputs_dtype, call_tokens, *counts = row
+        return cls(state, layer, num_features, dtype, outputs_dtype, call_tokens, counts)
 
     @property
     def num_rows(self) -> int:
@@ -144,15 +154,15 @@ class Rounds:
 
     def _exchange_headers(self, state, request) -> list[Header]:
         """Send this rank's request to each rank; return [G], their requests to this one."""
-        rows = torch.zeros(self.world_size, 5 + self._num_experts, dtype=torch.int64)
+        rows = torch.zeros(self.world_size, 6 + self._num_experts, dtype=torch.int64)
         rows[:, 0] = state
         if request is not None:
             dtypes = (_DTYPES.index(request.rows.dtype), _DTYPES.index(request.outputs_dtype))
-            rows[:, 1:5] = torch.tensor([request.layer, request.rows.shape[1], *dtypes])
-            rows[:, 5:] = request.counts
+            rows[:, 1:6] = torch.tensor([request.layer, request.rows.shape[1], *dtypes, request.call_tokens])
+            rows[:, 6:] = request.counts
         self.sent.rounds += 1
         self.sent.metadata_bytes[self.rank] += rows[0].nbytes
-        return [Header(row[0], row[1], row[2], row[3], row[4], row[5:]) for row in self._ranks.rows(rows).tolist()]
+        return [Header.of(row) for row in self._ranks.rows(rows).tolist()]
 
     def _dispatch(self, request, headers) -> torch.Tensor:
         """Send hidden states to the ranks that hold their experts; return the received rows as bytes."""
@@ -173,12 +183,15 @@ class Rounds:
             [G], the outputs for each rank as bytes.
         """
         pieces = received.split([header.num_rows * header.row_bytes for header in headers])
-        alike: dict[tuple, list[int]] = {}  # ranks by size and dtypes of their rows: usually one group
+        # Ranks by size, dtypes and path of their rows: usually one group.
+        alike: dict[tuple[int, int, int, int, int], list[int]] = {}
         for rank, header in enumerate(headers):
             if header.num_rows:
-                alike.setdefault(header[1:5], []).append(rank)
+                path = self._served(header.layer).compute(_DTYPES[header.dtype]).path(header.call_tokens)
+                layer, num_features, dtype, outputs_dtype = header[1:5]
+                alike.setdefault((layer, num_features, dtype, outputs_dtype, path), []).append(rank)
         answers = [received[:0]] * self.world_size
-        for (layer, num_features, dtype, outputs_dtype), sources in alike.items():
+        for (layer, num_features, dtype, outputs_dtype, _), sources in alike.items():
             rows = torch.cat([pieces[rank] for rank in sources]).view(_DTYPES[dtype]).view(-1, num_features)
             experts = torch.cat(
                 [
@@ -186,10 +199,16 @@ class Rounds:
                     for rank in sources
                 ]
             )
-            outputs = self._experts[layer]().run_rows(rows, experts).to(_DTYPES[outputs_dtype])
+            outputs = self._served(layer).run_rows(rows, experts, headers[sources[0]].call_tokens)
+            outputs = outputs.to(_DTYPES[outputs_dtype])
             for rank, part in zip(sources, outputs.split([headers[rank].num_rows for rank in sources]), strict=True):
                 answers[rank] = _as_bytes(part)
         return answers
+
+    def _served(self, layer: int) -> OffloadedExperts:
+        served = self._experts[layer]()
+        assert served is not None, "the model of these experts is gone"
+        return served
 
     def _combine(self, request, headers, answers) -> tuple[torch.Tensor | None, bool]:
         """Send outputs back, each rank's behind a mark of success.

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from moeflow.core import PAGE_BYTES, LayerLayout, align_up
 from moeflow.errors import BudgetError
+from moeflow.memory_size import MemorySize, parse_memory
+
+_HOST_SHARE = 0.6  # of the free host memory that "auto" pins
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,32 @@ class ExpertsSize:
     def min_bytes(self) -> int:
         """Bytes of `min_slots`."""
         return self.min_slots * self.slot_bytes
+
+    def host_slots_for(
+        self, host_memory: MemorySize, *, free_bytes: int, reads_in_flight: int, all_on_device: bool
+    ) -> int:
+        """Return how many slots the pinned tier has between the disk and a GPU.
+
+        Args:
+            host_memory: the option.
+            free_bytes: of host memory.
+            reads_in_flight: each passes through a slot.
+            all_on_device: whether every expert has a slot there, so that none comes back to the host.
+
+        Raises:
+            BudgetError: fewer than the reads in flight.
+        """
+        least = min(reads_in_flight, self.num_experts)
+        if host_memory == "auto":
+            wanted = 0 if all_on_device else int(_HOST_SHARE * free_bytes) // self.slot_bytes
+            return min(max(wanted, least), self.num_experts)
+        budget = parse_memory(host_memory, name="host_memory", whole_bytes=self.all_bytes)
+        if budget < least * self.slot_bytes:
+            raise BudgetError(
+                f"host_memory of {budget:,} bytes is below the minimum of {least * self.slot_bytes:,}: every read in "
+                "flight passes through a pinned slot. Give at least that."
+            )
+        return min(budget // self.slot_bytes, self.num_experts)
 
     def slots_for(self, budget_bytes: int, *, name: str = "expert_memory") -> int:
         """Return how many slots a budget buys at most.

@@ -9,6 +9,7 @@ from moeflow import hardware
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.gpus import gpu_names
 from moeflow.loading.lossless_saving import lossless_saving
 
 _BUDGET_SHARES_PERCENT = (12.5, 25, 50, 75, 100)
@@ -60,7 +61,7 @@ def describe_model(model: str | Path) -> dict:
         "machine": {
             "memory_available_bytes": hardware.available_memory_bytes(),
             "memory_limit_bytes": hardware.memory_limit_bytes(),
-            "gpus": hardware.gpu_names(),
+            "gpus": gpu_names(),
         },
     }
 

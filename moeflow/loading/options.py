@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.errors import ConfigError
+from moeflow.loading.gpus import check_gpu
 from moeflow.memory_size import MemorySize, parse_memory
 
 if TYPE_CHECKING:
@@ -186,14 +187,11 @@ class LoadOptions:
         except (RuntimeError, TypeError, ValueError, OverflowError):
             raise ConfigError(f"device={self.device!r} is unknown. {allowed}") from None
         if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ConfigError(
-                    'device="cuda" was asked for, and torch sees no CUDA GPU. Use device="cpu" or "auto".'
-                )
-            index = torch.cuda.current_device() if device.index is None else device.index
-            count = torch.cuda.device_count()
-            if index >= count:
-                raise ConfigError(f"device={str(device)!r} is not there: torch sees {count} GPUs, from cuda:0 on.")
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            index = device.index
+            if index is None:
+                index = torch.cuda.current_device() if count else 0
+            check_gpu(str(self.device), index, count)
             return torch.device("cuda", index)
         if device.type != "cpu":
             raise ConfigError(f"device={str(device)!r} is not supported. {allowed}")

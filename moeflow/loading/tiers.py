@@ -16,9 +16,10 @@ from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.device_plan import DevicePlan, MemoryNeeds, plan_device, prefill_bytes_per_token, usable_bytes
 from moeflow.loading.options import LoadOptions
-from moeflow.memory_size import MemorySize, parse_memory
-from moeflow.offload.host_tier import HostTier
+from moeflow.memory_size import parse_memory
+from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
 from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
@@ -34,7 +35,6 @@ from moeflow.predictors.protocol import Predictor
 _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
 _READ_THREADS = 4
-_HOST_SHARE = 0.6  # of the free host memory that "auto" pins
 
 
 class Experts(NamedTuple):
@@ -77,7 +77,7 @@ def build_runtime(
     policy = options.policy
     if policy == "auto":
         policy = "lfru" if predictor is None else "forecast"
-    budget = _device_budget(size, options, bytes_per_position)
+    budget = _device_budget(experts, options, bytes_per_position)
     num_slots = size.slots_for(budget)
     # The cache counts slots, or the pages of experts that differ in size.
     unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
@@ -95,7 +95,7 @@ def build_runtime(
         opened.append(pool := SlotPool(num_slots, size.slot_bytes, device))
         if device.type == "cuda":
             streams = CudaStreams(device)
-            host = _host_tier(size, options.host_memory, policy, num_transient)
+            host = _host_tier(size, options, policy, num_transient, num_slots)
             opened.append(host.pool)
         cache = ExpertCache(num_slots, policy, num_transient=num_transient, sizes=size.pages)
         cache.set_limit(limit)
@@ -118,13 +118,15 @@ def build_runtime(
         raise
 
 
-def _device_budget(size: ExpertsSize, options: LoadOptions, bytes_per_position: int) -> int:
+def _device_budget(experts: Experts, options: LoadOptions, bytes_per_position: int) -> int:
     """Return the bytes that experts may take on the device."""
+    size = experts.size
     if options.expert_memory != "auto":
         return parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
-    device = options.torch_device
+    if options.torch_device.type != "cpu":
+        return _gpu_plan(experts, options.torch_device, bytes_per_position).expert_bytes
     reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * bytes_per_position
-    free = hardware.available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = hardware.available_memory_bytes()
     budget = min(max(free - reserve, 0), size.all_bytes)
     if budget < size.min_bytes:
         raise BudgetError(
@@ -133,6 +135,23 @@ def _device_budget(size: ExpertsSize, options: LoadOptions, bytes_per_position: 
             "expert_memory yourself."
         )
     return budget
+
+
+def _gpu_plan(experts: Experts, device: torch.device, bytes_per_position: int) -> DevicePlan:
+    """Divide what is free on a GPU. Not yet run on one."""
+    size = experts.size
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()  # what an earlier model left
+        free = usable_bytes(
+            torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        )
+    needs = MemoryNeeds(
+        activation_bytes=_RESERVE_BYTES,
+        key_value_bytes=_RESERVE_POSITIONS * bytes_per_position,
+        bytes_per_prefill_token=prefill_bytes_per_token(size.num_experts_per_tok, experts.layers[0].layout),
+        context=_RESERVE_POSITIONS,
+    )
+    return plan_device(free, needs, all_bytes=size.all_bytes, least_bytes=size.min_bytes, slot_bytes=size.slot_bytes)
 
 
 def _prediction(
@@ -144,19 +163,15 @@ def _prediction(
     return PredictionLoop(Prefetcher(predictor, cache, ledger), tap=tap)
 
 
-def _host_tier(size: ExpertsSize, host_memory: MemorySize, policy: str, num_transient: int) -> HostTier:
-    """Build the pinned tier: at least one slot for every read in flight."""
-    floor = min(2 * _READ_THREADS, size.num_experts) * size.slot_bytes
-    if host_memory == "auto":
-        budget = max(min(size.all_bytes, int(_HOST_SHARE * hardware.available_memory_bytes())), floor)
-    else:
-        budget = parse_memory(host_memory, name="host_memory", whole_bytes=size.all_bytes)
-        if budget < floor:
-            raise BudgetError(
-                f"host_memory of {budget:,} bytes is below the minimum of {floor:,}: every read in flight passes "
-                "through a pinned slot. Give at least that."
-            )
-    num_slots = min(budget // size.slot_bytes, size.num_experts)
-    pool = SlotPool(num_slots, size.slot_bytes, torch.device("cpu"), pinned=True)
+def _host_tier(size: ExpertsSize, options: LoadOptions, policy: str, num_transient: int, num_slots: int) -> HostTier:
+    """Build the pinned tier beside this many slots on the device."""
+    least = min(2 * _READ_THREADS, size.num_experts)
+    wanted = size.host_slots_for(
+        options.host_memory,
+        free_bytes=hardware.available_memory_bytes(),
+        reads_in_flight=least,
+        all_on_device=num_slots == size.num_experts,
+    )
+    pool = PinnedPool(wanted, size.slot_bytes, CudaRegistrar(options.torch_device), least_slots=least)
     policy = "lfru" if policy == "forecast" else policy
-    return HostTier(pool, ExpertCache(num_slots, policy, num_transient=num_transient))
+    return HostTier(pool, ExpertCache(pool.num_slots, policy, num_transient=num_transient))

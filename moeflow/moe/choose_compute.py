@@ -9,12 +9,18 @@ from moeflow.kernels.activations import recognise
 from moeflow.kernels.cpu.structs import DTYPES
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
+from moeflow.moe.split_compute import SplitCompute
 from moeflow.moe.torch_compute import TorchCompute
 from moeflow.moe.triton_compute import TritonCompute
 
 
 def choose_compute(
-    module: ExpertsModule, records: list[RecordLayout], device: torch.device, dtype: torch.dtype
+    module: ExpertsModule,
+    records: list[RecordLayout],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    computes_on_host: bool = False,
 ) -> ExpertCompute:
     """Return the fastest kernels that can run a layer's experts.
 
@@ -23,6 +29,7 @@ def choose_compute(
         records: [num_experts], as the runtime hands them out.
         device: where the experts are computed.
         dtype: of the hidden states.
+        computes_on_host: whether the CPU computes some of a GPU's experts where they lie.
     """
     activation = None
     if not experts_interface.has_post_norm(module) and dtype in DTYPES:
@@ -30,9 +37,12 @@ def choose_compute(
         activation = recognise(apply, module.has_gate)
     if activation is None:
         return TorchCompute(module)
-    compute: CpuCompute | TritonCompute
+    cpu = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
+    plain = TorchCompute(module)
     if device.type == "cpu":
-        compute = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
-    else:
-        compute = TritonCompute(module, activation)
-    return compute if compute.can_run(records) else TorchCompute(module)
+        return cpu if cpu.can_run(records) else plain
+    triton = TritonCompute(activation, module.is_transposed)
+    compute = triton if triton.can_run(records) else plain
+    if computes_on_host:
+        return SplitCompute(compute, cpu if cpu.can_run(records) else plain)
+    return compute

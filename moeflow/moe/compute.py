@@ -1,7 +1,8 @@
 """Protocol of the arithmetic behind one layer's experts.
 
 Every implementation computes a token's output of an expert from that token and that expert alone, in an order that
-depends on how many tokens go to the expert and on nothing else, so that the bits do not depend on residency.
+depends on how many tokens go to the expert, on the `path` of the whole call and on nothing else, so that the bits do
+not depend on residency.
 """
 
 from typing import Protocol
@@ -14,6 +15,9 @@ from moeflow.offload.slot_pool import Resident
 
 class ExpertCompute(Protocol):
     """Runs experts of one layer. `allocate_outputs`, then `run` for every part of the experts, then `combine`."""
+
+    def path(self, call_tokens: int) -> int:
+        """Return the number of the way that a whole call of so many tokens is computed: others have other last bits."""
 
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """Return memory for the outputs of every place: [T * K, H], zero where no expert writes."""

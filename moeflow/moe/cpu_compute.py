@@ -45,6 +45,9 @@ class CpuCompute:
                 self._kernels[id(record)] = kernel
         return True
 
+    def path(self, call_tokens: int) -> int:
+        return 0
+
     def allocate_outputs(self, hidden_states: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         shape = dispatch.num_places, hidden_states.shape[-1]
         return torch.empty(shape) if dispatch.is_whole else torch.zeros(shape)

@@ -15,13 +15,15 @@ class Dispatch:
     Args:
         top_k_index: [T, K], expert numbers; num_experts or more means none.
         num_experts: of the layer.
+        call_tokens: tokens of the whole call, where these are a part of it; T if None.
 
     Raises:
         ConfigError: a negative number.
     """
 
-    def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None:
+    def __init__(self, top_k_index: torch.Tensor, num_experts: int, call_tokens: int | None = None) -> None:
         self.num_tokens, self.top_k = top_k_index.shape
+        self.call_tokens = call_tokens or self.num_tokens
         flat = top_k_index.reshape(-1)
         if self.num_tokens == 1:
             chosen = flat.tolist()

@@ -17,6 +17,7 @@ from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.dispatch import Dispatch
+from moeflow.moe.split_compute import SplitCompute
 from moeflow.moe.triton_compute import TritonCompute
 from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
@@ -107,8 +108,9 @@ class OffloadedExperts:
             return self.compute(hidden_states.dtype).combine(hidden_states, spread, top_k_weights)
         compute, trusting = self.compute(hidden_states.dtype), self.runtime.trusting
         look_up = None  # runs the layer at once where its experts are resident, by kernels that find them
-        if trusting is not None and isinstance(compute, TritonCompute) and compute.can_look_up(len(top_k_index)):
-            look_up = partial(compute.look_up, hidden_states, top_k_index, top_k_weights, trusting.table, self.layer)
+        on_device = compute.device if isinstance(compute, SplitCompute) else compute
+        if trusting is not None and isinstance(on_device, TritonCompute) and on_device.can_look_up(len(top_k_index)):
+            look_up = partial(on_device.look_up, hidden_states, top_k_index, top_k_weights, trusting.table, self.layer)
         if trusting is not None and trusting.step is not None:
             if look_up is None:
                 raise NotTrustedError
@@ -123,10 +125,12 @@ class OffloadedExperts:
         outputs: torch.Tensor | None = None
         output: torch.Tensor | None = None
         counts, together = dispatch.num_tokens_of(), look_up is not None
-        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, counts, together=together)
+        on_host = compute.tokens_on_host(hidden_states) if isinstance(compute, SplitCompute) else None
+        fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, counts, on_host, together=together)
         with closing(fetched):
             for residents in fetched:
-                if trusting is not None and look_up is not None and len(residents) == len(dispatch.experts):
+                if look_up is not None and len(residents) == len(dispatch.experts) and not residents[0].on_host:
+                    assert trusting is not None
                     trusting.table.refresh()
                     output = look_up()
                     continue
@@ -163,12 +167,15 @@ class OffloadedExperts:
         return found.hidden_states
 
     @torch.no_grad()
-    def run_rows(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def run_rows(
+        self, hidden_states: torch.Tensor, experts: torch.Tensor, call_tokens: int | None = None
+    ) -> torch.Tensor:
         """Run each row through one expert, with the bits that a whole call has before it weighs and sums.
 
         Args:
             hidden_states: [n, H].
             experts: [n], each row's expert, on the CPU.
+            call_tokens: tokens of the whole call that the rows are of; n if None.
 
         Returns:
             [n, H] of `outputs_dtype`.
@@ -177,7 +184,8 @@ class OffloadedExperts:
             ExpertReadError: an expert could not be read.
             ClosedModelError: the runtime was closed.
         """
-        dispatch, compute = Dispatch(experts.unsqueeze(1), self._num_experts), self.compute(hidden_states.dtype)
+        dispatch = Dispatch(experts.unsqueeze(1), self._num_experts, call_tokens)
+        compute = self.compute(hidden_states.dtype)
         outputs = compute.allocate_outputs(hidden_states, dispatch)
         fetched = self.runtime.fetch(self.layer, dispatch.experts, None, dispatch.num_tokens_of())
         with closing(fetched):
@@ -210,7 +218,10 @@ class OffloadedExperts:
             records = self.runtime.records(self.layer)
             module = self._module()
             assert module is not None, "the module of these experts is gone"
-            found = self._computes[dtype] = choose_compute(module, records, self.runtime.device, dtype)
+            runtime = self.runtime
+            found = self._computes[dtype] = choose_compute(
+                module, records, runtime.device, dtype, computes_on_host=runtime.computes_on_host
+            )
         return found
 
 

@@ -5,12 +5,11 @@ from itertools import accumulate
 import torch
 
 from moeflow.core import RecordLayout
-from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.triton.experts import TritonExperts
+from moeflow.kernels.triton.ops import prefill_tile
 from moeflow.moe.compute import run_apart
 from moeflow.moe.dispatch import Dispatch
-from moeflow.moe.torch_compute import TorchCompute
 from moeflow.offload.slot_pool import Resident
 from moeflow.offload.trusting.device_table import DeviceTable
 
@@ -22,14 +21,13 @@ class TritonCompute:
     """Triton's kernels, straight from the device's slots. Not yet measured on a GPU.
 
     Args:
-        module: the experts module, for experts that the CPU computes in the host tier.
         activation: of the module, between its matrices.
+        is_transposed: whether float matrices are stored [in, out].
     """
 
-    def __init__(self, module: ExpertsModule, activation: Activation) -> None:
-        self._torch = TorchCompute(module)
+    def __init__(self, activation: Activation, is_transposed: bool) -> None:
         self._activation = activation
-        self._is_transposed = module.is_transposed
+        self._is_transposed = is_transposed
         self._kernels: dict[int, TritonExperts] = {}  # by the record's identity: equal records are one object
         self._of_all: TritonExperts | None = None  # where all records of the layer are equal
 
@@ -44,6 +42,9 @@ class TritonCompute:
         kernels = {self._kernels[id(record)] for record in records}
         self._of_all = kernels.pop() if len(kernels) == 1 else None
         return True
+
+    def path(self, call_tokens: int) -> int:
+        return 0 if call_tokens <= MAX_PAIRED_TOKENS else prefill_tile(call_tokens)
 
     def can_look_up(self, num_tokens: int) -> bool:
         """Whether `look_up` takes so many tokens."""
@@ -81,17 +82,14 @@ class TritonCompute:
     ) -> None:
         alike: dict[int, list[Resident]] = {}
         for resident in residents:
-            if resident.pool.device == hidden_states.device:
-                alike.setdefault(id(resident.record), []).append(resident)
-            else:
-                self._torch.run(hidden_states, [resident], dispatch, outputs)
+            alike.setdefault(id(resident.record), []).append(resident)
         for group in alike.values():
             self._run_alike(hidden_states, group, dispatch, outputs)
 
     def run_token(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        if len({id(resident.record) for resident in residents}) > 1 or residents[0].pool.device != hidden_states.device:
+        if len({id(resident.record) for resident in residents}) > 1:
             return run_apart(self, hidden_states, residents, dispatch, top_k_weights)
         slots = [0] * dispatch.top_k
         for resident in residents:
@@ -116,9 +114,10 @@ class TritonCompute:
 
         flat = on_device([place for chosen in places for place in chosen])
         tokens = flat // dispatch.top_k
-        if dispatch.num_tokens <= MAX_PAIRED_TOKENS:
+        if self.path(dispatch.call_tokens) == 0:
             paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
             outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
         else:
             offsets = on_device([0, *accumulate(counts)])
-            kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs)
+            call = dispatch.call_tokens
+            kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs, call_tokens=call)

@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 from moeflow.core import ExpertKey, RecordLayout
 from moeflow.errors import ExpertReadError
-from moeflow.offload.host_compute import HostCompute
+from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.slot_pool import Resident
@@ -44,6 +44,7 @@ class ExpertFetch:
         records: list[RecordLayout],
         num_tokens: dict[ExpertKey, int],
         router_output: RouterOutput | None,
+        tokens_on_host: HostTokens | None,
         together: bool = False,
     ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once; see `ExpertRuntime.fetch`.
@@ -53,6 +54,7 @@ class ExpertFetch:
             records: [E], how its experts are stored.
             num_tokens: of each demanded expert.
             router_output: what the router chose for each token, for the predictor.
+            tokens_on_host: of the call, sent where experts are computed in host memory.
             together: see `ExpertRuntime.fetch`.
         """
         stats, residency, prediction = self._stats.now, self._residency, self._prediction
@@ -65,7 +67,6 @@ class ExpertFetch:
             on_host = self._host_compute.choose(absent, num_tokens, residency.cache, residency.pool.stride)
         to_start, resident = deque(key for key in absent if key not in on_host), held.copy()
         waiting = {*to_start, *in_flight}
-        batch: list[ExpertKey] = []  # in use
         went_on, stall_s = bool(waiting and (held or on_host)), stats.stall_s
         stats.decisions.layers_ready += not waiting
         stats.hits += len(held)
@@ -79,11 +80,19 @@ class ExpertFetch:
         try:
             if prediction is not None:
                 prediction.record_demand(demand)
+            if on_host and tokens_on_host is not None:
+                tokens_on_host.send()
             residency.start(to_start)
             if prediction is not None and router_output is not None:
                 prediction.observe(layer, router_output, stats)
                 arrive(residency.prefetch(waiting))
-            if self._host_compute is not None:
+            if self._host_compute is not None and on_host:
+                if resident:  # the device works while the CPU does
+                    yield from self._use(resident, held, records, stats)
+                    resident.clear()
+                    residency.start(to_start)
+                if tokens_on_host is not None:
+                    tokens_on_host.wait()
                 yield from self._fetch_from_host(self._host_compute, on_host, records, stats)
             while resident or waiting:
                 if not resident or (together and waiting and len(residency.transfers)):
@@ -93,14 +102,7 @@ class ExpertFetch:
                 batch = [resident.pop()] if to_start else resident[::-1]
                 if not to_start:
                     resident.clear()
-                batch_residents = residency.begin_use(batch, records)
-                begin = time.perf_counter()
-                yield batch_residents
-                stats.compute_s += time.perf_counter() - begin
-                residency.end_use(batch)
-                for key in batch:
-                    held.remove(key)
-                batch = []
+                yield from self._use(batch, held, records, stats)
                 if to_start:
                     residency.start(to_start)
                 else:
@@ -113,12 +115,25 @@ class ExpertFetch:
             # runtime clears the cache.
             if isinstance(end, ExpertReadError):
                 residency.settle_all()  # a copy that fails later must not be blamed on the next call
-            residency.end_use(batch)
-            residency.release(key for key in held if key not in batch)
+            residency.release(held)
             raise
         finally:
             if self._host_compute is not None:
                 self._host_compute.release()
+
+    def _use(
+        self, batch: list[ExpertKey], held: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
+    ) -> Generator[list[Resident], None, None]:
+        """Yield pinned experts once, unpin them and take them out of `held`."""
+        residents = self._residency.begin_use(batch, records)
+        begin = time.perf_counter()
+        try:
+            yield residents
+        finally:
+            stats.compute_s += time.perf_counter() - begin
+            self._residency.end_use(batch)
+            for key in batch:
+                held.remove(key)
 
     def _fetch_from_host(
         self, host_compute: HostCompute, on_host: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats

@@ -5,6 +5,7 @@ device's slots. Its logic is tested on the CPU; the gain is not yet measured on 
 """
 
 import time
+from typing import Protocol
 
 from moeflow.core import ExpertKey, RecordLayout
 from moeflow.offload.host_tier import HostTier
@@ -12,6 +13,16 @@ from moeflow.offload.slot_pool import Resident
 from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
+
+
+class HostTokens(Protocol):
+    """The tokens of one layer on their way to host memory, for experts that are computed there."""
+
+    def send(self) -> None:
+        """Start their copy; compute that is queued later does not delay it."""
+
+    def wait(self) -> object:
+        """Block until they are there."""
 
 
 class HostCompute:
@@ -65,7 +76,7 @@ class HostCompute:
         """Return where a chosen expert lies in host memory, and start the clock."""
         self._beside = self._transfers.compute_beside()
         self._began_s = time.perf_counter()
-        return Resident(key.expert, self._host.pool, self._host.cache.slot(key), record)
+        return Resident(key.expert, self._host.pool, self._host.cache.slot(key), record, on_host=True)
 
     def finish(self, key: ExpertKey, num_bytes: int) -> float:
         """Free the host slot of an expert that was computed; return the seconds it took."""

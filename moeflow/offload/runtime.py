@@ -17,7 +17,7 @@ from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, records_of
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
 from moeflow.offload.fetch import ExpertFetch
-from moeflow.offload.host_compute import HostCompute
+from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.host_tier import HostTier
 from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
@@ -88,6 +88,7 @@ class ExpertRuntime:
         self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
         self._host_compute = None
+        self.computes_on_host = misses is not None  # some of the device's experts, on the CPU
         if misses is not None:
             assert host is not None, "without a host tier no expert lies anywhere else"
             self._host_compute = HostCompute(misses, host, self._transfers)
@@ -221,21 +222,23 @@ class ExpertRuntime:
         experts: list[int],
         router_output: RouterOutput | None = None,
         num_tokens: list[int] | None = None,
+        tokens_on_host: HostTokens | None = None,
         *,
         together: bool = False,
     ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once, where it lies: the resident ones together, then others as they arrive.
 
         Where experts wait for a slot, each resident one is yielded alone, so that its slot is free as soon as possible.
-        Experts that `MissSplit` gives to the CPU are yielded in the host tier, before all others: copies run beside
-        their computation. A yielded list is valid until the next is asked for. Closing the iterator early is safe at
-        any point: copies still in flight end by themselves and become resident.
+        Experts that `MissSplit` gives to the CPU are yielded in the host tier, behind the resident ones: the device and
+        the copies work beside them. A yielded list is valid until the next is asked for. Closing the iterator early is
+        safe at any point: copies still in flight end by themselves and become resident.
 
         Args:
             layer: number among the MoE layers.
             experts: distinct expert numbers; may be more than there are slots.
             router_output: what the router chose for each token, for the predictor.
             num_tokens: tokens that go to each of the experts; one each when None.
+            tokens_on_host: sent and awaited where an expert is yielded in host memory.
             together: yield all at once when the last has arrived, where there are slots for all.
 
         Raises:
@@ -251,7 +254,8 @@ class ExpertRuntime:
             try:
                 keys = [ExpertKey(layer, expert) for expert in experts]
                 tokens_of = dict(zip(keys, num_tokens or [1] * len(keys), strict=True))
-                yield from self._expert_fetch.fetch(layer, self._records[layer], tokens_of, router_output, together)
+                records, fetch = self._records[layer], self._expert_fetch.fetch
+                yield from fetch(layer, records, tokens_of, router_output, tokens_on_host, together)
             except (GeneratorExit, ExpertReadError):
                 self._torn = False
                 raise

@@ -1,10 +1,9 @@
-"""Slots: one arena of memory for experts of all layers, on the device or pinned on the host.
+"""Slots: one arena of memory for experts of all layers, on the device or on the host.
 
 Knows where a slot's bytes lie and how to view them as tensors. Knows nothing of which expert sits in a slot.
 """
 
 import contextlib
-import ctypes
 import mmap
 from typing import NamedTuple
 
@@ -31,21 +30,18 @@ class SlotPool:
         num_slots: how many.
         record_bytes: the largest record.
         device: where the memory lies.
-        pinned: register the host memory with CUDA, exactly as many bytes as are used (torch's pin_memory rounds
-            every allocation up to a power of two).
 
     Raises:
-        BudgetError: the memory could not be allocated or pinned.
+        BudgetError: the memory could not be allocated.
     """
 
-    def __init__(self, num_slots: int, record_bytes: int, device: torch.device, *, pinned: bool = False) -> None:
+    def __init__(self, num_slots: int, record_bytes: int, device: torch.device) -> None:
         self.num_slots = num_slots
         self.stride = slot_bytes(record_bytes)
         self.num_bytes = num_slots * self.stride
         self.device = torch.device(device)
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._filled = [0] * num_slots  # bytes of each slot that may have pages
-        self._registered = False
         self._arena: mmap.mmap | None = None
         try:
             if self.device.type == "cpu":
@@ -66,8 +62,6 @@ class SlotPool:
                 "Give a smaller expert_memory or host_memory."
             ) from error
         self.address = self.tensor.data_ptr()
-        if pinned:
-            self._register()
 
     def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
         """Return the tensors of the record in `slot`, by parameter name, without a copy."""
@@ -89,33 +83,28 @@ class SlotPool:
         for slot in slots:
             self.fit(slot, 0)
 
+    def shrink(self, num_slots: int) -> None:
+        """Keep the first slots alone; none was used yet, so the others' pages were never taken."""
+        self.num_slots, self.num_bytes = num_slots, num_slots * self.stride
+        self.bytes, self.tensor, self._filled = self.bytes[:num_slots], self.tensor[:num_slots], [0] * num_slots
+
     def close(self) -> None:
-        """Unregister and release the memory; views held elsewhere keep it alive until they go."""
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
-            self._registered = False
+        """Release the memory; views held elsewhere keep it alive until they go."""
         self._views.clear()
         self.bytes, self.tensor, self._arena = np.empty((0, 0), np.uint8), torch.empty(0), None
 
-    def _register(self) -> None:
-        address = ctypes.c_void_p(self.tensor.data_ptr()).value
-        code = torch.cuda.cudart().cudaHostRegister(address, self.num_bytes, 0)
-        if int(code) != 0:
-            raise BudgetError(
-                f"{self.num_bytes:,} bytes of host memory could not be pinned (CUDA error "
-                f"{int(code)}). Some systems pin at "
-                "most half of the RAM: give a smaller host_memory."
-            )
-        self._registered = True
-
 
 class Resident(NamedTuple):
-    """An expert's weights where they lie, valid while their slot is pinned."""
+    """An expert's weights where they lie, valid while their slot is pinned.
+
+    `on_host`: whether the CPU computes it there, beside a device.
+    """
 
     expert: int
     pool: SlotPool
     slot: int
     record: RecordLayout
+    on_host: bool = False
 
     @property
     def address(self) -> int:

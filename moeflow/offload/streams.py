@@ -3,6 +3,7 @@
 Two implementations of one small protocol. `CudaStreams` is not yet measured on hardware.
 """
 
+import threading
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -73,37 +74,50 @@ class _Point(NamedTuple):
 
 
 class CudaStreams:
-    """A copy stream beside the caller's current stream, ordered by events.
+    """A copy stream beside the caller's current stream, ordered by events. Touches its own device alone.
 
     Args:
         device: the GPU; the current one, for good, where it has no number.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._device = self._stream.device
+        self._outside = threading.local()  # `stream`: the current one of a thread whose copy an interrupt broke off
         # Events are recorded anew only when nothing holds their point: a wait is for the record that it found.
         self._unused_pairs: list[tuple[torch.cuda.Event, ...]] = []
         self._unused: list[tuple[torch.cuda.Event, ...]] = []
-        # The pool may lie on memory that queued kernels of an earlier owner still use.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device)
+            self._device = self._stream.device
+            # The pool may lie on memory that queued kernels of an earlier owner still use.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
+        self._leave_copy_stream()
         begin, end = events = _take(self._unused_pairs, 2)
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(_end(after))
-            begin.record(self._stream)  # behind earlier copies: only its own time counts
-            target.copy_(source, non_blocking=True)
-            end.record(self._stream)
+        # Not torch.cuda.stream: where another device is current, it makes a context there as it ends.
+        with torch.cuda.device(self._device):
+            outside = torch.cuda.current_stream(self._device)
+            self._outside.stream = outside
+            try:
+                torch.cuda.set_stream(self._stream)
+                if after is not None:
+                    self._stream.wait_event(_end(after))
+                begin.record(self._stream)  # behind earlier copies: only its own time counts
+                target.copy_(source, non_blocking=True)
+                end.record(self._stream)
+            finally:
+                torch.cuda.set_stream(outside)
+                self._outside.stream = None
         return _Point(events, self._unused_pairs)
 
     def compute_event(self) -> object:
+        self._leave_copy_stream()
         (event,) = events = _take(self._unused, 1)
         event.record(torch.cuda.current_stream(self._device))
         return _Point(events, self._unused)
 
     def wait(self, event: object) -> None:
+        self._leave_copy_stream()
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(_end(event))
 
@@ -121,7 +135,16 @@ class CudaStreams:
         return begin.elapsed_time(end) / 1000
 
     def finish(self) -> None:
+        self._leave_copy_stream()
         torch.cuda.synchronize(self._device)
+
+    def _leave_copy_stream(self) -> None:
+        """Make the caller's own stream current again where Ctrl-C came between a copy and that."""
+        outside = getattr(self._outside, "stream", None)
+        if outside is not None:
+            with torch.cuda.device(self._device):
+                torch.cuda.set_stream(outside)
+            self._outside.stream = None
 
 
 def _take(unused: list[tuple[torch.cuda.Event, ...]], number: int) -> tuple[torch.cuda.Event, ...]:

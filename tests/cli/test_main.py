@@ -46,6 +46,12 @@ def test_info_without_a_model_describes_the_installation():
     assert "moeflow" in moeflow("info").stdout
 
 
+def test_info_shows_which_gpus_the_process_may_use():
+    about = json.loads(moeflow("info", "--json", CUDA_VISIBLE_DEVICES="").stdout)
+    assert (about["gpus"], about["cuda_visible_devices"]) == ([], "")
+    assert "cuda visible devices  '0,1'" in moeflow("info", CUDA_VISIBLE_DEVICES="0,1").stdout
+
+
 @pytest.mark.slow
 def test_info_tells_from_headers_what_each_budget_buys(folder):
     about = json.loads(moeflow("info", folder, "--json").stdout)

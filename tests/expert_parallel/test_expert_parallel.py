@@ -146,6 +146,18 @@ def test_few_rows_an_expert_give_the_same_bits(launch, folders, num_ranks, dtype
             assert torch.equal(seen[rank]["few"][str(dtype)], model(few_of(rank)).logits)
 
 
+def test_tritons_bits_are_those_of_the_whole_call_whatever_rows_meet_on_a_rank(mixtral_folder, tmp_path):
+    pytest.importorskip("triton")
+    command = [ROOT / "tests" / "helpers" / "parallel_triton.py", mixtral_folder, tmp_path]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    codes, texts = run_ranks(2, command, TRITON_INTERPRET="1", PYTHONPATH=path)
+    assert codes == [0, 0], "\n".join(texts)
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"rank{rank}.pt")
+        assert seen["whole"].abs().sum() > 0
+        assert torch.equal(seen["spread"], seen["whole"]), f"rank {rank}"
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_need_not_be_in_the_same_layer(launch, folders, num_ranks):
     seen, _ = launch(num_ranks)
@@ -177,7 +189,7 @@ def test_bytes_that_crossed_are_the_plans_assignments_times_the_token(launch, fo
             assert np.array_equal(traffic.assignments, expected)
             assert np.array_equal(traffic.dispatch_bytes, expected * token_bytes)
             assert np.array_equal(traffic.combine_bytes, expected.transpose(0, 2, 1) * token_bytes)
-            header_bytes = 8 * (5 + found["plan"].num_experts)
+            header_bytes = 8 * (6 + found["plan"].num_experts)
             assert (traffic.metadata_bytes == traffic.rounds * header_bytes + (traffic.rounds - 1) * 16).all()
 
 

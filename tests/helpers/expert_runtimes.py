@@ -87,8 +87,9 @@ class GivenSplit(MissSplit):
 
 
 def build(
-    path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None, *, store_class=ExpertStore, predicting=None
-):
+    path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None, host_pool=None, *,
+    store_class=ExpertStore, predicting=None,
+):  # fmt: skip
     """Build a runtime; `streams` may be made from the pool, `predicting` makes a PredictionLoop from the cache."""
     record = RecordLayout.pack([("w", "F32", (SIZE,))])
     layers = []
@@ -99,7 +100,8 @@ def build(
     cpu = torch.device("cpu")
     host = None
     if host_slots:
-        host = HostTier(SlotPool(host_slots, record.num_bytes, cpu), ExpertCache(host_slots, policy))
+        host_pool = host_pool or SlotPool(host_slots, record.num_bytes, cpu)
+        host = HostTier(host_pool, ExpertCache(host_slots, policy))
     pool, cache = SlotPool(num_slots, record.num_bytes, cpu), ExpertCache(num_slots, policy)
     store = store_class([path], layers)
     streams = streams(pool) if callable(streams) else streams or HostStreams()

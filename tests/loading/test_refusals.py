@@ -99,9 +99,10 @@ def test_a_model_on_the_processor_by_number_runs(mixtral_folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_without_a_gpu_says_so(mixtral_folder):
-    with pytest.raises(ConfigError, match="no CUDA GPU"):
-        load_moe(mixtral_folder, device="cuda")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", torch.device("cuda", 3)])
+def test_cuda_without_a_gpu_says_so(mixtral_folder, device):
+    with pytest.raises(ConfigError, match=f"device='{device}' .* no CUDA GPU .0 of them"):
+        load_moe(mixtral_folder, device=device)
 
 
 def test_dense_model_is_named_as_such(tmp_path):

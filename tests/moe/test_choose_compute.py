@@ -24,7 +24,7 @@ for budget in ("100%", "25%"):
     model = load_moe(folder, expert_memory=budget, quantization=quantization or None, dtype=torch.float32)
     for layer in model.model.layers if wanted == "triton" else ():
         module = layer.mlp.experts
-        compute = TritonCompute(module, recognise(module._apply_gate, True))
+        compute = TritonCompute(recognise(module._apply_gate, True), module.is_transposed)
         assert compute.can_run(model.moeflow.records(module._moeflow.layer))
         module._moeflow._computes[torch.float32] = compute
     with torch.no_grad():

@@ -79,7 +79,20 @@ class GatedStreams(ThreadStreams):
         return super().copy(target, source, after)
 
 
-def test_the_host_computes_while_copies_run_and_before_the_device_experts(experts_file):
+class SeenTokens:
+    """Tokens on their way to host memory; remembers what it was told."""
+
+    def __init__(self):
+        self.said = []
+
+    def send(self):
+        self.said.append("sent")
+
+    def wait(self):
+        self.said.append("awaited")
+
+
+def test_the_host_computes_while_copies_run_and_behind_the_resident_experts(experts_file):
     path, values = experts_file
     streams = GatedStreams()
     split = GivenSplit(0)
@@ -88,16 +101,17 @@ def test_the_host_computes_while_copies_run_and_before_the_device_experts(expert
         fetch(runtime, 0, [0], values)
         split._numbers = itertools.repeat(2)
         streams.gate.clear()
-        order, on_link = [], []
-        with closing(runtime.fetch(0, [0, 1, 2, 3])) as fetched:
+        order, on_link, tokens = [], [], SeenTokens()
+        with closing(runtime.fetch(0, [0, 1, 2, 3], tokens_on_host=tokens)) as fetched:
             for expert, weights in each(fetched):
-                order.append((expert, in_host_memory(runtime, weights)))
+                order.append((expert, in_host_memory(runtime, weights), *tokens.said))
                 on_link.append(runtime._transfers.num_on_link)
                 if len(order) == 3:
-                    streams.gate.set()  # the resident expert is computed before any wait
+                    streams.gate.set()  # the resident expert and the CPU's are computed before any wait
                 assert len(order) == 4 or torch.equal(weights["w"], values[0, expert])
-        assert [in_host for _, in_host in order] == [True, True, False, False]
-        assert order[2][0] == 0
+        assert [in_host for _, in_host, *_ in order] == [False, True, True, False]
+        assert order[0] == (0, False, "sent"), "tokens go down before the resident experts are launched"
+        assert all(said == ["sent", "awaited"] for _, _, *said in order[1:])
         assert on_link[:3] == [1, 1, 1]
         copied = runtime._transfers.take_copied()
         assert [transfer.beside for transfer in copied][-1:] == [True]
