@@ -1,5 +1,8 @@
 """Chooses the kernels that run a layer's experts, once, from module, records and device."""
 
+import logging
+from functools import cache
+
 import torch
 
 from moeflow.core import RecordLayout
@@ -7,10 +10,13 @@ from moeflow.hf import experts_interface
 from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import recognise
 from moeflow.kernels.cpu.structs import DTYPES
+from moeflow.kernels.triton.probe import why_not
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.torch_compute import TorchCompute
 from moeflow.moe.triton_compute import TritonCompute
+
+_log = logging.getLogger(__name__)
 
 
 def choose_compute(
@@ -33,6 +39,17 @@ def choose_compute(
     compute: CpuCompute | TritonCompute
     if device.type == "cpu":
         compute = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
-    else:
+    elif can_use_triton(device):
         compute = TritonCompute(module, activation)
+    else:
+        return TorchCompute(module)
     return compute if compute.can_run(records) else TorchCompute(module)
+
+
+@cache
+def can_use_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device; tells once why they do not."""
+    reason = why_not(device)
+    if reason is not None:
+        _log.warning("Triton's kernels cannot run on %s: %s. PyTorch's own are used, which are slower.", device, reason)
+    return reason is None
