@@ -39,7 +39,7 @@ def combine_pairs(outputs: torch.Tensor, top_k_weights: torch.Tensor, dtype: tor
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("weights",))
 def _combine(outputs, weights, sums, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

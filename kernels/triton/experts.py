@@ -25,6 +25,32 @@ def available() -> bool:
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def find_plan(record: RecordLayout, activation: Activation, *, is_transposed: bool = False) -> ExpertPlan | None:
+    """Return what the kernels know of a record layout, or None where they cannot read it; needs Triton, no GPU.
+
+    Args:
+        record: layout of every expert of a call.
+        activation: the one between the two matrices.
+        is_transposed: whether the module stores matrices [in, out].
+    """
+    from moeflow.kernels.triton.activation import constants
+
+    if activation.kind not in ACTIVATIONS:
+        return None
+    names = {tensor.name for tensor in record.tensors}
+    first_name = "up_proj" if activation.gate == "none" else "gate_up_proj"
+    first = MatrixPlan.find(record, first_name, is_transposed=is_transposed)
+    down = MatrixPlan.find(record, "down_proj", is_transposed=is_transposed)
+    known = {f"{name}{part}" for name in (first_name, "down_proj") for part in _PARTS}
+    if first is None or down is None or not names <= known:
+        return None
+    if first.num_rows != down.in_features * (1 if activation.gate == "none" else 2):
+        return None
+    if down.num_rows != first.in_features:
+        return None
+    return ExpertPlan(first, down, constants(activation), record.num_bytes)
+
+
 class TritonExperts:
     """The kernels for one record layout and activation. Make it with `build`.
 
@@ -56,22 +82,8 @@ class TritonExperts:
         Returns:
             The kernels, or None without Triton or for an unknown dtype, activation or tensor.
         """
-        if not available() or activation.kind not in ACTIVATIONS:
-            return None
-        from moeflow.kernels.triton.activation import constants
-
-        names = {tensor.name for tensor in record.tensors}
-        first_name = "up_proj" if activation.gate == "none" else "gate_up_proj"
-        first = MatrixPlan.find(record, first_name, is_transposed=is_transposed)
-        down = MatrixPlan.find(record, "down_proj", is_transposed=is_transposed)
-        known = {f"{name}{part}" for name in (first_name, "down_proj") for part in _PARTS}
-        if first is None or down is None or not names <= known:
-            return None
-        if first.num_rows != down.in_features * (1 if activation.gate == "none" else 2):
-            return None
-        if down.num_rows != first.in_features:
-            return None
-        return cls(ExpertPlan(first, down, constants(activation), record.num_bytes))
+        plan = find_plan(record, activation, is_transposed=is_transposed) if available() else None
+        return None if plan is None else cls(plan)
 
     def decode(
         self, hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor

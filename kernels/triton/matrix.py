@@ -15,7 +15,7 @@ FLOAT_DTYPES = ("F32", "BF16", "F16")
 _DECODE_BLOCKS = {
     ("float", 32): (8, 8),
     ("float", 16): (8, 16),
-    ("lossless", 12): (8, 16),  # as bfloat16: the same order of sums, the same bits
+    ("lossless", 12): (2, 16),  # blocks as bfloat16: the same order of sums; fewer rows, for escapes take registers
     ("int", 8): (8, 16),
     ("fp8", 8): (8, 16),
     ("uint", 4): (16, 16),
@@ -27,7 +27,7 @@ _DECODE_BLOCKS = {
 _PREFILL_BLOCKS = {
     ("float", 32): (64, 1),
     ("float", 16): (64, 2),
-    ("lossless", 12): (64, 2),
+    ("lossless", 12): (32, 2),
     ("int", 8): (64, 2),
     ("fp8", 8): (64, 2),
     ("uint", 4): (64, 4),
@@ -40,7 +40,7 @@ _PREFILL_BLOCKS = {
 _DOWN_BLOCKS = {
     ("float", 32): (4, 8),
     ("float", 16): (4, 16),
-    ("lossless", 12): (4, 16),
+    ("lossless", 12): (2, 16),
     ("int", 8): (4, 32),
     ("fp8", 8): (4, 32),
     ("uint", 4): (4, 32),

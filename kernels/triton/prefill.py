@@ -69,7 +69,6 @@ def multiply_groups(
             num_experts,
             HAS_SOURCES=sources is not None,
             HAS_PLACES=places is not None,
-            EXPERTS=triton.next_power_of_2(num_experts),
             BLOCK_TOKENS=block_tokens,
             BLOCK_ROWS=block_rows,
             BLOCKS=blocks,
@@ -81,19 +80,30 @@ def multiply_groups(
 
 
 @triton.jit
-def _find_tile(offsets, num_experts, tile, EXPERTS: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
-    """Return (expert, first entry, end of the expert's entries); expert is num_experts or more for a surplus tile."""
-    experts = tl.arange(0, EXPERTS)
-    begins = tl.load(offsets + experts, mask=experts < num_experts, other=0)
-    ends = tl.load(offsets + experts + 1, mask=experts < num_experts, other=0)
-    tiles = (ends - begins + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    last_tiles = tl.cumsum(tiles, 0)
-    expert = tl.sum((last_tiles <= tile).to(tl.int32), 0)
-    first = tl.sum(tl.where(experts == expert, begins + (tile - last_tiles + tiles) * BLOCK_TOKENS, 0), 0)
-    return expert, first, tl.sum(tl.where(experts == expert, ends, 0), 0)
+def _find_tile(offsets, num_experts, tile, BLOCK_TOKENS: tl.constexpr, EXPERTS: tl.constexpr = 256):
+    """Return (expert, first entry, end of the expert's entries); expert is -1 for a surplus tile.
+
+    `EXPERTS` experts are looked at at once; their number is no constant, so that every call runs one compiled kernel.
+    """
+    number, first, end, before = 0, 0, 0, 0
+    for first_expert in range(0, num_experts, EXPERTS):
+        experts = first_expert + tl.arange(0, EXPERTS)
+        begins = tl.load(offsets + experts, mask=experts < num_experts, other=0)
+        ends = tl.load(offsets + experts + 1, mask=experts < num_experts, other=0)
+        tiles = (ends - begins + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+        last_tiles = before + tl.cumsum(tiles, 0)
+        first_tiles = last_tiles - tiles
+        is_it = (first_tiles <= tile) & (tile < last_tiles)  # true of one expert at most
+        number += tl.sum(tl.where(is_it, experts + 1, 0), 0)
+        first += tl.sum(tl.where(is_it, begins + (tile - first_tiles) * BLOCK_TOKENS, 0), 0)
+        end += tl.sum(tl.where(is_it, ends, 0), 0)
+        before += tl.sum(tiles, 0)
+    return number - 1, first, end
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_experts",), do_not_specialize_on_alignment=("slots", "offsets", "sources", "places")
+)
 def _multiply_groups(
     inputs,
     outputs,
@@ -131,13 +141,12 @@ def _multiply_groups(
     UP_OFFSET: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
     HAS_PLACES: tl.constexpr,
-    EXPERTS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    expert, first_entry, end = _find_tile(offsets, num_experts, tl.program_id(0), EXPERTS, BLOCK_TOKENS)
-    if expert >= num_experts:
+    expert, first_entry, end = _find_tile(offsets, num_experts, tl.program_id(0), BLOCK_TOKENS)
+    if expert < 0:
         return
     slot = tl.load(slots + expert)
     if slot < 0:

@@ -1,5 +1,8 @@
 """Chooses the kernels that run a layer's experts, once, from module, records and device."""
 
+import logging
+from functools import cache
+
 import torch
 
 from moeflow.core import RecordLayout
@@ -7,11 +10,14 @@ from moeflow.hf import experts_interface
 from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import recognise
 from moeflow.kernels.cpu.structs import DTYPES
+from moeflow.kernels.triton.probe import why_not
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.split_compute import SplitCompute
 from moeflow.moe.torch_compute import TorchCompute
 from moeflow.moe.triton_compute import TritonCompute
+
+_log = logging.getLogger(__name__)
 
 
 def choose_compute(
@@ -42,7 +48,16 @@ def choose_compute(
     if device.type == "cpu":
         return cpu if cpu.can_run(records) else plain
     triton = TritonCompute(activation, module.is_transposed)
-    compute = triton if triton.can_run(records) else plain
+    compute = triton if can_use_triton(device) and triton.can_run(records) else plain
     if computes_on_host:
         return SplitCompute(compute, cpu if cpu.can_run(records) else plain)
     return compute
+
+
+@cache
+def can_use_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device; tells once why they do not."""
+    reason = why_not(device)
+    if reason is not None:
+        _log.warning("Triton's kernels cannot run on %s: %s. PyTorch's own are used, which are slower.", device, reason)
+    return reason is None

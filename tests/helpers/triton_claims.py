@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.triton_experts import DEVICE, SILU, Experts, decode, error, group, prefill, routed
 from moeflow.core import MatrixSpec, RecordLayout
@@ -240,6 +241,27 @@ def test_torch_compile_takes_the_calls_whole():
         assert torch.equal(found, expected)
 
 
+def test_fake_tensors_on_a_card_that_is_not_here_pass_every_call():
+    kernels = Experts("int4-g64", 64, 40).kernels
+
+    def on_card(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+    with FakeTensorMode():
+        x, outputs, weights = (on_card(*shape, dtype=torch.float32) for shape in ((20, 64), (40, 64), (20, 2)))
+        arena, numbers = on_card(5, 1 << 16, dtype=torch.uint8), on_card(20, 2, dtype=torch.int64)
+        for found in (
+            kernels.lookup(x, arena, numbers, on_card(8), torch.empty(4, dtype=torch.int32), 3, weights),
+            kernels.decode(x, arena, on_card(20, 2), weights),
+            kernels.pairs(x, arena, on_card(20), on_card(20)),
+            kernels.combine(outputs, weights, torch.float32),
+        ):
+            assert (found.shape, found.device.type) == ((20, 64), "cuda")
+        kernels.prefill(x, arena, on_card(2), on_card(40), on_card(3), on_card(40), outputs)
+        with pytest.raises(ConfigError, match="Give int32 on cuda:0"):
+            kernels.decode(x, arena, numbers, weights)
+
+
 def test_what_the_kernels_cannot_read_is_declined():
     assert TritonExperts.build(RecordLayout.pack([("gate_up_proj", "F64", (4, 2))]), SILU) is None
     assert TritonExperts.build(RecordLayout.pack([("down_proj", "F32", (2, 2))]), SILU) is None
@@ -255,11 +277,18 @@ def test_tensors_that_the_kernels_would_misread_are_refused():
     kernels, arena, flat, meta = experts.kernels, experts.arena, slots.flatten(), torch.device("meta")
     rows = torch.zeros(6, dtype=torch.int32, device=DEVICE)
     offsets, outputs = torch.tensor([0, 6], dtype=torch.int32, device=DEVICE), torch.zeros(6, 60, device=DEVICE)
+    numbers, missed = slots.long(), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    wrong_lookups = [
+        (numbers[:2], rows, missed, 0), (numbers.to(meta), rows, missed, 0), (numbers.short(), rows, missed, 0),
+        (numbers, rows.long(), missed, 0), (numbers, slots, missed, 0), (numbers, rows, missed, 2),
+        (numbers, rows, missed, -1), (numbers, rows, missed.long(), 0),
+    ]  # fmt: skip
     right = (x, arena, slots[:1, 0], rows, offsets, rows, outputs)
     calls = [
         *(lambda x=wrong: kernels.decode(x, arena, slots, weights) for wrong in (x[:2], x[:, :59], x.double(), x[0])),
         *(lambda a=wrong: kernels.decode(x, a, slots, weights) for wrong in (arena[:, :64], arena.to(meta), arena[0])),
         *(lambda s=wrong: kernels.decode(x, arena, s, weights) for wrong in (slots.long(), slots[0], slots.to(meta))),
+        *(lambda n=n, t=t, m=m, at=at: kernels.lookup(x, arena, n, t, m, at, weights) for n, t, m, at in wrong_lookups),
         *(lambda w=wrong: kernels.decode(x, arena, slots, w) for wrong in (weights[:2], weights.long(), weights[0])),
         *(lambda t=wrong: kernels.pairs(x, arena, t, flat) for wrong in (rows[:5], rows.long(), rows.to(meta))),
         *(lambda n=number: kernels.prefill(*right[:n], right[n].to(meta), *right[n + 1 :]) for number in range(7)),

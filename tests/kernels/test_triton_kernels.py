@@ -36,11 +36,6 @@ def test_every_claim_of_triton_claims_holds(interpreted):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_here():
-    done = run("tests/helpers/triton_compile.py", interpreted=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 def test_benchmark_checks_itself_under_the_interpreter_and_declines_to_measure_without_a_gpu():
     script = "scripts/bench_triton.py"
     done = run(script, "--check", "--formats", "int4-g64", interpreted=True)
