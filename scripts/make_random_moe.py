@@ -135,12 +135,12 @@ def write_random_moe(folder: Path, shape: Shape, *, seed: int = 0, threads: int 
     except OSError as error:
         raise MoeflowError(f"{folder} cannot be made: {error.strerror}. Give a folder of yours.") from error
     if others and _BEGUN not in others:
-        raise ConfigError(f"{folder} holds {others[0]}, which is not of this model. Give an empty folder, or remove it.")
+        raise ConfigError(f"{folder} holds {others[0]}, and no such model. Give an empty folder, or remove it.")
     free = shutil.disk_usage(folder).free
     if free < shape.num_bytes:
         raise ConfigError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the model takes {shape.num_bytes / 1e9:.1f} GB. Make room, give "
-            "a folder on another disk, or fewer --layers."
+            f"{folder} has {free / 1e9:.1f} GB free, and the model takes {shape.num_bytes / 1e9:.1f} GB. Make room, "
+            "give a folder on another disk, or fewer --layers."
         )
     write_atomically(folder / _BEGUN, stamp)
     threads = threads or len(os.sched_getaffinity(0))

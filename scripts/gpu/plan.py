@@ -46,7 +46,7 @@ def _end_to_end(miss: str) -> tuple[dict[str, Any], ...]:
 # What is worth most comes first: a run that is cut has it.
 STEPS = (
     Step("card", "the card, its driver and link, the machine, the software", 0, 60),
-    Step("bandwidth", "bytes a second of the link by kind of host memory and direction, and of the card's memory", 10, 90),
+    Step("bandwidth", "bytes a second of the link, by host memory and direction, and of the card's memory", 10, 90),
     Step("claims", "tests/helpers/triton_claims.py: what the kernels must do", 20, 300, dry=({"tests": "fp8_has"},)),
     Step("cuda_tests", "pytest -m gpu", 20, 240, dry=({"tests": "timed"},)),
     Step("models", "random models of Qwen3-30B-A3B's shape, 12 layers: bfloat16, and int4 of it", 30, 400),
@@ -56,10 +56,7 @@ STEPS = (
         40,
         150,
         (*_end_to_end("copy"), *_end_to_end("cheapest")),
-        (
-            {"format": "bfloat16", "share": "45%", "miss": "copy", "predictors": [None, "auto"]},
-            {"format": "int4", "share": "25%", "miss": "copy", "predictors": [None]},
-        ),
+        ({"format": "bfloat16", "share": "45%", "miss": "copy", "predictors": [None, "auto"]},),
         models=True,
     ),
     Step(
@@ -68,7 +65,7 @@ STEPS = (
         30,
         150,
         tuple({"format": name, "shares": SHARES} for name in FORMATS),
-        ({"format": "bfloat16", "shares": SHARES[:3]},),
+        ({"format": "int4", "shares": SHARES[:3]},),
         models=True,
     ),
     Step(
@@ -78,7 +75,7 @@ STEPS = (
         180,
         models=True,
     ),
-    Step("signals", "SIGINT at 150 random times in generate(); the model answers right after each", 30, 240, models=True),
+    Step("signals", "SIGINT at 150 random times in generate(), and an answer right after each", 30, 240, models=True),
     Step("kernels", "scripts/bench_triton.py: bandwidth of each format", 30, 240, dry=({"formats": ["int4-g64"]},)),
     Step(
         "races",

@@ -76,9 +76,7 @@ def _listen(process: subprocess.Popen, deadline: float, on_told: Callable[[dict[
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
-            if not selector.select(min(left, 1.0)):
-                if process.poll() is not None:  # a grandchild may hold the pipe open for ever
-                    return True
+            if not selector.select(left):
                 continue
             found = os.read(process.stdout.fileno(), 1 << 16)
             if not found:
