@@ -1,6 +1,7 @@
-"""The device of a benchmark: its option, and the wait for what it still computes."""
+"""The device of a benchmark: its option, the wait for what it still computes, and the bandwidth of its memory."""
 
 import argparse
+import time
 from typing import Any
 
 
@@ -15,3 +16,21 @@ def synchronize(device: Any) -> None:
 
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def read_bandwidth(device: Any) -> float:
+    """Return the bytes a second that are read from a device's memory; on the CPU by the compiled kernels."""
+    import torch
+
+    from moeflow.kernels.cpu import ops as cpu
+
+    if torch.device(device).type == "cpu":
+        return cpu.read_bandwidth()
+    large, best = torch.ones(1 << 28, device=device), float("inf")
+    for _ in range(10):
+        synchronize(device)
+        begin = time.perf_counter()
+        large.sum()
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return large.numel() * large.element_size() / best
