@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout, wherever it is called from
 
 from gpu.plan import STEPS, Step, select
-from gpu.report_file import FAILED, OK, SKIPPED, TIMED_OUT, UNAVAILABLE, Report
+from gpu.report_file import FAILED, INTERRUPTED, OK, SKIPPED, TIMED_OUT, UNAVAILABLE, Report
 from gpu.runner import one_card, run_step, worker_command
 from gpu.table import markdown
 from moeflow.atomic_file import check_target, write_atomically
@@ -26,6 +26,7 @@ from moeflow.errors import MoeflowError
 from moeflow.paths import cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
+_OPTIONS = ("minutes", "only", "device", "routes", "work", "dry_run")  # that the report names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_target(arguments.out)
         arguments.work.mkdir(parents=True, exist_ok=True)
-        report = Report(arguments.out, {key: _plain(value) for key, value in vars(arguments).items() if key != "job"})
+        report = Report(arguments.out, {name: _plain(getattr(arguments, name)) for name in _OPTIONS})
         code = run(report, arguments)
         write_atomically(arguments.out.with_suffix(".md"), markdown(report.content))
     except (MoeflowError, OSError) as error:
@@ -76,8 +77,9 @@ def run_case(report: Report, step: Step, case: dict, deadline: float, arguments:
         KeyboardInterrupt: as it came; the entry says so.
     """
     left = deadline - time.monotonic()
-    if left < step.least_s and not arguments.dry_run:
-        report.begin(step.name, case, SKIPPED, f"{left:.0f} s were left, and it takes {step.least_s:.0f} s or more")
+    least_s = 1.0 if arguments.dry_run else step.least_s
+    if step.name != "card" and left < least_s:
+        report.begin(step.name, case, SKIPPED, f"{left:.0f} s were left, and it takes {least_s:.0f} s or more")
         say(f"{step.name}: skipped, {left:.0f} s left")
         return
     environment = one_card(arguments.device, dict(os.environ))
@@ -90,15 +92,14 @@ def run_case(report: Report, step: Step, case: dict, deadline: float, arguments:
         "routes": None if arguments.routes is None else str(arguments.routes),
         **case,
     }
-    say(f"{step.name} {' '.join(str(value) for value in case.values())}".strip())
     entry, begin = report.begin(step.name, case), time.monotonic()
+    command = worker_command(Path(__file__).resolve(), step.name, job)
+    seconds = step.most_s if step.name == "card" else min(step.most_s, left)
     try:
-        ended = run_step(
-            worker_command(Path(__file__).resolve(), step.name, job), environment, min(step.most_s, max(left, 1)),
-            lambda told: report.add(entry, told),
-        )  # fmt: skip
+        say(f"{step.name} {' '.join(str(value) for value in case.values())}".strip())
+        ended = run_step(command, environment, seconds, lambda told: report.add(entry, told))
     except KeyboardInterrupt:
-        report.end(entry, "interrupted", time.monotonic() - begin, "Ctrl-C")
+        report.end(entry, INTERRUPTED, time.monotonic() - begin, "Ctrl-C")
         raise
     report.end(entry, ended.status, ended.seconds, ended.error)
     if ended.status not in (OK, UNAVAILABLE):

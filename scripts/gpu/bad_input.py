@@ -105,5 +105,8 @@ def with_neighbour(job: dict[str, Any]) -> list[int]:
     """Answer a prompt that needs more memory than another process has left, then a short one."""
     with loaded(job, "bfloat16", expert_memory="25%", predictor=None) as model:
         with _neighbour():
-            outcome_of(lambda: generate(model, draw_prompt(model, 8192), 2))
-        return generate(model, draw_prompt(model, 16), 4)
+            outcome, is_right = outcome_of(lambda: generate(model, draw_prompt(model, 8192), 2))
+        found = generate(model, draw_prompt(model, 16), 4)
+    if not is_right:
+        raise RuntimeError(f"{outcome}; it answered afterwards")
+    return found

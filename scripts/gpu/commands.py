@@ -17,6 +17,7 @@ from gpu.worker import Tell, UnavailableError
 ROOT = Path(__file__).resolve().parents[2]
 CLAIMS, CUDA = "tests/helpers/triton_claims.py", "tests"
 _CHECK = [sys.executable, "scripts/bench_triton.py", "--check"]
+_FEW = ["--formats", "bfloat16", "int4-g64", "mxfp4", "fp8"]  # a sanitizer makes everything slow
 _LONG = 100  # failures that are named
 
 
@@ -54,7 +55,7 @@ def compute_sanitizer(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
         raise UnavailableError("compute-sanitizer is not installed: it is part of the CUDA toolkit")
     tool = ["--tool", job["tool"], "--target-processes", "all", "--error-exitcode", "86"]
     # The caching allocator would hide reads beyond a tensor inside its blocks.
-    return _checked([program, *tool, *_CHECK], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return _checked([program, *tool, *_CHECK, *_FEW], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def kernels(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def pytest_run(arguments: list[str], environment: dict[str, str]) -> dict[str, A
     Raises:
         AssertionError: some failed; names them.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", *arguments]
     code, output = _run(command, environment)
     found = counts(output)
     assert code in (0, 5), f"{found}\n{_failures(output)}\n{output[-2000:]}"  # 5: no test was chosen
@@ -113,11 +114,17 @@ def _checked(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    done = subprocess.run(
+    """Run a program; its output goes to standard error too, so that one that is cut says how far it came."""
+    lines = []
+    process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
     )  # fmt: skip
-    return done.returncode, done.stdout
+    assert process.stdout is not None, "opened as a pipe"
+    for line in process.stdout:
+        print(line, end="", file=sys.stderr, flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines)
 
 
 def _chosen(job: dict[str, Any]) -> list[str]:

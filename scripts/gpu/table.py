@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from gpu.report_file import SKIPPED
+
 TARGETS = {"45%": 0.90, "25%": 0.75}  # share of the all-resident speed, bfloat16, real routes
 _WIDEST = 60  # characters of a cell
 
@@ -10,7 +12,9 @@ def markdown(content: dict[str, Any]) -> str:
     """Return the report of a run as markdown."""
     steps = content["steps"]
     lines = [f"# Report on a card, {content['started']}", ""]
-    lines += [f"{content['seconds']:.0f} s; {'complete' if content['finished'] else 'CUT SHORT'}.", ""]
+    short = sum(one["status"] == SKIPPED for one in steps)
+    state = f"{short} runs skipped for want of time" if short else "complete"
+    lines += [f"{content['seconds']:.0f} s; {state if content['finished'] else 'CUT SHORT'}.", ""]
     overview = [
         {
             "step": _title(one),
