@@ -4,7 +4,7 @@
 
 The default has the shape of Qwen3-30B-A3B with 12 of its 48 layers: 16 GB. Weights are drawn piece by piece and written
 shard by shard, so that the memory taken does not depend on the model. The same options give the same bytes, whatever
-the number of threads; a folder that holds them already is left as it is.
+the number of threads; a folder that holds them already is left as it is, and a run that was cut goes on.
 """
 
 import argparse
@@ -142,19 +142,22 @@ def write_random_moe(folder: Path, shape: Shape, *, seed: int = 0, threads: int 
             f"{folder} has {free / 1e9:.1f} GB free, and the model takes {shape.num_bytes / 1e9:.1f} GB. Make room, "
             "give a folder on another disk, or fewer --layers."
         )
-    write_atomically(folder / _BEGUN, stamp)
+    begun = folder / _BEGUN
+    goes_on = begun.is_file() and begun.read_text() == stamp  # shards are whole or not there
+    write_atomically(begun, stamp)
     threads = threads or len(os.sched_getaffinity(0))
     weight_map: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool:
         for number, tensors in enumerate(shape.shards()):
             name = f"model-{number + 1:05d}-of-{shape.layers + 1:05d}.safetensors"
-            _write_shard(folder / name, tensors, seed, pool, 2 * threads)
+            if not (goes_on and (folder / name).is_file()):
+                _write_shard(folder / name, tensors, seed, pool, 2 * threads)
             weight_map |= {tensor: name for tensor, _ in tensors}
     index = {"metadata": {"total_size": shape.num_bytes}, "weight_map": weight_map}
     write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     write_atomically(folder / "config.json", json.dumps(shape.config(), indent=1))
     write_atomically(folder / STAMP, stamp)
-    (folder / _BEGUN).unlink()
+    begun.unlink()
     return True
 
 

@@ -195,7 +195,7 @@ def test_speeds_are_compared_with_full_residency_of_the_same_format():
 
 def test_different_logits_are_an_error_that_names_the_residencies():
     require_equal({"aa": ["100%, none, cold", "45%, none, cold"]})
-    with pytest.raises(AssertionError, match="2 different outputs.*'bb': .'12%, auto, warm'"):
+    with pytest.raises(AssertionError, match=r"2 different outputs.*'bb': .'12%, auto, warm'"):
         require_equal({"aa": ["100%, none, cold"], "bb": ["12%, auto, warm"]})
 
 

@@ -54,16 +54,20 @@ def test_memory_does_not_grow_with_a_layer(tmp_path):
 def test_a_finished_folder_is_left_and_one_that_was_cut_is_finished(tmp_path, monkeypatch):
     write_random_moe(tmp_path / "whole", TINY)
     assert not write_random_moe(tmp_path / "whole", TINY)
-    config, monkeypatch_error = Shape.config, RuntimeError("killed")
+    config = Shape.config
 
     def killed(self):
-        raise monkeypatch_error
+        raise RuntimeError("killed")
 
     monkeypatch.setattr(Shape, "config", killed)
     with pytest.raises(RuntimeError, match="killed"):
         write_random_moe(tmp_path / "cut", TINY)
+    first, second, _ = sorted((tmp_path / "cut").glob("*.safetensors"))
+    first.unlink()
+    kept = second.stat().st_mtime_ns
     monkeypatch.setattr(Shape, "config", config)
     assert write_random_moe(tmp_path / "cut", TINY)
+    assert second.stat().st_mtime_ns == kept
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert {file.name for file in (tmp_path / "cut").iterdir() if not file.name.endswith(".lock")} == {
         file.name for file in (tmp_path / "whole").iterdir() if not file.name.endswith(".lock")
