@@ -24,13 +24,19 @@ def run(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
             row = {"predictor": predictor or "none", "load_s": time.perf_counter() - begin}
             tell({**row, **measure(model, job)})
             del model  # the next finds its memory free
-    return {"routes": job["routes"] or "the random routers' own", "prompt": PROMPT, "tokens": TOKENS}
+    length, tokens, repeats = sizes(job)
+    own = "the random routers' own"
+    return {"routes": job["routes"] or own, "prompt": length, "tokens": tokens, "repeats": repeats}
+
+
+def sizes(job: dict[str, Any]) -> tuple[int, int, int]:
+    """Return the tokens of the prompt, of the answer, and how many answers are measured."""
+    return (32, 6, 1) if job["dry"] else (PROMPT, TOKENS, REPEATS)
 
 
 def measure(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Generate several times; the first brings the experts from the disk, the others are the figures."""
-    length, tokens = (32, 6) if job["dry"] else (PROMPT, TOKENS)
-    repeats = 1 if job["dry"] else REPEATS
+    length, tokens, repeats = sizes(job)
     forced = ForcedRoutes(model, open_routes(job), length + tokens + PROFILED) if job["routes"] else None
     prompt = draw_prompt(model, length)
     cold = timed(model, prompt, tokens)
