@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.device import add_device
 from bench.machine import describe, print_card, software
 from bench.rounds import quotients, ranged, spread
 from bench.token_times import TokenTimes
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, metavar="N", default=9, help="answers of each checkout and budget (9)")
     parser.add_argument("--dtype", default="bfloat16", help="of the model (bfloat16)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; without it torch's own choice")
+    add_device(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker:
@@ -77,21 +79,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_card(arguments: argparse.Namespace, folders: dict[str, Path]) -> dict:
     """Return the card: both checkouts, the machine, the bytes of a token's experts, the read bandwidth."""
-    from bench.ceilings import read_bandwidth
     from bench.engines import ModelSize
     from moeflow.checkpoint.headers import open_checkpoint
-    from moeflow.kernels.cpu.library import instruction_set
 
     return {
         "model": arguments.model,
         **{side: {"folder": str(folder), "commit": commit_of(folder)} for side, folder in folders.items()},
         "dtype": arguments.dtype,
+        "device": arguments.device,
         "tokens": arguments.tokens,
         "rounds": arguments.rounds,
         **describe("torch", "transformers"),
         "expert_bytes_a_token": ModelSize.of(open_checkpoint(arguments.model)).token_bytes,
-        "read_bytes_per_s": read_bandwidth() if instruction_set() is not None else None,
+        "read_bytes_per_s": find_bandwidth(arguments.device),
     }
+
+
+def find_bandwidth(device: str) -> float | None:
+    """Return the bytes a second that are read from a device's memory; None on a CPU without compiled kernels."""
+    from bench import ceilings
+    from bench.device import read_bandwidth
+    from moeflow.kernels.cpu.library import instruction_set
+
+    if device != "cpu":
+        return read_bandwidth(device)
+    return ceilings.read_bandwidth() if instruction_set() is not None else None
 
 
 def card_lines(card: dict) -> dict[str, str]:
@@ -99,7 +111,7 @@ def card_lines(card: dict) -> dict[str, str]:
     named = {side: f"{card[side]['folder']} ({card[side]['commit'] or 'no commit'})" for side in ("before", "after")}
     read = card["read_bytes_per_s"]
     return {
-        "model": f"{card['model']}, {card['dtype']}",
+        "model": f"{card['model']}, {card['dtype']}, {card['device']}",
         **named,
         "run": f"{card['tokens']} tokens of greedy decode, {card['rounds']} rounds in turn",
         "machine": f"{card['cpu']}, {card['cores']} cores, load {card['load']:.1f}",
@@ -120,10 +132,8 @@ def commit_of(folder: Path) -> str | None:
 
 def measure(workers: dict[str, "Worker"], budget: str, arguments: argparse.Namespace, card: dict) -> dict:
     """Load the model on both sides, decode in turns, print the row."""
-    loaded = {
-        side: worker.ask(load={"model": arguments.model, "expert_memory": budget, "dtype": arguments.dtype})
-        for side, worker in workers.items()
-    }
+    options = {"expert_memory": budget, "dtype": arguments.dtype, "device": arguments.device}
+    loaded = {side: worker.ask(load={"model": arguments.model, **options}) for side, worker in workers.items()}
     speeds, same_tokens = in_turns(workers, arguments.rounds, decode=arguments.tokens)
     token_bytes = loaded["after"]["dense_bytes"] + card["expert_bytes_a_token"]
     read = card["read_bytes_per_s"]
@@ -257,16 +267,16 @@ def start(threads: int | None) -> dict:
     return {"moeflow": moeflow.__file__}
 
 
-def load(model: str, expert_memory: str, dtype: str) -> tuple:
+def load(model: str, expert_memory: str, dtype: str, device: str) -> tuple:
     """Return the model, without an end of text, and the prompt's token ids [1, T]."""
     from transformers import AutoTokenizer
 
     from moeflow import load_moe
 
-    loaded = load_moe(model, expert_memory=expert_memory, dtype=dtype, device="cpu")
+    loaded = load_moe(model, expert_memory=expert_memory, dtype=dtype, device=device)
     loaded.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    return loaded, tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    return loaded, tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(loaded.device)
 
 
 def dense_bytes(model) -> int:
@@ -293,6 +303,7 @@ def first_token(model, ids, length: int) -> dict:
     import torch
 
     drawn = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+    drawn = drawn.to(ids.device)
     drawn[:, : ids.shape[1]] = ids[:, :length]
     begin = time.perf_counter()
     produced = model.generate(drawn, max_new_tokens=1, do_sample=False)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from bench.cgroup import drop_page_cache, run_process
+from bench.device import add_device
 from bench.engines import ModelSize, plain_bandwidth
 from bench.rounds import spread
 from moeflow.checkpoint.headers import open_checkpoint
@@ -41,7 +42,7 @@ def work(job: dict) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(job["model"], local_files_only=True)
     models = {}
     for predictor, step in job["sides"]:
-        options = {"expert_memory": job["budget"], "device": "cpu", "predictor": predictor, "step": step}
+        options = {"expert_memory": job["budget"], "device": job["device"], "predictor": predictor, "step": step}
         model = moeflow.load_moe(job["model"], **options)
         model.generation_config.eos_token_id = None
         models[side(predictor, step)] = model
@@ -53,6 +54,7 @@ def work(job: dict) -> dict:
             messages = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        ids = ids.to(job["device"])
         for name in in_turn(list(models), turn):
             model = models[name]
             measured, tokens = _generate(model, ids, job["tokens"], torch)
@@ -129,6 +131,7 @@ def run_job(args, sides: list, budget: str, turns: int, limit_bytes: int | None)
         "turns": turns,
         "seconds": args.seconds,
         "threads": args.threads,
+        "device": args.device,
     }
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
     ended = run_process(command, limit_bytes=limit_bytes, timeout_s=3 * args.seconds + 300)
@@ -233,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--predictor", default="auto", help="as load_moe takes it (auto)")
     parser.add_argument("--steps", default="python,auto", help="ways of running steps, in turns (python,auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; without it torch's own choice")
+    add_device(parser)
     parser.add_argument("--cap", metavar="SIZE", help='also compare under this memory limit, such as "1000MB"')
     parser.add_argument("--residencies", default="12.5,25,50,75,100", help="percent of the experts; empty for none")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode (64)")

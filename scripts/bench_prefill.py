@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.device import add_device, synchronize
 from bench.rounds import Case, quotients, ranged, spread, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--expert-memory", nargs="+", default=["100%", "25%"], metavar="SIZE", help="(100%% 25%%)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each prompt (7)")
     parser.add_argument("--threads", type=int, help="torch's threads; without it torch's own choice")
+    add_device(parser)
     arguments = parser.parse_args(argv)
 
     import torch
@@ -53,20 +55,22 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    models = {EAGER: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")}
+    eager = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    models = {EAGER: eager.to(arguments.device)}
     for budget in arguments.expert_memory:
-        models[f"moeflow {budget}"] = load_moe(folder, dtype=dtype, device="cpu", expert_memory=budget, predictor=None)
+        options = {"device": arguments.device, "expert_memory": budget, "predictor": None}
+        models[f"moeflow {budget}"] = load_moe(folder, dtype=dtype, **options)
     print(
-        f"{folder.name}, {arguments.dtype}, {torch.get_num_threads()} threads, kernels: {instruction_set()}, "
+        f"{folder.name}, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads, "
+        f"kernels: {instruction_set()}, "
         f"{arguments.rounds} rounds in turn"
     )
     rows = []
     for length in arguments.prompts:
         print(f"prompt of {length} tokens: reading", file=sys.stderr, flush=True)
-        rows += measure(models, prompt(folder, length), arguments.rounds)
-    print(
-        json.dumps({"model": folder.name, "dtype": arguments.dtype, "threads": torch.get_num_threads(), "rows": rows})
-    )
+        rows += measure(models, prompt(folder, length).to(arguments.device), arguments.rounds)
+    about = {"model": folder.name, "dtype": arguments.dtype, "device": arguments.device}
+    print(json.dumps({**about, "threads": torch.get_num_threads(), "rows": rows}))
     return 0
 
 
@@ -107,6 +111,7 @@ def first_token(model, ids) -> None:
 
     with torch.no_grad():
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
+    synchronize(ids.device)
 
 
 def shares(model, ids, rounds: int) -> dict[str, float]:
@@ -141,6 +146,7 @@ class Clocks:
         from moeflow.hf.experts_interface import experts_modules
 
         self.spent: dict[str, float] = {}
+        self._device = model.device
         self._changed: list[tuple[object, str, object]] = []
         experts = {module for _, module in experts_modules(model)}
         self._modules = []
@@ -182,10 +188,12 @@ class Clocks:
         self._changed.append((owner, name, vars(owner).get(name)))
 
         def timed(*args, **kwargs):
+            synchronize(self._device)  # on a GPU a part's own time, without what runs beside it
             begin = time.perf_counter()
             try:
                 return inner(*args, **kwargs)
             finally:
+                synchronize(self._device)
                 seconds = time.perf_counter() - begin
                 for part in parts:
                     self.spent[part] = self.spent.get(part, 0.0) + seconds

@@ -2,6 +2,7 @@
 
 All models live in this process and take turns, so that a noisy machine touches them alike. Greedy, one sequence,
 end-of-text ignored; a token's time is the median between two tokens of generate(). Then where a token's time goes.
+On a GPU there are no native steps.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from bench.device import add_device, read_bandwidth, synchronize
 from bench.token_times import TokenTimes
 
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="decoded in a measurement (48)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each engine (7)")
     parser.add_argument("--threads", type=int, help="torch's threads; without it torch's own choice")
+    add_device(parser)
     arguments = parser.parse_args(argv)
 
     import torch
@@ -34,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from moeflow import load_moe
     from moeflow.demo.model import default_demo_path
-    from moeflow.kernels.cpu import ops as cpu
     from moeflow.kernels.cpu.library import instruction_set
 
     logging.set_verbosity_error()
@@ -43,18 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    options = {"dtype": dtype, "device": "cpu", "expert_memory": "100%", "predictor": None}
+    options = {"dtype": dtype, "device": arguments.device, "expert_memory": "100%", "predictor": None}
     options["quantization"] = arguments.quantization
     say(f"loading {folder}")
     models = {
         "transformers eager": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager"),
         "moeflow": load_moe(folder, **options, step="python"),
-        "moeflow native step": load_moe(folder, **options),
     }
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
-    bandwidth = cpu.read_bandwidth()
+    if arguments.device == "cpu":
+        models["moeflow native step"] = load_moe(folder, **options)
+    models["transformers eager"].to(arguments.device)
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"].to(arguments.device)
+    bandwidth = read_bandwidth(arguments.device)
     print(
-        f"{folder.name}, {arguments.dtype}, {torch.get_num_threads()} threads, kernels: {instruction_set()}; "
+        f"{folder.name}, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads, "
+        f"kernels: {instruction_set()}; "
         f"memory read {bandwidth / 1e9:.1f} GB/s"
     )
 
@@ -83,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\na token reads {read_bytes / 1e6:.0f} MB: at least {1e3 * read_bytes / bandwidth:.2f} ms at that bandwidth"
     )
-    step = models["moeflow native step"].moeflow.step
-    if step.num_steps:
+    step = models[list(models)[-1]].moeflow.step
+    if step is not None and step.num_steps:
         parts["moeflow native step"] = {kind: value / step.num_steps for kind, value in step.seconds.items() if value}
     for name, part in parts.items():
         print(f"{name}: " + ", ".join(f"{what} {1e3 * seconds:.2f} ms" for what, seconds in part.items()))
@@ -93,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             {
                 "model": folder.name,
                 "dtype": arguments.dtype,
+                "device": arguments.device,
                 "quantization": arguments.quantization,
                 "threads": torch.get_num_threads(),
                 "instruction_set": instruction_set(),
@@ -150,8 +156,10 @@ def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
         inner = module.forward
 
         def timed(*args, _inner=inner, _kind=kind, **kwargs):
+            synchronize(ids.device)
             begin = time.perf_counter()
             output = _inner(*args, **kwargs)
+            synchronize(ids.device)
             spent[_kind] += time.perf_counter() - begin
             return output
 
@@ -163,6 +171,7 @@ def where_time_goes(model, ids, num_tokens: int) -> dict[str, float]:
             spent.update(dict.fromkeys(spent, 0.0))
             begin = time.perf_counter()
             generate(model, ids, count)
+            synchronize(ids.device)
             found.append({**spent, "all": time.perf_counter() - begin})
     finally:
         for module in watched:

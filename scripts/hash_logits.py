@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench.device import add_device
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # for helpers.families, which no install brings
 
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--demo", help="folder of the demo model; without it the default one, built where absent")
     parser.add_argument("--no-demo", action="store_true", help="families only")
     parser.add_argument("--expect", type=Path, help="the JSON of an earlier run; exit 1 where a hash differs")
+    add_device(parser)
     arguments = parser.parse_args(argv)
 
     import torch
@@ -42,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     hashes = {}
     for name in FAMILIES:
-        hashes.update(hash_family(name))
+        hashes.update(hash_family(name, arguments.device))
     if not arguments.no_demo:
-        hashes.update(hash_demo(arguments.demo))
+        hashes.update(hash_demo(arguments.demo, arguments.device))
     whole = hashlib.sha256("".join(f"{case} {found}\n" for case, found in hashes.items()).encode()).hexdigest()[:16]
     print(f"\n{len(hashes)} cases, hash of all: {whole}")
     differing = []
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if differing else 0
 
 
-def hash_family(name: str) -> dict[str, str]:
+def hash_family(name: str, device: str) -> dict[str, str]:
     """Hash one family's logits: of a batch, and of a single token."""
     import torch
 
@@ -68,15 +71,15 @@ def hash_family(name: str) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             build_model(family, dtype=getattr(torch, dtype)).save_pretrained(folder)
             for budget in FAMILY_BUDGETS:
-                with torch.no_grad(), load(folder, budget, dtype) as model:
-                    batch = inputs(family)
+                with torch.no_grad(), load(folder, budget, dtype, device) as model:
+                    batch = {key: value.to(device) for key, value in inputs(family).items()}
                     single = {key: value[:1, :1] for key, value in batch.items()}
                     logits = [model(**batch).logits, model(**single).logits]
                 report(hashes, f"{name} {dtype} {budget}", logits)
     return hashes
 
 
-def hash_demo(folder: str | None) -> dict[str, str]:
+def hash_demo(folder: str | None, device: str) -> dict[str, str]:
     """Hash the demo model's logits: of a prompt, and of every token of a greedy answer to it."""
     import torch
     from transformers import AutoTokenizer
@@ -88,8 +91,8 @@ def hash_demo(folder: str | None) -> dict[str, str]:
     hashes = {}
     for dtype in DTYPES:
         for budget in DEMO_BUDGETS:
-            with torch.no_grad(), load(folder, budget, dtype) as model:
-                ids = AutoTokenizer.from_pretrained(folder)(DEMO_PROMPT, return_tensors="pt")["input_ids"]
+            with torch.no_grad(), load(folder, budget, dtype, device) as model:
+                ids = AutoTokenizer.from_pretrained(folder)(DEMO_PROMPT, return_tensors="pt")["input_ids"].to(device)
                 result = model(input_ids=ids, use_cache=True)
                 logits = [result.logits]
                 for _ in range(NUM_DECODED):
@@ -103,10 +106,10 @@ def hash_demo(folder: str | None) -> dict[str, str]:
 class load:
     """A model of load_moe that is closed at the end."""
 
-    def __init__(self, folder: str, budget: str, dtype: str):
+    def __init__(self, folder: str, budget: str, dtype: str, device: str):
         from moeflow import load_moe
 
-        self.model = load_moe(folder, expert_memory=budget, dtype=dtype, device="cpu", step="python")
+        self.model = load_moe(folder, expert_memory=budget, dtype=dtype, device=device, step="python")
 
     def __enter__(self):
         return self.model
@@ -121,7 +124,7 @@ def report(hashes: dict[str, str], case: str, logits: list) -> None:
 
     digest = hashlib.sha256()
     for tensor in logits:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     hashes[case] = digest.hexdigest()[:16]
     print(f"{case:32} {hashes[case]}", flush=True)
 
