@@ -241,7 +241,7 @@ def measure_budget(folder: Path, arguments) -> dict:
 
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         packed = {
-            name: pack_model(folder, Path(work) / name, lossless=name == "lossless")
+            name: pack_model(folder, Path(work) / name, lossless=name == "lossless").folder
             for name in ("bfloat16", "lossless")
         }
         options = {"device": "cpu", "predictor": None}

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.checkpoint.lossless_source import lossless_sources, refuse_device
+from moeflow.checkpoint.lossless_source import LEAVE_OUT, any_lossless, lossless_sources
 from moeflow.checkpoint.quantized_source import quantize_sources
+from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.model_folder import ModelFolder
@@ -25,6 +26,7 @@ from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.moe.choose_compute import tell_of_slow_lossless
 from moeflow.step.decoding import StepDecoding
 from moeflow.trace.recorder import attach_recorder
 
@@ -58,8 +60,8 @@ def load_moe(
         quantization: a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2",
             "int1", or with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk:
             where not all experts fit, write them once with `moeflow quantize`, and load that folder. Or "lossless":
-            bfloat16 experts take about three quarters of their bytes, and every bit stays, CPU only; `moeflow pack
-            --lossless` writes them once.
+            bfloat16 experts take about three quarters of their bytes, and every bit stays; `moeflow pack` writes them
+            so once, and such a folder needs no option.
         policy: which expert leaves when a slot is needed: "lru", "lfu", "lfru" (frequency / (age + 1)), "static",
             "forecast" (the one whose slot is worth the least by prediction), or "auto" ("forecast" where there is a
             predictor, else "lfru").
@@ -140,10 +142,13 @@ def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedMo
     if options.weight_format is not None:
         formats = [[options.weight_format] * source.layout.num_experts for source in layers]
         layers = quantize_sources(layers, formats, experts_interface.transposed(empty))
-    refuse_device(layers, options.torch_device.type, are_wanted=options.is_lossless)
     if options.is_lossless:
         transposed = experts_interface.transposed(empty)
-        layers = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
+        layers, why_not = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
+        if why_not:
+            raise ConfigError(f"{why_not} {LEAVE_OUT}")
+    if any_lossless(layers):
+        tell_of_slow_lossless(options.torch_device)
     size = ExpertsSize.of(
         [source.layout for source in layers],
         experts_interface.num_experts_per_tok(empty),

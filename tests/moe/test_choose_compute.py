@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from helpers.lossless_models import spoilt
+from helpers.small_models import tiny_mixtral
+from moeflow.convert.pack import pack_model
 from moeflow.kernels.cpu.library import instruction_set
 
 _LOGITS = """
@@ -72,3 +75,49 @@ def test_every_kind_of_compute_gives_the_same_logits_at_every_budget(mixtral_fol
 def test_a_path_that_does_not_exist_is_refused(mixtral_folder):
     with pytest.raises(AssertionError, match="no instruction set"):
         logits("cpu", mixtral_folder, MOEFLOW_CPU_KERNELS="sse9")
+
+
+@pytest.fixture(scope="module")
+def lossless_folder(tmp_path_factory):
+    """One layer packed without loss: experts with escapes and without, and one that stays bfloat16."""
+    below = tmp_path_factory.mktemp("lossless")
+    model = tiny_mixtral(intermediate_size=128, num_hidden_layers=1, num_local_experts=16).bfloat16()
+    spoilt(model, 0, 1, 0.002)
+    spoilt(model, 0, 2, 0.2)
+    model.save_pretrained(below / "source")
+    return pack_model(below / "source", below / "packed", lossless=True).folder
+
+
+@pytest.mark.slow
+def test_tritons_kernels_give_the_bits_of_bfloat16_from_lossless_experts(lossless_folder):
+    pytest.importorskip("triton")
+    (_, expected), (kinds, found) = (
+        logits("triton", folder, TRITON_INTERPRET="1")
+        for folder in (lossless_folder.parent / "source", lossless_folder)
+    )
+    assert kinds == ["TritonCompute"]
+    assert torch.equal(found, expected)
+
+
+_LOADED = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING)
+from moeflow import load_moe
+for folder in sys.argv[1:]:
+    print("loading", folder.rpartition("/")[2], file=sys.stderr)
+    load_moe(folder, device="cpu", predictor=None).moeflow.close()
+"""
+
+
+@pytest.mark.slow
+def test_one_warning_says_that_lossless_experts_are_slow_without_the_compiled_kernels(lossless_folder):
+    command = [sys.executable, "-W", "ignore", "-c", _LOADED, str(lossless_folder.parent / "source"), lossless_folder]
+    said = {}
+    for kernels in ("off", "portable") if instruction_set() is not None else ("off",):
+        environment = {**os.environ, "MOEFLOW_CPU_KERNELS": kernels}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        said[kernels] = run.stderr.split("loading ")[1:]
+    floats, packed = (text.count("unpacked by torch at every use") for text in said["off"])
+    assert (floats, packed) == (0, 1)
+    assert "--no-lossless" in said["off"][1]
+    assert "unpacked by torch" not in "".join(said.get("portable", ()))
