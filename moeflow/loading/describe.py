@@ -10,7 +10,6 @@ from moeflow.checkpoint.lossless_source import is_lossless
 from moeflow.core import RecordLayout
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
-from moeflow.kernels.quantization.formats import LOSSLESS
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.lossless_saving import lossless_saving
 
@@ -71,7 +70,7 @@ def describe_model(model: str | Path) -> dict:
 def _formats(record: RecordLayout) -> set[str]:
     """Return what a record's matrices are stored in; lossless is one format, whatever its room for escapes."""
     if is_lossless(record):
-        return {LOSSLESS}
+        return {spec.format.rpartition("-")[0] for spec in record.matrices}  # without the room for escapes
     return {spec.format for spec in record.matrices} or {record.tensors[0].dtype}
 
 
