@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moeflow.checkpoint.float_source import float_sources
 from moeflow.checkpoint.lossless_source import LEAVE_OUT, any_lossless, lossless_sources
 from moeflow.checkpoint.quantized_source import quantize_sources
 from moeflow.errors import ConfigError
@@ -26,7 +27,7 @@ from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
-from moeflow.moe.choose_compute import tell_of_slow_lossless
+from moeflow.moe.choose_compute import computes_lossless
 from moeflow.step.decoding import StepDecoding
 from moeflow.trace.recorder import attach_recorder
 
@@ -138,7 +139,7 @@ def load_moe(
 
 def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedModel) -> Experts:
     """Find the experts of an empty model, and refuse a budget that is too small for them."""
-    layers = folder.layers(empty)
+    stored = layers = folder.layers(empty)
     if options.weight_format is not None:
         formats = [[options.weight_format] * source.layout.num_experts for source in layers]
         layers = quantize_sources(layers, formats, experts_interface.transposed(empty))
@@ -147,8 +148,8 @@ def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedMo
         layers, why_not = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
         if why_not:
             raise ConfigError(f"{why_not} {LEAVE_OUT}")
-    if any_lossless(layers):
-        tell_of_slow_lossless(options.torch_device)
+    if any_lossless(layers) and not computes_lossless(options.torch_device):
+        layers = float_sources(stored)
     size = ExpertsSize.of(
         [source.layout for source in layers],
         experts_interface.num_experts_per_tok(empty),

@@ -44,17 +44,17 @@ def choose_compute(
     return compute if compute.can_run(records) else TorchCompute(module)
 
 
-def tell_of_slow_lossless(device: torch.device) -> None:
-    """Warn where no kernel computes lossless experts from their codes, so that torch unpacks them at every use."""
-    if device.type == "cpu" and instruction_set() is None:
-        remedy = "Install moeflow where there is a C++ compiler"
-    elif device.type != "cpu" and not available():
-        remedy = "Install Triton"
+def computes_lossless(device: torch.device) -> bool:
+    """Whether a device has kernels that compute lossless experts from their codes; said where it has none."""
+    if device.type == "cpu":
+        found, remedy = instruction_set() is not None, "install moeflow where there is a C++ compiler"
     else:
-        return
-    _log.warning(
-        "lossless experts are unpacked by torch at every use, many times slower than they are computed from their "
-        "codes: no kernel for them runs here. %s, or store the experts in bfloat16: moeflow pack MODEL OUT "
-        "--no-lossless.",
-        remedy,
-    )
+        found, remedy = available(), "install Triton"
+    if not found:
+        _log.warning(
+            "no kernel computes lossless experts from their codes here: they are decoded as they are read, slowly, and "
+            "take the memory of bfloat16. To change that %s; moeflow pack MODEL OUT --no-lossless writes a folder that "
+            "is read faster here.",
+            remedy,
+        )
+    return found
