@@ -7,6 +7,7 @@ and models take turns in the same rounds; a ratio is the median over rounds, wit
 import argparse
 import itertools
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         "capped": lambda: measure_capped(folder, Path(work), arguments),
     }
     wanted = arguments.only.split(",")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a capped process and removes its cgroup
     with tempfile.TemporaryDirectory(dir=arguments.work) as work, torch.inference_mode():
         for part, measure in measures.items():
             if part not in wanted:

@@ -13,7 +13,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.cgroup import CgroupUnavailable, drop_page_cache, run_process
-from bench.lossless_decode import SIDES, WrongBits, first_answer, greedy, mean_between, packed_models, prompt_ids, say
+from bench.lossless_decode import (
+    SIDES,
+    WrongBits,
+    first_answer,
+    greedy,
+    mean_between,
+    packed_models,
+    print_quiet,
+    prompt_ids,
+    say,
+)
 from bench.machine import OthersLoad
 from bench.rounds import quotients, ranged, spread
 from bench.token_times import TokenTimes
@@ -63,6 +73,7 @@ def measure_capped(folder: Path, work: Path, arguments) -> dict:
     for name, found in runs.items():
         row = {"token_s": spread(times[name]), "ratio_to_bfloat16": quotients(times["bfloat16"], times[name])}
         row |= {key: spread([run[key] for run in found]) for key in found[0] if key not in ("digest", "token_s")}
+        row["rounds"] = {key: [run[key] for run in found] for key in ("token_s", "others_share")}
         rows[name] = row
         print(
             f"{name:9} {ranged(row['token_s'], 1e3, 8, 2):>26} {ranged(row['ratio_to_bfloat16'], 1, 6, 2):>22} "
@@ -70,6 +81,7 @@ def measure_capped(folder: Path, work: Path, arguments) -> dict:
             f"{ranged(row['bytes_a_token'], 1e-6, 6, 1):>24} {1e3 * row['stall_s']['median']:10.2f} "
             f"{row['cgroup_peak_bytes']['median'] / 1e6:9.0f} {100 * row['others_share']['median']:8.0f}"
         )
+    print_quiet(rows, {"ms a token": "token_s"})
     return rows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.best_hit_rate import best_hit_rate
 from bench.machine import OthersLoad
-from bench.rounds import quotients, ranged, spread
+from bench.rounds import QUIET_SHARE, quiet_ratio, quotients, ranged, spread
 from bench.step_worker import StepClock
 from bench.token_times import TokenTimes
 
@@ -148,6 +148,7 @@ def compare(models: dict, folder: Path, arguments, what: str, *, with_best: bool
                 "bytes_a_token": decode["bytes_from_disk"] / decode["tokens"],
                 "step": stats["step"]["mode"],
                 "others_share": spread(others[name]),
+                "rounds": {"token_s": token_s[name], "step_s": step_s[name], "others_share": others[name]},
             }
             model.moeflow.close()
         if with_best:
@@ -176,7 +177,25 @@ def _print(rows: dict, title: str) -> None:
             f"{row['all_experts_bytes'] / 1e6:10.0f} {row['slots']:5} {row['hit_rate']:8.3f} "
             f"{row['bytes_a_token'] / 1e6:15.2f} {100 * row['others_share']['median']:8.0f}"
         )
+    print_quiet(rows, {"ms a token": "token_s", "ms a native step": "step_s"})
     best = [(row["slots"], row["best_hit_rate"], row["hit_rate"]) for row in rows.values() if "best_hit_rate" in row]
     if best:
         told = "; ".join(f"{slots} slots {rate:.3f} (reached {hits:.3f})" for slots, rate, hits in best)
         print(f"best hit rate that these routes allow (Belady): {told}")
+
+
+def print_quiet(rows: dict, quantities: dict[str, str]) -> None:
+    """Print ratios of the rounds in which others took little, and add them to the rows of lossless experts."""
+    bf16, lossless = (rows[name]["rounds"] for name in SIDES)
+    others, told = list(map(max, bf16["others_share"], lossless["others_share"])), []
+    for what, key in quantities.items():
+        if not (bf16[key] and lossless[key]):
+            continue
+        found = rows["lossless"][f"quiet_{key}_ratio_to_bfloat16"] = quiet_ratio(bf16[key], lossless[key], others)
+        if found:
+            told.append(f"{what} {ranged(found, 1, 4, 2)}")
+    count = sum(share <= QUIET_SHARE for share in others)
+    print(
+        f"others took at most {QUIET_SHARE:.0%} of the processors in {count} of {len(others)} rounds"
+        + (f"; x bfloat16 in these: {', '.join(told)}" if told else "")
+    )

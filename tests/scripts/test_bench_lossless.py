@@ -15,6 +15,7 @@ from bench.best_hit_rate import best_hit_rate
 from bench.cgroup import CgroupUnavailable, MemoryCgroup
 from bench.lossless_capped import measure_capped
 from bench.lossless_decode import WrongBits
+from bench.rounds import quiet_ratio, quotients
 from helpers.paths import ROOT
 from helpers.small_models import tiny_mixtral
 from moeflow.convert.pack import pack_model
@@ -80,6 +81,7 @@ def test_last_line_is_one_json_object_with_every_part(model, tmp_path):
             assert row["token_s"]["n"] == 1
             assert row["cgroup_peak_bytes"]["max"] <= 1_000_000_000
             assert row["slots"]["min"] > 0
+            assert len(row["rounds"]["token_s"]) == 1
     assert not list(tmp_path.iterdir()), "packed files stayed"
 
 
@@ -123,3 +125,8 @@ def test_best_hit_rate_counts_decode_steps_alone_and_knows_what_comes(tmp_path):
     assert best_hit_rate(path, 2, rounds=3) == 3 / 6
     assert best_hit_rate(path, 2, rounds=3, policy="lru") == 0
     assert best_hit_rate(path, 3, rounds=3) == 1
+
+
+def test_quiet_ratio_leaves_out_rounds_in_which_others_ran():
+    assert quiet_ratio([4.0, 90.0, 3.0], [2.0, 1.0, 2.0], [0.05, 0.6, 0.1]) == quotients([4.0, 3.0], [2.0, 2.0])
+    assert quiet_ratio([4.0], [2.0], [0.2]) is None
