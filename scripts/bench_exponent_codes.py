@@ -1,8 +1,9 @@
 """Print what other codes of a model's exponents would take, and how fast a decoder of an entropy-coded tier must be.
 
 Counts every exponent of all experts. Codes below a row's top have, for each row, the top from which they reach most
-values. "Apart": an escape is a position and an exponent, 40 bits, so that any row is read by itself. "In order": an
-escape is its exponent alone, 8 bits, so that a row is found by reading all codes before it.
+values; the last code also says exponent 0, so that zeros are no escapes. "Apart": an escape is a position and an
+exponent, 40 bits, so that any row is read by itself. "In order": an escape is its exponent alone, 8 bits, so that a row
+is found by reading all codes before it.
 """
 
 import argparse
@@ -78,15 +79,17 @@ class Counts:
         num_rows, width = len(exponents), 1 << self.exponent_bits
         self.num_values += exponents.size
         counts = np.stack([np.bincount(row, minlength=width) for row in exponents])  # [N, width]
+        coded = counts * (np.arange(width) > 0)
+        num_coded = coded.sum()
         tops = TOP * num_rows
         for bits in (4, 3):
-            missed = exponents.size - _reached(counts, (1 << bits) - 1).sum()
+            missed = num_coded - _reached(coded, (1 << bits) - 1).sum()
             for way, cost in (("apart", APART), ("in order", IN_ORDER)):
                 self._sum(f"{bits} bits, escapes {way}", bits * exponents.size + cost * missed + tops)
         for bits in (3, 2):
-            first = _reached(counts, (1 << bits) - 1).sum()
-            both = _reached(counts, (1 << bits) - 1 + 15).sum()
-            second = 4 * (exponents.size - first) + APART * (exponents.size - both)
+            first = _reached(coded, (1 << bits) - 1).sum()
+            both = _reached(coded, (1 << bits) - 1 + 15).sum()
+            second = 4 * (exponents.size - first) + APART * (num_coded - both)
             self._sum(f"two levels, {bits} and 4 bits", bits * exponents.size + second + tops)
         self._sum("entropy, a table a matrix", _entropy(counts.sum(0, keepdims=True)))
         highest = width - 1 - (counts[:, ::-1] > 0).argmax(1)

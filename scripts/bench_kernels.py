@@ -16,7 +16,7 @@ from pathlib import Path
 
 FORMATS = (
     "float32", "bfloat16", "int8", "int8-g64", "int4-g32", "int4-g64", "int4-g128", "int3-g64", "int2-g64", "int1-g64",
-    "mxfp4", "fp8",
+    "mxfp4", "fp8", "bf16-lossless",
 )  # fmt: skip
 PARTS = ("gemv", "block", "gemm")
 FIGURES = (  # to reach: name, key of a result, at least

@@ -124,8 +124,8 @@ def check_matrix(tensors: dict[str, torch.Tensor], name: str, spec: WeightFormat
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of any dtype lies in this machine's memory in the order of its elements."""
-    return tensor.is_cpu and tensor.is_contiguous()
+    """Whether a tensor of any dtype lies in this machine's memory, not freed, in the order of its elements."""
+    return tensor.is_cpu and tensor.is_contiguous() and (tensor.data_ptr() != 0 or not tensor.numel())
 
 
 def refusal(what: str, wanted: str, *tensors: torch.Tensor | None) -> ConfigError:

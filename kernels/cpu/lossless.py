@@ -121,6 +121,8 @@ def lossless_linear(
     Returns:
         [..., N], contiguous, bfloat16; None where no kernel takes these tensors.
     """
+    if not (x.dim() and tops.dim()):
+        return None
     shape, room = (len(tops), x.shape[-1]), escapes.numel() // 5
     if not (x.is_cpu and x.dtype == torch.bfloat16 and x.numel() and _fits(codes, tops, escapes, shape)):
         return None

@@ -16,7 +16,7 @@ import torch
 from moeflow.checkpoint.escape_scan import scan_escapes
 from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import Conversion, LayerSource
-from moeflow.core import LayerLayout, MatrixSpec, RecordLayout, align_up
+from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
 from moeflow.dtypes import tensors_of
 from moeflow.errors import CheckpointError, ConfigError, ExpertReadError
 from moeflow.kernels.cpu import lossless
@@ -24,7 +24,7 @@ from moeflow.kernels.quantization.formats import LOSSLESS, MOST_LOSSLESS_VALUES,
 from moeflow.progress import ProgressCallback
 
 WORTH_IT = 0.9  # a record that is not smaller than this part of bfloat16's stays bfloat16
-_ESCAPES_STEP = 16  # room for escapes is a multiple of this
+_LEAST_ROOM = 16  # for escapes
 _log = logging.getLogger(__name__)
 
 
@@ -221,8 +221,14 @@ def check_same(value: torch.Tensor, parts: tuple[torch.Tensor, torch.Tensor, tor
 
 
 def _record(record: RecordLayout, names: list[str], escapes: list[int]) -> RecordLayout:
-    """Lay out an expert with room for so many escapes of each named matrix, rounded up; the rest stays as it is."""
-    room = {name: align_up(count, _ESCAPES_STEP) for name, count in zip(names, escapes, strict=True)}
+    """Lay out an expert with room for so many escapes of each named matrix; the rest stays as it is.
+
+    The room is a power of two: layers have few kinds of records then, and a GPU compiles few kernels.
+    """
+    room = {
+        name: max(_LEAST_ROOM, 1 << (count - 1).bit_length()) if count else 0
+        for name, count in zip(names, escapes, strict=True)
+    }
     tensors, matrices = [], []
     for tensor in record.tensors:
         if tensor.name not in room:

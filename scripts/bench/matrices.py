@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from bench.rounds import Case
 from moeflow.kernels.cpu import ops as cpu
 from moeflow.kernels.quantization.dequantize import dequantize
-from moeflow.kernels.quantization.formats import FORMATS, WeightFormat
+from moeflow.kernels.quantization.formats import FORMATS, LOSSLESS, WeightFormat, lossless_format
+from moeflow.kernels.quantization.lossless import encode_lossless
 from moeflow.kernels.quantization.quantize import quantize
 
 # Of relative norm against float64: of float32 activations, of bfloat16 ones, of those rounded to integers.
@@ -53,6 +54,15 @@ def random_matrix(spec: WeightFormat, shape: tuple[int, int], seed: int = 0) -> 
     return tensors
 
 
+def stored_matrix(name: str, shape: tuple[int, int]) -> tuple[WeightFormat, dict[str, torch.Tensor]]:
+    """Return a format by its name, without its escapes where it is lossless, and a random matrix [N, K] in it."""
+    if name != LOSSLESS:
+        return FORMATS[name], random_matrix(FORMATS[name], shape)
+    parts = encode_lossless(random_matrix(FORMATS["bfloat16"], shape)["weight"])
+    names = ("weight", "weight_top", "weight_escapes")
+    return lossless_format(parts[2].numel() // 5), dict(zip(names, parts, strict=True))
+
+
 class Copies:
     """One matrix in a format, at several places in memory.
 
@@ -63,8 +73,8 @@ class Copies:
     """
 
     def __init__(self, name: str, shape: tuple[int, int], working_set_bytes: int):
-        self.spec, self.shape = FORMATS[name], shape
-        self.tensors = random_matrix(self.spec, shape)
+        self.shape = shape
+        self.spec, self.tensors = stored_matrix(name, shape)
         self.matrix_bytes = self.spec.num_bytes(shape)
         self.count = max(-(-working_set_bytes // self.matrix_bytes), 1)
         self._kernels = [
@@ -76,7 +86,7 @@ class Copies:
     @property
     def has_codes(self) -> bool:
         """Whether rounded activations may meet integer codes here."""
-        return self.spec.kind not in ("float", "fp8")
+        return self.spec.kind not in ("float", "fp8", "lossless")
 
     def check(self, num_tokens: int) -> dict[str, float]:
         """Compare every copy's products with float64's.

@@ -42,6 +42,7 @@ class LosslessExpert:
 
     def __init__(self, floats, spare=0, memory=None):
         tensors, matrices = [], []
+        self.expected = floats.expected
         for tensor in floats.record.tensors:
             if tensor.name not in floats.shapes:
                 tensors.append((tensor.name, tensor.dtype, tensor.shape))

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from helpers.cpu_experts import Expert
+from helpers.lossless_experts import both
 from helpers.placement_problems import random_problem
 from moeflow.core import TensorSpec
 from moeflow.engine.regrouping.oracles.best_split import best_split
 from moeflow.engine.regrouping.search import Search, active_pairs
 from moeflow.errors import MoeflowError
 from moeflow.hf import dense_kernels
+from moeflow.kernels.cpu import lossless as lossless_codes
 from moeflow.kernels.cpu import ops as cpu
 from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.kernels.cpu.structs import ExpertKernel
@@ -207,8 +209,34 @@ def norm(draw):
     near(found, weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6), 1e-3)
 
 
+def lossless(draw):
+    """A matrix without loss, written, read and multiplied; its bytes may be damaged."""
+    weight = tensor(draw, 8, H, dtype=torch.bfloat16)
+    room = lossless_codes.count_escapes(weight) + 3
+    parts = [
+        tensor(draw, 8, 96, dtype=torch.uint8),
+        tensor(draw, 8, dtype=torch.uint16),
+        tensor(draw, 5 * (room if draw.random() > WRONG else draw.choice((1, 3, room + 1))), dtype=torch.uint8),
+    ]
+    lossless_codes.encode(weight, *parts)
+    is_damaged = draw.random() < WRONG
+    if is_damaged:
+        draw.choice(parts).view(torch.uint8).flatten()[:: draw.choice((1, 7))] = draw.randrange(256)
+    x, ids = tensor(draw, 2, H, dtype=torch.bfloat16), torch.tensor([0, draw.choice((7, 7, 8, -1, 2**62))])
+    found = lossless_codes.lossless_linear(x, *parts, tensor(draw, 8) if draw.random() < 0.5 else None)
+    rows = by_torch(lossless_codes.lossless_rows, ids, *parts, in_features := count(draw, H))
+    if is_damaged or in_features != H or weight.shape[1] != H:  # another width may need as many blocks
+        return
+    out = torch.empty(8, H, dtype=torch.bfloat16)
+    lossless_codes.decode(*parts, (8, H), out)
+    assert torch.equal(out.view(torch.int16), weight.view(torch.int16))
+    assert torch.equal(rows, weight[ids])
+    if found is None:
+        raise ValueError("not the kernel's")
+
+
 def matrix(draw):
-    expert = draw.choice(EXPERTS)
+    expert = draw.choice(EXPERTS[: len(FORMS)])
     tensors, shape = dict(expert.tensors), expert.shapes["down_proj"]
     part = draw.choice([name for name in tensors if name.startswith("down_proj")])
     if draw.random() < 3 * WRONG:
@@ -310,10 +338,12 @@ def anneal(draw):
 
 
 ENTRIES = (
-    experts, token, layer, combine, linear, module, norm, matrix, record, read, replay, regroup, split, anneal,
+    experts, token, layer, combine, linear, module, norm, matrix, lossless, record, read, replay, regroup, split,
+    anneal,
 )  # fmt: skip
 FORMS = ("float32", "bfloat16", "int8", "int4-g32", "mxfp4", "fp8")
 EXPERTS = [Expert(seed, form, (H, INNER)) for seed, form in enumerate(FORMS)]
+EXPERTS.append(both(8, (H, INNER), spare=2)[1])
 KERNELS = [Expert(9, "float32", shape).kernel for shape in ((H, INNER + 1), (H + 1, INNER), (2000, 8))]
 TABLES = [Tables(random_problem(seed), slowest=seed % 2 == 0) for seed in range(12)]
 PLANS = [random_placement(tables.problem).plan for tables in TABLES]

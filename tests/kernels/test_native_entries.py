@@ -15,7 +15,7 @@ from moeflow.kernels.cpu import ops as cpu
 from moeflow.kernels.cpu.structs import ExpertKernel
 
 FUZZ = Path(__file__).parents[1] / "helpers" / "native_entries_fuzz.py"
-NUM_CALLS = 7000
+NUM_CALLS = 7500
 
 
 @needs_library

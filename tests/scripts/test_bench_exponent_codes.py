@@ -22,7 +22,7 @@ def _counts(rows, exponent_bits=8):
 
 def test_four_bits_with_escapes_apart_are_the_format():
     weight = torch.randn(40, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weight[3, 7] = 1e-30
+    weight[3, 7], weight[5, 5] = 1e-30, 0.0  # an escape, and none
     exponents = (weight.view(torch.int16).numpy().view("uint16") >> 7 & 255).astype("uint8")
     stored = 8 * sum(part.nbytes for part in encode_lossless(weight))
     assert 8 + _counts(exponents)["4 bits, escapes apart"] == pytest.approx(stored / weight.numel())
