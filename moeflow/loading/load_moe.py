@@ -117,7 +117,7 @@ def load_moe(
     pretrained.own_dense_weights(loaded)
     if on_cpu:
         speed_up_dense(loaded)
-    if on_cpu and quantization == "lossless":
+    if on_cpu and any_lossless(experts.layers):
         compress_dense(loaded)
     predicting = build_predictor(predictor, loaded, experts.layers, experts.size.num_experts_per_tok)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
