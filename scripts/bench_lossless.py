@@ -7,6 +7,7 @@ and models take turns in the same rounds; a ratio is the median over rounds, wit
 import argparse
 import itertools
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -15,8 +16,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-PARTS = ("bytes", "gemv", "resident", "budget")
-PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
+from bench.lossless_capped import measure_capped
+from bench.lossless_decode import WrongBits, measure_budget, measure_resident, say
+
+PARTS = ("bytes", "gemv", "resident", "budget", "capped")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (7)")
     parser.add_argument("--tokens", type=int, default=48, help="decoded in a measurement (48)")
     parser.add_argument("--budget", type=float, default=0.25, help="of the bytes of all experts in bfloat16 (0.25)")
+    parser.add_argument("--cap", default="1000MB", metavar="SIZE", help="of each whole process, of capped (1000MB)")
     parser.add_argument("--shape", default="4096x2048", help="of GEMV's other matrices, out x in features (4096x2048)")
     parser.add_argument("--work", help="folder on a real disk for two packed files; without it the system's own")
     parser.add_argument("--working-set-mb", type=int, help="of GEMV; without it 8 times the last-level cache")
@@ -49,10 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         "bytes": lambda: measure_bytes(folder),
         "gemv": lambda: measure_gemv(folder, threads, arguments),
         "resident": lambda: measure_resident(folder, arguments),
-        "budget": lambda: measure_budget(folder, arguments),
+        "budget": lambda: measure_budget(folder, Path(work), arguments),
+        "capped": lambda: measure_capped(folder, Path(work), arguments),
     }
     wanted = arguments.only.split(",")
-    with torch.inference_mode():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a capped process and removes its cgroup
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work, torch.inference_mode():
         for part, measure in measures.items():
             if part not in wanted:
                 continue
@@ -66,15 +72,6 @@ def main(argv: list[str] | None = None) -> int:
             print(flush=True)
     print(json.dumps(result))
     return 0
-
-
-class WrongBits(Exception):
-    """A value that did not come back."""
-
-
-def say(text: str) -> None:
-    """Tell progress on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def parts_for(weight):
@@ -219,90 +216,6 @@ def multiply(what: str, weights: Iterator, threads: list[int], arguments) -> lis
                 f"{number:7} {case.name:9} {ranged(a_matrix, 1e6, 8, 1):>24} {statistics.median(rates) / 1e9:6.1f} "
                 f"{ranged(share, 100, 6, 0):>22} {ranged(ratio, 1, 6, 2):>22}"
             )
-    return rows
-
-
-def measure_resident(folder: Path, arguments) -> dict:
-    """Decode with all experts in memory, in both formats."""
-    from moeflow import load_moe
-
-    options = {"device": "cpu", "predictor": None, "expert_memory": "100%"}
-    models = {
-        "bfloat16": load_moe(folder, **options),
-        "lossless": load_moe(folder, **options, quantization="lossless"),
-    }
-    return compare(models, folder, arguments, "all experts in memory, dense parts in the lossless format too")
-
-
-def measure_budget(folder: Path, arguments) -> dict:
-    """Decode with the same bytes for experts from two packed files, in both formats."""
-    from moeflow import load_moe
-    from moeflow.convert.pack import pack_model
-
-    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        packed = {
-            name: pack_model(folder, Path(work) / name, lossless=name == "lossless")
-            for name in ("bfloat16", "lossless")
-        }
-        options = {"device": "cpu", "predictor": None}
-        bf16 = load_moe(packed["bfloat16"], **options, expert_memory="100%")
-        budget = int(arguments.budget * bf16.moeflow.stats()["memory"]["all_experts_bytes"])
-        bf16.moeflow.close()
-        models = {name: load_moe(path, **options, expert_memory=budget) for name, path in packed.items()}
-        what = (
-            f"{budget >> 20} MiB for experts, {arguments.budget:.0%} of theirs in bfloat16; packed files, no predictor"
-        )
-        return compare(models, folder, arguments, what)
-
-
-def compare(models: dict, folder: Path, arguments, what: str) -> dict:
-    """Decode with both models in turns; print times, hit rates and bytes; close the models."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from bench.rounds import quotients, ranged, spread
-    from bench.token_times import TokenTimes
-
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
-    fixed = {"min_new_tokens": arguments.tokens, "max_new_tokens": arguments.tokens, "do_sample": False}
-    fixed |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-    answers = {}
-    for name, model in models.items():
-        out = model.generate(ids, **fixed, output_logits=True, return_dict_in_generate=True)
-        answers[name] = out.sequences, torch.stack(out.logits)
-        model.moeflow.reset_stats()
-    if not all(map(torch.equal, *answers.values())):
-        raise WrongBits(f"tokens or logits, {what}")
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(arguments.rounds):
-        say(f"round {turn + 1} of {arguments.rounds}")
-        for name, model in models.items():
-            clock = TokenTimes()
-            model.generate(ids, **fixed, streamer=clock)
-            between = [after - before for before, after in pairwise(clock.times[3:])]
-            times[name].append(statistics.mean(between))
-    print(f"Decoding: {what}; {torch.get_num_threads()} threads; same tokens and logits")
-    heads = f"{'ms a token':>24} {'x bfloat16':>22} {'experts MB':>10} {'hit rate':>8} {'MB read a token':>15}"
-    print(f"{'experts':9} {heads}")
-    rows = {}
-    for name, model in models.items():
-        stats = model.moeflow.stats()
-        decode = stats["decode"]
-        row = {
-            "token_s": spread(times[name]),
-            "ratio_to_bfloat16": quotients(times["bfloat16"], times[name]),
-            "all_experts_bytes": stats["memory"]["all_experts_bytes"],
-            "slots": stats["slots"],
-            "hit_rate": decode["hit_rate"],
-            "bytes_a_token": decode["bytes_from_disk"] / decode["tokens"],
-            "step": stats["step"]["mode"],
-        }
-        rows[name] = row
-        print(
-            f"{name:9} {ranged(row['token_s'], 1e3, 8, 2):>24} {ranged(row['ratio_to_bfloat16'], 1, 6, 2):>22} "
-            f"{row['all_experts_bytes'] / 1e6:10.0f} {row['hit_rate']:8.3f} {row['bytes_a_token'] / 1e6:15.2f}"
-        )
-        model.moeflow.close()
     return rows
 
 

@@ -86,7 +86,7 @@ def decode_lossless(
     place = _places(codes.device)
     rests = blocks[..., place].flatten(1)[:, :in_features].int()
     nibbles = torch.cat((halves & 15, halves >> 4), dim=-1)[..., place].flatten(1)[:, :in_features].int()
-    top = tops.int()
+    top = tops.view(torch.int16).int() & 0xFFFF  # a GPU's torch knows little of uint16
     is_escape = (nibbles == ESCAPE).flatten()
     exponents = ((top & 255)[:, None] - nibbles).flatten().masked_fill(is_escape, 0).view(shape)
     room = spec.num_escapes

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.calibration.expert_statistics import ExpertStatistics
+from moeflow.checkpoint.float_source import parameters_of
+from moeflow.checkpoint.lossless_source import any_lossless
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
-from moeflow.dtypes import tensors_of
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
 from moeflow.hf.experts_interface import ExpertsModule
@@ -168,7 +169,7 @@ class _Survey:
 
     def _errors(self, layer: int, expert: int, module: ExpertsModule, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield for each format the error of an expert's output, [n, H] float32."""
-        exact_weights = self._weights[layer](expert)
+        exact_weights = {name: value.to(inputs.dtype) for name, value in self._weights[layer](expert).items()}
         exact = _run(module, inputs, exact_weights)
         for spec in self._specs:
             rounded = {
@@ -216,7 +217,7 @@ def _reader(model: PreTrainedModel, layer: int, module: ExpertsModule) -> Callab
         parameters = {name: value for name, value in module._parameters.items() if value is not None}
         return lambda expert: {name: value[expert] for name, value in parameters.items()}
     layout = runtime.store.layers[layer].layout
-    if layout.record.matrices:
+    if layout.record.matrices and not any_lossless([runtime.store.layers[layer]]):
         raise ConfigError(
             f"{layout.name} is stored in {layout.record.matrices[0].format} already. Calibrate with the model's float "
             "checkpoint."
@@ -225,7 +226,7 @@ def _reader(model: PreTrainedModel, layer: int, module: ExpertsModule) -> Callab
 
     def read(expert: int) -> dict[str, torch.Tensor]:
         runtime.store.read(ExpertKey(layer, expert), raw)
-        found = tensors_of(torch.from_numpy(raw), layout.record)
+        found = parameters_of(torch.from_numpy(raw), layout.record_of(expert))
         return {name: value.to(runtime.device) for name, value in found.items()}
 
     return read

@@ -3,6 +3,7 @@
 Knows numbers and bytes. Knows nothing of torch, transformers or open files.
 """
 
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeflow.core import LayerLayout
+from moeflow.errors import ExpertReadError
 
 
 class PieceTable(NamedTuple):
@@ -95,3 +97,24 @@ class LayerSource(NamedTuple):
             record[offset : offset + table.bytes_of(expert)] = next(raw)
         for conversion in self.conversions:
             conversion.convert(expert, [next(raw) for _ in conversion.pieces], record)
+
+    def checked_record(self, expert: int, pieces: list[np.ndarray]) -> np.ndarray:
+        """Make an expert's record in memory of its own, for a source that makes another record of it.
+
+        Args:
+            expert: its number.
+            pieces: as for `fill`.
+
+        Returns:
+            uint8 [num_bytes of the expert's record].
+
+        Raises:
+            ExpertReadError: it has another checksum than the file says.
+        """
+        record = np.empty(self.layout.record_of(expert).num_bytes, np.uint8)
+        self.fill(expert, pieces, record)
+        if self.crc32 is not None and zlib.crc32(record.data) != self.crc32[expert]:
+            raise ExpertReadError(
+                f"expert {expert} of {self.layout.name} is corrupt: its checksum does not agree. Write the file again."
+            )
+        return record

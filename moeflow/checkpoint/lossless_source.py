@@ -1,12 +1,11 @@
 """Layer sources whose records hold the same bfloat16 experts in 12 bits a value and a little, every bit kept.
 
-`load_moe(quantization="lossless")` encodes at every read, `moeflow pack --lossless` once.
+`load_moe(quantization="lossless")` encodes at every read, `moeflow pack` once.
 
 Knows records and the lossless format. Knows nothing of models.
 """
 
 import logging
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from moeflow.kernels.quantization.formats import LOSSLESS, MOST_LOSSLESS_VALUES,
 from moeflow.progress import ProgressCallback
 
 WORTH_IT = 0.9  # a record that is not smaller than this part of bfloat16's stays bfloat16
+LEAVE_OUT = "Leave lossless out: nothing is lost without it, either."
 _LEAST_ROOM = 16  # for escapes
 _log = logging.getLogger(__name__)
 
@@ -41,44 +41,47 @@ def lossless_sources(
     *,
     verify: bool = False,
     progress: ProgressCallback | None = None,
-) -> list[LayerSource]:
+) -> tuple[list[LayerSource], str]:
     """Return sources whose records hold the same experts without loss in fewer bytes, where that saves a tenth.
 
-    Sources that are lossless already come back as they are.
+    Sources that are lossless already, or cannot be, come back as they are.
 
     Args:
         files: that the piece tables number.
         stamps: of the files when their headers were read.
-        sources: [num_layers], of a bfloat16 checkpoint.
+        sources: [num_layers].
         transposed: [num_layers], whether the module stores its matrices [in, out].
         verify: decode each record after it is encoded, and compare.
         progress: of the scan, called with (bytes looked at, bytes in all).
 
+    Returns:
+        The sources; and a sentence on why no expert is stored so (other dtypes, [in, out], quantised, exponents that
+        differ too much), empty where some are.
+
     Raises:
-        ConfigError: no expert can be stored so: other dtypes, [in, out], quantised, exponents that differ too much.
         CheckpointError: a file changed.
         ExpertReadError: the disk failed.
     """
-    if _any_lossless(sources):
-        return sources
+    if any_lossless(sources):
+        return sources, ""
     names = [matrices_of(source.layout, turned) for source, turned in zip(sources, transposed, strict=True)]
     if not any(names):
-        raise ConfigError(_why_none(sources, transposed))
+        return sources, _why_none(sources, transposed)
     escapes = scan_escapes(files, stamps, sources, names, progress=progress)
     layouts = [
         lossless_layout(source.layout, of_layer, counts)
         for source, of_layer, counts in zip(sources, names, escapes, strict=True)
     ]
     if all(new is source.layout for new, source in zip(layouts, sources, strict=True)):
-        raise ConfigError(
-            f"the exponents of these experts differ too much to be stored in 4 bits: no record would take less than "
-            f"{WORTH_IT:.0%} of its bfloat16 bytes. Load the model without quantization, it loses nothing either."
+        return sources, (
+            "the exponents of these experts differ too much to be stored in 4 bits: no record would take less than "
+            f"{WORTH_IT:.0%} of its bfloat16 bytes."
         )
     _tell(layouts)
     return [
         source if new is source.layout else _encoded(source, new, verify)
         for new, source in zip(layouts, sources, strict=True)
-    ]
+    ], ""
 
 
 def matrices_of(layout: LayerLayout, is_transposed: bool) -> list[str]:
@@ -116,32 +119,9 @@ def lossless_layout(layout: LayerLayout, names: list[str], escapes: list[list[in
     return LayerLayout(layout.name, layout.num_experts, layout.record, (record, layout.record), kinds)
 
 
-def refuse_device(sources: list[LayerSource], device_type: str, *, are_wanted: bool = False) -> None:
-    """Refuse lossless experts where no kernel computes them yet.
-
-    Args:
-        sources: [num_layers].
-        device_type: "cpu" or "cuda".
-        are_wanted: whether the sources are to become lossless.
-
-    Raises:
-        ConfigError: they would be on a GPU.
-    """
-    if device_type != "cpu" and (are_wanted or _any_lossless(sources)):
-        raise ConfigError(
-            'lossless experts are computed on the CPU only: no GPU kernel reads them yet. Give device="cpu", or load '
-            "the bfloat16 checkpoint without quantization."
-        )
-
-
 def with_checks(sources: list[LayerSource]) -> list[LayerSource]:
     """Return sources of a packed file that look at each lossless record when it is first read."""
-    return [
-        source._replace(check=_Check(source.layout))
-        if any(is_lossless(record) for record in _records(source.layout))
-        else source
-        for source in sources
-    ]
+    return [source._replace(check=_Check(source.layout)) if any_lossless([source]) else source for source in sources]
 
 
 class _Check:
@@ -164,7 +144,7 @@ class _Check:
         tensors = tensors_of(torch.from_numpy(record), layout)
         for matrix in layout.matrices:
             if matrix.format.startswith(LOSSLESS):
-                lossless.decode(*_parts(tensors, matrix), matrix.shape, None)
+                lossless.decode(*parts_of(tensors, matrix), matrix.shape, None)
 
 
 def _encoded(source: LayerSource, layout: LayerLayout, verify: bool) -> LayerSource:
@@ -175,17 +155,13 @@ def _encoded(source: LayerSource, layout: LayerLayout, verify: bool) -> LayerSou
         if not target.matrices:
             source.fill(expert, pieces, record)
             return
-        raw = np.empty(source.layout.record.num_bytes, np.uint8)
-        source.fill(expert, pieces, raw)
-        who = f"expert {expert} of {layout.name}"
-        if source.crc32 is not None and zlib.crc32(raw.data) != source.crc32[expert]:
-            raise ExpertReadError(f"{who} is corrupt: its checksum does not agree. Write the file again.")
+        raw, who = source.checked_record(expert, pieces), f"expert {expert} of {layout.name}"
         out, matrices = tensors_of(torch.from_numpy(record), target), {spec.name: spec for spec in target.matrices}
         for name, value in tensors_of(torch.from_numpy(raw), source.layout.record).items():
             if name not in matrices:
                 out[name].copy_(value)
                 continue
-            parts = _parts(out, matrices[name])
+            parts = parts_of(out, matrices[name])
             try:
                 lossless.encode(value, *parts)
             except ConfigError as error:  # no room: other values than those of the scan
@@ -244,17 +220,20 @@ def _saves(record: RecordLayout, floats: RecordLayout) -> bool:
     return record.num_bytes < WORTH_IT * floats.num_bytes
 
 
-def _parts(tensors: dict[str, torch.Tensor], matrix: MatrixSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def parts_of(tensors: dict[str, torch.Tensor], matrix: MatrixSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the codes, tops and escapes of a lossless matrix, of the tensors of its record."""
     codes, tops, escapes = (tensors[n] for n, _, _ in find_format(matrix.format).tensors(matrix.name, matrix.shape))
     return codes, tops, escapes
 
 
-def _records(layout: LayerLayout) -> tuple[RecordLayout, ...]:
+def any_lossless(sources: list[LayerSource]) -> bool:
+    """Whether an expert of some layers is lossless."""
+    return any(is_lossless(record) for source in sources for record in records_of(source.layout))
+
+
+def records_of(layout: LayerLayout) -> tuple[RecordLayout, ...]:
+    """Return the distinct records of a layer."""
     return layout.variants or (layout.record,)
-
-
-def _any_lossless(sources: list[LayerSource]) -> bool:
-    return any(is_lossless(record) for source in sources for record in _records(source.layout))
 
 
 def _tell(layouts: list[LayerLayout]) -> None:
@@ -269,13 +248,10 @@ def _tell(layouts: list[LayerLayout]) -> None:
 def _why_none(sources: list[LayerSource], transposed: list[bool]) -> str:
     """Say why no layer of a model can be stored without loss."""
     layout = sources[0].layout
-    remedy = "Load it without quantization."
-    if _records(layout)[0].matrices:
-        return (
-            f"{layout.name} is stored in {_records(layout)[0].matrices[0].format} already, and lossless is for "
-            f"bfloat16. {remedy}"
-        )
+    if layout.record.matrices:
+        form = layout.record.matrices[0].format
+        return f"{layout.name} is stored in {form} already, and lossless is for bfloat16."
     if all(transposed):
-        return f"{layout.name} stores its matrices [in, out], and lossless is for matrices [out, in]. {remedy}"
+        return f"{layout.name} stores its matrices [in, out], and lossless is for matrices [out, in]."
     dtypes = sorted({spec.dtype for source in sources for spec in source.layout.record.tensors})
-    return f"these experts are {', '.join(dtypes)}, and lossless is for bfloat16 (BF16). {remedy}"
+    return f"these experts are {', '.join(dtypes)}, and lossless is for bfloat16 (BF16)."

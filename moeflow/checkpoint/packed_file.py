@@ -78,7 +78,7 @@ def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
 
     Args:
         folder: holds the packed file.
-        expected: [num_layers], the model's layouts.
+        expected: [num_layers], the model's layouts; their dtype matters only where no expert is in a weight format.
 
     Raises:
         CheckpointError: not a packed file, corrupt, truncated, or of another model or dtype.
@@ -92,6 +92,8 @@ def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
         raise CheckpointError(f"{file} is truncated: {size:,} bytes on disk, {end:,} by its header. Write it again.")
     if len(layers) != len(expected):
         raise _foreign(file, f"it has {len(layers)} layers of experts, the model {len(expected)}")
+    if any(_is_lossless(record) for source in layers for record in source.layout.variants or (source.layout.record,)):
+        expected = [_in_bfloat16(layout) for layout in expected]  # what stayed as it was is computed from bfloat16, too
     for source, wanted in zip(layers, expected, strict=True):
         _compare(file, source.layout, wanted)
     return layers
@@ -107,7 +109,7 @@ def packed_dtype(folder: Path) -> str | None:
     with _malformed_header(file):
         header, _, _ = _read_header(file)
         record = _record(header["layers"][0]["records"][0])
-    if any(matrix.format.startswith(LOSSLESS) for matrix in record.matrices):
+    if _is_lossless(record):
         return "BF16"
     return None if record.matrices else record.tensors[0].dtype
 
@@ -161,6 +163,15 @@ def _compare(file: Path, found: LayerLayout, wanted: LayerLayout) -> None:
                 raise _foreign(file, f"{found.name} has {odd[0]}, the model {shapes}")
         elif record != wanted.record:
             raise _foreign(file, f"{_brief_record(record)} is not {_brief_record(wanted.record)}")
+
+
+def _is_lossless(record: RecordLayout) -> bool:
+    return any(matrix.format.startswith(LOSSLESS) for matrix in record.matrices)
+
+
+def _in_bfloat16(layout: LayerLayout) -> LayerLayout:
+    record = RecordLayout.pack([(spec.name, "BF16", spec.shape) for spec in layout.record.tensors])
+    return layout._replace(record=record)
 
 
 def _brief_record(record: RecordLayout) -> str:

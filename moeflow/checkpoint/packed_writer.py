@@ -14,8 +14,10 @@ import os
 import shutil
 import zlib
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -23,6 +25,7 @@ import numpy as np
 
 from moeflow import __version__
 from moeflow.atomic_file import sync_file, sync_folder
+from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import SINGLE_FILE, Checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.pack_journal import JOURNAL, PackJournal, is_of_run
@@ -40,16 +43,14 @@ _READS_IN_FLIGHT = 4
 _COPY_CHUNK_BYTES = 16 << 20
 
 
-def check_output(folder: Path, out: Path) -> None:
-    """Refuse a folder that cannot be packed, before anything is read.
+def check_output(out: Path) -> None:
+    """Refuse a folder that is there, before anything is read.
 
     Raises:
-        ConfigError: `out` exists, or `folder` is packed already.
+        ConfigError: `out` exists.
     """
     if os.path.lexists(out) and not (out / JOURNAL).is_file():  # with one, a run was killed in its last step
         _refuse_existing(out)
-    if (folder / PACKED_FILE).exists():
-        raise ConfigError(f"{folder} is packed already.")
 
 
 def write_packed(
@@ -58,6 +59,7 @@ def write_packed(
     feeding: set[str],
     out: Path,
     *,
+    packed: tuple[Path, FileStamp] | None = None,
     settings: str = "",
     progress: ProgressCallback | None = None,
 ) -> Path:
@@ -68,6 +70,8 @@ def write_packed(
         layers: [num_layers], the sources of records.
         feeding: names of the tensors that feed experts.
         out: the folder to write.
+        packed: the packed file that the layers lie in, and its stamp when its header was read; None where they lie in
+            the checkpoint's own files.
         settings: everything else that decides the records' bytes; a partial folder of other settings is not continued.
         progress: called with (bytes written, bytes in all).
 
@@ -83,9 +87,11 @@ def write_packed(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(out.with_name(out.name + ".lock"), on_taken=refuse):
-            run = _run_name(checkpoint, [source.layout for source in layers], settings)
+            files, stamps = (checkpoint.files, checkpoint.stamps) if packed is None else ([packed[0]], [packed[1]])
+            run = _run_name(checkpoint, files, [source.layout for source in layers], settings)
             if not os.path.lexists(out):
-                _fill(partial, run, checkpoint, layers, feeding, progress)
+                store = partial_of(ExpertStore, files, layers, stamps=stamps)
+                _fill(partial, run, checkpoint, layers, store, feeding, progress)
                 os.rename(partial, out)
                 sync_folder(out.parent)
             elif not is_of_run(out, run):
@@ -110,6 +116,7 @@ def _fill(
     run: str,
     checkpoint: Checkpoint,
     layers: list[LayerSource],
+    open_store: Callable[[], ExpertStore],
     feeding: set[str],
     progress: ProgressCallback | None,
 ) -> None:
@@ -135,7 +142,7 @@ def _fill(
                 if not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, partial / file.name)
         _write_dense(checkpoint, dense, partial / SINGLE_FILE, report)
-        _write_experts(checkpoint, layers, partial / PACKED_FILE, keys, offsets, journal, report)
+        _write_experts(open_store, layouts, partial / PACKED_FILE, keys, offsets, journal, report)
     for file in partial.iterdir():
         sync_file(file)
     sync_folder(partial)
@@ -153,14 +160,11 @@ class _Report:
             self._progress(self._done, self._total)
 
 
-def _run_name(checkpoint: Checkpoint, layouts: list[LayerLayout], settings: str) -> str:
+def _run_name(checkpoint: Checkpoint, files: list[Path], layouts: list[LayerLayout], settings: str) -> str:
     """Hash the inputs: a partial folder of other inputs must not be continued."""
-    stats = [file.stat() for file in checkpoint.files]
-    files = [
-        (file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        for file, stat in zip(checkpoint.files, stats, strict=True)
-    ]
-    inputs = [__version__, files, checkpoint.tensors, layouts, settings]
+    stats = {file: file.stat() for file in (*checkpoint.files, *files)}
+    found = [(file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats.items()]
+    inputs = [__version__, found, checkpoint.tensors, layouts, settings]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
@@ -204,8 +208,8 @@ def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _
 
 
 def _write_experts(
-    checkpoint: Checkpoint,
-    layers: list[LayerSource],
+    open_store: Callable[[], ExpertStore],
+    layouts: list[LayerLayout],
     file: Path,
     keys: list[ExpertKey],
     offsets: list[list[int]],
@@ -213,8 +217,7 @@ def _write_experts(
     report: _Report,
 ) -> None:
     """Write the records that the journal lacks, in the order of keys, then the header with all checksums."""
-    layouts = [source.layout for source in layers]
-    store = ExpertStore(checkpoint.files, layers, stamps=checkpoint.stamps)
+    store = open_store()
     threads = ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="moeflow-pack")
 
     def read(key: ExpertKey) -> np.ndarray:

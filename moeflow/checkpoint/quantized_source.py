@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from moeflow.checkpoint.float_source import float_sources
 from moeflow.checkpoint.layer_source import Conversion, LayerSource
 from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
 from moeflow.dtypes import tensors_of
@@ -53,7 +54,7 @@ def quantize_sources(
     """Return sources whose records hold the same experts in weight formats.
 
     Args:
-        sources: [num_layers], of an unquantised checkpoint.
+        sources: [num_layers], of an unquantised checkpoint; lossless records are decoded.
         formats: [num_layers][num_experts], names of formats.
         transposed: [num_layers], whether the module stores its matrices [in, out].
         method: "rtn", "hqq" or "gptq".
@@ -64,7 +65,7 @@ def quantize_sources(
     """
     return [
         _quantized(layer, source, names, turned, method, calibration)
-        for layer, (source, names, turned) in enumerate(zip(sources, formats, transposed, strict=True))
+        for layer, (source, names, turned) in enumerate(zip(float_sources(sources), formats, transposed, strict=True))
     ]
 
 
@@ -91,8 +92,7 @@ def _quantized(
     new = LayerLayout(layout.name, layout.num_experts, largest, *((variants, kinds) if len(variants) > 1 else ()))
 
     def convert(expert: int, pieces: list[np.ndarray], record: np.ndarray) -> None:
-        raw = np.empty(layout.record.num_bytes, np.uint8)
-        source.fill(expert, pieces, raw)
+        raw = source.checked_record(expert, pieces)
         target = new.record_of(expert)
         out = tensors_of(torch.from_numpy(record), target)
         weights = tensors_of(torch.from_numpy(raw), layout.record)

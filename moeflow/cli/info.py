@@ -165,7 +165,7 @@ def _lossless_row(saving: dict[str, Any] | None) -> list[tuple[str, str]]:
     else:
         taken += f", by the exponents of {saving['experts_read']} experts"
         if saving["built"]:
-            taken += ": moeflow pack --lossless"
+            taken += ": moeflow pack"
     if not saving["built"]:
         taken += f" (not built for {saving['dtype']}, only for BF16)"
     return [("lossless", taken)]

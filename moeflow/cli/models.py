@@ -2,6 +2,10 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeflow.convert.pack import Packed
 
 
 def add_pack_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -11,8 +15,9 @@ def add_pack_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     pack.add_argument("out", help="folder to write; a killed run is continued by the next")
     pack.add_argument(
         "--lossless",
-        action="store_true",
-        help="bfloat16 experts in three quarters of their bytes, every bit kept",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 experts in three quarters of their bytes, every bit kept: an error where that saves nothing, or "
+        "never; without either, where it saves a tenth",
     )
     pack.add_argument("--json", action="store_true", help="print one JSON object")
     pack.set_defaults(run=_pack)
@@ -31,13 +36,29 @@ def _pack(arguments: argparse.Namespace) -> int:
     from moeflow.convert.pack import pack_model
 
     with bytes_progress(f"packing {arguments.model}") as progress:
-        folder = pack_model(arguments.model, arguments.out, lossless=arguments.lossless, progress=progress)
-    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        packed = pack_model(arguments.model, arguments.out, lossless=arguments.lossless, progress=progress)
+    num_bytes = sum(file.stat().st_size for file in packed.folder.iterdir())
     if arguments.json:
-        print(json.dumps({"folder": str(folder), "bytes": num_bytes}))
+        print(json.dumps({**packed._asdict(), "folder": str(packed.folder), "bytes": num_bytes}))
     else:
-        print(f"wrote {folder}, {num_bytes:,} bytes: load_moe({str(folder)!r})")
+        print(
+            f"wrote {packed.folder}, {num_bytes:,} bytes: {_stored(packed)} The weights take "
+            f"{packed.weight_bytes / packed.source_bytes:.1%} of the source's {packed.source_bytes:,} bytes. "
+            f"load_moe({str(packed.folder)!r})"
+        )
     return 0
+
+
+def _stored(packed: "Packed") -> str:
+    """Say how experts are stored, and why."""
+    if packed.num_lossless == packed.num_experts:
+        return f"{packed.num_experts} experts without loss, every bit kept."
+    if packed.num_lossless:
+        kept = packed.num_experts - packed.num_lossless
+        return (
+            f"{packed.num_lossless} experts without loss, every bit kept; {kept} as they are, for they save too little."
+        )
+    return f"{packed.num_experts} experts as they are: {packed.why_floats}"
 
 
 def _demo_model(arguments: argparse.Namespace) -> int:

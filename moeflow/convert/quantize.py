@@ -46,7 +46,7 @@ def quantize_model(
     """Write `model` as a packed folder whose experts are quantised; load_moe(out) reads it. Lossy.
 
     Args:
-        model: a hub id or a checkpoint folder with float experts.
+        model: a hub id or a checkpoint folder with float experts, packed ones too.
         out: the folder to write; must not exist. A killed run is continued by the next with the same arguments.
         formats: a format's name, or one for every expert, [num_layers][num_experts].
         method: "hqq" (zeros optimised, no data), "rtn" (round to nearest), or "gptq" (needs calibration).
@@ -63,7 +63,7 @@ def quantize_model(
     if method == "gptq" and calibration is None:
         raise ConfigError('method="gptq" learns from what experts see: give a calibration, or use "hqq".')
     folder, out = ModelFolder(model), Path(out)
-    check_output(folder.path, out)
+    check_output(out)
     empty = folder.empty_model()
     sources = folder.layers(empty)
     if isinstance(formats, str):
@@ -72,7 +72,15 @@ def quantize_model(
         sources, formats, experts_interface.transposed(empty), method=method, calibration=calibration
     )
     settings = method if calibration is None else f"{method} {calibration.fingerprint}"
-    write_packed(folder.checkpoint, layers, folder.feeding(empty), out, settings=settings, progress=progress)
+    write_packed(
+        folder.checkpoint,
+        layers,
+        folder.feeding(empty),
+        out,
+        packed=folder.packed_file,
+        settings=settings,
+        progress=progress,
+    )
     num_bytes, num_weights = _size(layers)
     counts = Counter(name for names in formats for name in names)
     return Written(out, num_bytes, 8 * num_bytes / num_weights, dict(counts))

@@ -117,6 +117,11 @@ class ModelFolder:
         """The stamps of `expert_files` from before their headers were read."""
         return [FileStamp.of(file) for file in self.expert_files] if self.packed else self.checkpoint.stamps
 
+    @property
+    def packed_file(self) -> tuple[Path, FileStamp] | None:
+        """The packed file of experts and its stamp; None where they lie in the checkpoint."""
+        return (self.expert_files[0], self.expert_stamps[0]) if self.packed else None
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """The model's dtype where nothing else is asked for: the config's, else its weights', as transformers has it.

@@ -6,6 +6,8 @@ Knows a model on disk. Knows nothing of loading it.
 from pathlib import Path
 
 from moeflow import hardware
+from moeflow.checkpoint.lossless_source import is_lossless
+from moeflow.core import RecordLayout
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.budget import ExpertsSize
@@ -37,7 +39,7 @@ def describe_model(model: str | Path) -> dict:
     counts = sorted({source.layout.num_experts for source in layers})
     records = {record for source in layers for record in source.layout.variants or (source.layout.record,)}
     record_bytes = sorted({record.num_bytes for record in records})
-    formats = sorted({spec.format for record in records for spec in record.matrices})
+    formats = sorted({name for record in records for name in _formats(record)})
     transposed, files = experts_interface.transposed(empty), folder.expert_files
     saving = lossless_saving(files, folder.expert_stamps, layers, transposed)
     text = folder.config.get_text_config(decoder=True)
@@ -50,7 +52,7 @@ def describe_model(model: str | Path) -> dict:
         "experts_per_layer": counts[0] if len(counts) == 1 else counts,
         "num_experts_per_tok": size.num_experts_per_tok,
         "num_experts": size.num_experts,
-        "dtype": ", ".join(formats) or layers[0].layout.record.tensors[0].dtype,
+        "dtype": ", ".join(formats),
         "expert_bytes": record_bytes[0] if len(record_bytes) == 1 else record_bytes,
         "experts_bytes": size.all_bytes,
         "dense_bytes": dense,
@@ -64,6 +66,13 @@ def describe_model(model: str | Path) -> dict:
             "gpus": gpu_names(),
         },
     }
+
+
+def _formats(record: RecordLayout) -> set[str]:
+    """Return what a record's matrices are stored in; lossless is one format, whatever its room for escapes."""
+    if is_lossless(record):
+        return {spec.format.rpartition("-")[0] for spec in record.matrices}  # without the room for escapes
+    return {spec.format for spec in record.matrices} or {record.tensors[0].dtype}
 
 
 def _budget(size: ExpertsSize, num_layers: int, share: float) -> dict:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.checkpoint.lossless_source import lossless_sources, refuse_device
+from moeflow.checkpoint.float_source import float_sources
+from moeflow.checkpoint.lossless_source import LEAVE_OUT, any_lossless, lossless_sources
 from moeflow.checkpoint.quantized_source import quantize_sources
+from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.model_folder import ModelFolder
@@ -25,6 +27,7 @@ from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.moe.choose_compute import computes_lossless
 from moeflow.step.decoding import StepDecoding
 from moeflow.trace.recorder import attach_recorder
 
@@ -58,8 +61,8 @@ def load_moe(
         quantization: a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2",
             "int1", or with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk:
             where not all experts fit, write them once with `moeflow quantize`, and load that folder. Or "lossless":
-            bfloat16 experts take about three quarters of their bytes, and every bit stays, CPU only; `moeflow pack
-            --lossless` writes them once.
+            bfloat16 experts take about three quarters of their bytes, and every bit stays; `moeflow pack` writes them
+            so once, and such a folder needs no option.
         policy: which expert leaves when a slot is needed: "lru", "lfu", "lfru" (frequency / (age + 1)), "static",
             "forecast" (the one whose slot is worth the least by prediction), or "auto" ("forecast" where there is a
             predictor, else "lfru").
@@ -114,7 +117,7 @@ def load_moe(
     pretrained.own_dense_weights(loaded)
     if on_cpu:
         speed_up_dense(loaded)
-    if on_cpu and quantization == "lossless":
+    if on_cpu and any_lossless(experts.layers):
         compress_dense(loaded)
     predicting = build_predictor(predictor, loaded, experts.layers, experts.size.num_experts_per_tok)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
@@ -136,14 +139,17 @@ def load_moe(
 
 def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedModel) -> Experts:
     """Find the experts of an empty model, and refuse a budget that is too small for them."""
-    layers = folder.layers(empty)
+    stored = layers = folder.layers(empty)
     if options.weight_format is not None:
         formats = [[options.weight_format] * source.layout.num_experts for source in layers]
         layers = quantize_sources(layers, formats, experts_interface.transposed(empty))
-    refuse_device(layers, options.torch_device.type, are_wanted=options.is_lossless)
     if options.is_lossless:
         transposed = experts_interface.transposed(empty)
-        layers = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
+        layers, why_not = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
+        if why_not:
+            raise ConfigError(f"{why_not} {LEAVE_OUT}")
+    if any_lossless(layers) and not computes_lossless(options.torch_device):
+        layers = float_sources(stored)
     size = ExpertsSize.of(
         [source.layout for source in layers],
         experts_interface.num_experts_per_tok(empty),

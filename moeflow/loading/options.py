@@ -80,8 +80,8 @@ class LoadOptions:
             'a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2", "int1", '
             'or with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk: '
             "where not all experts fit, write them once with `moeflow quantize`, and load that folder. Or "
-            '"lossless": bfloat16 experts take about three quarters of their bytes, and every bit stays, CPU only; '
-            "`moeflow pack --lossless` writes them once.",
+            '"lossless": bfloat16 experts take about three quarters of their bytes, and every bit stays; '
+            "`moeflow pack` writes them so once, and such a folder needs no option.",
             flag='round experts as they are read: int8, int4 ...; lossy, but for "lossless"',
             metavar="F",
         ),

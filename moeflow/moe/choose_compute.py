@@ -1,7 +1,10 @@
 """Chooses the kernels that run a layer's experts, once, from module, records and device."""
 
 import logging
+<<<<<<< HEAD
 from functools import cache
+=======
+>>>>>>> origin/lossless
 
 import torch
 
@@ -9,8 +12,13 @@ from moeflow.core import RecordLayout
 from moeflow.hf import experts_interface
 from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import recognise
+from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.structs import DTYPES
+<<<<<<< HEAD
 from moeflow.kernels.triton.probe import why_not
+=======
+from moeflow.kernels.triton.experts import available
+>>>>>>> origin/lossless
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.split_compute import SplitCompute
@@ -46,6 +54,7 @@ def choose_compute(
     cpu = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
     plain = TorchCompute(module)
     if device.type == "cpu":
+<<<<<<< HEAD
         return cpu if cpu.can_run(records) else plain
     triton = TritonCompute(activation, module.is_transposed)
     compute = triton if can_use_triton(device) and triton.can_run(records) else plain
@@ -61,3 +70,25 @@ def can_use_triton(device: torch.device) -> bool:
     if reason is not None:
         _log.warning("Triton's kernels cannot run on %s: %s. PyTorch's own are used, which are slower.", device, reason)
     return reason is None
+=======
+        compute = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
+    else:
+        compute = TritonCompute(module, activation)
+    return compute if compute.can_run(records) else TorchCompute(module)
+
+
+def computes_lossless(device: torch.device) -> bool:
+    """Whether a device has kernels that compute lossless experts from their codes; said where it has none."""
+    if device.type == "cpu":
+        found, remedy = instruction_set() is not None, "install moeflow where there is a C++ compiler"
+    else:
+        found, remedy = available(), "install Triton"
+    if not found:
+        _log.warning(
+            "no kernel computes lossless experts from their codes here: they are decoded as they are read, slowly, and "
+            "take the memory of bfloat16. To change that %s; moeflow pack MODEL OUT --no-lossless writes a folder that "
+            "is read faster here.",
+            remedy,
+        )
+    return found
+>>>>>>> origin/lossless

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+QUIET_SHARE = 0.1  # of all cores: others take no more in a quiet round
+
 
 class Case(NamedTuple):
     """Something to time.
@@ -42,6 +44,17 @@ def spread(values: list[float]) -> dict:
 def quotients(a: list[float], b: list[float]) -> dict:
     """Return the spread of a / b, round by round."""
     return spread([x / y for x, y in zip(a, b, strict=True)])
+
+
+def quiet_ratio(a: list[float], b: list[float], others: list[float]) -> dict | None:
+    """Return the spread of a / b over the rounds in which other processes took little; None without such a round.
+
+    Args:
+        a, b: of each round.
+        others: the larger share of the processors that others took during a and b, of each round.
+    """
+    pairs = [(x, y) for x, y, share in zip(a, b, others, strict=True) if share <= QUIET_SHARE]
+    return quotients(*map(list, zip(*pairs, strict=True))) if pairs else None
 
 
 def ranged(found: dict | None, unit: float, width: int, digits: int) -> str:

@@ -78,7 +78,7 @@ def test_each_failed_line_says_why_and_every_other_one_is_answered(speaking_fold
 def test_an_expert_that_cannot_be_read_fails_who_needs_it_until_it_is_there_again(
     speaking_folder, whole, tmp_path, capsys
 ):
-    folder = pack_model(speaking_folder, tmp_path / "packed")
+    folder = pack_model(speaking_folder, tmp_path / "packed").folder
     packed = (folder / PACKED_FILE).read_bytes()
     (folder / PACKED_FILE).write_bytes(packed[:-100] + bytes([packed[-100] ^ 1]) + packed[-99:])
     prompts = [letter * 2 for letter in "abcdefghij"]

@@ -6,17 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
-import zlib
 
 import pytest
 import torch
 
 from helpers.families import FAMILIES
 from helpers.family_models import build_model
+from helpers.lossless_models import NOT_WORTH_IT, foreign, lossless_mixtral, spoilt
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.checkpoint.headers import open_checkpoint
-from moeflow.checkpoint.lossless_source import check_same, is_lossless, refuse_device
+from moeflow.checkpoint.lossless_source import check_same, is_lossless
 from moeflow.checkpoint.packed_file import PACKED_FILE, PREFIX_BYTES, packed_dtype
 from moeflow.cli.main import main
 from moeflow.convert.pack import pack_model
@@ -29,33 +29,16 @@ from moeflow.paths import cache_folder
 PROMPT = torch.tensor([[5, 17, 33, 3, 42, 8, 50]])
 
 
-def spoilt(model, layer, expert, share):
-    """Give a share of one expert's values exponents that no code reaches."""
-    weight = model.model.layers[layer].mlp.experts.gate_up_proj.data[expert]
-    weight[torch.rand(weight.shape) < share] *= 2.0**-40
-
-
 @pytest.fixture(scope="module")
-def model():
-    """A Mixtral in bfloat16: an expert with a few escapes, one with a NaN and signed zeros, one not worth it."""
-    model = tiny_mixtral(intermediate_size=128).bfloat16()
-    spoilt(model, 0, 1, 0.002)
-    spoilt(model, 1, 2, 0.2)
-    down = model.model.layers[2].mlp.experts.down_proj.data[7]
-    down[0, :3] = torch.tensor([0.0, -0.0, 1e-39])
-    return model
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bf16") / "model"
-    model.save_pretrained(folder, max_shard_size="200KB")
+    lossless_mixtral().save_pretrained(folder, max_shard_size="200KB")
     return folder
 
 
 @pytest.fixture(scope="module")
 def packed(folder, tmp_path_factory):
-    return pack_model(folder, tmp_path_factory.mktemp("packed") / "out", lossless=True)
+    return pack_model(folder, tmp_path_factory.mktemp("packed") / "out", lossless=True).folder
 
 
 def answer(source, budget="100%", **options):
@@ -113,7 +96,7 @@ def test_experts_that_save_too_little_stay_bfloat16_and_it_is_said(folder, caplo
     with caplog.at_level(logging.WARNING), load_moe(folder, device="cpu", quantization="lossless").moeflow as runtime:
         layouts = [source.layout for source in runtime.store.layers]
     kept = [(n, e) for n, layout in enumerate(layouts) for e in range(8) if not is_lossless(layout.record_of(e))]
-    assert kept == [(1, 2)]
+    assert kept == [NOT_WORTH_IT]
     assert "1 experts stay bfloat16" in caplog.text
     formats = [matrix.format for matrix in layouts[0].record.matrices]
     rooms = [int(name.rpartition("-")[2]) for name in formats]
@@ -137,7 +120,7 @@ def test_a_scan_is_kept_and_a_damaged_one_is_done_again(folder, caplog):
 
 
 def test_a_packed_folder_is_smaller_and_takes_the_option_too(folder, packed, tmp_path):
-    plain = pack_model(folder, tmp_path / "plain")
+    plain = pack_model(folder, tmp_path / "plain", lossless=False).folder
     small, large = ((path / PACKED_FILE).stat().st_size for path in (packed, plain))
     assert small < 0.85 * large
     with load_moe(packed, quantization="lossless").moeflow as runtime:
@@ -157,7 +140,7 @@ def test_a_stopped_run_is_continued_to_the_same_bytes(folder, packed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack_model(folder, tmp_path / "out", lossless=True, progress=stop)
     assert (tmp_path / "out.partial").is_dir()
-    out = pack_model(folder, tmp_path / "out", lossless=True)
+    out = pack_model(folder, tmp_path / "out", lossless=True).folder
     assert (out / PACKED_FILE).read_bytes() == (packed / PACKED_FILE).read_bytes()
 
 
@@ -174,24 +157,6 @@ def test_a_record_that_would_not_come_back_is_refused():
     codes[1, 3] ^= 1
     with pytest.raises(CheckpointError, match=r"w would not come back"):
         check_same(weight, (codes, tops, escapes), "w")
-
-
-def foreign(packed, out, damage):
-    """Copy a packed folder and damage its first record under right checksums."""
-    shutil.copytree(packed, out)
-    content = bytearray((out / PACKED_FILE).read_bytes())
-    length = int.from_bytes(content[8:16], "little")
-    text = bytes(content[PREFIX_BYTES : PREFIX_BYTES + length])
-    layer = json.loads(text)["layers"][0]
-    record = layer["records"][0]
-    begin = int(layer["offset"], 16)
-    damage(content, {tensor["name"]: begin + tensor["offset"] for tensor in record["tensors"]})
-    new = f"{zlib.crc32(content[begin : begin + record['record_bytes']]):08x}"
-    text = text.replace(layer["crc32"][0].encode(), new.encode())
-    content[PREFIX_BYTES : PREFIX_BYTES + length] = text
-    content[16:20] = zlib.crc32(text).to_bytes(4, "little")
-    (out / PACKED_FILE).write_bytes(content)
-    return out
 
 
 def wrong_top(content, places):
@@ -225,7 +190,8 @@ def rot(file, at, content):
 
 
 def test_bytes_that_changed_after_the_scan_are_refused_by_name(folder, tmp_path):
-    source, plain = shutil.copytree(folder, tmp_path / "model"), pack_model(folder, tmp_path / "plain")
+    source = shutil.copytree(folder, tmp_path / "model")
+    plain = pack_model(folder, tmp_path / "plain", lossless=False).folder
     entry = open_checkpoint(source).tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
     header = json.loads((plain / PACKED_FILE).read_bytes()[PREFIX_BYTES:].split(b"\0")[0])
     places = ((source, open_checkpoint(source).files[entry.file], entry.begin, "has other exponents"),)
@@ -286,16 +252,6 @@ def test_quantised_experts_are_refused(folder, tmp_path):
     quantize_model(folder, tmp_path / "out", "int8", method="rtn")
     with pytest.raises(ConfigError, match="stored in int8 already, and lossless is for bfloat16"):
         load_moe(tmp_path / "out", quantization="lossless")
-
-
-def test_a_gpu_is_refused(folder, packed):
-    for path, are_wanted in ((packed, False), (folder, True)):
-        with load_moe(path, device="cpu").moeflow as runtime:
-            layers = runtime.store.layers
-        refuse_device(layers, "cpu", are_wanted=are_wanted)
-        with pytest.raises(ConfigError, match="CPU only: no GPU kernel"):
-            refuse_device(layers, "cuda", are_wanted=are_wanted)
-    refuse_device(layers, "cuda")
 
 
 def test_a_name_that_is_near_is_told_of_it(folder):

@@ -23,7 +23,7 @@ PROMPT = torch.arange(1, 12).unsqueeze(0)
 
 @pytest.fixture(scope="module")
 def packed_folder(mixtral_folder, tmp_path_factory):
-    return pack_model(mixtral_folder, tmp_path_factory.mktemp("packed") / "model")
+    return pack_model(mixtral_folder, tmp_path_factory.mktemp("packed") / "model").folder
 
 
 def logits(folder, **options):
@@ -137,7 +137,7 @@ def test_existing_output_is_left_alone(mixtral_folder, tmp_path):
     with pytest.raises(ConfigError, match="exists"):
         pack_model(mixtral_folder, tmp_path / "out")
     with pytest.raises(ConfigError, match="packed already"):
-        pack_model(pack_model(mixtral_folder, tmp_path / "one"), tmp_path / "two")
+        pack_model(pack_model(mixtral_folder, tmp_path / "one").folder, tmp_path / "two")
 
 
 _PACK = """
@@ -173,7 +173,7 @@ def test_partial_folder_of_another_model_is_not_continued(mixtral_folder, tmp_pa
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "experts.journal").write_text("another model\n00000000\n")
-    out = pack_model(mixtral_folder, tmp_path / "out")
+    out = pack_model(mixtral_folder, tmp_path / "out").folder
     load_moe(out).moeflow.close()
 
 

@@ -43,7 +43,7 @@ def write(source, out, *, settings="", progress=None):
         table = PieceTable("U8", (BYTES,), BYTES, array("H", [0] * EXPERTS), begins)
         layout = LayerLayout(f"layers.{number}", EXPERTS, RecordLayout.pack([("w", "U8", (BYTES,))]))
         layers.append(LayerSource(layout, ((table, 0),), ()))
-    check_output(source, out)
+    check_output(out)
     return write_packed(checkpoint, layers, set(), out, settings=settings, progress=progress)
 
 

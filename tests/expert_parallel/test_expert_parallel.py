@@ -6,6 +6,7 @@ The ranks run `helpers/parallel_ranks.py`, every situation in one launch, and wr
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from helpers.families import FAMILIES
 from helpers.family_models import build_model
 from helpers.parallel_ranks import answers, few_of, load, num_new_tokens_of, own_passes, prompts_of, replicated_plan
 from helpers.paths import ROOT
 from moeflow.cli.main import main
+from moeflow.convert.pack import pack_model
 from moeflow.errors import ConfigError
 from moeflow.expert_parallel.expert_parallel import apply
 from moeflow.expert_parallel.replicas import ReplicaTable
@@ -281,7 +284,13 @@ def test_the_command_line_that_its_errors_show_is_one_it_takes(capsys):
     assert "is no rank of several" in capsys.readouterr().err
 
 
-def test_the_command_deals_prompts_out_and_prints_from_rank_0(speaking_folder, tmp_path):
+@pytest.mark.parametrize("lossless", [False, True])
+def test_the_command_deals_prompts_out_and_prints_from_rank_0(speaking_folder, tmp_path, lossless):
+    if lossless:
+        model = AutoModelForCausalLM.from_pretrained(speaking_folder, dtype=torch.bfloat16)
+        speaking_folder = shutil.copytree(speaking_folder, tmp_path / "bfloat16")
+        model.save_pretrained(speaking_folder)
+        speaking_folder = pack_model(speaking_folder, tmp_path / "packed", lossless=True).folder
     (tmp_path / "prompts.txt").write_text("hello\nto all\nof you\n")
     write_plan(tmp_path / "plan.json", replicated_plan(2))
     with socket.socket() as free:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.lossless_models import lossless_mixtral
 from moeflow import load_moe
+from moeflow.convert.pack import pack_model
 from moeflow.errors import BudgetError
 from moeflow.offload.streams import CudaStreams
 
@@ -102,3 +104,17 @@ def test_a_copy_is_timed_on_the_device():
     streams.synchronize(second)
     assert streams.done(first)
     assert 64 << 20 < (64 << 20) / streams.copy_s(second) < 2e12  # bytes a second
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_lossless_experts_give_the_bits_of_bfloat16(tmp_path, monkeypatch, has_triton):
+    """From codes by Triton's kernels, and unpacked by torch without them; one expert stays bfloat16."""
+    if not has_triton:
+        monkeypatch.setattr("moeflow.moe.choose_compute.TritonCompute.can_run", lambda self, records: False)
+    lossless_mixtral().save_pretrained(tmp_path / "source")
+    pack_model(tmp_path / "source", tmp_path / "packed", lossless=True)
+    with (whole := load_moe(tmp_path / "source", device="cuda", expert_memory="100%", predictor=None)).moeflow:
+        expected = logits(whole)
+    for budget in ("25%", "100%"):
+        with (model := load_moe(tmp_path / "packed", device="cuda", expert_memory=budget, predictor=None)).moeflow:
+            assert torch.equal(logits(model), expected)

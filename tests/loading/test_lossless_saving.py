@@ -26,7 +26,9 @@ def saved(folder, dtype, spread=0.0):
 def test_the_estimate_is_what_packing_finds(tmp_path):
     folder = saved(tmp_path / "model", torch.bfloat16)
     found = describe_model(folder)["lossless"]
-    plain, small = (pack_model(folder, tmp_path / str(flag), lossless=flag) / PACKED_FILE for flag in (False, True))
+    plain, small = (
+        pack_model(folder, tmp_path / str(flag), lossless=flag).folder / PACKED_FILE for flag in (False, True)
+    )
     assert found["share"] == pytest.approx(small.stat().st_size / plain.stat().st_size, abs=0.01)
     assert found["share"] < 0.78
     assert found["built"]

@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from helpers.lossless_models import spoilt
+from helpers.small_models import tiny_mixtral
+from moeflow.convert.pack import pack_model
 from moeflow.kernels.cpu.library import instruction_set
 
 _LOGITS = """
@@ -72,3 +75,48 @@ def test_every_kind_of_compute_gives_the_same_logits_at_every_budget(mixtral_fol
 def test_a_path_that_does_not_exist_is_refused(mixtral_folder):
     with pytest.raises(AssertionError, match="no instruction set"):
         logits("cpu", mixtral_folder, MOEFLOW_CPU_KERNELS="sse9")
+
+
+@pytest.fixture(scope="module")
+def lossless_folder(tmp_path_factory):
+    """One layer packed without loss: experts with escapes and without, and one that stays bfloat16."""
+    below = tmp_path_factory.mktemp("lossless")
+    model = tiny_mixtral(intermediate_size=128, num_hidden_layers=1, num_local_experts=16).bfloat16()
+    spoilt(model, 0, 1, 0.002)
+    spoilt(model, 0, 2, 0.2)
+    model.save_pretrained(below / "source")
+    return pack_model(below / "source", below / "packed", lossless=True).folder
+
+
+@pytest.mark.slow
+def test_tritons_kernels_give_the_bits_of_bfloat16_from_lossless_experts(lossless_folder):
+    pytest.importorskip("triton")
+    (_, expected), (kinds, found) = (
+        logits("triton", folder, TRITON_INTERPRET="1")
+        for folder in (lossless_folder.parent / "source", lossless_folder)
+    )
+    assert kinds == ["TritonCompute"]
+    assert torch.equal(found, expected)
+
+
+_LOADED = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING)
+from moeflow import load_moe
+from moeflow.checkpoint.lossless_source import any_lossless
+source, packed = sys.argv[1:]
+for folder, quantization in ((source, None), (packed, None), (source, "lossless"), (packed, "lossless")):
+    print("loading", file=sys.stderr)
+    with load_moe(folder, device="cpu", predictor=None, quantization=quantization).moeflow as runtime:
+        print(any_lossless(runtime.store.layers))
+"""
+
+
+@pytest.mark.slow
+def test_without_the_compiled_kernels_lossless_experts_become_bfloat16_as_they_are_read_and_it_is_said(lossless_folder):
+    command = [sys.executable, "-W", "ignore", "-c", _LOADED, str(lossless_folder.parent / "source"), lossless_folder]
+    environment = {**os.environ, "MOEFLOW_CPU_KERNELS": "off"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    warnings = [text.count("decoded as they are read") for text in run.stderr.split("loading\n")[1:]]
+    assert warnings == [0, 1, 1, 1]
+    assert run.stdout.split() == ["False"] * 4

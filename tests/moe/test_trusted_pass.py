@@ -26,12 +26,13 @@ torch.set_num_threads(1)
 model = load_moe(folder, expert_memory=budget, dtype=torch.float32, predictor=None, step="python")
 runtime = model.moeflow
 if mode != "asking":
-    runtime.trusting = Trusting(DeviceTable(runtime.cache, runtime._residency.pool.tensor, runtime.experts_per_layer), runtime._stats)
+    slots = runtime._residency.pool.tensor
+    runtime.trusting = Trusting(DeviceTable(runtime.cache, slots, runtime.experts_per_layer), runtime._stats)
     if mode == "always":
         runtime.trusting.trust = Always()
 for layer in model.model.layers:
     module = layer.mlp.experts
-    compute = TritonCompute(module, recognise(module._apply_gate, True))
+    compute = TritonCompute(recognise(module._apply_gate, True), False)
     assert compute.can_run(runtime.records(module._moeflow.layer))
     module._moeflow._computes[torch.float32] = compute
 logits = []
@@ -49,8 +50,11 @@ runtime.check_integrity()
 stats = runtime.stats()["decode"]
 trust = runtime.trusting and runtime.trusting.trust.steps
 model.moeflow.close()
-print(json.dumps({"logits": torch.cat(logits).view(torch.int32).flatten().tolist(), "trust": trust and list(trust.values()),
-    "forwards": stats["forwards"], "demands": stats["hits"] + stats["misses"], "hits": stats["hits"]}))
+print(json.dumps({
+    "logits": torch.cat(logits).view(torch.int32).flatten().tolist(),
+    "trust": trust and list(trust.values()),
+    "forwards": stats["forwards"], "demands": stats["hits"] + stats["misses"], "hits": stats["hits"],
+}))
 """
 
 
