@@ -1,10 +1,7 @@
 """Chooses the kernels that run a layer's experts, once, from module, records and device."""
 
 import logging
-<<<<<<< HEAD
 from functools import cache
-=======
->>>>>>> origin/lossless
 
 import torch
 
@@ -14,11 +11,7 @@ from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import recognise
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.structs import DTYPES
-<<<<<<< HEAD
 from moeflow.kernels.triton.probe import why_not
-=======
-from moeflow.kernels.triton.experts import available
->>>>>>> origin/lossless
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.split_compute import SplitCompute
@@ -54,7 +47,6 @@ def choose_compute(
     cpu = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
     plain = TorchCompute(module)
     if device.type == "cpu":
-<<<<<<< HEAD
         return cpu if cpu.can_run(records) else plain
     triton = TritonCompute(activation, module.is_transposed)
     compute = triton if can_use_triton(device) and triton.can_run(records) else plain
@@ -70,11 +62,6 @@ def can_use_triton(device: torch.device) -> bool:
     if reason is not None:
         _log.warning("Triton's kernels cannot run on %s: %s. PyTorch's own are used, which are slower.", device, reason)
     return reason is None
-=======
-        compute = CpuCompute(activation, module.is_transposed, 0 if dtype == torch.float32 else 16)
-    else:
-        compute = TritonCompute(module, activation)
-    return compute if compute.can_run(records) else TorchCompute(module)
 
 
 def computes_lossless(device: torch.device) -> bool:
@@ -82,7 +69,7 @@ def computes_lossless(device: torch.device) -> bool:
     if device.type == "cpu":
         found, remedy = instruction_set() is not None, "install moeflow where there is a C++ compiler"
     else:
-        found, remedy = available(), "install Triton"
+        found, remedy = can_use_triton(device), "let Triton run"
     if not found:
         _log.warning(
             "no kernel computes lossless experts from their codes here: they are decoded as they are read, slowly, and "
@@ -91,4 +78,3 @@ def computes_lossless(device: torch.device) -> bool:
             remedy,
         )
     return found
->>>>>>> origin/lossless
