@@ -55,6 +55,13 @@ class Compiled(NamedTuple):
     def is_on_tensor_cores(self) -> bool:
         return "wgmma" in self.ptx or "mma.sync" in self.ptx
 
+    @property
+    def sums(self) -> list[str]:
+        """How each sum's values lie in threads, which is the order in which they are added."""
+        layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", self.ttgir, re.MULTILINE))
+        found = re.findall(r'"tt\.reduce".*?\}\) : \((tensor<[^)]*)\)', self.ttgir, re.DOTALL)
+        return [re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), one) for one in found]
+
 
 class Card:
     """Takes launches instead of a card of `arch`, such as 86. `with Card(86) as card:`, then `card.kernels`."""
