@@ -27,4 +27,11 @@ def run_pass(runtime: ExpertRuntime, begun: ForwardPass, run: Callable[[], Any])
         return run()
     is_watched = runtime.predicting or runtime.observers or runtime.parallel is not None
     restore = restore_point(begun.cache) if trusting.trust.pays and not is_watched else None
-    return trusting.run_asking(run) if restore is None else runtime.run_trusting(run, restore)
+    if restore is None:
+        return trusting.run_asking(run)
+    with runtime.changing() as residency:
+        made, missed = trusting.run(run, residency, runtime.resident_table)
+    if not missed:
+        return made
+    restore()
+    return run()

@@ -278,22 +278,13 @@ class ExpertRuntime:
             self._mend()
             yield not (self.predicting or self.observers or self._host_compute)
 
-    def run_trusting(self, run: Callable[[], Any], restore: Callable[[], None]) -> Any:
-        """Run a decode step whose layers ask for nothing; run it again, asking, where an expert was missed.
-
-        Args:
-            run: runs the step, and returns what this method returns.
-            restore: puts back what `run` has changed.
-        """
-        assert self.trusting is not None, "nothing tells kernels where experts lie"
+    @contextmanager
+    def changing(self) -> Iterator[Residency]:
+        """Hold the experts for code that moves and uses them itself; an error in it leaves nothing resident."""
         with self.holding():
             self._torn = True
-            made, missed = self.trusting.run(run, self._residency, self.resident_table)
+            yield self._residency
             self._torn = False
-        if not missed:
-            return made
-        restore()
-        return run()
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:

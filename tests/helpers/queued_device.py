@@ -46,6 +46,8 @@ class QueuedDevice:
             Stream=lambda device=None: Stream(self, device),
             Event=lambda enable_timing=False: Event(self, enable_timing),
             stream=self.stream,
+            set_stream=self.set_stream,
+            device=self.device,
             current_stream=self.current_stream,
             synchronize=self.synchronize,
         )
@@ -83,6 +85,27 @@ class QueuedDevice:
                 yield
         finally:
             self._current.streams = before
+
+    def set_stream(self, stream) -> None:
+        """Make a stream the calling thread's until another is, as torch.cuda.set_stream."""
+        index = stream.device.index
+        self.touched.add(index)
+        self._current.streams = {**getattr(self._current, "streams", {}), index: stream}
+        pushed, self._current.pushed = getattr(self._current, "pushed", None), None
+        if pushed is not None:
+            pushed.__exit__(None, None, None)
+        else:
+            self._current.pushed = _Copies(self, stream)
+            self._current.pushed.__enter__()
+
+    @contextlib.contextmanager
+    def device(self, device):
+        """Make a GPU the current one, as torch.cuda.device."""
+        before, self.current_device = self.current_device, self.index_of(device)
+        try:
+            yield
+        finally:
+            self.current_device = before
 
     def synchronize(self, device=None) -> None:
         """Block the calling thread until everything queued on a GPU has run."""
