@@ -121,3 +121,12 @@ class LayerLayout(NamedTuple):
     def record_of(self, expert: int) -> RecordLayout:
         """Return the record of one expert."""
         return self.variants[self.variant_of[expert]] if self.variants else self.record
+
+
+def records_of(layouts: list[LayerLayout]) -> list[list[RecordLayout]]:
+    """Return the record of every expert, [num_layers][num_experts]; equal records are one object."""
+    one: dict[RecordLayout, RecordLayout] = {}
+    return [
+        [one.setdefault(record, record) for record in map(layout.record_of, range(layout.num_experts))]
+        for layout in layouts
+    ]

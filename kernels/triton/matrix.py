@@ -36,8 +36,22 @@ _PREFILL_BLOCKS = {
     ("uint", 2): (64, 4),
     ("sign", 1): (64, 2),
 }
+# Likewise of the second matrix, whose programs take a token's experts one after another: fewer rows, more programs.
+_DOWN_BLOCKS = {
+    ("float", 32): (4, 8),
+    ("float", 16): (4, 16),
+    ("lossless", 12): (4, 16),
+    ("int", 8): (4, 32),
+    ("fp8", 8): (4, 32),
+    ("uint", 4): (4, 32),
+    ("mxfp4", 4): (4, 32),
+    ("uint", 3): (4, 32),
+    ("uint", 2): (4, 32),
+    ("sign", 1): (4, 32),
+}
 # A matrix stored [in, out] is contiguous along its rows: a program takes as many as fill a cache line.
 _TRANSPOSED_DECODE_BLOCKS = (64, 2)
+_TRANSPOSED_DOWN_BLOCKS = (32, 4)
 # Runs of neighbours into which a block of 32 values is unpacked: one shift of the loaded bytes each.
 _PLANES = {("uint", 4): 2, ("uint", 3): 4, ("uint", 2): 4}
 # float32 activations are multiplied without tensor cores, where larger tiles than these spill registers.
@@ -138,10 +152,17 @@ class MatrixPlan(NamedTuple):
         }
 
     def decode_blocks(self) -> tuple[int, int]:
-        """Return (rows, blocks of 32 in features) for one token."""
+        """Return (rows, blocks of 32 in features) for one token; of an expert's first matrix."""
         rows, blocks = _DECODE_BLOCKS[self.spec.kind, self.spec.bits]
         if self.is_transposed:
             rows, blocks = _TRANSPOSED_DECODE_BLOCKS
+        return rows, self._at_most(blocks)
+
+    def down_blocks(self) -> tuple[int, int]:
+        """Return the same of the second matrix."""
+        rows, blocks = _DOWN_BLOCKS[self.spec.kind, self.spec.bits]
+        if self.is_transposed:
+            rows, blocks = _TRANSPOSED_DOWN_BLOCKS
         return rows, self._at_most(blocks)
 
     def prefill_blocks(self, *, is_exact: bool) -> tuple[int, int]:

@@ -44,6 +44,7 @@ class ExpertFetch:
         records: list[RecordLayout],
         num_tokens: dict[ExpertKey, int],
         router_output: RouterOutput | None,
+        together: bool = False,
     ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once; see `ExpertRuntime.fetch`.
 
@@ -52,6 +53,7 @@ class ExpertFetch:
             records: [E], how its experts are stored.
             num_tokens: of each demanded expert.
             router_output: what the router chose for each token, for the predictor.
+            together: see `ExpertRuntime.fetch`.
         """
         stats, residency, prediction = self._stats.now, self._residency, self._prediction
         if self._host_compute is not None:
@@ -84,7 +86,7 @@ class ExpertFetch:
             if self._host_compute is not None:
                 yield from self._fetch_from_host(self._host_compute, on_host, records, stats)
             while resident or waiting:
-                if not resident:
+                if not resident or (together and waiting and len(residency.transfers)):
                     residency.start(to_start)
                     arrive(residency.await_one(waiting))
                     continue

@@ -49,8 +49,9 @@ class Residency:
         self._streams = streams
         self._prefetcher = prefetcher
         self._stats = stats
-        self._ready: list[object] = [None] * pool.num_slots  # the end of the copy into each slot
-        self._last_use: list[object] = [None] * pool.num_slots
+        self._ready: dict[int, object] = {}  # by slot: the end of a copy that no compute has waited for yet
+        self._last_use: dict[int, object] = {}  # by slot: of compute since all slots were used
+        self._last_use_of_all: object = None
 
     def claim(self, layer: int, keys: list[ExpertKey]) -> Demand:
         """Claim a layer's demanded experts: pin the resident ones, put those in flight before prefetches.
@@ -81,9 +82,9 @@ class Residency:
         residents: list[Resident] = []
         for key in keys:
             slot = slot_of(key)
-            # The stream of this call may differ from that of the call that copied or used the expert.
-            wait(self._ready[slot])
-            wait(self._last_use[slot])
+            # The stream of this call may differ from that of the call that used the expert, which waited for its copy.
+            wait(self._ready.pop(slot, None))
+            wait(self._last_use_of(slot))
             residents.append(Resident(key.expert, self.pool, slot, records[key.expert]))
         return residents
 
@@ -98,6 +99,17 @@ class Residency:
         """Unpin experts without `begin_use`: this stream has not waited for another's use, which stays the last one."""
         for key in keys:
             self.cache.unpin(key)
+
+    def begin_use_of_all(self) -> None:
+        """Make later compute of the calling thread wait until every resident expert is ready."""
+        for event in (*self._ready.values(), *set(self._last_use.values()), self._last_use_of_all):
+            self._streams.wait(event)
+        self._ready.clear()
+
+    def end_use_of_all(self) -> None:
+        """Note that compute started until now may use any slot."""
+        self._last_use_of_all = self._streams.compute_event()
+        self._last_use.clear()
 
     def start(self, to_start: deque[ExpertKey]) -> None:
         """Start copies, in order, while there is a slot and a place in flight for them."""
@@ -128,7 +140,7 @@ class Residency:
         self.pool.discard(cache.take_emptied())
         if slot is None:
             return None
-        return self.transfers.start(key, slot, self._last_use[slot])
+        return self.transfers.start(key, slot, self._last_use_of(slot))
 
     def prefetch(self, waiting: set[ExpertKey] | None = None) -> list[ExpertKey]:
         """Start prefetches while the link has room, and take back those that come too late.
@@ -155,7 +167,7 @@ class Residency:
             self.pool.discard(self.cache.take_emptied())
             if found is None:
                 break
-            transfers.start(*found, self._last_use[found[1]], prefetch=True)
+            transfers.start(*found, self._last_use_of(found[1]), prefetch=True)
         return arrived
 
     def await_one(self, waiting: set[ExpertKey]) -> list[ExpertKey]:
@@ -210,6 +222,9 @@ class Residency:
         evictions = self.cache.evictions
         self.pool.discard(self.cache.set_limit(limit))
         self._stats.now.evictions += self.cache.evictions - evictions
+
+    def _last_use_of(self, slot: int) -> object:
+        return self._last_use.get(slot, self._last_use_of_all)
 
     def clear(self) -> None:
         """Reset to nothing resident and nothing in flight, whatever state the bookkeeping is in."""

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from moeflow.checkpoint.store import ExpertStore
-from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout
+from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, records_of
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
-from moeflow.hardware import process_memory_bytes
 from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute
 from moeflow.offload.host_tier import HostTier
@@ -26,9 +25,11 @@ from moeflow.offload.residency import Residency
 from moeflow.offload.resident_table import ResidentTable
 from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
-from moeflow.offload.stats import ReadStats, RuntimeStats, Stats
+from moeflow.offload.stats import ReadStats, RuntimeStats, Stats, memory_stats
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfers import Parts, Transfers
+from moeflow.offload.trusting.device_table import DeviceTable
+from moeflow.offload.trusting.trusting import Trusting
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 from moeflow.predictors.protocol import Predictor
@@ -83,7 +84,7 @@ class ExpertRuntime:
         self._prediction = prediction
         self._slot_bytes = pool.stride
         self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of one unit of the cache's limit
-        self._host = host
+        self._caches = [cache] if host is None else [cache, host.cache]
         self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
         self._host_compute = None
@@ -92,16 +93,14 @@ class ExpertRuntime:
             self._host_compute = HostCompute(misses, host, self._transfers)
         prefetcher = None if prediction is None else prediction.prefetcher
         self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
+        self.trusting: Trusting | None = None  # decode steps that ask for nothing, where kernels find experts
+        if self.device.type != "cpu":
+            self.trusting = Trusting(DeviceTable(cache, pool.tensor, self.experts_per_layer))
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._lock = threading.RLock()
-        # Equal records become one object, so that layers share the tensor views of a slot.
-        one: dict[RecordLayout, RecordLayout] = {}
-        self._records = [
-            [one.setdefault(record, record) for record in map(layout.record_of, range(layout.num_experts))]
-            for layout in (source.layout for source in store.layers)
-        ]
+        self._records = records_of([source.layout for source in store.layers])
         self._parts = Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
         self._at_collection = weakref.finalize(self, self._parts.release)
         self._closed = False
@@ -203,18 +202,17 @@ class ExpertRuntime:
             if self.closed:
                 raise self._refusal
             self._stats.begin_forward(num_sequences, num_positions, continues=continues)
+            if self._governor is None and self._prediction is None:
+                return
+            self._mend()
+            self._torn = True
             if self._governor is not None:
-                self._mend()
                 limit = self._governor.slots(self.cache.used, self.cache.limit, now=not continues)
-                self._torn = True
                 self._residency.set_limit(limit)
-                self._torn = False
             if self._prediction is not None:
-                self._mend()
-                self._torn = True
                 self._prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
                 self._residency.prefetch()
-                self._torn = False
+            self._torn = False
 
     def fetch(
         self,
@@ -222,6 +220,8 @@ class ExpertRuntime:
         experts: list[int],
         router_output: RouterOutput | None = None,
         num_tokens: list[int] | None = None,
+        *,
+        together: bool = False,
     ) -> Generator[list[Resident], None, None]:
         """Yield every demanded expert once, where it lies: the resident ones together, then others as they arrive.
 
@@ -235,6 +235,7 @@ class ExpertRuntime:
             experts: distinct expert numbers; may be more than there are slots.
             router_output: what the router chose for each token, for the predictor.
             num_tokens: tokens that go to each of the experts; one each when None.
+            together: yield all at once when the last has arrived, where there are slots for all.
 
         Raises:
             ExpertReadError: an expert could not be read. The runtime stays usable.
@@ -249,7 +250,7 @@ class ExpertRuntime:
             try:
                 keys = [ExpertKey(layer, expert) for expert in experts]
                 tokens_of = dict(zip(keys, num_tokens or [1] * len(keys), strict=True))
-                yield from self._expert_fetch.fetch(layer, self._records[layer], tokens_of, router_output)
+                yield from self._expert_fetch.fetch(layer, self._records[layer], tokens_of, router_output, together)
             except (GeneratorExit, ExpertReadError):
                 self._torn = False
                 raise
@@ -272,6 +273,23 @@ class ExpertRuntime:
             self._mend()
             yield not (self.predicting or self.observers or self._host_compute)
 
+    def run_trusting(self, run: Callable[[], Any], restore: Callable[[], None]) -> Any:
+        """Run a decode step whose layers ask for nothing; run it again, asking, where an expert was missed.
+
+        Args:
+            run: runs the step, and returns what this method returns.
+            restore: puts back what `run` has changed.
+        """
+        assert self.trusting is not None, "nothing tells kernels where experts lie"
+        with self.holding():
+            self._torn = True
+            made, missed = self.trusting.run(run, self._residency, self.resident_table)
+            self._torn = False
+        if not missed:
+            return made
+        restore()
+        return run()
+
     @contextmanager
     def unwatched(self) -> Iterator[None]:
         """Run passes of moeflow's own between two of the user's: neither predicted nor observed nor counted."""
@@ -292,20 +310,9 @@ class ExpertRuntime:
     def snapshot(self) -> RuntimeStats:
         """Return what stats() says as numbers: the difference of two snapshots is what happened between them."""
         with self._lock:
-            now, peak = process_memory_bytes()
-            host, unit_bytes = self._host, self._unit_bytes
-            keys = [ExpertKey(layer, e) for layer, count in enumerate(self.experts_per_layer) for e in range(count)]
-            memory = {
-                "expert_budget_bytes": self._budget_bytes or self.cache.limit * unit_bytes,
-                "all_experts_bytes": unit_bytes * sum(map(self.cache.size, keys)),
-                "device_bytes": self.cache.used * unit_bytes,
-                "device_peak_bytes": self.cache.peak_used * unit_bytes,
-                "host_bytes": len(host.cache) * self._slot_bytes if host else 0,
-                "host_peak_bytes": host.cache.peak_used * self._slot_bytes if host else 0,
-                "staging_bytes": self.store.staging_bytes,
-                "process_bytes": now,
-                "process_peak_bytes": peak,
-            }
+            memory = memory_stats(self._caches, (self._unit_bytes, self._slot_bytes), self.experts_per_layer)
+            memory["expert_budget_bytes"] = self._budget_bytes or self.cache.limit * self._unit_bytes
+            memory["staging_bytes"] = self.store.staging_bytes
             return RuntimeStats(
                 device=str(self.device),
                 policy=self.cache.policy,
@@ -326,16 +333,15 @@ class ExpertRuntime:
             self._stats.reset()
             if self._prediction is not None:
                 self._prediction.reset_stats()
-            self.cache.peak_used = self.cache.used
-            if self._host is not None:
-                self._host.cache.peak_used = len(self._host.cache)
+            for cache in self._caches:
+                cache.peak_used = cache.used
 
     def check_integrity(self) -> None:
         """Assert the invariants of the residency maps and of the copies in flight."""
         with self._lock:
             self._mend()
             self._residency.settle_ended()
-            for cache in [self.cache, *([] if self._host is None else [self._host.cache])]:
+            for cache in self._caches:
                 cache.check_integrity()
                 assert len(self._transfers) or not cache.num_pinned, "a slot is pinned while nothing runs"
 

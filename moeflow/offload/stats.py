@@ -3,9 +3,13 @@
 Knows numbers. Knows nothing of tiers, threads or models.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from moeflow.core import ExpertKey
+from moeflow.hardware import process_memory_bytes
+from moeflow.policy.cache import ExpertCache
 from moeflow.policy.prefetch_ledger import PrefetchCounts
 
 _Own = TypeVar("_Own", bound="Counters")
@@ -192,6 +196,26 @@ class RuntimeStats(Counters):
         prediction = None if self.prediction is None else self.prediction.as_dict()
         phases = {"prefill": self.prefill.as_dict(), "decode": self.decode.as_dict()}
         return values | phases | {"prediction": prediction, "io": asdict(self.io)}
+
+
+def memory_stats(caches: Sequence[ExpertCache], unit_bytes: tuple[int, int], num_experts: list[int]) -> dict[str, int]:
+    """Return the bytes that experts and the process take, now and at most, by name.
+
+    Args:
+        caches: of the device, and of the host tier if there is one.
+        unit_bytes: of one unit of each; the second is not used without a host tier.
+        num_experts: [num_layers].
+    """
+    keys = [ExpertKey(layer, expert) for layer, count in enumerate(num_experts) for expert in range(count)]
+    memory = {
+        "all_experts_bytes": unit_bytes[0] * sum(map(caches[0].size, keys)),
+        "host_bytes": 0,
+        "host_peak_bytes": 0,
+    }
+    for name, cache, unit in zip(("device", "host"), caches, unit_bytes, strict=False):
+        memory |= {f"{name}_bytes": cache.used * unit, f"{name}_peak_bytes": cache.peak_used * unit}
+    memory["process_bytes"], memory["process_peak_bytes"] = process_memory_bytes()
+    return memory
 
 
 class Stats:

@@ -26,8 +26,8 @@ FLOATS = ["float32", "bfloat16", "float16"]
 
 assert available(), "neither a GPU nor TRITON_INTERPRET=1"
 if DEVICE == "cpu":  # the interpreter is paid by the program: give each more rows, and leave the order of sums as it is
-    for key, (_, blocks) in matrix._DECODE_BLOCKS.items():
-        matrix._DECODE_BLOCKS[key] = (64, blocks)
+    for table in (matrix._DECODE_BLOCKS, matrix._DOWN_BLOCKS):
+        table.update({key: (64, blocks) for key, (_, blocks) in table.items()})
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,23 @@ def test_decode_is_pairs_and_combine_in_any_split_bit_for_bit(name):
     for part in torch.randperm(9, generator=torch.Generator().manual_seed(1)).to(DEVICE).split(4):
         outputs[part] = experts.kernels.pairs(hidden_states, experts.arena, tokens[part], slots.view(-1)[part])
     assert torch.equal(experts.kernels.combine(outputs, top_k_weights, torch.bfloat16), whole)
+
+
+@pytest.mark.parametrize("numbers_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("name", ["int4-g64", "bfloat16"])
+def test_lookup_is_decode_bit_for_bit_and_tells_of_absent_experts(name, numbers_dtype):
+    experts = Experts(name, 70, 72, bias=True)
+    hidden_states, _, top_k_weights = routed(experts, 3, 3, torch.bfloat16)
+    table = torch.tensor([9, -1, 3, 0, -1, 4, 1, 7], dtype=torch.int32, device=DEVICE)[1:7]  # starts at 4 bytes
+    slots = torch.tensor([[3, 0, -1], [1, 4, 3], [0, -1, 0]], dtype=torch.int32, device=DEVICE)
+    for none, absent, told in ((6, False, 0), (2**31 - 1, False, 0), (-1, False, 0), (6, True, 1)):
+        numbers = torch.tensor([[1, 2, none], [5, 4, 1], [2, none, 2]], dtype=numbers_dtype, device=DEVICE)
+        if absent:
+            numbers[2, 1] = 3
+        missed = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+        found = experts.kernels.lookup(hidden_states, experts.arena, numbers, table, missed, 2, top_k_weights)
+        assert missed.tolist() == [0, 0, told, 0]
+        assert torch.equal(found, decode(experts, hidden_states, slots, top_k_weights))
 
 
 def test_prefill_is_the_same_bits_in_any_split_of_its_experts():

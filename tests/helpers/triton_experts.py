@@ -114,7 +114,7 @@ class Experts:
 def routed(experts, num_tokens, top_k, dtype, seed=0):
     """Draw tokens [T, H], slots [T, K] (-1 among them) and router weights [T, K]."""
     generator = torch.Generator().manual_seed(seed)
-    width = experts.kernels.first.in_features
+    width = experts.kernels.plan.first.in_features
     hidden_states = torch.randn(num_tokens, width, generator=generator).to(dtype)
     slots = torch.randint(-1, experts.arena.shape[0], (num_tokens, top_k), generator=generator, dtype=torch.int32)
     top_k_weights = torch.rand(num_tokens, top_k, generator=generator).to(dtype)

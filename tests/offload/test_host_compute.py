@@ -40,8 +40,8 @@ NUMBERS = st.lists(st.integers(0, NUM_EXPERTS), min_size=1, max_size=4)
 
 def in_host_memory(runtime, weights):
     """Whether fetched weights are a view of the host tier's slots."""
-    begin = runtime._host.pool.tensor.data_ptr()
-    return begin <= weights["w"].data_ptr() < begin + runtime._host.pool.num_bytes
+    begin = runtime._transfers._host.pool.tensor.data_ptr()
+    return begin <= weights["w"].data_ptr() < begin + runtime._transfers._host.pool.num_bytes
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,7 +112,7 @@ def test_host_slot_is_not_overwritten_while_the_cpu_computes(experts_file, monke
             empty_device(runtime)
         fetch(runtime, 0, [0], values)
         empty_device(runtime)
-        assert ExpertKey(0, 0) in runtime._host.cache
+        assert ExpertKey(0, 0) in runtime._transfers._host.cache
         read, has_read = runtime.store.read, threading.Semaphore(0)
 
         def reading(key, record):
@@ -152,7 +152,7 @@ def test_nothing_stays_pinned_when_the_iterator_is_closed_early(experts_file):
                     if number == stop_after:
                         break
             runtime.check_integrity()
-            runtime._host.cache.check_integrity()
+            runtime._transfers._host.cache.check_integrity()
         fetch(runtime, 1, list(range(NUM_EXPERTS)), values)
 
 

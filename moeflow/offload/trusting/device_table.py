@@ -1,0 +1,53 @@
+"""Where every resident expert lies, as a table on the device that kernels read themselves.
+
+The host writes what has changed before a launch; kernels that were launched before keep what they saw, since a slot is
+not written while they may read it (`Residency.end_use_of_all`). Knows slots. Knows nothing of kernels.
+"""
+
+import numpy as np
+import torch
+
+from moeflow.policy.cache import ExpertCache
+
+_ABSENT = -1
+
+
+class DeviceTable:
+    """The table of one model's experts.
+
+    Args:
+        cache: which expert sits in which slot.
+        slots: uint8 [num_slots, slot_bytes], on the device.
+        experts_per_layer: [num_layers] numbers of experts.
+
+    Attributes:
+        arena: the slots.
+        missed: int32 [num_layers], on the device: what a kernel sets to 1 where its layer wants an absent expert.
+    """
+
+    def __init__(self, cache: ExpertCache, slots: torch.Tensor, experts_per_layer: list[int]) -> None:
+        shape, device = (len(experts_per_layer), max(experts_per_layer)), slots.device
+        self.arena = slots
+        self._cache = cache
+        self._mirror = np.full(shape, _ABSENT, np.int32)
+        self._slots = torch.full(shape, _ABSENT, dtype=torch.int32, device=device)
+        self._rows = [self._slots[layer, :count] for layer, count in enumerate(experts_per_layer)]
+        self._stale: set[int] = set()  # layers whose row on the device is not the mirror's
+        self.missed = torch.zeros(shape[0], dtype=torch.int32, device=device)
+
+    def row(self, layer: int) -> torch.Tensor:
+        """Return the slot of each expert of a layer, -1 where it is absent: int32 [E] on the device."""
+        return self._rows[layer]
+
+    def refresh(self) -> None:
+        """Write the rows that have changed, in the caller's stream. An interrupt leaves the rest to the next call."""
+        cache = self._cache
+        for key in list(cache.moved):
+            self._stale.add(key.layer)
+            slot = cache.lookup(key)
+            self._mirror[key] = _ABSENT if slot is None else slot
+            cache.moved.discard(key)
+        for layer in list(self._stale):
+            # From pageable memory, which the driver copies before it returns: the mirror may change at once.
+            self._slots[layer].copy_(torch.from_numpy(self._mirror[layer]))
+            self._stale.discard(layer)
