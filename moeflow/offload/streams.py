@@ -69,6 +69,9 @@ class _Point(NamedTuple):
     events: tuple[torch.cuda.Event, ...]  # of a copy's begin and end, or of the point alone
     unused: list[tuple[torch.cuda.Event, ...]]
 
+    def __hash__(self) -> int:
+        return hash(self.events)
+
     def __del__(self) -> None:
         self.unused.append(self.events)
 

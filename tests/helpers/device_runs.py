@@ -16,9 +16,14 @@ from helpers.queued_device import GARBAGE, QueuedDevice
 from helpers.race_detector import RaceDetector
 from helpers.stepped_threads import SteppedThreads
 from moeflow.checkpoint.store import ExpertStore
+from moeflow.core import ExpertKey
 from moeflow.errors import ExpertReadError
 from moeflow.offload import read_threads, streams
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
+from moeflow.offload.slot_pool import Resident
+from moeflow.offload.trusting.device_table import DeviceTable
+from moeflow.offload.trusting.trusted_step import NotTrustedError
+from moeflow.offload.trusting.trusting import Trusting
 from moeflow.policy.prefetch import Prefetcher
 from moeflow.policy.prefetch_ledger import PrefetchLedger
 
@@ -89,7 +94,7 @@ class DeviceRun:
         self._values = values.numpy().view(np.uint8).reshape(NUM_LAYERS, NUM_EXPERTS, -1)
         store_class = partial(_DisturbedStore, run=self)
         runtime = build(path, *options, streams=make, store_class=store_class, **more)
-        addresses = _addresses(runtime._residency.pool) | _addresses(runtime._host.pool)
+        addresses = set().union(*map(_addresses, runtime._parts.pools))
         at_collection = runtime._at_collection
         try:
             yield runtime
@@ -133,9 +138,14 @@ class DeviceRun:
         }
         callers = [self.device.cuda.Stream() for _ in range(draw.choice((1, 2, 4)))]
         with self.runtime(path, values, **options) as runtime:
+            runtime.trusting = self._trusting(runtime) if draw.random() < 0.5 else None
             for number in range(num_passes):
                 with self.device.stream(draw.choice(callers)):
-                    self._pass(runtime, routes[number], number)
+                    if number and runtime.trusting is not None and draw.random() < 0.5:
+                        self._trusted_step(runtime, routes[number])
+                    else:
+                        self._pass(runtime, routes[number], number)
+                self._look()
             runtime.check_integrity()
 
     def _pass(self, runtime, routes, number):
@@ -156,6 +166,46 @@ class DeviceRun:
                     if end is KeyboardInterrupt:
                         fetched.throw(KeyboardInterrupt())
             self._look()
+
+    def _trusting(self, runtime):
+        return Trusting(DeviceTable(runtime.cache, runtime._residency.pool.tensor, runtime.experts_per_layer))
+
+    def _trusted_step(self, runtime, routes):
+        """Run the kernels of a step that looks experts up in the table, without asking the runtime for any."""
+        table, end = runtime.trusting.table, self.random.choice((None,) * 8 + (NotTrustedError, KeyboardInterrupt))
+
+        def run():
+            step = runtime.trusting.step
+            if step is None:
+                return  # anew, asking: passes do that
+            for layer in range(NUM_LAYERS):
+                found = [key for expert in routes[layer] if (key := ExpertKey(layer, int(expert))) in runtime.cache]
+                if len(found) < _TOP_K:
+                    table.missed.numpy()[layer] = 1  # at once: a step's end waits for it
+                self._look_up(runtime, table.row(layer), found)
+                if layer and end is not None:
+                    raise end
+                step.add(layer, torch.from_numpy(routes[layer : layer + 1]))
+
+        with contextlib.suppress(KeyboardInterrupt):
+            runtime.run_trusting(run, lambda: None)
+
+    def _look_up(self, runtime, row, keys):
+        """Launch a kernel that finds the slots of experts in a row of the table."""
+        pool, row_values = runtime._residency.pool, row.numpy()
+        residents = {
+            key: Resident(key.expert, pool, runtime.cache.slot(key), runtime.records(key.layer)[key.expert])
+            for key in keys
+        }
+
+        def step():
+            for key, resident in residents.items():
+                if row_values[key.expert] != resident.slot:
+                    self.wrong.append(f"the table says that {key} lies in slot {row_values[key.expert]}")
+                self._compare(key.layer, resident)
+
+        addresses = {resident.address for resident in residents.values()}
+        self.device.launch("a kernel", [step, step], reads=addresses | {row.data_ptr()})
 
     def _compare(self, layer, resident):
         expected = self._values[layer, resident.expert]

@@ -1,4 +1,4 @@
-"""Code in which any one event can be lost: each expression that gives an event may give None instead.
+"""Code in which any one event can be lost: each expression that gives events may give None instead.
 
 The functions of some modules are compiled anew with every name, attribute, item and call wrapped, and run so; which of
 them ever give an event, a run tells. Calls that order without an event, such as a device's `synchronize`, can be left
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 # Answers to these decide nothing about order.
 _QUESTIONS = {"done", "copy_s", "__del__"}
+_COLLECTIONS = (dict, list, tuple, set, type({}.values()))
 
 
 class Site(NamedTuple):
@@ -82,10 +83,22 @@ class LostEvents:
         if isinstance(value, self._events):
             self.seen.add(number)
             return None if number == self.lost else value
+        if isinstance(value, _COLLECTIONS) and self._is_of_events(value):
+            self.seen.add(number)
+            if number == self.lost:
+                return {} if isinstance(value, dict) else [None] * len(value)
+            return value
         if isinstance(value, types.MethodType) and value.__func__ in self._orders:
             self.seen.add(number)
             return (lambda *args: None) if number == self.lost else value
         return value
+
+    def _is_of_events(self, values):
+        """Whether these are events, and None where there is none yet."""
+        found = list(values.values() if isinstance(values, dict) else values)
+        return any(isinstance(value, self._events) for value in found) and all(
+            value is None or isinstance(value, self._events) for value in found
+        )
 
 
 class _Wrapper(ast.NodeTransformer):

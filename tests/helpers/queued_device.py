@@ -241,10 +241,12 @@ class _Copies(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is not torch.ops.aten.copy_.default:
             return func(*args, **(kwargs or {}))
-        self._machine.before_copy()
-        target, source = args[:2]
-        to, of = target.numpy(), source.numpy()
+        target, source, *non_blocking = args
+        to, of, reads = target.numpy(), source.numpy(), {source.data_ptr()}
+        if non_blocking == [True]:
+            self._machine.before_copy()
+        else:  # from pageable memory, which the driver copies before it returns
+            of, reads = of.copy(), set()
         steps = [lambda: to.fill(GARBAGE) or True, lambda: to.__setitem__(slice(None), of) or True]
-        reads, writes = {source.data_ptr()}, {target.data_ptr()}
-        self._machine.enqueue(self._stream, steps, "a copy", reads, writes)
+        self._machine.enqueue(self._stream, steps, "a copy", reads, {target.data_ptr()})
         return target
