@@ -97,8 +97,7 @@ class Residency:
 
     def begin_use_of_all(self) -> None:
         """Make later compute of the calling thread wait until every resident expert is ready."""
-        used = {id(event): event for event in self._last_use.values()}
-        for event in (*self._ready.values(), *used.values(), self._last_use_of_all):
+        for event in (*self._ready.values(), *set(self._last_use.values()), self._last_use_of_all):
             self._streams.wait(event)
         self._ready.clear()
 

@@ -168,7 +168,8 @@ class DeviceRun:
             self._look()
 
     def _trusting(self, runtime):
-        return Trusting(DeviceTable(runtime.cache, runtime._residency.pool.tensor, runtime.experts_per_layer))
+        table = DeviceTable(runtime.cache, runtime._residency.pool.tensor, runtime.experts_per_layer)
+        return Trusting(table, runtime._stats)
 
     def _trusted_step(self, runtime, routes):
         """Run the kernels of a step that looks experts up in the table, without asking the runtime for any."""
@@ -187,8 +188,8 @@ class DeviceRun:
                     raise end
                 step.add(layer, torch.from_numpy(routes[layer : layer + 1]))
 
-        with contextlib.suppress(KeyboardInterrupt):
-            runtime.run_trusting(run, lambda: None)
+        with contextlib.suppress(KeyboardInterrupt), runtime.changing() as residency:
+            runtime.trusting.run(run, residency, runtime.resident_table)
 
     def _look_up(self, runtime, row, keys):
         """Launch a kernel that finds the slots of experts in a row of the table."""

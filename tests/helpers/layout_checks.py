@@ -207,7 +207,9 @@ def _unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, in_public: bo
         is_method: whether it has a first argument that needs no annotation, `self` or `cls`.
     """
     decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
-    if "triton.jit" in decorators:  # Triton's language has no types of values
+    if any(
+        decorator.partition("(")[0] == "triton.jit" for decorator in decorators
+    ):  # Triton's language has no types of values
         return []
     missing = [] if function.returns else ["return"]
     if not in_public or (function.name.startswith("_") and not function.name.startswith("__")):

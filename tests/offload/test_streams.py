@@ -1,6 +1,7 @@
 """The order of copies, kernels and reads, proven without a GPU: on queues that run in any order that events allow."""
 
 import importlib
+import inspect
 import pkgutil
 import random
 from contextlib import closing
@@ -56,7 +57,9 @@ def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_file):
         for seed in range(20):
             assert noticed(experts_file, seed) == []
         assert lost.unreached("streams.") == []  # all that the rooms ask of streams, these runs have asked
-        assert [site for site in lost.unreached("cuda") if site.file == "streams.py"] == []
+        lines, first = inspect.getsourcelines(CudaStreams._leave_copy_stream)  # test_streams_of_two_cards strikes there
+        elsewhere = [site for site in lost.unreached("cuda") if site.file == "streams.py"]
+        assert [site for site in elsewhere if not first <= site.line < first + len(lines)] == []
         unnoticed = []
         for number in sorted(lost.seen):
             lost.lost = number

@@ -31,7 +31,7 @@ class DeviceTable:
         self._cache = cache
         self._mirror = np.full(shape, _ABSENT, np.int32)
         self._slots = torch.full(shape, _ABSENT, dtype=torch.int32, device=device)
-        self._rows = [self._slots[layer, :count] for layer, count in enumerate(experts_per_layer)]
+        self._rows = [self._slots.select(0, layer).narrow(0, 0, count) for layer, count in enumerate(experts_per_layer)]
         self._stale: set[int] = set()  # layers whose row on the device is not the mirror's
         self.missed = torch.zeros(shape[0], dtype=torch.int32, device=device)
 

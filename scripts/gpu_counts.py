@@ -1,0 +1,142 @@
+"""Count what a decode step costs the host on a GPU, without one: host waits, kernels and copies a MoE layer, and Python.
+
+A small random model runs its layers on fake tensors of "cuda:0" (they have no values, so that what would wait for the
+device raises), and on tensors without memory, where the time is that of the host's code: checks and dispatch, but not
+Triton's own launches.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+HIDDEN, EXPERTS, TOP_K = 64, 8, 2
+KERNELS_OF = {"moeflow.triton_experts_lookup.default": 2, "moeflow.triton_experts_decode.default": 2}
+WISHES = {"host waits": 0, "kernels": 3, "copies": 0}  # at most, of a layer whose experts are all resident
+HOST_MS_WISH = 2.0  # of a step of 48 layers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Count and print; the last line of standard output is one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=48, help="of a step whose Python is timed (48)")
+    parser.add_argument("--rounds", type=int, default=50, help="steps that are timed (50)")
+    parser.add_argument("--tokens", default="1,4,16", help="of a step, with commas (1,4,16)")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # without a card; no kernel runs here
+
+    import torch
+
+    from bench.machine import describe, print_card
+
+    about = describe("moeflow", "torch", "triton")
+    print_card({"machine": f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; no GPU is used"})
+    result: dict = {"card": about, "layers": {}, "host_ms": {}}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model = small_model(folder)
+        try:
+            print(f"{'a layer whose experts are resident':40}{'host waits':>12}{'kernels':>9}{'copies':>8}")
+            for tokens in map(int, arguments.tokens.split(",")):
+                counts = result["layers"][tokens] = count_layer(model, tokens)
+                print(f"{f'{tokens} tokens':40}{counts['host waits']:12}{counts['kernels']:9}{counts['copies']:8}")
+            for tokens in map(int, arguments.tokens.split(",")):
+                times = result["host_ms"][tokens] = time_step(model, tokens, arguments.layers, arguments.rounds)
+                what = f"Python of {arguments.layers} layers, {tokens} tokens"
+                print(f"{what:40}{statistics.median(times):8.2f} ms ({min(times):.2f} to {max(times):.2f})")
+        finally:
+            model.moeflow.close()
+    within = all(counts[name] <= most for counts in result["layers"].values() for name, most in WISHES.items())
+    print(json.dumps(result))
+    return 0 if within else 1
+
+
+def small_model(folder: str):
+    """Load a random Mixtral of one layer."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from moeflow import load_moe
+    from moeflow.kernels.activations import recognise
+    from moeflow.moe.triton_compute import TritonCompute
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=HIDDEN, intermediate_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K,
+    )  # fmt: skip
+    MixtralForCausalLM(config).bfloat16().save_pretrained(folder)
+    model = load_moe(folder, device="cpu", predictor=None, step="python")
+    module = model.model.layers[0].mlp.experts
+    compute = TritonCompute(recognise(module._apply_gate, True), module.is_transposed)
+    if not compute.can_run(model.moeflow.records(0)):
+        raise SystemExit("Triton is not here: install it")
+    module._moeflow._computes[torch.bfloat16] = compute
+    return model
+
+
+def layer_on(model, device: str, tokens: int):
+    """Return the layer's experts, set up for a step on a device that trusts that all are resident, and its arguments."""
+    import torch
+
+    from moeflow.offload.trusting.device_table import DeviceTable
+    from moeflow.offload.trusting.trusted_step import TrustedStep
+    from moeflow.offload.trusting.trusting import Trusting
+
+    runtime, experts = model.moeflow, model.model.layers[0].mlp.experts._moeflow
+    slots = torch.empty(EXPERTS, runtime._slot_bytes, dtype=torch.uint8, device=device)
+    runtime.device = torch.device(device)
+    runtime.trusting = Trusting(DeviceTable(runtime.cache, slots, runtime.experts_per_layer), runtime._stats)
+    runtime.trusting.step = TrustedStep(runtime.trusting.table)
+    hidden_states = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+    index = torch.empty(tokens, TOP_K, dtype=torch.int64, device=device)
+    return experts, (hidden_states, index, torch.empty(tokens, TOP_K, dtype=torch.bfloat16, device=device))
+
+
+def count_layer(model, tokens: int) -> dict[str, int]:
+    """Run a layer on fake tensors of a GPU and count what it asks of it."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts = {"host waits": 0, "kernels": 0, "copies": 0}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func)
+            made = func(*args, **(kwargs or {}))
+            if "_local_scalar_dense" in name or "nonzero" in name:
+                counts["host waits"] += 1
+            elif "copy" in name and len({one.device for one in (*args, made) if hasattr(one, "device")}) > 1:
+                counts["copies"] += 1
+            elif name in KERNELS_OF:
+                counts["kernels"] += KERNELS_OF[name]
+            elif not (func.is_view or "empty" in name or "detach" in name):
+                counts["kernels"] += 1
+            return made
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        experts, arguments = layer_on(model, "cuda:0", tokens)
+        try:
+            with Count():
+                experts.run(*arguments)
+        except DataDependentOutputException:
+            counts["host waits"] += 1
+    return counts
+
+
+def time_step(model, tokens: int, num_layers: int, rounds: int) -> list[float]:
+    """Return the milliseconds of Python of so many layers, in each round, on tensors without memory."""
+    experts, arguments = layer_on(model, "meta", tokens)
+    times = []
+    for _ in range(rounds + 3):
+        begin = time.perf_counter()
+        for _ in range(num_layers):
+            experts.run(*arguments)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times[3:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
