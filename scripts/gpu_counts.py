@@ -1,4 +1,4 @@
-"""Count what a decode step costs the host on a GPU, without one: host waits, kernels and copies a MoE layer, and Python.
+"""Count what a decode step costs the host on a GPU, without one: waits, kernels and copies a MoE layer, and Python.
 
 A small random model runs its layers on fake tensors of "cuda:0" (they have no values, so that what would wait for the
 device raises), and on tensors without memory, where the time is that of the host's code: checks and dispatch, but not
@@ -9,14 +9,22 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 HIDDEN, EXPERTS, TOP_K = 64, 8, 2
 KERNELS_OF = {"moeflow.triton_experts_lookup.default": 2, "moeflow.triton_experts_decode.default": 2}
 WISHES = {"host waits": 0, "kernels": 3, "copies": 0}  # at most, of a layer whose experts are all resident
-HOST_MS_WISH = 2.0  # of a step of 48 layers
+MOST_KERNELS = 12  # that a model compiles
+_COMPILATIONS = """
+import json
+from helpers.triton_compile import DTYPES, all_models, count_kernels
+pairs = [(model, dtype) for model in all_models() for dtype in DTYPES]
+print(json.dumps({f"{model.name} {dtype}": count_kernels(model, dtype) for model, dtype in pairs}))
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=48, help="of a step whose Python is timed (48)")
     parser.add_argument("--rounds", type=int, default=50, help="steps that are timed (50)")
     parser.add_argument("--tokens", default="1,4,16", help="of a step, with commas (1,4,16)")
+    parser.add_argument("--no-kernels", action="store_true", help="do not count the kernels that a model compiles")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a card; no kernel runs here
 
@@ -48,9 +57,27 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{what:40}{statistics.median(times):8.2f} ms ({min(times):.2f} to {max(times):.2f})")
         finally:
             model.moeflow.close()
+    if not arguments.no_kernels:
+        result["kernels"] = count_compilations()
     within = all(counts[name] <= most for counts in result["layers"].values() for name, most in WISHES.items())
+    within = within and max(result.get("kernels", {}).values(), default=0) <= MOST_KERNELS
     print(json.dumps(result))
     return 0 if within else 1
+
+
+def count_compilations() -> dict[str, int]:
+    """Print how many kernels a model of each format compiles, by tests/helpers/triton_compile.py, and return it."""
+    root = Path(__file__).resolve().parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "tests"), environment.get("PYTHONPATH", "")))
+    done = subprocess.run([sys.executable, "-c", _COMPILATIONS], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"kernels could not be counted: {done.stderr[-500:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    most = max(found, key=lambda name: found[name])
+    print(f"kernels that a model compiles, of {len(found)} formats, activations and dtypes: {min(found.values())} to "
+          f"{found[most]} ({most}); at most {MOST_KERNELS} are allowed")  # fmt: skip
+    return found
 
 
 def small_model(folder: str):
@@ -78,7 +105,7 @@ def small_model(folder: str):
 
 
 def layer_on(model, device: str, tokens: int):
-    """Return the layer's experts, set up for a step on a device that trusts that all are resident, and its arguments."""
+    """Return the layer's experts, in a step on a device that trusts that all are resident, and its arguments."""
     import torch
 
     from moeflow.offload.trusting.device_table import DeviceTable

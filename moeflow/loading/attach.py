@@ -59,7 +59,8 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
         return begun
 
     def run_pass(*args: Any, **kwargs: Any) -> Any:
-        begun, runtime, module = begin_pass(args, kwargs), runtime_behind(), behind()
+        begun, runtime = begin_pass(args, kwargs), runtime_behind()
+        module: Any = behind()
         run: Any = partial(type(module).forward, module) if own is None else own
         if begun is None or runtime is None:
             return run(*args, **kwargs)

@@ -27,7 +27,7 @@ from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
-from moeflow.moe.choose_compute import computes_lossless
+from moeflow.moe.choose_compute import can_use_triton, computes_lossless
 from moeflow.step.decoding import StepDecoding
 from moeflow.trace.recorder import attach_recorder
 
@@ -105,6 +105,8 @@ def load_moe(
     folder = ModelFolder.of_hf_options(model, hf_options)
     refuse_unknown(hf_options)
     on_cpu = options.torch_device.type == "cpu"
+    if not on_cpu:
+        can_use_triton(options.torch_device)  # which tells before a long load why not
     placement = {} if on_cpu else {"device_map": {"": options.torch_device}}
     loaded, info, experts = pretrained.load_without_experts(
         folder.checkpoint,

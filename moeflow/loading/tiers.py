@@ -34,6 +34,7 @@ from moeflow.predictors.protocol import Predictor
 # "auto" leaves these bytes at first to everything that is not an expert: tokenizer, kernels' code, activations, slack.
 _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
+_GPU_POSITIONS = 4096  # likewise on a GPU; of longer prompts the experts run a part at a time
 _READ_THREADS = 4
 
 
@@ -77,7 +78,10 @@ def build_runtime(
     policy = options.policy
     if policy == "auto":
         policy = "lfru" if predictor is None else "forecast"
-    budget = _device_budget(experts, options, bytes_per_position)
+    plan: DevicePlan | None = None
+    if options.expert_memory == "auto" and device.type != "cpu":
+        plan = _gpu_plan(experts, device, bytes_per_position)
+    budget = _budget_bytes(experts, options, bytes_per_position) if plan is None else plan.expert_bytes
     num_slots = size.slots_for(budget)
     # The cache counts slots, or the pages of experts that differ in size.
     unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
@@ -100,7 +104,7 @@ def build_runtime(
         cache = ExpertCache(num_slots, policy, num_transient=num_transient, sizes=size.pages)
         cache.set_limit(limit)
         opened.append(store := ExpertStore(experts.files, experts.layers, stamps=experts.stamps))
-        return ExpertRuntime(
+        runtime = ExpertRuntime(
             store,
             pool,
             cache,
@@ -112,19 +116,19 @@ def build_runtime(
             prediction=_prediction(experts, predictor, tap, cache),
             misses=MissSplit() if options.miss == "cheapest" else None,
         )
+        runtime.most_tokens = None if plan is None else plan.prefill_tokens
+        return runtime
     except BaseException:
         for part in opened:
             part.close()
         raise
 
 
-def _device_budget(experts: Experts, options: LoadOptions, bytes_per_position: int) -> int:
-    """Return the bytes that experts may take on the device."""
+def _budget_bytes(experts: Experts, options: LoadOptions, bytes_per_position: int) -> int:
+    """Return the bytes that experts may take, by the user's word or by what is free in host memory."""
     size = experts.size
     if options.expert_memory != "auto":
         return parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
-    if options.torch_device.type != "cpu":
-        return _gpu_plan(experts, options.torch_device, bytes_per_position).expert_bytes
     reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * bytes_per_position
     free = hardware.available_memory_bytes()
     budget = min(max(free - reserve, 0), size.all_bytes)
@@ -147,9 +151,9 @@ def _gpu_plan(experts: Experts, device: torch.device, bytes_per_position: int) -
         )
     needs = MemoryNeeds(
         activation_bytes=_RESERVE_BYTES,
-        key_value_bytes=_RESERVE_POSITIONS * bytes_per_position,
+        key_value_bytes=_GPU_POSITIONS * bytes_per_position,
         bytes_per_prefill_token=prefill_bytes_per_token(size.num_experts_per_tok, experts.layers[0].layout),
-        context=_RESERVE_POSITIONS,
+        context=_GPU_POSITIONS,
     )
     return plan_device(free, needs, all_bytes=size.all_bytes, least_bytes=size.min_bytes, slot_bytes=size.slot_bytes)
 

@@ -106,10 +106,20 @@ class OffloadedExperts:
         if self._outputs_of is not None:
             spread = self._outputs_of(hidden_states, top_k_index, self.outputs_dtype(hidden_states.dtype))
             return self.compute(hidden_states.dtype).combine(hidden_states, spread, top_k_weights)
+        num_tokens, most = len(hidden_states), self.runtime.most_tokens
+        if most is None or num_tokens <= most:
+            return self._run(hidden_states, top_k_index, top_k_weights, num_tokens)
+        parts = zip(hidden_states.split(most), top_k_index.split(most), top_k_weights.split(most), strict=True)
+        return torch.cat([self._run(*part, num_tokens) for part in parts])
+
+    def _run(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, call_tokens: int
+    ) -> torch.Tensor:
+        """Run tokens of a call of `call_tokens`: [T, H]. The bits depend on those, and not on T."""
         compute, trusting = self.compute(hidden_states.dtype), self.runtime.trusting
         look_up = None  # runs the layer at once where its experts are resident, by kernels that find them
         on_device = compute.device if isinstance(compute, SplitCompute) else compute
-        if trusting is not None and isinstance(on_device, TritonCompute) and on_device.can_look_up(len(top_k_index)):
+        if trusting is not None and isinstance(on_device, TritonCompute) and on_device.can_look_up(call_tokens):
             look_up = partial(on_device.look_up, hidden_states, top_k_index, top_k_weights, trusting.table, self.layer)
         if trusting is not None and trusting.step is not None:
             if look_up is None:
@@ -121,7 +131,7 @@ class OffloadedExperts:
             router_output = RouterOutput(top_k_index, top_k_weights, hidden_states)
         elif (whole := self._run_whole(hidden_states, top_k_index, top_k_weights)) is not None:
             return whole
-        dispatch = Dispatch(top_k_index, self._num_experts)
+        dispatch = Dispatch(top_k_index, self._num_experts, call_tokens)
         outputs: torch.Tensor | None = None
         output: torch.Tensor | None = None
         counts, together = dispatch.num_tokens_of(), look_up is not None
@@ -134,7 +144,7 @@ class OffloadedExperts:
                     trusting.table.refresh()
                     output = look_up()
                     continue
-                if dispatch.num_tokens == 1 and len(residents) == dispatch.top_k:
+                if call_tokens == 1 and len(residents) == dispatch.top_k:
                     output = compute.run_token(hidden_states, residents, dispatch, top_k_weights)
                     continue
                 if outputs is None:

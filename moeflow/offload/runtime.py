@@ -25,7 +25,7 @@ from moeflow.offload.residency import Residency
 from moeflow.offload.resident_table import ResidentTable
 from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
-from moeflow.offload.stats import ReadStats, RuntimeStats, Stats, memory_stats
+from moeflow.offload.stats import PythonSteps, ReadStats, RuntimeStats, Stats, memory_stats
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfers import Parts, Transfers
 from moeflow.offload.trusting.device_table import DeviceTable
@@ -78,6 +78,7 @@ class ExpertRuntime:
         self.observers: list[RouteObserver] = []
         self.turns = Turns()  # of the model's passes
         self.step_of: Callable[[], Any] = lambda: None  # returns `step`
+        self.most_tokens: int | None = None  # of which experts run at once; more come part by part
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
@@ -96,8 +97,7 @@ class ExpertRuntime:
         self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
         self.trusting: Trusting | None = None  # decode steps that ask for nothing, where kernels find experts
         if self.device.type != "cpu":
-            table = DeviceTable(cache, pool.tensor, self.experts_per_layer)
-            self.trusting = Trusting(table, self._stats)
+            self.trusting = Trusting(DeviceTable(cache, pool.tensor, self.experts_per_layer), self._stats)
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
@@ -319,7 +319,7 @@ class ExpertRuntime:
                 memory=memory,
                 miss=None if self._host_compute is None else self._host_compute.as_dict(),
                 prediction=None if self._prediction is None else self._prediction.stats(),
-                step={"mode": "python", "reason": None, "steps": 0} if self.step is None else self.step.as_dict(),
+                step=(self.step or self.trusting or PythonSteps()).as_dict(),
                 io=ReadStats(**self.store.stats(), threads=self._transfers.num_threads),
             )
 

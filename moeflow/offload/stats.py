@@ -198,6 +198,14 @@ class RuntimeStats(Counters):
         return values | phases | {"prediction": prediction, "io": asdict(self.io)}
 
 
+class PythonSteps:
+    """Decode steps of a model whose own code runs them all."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the mode, no reason, and no other steps."""
+        return {"mode": "python", "reason": None, "steps": 0}
+
+
 def memory_stats(caches: Sequence[ExpertCache], unit_bytes: tuple[int, int], num_experts: list[int]) -> dict[str, int]:
     """Return the bytes that experts and the process take, now and at most, by name.
 

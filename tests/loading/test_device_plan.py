@@ -12,7 +12,7 @@ from moeflow.errors import BudgetError
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.device_plan import MemoryNeeds, plan_device, prefill_bytes_per_token, usable_bytes
 from moeflow.loading.options import LoadOptions
-from moeflow.loading.tiers import Experts, _device_budget
+from moeflow.loading.tiers import Experts, _gpu_plan
 
 GIB = 1 << 30
 
@@ -84,6 +84,6 @@ def test_a_second_load_gets_the_budget_of_the_first_on_its_own_card(monkeypatch)
     options.__dict__["torch_device"] = torch.device("cuda", 1)
     budgets = []
     for left["allocator"] in (0, 5 * GIB):
-        budgets.append(_device_budget(experts, options, 98_304))
+        budgets.append(_gpu_plan(experts, options.torch_device, 98_304).expert_bytes)
     assert budgets[0] == budgets[1] > 7 * GIB
     assert (asked, cards.touched) == ([1, 1], {1})

@@ -138,3 +138,14 @@ def test_a_layer_with_all_its_experts_here_is_one_call_with_the_same_bits_and_co
     assert all(torch.equal(a, b) for a, b in zip(whole[0], fetched[0], strict=True))
     assert whole[1:3] == fetched[1:3]
     assert (whole[3], fetched[3]) == (False, True)
+
+
+@pytest.mark.parametrize("most_tokens", [1, 4, 11, 12])
+def test_experts_of_a_long_pass_run_part_by_part_with_the_same_bits(model, most_tokens):
+    expected = logits(model)
+    model.moeflow.most_tokens = most_tokens
+    model.moeflow.reset_stats()
+    assert torch.equal(logits(model), expected)
+    ready = model.moeflow.stats()["prefill"]["decisions"]
+    num_parts = len(layers(model)) * -(-PROMPT.numel() // most_tokens)
+    assert ready["layers_ready"] + ready["layers_waited"] == num_parts

@@ -60,6 +60,14 @@ class Trusting:
             counts.count(routes.layers, routes.experts, 0.0)
         return made, routes.missed
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the mode ("trusting" once a step was right to), why none is where none can be, and the steps."""
+        right, wrong = (self.trust.steps[is_right] for is_right in (True, False))
+        reason = (
+            None if self.trust.is_possible else "the experts of a layer are of several kinds, or no kernel finds them"
+        )
+        return {"mode": "trusting" if right else "python", "reason": reason, "steps": right, "repeated": wrong}
+
     def run_asking(self, run: Callable[[], Any]) -> Any:
         """Run a decode step whose layers ask for their experts, and see whether it would have been right to trust."""
         begin, misses = time.perf_counter(), self._stats.now.misses
