@@ -16,7 +16,7 @@ from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
-from moeflow.moe.dispatch import Dispatch
+from moeflow.moe.dispatch import Dispatch, routes_on_host
 from moeflow.moe.split_compute import SplitCompute
 from moeflow.moe.triton_compute import TritonCompute
 from moeflow.offload.prediction_loop import RouterOutput
@@ -126,12 +126,12 @@ class OffloadedExperts:
                 raise NotTrustedError
             trusting.step.add(self.layer, top_k_index)
             return look_up()
-        router_output = None
-        if self.runtime.predicting:
-            router_output = RouterOutput(top_k_index, top_k_weights, hidden_states)
-        elif (whole := self._run_whole(hidden_states, top_k_index, top_k_weights)) is not None:
+        wanted = top_k_weights if self.runtime.predicting else None
+        if wanted is None and (whole := self._run_whole(hidden_states, top_k_index, top_k_weights)) is not None:
             return whole
-        dispatch = Dispatch(top_k_index, self._num_experts, call_tokens)
+        index, weights = routes_on_host(top_k_index, wanted)
+        router_output = None if weights is None else RouterOutput(index, weights, hidden_states)
+        dispatch = Dispatch(index, self._num_experts, call_tokens)
         outputs: torch.Tensor | None = None
         output: torch.Tensor | None = None
         counts, together = dispatch.num_tokens_of(), look_up is not None

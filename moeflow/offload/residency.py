@@ -20,6 +20,7 @@ from moeflow.policy.demand import Demand
 from moeflow.policy.prefetch import Prefetcher
 
 _MAX_PREFETCHES = 2  # in flight at once: more would only delay a demanded copy
+_LINK_BYTES = 16 << 20  # likewise to a GPU, where small experts do not fill the link two at a time
 
 
 class Residency:
@@ -49,6 +50,9 @@ class Residency:
         self._streams = streams
         self._prefetcher = prefetcher
         self._stats = stats
+        self._max_prefetches = _MAX_PREFETCHES
+        if pool.device.type != "cpu":
+            self._max_prefetches = max(_MAX_PREFETCHES, -(-_LINK_BYTES // pool.stride))
         self._ready: dict[int, object] = {}  # by slot: the end of a copy that no compute has waited for yet
         self._last_use: dict[int, object] = {}  # by slot: of compute since all slots were used
         self._last_use_of_all: object = None
@@ -162,7 +166,7 @@ class Residency:
             if transfers.drop(key):
                 self.cache.abort(key)
                 prefetcher.ledger.drop(key)
-        while transfers.num_copying < _MAX_PREFETCHES and transfers.has_room:
+        while transfers.num_copying < self._max_prefetches and transfers.has_room:
             found = prefetcher.take()
             self.pool.discard(self.cache.take_emptied())
             if found is None:

@@ -142,10 +142,11 @@ def test_a_layer_with_all_its_experts_here_is_one_call_with_the_same_bits_and_co
 
 @pytest.mark.parametrize("most_tokens", [1, 4, 11, 12])
 def test_experts_of_a_long_pass_run_part_by_part_with_the_same_bits(model, most_tokens):
-    expected = logits(model)
+    expected, seen = logits(model), SeenRoutes()
     model.moeflow.most_tokens = most_tokens
     model.moeflow.reset_stats()
+    model.moeflow.observers.append(seen)
     assert torch.equal(logits(model), expected)
-    ready = model.moeflow.stats()["prefill"]["decisions"]
-    num_parts = len(layers(model)) * -(-PROMPT.numel() // most_tokens)
-    assert ready["layers_ready"] + ready["layers_waited"] == num_parts
+    stats = model.moeflow.stats()["prefill"]
+    parts = [part for index, _ in seen.routes for part in index.split(most_tokens)]
+    assert stats["hits"] + stats["misses"] == sum(len(part.unique()) for part in parts)
