@@ -52,7 +52,8 @@ class Residency:
         self._stats = stats
         self._max_prefetches = _MAX_PREFETCHES
         if pool.device.type != "cpu":
-            self._max_prefetches = max(_MAX_PREFETCHES, -(-_LINK_BYTES // pool.stride))
+            most = transfers.max_in_flight // 2
+            self._max_prefetches = max(_MAX_PREFETCHES, min(most, -(-_LINK_BYTES // pool.stride)))
         self._ready: dict[int, object] = {}  # by slot: the end of a copy that no compute has waited for yet
         self._last_use: dict[int, object] = {}  # by slot: of compute since all slots were used
         self._last_use_of_all: object = None
@@ -144,7 +145,7 @@ class Residency:
         self.pool.discard(cache.take_emptied())
         if slot is None:
             return None
-        return self.transfers.start(key, slot, self._last_use_of(slot))
+        return self.transfers.start(key, slot, self._free_after(slot))
 
     def prefetch(self, waiting: set[ExpertKey] | None = None) -> list[ExpertKey]:
         """Start prefetches while the link has room, and take back those that come too late.
@@ -171,7 +172,7 @@ class Residency:
             self.pool.discard(self.cache.take_emptied())
             if found is None:
                 break
-            transfers.start(*found, self._last_use_of(found[1]), prefetch=True)
+            transfers.start(*found, self._free_after(found[1]), prefetch=True)
         return arrived
 
     def await_one(self, waiting: set[ExpertKey]) -> list[ExpertKey]:
@@ -226,6 +227,10 @@ class Residency:
         evictions = self.cache.evictions
         self.pool.discard(self.cache.set_limit(limit))
         self._stats.now.evictions += self.cache.evictions - evictions
+
+    def _free_after(self, slot: int) -> object:
+        """Return the event after which a slot may be written: of a copy that nothing used, else of its last use."""
+        return self._ready.get(slot) or self._last_use_of(slot)
 
     def _last_use_of(self, slot: int) -> object:
         return self._last_use.get(slot, self._last_use_of_all)

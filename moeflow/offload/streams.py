@@ -15,8 +15,11 @@ class Streams(Protocol):
     An event is opaque: a point in the queue of copies or of compute. None is an event that has always happened.
     """
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
-        """Start a copy that begins after the event `after`; return the event of its end."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object, *, is_prefetch: bool = False) -> object:
+        """Start a copy that begins after the event `after`; return the event of its end.
+
+        Copies of one kind run in their order. A copy that is no prefetch does not wait for those that are.
+        """
 
     def compute_event(self) -> object:
         """Return the event of all compute queued so far by the calling thread."""
@@ -40,7 +43,7 @@ class Streams(Protocol):
 class HostStreams:
     """One memory: copies have ended when they return."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object, *, is_prefetch: bool = False) -> object:
         target.copy_(source)
         return None
 
@@ -63,6 +66,10 @@ class HostStreams:
         return None
 
 
+_HIGH = -1  # priority of a stream
+_PIECE_BYTES = 2 << 20  # of a copy; large enough to fill the link
+
+
 class _Point(NamedTuple):
     """A point in a stream's queue. Its events are used again when nobody can ask for the point any more."""
 
@@ -77,7 +84,10 @@ class _Point(NamedTuple):
 
 
 class CudaStreams:
-    """A copy stream beside the caller's current stream, ordered by events. Touches its own device alone.
+    """Two copy streams beside the caller's current stream, ordered by events. Touches its own device alone.
+
+    A copy runs in pieces, so that one on demand shares the link with the prefetches that were started before it, and
+    does not wait for all of them.
 
     Args:
         device: the GPU; the current one, for good, where it has no number.
@@ -89,12 +99,15 @@ class CudaStreams:
         self._unused_pairs: list[tuple[torch.cuda.Event, ...]] = []
         self._unused: list[tuple[torch.cuda.Event, ...]] = []
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream(device)
-            self._device = self._stream.device
+            self._demanded = torch.cuda.Stream(device, priority=_HIGH)
+            self._prefetched = torch.cuda.Stream(device)
+            self._device = self._demanded.device
             # The pool may lie on memory that queued kernels of an earlier owner still use.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            for stream in (self._demanded, self._prefetched):
+                stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object, *, is_prefetch: bool = False) -> object:
+        stream = self._prefetched if is_prefetch else self._demanded
         self._leave_copy_stream()
         begin, end = events = _take(self._unused_pairs, 2)
         # Not torch.cuda.stream: where another device is current, it makes a context there as it ends.
@@ -102,12 +115,13 @@ class CudaStreams:
             outside = torch.cuda.current_stream(self._device)
             self._outside.stream = outside
             try:
-                torch.cuda.set_stream(self._stream)
+                torch.cuda.set_stream(stream)
                 if after is not None:
-                    self._stream.wait_event(_end(after))
-                begin.record(self._stream)  # behind earlier copies: only its own time counts
-                target.copy_(source, non_blocking=True)
-                end.record(self._stream)
+                    stream.wait_event(_end(after))
+                begin.record(stream)  # behind earlier copies: only its own time counts
+                for to, of in zip(target.split(_PIECE_BYTES), source.split(_PIECE_BYTES), strict=True):
+                    to.copy_(of, non_blocking=True)
+                end.record(stream)
             finally:
                 torch.cuda.set_stream(outside)
                 self._outside.stream = None

@@ -261,4 +261,5 @@ def _copy_to_device(
     pool: SlotPool, host_pool: SlotPool, streams: Streams, transfer: Transfer, num_bytes: int, after: object
 ) -> None:
     source = host_pool.tensor[transfer.host_slot, :num_bytes]
-    transfer.event = streams.copy(pool.tensor[transfer.slot, :num_bytes], source, after)
+    target, is_prefetch = pool.tensor[transfer.slot, :num_bytes], transfer.prefetch
+    transfer.event = streams.copy(target, source, after, is_prefetch=is_prefetch)

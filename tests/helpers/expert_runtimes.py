@@ -39,7 +39,7 @@ class ThreadStreams:
     def __init__(self):
         self._thread = ThreadPoolExecutor(1)
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, **options):
         event = threading.Event()
 
         def work():

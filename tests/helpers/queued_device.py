@@ -43,7 +43,7 @@ class QueuedDevice:
         self._defaults: dict[int, Stream] = {}
         self._current = threading.local()
         self.cuda = SimpleNamespace(
-            Stream=lambda device=None: Stream(self, device),
+            Stream=lambda device=None, priority=0: Stream(self, device),
             Event=lambda enable_timing=False: Event(self, enable_timing),
             stream=self.stream,
             set_stream=self.set_stream,

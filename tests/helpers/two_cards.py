@@ -25,7 +25,7 @@ class TwoCards:
         cards = self
 
         class Stream:
-            def __init__(self, device=None):
+            def __init__(self, device=None, priority=0):
                 self.device = torch.device(device)
                 cards.touched.add(self.device.index)
 

@@ -74,9 +74,9 @@ class GatedStreams(ThreadStreams):
         self.gate = threading.Event()
         self.gate.set()
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, **options):
         self._thread.submit(self.gate.wait)
-        return super().copy(target, source, after)
+        return super().copy(target, source, after, **options)
 
 
 class SeenTokens:

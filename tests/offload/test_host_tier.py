@@ -95,11 +95,11 @@ class FailingStreams(ThreadStreams):
 
     fails = False
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, **options):
         if self.fails:
             target[: len(target) // 2] = 255
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().copy(target, source, after)
+        return super().copy(target, source, after, **options)
 
 
 @pytest.mark.parametrize("on_host", [False, True])

@@ -86,7 +86,7 @@ class HeldStreams(HostStreams):
     def __init__(self):
         self.queued, self.released = [], threading.Event()
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, **options):
         self.queued.append((target, source))
         return self.released
 

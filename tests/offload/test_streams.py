@@ -191,6 +191,31 @@ def test_events_are_used_again_once_nothing_holds_them(monkeypatch):
 def test_a_copy_is_timed_without_those_before_it(monkeypatch):
     machine = Machine(monkeypatch)
     target, source = torch.zeros(4), torch.ones(4)
+    machine.streams.finish()
     copied = [machine.streams.copy(target, source, None) for _ in range(20)]
     machine.streams.synchronize(copied[-1])
     np.testing.assert_allclose([machine.streams.copy_s(each) for each in copied], 3e-6, rtol=1e-3)
+
+
+def test_a_copy_on_demand_does_not_wait_for_prefetches_that_cannot_begin(monkeypatch):
+    machine = Machine(monkeypatch)
+    never = machine.device.cuda.Event()
+    never.record(blocked := machine.device.cuda.Stream())
+    blocked.queue.appendleft(lambda: False)
+    target, source = torch.zeros(4), torch.ones(4)
+    waits = streams._Point((never,), [])
+    for _ in range(3):
+        machine.streams.copy(torch.zeros(4), source, waits, is_prefetch=True)
+    machine.streams.synchronize(machine.streams.copy(target, source, None))
+    assert torch.equal(target, source)
+
+
+def test_a_long_copy_runs_in_pieces(monkeypatch):
+    monkeypatch.setattr(streams, "_PIECE_BYTES", 1000)
+    machine = Machine(monkeypatch)
+    target, source = torch.zeros(4500, dtype=torch.uint8), torch.arange(4500).to(torch.uint8)
+    copies = []
+    machine.device.before_copy = lambda: copies.append(1)
+    machine.streams.synchronize(machine.streams.copy(target, source, None))
+    assert torch.equal(target, source)
+    assert len(copies) == 5
