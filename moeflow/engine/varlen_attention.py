@@ -56,6 +56,7 @@ class VarlenCache(forward.KeyValueCache):
     """
 
     rotaries: SequenceRotaries
+    may_run_again = True  # a pass writes where its tokens belong and counts nothing: `restore_point` has nothing to do
 
     def __init__(self) -> None:
         super().__init__(layers=[])

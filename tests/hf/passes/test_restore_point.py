@@ -5,6 +5,9 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from moeflow.engine.kv_cache import KeyValueSlots
+from moeflow.engine.varlen_attention import Segment, VarlenCache
+from moeflow.hf.passes.forward import packed_forward
 from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.restore_point import restore_point
 
@@ -34,6 +37,28 @@ def test_a_pass_that_is_run_again_gives_the_same_and_leaves_the_same(growing):
         again = model(torch.tensor([[token]]), past_key_values=cache).logits
         assert torch.equal(first, again)
         assert cache.get_seq_length() == length + 1
+
+
+@torch.no_grad()
+def test_a_pass_of_the_engine_may_run_again_as_it_is():
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(CONFIG).eval()
+    cache = VarlenCache()
+    cache.learn(model)
+    slots = KeyValueSlots(cache.shapes, 1 << 20)
+    for name in "ab":
+        assert slots.allocate(name, 8)
+    for start in range(6):
+        segments = [Segment(slots["a"], start, 1, start + 1), Segment(slots["b"], start, 1, start + 1)]
+        arguments = torch.tensor([[start, 9 - start]]), torch.full((1, 2), start), cache, torch.tensor([0, 1])
+        logits = []
+        with cache.running(model, segments):
+            for _ in range(2):
+                restore = restore_point(cache)
+                assert restore is not None
+                logits.append(packed_forward(model, *arguments))
+                restore()
+        assert torch.equal(*logits)
 
 
 def test_a_cache_that_is_written_in_place_has_no_restore_point():
