@@ -22,6 +22,7 @@ from moeflow.hf.passes.lossless_dense import compress_dense
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, prune_experts
 from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.gpu_memory import dense_weights_on
 from moeflow.loading.hf_options import refuse_unknown, taken_hf_options
 from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
@@ -108,14 +109,15 @@ def load_moe(
     if not on_cpu:
         can_use_triton(options.torch_device)  # which tells before a long load why not
     placement = {} if on_cpu else {"device_map": {"": options.torch_device}}
-    loaded, info, experts = pretrained.load_without_experts(
-        folder.checkpoint,
-        folder.config,
-        partial(_find_experts, folder, options),
-        dtype=folder.dtype if options.torch_dtype == "auto" else options.torch_dtype,
-        **placement,
-        **hf_options,
-    )
+    with dense_weights_on(options.torch_device):
+        loaded, info, experts = pretrained.load_without_experts(
+            folder.checkpoint,
+            folder.config,
+            partial(_find_experts, folder, options),
+            dtype=folder.dtype if options.torch_dtype == "auto" else options.torch_dtype,
+            **placement,
+            **hf_options,
+        )
     pretrained.own_dense_weights(loaded)
     if on_cpu:
         speed_up_dense(loaded)
