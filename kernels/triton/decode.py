@@ -17,6 +17,7 @@ from moeflow.kernels.triton.dequantize import (
     load_scales,
     run_values,
 )
+from moeflow.kernels.triton.launch import launch
 from moeflow.kernels.triton.lossless_values import load_lossless, load_tops
 from moeflow.kernels.triton.matrix import MatrixPlan
 
@@ -80,24 +81,25 @@ def multiply_pairs(
     outputs = torch.empty(num_pairs, width, dtype=torch.float32, device=inputs.device)
     if num_pairs == 0:
         return outputs
-    with torch.cuda.device_of(inputs):
-        _multiply_pairs[(num_pairs, triton.cdiv(plan.num_rows, blocks[0]))](
+    slot_bytes, numbers = arena.stride(0), chosen.arguments()
+    launch(
+        _multiply_pairs,
+        (num_pairs, triton.cdiv(plan.num_rows, blocks[0])),
+        (
             inputs,
             outputs,
             arena,
-            arena.stride(0),
-            *chosen.arguments(),
-            chosen.words() if chosen.missed is None else chosen.missed,
+            slot_bytes,
+            *numbers,
+            numbers[0] if chosen.missed is None else chosen.missed,
             chosen.layer,
-            chosen.words() if tokens is None else tokens,
+            numbers[0] if tokens is None else tokens,
             pairs_per_row if tokens is None else 0,
-            BLOCK_ROWS=blocks[0],
-            BLOCKS=blocks[1],
-            **plan.constants(),
-            **step,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        ),
+        (plan, id(step), blocks, inputs.dtype, slot_bytes),
+        lambda: {"BLOCK_ROWS": blocks[0], "BLOCKS": blocks[1], **plan.constants(), **step},
+        aligned=(inputs, outputs, arena),
+    )
     return outputs
 
 

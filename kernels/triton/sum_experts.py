@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from moeflow.kernels.triton.decode import PLAIN_NUMBERS, PLAIN_POINTERS, Chosen, find_slot, multiply_row
 from moeflow.kernels.triton.dequantize import rounded
+from moeflow.kernels.triton.launch import launch
 from moeflow.kernels.triton.matrix import MatrixPlan
 
 
@@ -39,21 +40,15 @@ def multiply_and_sum(
     if num_tokens == 0:
         return sums
     block_rows, blocks = plan.down_blocks()
-    with torch.cuda.device_of(inputs):
-        _multiply_and_sum[(num_tokens, triton.cdiv(plan.num_rows, block_rows))](
-            inputs,
-            sums,
-            arena,
-            arena.stride(0),
-            *chosen.arguments(),
-            top_k_weights,
-            TOP_K=top_k,
-            BLOCK_ROWS=block_rows,
-            BLOCKS=blocks,
-            **plan.constants(),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    slot_bytes = arena.stride(0)
+    launch(
+        _multiply_and_sum,
+        (num_tokens, triton.cdiv(plan.num_rows, block_rows)),
+        (inputs, sums, arena, slot_bytes, *chosen.arguments(), top_k_weights),
+        (plan, top_k, block_rows, blocks, dtype, top_k_weights.dtype, slot_bytes),
+        lambda: {"TOP_K": top_k, "BLOCK_ROWS": block_rows, "BLOCKS": blocks, **plan.constants()},
+        aligned=(inputs, sums, arena),
+    )
     return sums
 
 
