@@ -36,7 +36,7 @@ def launch(
         found = _COMPILED.get(place) if is_aligned else None
         if found is not None:
             compiled, values = found
-            compiled[(*grid, 1)](*arguments, *values)
+            compiled[grid[0], grid[1], 1](*arguments, *values)
             return
         named = constants()
         made = kernel[grid](*arguments, **named, num_warps=4, enable_fp_fusion=True)
