@@ -49,5 +49,5 @@ class DeviceTable:
             cache.moved.discard(key)
         for layer in list(self._stale):
             # From pageable memory, which the driver copies before it returns: the mirror may change at once.
-            self._slots[layer].copy_(torch.from_numpy(self._mirror[layer]))
+            self._slots.select(0, layer).copy_(torch.from_numpy(self._mirror[layer]), non_blocking=True)
             self._stale.discard(layer)
