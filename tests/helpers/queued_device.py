@@ -243,9 +243,9 @@ class _Copies(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         target, source, *non_blocking = args
         to, of, reads = target.numpy(), source.numpy(), {source.data_ptr()}
-        if non_blocking == [True]:
+        if non_blocking == [True] and target.dtype != torch.int32:
             self._machine.before_copy()
-        else:  # from pageable memory, which the driver copies before it returns
+        else:  # a table, from pageable memory, which the driver copies before it returns
             of, reads = of.copy(), set()
         steps = [lambda: to.fill(GARBAGE) or True, lambda: to.__setitem__(slice(None), of) or True]
         self._machine.enqueue(self._stream, steps, "a copy", reads, {target.data_ptr()})
