@@ -49,11 +49,11 @@ def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_on
             fetched.append(key)
             return read(key, record)
 
-        def watched(layer, experts, *rest):
+        def watched(layer, experts, *rest, **options):
             keys, order, under_way = [ExpertKey(layer, expert) for expert in experts], [], []
             resident = {key.expert for key in keys if key in cache}
             fetched.clear()
-            for batch in fetch(layer, experts, *rest):
+            for batch in fetch(layer, experts, *rest, **options):
                 order += [one.expert for one in batch]
                 under_way.append(sum(key in cache.slots and key not in cache for key in keys))
                 yield batch
