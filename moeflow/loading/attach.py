@@ -50,6 +50,7 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
     cannot release what another took after every interrupt.
     """
     own, behind, runtime_behind = vars(module).get("forward"), weakref.ref(module), weakref.ref(runtime)
+    hooks = trusted_pass.Hooks(module)
 
     @torch.compiler.disable
     def begin_pass(args: tuple, kwargs: dict[str, Any]) -> forward.ForwardPass | None:
@@ -64,7 +65,7 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
         run: Any = partial(type(module).forward, module) if own is None else own
         if begun is None or runtime is None:
             return run(*args, **kwargs)
-        return trusted_pass.run_pass(runtime, begun, partial(run, *args, **kwargs))
+        return trusted_pass.run_pass(runtime, hooks, begun, partial(run, *args, **kwargs))
 
     def in_turn(*args: Any, **kwargs: Any) -> Any:
         runtime = runtime_behind()

@@ -1,21 +1,48 @@
 """Runs a pass of a model so that on a GPU its decode steps ask the host for nothing while that pays."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.modules import module as of_all_modules
 
 from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.restore_point import restore_point
 from moeflow.moe.triton_compute import MAX_PAIRED_TOKENS
 from moeflow.offload.runtime import ExpertRuntime
 
+_GLOBAL_HOOKS = (of_all_modules._global_forward_hooks, of_all_modules._global_forward_pre_hooks)
+_STEPS_A_LOOK = 64  # after which a model is looked through for other modules
 
-def run_pass(runtime: ExpertRuntime, begun: ForwardPass, run: Callable[[], Any]) -> Any:
+
+class Hooks:
+    """Looks for hooks in a model: they would see a step that is run again twice, the first time with wrong values.
+
+    Args:
+        model: whose modules are looked at; those that come later are found after some steps.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._modules: list[torch.nn.Module] = []
+        self._steps_left = 0
+
+    def are_there(self) -> bool:
+        """Whether a forward hook waits for the next step."""
+        model = self._model()
+        if self._steps_left <= 0 and model is not None:
+            self._modules, self._steps_left = list(model.modules()), _STEPS_A_LOOK
+        self._steps_left -= 1
+        return any(_GLOBAL_HOOKS) or any(one._forward_hooks or one._forward_pre_hooks for one in self._modules)
+
+
+def run_pass(runtime: ExpertRuntime, hooks: Hooks, begun: ForwardPass, run: Callable[[], Any]) -> Any:
     """Run a pass that the runtime was told of.
 
     Args:
         runtime: of the model's experts.
+        hooks: of the model.
         begun: the pass.
         run: runs it; again where the first time an expert was missed.
 
@@ -26,7 +53,8 @@ def run_pass(runtime: ExpertRuntime, begun: ForwardPass, run: Callable[[], Any])
     if trusting is None or not is_step or begun.num_sequences > MAX_PAIRED_TOKENS or torch.is_grad_enabled():
         return run()
     is_watched = runtime.predicting or runtime.observers or runtime.parallel is not None
-    restore = restore_point(begun.cache) if trusting.trust.pays and not is_watched else None
+    is_trusted = trusting.trust.pays and not is_watched and not hooks.are_there()
+    restore = restore_point(begun.cache) if is_trusted else None
     if restore is None:
         return trusting.run_asking(run)
     with runtime.changing() as residency:

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from moeflow.moe.trusted_pass import Hooks
 
 _RUN = """
 import json, sys
@@ -54,6 +57,23 @@ for trusts in (False, True):
     model.moeflow.close()
 print(json.dumps(found))
 """
+
+
+def test_hooks_are_found_when_they_come_and_when_they_go():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    hooks = Hooks(model)
+    assert not hooks.are_there()
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(model[1][0], register)(lambda *_: None)
+        assert hooks.are_there()
+        handle.remove()
+        assert not hooks.are_there()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert hooks.are_there()
+    handle.remove()
+    model[0] = torch.nn.Linear(2, 2)
+    model[0].register_forward_hook(lambda *_: None)
+    assert any(hooks.are_there() for _ in range(70))
 
 
 @pytest.mark.slow
