@@ -25,16 +25,17 @@ class Hooks:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._modules: list[torch.nn.Module] = []
+        self._hooks: list[dict] = []  # of all modules, which are not held: the model holds this object
         self._steps_left = 0
 
     def are_there(self) -> bool:
         """Whether a forward hook waits for the next step."""
         model = self._model()
         if self._steps_left <= 0 and model is not None:
-            self._modules, self._steps_left = list(model.modules()), _STEPS_A_LOOK
+            self._hooks = [hooks for one in model.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+            self._steps_left = _STEPS_A_LOOK
         self._steps_left -= 1
-        return any(_GLOBAL_HOOKS) or any(one._forward_hooks or one._forward_pre_hooks for one in self._modules)
+        return any(_GLOBAL_HOOKS) or any(self._hooks)
 
 
 def run_pass(runtime: ExpertRuntime, hooks: Hooks, begun: ForwardPass, run: Callable[[], Any]) -> Any:
