@@ -118,6 +118,11 @@ class LayerLayout(NamedTuple):
     variants: tuple[RecordLayout, ...] = ()
     variant_of: tuple[int, ...] = ()
 
+    @property
+    def records(self) -> tuple[RecordLayout, ...]:
+        """The distinct records of its experts."""
+        return self.variants or (self.record,)
+
     def record_of(self, expert: int) -> RecordLayout:
         """Return the record of one expert."""
         return self.variants[self.variant_of[expert]] if self.variants else self.record

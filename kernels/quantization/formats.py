@@ -177,6 +177,11 @@ def lossless_format(num_escapes: int) -> WeightFormat:
 FORMAT_OF_DTYPE = {spec.dtype: spec for spec in FORMATS.values() if spec.kind == "float"}
 
 
+def is_lossless(record: RecordLayout) -> bool:
+    """Whether a record has matrices in the lossless format."""
+    return any(matrix.format.startswith(LOSSLESS) for matrix in record.matrices)
+
+
 def holds_matrix(record: RecordLayout, name: str, spec: WeightFormat, shape: tuple[int, int]) -> bool:
     """Whether a record has all tensors of a matrix within its bytes, each as long as its format has it.
 

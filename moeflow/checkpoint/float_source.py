@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from moeflow.checkpoint.layer_source import Conversion, LayerSource
-from moeflow.checkpoint.lossless_source import any_lossless, is_lossless, parts_of, records_of
+from moeflow.checkpoint.lossless_source import any_lossless, parts_of
 from moeflow.core import LayerLayout, RecordLayout
 from moeflow.dtypes import tensors_of
 from moeflow.errors import CheckpointError, ExpertReadError
 from moeflow.kernels.cpu import lossless
+from moeflow.kernels.quantization.formats import is_lossless
 
 
 def float_sources(sources: list[LayerSource]) -> list[LayerSource]:
@@ -56,7 +57,7 @@ def _parameters(record: RecordLayout) -> list[tuple[str, str, tuple[int, ...]]]:
 def _decoded(source: LayerSource) -> LayerSource:
     """Return a source that decodes each lossless record of another."""
     stored = source.layout
-    record = next(filter(is_lossless, records_of(stored)))
+    record = next(filter(is_lossless, stored.records))
     layout = LayerLayout(stored.name, stored.num_experts, RecordLayout.pack(_parameters(record)))
 
     def convert(expert: int, pieces: list[np.ndarray], out: np.ndarray) -> None:

@@ -19,18 +19,19 @@ from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
 from moeflow.dtypes import tensors_of
 from moeflow.errors import CheckpointError, ConfigError, ExpertReadError
 from moeflow.kernels.cpu import lossless
-from moeflow.kernels.quantization.formats import LOSSLESS, MOST_LOSSLESS_VALUES, find_format, lossless_format
+from moeflow.kernels.quantization.formats import (
+    LOSSLESS,
+    MOST_LOSSLESS_VALUES,
+    find_format,
+    is_lossless,
+    lossless_format,
+)
 from moeflow.progress import ProgressCallback
 
 WORTH_IT = 0.9  # a record that is not smaller than this part of bfloat16's stays bfloat16
 LEAVE_OUT = "Leave lossless out: nothing is lost without it, either."
 _LEAST_ROOM = 16  # for escapes
 _log = logging.getLogger(__name__)
-
-
-def is_lossless(record: RecordLayout) -> bool:
-    """Whether a record has matrices in the lossless format."""
-    return any(matrix.format.startswith(LOSSLESS) for matrix in record.matrices)
 
 
 def lossless_sources(
@@ -228,12 +229,7 @@ def parts_of(tensors: dict[str, torch.Tensor], matrix: MatrixSpec) -> tuple[torc
 
 def any_lossless(sources: list[LayerSource]) -> bool:
     """Whether an expert of some layers is lossless."""
-    return any(is_lossless(record) for source in sources for record in records_of(source.layout))
-
-
-def records_of(layout: LayerLayout) -> tuple[RecordLayout, ...]:
-    """Return the distinct records of a layer."""
-    return layout.variants or (layout.record,)
+    return any(is_lossless(record) for source in sources for record in source.layout.records)
 
 
 def _tell(layouts: list[LayerLayout]) -> None:

@@ -17,7 +17,7 @@ from moeflow.checkpoint.layer_source import LayerSource, PieceTable
 from moeflow.core import PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, MatrixSpec, RecordLayout, TensorSpec, align_up
 from moeflow.errors import CheckpointError, ConfigError
 from moeflow.formatting import brief
-from moeflow.kernels.quantization.formats import LOSSLESS, find_format
+from moeflow.kernels.quantization.formats import find_format, is_lossless
 
 PACKED_FILE = "experts.moeflow"
 MAGIC = b"MOEFLOW\x02"
@@ -49,7 +49,7 @@ def header_bytes(layouts: list[LayerLayout], crc32: list[list[int]] | None = Non
                 "name": layout.name,
                 "num_experts": layout.num_experts,
                 "offset": f"{position:016x}",
-                "records": [_describe(record) for record in layout.variants or (layout.record,)],
+                "records": [_describe(record) for record in layout.records],
             }
             if layout.variants:
                 entry["record_of"] = list(layout.variant_of)
@@ -92,7 +92,7 @@ def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
         raise CheckpointError(f"{file} is truncated: {size:,} bytes on disk, {end:,} by its header. Write it again.")
     if len(layers) != len(expected):
         raise _foreign(file, f"it has {len(layers)} layers of experts, the model {len(expected)}")
-    if any(_is_lossless(record) for source in layers for record in source.layout.variants or (source.layout.record,)):
+    if any(is_lossless(record) for source in layers for record in source.layout.records):
         expected = [_in_bfloat16(layout) for layout in expected]  # what stayed as it was is computed from bfloat16, too
     for source, wanted in zip(layers, expected, strict=True):
         _compare(file, source.layout, wanted)
@@ -109,7 +109,7 @@ def packed_dtype(folder: Path) -> str | None:
     with _malformed_header(file):
         header, _, _ = _read_header(file)
         record = _record(header["layers"][0]["records"][0])
-    if _is_lossless(record):
+    if is_lossless(record):
         return "BF16"
     return None if record.matrices else record.tensors[0].dtype
 
@@ -155,7 +155,7 @@ def _compare(file: Path, found: LayerLayout, wanted: LayerLayout) -> None:
         raise _foreign(
             file, f"{found.name} of {found.num_experts} experts is not {wanted.name} of {wanted.num_experts}"
         )
-    for record in found.variants or (found.record,):
+    for record in found.records:
         if record.matrices:
             shapes = {spec.name: sorted(spec.shape) for spec in wanted.record.matrices or wanted.record.tensors}
             odd = [spec for spec in record.matrices if sorted(spec.shape) != shapes.get(spec.name)]
@@ -163,10 +163,6 @@ def _compare(file: Path, found: LayerLayout, wanted: LayerLayout) -> None:
                 raise _foreign(file, f"{found.name} has {odd[0]}, the model {shapes}")
         elif record != wanted.record:
             raise _foreign(file, f"{_brief_record(record)} is not {_brief_record(wanted.record)}")
-
-
-def _is_lossless(record: RecordLayout) -> bool:
-    return any(matrix.format.startswith(LOSSLESS) for matrix in record.matrices)
 
 
 def _in_bfloat16(layout: LayerLayout) -> LayerLayout:

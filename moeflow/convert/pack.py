@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from moeflow.checkpoint.float_source import float_sources
 from moeflow.checkpoint.layer_source import LayerSource
-from moeflow.checkpoint.lossless_source import LEAVE_OUT, is_lossless, lossless_sources
+from moeflow.checkpoint.lossless_source import LEAVE_OUT, lossless_sources
 from moeflow.checkpoint.packed_writer import check_output, write_packed
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
+from moeflow.kernels.quantization.formats import is_lossless
 from moeflow.progress import ProgressCallback
 
 _log = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ Knows a model on disk. Knows nothing of loading it.
 from pathlib import Path
 
 from moeflow import hardware
-from moeflow.checkpoint.lossless_source import is_lossless
 from moeflow.core import RecordLayout
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
+from moeflow.kernels.quantization.formats import is_lossless
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.gpus import gpu_names
 from moeflow.loading.lossless_saving import lossless_saving
@@ -37,7 +37,7 @@ def describe_model(model: str | Path) -> dict:
     size = ExpertsSize.of([source.layout for source in layers], experts_interface.num_experts_per_tok(empty))
     dense = sum(entry.num_bytes for name, entry in folder.checkpoint.tensors.items() if name not in feeding)
     counts = sorted({source.layout.num_experts for source in layers})
-    records = {record for source in layers for record in source.layout.variants or (source.layout.record,)}
+    records = {record for source in layers for record in source.layout.records}
     record_bytes = sorted({record.num_bytes for record in records})
     formats = sorted({name for record in records for name in _formats(record)})
     transposed, files = experts_interface.transposed(empty), folder.expert_files

@@ -16,13 +16,14 @@ from helpers.lossless_models import NOT_WORTH_IT, foreign, lossless_mixtral, spo
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.checkpoint.headers import open_checkpoint
-from moeflow.checkpoint.lossless_source import check_same, is_lossless
+from moeflow.checkpoint.lossless_source import check_same
 from moeflow.checkpoint.packed_file import PACKED_FILE, PREFIX_BYTES, packed_dtype
 from moeflow.cli.main import main
 from moeflow.convert.pack import pack_model
 from moeflow.convert.quantize import quantize_model
 from moeflow.errors import CheckpointError, ConfigError, ExpertReadError
 from moeflow.kernels.cpu.library import library
+from moeflow.kernels.quantization.formats import is_lossless
 from moeflow.kernels.quantization.lossless import encode_lossless
 from moeflow.paths import cache_folder
 
