@@ -158,6 +158,10 @@ DAMAGE = {  # of `_weight`, with escapes at row 3 column 7 (0), row 44 columns 0
     "an escape too many": (lambda p: _set_position(p, 3, 45 * 190 - 1), "out of order|other values"),
     "an escape of exponent 0": (lambda p: p[2].index_fill_(0, torch.tensor([4 * 5 + 1]), 0), "other values"),
     "a code in an escape's place": (lambda p: _set_code(p, 3, 7, 2), "other values|hide"),
+    "a code in the last escape's place": (
+        lambda p: _set_code(p, 44, 189, 2),
+        "other values",
+    ),
     "a row that hides its escapes": (_change(1, 44, 127), "hide"),
     "a row that has none": (_change(1, 5, 127 | 256), "hide"),
     "a top that is no exponent": (_change(1, 5, 127 | 512), "tops"),
