@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from moeflow.atomic_file import NO_CHECKSUM, is_sealed, seal, write_atomically
-from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey
 from moeflow.dtypes import tensors_of

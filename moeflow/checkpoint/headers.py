@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from moeflow.checkpoint.file_stamp import FileStamp, check_stamps
+from moeflow.checkpoint.reading.file_stamp import FileStamp, check_stamps
 from moeflow.checkpoint.weight_index import WeightIndex, read_weight_index
 from moeflow.core import DTYPE_BYTES
 from moeflow.errors import CheckpointError, ModelSourceError

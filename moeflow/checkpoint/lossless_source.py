@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from moeflow.checkpoint.escape_scan import scan_escapes
-from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import Conversion, LayerSource
+from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.core import LayerLayout, MatrixSpec, RecordLayout
 from moeflow.dtypes import tensors_of
 from moeflow.errors import CheckpointError, ConfigError, ExpertReadError

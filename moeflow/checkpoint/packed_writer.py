@@ -25,11 +25,11 @@ import numpy as np
 
 from moeflow import __version__
 from moeflow.atomic_file import sync_file, sync_folder
-from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import SINGLE_FILE, Checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.pack_journal import JOURNAL, PackJournal, is_of_run
 from moeflow.checkpoint.packed_file import PACKED_FILE, header_bytes, record_offsets, stride
+from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, LayerLayout, align_up
 from moeflow.errors import ConfigError, MoeflowError

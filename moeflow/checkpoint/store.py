@@ -3,6 +3,7 @@
 Knows files and bytes. Knows nothing of models, caches or devices; torch is not imported here.
 """
 
+import contextlib
 import errno
 import io
 import mmap
@@ -10,28 +11,25 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from moeflow.checkpoint.file_stamp import FileStamp, check_stamps
 from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.reading.expert_read import ExpertRead
+from moeflow.checkpoint.reading.file_stamp import FileStamp, check_stamps
+from moeflow.checkpoint.reading.parts import Part, Share, one_by_one
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
 from moeflow.errors import CheckpointError, ClosedModelError, ExpertReadError
 
-# Pieces of one file that lie this close are one read: the gap costs less than a second request.
-COALESCE_GAP_BYTES = 128 * 1024
+_HUGE_PAGE_BYTES = 2 << 20  # direct reads into small pages, scattered in memory, are up to twice as slow
 _CLOSED = "the model was closed: load it again to use it."
 
 
-class Extent(NamedTuple):
-    """One contiguous read: file number and absolute byte range."""
-
-    file: int
-    begin: int
-    end: int
+class _DiskError(Exception):
+    """The number of a file and the OSError that it gave. What `landed` raises is not the disk's."""
 
 
 class ExpertStore:
@@ -92,13 +90,25 @@ class ExpertStore:
         """Bytes of read buffers held by the reading threads."""
         return self._staging_bytes
 
-    def read(self, key: ExpertKey, record: np.ndarray) -> int:
+    def read(
+        self,
+        key: ExpertKey,
+        record: np.ndarray,
+        *,
+        landed: Callable[[int, int], None] | None = None,
+        share: Share = one_by_one,
+        part_bytes: int | None = None,
+    ) -> int:
         """Fill `record` with one expert.
 
         Args:
             key: the expert.
             record: uint8 [>= layout.num_bytes], contiguous; aligned to a page and with room up to the next page
                 it is read into without a copy.
+            landed: called in this thread with the begin and end of bytes of the record that have arrived, while others
+                are still read. They are known to be right only when this method returns.
+            share: runs the parts.
+            part_bytes: the most bytes of a part; None reads each contiguous range at once.
 
         Returns:
             Bytes taken from the disk.
@@ -108,34 +118,27 @@ class ExpertStore:
             ClosedModelError: the store was closed.
         """
         source = self.layers[key.layer]
+        reading = ExpertRead(source, key.expert, record, self._buffer, part_bytes)
         try:
-            begin = time.perf_counter()
-            extents, places = self._plan(source, key.expert)
-            if self._lands_in_place(source, extents, record):
-                num_bytes, raw = self._read_in_place(extents[0], record), None
-            else:
-                num_bytes, raw = self._read_staged(extents)
-            taken = time.perf_counter() - begin
-            self._check_unchanged(source, key.expert, {extent.file for extent in extents})
-            if raw is not None:
-                sizes = [table.bytes_of(key.expert) for table in source.pieces()]
-                pieces = [
-                    raw[number][offset : offset + size] for (number, offset), size in zip(places, sizes, strict=True)
-                ]
-                source.fill(key.expert, pieces, record)
-        except OSError as error:
-            self._check_unchanged(source, key.expert, {table.files[key.expert] for table in source.pieces()})
+            with closing(share(self._read_part, reading.parts)) as done:
+                for part in done:
+                    for begin, end in reading.take(part):
+                        if landed is not None:
+                            landed(begin, end)
+            self._check_unchanged(source, key.expert, reading.files)
+        except _DiskError as failure:
+            file, error = failure.args
+            with contextlib.suppress(_DiskError):
+                self._check_unchanged(source, key.expert, reading.files)
             raise ExpertReadError(
-                f"expert {key.expert} of {source.layout.name} could not be read from "
-                f"{self.files[self._file_of(source, key.expert)]}: {error.strerror or error}. The model stays usable: "
-                "check the disk and call again."
+                f"expert {key.expert} of {source.layout.name} could not be read from {self.files[file]}: "
+                f"{error.strerror or error}. The model stays usable: check the disk and call again."
             ) from error
+        for begin, end in reading.finish():
+            if landed is not None:
+                landed(begin, end)
         self._check(source, key, record)
-        with self._lock:
-            self._reads += len(extents)
-            self._bytes_read += num_bytes
-            self._read_s += taken
-        return num_bytes
+        return sum(part.num_bytes for part in reading.parts)
 
     def after_fork(self) -> None:
         """Begin anew in the child of a fork: the lock and the buffers of threads that are not there.
@@ -157,76 +160,49 @@ class ExpertStore:
     def _file_of(source: LayerSource, expert: int) -> int:
         return next(source.pieces()).files[expert]
 
-    def _plan(self, source: LayerSource, expert: int) -> tuple[list[Extent], list[tuple[int, int]]]:
-        """Merge an expert's pieces into few extents; return those, and where each piece lies (extent, offset)."""
-        pieces = [(t.files[expert], t.begins[expert], t.bytes_of(expert)) for t in source.pieces()]
-        extents: list[Extent] = []
-        for file, begin, num_bytes in sorted(pieces):
-            last = extents[-1] if extents else None
-            if last and last.file == file and begin - last.end <= COALESCE_GAP_BYTES:
-                extents[-1] = Extent(file, last.begin, max(last.end, begin + num_bytes))
-            else:
-                extents.append(Extent(file, begin, begin + num_bytes))
-        places = []
-        for file, begin, _ in pieces:
-            number = next(i for i, e in enumerate(extents) if e.file == file and e.begin <= begin < e.end)
-            places.append((number, begin - extents[number].begin))
-        return extents, places
-
-    @staticmethod
-    def _lands_in_place(source: LayerSource, extents: list[Extent], record: np.ndarray) -> bool:
-        return (
-            len(extents) == 1
-            and len(source.copies) == 1
-            and not source.conversions
-            and extents[0].begin % PAGE_BYTES == 0
-            and record.ctypes.data % PAGE_BYTES == 0
-            and record.nbytes >= align_up(extents[0].end - extents[0].begin, PAGE_BYTES)
-        )
-
-    def _read_in_place(self, extent: Extent, record: np.ndarray) -> int:
-        return self._pread(extent, record.data[: align_up(extent.end - extent.begin, PAGE_BYTES)], extent.begin)
-
-    def _read_staged(self, extents: list[Extent]) -> tuple[int, list[np.ndarray]]:
-        """Read every extent into this thread's page-aligned buffer; return the bytes and a view per extent."""
-        starts = [extent.begin - extent.begin % PAGE_BYTES for extent in extents]
-        sizes = [align_up(extent.end - start, PAGE_BYTES) for extent, start in zip(extents, starts, strict=True)]
-        buffer, views, offset, num_bytes = self._buffer(sum(sizes)), [], 0, 0
-        for extent, start, size in zip(extents, starts, sizes, strict=True):
-            num_bytes += self._pread(extent, buffer.data[offset : offset + size], start)
-            first = offset + extent.begin - start
-            views.append(buffer[first : first + extent.end - extent.begin])
-            offset += size
-        return num_bytes, views
-
     def _buffer(self, num_bytes: int) -> np.ndarray:
         buffer = getattr(self._staging, "buffer", None)
         if buffer is None or buffer.nbytes < num_bytes:
+            if num_bytes > _HUGE_PAGE_BYTES // 2:
+                num_bytes = align_up(num_bytes, _HUGE_PAGE_BYTES)  # else the system gives huge pages to none of it
             with self._lock:
                 self._staging_bytes += num_bytes - (buffer.nbytes if buffer is not None else 0)
-            buffer = self._staging.buffer = np.frombuffer(
-                mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8
-            )
+            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            buffer = self._staging.buffer = np.frombuffer(memory, np.uint8)
         return buffer
 
-    def _pread(self, extent: Extent, view: memoryview, start: int) -> int:
-        """Read from `start` until the extent's end is in `view`, which may be a little longer."""
-        fd, needed, done = self._descriptor(extent.file), extent.end - start, 0
-        while done < needed:
-            try:
-                count = os.preadv(fd, [view[done:]], start + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct[extent.file]:
-                    raise
-                self._give_up_direct(extent.file)
-                continue
-            end = done + count
-            if end < needed:
-                end -= end % PAGE_BYTES  # a direct read goes on at a page
-                if end <= done:
-                    raise OSError(errno.EIO, f"the file ends {needed - done - count} bytes early, it was truncated")
-            done = end
-        return needed
+    def _read_part(self, part: Part) -> None:
+        """Read until the part's end is in its memory, which may be a little longer."""
+        begun, needed, done = time.perf_counter(), part.num_bytes, 0
+        try:
+            while done < needed:
+                done = self._read_some(part, done)
+        except OSError as error:
+            raise _DiskError(part.file, error) from error
+        with self._lock:
+            self._reads += 1
+            self._bytes_read += needed
+            self._read_s += time.perf_counter() - begun
+
+    def _read_some(self, part: Part, done: int) -> int:
+        """Read on where `done` bytes of a part are there; return how many are there now."""
+        try:
+            count = os.preadv(self._descriptor(part.file), [part.memory[done:]], part.begin + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct[part.file]:
+                raise
+            self._give_up_direct(part.file)
+            return done
+        end = done + count
+        if end < part.num_bytes:
+            end -= end % PAGE_BYTES  # a direct read goes on at a page
+            if end <= done:
+                missing = part.num_bytes - done - count
+                raise OSError(errno.EIO, f"the file ends {missing} bytes early, it was truncated")
+        return end
 
     def _open(self, file: int) -> io.FileIO:
         if self._direct[file]:
@@ -256,7 +232,10 @@ class ExpertStore:
     def _check_unchanged(self, source: LayerSource, expert: int, files: Iterable[int]) -> None:
         """Compare files with what they were when the model was loaded, after bytes were read from them."""
         for file in files:
-            now = FileStamp.of(self._descriptor(file))
+            try:
+                now = FileStamp.of(self._descriptor(file))
+            except OSError as error:
+                raise _DiskError(file, error) from error
             if now != self._stamps[file]:
                 raise ExpertReadError(
                     f"expert {expert} of {source.layout.name} could not be read: {self.files[file]} changed on disk "

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.lossless_source import with_checks
 from moeflow.checkpoint.packed_file import PACKED_FILE, packed_dtype, read_packed
+from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.hf import pretrained

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.lossless_source import WORTH_IT, lossless_layout
+from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.dtypes import tensors_of

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from moeflow import hardware
-from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import LayerSource
+from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError

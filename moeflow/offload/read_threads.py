@@ -1,27 +1,38 @@
 """Worker threads that run expert reads. Demanded reads run before prefetches. The first read starts the threads.
 
-Knows work as a function and its arguments. Knows nothing of files or of which expert sits in which slot.
+A thread that reads an expert may share its parts with helpers. Knows work as a function and its arguments. Knows
+nothing of files or of which expert sits in which slot.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 
+from moeflow.checkpoint.reading.parts import Part
 from moeflow.errors import ExpertReadError, MoeflowError
 from moeflow.offload.transfer import Transfer, Work
+
+_HELPERS = 3  # for each thread: with four threads, 16 reads may be in flight
 
 
 class ReadingThreads:
     """Runs the work of transfers and reports the end of each, failed or not.
 
     Args:
-        num_threads: reads in flight.
+        num_threads: experts that are read at a time.
     """
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
+        self._num_helpers = _HELPERS * num_threads
         self._begin()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether no transfer waits for a thread."""
+        return self._tickets.empty()
 
     def after_fork(self, lost: Iterable[Transfer]) -> None:
         """Begin anew in the child of a fork, and report as failed what the threads there had to do."""
@@ -42,24 +53,21 @@ class ReadingThreads:
         self._prefetches: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._shared: queue.SimpleQueue[_Shared | None] = queue.SimpleQueue()
+        self._helpers: list[threading.Thread] = []
 
     def _start_threads(self) -> None:
-        while len(self._threads) < self._num_threads:
-            thread = threading.Thread(
-                target=_run_queued,
-                args=(self._tickets, (self._demands, self._prefetches), self._ended),
-                name="moeflow-read",
-                daemon=True,
-            )
-            thread.start()
-            self._threads.append(thread)  # one more starts where an interrupt comes between
+        work = (self._tickets, (self._demands, self._prefetches), self._ended)
+        _start(self._threads, self._num_threads, "moeflow-read", _run_queued, work)
+        _start(self._helpers, self._num_helpers, "moeflow-help", _help, (self._shared,))
 
     def __del__(self) -> None:
         self._tickets.put(False)  # where an interrupt came into garbage collection, no one calls stop()
+        self._shared.put(None)
 
     def put(self, transfer: Transfer) -> None:
         """Queue a transfer that was given work: a prefetch behind every demand, else among the demands."""
-        if len(self._threads) < self._num_threads:
+        if len(self._helpers) < self._num_helpers:
             self._start_threads()
         (self._prefetches if transfer.prefetch else self._demands).put(transfer)
         self._tickets.put(True)
@@ -67,6 +75,25 @@ class ReadingThreads:
     def run_here(self, transfer: Transfer, work: Work) -> None:
         """Run work in the calling thread; its end is reported like any other."""
         _run(self._ended, transfer, work)
+
+    def share(self, run: Callable[[Part], None], parts: list[Part]) -> Generator[Part, None, None]:
+        """Run a function on the parts of one read, in the calling thread and in helpers; yield each that is done.
+
+        What it raises is raised here. However this ends, no helper works on a part any more.
+        """
+        shared, left = _Shared(run, parts), len(parts)
+        for _ in range(min(len(parts) - 1, self._num_helpers)):
+            self._shared.put(shared)
+        try:
+            while left:
+                part, error = shared.next()
+                left -= 1
+                if error is not None:
+                    raise error
+                yield part
+        finally:
+            for _ in range(left - shared.drop()):
+                shared.ended.get()
 
     def wait(self) -> Transfer:
         """Block until a transfer has ended, and return it; its `error` says whether it failed."""
@@ -86,10 +113,80 @@ class ReadingThreads:
         """
         self._tickets.put(False)
         for thread in self._threads:
-            # The garbage collector may run this inside a reading thread, which cannot wait for itself.
-            if thread is not threading.current_thread():
-                thread.join()
+            thread.join()
+        self._shared.put(None)  # only now: what is read until then may be shared
+        for thread in self._helpers:
+            thread.join()
         self._begin()
+
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is one of these."""
+        return threading.current_thread() in (*self._threads, *self._helpers)
+
+
+class _Shared:
+    """The parts of one read, which several threads run.
+
+    Attributes:
+        ended: those that helpers have run, with the error of each, or None.
+    """
+
+    def __init__(self, run: Callable[[Part], None], parts: list[Part]) -> None:
+        self._run, self._waiting = run, deque(parts)
+        self.ended: queue.SimpleQueue[tuple[Part, BaseException | None]] = queue.SimpleQueue()
+
+    def next(self) -> tuple[Part, BaseException | None]:
+        """Return a part that has ended, with its error: a helper's, or one that is run here."""
+        try:
+            return self.ended.get_nowait()
+        except queue.Empty:
+            return self._run_one() or self.ended.get()
+
+    def help(self) -> None:
+        """Run parts until none waits."""
+        while (ended := self._run_one()) is not None:
+            self.ended.put(ended)
+
+    def drop(self) -> int:
+        """Let no part begin any more; return how many had not."""
+        dropped = 0
+        while self._take() is not None:
+            dropped += 1
+        return dropped
+
+    def _take(self) -> Part | None:
+        try:
+            return self._waiting.popleft()
+        except IndexError:
+            return None
+
+    def _run_one(self) -> tuple[Part, BaseException | None] | None:
+        part = self._take()
+        if part is None:
+            return None
+        try:
+            self._run(part)
+        except BaseException as error:  # without a report its read would wait forever
+            return part, error
+        return part, None
+
+
+def _start(
+    threads: list[threading.Thread], number: int, name: str, target: Callable[..., None], arguments: tuple
+) -> None:
+    while len(threads) < number:
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        thread.start()
+        threads.append(thread)  # one more starts where an interrupt comes between
+
+
+def _help(shared: "queue.SimpleQueue[_Shared | None]") -> None:
+    """Run parts of reads until there is a None: the body of a helper."""
+    while (found := shared.get()) is not None:
+        found.help()
+        del found  # while this thread waits, it holds nothing of the runtime's
+    shared.put(None)  # for the next thread
 
 
 def _run_queued(

@@ -50,7 +50,7 @@ class ExpertRuntime:
         cache: which expert sits in which slot.
         streams: the order between copies and compute on the device.
         host: the pinned tier, on machines where the device has its own memory.
-        num_threads: disk reads in flight.
+        num_threads: experts read from disk at a time.
         expert_budget_bytes: the user's budget; the slots' bytes when None.
         governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
         prediction: chooses prefetches; None for demand only.
@@ -104,7 +104,7 @@ class ExpertRuntime:
         self._lock = threading.RLock()
         self._records = records_of([source.layout for source in store.layers])
         self._parts = Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
-        self._at_collection = weakref.finalize(self, self._parts.release)
+        self._at_collection = weakref.finalize(self, self._parts.collect)
         self._closed = False
         self._refusal: MoeflowError = ClosedModelError("the model was closed: load it again to use it.")
         tell_of_forks(self)

@@ -122,6 +122,10 @@ class CudaStreams:
                 for to, of in zip(target.split(_PIECE_BYTES), source.split(_PIECE_BYTES), strict=True):
                     to.copy_(of, non_blocking=True)
                 end.record(stream)
+            except Exception:
+                end.record(stream)
+                end.synchronize()  # pieces may be under way, and the caller gets no event to wait for
+                raise
             finally:
                 torch.cuda.set_stream(outside)
                 self._outside.stream = None

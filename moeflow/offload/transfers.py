@@ -4,9 +4,14 @@ Owns the table of copies in flight, so that no expert is copied twice at once. O
 (the runtime's lock); only reads run elsewhere.
 """
 
+import threading
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
+from moeflow.checkpoint.reading.parts import one_by_one
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, Tier
 from moeflow.offload.host_tier import HostTier
@@ -15,6 +20,7 @@ from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfer import Transfer, Work
 
+_PART_BYTES = 1 << 20  # of a read
 _MAX_MEASURED_COPIES = 32  # ended ones, kept until `take_copied`
 
 
@@ -26,7 +32,7 @@ class Transfers:
         pool: the device slots.
         streams: the order between copies and compute.
         host: the pinned tier, or None where device and host memory are one.
-        num_threads: disk reads in flight.
+        num_threads: experts read from disk at a time; parts of them are read beside each other.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class Transfers:
         num_bytes = self._store.layers[key.layer].layout.record_of(key.expert).num_bytes
         if self._host is None:
             transfer = Transfer(key, slot, Tier.DISK, None, prefetch=prefetch)
-            work: Work = (_read_to_device, self._store, self._pool, transfer, num_bytes)
+            work: Work = (_read_to_device, self._store, self._threads, self._pool, transfer, num_bytes)
         else:
             host = self._host
             host.cache.touch([key])
@@ -106,8 +112,8 @@ class Transfers:
             host_slot = host.cache.reserve(key)
             assert host_slot is not None, "more copies in flight than host slots"
             transfer = Transfer(key, slot, Tier.DISK, host_slot, prefetch=prefetch)
-            work = (_read_through_host, self._store, self._pool, host.pool, self._streams, transfer, num_bytes, after,
-                    host.last_copy[host_slot])  # fmt: skip
+            work = (_read_through_host, self._store, self._threads, self._pool, host.pool, self._streams, transfer,
+                    after, host.last_copy[host_slot])  # fmt: skip
         transfer.give_work(work)
         self._in_flight[key] = transfer
         self._threads.put(transfer)
@@ -129,6 +135,11 @@ class Transfers:
         if self._host is not None:
             self._host.cache.abort(key)
         return True
+
+    @property
+    def reading_here(self) -> bool:
+        """Whether the calling thread is one that reads."""
+        return self._threads.here
 
     def prefetches(self) -> list[ExpertKey]:
         """List the experts whose prefetch is in flight."""
@@ -236,25 +247,66 @@ class Parts(NamedTuple):
         if failure is not None:
             raise failure
 
+    def collect(self) -> None:
+        """Release all this where nothing refers to the runtime any more, whichever thread finds that out.
 
-def _read_to_device(store: ExpertStore, pool: SlotPool, transfer: Transfer, num_bytes: int) -> None:
+        The garbage collector may run inside a reading thread, which cannot wait for its own end.
+        """
+        if self.transfers.reading_here:
+            threading.Thread(target=self.release, name="moeflow-release").start()
+        else:
+            self.release()
+
+
+def _read(
+    store: ExpertStore,
+    threads: ReadingThreads,
+    transfer: Transfer,
+    record: np.ndarray,
+    landed: Callable[[int, int], None] | None = None,
+) -> int:
+    """Read an expert: in parts beside each other where it is demanded and no other waits for a thread."""
+    shared = not transfer.prefetch and threads.has_room
+    return store.read(
+        transfer.key,
+        record,
+        landed=landed,
+        share=threads.share if shared else one_by_one,
+        part_bytes=_PART_BYTES if shared or landed is not None else None,
+    )
+
+
+def _read_to_device(
+    store: ExpertStore, threads: ReadingThreads, pool: SlotPool, transfer: Transfer, num_bytes: int
+) -> None:
     pool.fit(transfer.slot, num_bytes)
-    transfer.num_bytes = store.read(transfer.key, pool.bytes[transfer.slot])
+    transfer.num_bytes = _read(store, threads, transfer, pool.bytes[transfer.slot])
 
 
 def _read_through_host(
     store: ExpertStore,
+    threads: ReadingThreads,
     pool: SlotPool,
     host_pool: SlotPool,
     streams: Streams,
     transfer: Transfer,
-    num_bytes: int,
     after: object,
     last_copy: object,
 ) -> None:
+    """Read an expert into its pinned slot, and start to copy each part of it as soon as that is there."""
+    to, of = pool.tensor[transfer.slot], host_pool.tensor[transfer.host_slot]
+
+    def landed(begin: int, end: int) -> None:
+        # Behind the part before: this one runs in another stream where a prefetch was promoted meanwhile.
+        before = transfer.event or after
+        transfer.event = streams.copy(to[begin:end], of[begin:end], before, is_prefetch=transfer.prefetch)
+
     streams.synchronize(last_copy)
-    transfer.num_bytes = store.read(transfer.key, host_pool.bytes[transfer.host_slot])
-    _copy_to_device(pool, host_pool, streams, transfer, num_bytes, after)
+    try:
+        transfer.num_bytes = _read(store, threads, transfer, host_pool.bytes[transfer.host_slot], landed)
+    except BaseException:
+        streams.synchronize(transfer.event)  # both slots may be written next
+        raise
 
 
 def _copy_to_device(

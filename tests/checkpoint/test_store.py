@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from moeflow.checkpoint.file_stamp import FileStamp
 from moeflow.checkpoint.layer_source import Conversion, LayerSource, PieceTable
-from moeflow.checkpoint.store import COALESCE_GAP_BYTES, ExpertStore
+from moeflow.checkpoint.reading.file_stamp import FileStamp
+from moeflow.checkpoint.reading.parts import COALESCE_GAP_BYTES
+from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.errors import CheckpointError, ClosedModelError, ExpertReadError
 

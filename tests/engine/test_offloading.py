@@ -45,9 +45,9 @@ def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_on
         table, whole = runtime.resident_table, []  # layers of which no expert is missing run in one call
         count_layer = table.count_layer
 
-        def reading(key, record):
+        def reading(key, record, **how):
             fetched.append(key)
-            return read(key, record)
+            return read(key, record, **how)
 
         def watched(layer, experts, *rest, **options):
             keys, order, under_way = [ExpertKey(layer, expert) for expert in experts], [], []
@@ -130,10 +130,10 @@ def test_an_expert_that_cannot_be_read_fails_only_who_needs_it(mixtral_folder, e
         engine = Engine(model, max_batch_size=6)
         broken = set()
 
-        def failing(key, record):
+        def failing(key, record, **how):
             if key in broken:
                 raise ExpertReadError(f"expert {key.expert} of layer {key.layer}: the disk failed")
-            return read(key, record)
+            return read(key, record, **how)
 
         monkeypatch.setattr(store, "read", failing)
         failed = set()
@@ -164,10 +164,10 @@ def test_an_engine_starts_though_experts_of_the_first_tokens_cannot_be_read(mixt
     with model.moeflow as runtime:
         read = runtime.store.read
 
-        def failing(key, record):
+        def failing(key, record, **how):
             if key in broken:
                 raise ExpertReadError("the disk failed")
-            return read(key, record)
+            return read(key, record, **how)
 
         monkeypatch.setattr(runtime.store, "read", failing)
         with torch.no_grad(), pytest.raises(ExpertReadError):

@@ -10,15 +10,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-from helpers.expert_runtimes import NUM_EXPERTS, NUM_LAYERS, GivenSplit, build
+from helpers.expert_runtimes import NUM_EXPERTS, NUM_LAYERS, SHORT, GivenSplit, build
 from helpers.fake_predictor import Foretold, random_routes
-from helpers.queued_device import GARBAGE, QueuedDevice
+from helpers.queued_device import GARBAGE, QueuedDevice, pages
 from helpers.race_detector import RaceDetector
 from helpers.stepped_threads import SteppedThreads
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey
 from moeflow.errors import ExpertReadError
-from moeflow.offload import read_threads, streams
+from moeflow.offload import read_threads, streams, transfers
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.slot_pool import Resident
 from moeflow.offload.trusting.device_table import DeviceTable
@@ -64,6 +64,8 @@ class DeviceRun:
         """Put the stand-ins in the places of the GPU, the threads and the clock."""
         with (
             mock.patch.object(streams, "torch", SimpleNamespace(cuda=self.device.cuda)),
+            mock.patch.object(streams, "_PIECE_BYTES", 4096),
+            mock.patch.object(transfers, "_PART_BYTES", self.random.choice((4096, 8192))),
             mock.patch.object(read_threads, "queue", self.threads.queue),
             mock.patch.object(read_threads, "threading", self.threads.threading),
             mock.patch.object(time, "perf_counter", self.device.clock),
@@ -73,14 +75,14 @@ class DeviceRun:
             finally:
                 self.threads.end()
 
-    def run(self, experts_file, num_passes=14) -> list[str]:
-        """Run passes over the experts; return what was noticed."""
+    def run(self, experts_files, num_passes=14) -> list[str]:
+        """Run passes over the experts of one of the files; return what was noticed."""
         with self.installed(), contextlib.suppress(Noticed):
-            self._run(*experts_file, num_passes)
+            self._run(*self.random.choice(experts_files), num_passes)
         return self.noticed
 
     @contextlib.contextmanager
-    def runtime(self, path, values, *options, **more):
+    def runtime(self, path, values, layout=SHORT, **options):
         """Build a runtime (see `build`), on memory that the kernel of an owner before still uses; close it at the end.
 
         What has the memory next writes to it.
@@ -93,7 +95,7 @@ class DeviceRun:
 
         self._values = values.numpy().view(np.uint8).reshape(NUM_LAYERS, NUM_EXPERTS, -1)
         store_class = partial(_DisturbedStore, run=self)
-        runtime = build(path, *options, streams=make, store_class=store_class, **more)
+        runtime = build(path, layout=layout, streams=make, store_class=store_class, **options)
         addresses = set().union(*map(_addresses, runtime._parts.pools))
         at_collection = runtime._at_collection
         try:
@@ -111,19 +113,19 @@ class DeviceRun:
         """Compute with experts: in kernels on the calling thread's stream, or at once where they lie on the host."""
         on_host = [resident for resident in residents if resident.pool is not runtime._residency.pool]
         for resident in on_host:
-            self.device.host_access("the CPU's arithmetic", reads={resident.address})
+            self.device.host_access("the CPU's arithmetic", reads=_pages_of(resident))
             self._compare(layer, resident)
         here = [resident for resident in residents if resident not in on_host]
         if here:
             steps = [lambda: [self._compare(layer, resident) for resident in here]] * 2  # at its begin and its end
-            self.device.launch("a kernel", steps, reads={resident.address for resident in here})
+            self.device.launch("a kernel", steps, reads=set().union(*map(_pages_of, here)))
 
     def fail_at_times(self):
         """Raise, if it is drawn, an error that is meant."""
         if self.random.random() < self.failure_rate:
             raise OSError(_FAILURE)
 
-    def _run(self, path, values, num_passes):
+    def _run(self, path, values, layout, num_passes):
         draw = self.random
         routes = random_routes(
             num_passes, NUM_LAYERS, NUM_EXPERTS, _TOP_K, draw.randrange(1000), stay=draw.choice((0.5, 0.9))
@@ -137,7 +139,7 @@ class DeviceRun:
             "predicting": None if draw.random() < 0.3 else partial(_prediction, routes=routes, draw=draw),
         }
         callers = [self.device.cuda.Stream() for _ in range(draw.choice((1, 2, 4)))]
-        with self.runtime(path, values, **options) as runtime:
+        with self.runtime(path, values, layout, **options) as runtime:
             runtime.trusting = self._trusting(runtime) if draw.random() < 0.5 else None
             for number in range(num_passes):
                 with self.device.stream(draw.choice(callers)):
@@ -205,8 +207,8 @@ class DeviceRun:
                     self.wrong.append(f"the table says that {key} lies in slot {row_values[key.expert]}")
                 self._compare(key.layer, resident)
 
-        addresses = {resident.address for resident in residents.values()}
-        self.device.launch("a kernel", [step, step], reads=addresses | {row.data_ptr()})
+        reads = set().union({row.data_ptr()}, *map(_pages_of, residents.values()))
+        self.device.launch("a kernel", [step, step], reads=reads)
 
     def _compare(self, layer, resident):
         expected = self._values[layer, resident.expert]
@@ -225,13 +227,21 @@ class _DisturbedStore(ExpertStore):
         super().__init__(*args)
         self._run = run
 
-    def read(self, key, record):
-        run = self._run
-        run.device.host_access("a read from disk", writes={record.ctypes.data})
-        record[:] = GARBAGE
-        run.threads.step()
-        run.fail_at_times()
-        return super().read(key, record)
+    def read(self, key, record, **how):
+        self._disturb("a read from disk", record)
+        self._run.fail_at_times()
+        return super().read(key, record, **how)
+
+    def _read_some(self, part, done):
+        """Of a part, which a helper may read."""
+        self._disturb("a part of a read", np.frombuffer(part.memory, np.uint8)[done:])
+        self._run.fail_at_times()
+        return super()._read_some(part, done)
+
+    def _disturb(self, name, memory):
+        self._run.device.host_access(name, writes=pages(memory.ctypes.data, memory.nbytes))
+        memory[:] = GARBAGE
+        self._run.threads.step()
 
 
 @contextlib.contextmanager
@@ -245,7 +255,11 @@ def _meant():
 
 
 def _addresses(pool):
-    return {pool.address + slot * pool.stride for slot in range(pool.num_slots)}
+    return pages(pool.address, pool.num_slots * pool.stride)
+
+
+def _pages_of(resident):
+    return pages(resident.address, resident.record.num_bytes)
 
 
 def _prediction(cache, routes, draw):

@@ -5,6 +5,7 @@ import threading
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +22,27 @@ from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
 
 NUM_LAYERS, NUM_EXPERTS, SIZE = 3, 6, 1000
+
+
+class Layout(NamedTuple):
+    """Of a file of experts: where the first begins, and how many float32 each has."""
+
+    begin: int
+    size: int
+
+
+SHORT = Layout(3, SIZE)  # at no page: read through a buffer
+PAGES = Layout(4096, 3072)  # three pages each, read in place
+ODD_PAGES = Layout(3, 3072)
 DEMANDS = st.lists(
     st.tuples(st.integers(0, NUM_LAYERS - 1), st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1)), max_size=25
 )
 
 
-def write_experts(path):
-    """Write the file at an odd offset; return it and the values [NUM_LAYERS, NUM_EXPERTS, SIZE], float32."""
-    values = np.random.default_rng(0).normal(size=(NUM_LAYERS, NUM_EXPERTS, SIZE)).astype(np.float32)
-    path.write_bytes(b"odd" + values.tobytes())
+def write_experts(path, layout=SHORT):
+    """Write the file; return it and the values [NUM_LAYERS, NUM_EXPERTS, size], float32."""
+    values = np.random.default_rng(0).normal(size=(NUM_LAYERS, NUM_EXPERTS, layout.size)).astype(np.float32)
+    path.write_bytes(b"." * layout.begin + values.tobytes())
     return path, torch.from_numpy(values)
 
 
@@ -88,14 +101,16 @@ class GivenSplit(MissSplit):
 
 def build(
     path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None, host_pool=None, *,
-    store_class=ExpertStore, predicting=None,
+    store_class=ExpertStore, predicting=None, layout=SHORT,
 ):  # fmt: skip
     """Build a runtime; `streams` may be made from the pool, `predicting` makes a PredictionLoop from the cache."""
-    record = RecordLayout.pack([("w", "F32", (SIZE,))])
+    size = layout.size
+    record = RecordLayout.pack([("w", "F32", (size,))])
     layers = []
     for layer in range(NUM_LAYERS):
-        begins = array("Q", [3 + 4 * SIZE * (layer * NUM_EXPERTS + expert) for expert in range(NUM_EXPERTS)])
-        table = PieceTable("F32", (SIZE,), 4 * SIZE, array("H", [0]) * NUM_EXPERTS, begins)
+        numbers = [layer * NUM_EXPERTS + expert for expert in range(NUM_EXPERTS)]
+        begins = array("Q", [layout.begin + 4 * size * number for number in numbers])
+        table = PieceTable("F32", (size,), 4 * size, array("H", [0]) * NUM_EXPERTS, begins)
         layers.append(LayerSource(LayerLayout(f"layers.{layer}", NUM_EXPERTS, record), ((table, 0),), ()))
     cpu = torch.device("cpu")
     host = None

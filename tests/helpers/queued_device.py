@@ -14,6 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GARBAGE = 0xFF  # four of these bytes are a NaN
+_PAGE = 4096
+_SMALL = 256  # bytes of what may share a page with what others use, such as a row of a table
+
+
+def pages(address, num_bytes) -> set[int]:
+    """Return what a piece of memory is to the detector: the pages that it touches, or its address where it is small."""
+    return {address} if num_bytes < _SMALL else set(range(address - address % _PAGE, address + num_bytes, _PAGE))
 
 
 class QueuedDevice:
@@ -242,11 +249,11 @@ class _Copies(TorchDispatchMode):
         if func is not torch.ops.aten.copy_.default:
             return func(*args, **(kwargs or {}))
         target, source, *non_blocking = args
-        to, of, reads = target.numpy(), source.numpy(), {source.data_ptr()}
+        to, of, reads = target.numpy(), source.numpy(), pages(source.data_ptr(), source.nbytes)
         if non_blocking == [True] and target.dtype != torch.int32:
             self._machine.before_copy()
         else:  # a table, from pageable memory, which the driver copies before it returns
             of, reads = of.copy(), set()
         steps = [lambda: to.fill(GARBAGE) or True, lambda: to.__setitem__(slice(None), of) or True]
-        self._machine.enqueue(self._stream, steps, "a copy", reads, {target.data_ptr()})
+        self._machine.enqueue(self._stream, steps, "a copy", reads, pages(target.data_ptr(), target.nbytes))
         return target

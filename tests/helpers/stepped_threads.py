@@ -114,6 +114,10 @@ class _Queue:
         self._turns.step(lambda: bool(self._items))
         return self._take()
 
+    def empty(self):
+        self._turns.step()
+        return not self._items
+
     def get_nowait(self):
         self._turns.step()
         if not self._items:

@@ -66,10 +66,10 @@ def test_reads_that_come_late_or_early_do_not_change_a_bit(load, monkeypatch):
     store, gate, order = model.moeflow.store, threading.Semaphore(0), []
     read = store.read
 
-    def late(key, record):
+    def late(key, record, **how):
         if key.expert % 2:
             gate.acquire(timeout=0.2)
-        found = read(key, record)
+        found = read(key, record, **how)
         order.append(key)
         gate.release()
         return found

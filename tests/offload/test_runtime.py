@@ -110,8 +110,8 @@ def test_host_slot_is_not_overwritten_while_a_copy_reads_it(experts_file, monkey
     transfers.wait_completed()
     read = runtime.store.read
 
-    def reading(key, record):
-        found = read(key, record)
+    def reading(key, record, **how):
+        found = read(key, record, **how)
         read_again.set()
         return found
 
@@ -164,9 +164,9 @@ def test_waiting_that_residents_hide_is_told_from_waiting(experts_file, monkeypa
         runtime.reset_stats()
         read, wait, waits = runtime.store.read, runtime._transfers.wait_completed, threading.Event()
 
-        def reading(key, record):
+        def reading(key, record, **how):
             waits.wait(10)
-            return read(key, record)
+            return read(key, record, **how)
 
         def waiting():
             waits.set()

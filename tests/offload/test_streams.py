@@ -29,33 +29,33 @@ ORDERS = (
 )  # fmt: skip
 
 
-def noticed(experts_file, seed) -> list[str]:
+def noticed(experts_files, seed) -> list[str]:
     """Return what a run shows: races, wrong values, or the error that it ends with."""
     try:
-        return DeviceRun(seed).run(experts_file)
+        return DeviceRun(seed).run(experts_files)
     except Exception as error:
         return [repr(error)]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_nothing_races_and_no_kernel_sees_stale_values(experts_file, seed):
-    assert DeviceRun(seed).run(experts_file) == []
+def test_nothing_races_and_no_kernel_sees_stale_values(experts_files, seed):
+    assert DeviceRun(seed).run(experts_files) == []
 
 
 @pytest.mark.slow
-def test_nothing_races_in_many_runs(experts_file):
+def test_nothing_races_in_many_runs(experts_files):
     for seed in range(10, 80):
-        assert DeviceRun(seed).run(experts_file) == [], f"seed {seed}"
+        assert DeviceRun(seed).run(experts_files) == [], f"seed {seed}"
 
 
 @pytest.mark.slow
-def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_file):
+def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_files):
     names = [found.name for found in pkgutil.walk_packages(offload.__path__, f"{offload.__name__}.")]
     modules = [importlib.import_module(name) for name in names]
     lost = LostEvents(modules, (Event, streams._Point), ORDERS)
     with lost.installed():
         for seed in range(20):
-            assert noticed(experts_file, seed) == []
+            assert noticed(experts_files, seed) == []
         assert lost.unreached("streams.") == []  # all that the rooms ask of streams, these runs have asked
         lines, first = inspect.getsourcelines(CudaStreams._leave_copy_stream)  # test_streams_of_two_cards strikes there
         elsewhere = [site for site in lost.unreached("cuda") if site.file == "streams.py"]
@@ -63,7 +63,7 @@ def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_file):
         unnoticed = []
         for number in sorted(lost.seen):
             lost.lost = number
-            if not any(noticed(experts_file, seed) for seed in range(60)):
+            if not any(noticed(experts_files, seed) for seed in range(60)):
                 unnoticed.append(str(lost.sites[number]))
     assert unnoticed == []
     assert len(lost.seen) > 50
