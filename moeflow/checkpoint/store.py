@@ -163,8 +163,7 @@ class ExpertStore:
     def _buffer(self, num_bytes: int) -> np.ndarray:
         buffer = getattr(self._staging, "buffer", None)
         if buffer is None or buffer.nbytes < num_bytes:
-            if num_bytes > _HUGE_PAGE_BYTES // 2:
-                num_bytes = align_up(num_bytes, _HUGE_PAGE_BYTES)  # else the system gives huge pages to none of it
+            num_bytes = align_up(num_bytes, _HUGE_PAGE_BYTES)  # else the system may give huge pages to none of it
             with self._lock:
                 self._staging_bytes += num_bytes - (buffer.nbytes if buffer is not None else 0)
             memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -4,6 +4,7 @@ A thread that reads an expert may share its parts with helpers. Knows work as a 
 nothing of files or of which expert sits in which slot.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -26,7 +27,6 @@ class ReadingThreads:
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
-        self._num_helpers = _HELPERS * num_threads
         self._begin()
 
     @property
@@ -55,11 +55,22 @@ class ReadingThreads:
         self._threads: list[threading.Thread] = []
         self._shared: queue.SimpleQueue[_Shared | None] = queue.SimpleQueue()
         self._helpers: list[threading.Thread] = []
+        self._to_start = [None] * (_HELPERS * self._num_threads)
 
     def _start_threads(self) -> None:
         work = (self._tickets, (self._demands, self._prefetches), self._ended)
-        _start(self._threads, self._num_threads, "moeflow-read", _run_queued, work)
-        _start(self._helpers, self._num_helpers, "moeflow-help", _help, (self._shared,))
+        while len(self._threads) < self._num_threads:
+            thread = threading.Thread(target=_run_queued, args=work, name="moeflow-read", daemon=True)
+            thread.start()
+            self._threads.append(thread)  # one more starts where an interrupt comes between
+
+    def _start_helper(self) -> None:
+        """Start one more helper if there may be one; several threads may call this at once."""
+        with contextlib.suppress(IndexError, RuntimeError):  # all have started, or the system gives no more threads
+            self._to_start.pop()
+            helper = threading.Thread(target=_help, args=(self._shared,), name="moeflow-read-part", daemon=True)
+            self._helpers.append(helper)
+            helper.start()
 
     def __del__(self) -> None:
         self._tickets.put(False)  # where an interrupt came into garbage collection, no one calls stop()
@@ -67,7 +78,7 @@ class ReadingThreads:
 
     def put(self, transfer: Transfer) -> None:
         """Queue a transfer that was given work: a prefetch behind every demand, else among the demands."""
-        if len(self._helpers) < self._num_helpers:
+        if len(self._threads) < self._num_threads:
             self._start_threads()
         (self._prefetches if transfer.prefetch else self._demands).put(transfer)
         self._tickets.put(True)
@@ -82,8 +93,9 @@ class ReadingThreads:
         What it raises is raised here. However this ends, no helper works on a part any more.
         """
         shared, left = _Shared(run, parts), len(parts)
-        for _ in range(min(len(parts) - 1, self._num_helpers)):
+        for _ in parts[1:]:
             self._shared.put(shared)
+            self._start_helper()
         try:
             while left:
                 part, error = shared.next()
@@ -116,7 +128,8 @@ class ReadingThreads:
             thread.join()
         self._shared.put(None)  # only now: what is read until then may be shared
         for thread in self._helpers:
-            thread.join()
+            if thread.ident is not None:  # else it could not be started
+                thread.join()
         self._begin()
 
     @property
@@ -170,15 +183,6 @@ class _Shared:
         except BaseException as error:  # without a report its read would wait forever
             return part, error
         return part, None
-
-
-def _start(
-    threads: list[threading.Thread], number: int, name: str, target: Callable[..., None], arguments: tuple
-) -> None:
-    while len(threads) < number:
-        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
-        thread.start()
-        threads.append(thread)  # one more starts where an interrupt comes between
 
 
 def _help(shared: "queue.SimpleQueue[_Shared | None]") -> None:

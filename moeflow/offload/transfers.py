@@ -20,7 +20,7 @@ from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfer import Transfer, Work
 
-_PART_BYTES = 1 << 20  # of a read
+_PART_BYTES = 1 << 20  # of a read, behind which a copy to a device begins
 _MAX_MEASURED_COPIES = 32  # ended ones, kept until `take_copied`
 
 
@@ -265,15 +265,11 @@ def _read(
     record: np.ndarray,
     landed: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Read an expert: in parts beside each other where it is demanded and no other waits for a thread."""
-    shared = not transfer.prefetch and threads.has_room
-    return store.read(
-        transfer.key,
-        record,
-        landed=landed,
-        share=threads.share if shared else one_by_one,
-        part_bytes=_PART_BYTES if shared or landed is not None else None,
-    )
+    """Read an expert: its parts beside each other where it is demanded and no other waits for a thread."""
+    share = threads.share if not transfer.prefetch and threads.has_room else one_by_one
+    # Cut only for a device: one large read keeps a disk as busy as several small ones.
+    part_bytes = None if landed is None else _PART_BYTES
+    return store.read(transfer.key, record, landed=landed, share=share, part_bytes=part_bytes)
 
 
 def _read_to_device(

@@ -9,7 +9,7 @@ import pytest
 
 from moeflow.checkpoint.layer_source import Conversion, LayerSource, PieceTable
 from moeflow.checkpoint.reading.file_stamp import FileStamp
-from moeflow.checkpoint.reading.parts import COALESCE_GAP_BYTES
+from moeflow.checkpoint.reading.parts import COALESCE_GAP_BYTES, one_by_one
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, LayerLayout, RecordLayout
 from moeflow.errors import CheckpointError, ClosedModelError, ExpertReadError
@@ -90,6 +90,119 @@ def test_conversion_gets_the_raw_pieces_in_order(file):
     store, record, data = ExpertStore([file], [source]), page_aligned(4096), file.read_bytes()
     store.read(ExpertKey(0, 0), record)
     assert record[:8].tobytes() == data[8:12] + data[40:44]
+    store.close()
+
+
+def backwards(run, parts):
+    for part in reversed(parts):
+        run(part)
+        yield part
+
+
+@pytest.mark.parametrize("share", [one_by_one, backwards])
+@pytest.mark.parametrize("part_bytes", [None, 4096, 10_000, 1 << 20])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(8192, 50_001, 0)],  # read in place
+        [(8193, 50_001, 0)],
+        [(100_000, 9000, 0), (3, 20_000, 9000), (20_005, 7, 29_000), (700_000, 30_000, 29_007)],
+    ],
+)
+def test_what_has_landed_is_right_at_once_and_is_all_of_the_record(file, pieces, part_bytes, share):
+    size = sum(num_bytes for _, num_bytes, _ in pieces)
+    expected = np.zeros(size, np.uint8)
+    for begin, num_bytes, offset in pieces:
+        expected[offset : offset + num_bytes] = np.frombuffer(file.read_bytes()[begin : begin + num_bytes], np.uint8)
+    store, record, covered = ExpertStore([file], [layer(*pieces, num_bytes=size)]), page_aligned(1 << 17), []
+
+    def landed(begin, end):
+        np.testing.assert_array_equal(record[begin:end], expected[begin:end])
+        covered.append((begin, end))
+
+    taken = store.read(ExpertKey(0, 0), record, landed=landed, share=share, part_bytes=part_bytes)
+    assert taken == store.stats()["bytes"]
+    np.testing.assert_array_equal(record[:size], expected)
+    ends = [0, *(end for _, end in sorted(covered))]
+    assert ends[:-1] == [begin for begin, _ in sorted(covered)]
+    assert ends[-1] == size
+    assert (len(covered) > len(pieces)) == (part_bytes in (4096, 10_000))
+    store.close()
+
+
+def test_what_arithmetic_makes_lands_when_it_is_made(file):
+    def convert(expert, pieces, record):
+        record[:8192] = pieces[0][::-1]
+
+    table = PieceTable("U8", (8192,), 8192, array("H", [0]), array("Q", [40]))
+    store = ExpertStore([file], [layer(num_bytes=8192, conversions=(Conversion((table,), convert),))])
+    record, seen = page_aligned(8192), []
+    store.read(ExpertKey(0, 0), record, landed=lambda *run: seen.append((run, record.tobytes())), part_bytes=4096)
+    assert seen == [((0, 8192), file.read_bytes()[40 : 40 + 8192][::-1])]
+    store.close()
+
+
+class FailingStore(ExpertStore):
+    """Fails when it reads of one file."""
+
+    failing = 1
+
+    def _read_some(self, part, done):
+        if part.file == self.failing:
+            raise OSError(5, "Input/output error")
+        return super()._read_some(part, done)
+
+
+def test_a_piece_that_cannot_be_read_is_named_by_its_own_file(file, tmp_path):
+    other = tmp_path / "other.bin"
+    other.write_bytes(b"x" * 100)
+    tables = tuple(
+        (PieceTable("U8", (10,), 10, array("H", [number]), array("Q", [5])), 64 * number) for number in (0, 1)
+    )
+    source = LayerSource(LayerLayout("l", 1, RecordLayout.pack([("w", "U8", (74,))])), tables, ())
+    store, ended = FailingStore([file, other], [source]), []
+
+    def share(run, parts):
+        try:
+            yield from one_by_one(run, parts)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(ExpertReadError, match=r"expert 0 of l could not be read from .*other\.bin: Input/output error"):
+        store.read(ExpertKey(0, 0), page_aligned(4096), share=share)
+    assert ended
+    store.failing = None
+    store.read(ExpertKey(0, 0), page_aligned(4096), share=share)
+    store.close()
+
+
+def test_what_the_callers_function_raises_is_not_the_disks(file):
+    store, ended = ExpertStore([file], [layer((0, 8192, 0), num_bytes=8192)]), []
+
+    def landed(begin, end):
+        raise OSError("the link failed")
+
+    def share(run, parts):
+        try:
+            yield from one_by_one(run, parts)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(OSError, match="the link failed"):
+        store.read(ExpertKey(0, 0), page_aligned(8192), landed=landed, share=share, part_bytes=4096)
+    assert ended, "the parts were left running"
+    store.close()
+
+
+def test_buffers_are_whole_huge_pages_and_counted_as_large_as_they_are(tmp_path):
+    path = tmp_path / "experts.bin"
+    path.write_bytes(bytes(3 << 20))
+    sizes = (10, 3 << 19, (2 << 20) + 1)
+    store = ExpertStore([path], [layer((1, size, 0), num_bytes=size) for size in sizes])
+    for number, room in enumerate((2 << 20, 2 << 20, 4 << 20)):
+        for part_bytes in (None, 4096):
+            store.read(ExpertKey(number, 0), page_aligned(3 << 20), part_bytes=part_bytes)
+            assert store.staging_bytes == room == store._staging.buffer.nbytes
     store.close()
 
 
