@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from helpers.counted_card import CountedCard
+from helpers.families import FAMILIES
+from helpers.family_models import build_model, inputs
 from helpers.small_models import tiny_mixtral
 from moeflow.hf import experts_interface
 from moeflow.loading.gpu_memory import GpuMemory
@@ -93,3 +95,16 @@ def test_a_pass_that_fails_is_said_in_one_line_and_leaves_the_model(model, card,
     assert warmed == WarmUp(64, None, said)
     assert f"({said}): room for activations is an estimate" in caplog.text
     assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FAMILIES)[::8])
+@torch.no_grad()
+def test_a_family_is_measured_and_as_it_was(card, name):
+    family = FAMILIES[name]
+    model = build_model(family)
+    before = model(**inputs(family)).logits
+    warmed = measure(model, card, 64)
+    assert (warmed.failure, warmed.context) == (None, 64)
+    assert warmed.peak_bytes > 0
+    assert torch.equal(model(**inputs(family)).logits, before)
