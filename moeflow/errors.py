@@ -25,6 +25,10 @@ class ExpertReadError(MoeflowError):
     """One expert could not be read; the model stays usable and the next call tries again."""
 
 
+class GpuError(MoeflowError, RuntimeError):
+    """A GPU ran out of memory in a pass, or its driver reported an error; the message says what is still usable."""
+
+
 class ClosedModelError(MoeflowError):
     """The model's experts were released by close()."""
 

@@ -39,3 +39,14 @@ def parse_memory(value: MemorySize, *, name: str, whole_bytes: int) -> int:
         known = ", ".join(unit for unit in _UNITS if unit)
         raise ConfigError(f"{name}={value!r} has an unknown unit {unit!r}. Units: {known}, %.")
     return int(number * _UNITS[unit])
+
+
+def parse_kv_memory(value: MemorySize) -> int:
+    """Turn bytes of keys and values as people write them into bytes.
+
+    Raises:
+        ConfigError: not a size, or a share.
+    """
+    if isinstance(value, str) and value.endswith("%"):
+        raise ConfigError(f'kv_memory={value!r} is a share of nothing: give bytes, "2GiB" or "auto".')
+    return parse_memory(value, name="kv_memory", whole_bytes=0)

@@ -167,7 +167,7 @@ def _answer(
     from moeflow.cli.progress import share_progress
     from moeflow.engine.engine import Engine
 
-    model, tokenizer = load_model(arguments.model, arguments)
+    model, tokenizer = load_model(arguments.model, arguments, kv_memory=arguments.kv_memory)
     options = {name: getattr(arguments, name) for name in ("max_step_tokens", "kv_memory", "group_size")}
     with model.moeflow, Engine(model, tokenizer, max_batch_size=arguments.batch_size, **options) as engine:
         figures = BatchFigures(engine, requests)

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.kept_prefix import KeptPrefix
-from moeflow.engine.kv_cache import parse_kv_memory
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
 from moeflow.engine.request import Completion, Outputs, Request, StepOutput
@@ -23,7 +22,7 @@ from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.scheduler import Scheduler
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.step_groups import StepGroups
-from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError
+from moeflow.errors import BudgetError, ClosedModelError, ConfigError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
 from moeflow.hf.passes import forward
 from moeflow.memory_size import MemorySize
@@ -41,8 +40,8 @@ class Engine:
         tokenizer: the model's; None where prompts are token ids and no text is wanted.
         max_batch_size: the largest number of sequences that run at once.
         max_step_tokens: most tokens in one pass; prompts are cut to fit beside the tokens of those that decode.
-        kv_memory: bytes of the keys and values of all sequences at most: a number, "2GiB", or "auto" (enough for
-            max_batch_size sequences of the model's whole context, at most 2 GiB). Memory is taken as sequences come.
+        kv_memory: most bytes of all sequences' keys and values, taken as they come: a number, "2GiB", or "auto" (what
+            `load_moe` kept for them, else 2 GiB; never more than max_batch_size sequences of the whole context take).
         share_prefixes: whether equal beginnings of prompts under way are computed once.
         group_size: the largest number of sequences that decode in one pass; below max_batch_size a step takes several
             passes. None: one pass for all, in which every expert is fetched once a step.
@@ -79,7 +78,7 @@ class Engine:
         context = self._prompts.context
         max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
         watching = nullcontext if self._groups is None else self._groups.watching
-        self._runner = ModelRunner(model, parse_kv_memory(kv_memory), max_positions, watching)
+        self._runner = ModelRunner(model, kv_memory, max_positions, watching)
         self._slots = self._runner.slots
         self._kept = KeptPrefix(self._scheduler.wants, self._slots.free)
         self._requests: dict[str, Request] = {}
@@ -267,9 +266,10 @@ class Engine:
         try:
             if self._slots.allocate(sequence.id, sequence.num_positions):
                 return True
-        except RuntimeError as error:  # there is less memory than the budget allows
-            if not self._kept.donors() and not self._scheduler.running:
-                self._end(self._requests[sequence.id], [], "", "error", f"no memory for keys and values: {error}")
+        except BudgetError as error:  # which is no reason to wait: what runs was inside the budget
+            if not self._kept.donors():
+                self._end(self._requests[sequence.id], [], "", "error", str(error))
+                return False
         return self._kept.drop() and self._admit(sequence)
 
     def _share(self, donor: Sequence, receiver: Sequence, num_tokens: int) -> None:

@@ -8,22 +8,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moeflow.errors import BudgetError, ConfigError
+from moeflow.errors import BudgetError
 from moeflow.hf.passes.growing_cache import KeptShape
-from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.memory_size import MemorySize, parse_kv_memory
 
-_AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more
+_AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more where nothing was planned
 
 
-def parse_kv_memory(kv_memory: MemorySize) -> int:
+def kv_budget(kv_memory: MemorySize, planned_bytes: int | None) -> int:
     """Return the bytes that all keys and values may take.
+
+    Args:
+        kv_memory: the option.
+        planned_bytes: what was kept for them when the model was loaded; None where nothing was.
 
     Raises:
         ConfigError: it is no size.
     """
-    if isinstance(kv_memory, str) and kv_memory.endswith("%"):
-        raise ConfigError(f'kv_memory={kv_memory!r} is a share of nothing: give bytes, "2GiB" or "auto".')
-    return _AUTO_BYTES if kv_memory == "auto" else parse_memory(kv_memory, name="kv_memory", whole_bytes=0)
+    if kv_memory == "auto":
+        return _AUTO_BYTES if planned_bytes is None else planned_bytes
+    return parse_kv_memory(kv_memory)
 
 
 class LayerShape(NamedTuple):
@@ -162,12 +166,23 @@ class KeyValueSlots:
             )
 
     def allocate(self, id: str, num_positions: int) -> bool:
-        """Give a sequence its slot, and return whether there was room for it."""
+        """Give a sequence its slot, and return whether the budget has room for it.
+
+        Raises:
+            BudgetError: the budget has, and the machine has not.
+        """
         assert id not in self._slots, f"{id} has a slot"
         needed = num_positions * self.position_bytes
         if self.used_bytes + needed > self.budget_bytes:
             return False
-        self._slots[id] = KeyValueSlot(self.layout, num_positions)
+        try:
+            self._slots[id] = KeyValueSlot(self.layout, num_positions)
+        except RuntimeError as error:
+            told = str(error).partition("\n")[0]
+            raise BudgetError(
+                f"there is no memory for keys and values of {needed:,} bytes ({told}), though kv_memory allows "
+                f"{self.budget_bytes:,} in all and {self.used_bytes:,} are used. Give less, or free memory."
+            ) from None
         self.used_bytes += needed
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return True

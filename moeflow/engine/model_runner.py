@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache import KeyValueSlots, SlotRows
+from moeflow.engine.kv_cache import KeyValueSlots, SlotRows, kv_budget
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.step_rows import StepRows
+from moeflow.memory_size import MemorySize
 from moeflow.turns import Turns
 
 _PASS_ERRORS = (ExpertReadError, OSError, RuntimeError)
@@ -40,7 +41,7 @@ class ModelRunner:
 
     Args:
         model: whose passes these are.
-        budget_bytes: most bytes of keys and values.
+        kv_memory: most bytes of keys and values; "auto": what was kept for them when the model was loaded.
         max_positions: most positions of all sequences together; None for no limit.
         watching: stands around each pass, called with its pieces.
 
@@ -49,22 +50,25 @@ class ModelRunner:
         num_retries: passes that failed, whose pieces then ran one by one.
 
     Raises:
+        ConfigError: kv_memory is no size.
         UnsupportedModelError: the model attends in a way of its own.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        budget_bytes: int,
+        kv_memory: MemorySize,
         max_positions: int | None = None,
         watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext,
     ) -> None:
         self._model = model
         self._watching = watching
-        self._turns = getattr(getattr(model, "moeflow", None), "turns", None) or Turns()
+        runtime = getattr(model, "moeflow", None)
+        self._turns = getattr(runtime, "turns", None) or Turns()
         self._cache = VarlenCache()
         self._turns.run(self._cache.learn, model)
-        self.slots = KeyValueSlots(self._cache.shapes, budget_bytes, max_positions)
+        planned = (getattr(runtime, "plan", None) or {}).get("key_value_bytes")
+        self.slots = KeyValueSlots(self._cache.shapes, kv_budget(kv_memory, planned), max_positions)
         self.num_retries = 0
 
     def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int) -> Sequence:
@@ -87,7 +91,7 @@ class ModelRunner:
             try:
                 computed += self._forward([piece])
             except _PASS_ERRORS as error:
-                computed.append(Computed(piece, None, f"{type(error).__name__}: {error}"))
+                computed.append(Computed(piece, None, f"{type(error).__name__}: {error}".partition("\n")[0]))
         return computed
 
     def _forward(self, pieces: list[Piece]) -> list[Computed]:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache import KeyValueSlot, LayerShape
-from moeflow.errors import ExpertReadError, UnsupportedModelError
+from moeflow.errors import ExpertReadError, GpuError, UnsupportedModelError
 from moeflow.hf.passes import attention, forward
 from moeflow.hf.passes.attention import MaskRule
 from moeflow.hf.passes.rotary import SequenceRotaries, Span
@@ -112,6 +112,8 @@ class VarlenCache(forward.KeyValueCache):
                 except ExpertReadError:
                     if token == _MAX_TRIED_TOKENS - 1:
                         raise
+        except GpuError:
+            raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             raise UnsupportedModelError(
                 f"{name} cannot run a pass of one token alone ({type(error).__name__}: {error}): the engine gives it "

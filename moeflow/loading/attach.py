@@ -20,6 +20,7 @@ from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.capture_gate import capture_gate
+from moeflow.loading.gpu_errors import run_on_gpu, tell_in_generate
 from moeflow.moe import trusted_pass
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
@@ -41,6 +42,8 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
     for name in ("save_pretrained", "push_to_hub"):  # they begin to write before they look at any parameter
         setattr(model, name, partial(_save_adapter, weakref.ref(model), name))
     _pass_in_turn(model.base_model, runtime)
+    if runtime.device.type != "cpu" and model.can_generate():
+        tell_in_generate(model, runtime)
 
 
 def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
@@ -60,6 +63,12 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
         return begun
 
     def run_pass(*args: Any, **kwargs: Any) -> Any:
+        runtime = runtime_behind()
+        if runtime is None or runtime.device.type == "cpu":
+            return run_told(*args, **kwargs)
+        return run_on_gpu(runtime, partial(run_told, *args, **kwargs))
+
+    def run_told(*args: Any, **kwargs: Any) -> Any:
         begun, runtime = begin_pass(args, kwargs), runtime_behind()
         module: Any = behind()
         run: Any = partial(type(module).forward, module) if own is None else own

@@ -22,7 +22,8 @@ from moeflow.hf.passes.lossless_dense import compress_dense
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, prune_experts
 from moeflow.loading.budget import ExpertsSize
-from moeflow.loading.gpu_memory import dense_weights_on
+from moeflow.loading.gpu import Gpu
+from moeflow.loading.gpu_memory import GpuMemory, dense_weights_on
 from moeflow.loading.hf_options import refuse_unknown, taken_hf_options
 from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
@@ -40,6 +41,7 @@ def load_moe(
     dtype: str | torch.dtype = "auto",
     expert_memory: MemorySize = "auto",
     host_memory: MemorySize = "auto",
+    kv_memory: MemorySize = "auto",
     quantization: str | None = None,
     policy: str = "auto",
     predictor: str | Path | None = "auto",
@@ -59,6 +61,9 @@ def load_moe(
             "auto". On the CPU "auto" starts low and then follows what is free inside the process's own memory limit, so
             that the process is not paged out; on a GPU it takes what is free after the rest of the model.
         host_memory: bytes of pinned host memory between disk and GPU, written the same way; CUDA only.
+        kv_memory: bytes that expert_memory="auto" leaves to keys and values: a number, "2GiB", or "auto" (2048
+            positions on the CPU, 4096 on a GPU). Room for activations on a GPU is measured by a pass over as many
+            positions, and Engine(kv_memory="auto") takes as many bytes.
         quantization: a weight format the experts are rounded to as they are read: "int8", "int4", "int3", "int2",
             "int1", or with a group size, "int4-g32". Lossy. Every read still takes the unquantised bytes from the disk:
             where not all experts fit, write them once with `moeflow quantize`, and load that folder. Or "lossless":
@@ -99,7 +104,7 @@ def load_moe(
         TraceError: the trace is of another model, damaged, or cannot be written.
     """
     options = LoadOptions(
-        device, dtype, expert_memory, host_memory, quantization, policy, predictor, miss, prune, step, trace
+        device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step, trace
     )
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -123,10 +128,11 @@ def load_moe(
         speed_up_dense(loaded)
     if on_cpu and any_lossless(experts.layers):
         compress_dense(loaded)
+    bytes_per_position = forward.key_value_bytes_per_position(loaded)
+    gpu = None if on_cpu else Gpu.of(loaded, GpuMemory(options.torch_device), options, bytes_per_position)
     predicting = build_predictor(predictor, loaded, experts.layers, experts.size.num_experts_per_tok)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
-    bytes_per_position = forward.key_value_bytes_per_position(loaded)
-    runtime = build_runtime(experts, options, predicting, tap, bytes_per_position=bytes_per_position)
+    runtime = build_runtime(experts, options, predicting, tap, bytes_per_position=bytes_per_position, gpu=gpu)
     try:
         attach_runtime(loaded, runtime)
         if prune:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow.errors import ConfigError
 from moeflow.loading.gpus import check_gpu
-from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.memory_size import MemorySize, parse_kv_memory, parse_memory
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,14 @@ class LoadOptions:
             "bytes of pinned host memory between disk and GPU, written the same way; CUDA only.",
             flag=f"pinned, CUDA only: {_MEMORY_FLAG}",
             metavar="SIZE",
+        ),
+    )
+    kv_memory: MemorySize = field(
+        default="auto",
+        metadata=_about(
+            'bytes that expert_memory="auto" leaves to keys and values: a number, "2GiB", or "auto" (2048 positions on '
+            "the CPU, 4096 on a GPU). Room for activations on a GPU is measured by a pass over as many positions, and "
+            'Engine(kv_memory="auto") takes as many bytes.',
         ),
     )
     quantization: str | None = field(
@@ -165,6 +173,8 @@ class LoadOptions:
         for name, value in (("expert_memory", self.expert_memory), ("host_memory", self.host_memory)):
             if value != "auto":
                 parse_memory(value, name=name, whole_bytes=0)
+        if self.kv_memory != "auto":
+            parse_kv_memory(self.kv_memory)
         for name, value in (("predictor", self.predictor), ("trace", self.trace)):
             if value is not None and (not isinstance(value, (str, Path)) or value == ""):
                 raise ConfigError(f"{name} is {value!r:.80}; it must be a name, the path of a file, or None.")

@@ -6,8 +6,6 @@ Knows budgets and what the machine has free. Knows nothing of modules or forward
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from moeflow import hardware
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.reading.file_stamp import FileStamp
@@ -16,9 +14,10 @@ from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
-from moeflow.loading.device_plan import DevicePlan, MemoryNeeds, plan_device, prefill_bytes_per_token, usable_bytes
+from moeflow.loading.device_plan import DevicePlan
+from moeflow.loading.gpu import Gpu
 from moeflow.loading.options import LoadOptions
-from moeflow.memory_size import parse_memory
+from moeflow.memory_size import parse_kv_memory, parse_memory
 from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
 from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop
@@ -34,7 +33,6 @@ from moeflow.predictors.protocol import Predictor
 # "auto" leaves these bytes at first to everything that is not an expert: tokenizer, kernels' code, activations, slack.
 _RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
-_GPU_POSITIONS = 4096  # likewise on a GPU; of longer prompts the experts run a part at a time
 _READ_THREADS = 4
 
 
@@ -61,6 +59,7 @@ def build_runtime(
     tap: ResidualTap | None,
     *,
     bytes_per_position: int,
+    gpu: Gpu | None = None,
 ) -> ExpertRuntime:
     """Build the runtime of a model.
 
@@ -70,6 +69,7 @@ def build_runtime(
         predictor: predicts what to prefetch; None for demand only.
         tap: the residual stream, for a predictor that asks for it.
         bytes_per_position: of key-value cache, which "auto" leaves room for.
+        gpu: that the model is on, measured; None on the CPU.
 
     Raises:
         BudgetError: a budget is below the minimum, or too little memory is free.
@@ -79,8 +79,8 @@ def build_runtime(
     if policy == "auto":
         policy = "lfru" if predictor is None else "forecast"
     plan: DevicePlan | None = None
-    if options.expert_memory == "auto" and device.type != "cpu":
-        plan = _gpu_plan(experts, device, bytes_per_position)
+    if gpu is not None:
+        plan = gpu.divide(size, experts.layers[0].layout, options)
     budget = _budget_bytes(experts, options, bytes_per_position) if plan is None else plan.expert_bytes
     num_slots = size.slots_for(budget)
     # The cache counts slots, or the pages of experts that differ in size.
@@ -116,7 +116,11 @@ def build_runtime(
             prediction=_prediction(experts, predictor, tap, cache),
             misses=MissSplit() if options.miss == "cheapest" else None,
         )
-        runtime.most_tokens = None if plan is None else plan.prefill_tokens
+        if options.kv_memory != "auto":
+            runtime.plan = {"key_value_bytes": parse_kv_memory(options.kv_memory)}
+        if gpu is not None and plan is not None:
+            runtime.plan = gpu.describe(plan)
+            runtime.most_tokens = plan.prefill_tokens if options.expert_memory == "auto" else None
         return runtime
     except BaseException:
         for part in opened:
@@ -129,7 +133,10 @@ def _budget_bytes(experts: Experts, options: LoadOptions, bytes_per_position: in
     size = experts.size
     if options.expert_memory != "auto":
         return parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
-    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + _RESERVE_POSITIONS * bytes_per_position
+    key_values = _RESERVE_POSITIONS * bytes_per_position
+    if options.kv_memory != "auto":
+        key_values = parse_kv_memory(options.kv_memory)
+    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + key_values
     free = hardware.available_memory_bytes()
     budget = min(max(free - reserve, 0), size.all_bytes)
     if budget < size.min_bytes:
@@ -139,23 +146,6 @@ def _budget_bytes(experts: Experts, options: LoadOptions, bytes_per_position: in
             "expert_memory yourself."
         )
     return budget
-
-
-def _gpu_plan(experts: Experts, device: torch.device, bytes_per_position: int) -> DevicePlan:
-    """Divide what is free on a GPU. Not yet run on one."""
-    size = experts.size
-    with torch.cuda.device(device):
-        torch.cuda.empty_cache()  # what an earlier model left
-        free = usable_bytes(
-            torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        )
-    needs = MemoryNeeds(
-        activation_bytes=_RESERVE_BYTES,
-        key_value_bytes=_GPU_POSITIONS * bytes_per_position,
-        bytes_per_prefill_token=prefill_bytes_per_token(size.num_experts_per_tok, experts.layers[0].layout),
-        context=_GPU_POSITIONS,
-    )
-    return plan_device(free, needs, all_bytes=size.all_bytes, least_bytes=size.min_bytes, slot_bytes=size.slot_bytes)
 
 
 def _prediction(

@@ -50,8 +50,8 @@ class CudaRegistrar:
             return f"CUDA error {code}"
 
     def unregister(self, address: int) -> None:
-        """Free memory that was pinned at this address."""
-        with torch.cuda.device(self._device):
+        """Free memory that was pinned at this address; of a card that was lost nothing is left to free."""
+        with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
             torch.cuda.cudart().cudaHostUnregister(address)
 
 

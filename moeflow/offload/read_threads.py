@@ -223,7 +223,8 @@ def _run(ended: queue.SimpleQueue[Transfer], transfer: Transfer, work: Work) -> 
         transfer.error = error
     except Exception as error:
         transfer.error = ExpertReadError(
-            f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} could not be copied to the device: {error}"
+            f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} could not be copied to the device: "
+            + str(error).partition("\n")[0]
         )
         transfer.error.__cause__ = error
     transfer.seconds = time.perf_counter() - begin

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class ExpertRuntime:
     """`model.moeflow`: the experts of one model inside their budget.
 
-    `experts_per_layer` is [num_layers] numbers of experts.
+    `experts_per_layer` is [num_layers] numbers of experts; `closed`, whether close() was called or the GPU was lost.
 
     Args:
         store: the far tier.
@@ -79,6 +79,7 @@ class ExpertRuntime:
         self.turns = Turns()  # of the model's passes
         self.step_of: Callable[[], Any] = lambda: None  # returns `step`
         self.most_tokens: int | None = None  # of which experts run at once; more come part by part
+        self.plan: dict[str, Any] | None = None  # bytes by use, as divided while loading
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
@@ -105,7 +106,7 @@ class ExpertRuntime:
         self._records = records_of([source.layout for source in store.layers])
         self._parts = Parts(self._transfers, store, [pool] if host is None else [pool, host.pool])
         self._at_collection = weakref.finalize(self, self._parts.collect)
-        self._closed = False
+        self.closed = False
         self._refusal: MoeflowError = ClosedModelError("the model was closed: load it again to use it.")
         tell_of_forks(self)
 
@@ -120,11 +121,6 @@ class ExpertRuntime:
             "a loaded model's experts, threads and files can be neither copied nor pickled. Call load_moe again, in "
             "the process that needs the model."
         )
-
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called."""
-        return self._closed
 
     @property
     def step(self) -> Any:
@@ -151,12 +147,16 @@ class ExpertRuntime:
         An interrupt in here leaves the rest to the next call, or to garbage collection.
         """
         with self._lock:
-            self._closed = True
+            self.closed = True
             if self._at_collection.alive:
                 self._parts.release()
                 self._at_collection.detach()
             for observer in self.observers:
                 observer.close()
+
+    def refuse(self, error: MoeflowError) -> None:
+        """Raise this error in every later call; close() goes on releasing what there is."""
+        self.closed, self._refusal = True, error
 
     def after_fork(self) -> None:
         """Begin anew in the child of a fork; on a GPU, refuse from now on, for CUDA does not live through it."""
@@ -166,13 +166,12 @@ class ExpertRuntime:
             return
         self.store.after_fork()
         if self.device.type != "cpu":
-            self._closed = True
             self._at_collection.detach()  # what it would release is the parent's
-            self._refusal = ForkedProcessError(
+            told = (
                 f"the model was loaded on {self.device} by the process that forked this one, and CUDA cannot be used "
                 "in the child of a fork. Load the model in this process, started by spawn, or give device='cpu'."
             )
-            return
+            return self.refuse(ForkedProcessError(told))
         self._transfers.after_fork()
         # Of a pass in another thread, and of prefetches, nobody waits for the end here: the next call clears up.
         self._torn = self._torn or len(self._transfers) > 0
@@ -317,6 +316,7 @@ class ExpertRuntime:
                 prefill=self._stats.prefill.copy(),
                 decode=self._stats.decode.copy(),
                 memory=memory,
+                plan=self.plan,
                 miss=None if self._host_compute is None else self._host_compute.as_dict(),
                 prediction=None if self._prediction is None else self._prediction.stats(),
                 step=(self.step or self.trusting or PythonSteps()).as_dict(),

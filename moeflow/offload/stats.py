@@ -172,6 +172,7 @@ class RuntimeStats(Counters):
         prefill: counters of passes that continue nothing.
         decode: counters of passes that continue a key-value cache.
         memory: bytes now and at most, by name.
+        plan: bytes by use, as divided while loading: all uses of a GPU; on the CPU at most keys and values.
         miss: bandwidths that decide where a miss is computed, as averaged until now; None where it is always copied.
         prediction: None without a predictor.
         io: reads from disk.
@@ -185,6 +186,7 @@ class RuntimeStats(Counters):
     prefill: PhaseStats
     decode: PhaseStats
     memory: dict[str, int] = field(metadata=_NOW)
+    plan: dict[str, Any] | None = field(metadata=_NOW)
     miss: dict[str, float | None] | None = field(metadata=_NOW)
     prediction: PredictionStats | None
     io: ReadStats

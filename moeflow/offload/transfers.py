@@ -4,6 +4,7 @@ Owns the table of copies in flight, so that no expert is copied twice at once. O
 (the runtime's lock); only reads run elsewhere.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfer import Transfer, Work
 
+_log = logging.getLogger(__name__)
 _PART_BYTES = 1 << 20  # of a read, behind which a copy to a device begins
 _MAX_MEASURED_COPIES = 32  # ended ones, kept until `take_copied`
 
@@ -244,7 +246,9 @@ class Parts(NamedTuple):
         self.store.close()
         for pool in self.pools:
             pool.close()
-        if failure is not None:
+        if isinstance(failure, RuntimeError):
+            _log.warning("the GPU failed before the model was released (%s)", str(failure).partition("\n")[0])
+        elif failure is not None:
             raise failure
 
     def collect(self) -> None:

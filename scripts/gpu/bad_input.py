@@ -1,5 +1,6 @@
 """What a card can refuse: each case must end in an error of moeflow's, in one line, or in an answer."""
 
+import json
 import os
 import resource
 import signal
@@ -7,13 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gpu.ballast import Ballast
 from gpu.models import draw_prompt, generate, loaded
 from gpu.worker import Tell
 
-# A copy that fails in the middle and a card that is lost cannot be brought about from here: tests/offload imitate them.
+# A copy that fails in the middle cannot be brought about from here: tests/offload imitates it.
+_CHILD_S = 60
 _NEIGHBOUR = """
 import sys, torch
 free, _ = torch.cuda.mem_get_info()
@@ -32,6 +35,7 @@ def run(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
     cases: dict[str, Callable[[], object]] = {
         'device="cuda:7"': lambda: answer({**job, "device": "cuda:7"}),
         "no memory for one layer's experts": lambda: answer(job, expert_memory=1000),
+        "a card that fails on the way": lambda: in_child({**job, "breaks": job["device"] != "cpu"}),
     }
     if job["device"] != "cpu":
         cases |= {
@@ -40,6 +44,7 @@ def run(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
             "no locked memory allowed": lambda: without_locked_memory(job),
             "pinned memory of a terabyte": lambda: answer(job, host_memory=1 << 40),
             "another process takes the memory after loading": lambda: with_neighbour(job),
+            "Triton's cache folder cannot be written": lambda: in_child(job, TRITON_CACHE_DIR="/dev/null/triton"),
         }
     wrong = []
     for name, attempt in cases.items():
@@ -68,6 +73,19 @@ def answer(job: dict[str, Any], **options: Any) -> list[int]:
     """Load the model and generate a few tokens."""
     with loaded(job, "bfloat16", **{"expert_memory": "25%", "predictor": None, **options}) as model:
         return generate(model, draw_prompt(model, 16), 4)
+
+
+def in_child(job: dict[str, Any], **environment: str) -> None:
+    """Run a model in a process of its own, whose card fails on the way where the job says "breaks".
+
+    Raises:
+        RuntimeError: a call raised what it should not; subprocess.TimeoutExpired where one hangs.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("broken_card.py")), json.dumps(job)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_CHILD_S)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stdout.strip() or done.stderr[-300:]}")
 
 
 def with_ballast(job: dict[str, Any], left_bytes: int) -> list[int]:

@@ -26,9 +26,9 @@ def run(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
         tell({**row, "peak_bytes": peak_bytes(job["device"]) - ballast.num_bytes})
         row = serve(model, requests, length // 16, tokens)
         tell({**row, "peak_bytes": peak_bytes(job["device"]) - ballast.num_bytes})
-        memory = model.moeflow.stats()["memory"]
+        stats = model.moeflow.stats()
         assert row["finished"]["error"] == 0, f"requests ended in errors: {row['errors']}"
-    return {"free_bytes": ballast.free_bytes, "memory": memory}
+    return {"free_bytes": ballast.free_bytes, "memory": stats["memory"], "plan": stats["plan"]}
 
 
 def serve(model: Any, requests: int, longest: int, tokens: int) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def make_stats(times=1, host_bytes=0):
             "process_bytes": 805 * MIB,
             "process_peak_bytes": 900 * MIB,
         },
+        plan=None,
         miss=None,
         prediction=None,
         step={"mode": "native", "reason": None, "steps": 40},

@@ -181,6 +181,7 @@ def test_a_stop_string_and_a_seed_hold_for_lines_that_leave_them_open(folder, tm
         (("--output", "no/such/folder/out.jsonl"), "cannot be written"),
         (("--output", "INPUT"), "is the input too"),
         (("--kv-memory", "nothing"), "--kv-memory"),
+        (("--expert-memory", "auto", "--kv-memory", "900TiB"), "are kept for activations and the key-value cache"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line_and_exit_code_1(folder, tmp_path, capsys, options, match):

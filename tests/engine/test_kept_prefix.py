@@ -16,6 +16,7 @@ from moeflow.engine.engine import Engine
 from moeflow.engine.kept_prefix import KeptPrefix
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Sequence
+from moeflow.errors import BudgetError
 
 PROMPTS = [[*PREFIX, 3 + place, 7] for place in range(5)]
 TAIL = 2  # tokens behind the prefix
@@ -146,7 +147,7 @@ def test_a_sequence_gets_the_memory_of_one_that_is_kept_to_be_shared(mixtral, mo
 
         def machine_without_room_for_two(id, num_positions):
             if len(engine._slots):
-                raise RuntimeError("there is no memory")
+                raise BudgetError("there is no memory")
             return allocate(id, num_positions)
 
         monkeypatch.setattr(engine._slots, "allocate", machine_without_room_for_two)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.lossless_models import lossless_mixtral
-from moeflow import load_moe
+from moeflow import Engine, load_moe
 from moeflow.convert.pack import pack_model
 from moeflow.errors import BudgetError
 from moeflow.offload.streams import CudaStreams
@@ -61,6 +61,20 @@ def test_close_gives_device_and_pinned_memory_back(mixtral_folder):
     del model
     gc.collect()
     assert torch.cuda.memory_allocated() <= before
+
+
+def test_activations_are_measured_alike_at_every_load(mixtral_folder):
+    plans = []
+    for _ in range(2):
+        model = load_moe(mixtral_folder, device="cuda")
+        with model.moeflow, Engine(model) as engine:
+            plans.append(model.moeflow.stats()["plan"])
+            assert engine.stats()["kv_budget_bytes"] <= plans[-1]["key_value_bytes"]
+        del model
+        gc.collect()
+    assert plans[0]["activations"] == "measured"
+    assert plans[0]["activation_bytes"] == plans[1]["activation_bytes"] > 0
+    assert plans[0]["expert_bytes"] == plans[1]["expert_bytes"]
 
 
 def test_host_budget_below_the_reads_in_flight_is_refused(mixtral_folder):

@@ -1,18 +1,12 @@
 """The plan of a GPU's memory: nothing is given out twice, and one budget for every load."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.two_cards import TwoCards
-from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.core import LayerLayout, RecordLayout
 from moeflow.errors import BudgetError
-from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.device_plan import MemoryNeeds, plan_device, prefill_bytes_per_token, usable_bytes
-from moeflow.loading.options import LoadOptions
-from moeflow.loading.tiers import Experts, _gpu_plan
 
 GIB = 1 << 30
 
@@ -60,30 +54,10 @@ def test_a_long_prompt_on_a_small_card_is_cut():
 
 def test_a_card_with_less_than_the_least_is_refused_with_what_is_missing():
     needs = MemoryNeeds(GIB, GIB, 0, 4096)
-    with pytest.raises(BudgetError, match=r"of 4,096 tokens\. The experts need at least 1,000\."):
+    with pytest.raises(BudgetError, match=r"of 4,096 tokens, keys and values\. The experts need at least 1,000\."):
         plan_device(2 * GIB, needs, all_bytes=10_000, least_bytes=1000, slot_bytes=100)
 
 
 def test_what_an_earlier_load_left_in_the_allocator_is_free():
     assert usable_bytes(10 * GIB, 0, 0) == usable_bytes(4 * GIB, 6 * GIB, 0) == 10 * GIB
     assert usable_bytes(4 * GIB, 6 * GIB, 5 * GIB) == 5 * GIB
-
-
-def test_a_second_load_gets_the_budget_of_the_first_on_its_own_card(monkeypatch):
-    record = RecordLayout.pack([("gate_up_proj", "BF16", (1536, 2048)), ("down_proj", "BF16", (2048, 768))])
-    layout = LayerLayout("layers.0", 128, record)
-    size = ExpertsSize.of([layout] * 48, 8, whole_slots=True)
-    experts = Experts([], [], [LayerSource(layout, (), ())] * 48, size)
-    cards, asked = TwoCards(monkeypatch), []
-    left = {"allocator": 0}  # bytes that an earlier model's closed arena still holds there
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append(cards.current))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * GIB - left["allocator"], 12 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB + left["allocator"])
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
-    options = LoadOptions(device="cpu")
-    options.__dict__["torch_device"] = torch.device("cuda", 1)
-    budgets = []
-    for left["allocator"] in (0, 5 * GIB):
-        budgets.append(_gpu_plan(experts, options.torch_device, 98_304).expert_bytes)
-    assert budgets[0] == budgets[1] > 7 * GIB
-    assert (asked, cards.touched) == ([1, 1], {1})

@@ -42,7 +42,7 @@ def test_flags_are_the_options_that_have_one():
     flags = vars(parser.parse_args([]))
     assert flags.pop("json") is False
     assert flags == {option.name: option.default for option in flag_options()}
-    assert [option.name for option in OPTIONS if option not in flag_options()] == ["trace"]
+    assert [option.name for option in OPTIONS if option not in flag_options()] == ["kv_memory", "trace"]
     for option in flag_options():
         assert f"--{option.name.replace('_', '-')}" in parser.format_help()
 
@@ -74,6 +74,8 @@ def test_a_format_is_told_by_its_full_name():
         ({"dtype": "nn"}, "dtype is 'nn'"),
         ({"dtype": 3}, "dtype is 3"),
         ({"dtype": float}, "dtype is <class 'float'>"),
+        ({"kv_memory": "25%"}, "share of nothing"),
+        ({"kv_memory": "much"}, "kv_memory='much' is not a memory size"),
         ({"device": None}, "cuda:N"),
         ({"device": 10**30}, "cuda:N"),
         ({"device": "xpu"}, "not supported"),

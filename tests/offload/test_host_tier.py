@@ -98,7 +98,7 @@ class FailingStreams(ThreadStreams):
     def copy(self, target, source, after, **options):
         if self.fails:
             target[: len(target) // 2] = 255
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines of CUDA's")
         return super().copy(target, source, after, **options)
 
 
@@ -114,7 +114,10 @@ def test_a_copy_that_fails_names_cudas_error_and_leaves_no_expert_in_the_slot(ex
         resident = set(runtime.cache.slots)
         streams.fails = True
         with (
-            pytest.raises(ExpertReadError, match=r"expert 2 of MoE layer 0 .* CUDA error: an illegal memory access"),
+            pytest.raises(
+                ExpertReadError,
+                match=r"expert 2 of MoE layer 0 .* CUDA error: an illegal memory access was encountered\Z",
+            ),
             closing(runtime.fetch(0, [2])) as fetched,
         ):
             list(fetched)
@@ -150,3 +153,11 @@ def test_cudas_error_is_named_and_taken_by_a_launch_on_its_own_card(monkeypatch)
     registrar.unregister(4096)
     assert calls == [(1, 4096, 10), (1, 8192, 11), (1, "launch"), (1, 4096)]
     assert (cards.current, cards.touched) == (0, {1})
+
+    def lost(address):
+        calls.append("asked")
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(Runtime, "cudaHostUnregister", staticmethod(lost))
+    registrar.unregister(4096)
+    assert calls[-1] == "asked"

@@ -12,7 +12,7 @@ from moeflow.offload.stats import Decisions, PhaseStats, PredictionStats, ReadSt
 from moeflow.policy.prefetch_ledger import PrefetchCounts, PrefetchLedger
 
 # What counts nothing, by its name in `stats()`: it is as it is now. Every other number must be a difference.
-NOW = {"slots", "num_experts", "threads", "memory", "miss", "on", "losing", "distance", "step"}
+NOW = {"slots", "num_experts", "threads", "memory", "plan", "miss", "on", "losing", "distance", "step"}
 RATES = {"hit_rate", "precision", "timeliness", "recall_of_misses"}
 
 
