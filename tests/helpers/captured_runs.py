@@ -128,7 +128,7 @@ def main(folder):
     gc.collect()
     found["held behind a generation"] = len(captured.capture.held)
     StepLayer.update = frozen_update
-    found["frozen"] = captured.generate() == want["one"]
+    found["frozen"] = captured.generate(num_tokens=3) == want["one"][:3]
     StepLayer.update = own_update
     handle = captured.model.model.layers[0].register_forward_hook(lambda *_: None)
     found["hooked"] = captured.generate(num_tokens=2) == want["one"][:2]

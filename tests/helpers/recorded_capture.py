@@ -60,7 +60,10 @@ class RecordedCapture:
     def capture(self, run):
         run()
         with _Refusal(), _Recording() as recording:
-            made = run()
+            try:
+                made = run()
+            except RuntimeError as error:  # a card tells of it at the end
+                raise RefusedError("operation failed due to a previous error during capture") from error
         self.num_captured += 1
         calls = recording.calls
         # A recording on a card computes nothing: what is there before the first replay is garbage.

@@ -134,7 +134,8 @@ class StepGraphs:
         try:
             made, replay = self._capture.capture(run)
         except RuntimeError as error:
-            self._refusal = f"the model's step cannot be captured: {str(error).splitlines()[0]}"
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # the end fails as well
+            self._refusal = f"the model's step cannot be captured: {str(first).splitlines()[0]}"
             raise CannotCaptureError(self._refusal) from error
         found = _Captured(key, fixed, inputs, _maker(made, cache), steps[-1], replay)
         captured.append(found)

@@ -38,6 +38,7 @@ class Steps:
 
     def __init__(self):
         self.capture, self.table, self.num_runs, self.step = RecordedCapture(), Table(), 0, None
+        self.warmed_by = []
         self.graphs = StepGraphs(self.capture, self.table)
 
     def begin(self, captured=None):
@@ -46,6 +47,8 @@ class Steps:
 
     def forward(self, number, cache, factor=1, attention_mask=None):
         self.num_runs += 1
+        if self.num_runs == 1:
+            self.warmed_by = number.tolist()
         for layer in range(2):
             experts = (number.long() + layer).view(1, 1)
             self.step.add(layer, experts)
@@ -79,6 +82,7 @@ def test_a_step_is_captured_once_and_then_replayed_with_its_own_numbers(steps):
     assert steps.run(cache, 1, number=number(0)) == (1, [0, 1], False)
     assert steps.run(cache, 2, number=number(2)) == (3, [2, 3], True)
     assert steps.run(cache, 2, number=number(1)) == (2, [1, 2], False)
+    assert steps.warmed_by == [1]
     assert (steps.num_runs, steps.capture.num_captured, steps.capture.num_replayed) == (2, 1, 4)
     assert steps.graphs.as_dict() == {"captured": 1, "replayed": 4, "not_replayed": None}
 
