@@ -20,10 +20,14 @@ from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.capture_gate import capture_gate
+from moeflow.hf.passes.decode_call import give_caches
+from moeflow.hf.passes.step_cache import StepCache
 from moeflow.loading.gpu_errors import run_on_gpu, tell_in_generate
 from moeflow.moe import trusted_pass
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
+from moeflow.offload.trusting.capture import Capture
+from moeflow.offload.trusting.step_graphs import StepGraphs
 
 _PRUNING_TOKENS = 2048  # on which thresholds are found
 
@@ -74,7 +78,7 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
         run: Any = partial(type(module).forward, module) if own is None else own
         if begun is None or runtime is None:
             return run(*args, **kwargs)
-        return trusted_pass.run_pass(runtime, hooks, begun, partial(run, *args, **kwargs))
+        return trusted_pass.run_pass(runtime, hooks, begun, run, args, kwargs)
 
     def in_turn(*args: Any, **kwargs: Any) -> Any:
         runtime = runtime_behind()
@@ -91,6 +95,25 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
     changed: Any = forward_in_turn
     changed.__signature__ = inspect.signature(module.forward)
     module.forward = forward_in_turn
+
+
+def capture_steps(model: PreTrainedModel, runtime: ExpertRuntime, capture: Capture) -> None:
+    """Let decode steps of `generate` be captured where none of their experts is missed.
+
+    Args:
+        model: with its runtime.
+        runtime: on a GPU.
+        capture: of that GPU.
+    """
+    behind = weakref.ref(model)
+
+    def in_place_of(cache: object, settings: Any, mode: Any) -> Any:
+        model = behind()
+        return None if model is None else StepCache.in_place_of(cache, model, settings, mode)
+
+    assert runtime.trusting is not None, "on a CPU no step is captured"
+    runtime.trusting.graphs = StepGraphs(capture, runtime.trusting.table)
+    give_caches(model, in_place_of)
 
 
 def prune_experts(model: PreTrainedModel, runtime: ExpertRuntime, folder: Path, share: float) -> None:

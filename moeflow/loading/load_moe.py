@@ -20,7 +20,7 @@ from moeflow.hf.model_folder import ModelFolder
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.lossless_dense import compress_dense
 from moeflow.hf.passes.residual import ResidualTap
-from moeflow.loading.attach import attach_runtime, prune_experts
+from moeflow.loading.attach import attach_runtime, capture_steps, prune_experts
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.gpu import Gpu
 from moeflow.loading.gpu_memory import GpuMemory, dense_weights_on
@@ -30,6 +30,7 @@ from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
 from moeflow.moe.choose_compute import can_use_triton, computes_lossless
+from moeflow.offload.trusting.capture import CudaCapture
 from moeflow.step.decoding import StepDecoding
 from moeflow.trace.recorder import attach_recorder
 
@@ -48,6 +49,7 @@ def load_moe(
     miss: str = "copy",
     prune: float = 0.0,
     step: str = "auto",
+    cuda_graphs: bool = False,
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -86,6 +88,10 @@ def load_moe(
             model at its first step, which takes several seconds once a model, kept on disk, and run natively from one
             missing expert to the next; steps that it cannot run stay the model's own), or "python" (the model's own
             code). Last bits differ between the two.
+        cuda_graphs: capture the decode steps of generate() as CUDA graphs, once a generation, and replay them while no
+            expert is missed. Keys and values stay where they are, with room for up to twice the positions, so that last
+            bits differ from those without; they are the same at every budget. Steps that are predicted are not
+            captured. CUDA only; not yet measured on a GPU.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
@@ -104,8 +110,9 @@ def load_moe(
         TraceError: the trace is of another model, damaged, or cannot be written.
     """
     options = LoadOptions(
-        device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step, trace
-    )
+        device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
+        cuda_graphs, trace,
+    )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
     folder = ModelFolder.of_hf_options(model, hf_options)
@@ -137,6 +144,8 @@ def load_moe(
         attach_runtime(loaded, runtime)
         if prune:
             prune_experts(loaded, runtime, folder.path, prune)
+        if options.cuda_graphs:
+            capture_steps(loaded, runtime, CudaCapture(options.torch_device))
         if options.step == "auto" and on_cpu:
             StepDecoding(loaded)
         if trace is not None:

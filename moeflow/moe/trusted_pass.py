@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.modules import module as of_all_modules
 
 from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.restore_point import restore_point
+from moeflow.hf.passes.step_cache import stepping
 from moeflow.moe.triton_compute import MAX_PAIRED_TOKENS
 from moeflow.offload.runtime import ExpertRuntime
 
@@ -38,29 +40,60 @@ class Hooks:
         return any(_GLOBAL_HOOKS) or any(self._hooks)
 
 
-def run_pass(runtime: ExpertRuntime, hooks: Hooks, begun: ForwardPass, run: Callable[[], Any]) -> Any:
+def run_pass(
+    runtime: ExpertRuntime,
+    hooks: Hooks,
+    begun: ForwardPass,
+    forward: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
     """Run a pass that the runtime was told of.
 
     Args:
         runtime: of the model's experts.
         hooks: of the model.
         begun: the pass.
-        run: runs it; again where the first time an expert was missed.
+        forward: runs it; again where the first time an expert was missed.
+        args: its arguments.
+        kwargs: its keyword arguments.
 
     Returns:
-        What `run` returned.
+        What `forward` returned.
     """
     trusting, is_step = runtime.trusting, begun.continues and begun.num_positions == 1
-    if trusting is None or not is_step or begun.num_sequences > MAX_PAIRED_TOKENS or torch.is_grad_enabled():
+    run = partial(forward, *args, **kwargs)
+    if trusting is None or not is_step:
         return run()
-    is_watched = runtime.predicting or runtime.observers or runtime.parallel is not None
-    is_trusted = trusting.trust.pays and not is_watched and not hooks.are_there()
-    restore = restore_point(begun.cache) if is_trusted else None
-    if restore is None:
-        return trusting.run_asking(run)
-    with runtime.changing() as residency:
-        made, missed = trusting.run(run, residency, runtime.resident_table)
-    if not missed:
-        return made
-    restore()
-    return run()
+    if begun.num_sequences > MAX_PAIRED_TOKENS or torch.is_grad_enabled():
+        if trusting.graphs is not None:
+            trusting.graphs.reason = f"more than {MAX_PAIRED_TOKENS} sequences, or gradients are on"
+        return run()
+    with stepping(begun) as standing:
+        why_not = _why_not_trusted(runtime, hooks)
+        restore = restore_point(begun.cache) if why_not is None else None
+        if trusting.graphs is not None:
+            no_memory = f"the last step's cache is a {type(begun.cache).__name__}, which does not stay where it is"
+            trusting.graphs.reason = why_not or (no_memory if standing is None else None)
+        if restore is None:
+            return trusting.run_asking(run)
+        trusted = run
+        if trusting.graphs is not None and standing is not None:
+            trusted = partial(trusting.graphs.run, trusting.begin, standing, forward, args, kwargs)
+        with runtime.changing() as residency:
+            made, missed = trusting.run(trusted, residency, runtime.resident_table)
+        if not missed:
+            return made
+        restore()
+        return run()
+
+
+def _why_not_trusted(runtime: ExpertRuntime, hooks: Hooks) -> str | None:
+    """Say why a decode step must ask; None where it is trusted."""
+    if runtime.predicting:
+        return "steps are predicted"
+    if runtime.observers or runtime.parallel is not None:
+        return "steps are observed, or experts are spread over processes"
+    if runtime.trusting is None or not runtime.trusting.trust.pays:
+        return "experts are missed too often, or too few steps were seen"
+    return "the model has hooks" if hooks.are_there() else None

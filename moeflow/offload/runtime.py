@@ -151,8 +151,9 @@ class ExpertRuntime:
             if self._at_collection.alive:
                 self._parts.release()
                 self._at_collection.detach()
-            for observer in self.observers:
-                observer.close()
+            closing: list[Any] = [*self.observers, *filter(None, [self.trusting])]
+            for one in closing:
+                one.close()
 
     def refuse(self, error: MoeflowError) -> None:
         """Raise this error in every later call; close() goes on releasing what there is."""
@@ -179,8 +180,7 @@ class ExpertRuntime:
 
     def begin_pass(self, begun: "ForwardPass") -> None:
         """Begin a pass that transformers describes, and tell the observers; raises as `begin_forward` does."""
-        sizes, ids = (begun.num_sequences, begun.num_positions), begun.token_ids
-        self.begin_forward(*sizes, continues=begun.continues, token_ids=ids)
+        self.begin_forward(*begun[:2], continues=begun.continues, token_ids=begun.token_ids)
         for observer in self.observers:
             observer.begin_pass(begun)
 

@@ -16,12 +16,16 @@ PROMPT, TOKENS, REPEATS, PROFILED = 256, 64, 3, 8
 
 def run(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """Measure one format, residency and kind of miss with each predictor."""
-    options = {"expert_memory": job["share"], "miss": job["miss"]}
+    options = {"expert_memory": job["share"], "miss": job["miss"], "cuda_graphs": job.get("cuda_graphs", False)}
     predictors = [*job["predictors"], "markov"] if job["routes"] and job["share"] != "100%" else job["predictors"]
     for predictor in predictors:
         begin = time.perf_counter()
         with loaded(job, job["format"], predictor=predictor, **options) as model:
-            row = {"predictor": predictor or "none", "load_s": time.perf_counter() - begin}
+            row = {
+                "predictor": predictor or "none",
+                "cuda_graphs": options["cuda_graphs"],
+                "load_s": time.perf_counter() - begin,
+            }
             tell({**row, **measure(model, job)})
             del model  # the next finds its memory free
     length, tokens, repeats = sizes(job)
@@ -60,6 +64,7 @@ def measure(model: Any, job: dict[str, Any]) -> dict[str, Any]:
         "predictor_on": None if counted.prediction is None else counted.prediction.on,
         "peak_bytes": peak_bytes(job["device"]),
         "host_bytes": counted.memory["host_bytes"],
+        "replayed": counted.step.get("replayed", 0),
     }
     figures |= host_ms(model, prompt, 2 if job["dry"] else PROFILED, job["device"])
     if forced is not None:

@@ -43,6 +43,14 @@ def _end_to_end(miss: str) -> tuple[dict[str, Any], ...]:
     )
 
 
+def _end_to_end_graphs() -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"format": name, "share": share, "miss": "copy", "predictors": [None], "cuda_graphs": True}
+        for name in FORMATS
+        for share in SHARES[:2]
+    )
+
+
 # What is worth most comes first: a run that is cut has it.
 STEPS = (
     Step("card", "the card, its driver and link, the machine, the software", 0, 60),
@@ -94,6 +102,7 @@ STEPS = (
         ({"tool": "memcheck"},),
     ),
     Step("end_to_end", "the same by miss=cheapest, lossy", 40, 150, _end_to_end("cheapest"), (), models=True),
+    Step("end_to_end", "the same with decode steps as CUDA graphs", 40, 150, _end_to_end_graphs(), (), models=True),
     Step("bad_input", "what must end in an error of one line, and leave the rest usable", 30, 150, models=True),
 )
 NAMES = tuple(dict.fromkeys(step.name for step in STEPS))

@@ -42,11 +42,13 @@ def markdown(content: dict[str, Any]) -> str:
 def resident_shares(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the speed of each row of end_to_end over that of full residency in the same format."""
     found = [(one["case"], row) for one in steps if one["step"] == "end_to_end" for row in one["rows"]]
-    whole = {case["format"]: row["tok_per_s"] for case, row in found if case["share"] == "100%"}
+    resident = [(case, row) for case, row in found if case["share"] == "100%" and not case.get("cuda_graphs")]
+    whole = {case["format"]: row["tok_per_s"] for case, row in resident}
     return [
         {
             **{key: case[key] for key in ("format", "share", "miss")},
             "predictor": row["predictor"],
+            "cuda_graphs": case.get("cuda_graphs", False),
             "tok_per_s": row["tok_per_s"],
             "of_resident": row["tok_per_s"] / whole[case["format"]],
             "wanted": TARGETS.get(case["share"]) if case["format"] == "bfloat16" else None,

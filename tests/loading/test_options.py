@@ -84,6 +84,8 @@ def test_a_format_is_told_by_its_full_name():
         ({"trace": 3}, "trace is 3"),
         ({"trace": ""}, "trace is ''"),
         ({"policy": ["lru"]}, "policy="),
+        ({"cuda_graphs": True}, "this model runs on the CPU. Leave it False"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs='yes' is neither True nor False"),
     ],
 )
 def test_an_option_of_another_kind_says_what_is_allowed(options, said):

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from helpers.paths import ROOT
+from moeflow import load_moe
 from moeflow.moe.trusted_pass import Hooks
 
 _RUN = """
@@ -93,3 +95,73 @@ def test_steps_that_trust_have_the_same_bits_and_are_run_again_where_they_missed
     assert right > 0
     assert wrong > 0
     assert found["hits"] < found["true"]["counts"]["demands"]
+
+
+@pytest.fixture(scope="module")
+def captured():
+    """What `helpers/captured_runs.py` found."""
+    pytest.importorskip("triton")
+    script, path = ROOT / "tests/helpers/captured_runs.py", os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))}
+    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_captured_steps_have_the_bits_of_steps_that_ask(captured):
+    assert captured["one"]
+    assert captured["two"]
+    assert captured["small"]
+    assert captured["asking"]["captured"] == 0
+    for found in (captured["one counts"], captured["captured"], captured["small counts"]):
+        assert found["mode"] == "trusting"
+        assert found["not_replayed"] is None
+        assert found["replayed"] == found["steps"] + found["repeated"]
+        assert found["steps"] > 0
+        assert found["repeated"] > 0
+    same = ("forwards", "demands")
+    assert [captured["captured"][name] for name in same] == [captured["asking"][name] for name in same]
+
+
+@pytest.mark.slow
+def test_a_captured_step_runs_no_python_of_the_model_but_where_it_missed_an_expert(captured):
+    counts = captured["captured"]
+    assert counts["captured"] == 2  # a generation each, of one sequence and of two
+    assert counts["runs"] == 2 + 2 * counts["captured"] + counts["repeated"]  # prefills; warm-up and recording
+
+
+@pytest.mark.slow
+def test_an_input_that_is_frozen_as_a_step_is_captured_shows(captured):
+    assert not captured["frozen"]
+
+
+@pytest.mark.slow
+def test_steps_that_cannot_be_captured_run_as_they_are_and_the_reason_is_told(captured):
+    assert captured["hooked"]
+    assert captured["hooked reason"] == "the model has hooks"
+    assert captured["waiting"]
+    assert "operation not permitted when stream is capturing" in captured["waiting reason"]
+
+
+@pytest.mark.slow
+def test_captured_steps_are_given_back_behind_each_generation_and_at_close(captured):
+    assert captured["asking held"] == captured["held behind a generation"] == captured["closed held"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graphs_have_the_same_bits_at_every_budget(mixtral_folder):
+    found = []
+    for memory in ("100%", "30%"):
+        model = load_moe(mixtral_folder, device="cuda", expert_memory=memory, predictor=None, cuda_graphs=True)
+        with model.moeflow:
+            for _ in range(2):
+                made = model.generate(
+                    torch.tensor([[1, 2]], device="cuda"), max_new_tokens=40, do_sample=False, output_logits=True,
+                    return_dict_in_generate=True,
+                )  # fmt: skip
+            found.append(torch.stack(made.logits).cpu())
+            step = model.moeflow.stats()["step"]
+            assert memory == "30%" or step["replayed"] > 0, step
+    assert torch.equal(found[0], found[1])

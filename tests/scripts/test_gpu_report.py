@@ -187,10 +187,12 @@ def test_speeds_are_compared_with_full_residency_of_the_same_format():
         case = {"format": format, "share": share, "miss": "copy"}
         return {"step": "end_to_end", "case": case, "rows": [{"predictor": "none", "tok_per_s": speed}]}
 
+    graphs = entry("bfloat16", "100%", 160.0)
+    graphs["case"]["cuda_graphs"] = True
     found = resident_shares(
-        [entry("bfloat16", "100%", 80.0), entry("bfloat16", "45%", 60.0), entry("int4", "45%", 9.0)]
+        [entry("bfloat16", "100%", 80.0), entry("bfloat16", "45%", 60.0), entry("int4", "45%", 9.0), graphs]
     )
-    assert [(row["of_resident"], row["wanted"]) for row in found] == [(1.0, None), (0.75, 0.9)]
+    assert [(row["of_resident"], row["wanted"]) for row in found] == [(1.0, None), (0.75, 0.9), (2.0, None)]
 
 
 def test_different_logits_are_an_error_that_names_the_residencies():

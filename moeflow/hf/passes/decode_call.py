@@ -176,18 +176,32 @@ def run_calls_by(model: PreTrainedModel, run: Callable[[dict[str, Any]], Any], l
             learn(made)
         return made
 
-    def prepare_cache(*args: Any, **kwargs: Any) -> Any:
-        settings = [given for given in (*args, *kwargs.values()) if isinstance(given, dict)]  # the model's arguments
-        given = [{name for name in _CACHE_NAMES if one.get(name) is not None} for one in settings]
-        result = kind._prepare_cache_for_generation(behind(), *args, **kwargs)
-        for one, before in zip(settings, given, strict=True):
-            for name in set(_CACHE_NAMES) - before:
-                growing = GrowingCache.in_place_of(one.get(name))
-                if growing is not None:
-                    one[name] = growing
-        return result
-
     replaced: Any = forward
     replaced.__signature__ = inspect.signature(model.forward)
     changed.forward = forward
+    give_caches(model, lambda cache, *_: GrowingCache.in_place_of(cache))
+
+
+def give_caches(model: PreTrainedModel, in_place_of: Callable[[object, Any, Any], Cache | None]) -> None:
+    """Let `generate` use other caches than it made itself.
+
+    Args:
+        model: whose `generate` is changed.
+        in_place_of: takes a cache that was made, the generation config and the generation mode; returns the one to use
+            in its place, or None.
+    """
+    behind = weakref.ref(model)
+    changed: Any = model
+    kind: Any = type(model)
+
+    def prepare_cache(settings: Any, model_kwargs: dict[str, Any], mode: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name for name in _CACHE_NAMES if model_kwargs.get(name) is not None}
+        prepare = kind._prepare_cache_for_generation
+        result = prepare(behind(), settings, model_kwargs, mode, *args, **kwargs)
+        for name in set(_CACHE_NAMES) - given:
+            other = in_place_of(model_kwargs.get(name), settings, mode)
+            if other is not None:
+                model_kwargs[name] = other
+        return result
+
     changed._prepare_cache_for_generation = prepare_cache

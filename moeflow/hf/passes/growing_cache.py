@@ -19,7 +19,6 @@ from transformers.cache_utils import (
 
 from moeflow.hf.passes.kept_state import HYBRID_LAYERS, STATE_LAYERS, StateName, state_of
 
-_FIRST_POSITIONS = 64
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -48,6 +47,8 @@ class GrowingLayer(DynamicLayer):
         length: positions kept.
         form: sequences, and what is kept of a position; None before the first.
     """
+
+    _first_positions = 64
 
     def __init__(self) -> None:
         self._memory: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -169,12 +170,14 @@ class GrowingLayer(DynamicLayer):
         )
         if is_enough:
             return
-        capacity = max(_FIRST_POSITIONS, 1 << (end - 1).bit_length())
-        keys, values = (new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3]) for new in like)
+        keys, values = self._allocate(max(self._first_positions, 1 << (end - 1).bit_length()), *like)
         if self._memory is not None:
             for new, old in zip((keys, values), self._memory, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
         self._hold((keys, values), self.length)
+
+    def _allocate(self, capacity: int, *like: torch.Tensor) -> list[torch.Tensor]:
+        return [new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3]) for new in like]
 
     def _hold(self, memory: tuple[torch.Tensor, torch.Tensor] | None, length: int, *, is_lent: bool = False) -> None:
         self._memory, self.length, self._is_lent, self.form = memory, length, is_lent, None

@@ -44,6 +44,7 @@ class TrustedStep:
         self.table = table
         self._layers: list[int] = []
         self._routes: list[torch.Tensor] = []
+        self._packed: torch.Tensor | None = None  # flags and routes, int64
         table.missed.zero_()
 
     def add(self, layer: int, top_k_index: torch.Tensor) -> None:
@@ -51,10 +52,15 @@ class TrustedStep:
         self._layers.append(layer)
         self._routes.append(top_k_index)
 
+    def pack(self) -> torch.Tensor:
+        """Put what the host is to learn into one tensor on the device, once the last layer was launched."""
+        flat = [self.table.missed.long(), *(routes.reshape(-1).long() for routes in self._routes)]
+        self._packed = torch.cat(flat)
+        return self._packed
+
     def finish(self) -> StepRoutes:
         """Wait for the step's end and return what it asked for."""
-        flat = [self.table.missed.long(), *(routes.reshape(-1).long() for routes in self._routes)]
-        values = torch.cat(flat).cpu().numpy()
+        values = (self.pack() if self._packed is None else self._packed).cpu().numpy()
         missed, begin, experts = values[: len(self.table.missed)].any(), len(self.table.missed), []
         for routes in self._routes:
             experts.append(values[begin : begin + routes.numel()].reshape(routes.shape))

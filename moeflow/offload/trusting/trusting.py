@@ -8,6 +8,7 @@ from moeflow.offload.residency import Residency
 from moeflow.offload.resident_table import ResidentTable
 from moeflow.offload.stats import Stats
 from moeflow.offload.trusting.device_table import DeviceTable
+from moeflow.offload.trusting.step_graphs import StepGraphs
 from moeflow.offload.trusting.trusted_step import NOTHING_KNOWN, NotTrustedError, TrustedStep
 from moeflow.policy.trust import Trust
 
@@ -22,6 +23,7 @@ class Trusting:
     Attributes:
         step: under way; None in steps that ask for their experts.
         trust: when a step is trusted.
+        graphs: captured steps; None where none is to be captured.
     """
 
     def __init__(self, table: DeviceTable, stats: Stats) -> None:
@@ -29,6 +31,19 @@ class Trusting:
         self._stats = stats
         self.trust = Trust()
         self.step: TrustedStep | None = None
+        self.graphs: StepGraphs | None = None
+        self._began = 0.0
+
+    def begin(self, captured: TrustedStep | None = None) -> TrustedStep:
+        """Begin a step, or begin it anew where what ran before was none; by a captured one where it is replayed."""
+        self._began = time.perf_counter()
+        self.step = captured or TrustedStep(self.table)
+        return self.step
+
+    def close(self) -> None:
+        """Give captured steps back."""
+        if self.graphs is not None:
+            self.graphs.close()
 
     def run(self, run: Callable[[], Any], residency: Residency, counts: ResidentTable) -> tuple[Any, bool]:
         """Run a step, and count what it asked for if it missed nothing.
@@ -45,9 +60,11 @@ class Trusting:
         residency.settle_ended()
         residency.begin_use_of_all()
         self.table.refresh()
-        self.step = TrustedStep(self.table)
+        prepared_s = time.perf_counter() - begin
+        self.begin()
         try:
             made = run()
+            assert self.step is not None
             routes = self.step.finish()
         except NotTrustedError:
             self.trust.is_possible = False
@@ -55,18 +72,24 @@ class Trusting:
         finally:
             self.step = None
         residency.end_use_of_all()
-        self.trust.trusted(routes.missed, time.perf_counter() - begin)
+        self.trust.trusted(routes.missed, prepared_s + time.perf_counter() - self._began)
         if not routes.missed:
             counts.count(routes.layers, routes.experts, 0.0)
         return made, routes.missed
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mode ("trusting" once a step was right to), why none is where none can be, and the steps."""
+        """Return the mode ("trusting" once a step was right to), why none is where none can be, and the steps.
+
+        Where steps are to be captured, also how many were, how many were replayed, and why the last was not.
+        """
         right, wrong = (self.trust.steps[is_right] for is_right in (True, False))
         reason = (
             None if self.trust.is_possible else "the experts of a layer are of several kinds, or no kernel finds them"
         )
-        return {"mode": "trusting" if right else "python", "reason": reason, "steps": right, "repeated": wrong}
+        found = {"mode": "trusting" if right else "python", "reason": reason, "steps": right, "repeated": wrong}
+        if self.graphs is not None:
+            found |= self.graphs.as_dict()
+        return found
 
     def run_asking(self, run: Callable[[], Any]) -> Any:
         """Run a decode step whose layers ask for their experts, and see whether it would have been right to trust."""
