@@ -1,4 +1,5 @@
-"""Decode steps on a GPU that trust that no expert is missed, and the table by which kernels find experts themselves.
+"""Layers and decode steps on a GPU that are launched before the host knows their routes; what comes down afterwards.
 
-Knows slots and tensors. Knows nothing of routers, arithmetic or transformers. `offload/` and `moe/` import it.
+Kernels find experts themselves, by a table. Knows slots and tensors. Knows nothing of routers, arithmetic or
+transformers. `offload/` and `moe/` import it.
 """
