@@ -37,6 +37,9 @@ class Ensemble:
         self.members, self._learning_rate = list(members), learning_rate
         ((self.num_layers, self.num_experts),) = sizes
         self.signal = signals.pop() if signals else "none"
+        wanting = [member for member in self.members if member.signal != "none"]
+        if len(wanting) == 1 and hasattr(wanting[0], "ask"):
+            self.ask = wanting[0].ask  # of a residual stream on a GPU
         self.reach = max(member.reach for member in members)
         shape = (self.reach + 1, self.num_layers, len(members))  # distance 0: before the step
         self.weights = np.full(shape, 1 / len(members), np.float32)

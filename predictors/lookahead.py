@@ -104,19 +104,28 @@ class Lookahead:
 
     @torch.no_grad()
     def observe(
-        self, layer: int, experts: np.ndarray, weights: np.ndarray | None, signal: torch.Tensor | None = None
+        self,
+        layer: int,
+        experts: np.ndarray,
+        weights: np.ndarray | None,
+        signal: torch.Tensor | np.ndarray | None = None,
     ) -> np.ndarray | None:
-        """Run the next layers' routers on the residual stream [B, H]; return [B, n, E]."""
+        """Run the next layers' routers on the residual stream [B, H], or take what `ask` gave; return [B, n, E]."""
         if self._rows_to_check[layer] and signal is not None:
-            self._check(layer, experts, signal)
+            if isinstance(signal, np.ndarray):
+                own, signal = self._biased(signal[:, :1], layer), signal[:, 1:]
+            else:
+                own = self._scores(layer, layer + 1, signal)
+            self._check(layer, experts, own[:, 0])
         if self._learning:
             self._learn(layer, experts)
-        if layer % self._stride:
+        last = self._last_asked(layer)
+        if signal is None or last == layer:
             return None
-        last = min(layer + self.reach, self.num_layers - 1)
-        if signal is None or not self.usable[layer + 1 : last + 1].any():
-            return None
-        scores = self._scores(layer + 1, last + 1, signal)
+        if isinstance(signal, np.ndarray):
+            scores = self._biased(signal, layer + 1)
+        else:
+            scores = self._scores(layer + 1, last + 1, signal)
         margins = self._margins_of(scores, slice(layer + 1, last + 1))
         if self._learning:
             for distance in range(last - layer):
@@ -128,19 +137,46 @@ class Lookahead:
             probability[:, ~usable] = np.nan
         return probability
 
+    @torch.no_grad()
+    def ask(self, layer: int, residual: torch.Tensor) -> torch.Tensor | None:
+        """Start on the device what `observe` needs of a layer's residual stream [B, H]; see `Predictor`.
+
+        Returns:
+            Scores [B, n, E], before biases: of the layer itself while it is checked, then of the coming ones; None
+            where `observe` needs none.
+        """
+        last, scores = self._last_asked(layer), []
+        if self._rows_to_check[layer]:
+            scores.append(self._scores_on_device(layer, layer + 1, residual))
+        if last > layer:
+            scores.append(self._scores_on_device(layer + 1, last + 1, residual))
+        return torch.cat(scores, 1) if scores else None
+
+    def _last_asked(self, layer: int) -> int:
+        """Return the last layer whose router is run at a layer; the layer itself where none is."""
+        last = min(layer + self.reach, self.num_layers - 1)
+        return last if layer % self._stride == 0 and self.usable[layer + 1 : last + 1].any() else layer
+
     def _scores(self, begin: int, end: int, signal: torch.Tensor) -> np.ndarray:
         """Score the experts of layers begin to end on a residual stream [B, H]: [B, end - begin, E]."""
         if self._arrays is not None:  # on the CPU numpy is faster than torch for one token
             hidden = signal.float().numpy()
             scores = hidden @ self._arrays[:, begin * self.num_experts : end * self.num_experts]
             scale = 1 / np.sqrt(np.einsum("bh,bh->b", hidden, hidden) / hidden.shape[1] + self._eps[begin])
+            scores = scores.reshape(len(scores), end - begin, self.num_experts) * scale[:, None, None]
         else:
-            stream = signal.float()
-            stream = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + self._eps[begin])
-            scores = (stream.to(self._dtype) @ self._routers[begin:end].flatten(0, 1).T).float().cpu().numpy()
-            scale = np.ones(len(scores), np.float32)
-        scores = scores.reshape(len(scores), end - begin, self.num_experts) * scale[:, None, None]
-        return scores if self._biases is None else scores + self._biases[begin:end]
+            scores = self._scores_on_device(begin, end, signal).cpu().numpy()
+        return self._biased(scores, begin)
+
+    def _scores_on_device(self, begin: int, end: int, signal: torch.Tensor) -> torch.Tensor:
+        stream = signal.to(self._routers.device).float()
+        stream = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + self._eps[begin])
+        scores = (stream.to(self._dtype) @ self._routers.narrow(0, begin, end - begin).flatten(0, 1).T).float()
+        return scores.view(len(scores), end - begin, self.num_experts)
+
+    def _biased(self, scores: np.ndarray, begin: int) -> np.ndarray:
+        """Return scores [B, n, E] of the layers from `begin` on with their biases."""
+        return scores if self._biases is None else scores + self._biases[begin : begin + scores.shape[1]]
 
     def _margins_of(self, scores: np.ndarray, layers: slice) -> np.ndarray:
         """Return scores [B, n, E] less the middle of the K-th and the next best, in units of their usual spread."""
@@ -155,11 +191,10 @@ class Lookahead:
             self._spread[layers] = np.where(known, 0.95 * self._spread[layers] + 0.05 * spread, spread)
         return margins / (self._spread[layers, None] + 1e-6)
 
-    def _check(self, layer: int, experts: np.ndarray, signal: torch.Tensor) -> None:
-        """Compare the folded router's choice with the model's own, on the first `_CHECKED_ROWS` rows."""
+    def _check(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+        """Compare the folded router's scores [B, E] with the model's choice, on the first `_CHECKED_ROWS` rows."""
         experts = experts[: self._rows_to_check[layer]]
-        scores = self._scores(layer, layer + 1, signal[: len(experts)])[:, 0]
-        best = np.argsort(-scores, axis=1)[:, : experts.shape[1]]
+        best = np.argsort(-scores[: len(experts)], axis=1)[:, : experts.shape[1]]
         self._agreed[layer] += sum(len(np.intersect1d(a, b)) / len(a) for a, b in zip(best, experts, strict=True))
         self._rows_to_check[layer] -= len(experts)
         if not self._rows_to_check[layer]:

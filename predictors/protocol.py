@@ -21,6 +21,11 @@ class Predictor(Protocol):
         reach: D, how many layers ahead `observe` refines; 0 where it never does.
         signal: input of `observe` besides the routes: "none", "residual" (the residual stream at this layer's router,
             before its norm: tensor [B, H]) or "recorded" (the lookahead of a trace: expert ids, array [B, D, M]).
+
+    One whose signal is the residual stream may have a method `ask(layer, residual)`. Where the stream lies on a GPU,
+    `ask` starts there what `observe` needs of it, and returns a tensor of any shape, or None; it comes down together
+    with the routes, and `observe` gets it as its signal: a float32 array. Without `ask` the residual stream itself
+    comes down, as a float32 tensor.
     """
 
     name: str

@@ -17,7 +17,12 @@ from pathlib import Path
 
 HIDDEN, EXPERTS, TOP_K = 64, 8, 2
 KERNELS_OF = {"moeflow.triton_experts_lookup.default": 2, "moeflow.triton_experts_decode.default": 2}
-WISHES = {"host waits": 0, "kernels": 3, "copies": 0}  # at most, of a layer whose experts are all resident
+COLUMNS = ("host waits", "kernels", "copies", "async copies")  # the host waits for copies, and not for async ones
+# At most, of a layer whose experts are all resident: in a step that asks for nothing, and in one that is predicted,
+# where the host waits for the routes once the layer is launched.
+WISHES = {"host waits": 0, "kernels": 3, "copies": 0, "async copies": 0}
+PREDICTED_WISHES = {"host waits": 1, "copies": 0, "async copies": 1}
+PREDICTORS = ("markov", "lookahead")  # one that sees the routes, and one that sees the residual stream too
 MOST_KERNELS = 12  # that a model compiles
 HOST_MS = 2.0  # of a step's Python, at most
 _COMPILATIONS = """
@@ -48,16 +53,20 @@ def main(argv: list[str] | None = None) -> int:
 
     about = describe("moeflow", "torch", "triton")
     print_card({"machine": f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; no GPU is used"})
-    result: dict = {"card": about, "layers": {}, "host_ms": {}}
+    numbers = list(map(int, arguments.tokens.split(",")))
+    result: dict = {"card": about, "layers": {}, "predicted": {}, "host_ms": {}}
+    print(f"{'a layer whose experts are resident':40}" + "".join(f"{name:>{len(name) + 2}}" for name in COLUMNS))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model = small_model(folder)
         try:
-            print(f"{'a layer whose experts are resident':40}{'host waits':>12}{'kernels':>9}{'copies':>8}")
-            for tokens in map(int, arguments.tokens.split(",")):
-                counts = result["layers"][tokens] = count_layer(model, tokens)
-                print(f"{f'{tokens} tokens':40}{counts['host waits']:12}{counts['kernels']:9}{counts['copies']:8}")
+            for tokens in numbers:
+                result["layers"][tokens] = print_counts(f"{tokens} tokens", count_layer(model, tokens))
         finally:
             model.moeflow.close()
+        for name in PREDICTORS:
+            counts = result["predicted"][name] = {}
+            for tokens in numbers:
+                counts[tokens] = print_counts(f"{tokens} tokens, {name}", count_predicted_layer(folder, name, tokens))
     command = [__file__, "--on-null-card", "--tokens", arguments.tokens]
     command += ["--layers", str(arguments.layers), "--rounds", str(arguments.rounds)]
     for tokens, times in run_compiled(command).items():
@@ -66,10 +75,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{what:40}{statistics.median(times):8.2f} ms ({min(times):.2f} to {max(times):.2f}), wish {HOST_MS}")
     if not arguments.no_kernels:
         result["kernels"] = count_compilations()
-    within = all(counts[name] <= most for counts in result["layers"].values() for name, most in WISHES.items())
+    within = all(is_within(counts, WISHES) for counts in result["layers"].values())
+    predicted = [counts for of_predictor in result["predicted"].values() for counts in of_predictor.values()]
+    within = within and all(is_within(counts, PREDICTED_WISHES) for counts in predicted)
     within = within and max(result.get("kernels", {}).values(), default=0) <= MOST_KERNELS
     print(json.dumps(result))
     return 0 if within else 1
+
+
+def is_within(counts: dict[str, int], wishes: dict[str, int]) -> bool:
+    """Tell whether a layer asks for no more than is wished."""
+    return all(counts[name] <= most for name, most in wishes.items())
+
+
+def print_counts(what: str, counts: dict[str, int]) -> dict[str, int]:
+    """Print a row of the table and return its counts."""
+    print(f"{what:40}" + "".join(f"{counts[name]:{len(name) + 2}}" for name in COLUMNS))
+    return counts
 
 
 def count_compilations() -> dict[str, int]:
@@ -112,8 +134,8 @@ def time_on_null_card(arguments) -> dict[int, list[float]]:
             model.moeflow.close()
 
 
-def small_model(folder: str):
-    """Load a random Mixtral of one layer."""
+def small_model(folder: str, num_layers: int = 1, predictor: str | None = None):
+    """Load a random Mixtral whose first layer's experts are Triton's."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -123,11 +145,11 @@ def small_model(folder: str):
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=64, hidden_size=HIDDEN, intermediate_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K,
+        vocab_size=64, hidden_size=HIDDEN, intermediate_size=HIDDEN, num_hidden_layers=num_layers,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K,
     )  # fmt: skip
     MixtralForCausalLM(config).bfloat16().save_pretrained(folder)
-    model = load_moe(folder, device="cpu", predictor=None, step="python")
+    model = load_moe(folder, device="cpu", predictor=predictor, step="python")
     module = model.model.layers[0].mlp.experts
     compute = TritonCompute(recognise(module._apply_gate, True), module.is_transposed)
     compute.can_run(model.moeflow.records(0))
@@ -154,11 +176,63 @@ def layer_on(model, device: str, tokens: int):
 
 
 def count_layer(model, tokens: int) -> dict[str, int]:
-    """Run a layer on fake tensors of a GPU and count what it asks of it."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
+    """Run a layer of a step that asks for nothing on fake tensors of a GPU, and count what it asks of it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    counts = {"host waits": 0, "kernels": 0, "copies": 0}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        experts, arguments = layer_on(model, "cuda:0", tokens)
+        return count_run(dict.fromkeys(COLUMNS, 0), experts, arguments)
+
+
+def count_predicted_layer(folder: str, predictor: str, tokens: int) -> dict[str, int]:
+    """Do the same in a step that is predicted. What comes down is written into the host's memory here: expert 0."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moeflow.core import ExpertKey
+    from moeflow.offload.streams import HostStreams
+    from moeflow.offload.trusting.downloads import Downloads
+
+    counts = dict.fromkeys(COLUMNS, 0)
+
+    class Counted(HostStreams):
+        def bring_down(self, target, source):
+            counts["async copies"] += 1
+
+        def synchronize(self, event):
+            counts["host waits"] += 1
+
+    model = small_model(folder, 2, predictor)
+    runtime = model.moeflow
+    try:
+        list(runtime.fetch(0, list(range(EXPERTS))))
+        runtime.begin_forward(tokens, 1, continues=False)
+        runtime.begin_forward(tokens, 1, continues=True, token_ids=torch.zeros(tokens, 1, dtype=torch.int64))
+        assert runtime.predicting, "the step is not predicted"
+        runtime.downloads = Downloads(Counted(), is_pinned=False)
+        runtime.downloads.start(torch.zeros(1 << 16, dtype=torch.uint8)).wait()[:] = 0
+        counts.update(dict.fromkeys(COLUMNS, 0))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            experts, arguments = layer_on(model, "cuda:0", tokens)
+            runtime.trusting.step = None
+            runtime.trusting.table._mirror[0] = [runtime.cache.slot(ExpertKey(0, expert)) for expert in range(EXPERTS)]
+            runtime.cache.moved.clear()
+            if runtime.predictor.signal == "residual":
+                runtime.prediction._tap.residual = lambda layer, hidden_states: hidden_states
+                runtime.predictor._routers = torch.empty(2, EXPERTS, HIDDEN, device="cuda:0")
+                runtime.predictor._rows_to_check[:] = 0  # as after its first steps
+            count_run(counts, experts, arguments)
+        assert runtime.stats()["prediction"]["failure"] is None, runtime.stats()["prediction"]["failure"]
+        assert runtime.stats()["decode"]["hits"] == 1, "the layer was not launched before it asked"
+        return counts
+    finally:
+        model.moeflow.close()
+
+
+def count_run(counts: dict[str, int], experts, arguments) -> dict[str, int]:
+    """Run a layer on fake tensors of a GPU and count what it asks of it."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -170,17 +244,15 @@ def count_layer(model, tokens: int) -> dict[str, int]:
                 counts["copies"] += 1
             elif name in KERNELS_OF:
                 counts["kernels"] += KERNELS_OF[name]
-            elif not (func.is_view or "empty" in name or "detach" in name):
+            elif not (func.is_view or "empty" in name or "detach" in name or "prim.device" in name):
                 counts["kernels"] += 1
             return made
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        experts, arguments = layer_on(model, "cuda:0", tokens)
-        try:
-            with Count():
-                experts.run(*arguments)
-        except DataDependentOutputException:
-            counts["host waits"] += 1
+    try:
+        with Count():
+            experts.run(*arguments)
+    except DataDependentOutputException:
+        counts["host waits"] += 1
     return counts
 
 

@@ -17,6 +17,7 @@ from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.split_compute import SplitCompute
 from moeflow.moe.torch_compute import TorchCompute
 from moeflow.moe.triton_compute import TritonCompute
+from moeflow.offload.trusting.downloads import Downloads
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def choose_compute(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    computes_on_host: bool = False,
+    downloads: Downloads | None = None,
 ) -> ExpertCompute:
     """Return the fastest kernels that can run a layer's experts.
 
@@ -36,7 +37,7 @@ def choose_compute(
         records: [num_experts], as the runtime hands them out.
         device: where the experts are computed.
         dtype: of the hidden states.
-        computes_on_host: whether the CPU computes some of a GPU's experts where they lie.
+        downloads: the ways of tokens to host memory, where the CPU computes some of a GPU's experts; else None.
     """
     activation = None
     if not experts_interface.has_post_norm(module) and dtype in DTYPES:
@@ -50,8 +51,8 @@ def choose_compute(
         return cpu if cpu.can_run(records) else plain
     triton = TritonCompute(activation, module.is_transposed)
     compute = triton if can_use_triton(device) and triton.can_run(records) else plain
-    if computes_on_host:
-        return SplitCompute(compute, cpu if cpu.can_run(records) else plain)
+    if downloads is not None:
+        return SplitCompute(compute, cpu if cpu.can_run(records) else plain, downloads)
     return compute
 
 

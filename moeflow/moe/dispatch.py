@@ -65,28 +65,6 @@ class Dispatch:
         return [len(places) for places in self._places.values()]
 
 
-def routes_on_host(
-    top_k_index: torch.Tensor, top_k_weights: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Bring a layer's routes to host memory, in one copy and one wait.
-
-    Args:
-        top_k_index: [T, K].
-        top_k_weights: [T, K], if they are wanted too.
-
-    Returns:
-        The expert numbers, and the weights or None; in float32 where they were on a device.
-    """
-    if top_k_index.device.type == "cpu":
-        return top_k_index, top_k_weights
-    if top_k_weights is None:
-        return top_k_index.cpu(), None
-    numbers, count = top_k_index.reshape(-1).int(), top_k_index.numel()
-    packed = torch.cat((numbers, top_k_weights.float().reshape(-1).view(torch.int32))).cpu()
-    index, weights = packed[:count].long(), packed[count:].view(torch.float32)
-    return index.view(top_k_index.shape), weights.view(top_k_weights.shape)
-
-
 def _no_expert(number: int, num_experts: int) -> ConfigError:
     return ConfigError(
         f"a token is routed to expert {number}. Allowed: 0 to {num_experts - 1}, {num_experts} or more for none."

@@ -16,11 +16,13 @@ from moeflow.kernels.cpu.layer import LayerKernel
 from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
-from moeflow.moe.dispatch import Dispatch, routes_on_host
+from moeflow.moe.dispatch import Dispatch
+from moeflow.moe.packed_routes import HostRoutes, PackedRoutes, routes_on_host
 from moeflow.moe.split_compute import SplitCompute
 from moeflow.moe.triton_compute import TritonCompute
 from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
+from moeflow.offload.trusting.early_launch import launch_early
 from moeflow.offload.trusting.trusted_step import NotTrustedError
 
 # (hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K], num_experts=E) -> top_k_index, top_k_weights
@@ -126,14 +128,21 @@ class OffloadedExperts:
                 raise NotTrustedError
             trusting.step.add(self.layer, top_k_index)
             return look_up()
-        wanted = top_k_weights if self.runtime.predicting else None
+        prediction = self.runtime.prediction if self.runtime.predicting else None
+        wanted = None if prediction is None else top_k_weights
         if wanted is None and (whole := self._run_whole(hidden_states, top_k_index, top_k_weights)) is not None:
             return whole
-        index, weights = routes_on_host(top_k_index, wanted)
-        router_output = None if weights is None else RouterOutput(index, weights, hidden_states)
-        dispatch = Dispatch(index, self._num_experts, call_tokens)
-        outputs: torch.Tensor | None = None
         output: torch.Tensor | None = None
+        if look_up is not None:
+            signal = None if prediction is None else prediction.signal(self.layer, hidden_states)
+            routes, router_output, output = self._run_early(look_up, PackedRoutes(top_k_index, wanted, signal))
+        else:
+            routes = routes_on_host(top_k_index, wanted)
+            router_output = _router_output(routes, hidden_states)
+        if output is not None and routes.top_k_index.min() >= 0:
+            return output
+        dispatch = Dispatch(torch.from_numpy(routes.top_k_index), self._num_experts, call_tokens)
+        outputs: torch.Tensor | None = None
         counts, together = dispatch.num_tokens_of(), look_up is not None
         on_host = compute.tokens_on_host(hidden_states) if isinstance(compute, SplitCompute) else None
         fetched = self.runtime.fetch(self.layer, dispatch.experts, router_output, counts, on_host, together=together)
@@ -155,6 +164,23 @@ class OffloadedExperts:
         if outputs is None:  # no expert at all
             outputs = compute.allocate_outputs(hidden_states, dispatch)
         return compute.combine(hidden_states, outputs, top_k_weights)
+
+    def _run_early(
+        self, look_up: Callable[[], torch.Tensor], packed: PackedRoutes
+    ) -> tuple[HostRoutes, RouterOutput | None, torch.Tensor | None]:
+        """Launch the layer before its routes are known here; return them and, where nothing was missed, its output."""
+        runtime = self.runtime
+        assert runtime.trusting is not None
+        with runtime.changing() as residency:
+            early = launch_early(
+                self.layer, look_up, packed.tensor, packed.shape,
+                table=runtime.trusting.table, residency=residency, downloads=runtime.downloads,
+            )  # fmt: skip
+            routes = packed.unpack(early.values)
+            router_output = _router_output(routes, None)
+            if early.output is not None:
+                runtime.expert_fetch.found(self.layer, early.experts, router_output)
+        return routes, router_output, early.output
 
     def _run_whole(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -230,9 +256,19 @@ class OffloadedExperts:
             assert module is not None, "the module of these experts is gone"
             runtime = self.runtime
             found = self._computes[dtype] = choose_compute(
-                module, records, runtime.device, dtype, computes_on_host=runtime.computes_on_host
+                module,
+                records,
+                runtime.device,
+                dtype,
+                downloads=runtime.downloads if runtime.computes_on_host else None,
             )
         return found
+
+
+def _router_output(routes: HostRoutes, hidden_states: torch.Tensor | None) -> RouterOutput | None:
+    """Return what a predictor takes in; None where none wants the routes."""
+    index, weights, signal = routes
+    return None if weights is None else RouterOutput(index, weights, hidden_states, signal)
 
 
 def _hold(addresses: np.ndarray, top_k_index: torch.Tensor) -> bool:

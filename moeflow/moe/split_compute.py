@@ -9,6 +9,7 @@ import torch
 from moeflow.moe.compute import ExpertCompute, run_apart
 from moeflow.moe.dispatch import Dispatch
 from moeflow.offload.slot_pool import Resident
+from moeflow.offload.trusting.downloads import Download, Downloads
 
 
 class TokensOnHost:
@@ -16,34 +17,25 @@ class TokensOnHost:
 
     Args:
         hidden_states: [T, H], on the device.
+        downloads: the ways down.
     """
 
-    def __init__(self, hidden_states: torch.Tensor) -> None:
+    def __init__(self, hidden_states: torch.Tensor, downloads: Downloads) -> None:
         self.hidden_states = hidden_states
-        self._rows: torch.Tensor | None = None
-        self._sent: torch.cuda.Event | None = None
+        self._downloads = downloads
+        self._sent: Download | None = None
 
     def send(self) -> None:
         """Start their copy, behind what is queued so far and before what the device is given from now on."""
-        source = self.hidden_states
-        if source.device.type == "cpu":
-            self._rows = source
-            return
-        with torch.cuda.device(source.device):
-            self._rows = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            self._rows.copy_(source, non_blocking=True)
-            self._sent = torch.cuda.Event()
-            self._sent.record(torch.cuda.current_stream(source.device))
+        self._sent = self._downloads.start(self.hidden_states)
 
     def wait(self) -> torch.Tensor:
-        """Wait for them, sent or not; return [T, H] in host memory."""
-        if self._rows is None:
+        """Wait for them, sent or not; return [T, H] in host memory, valid while this object is held."""
+        if self._sent is None:
             self.send()
-        if self._sent is not None:
-            self._sent.synchronize()
-            self._sent = None
-        assert self._rows is not None, "tokens that were never sent"
-        return self._rows
+        assert self._sent is not None, "tokens that were never sent"
+        rows = torch.from_numpy(self._sent.wait())
+        return rows.view(self.hidden_states.dtype).view(self.hidden_states.shape)
 
 
 class SplitCompute:
@@ -52,16 +44,18 @@ class SplitCompute:
     Args:
         device: computes experts in the device's slots.
         host: computes experts in host memory, on tokens there.
+        downloads: the ways of tokens there.
     """
 
-    def __init__(self, device: ExpertCompute, host: ExpertCompute) -> None:
+    def __init__(self, device: ExpertCompute, host: ExpertCompute, downloads: Downloads) -> None:
         self.device = device
         self._host = host
+        self._downloads = downloads
         self._tokens: TokensOnHost | None = None  # of the call under way
 
     def tokens_on_host(self, hidden_states: torch.Tensor) -> TokensOnHost:
         """Return the way of a call's tokens to host memory, which `run` takes where it has an expert there."""
-        self._tokens = TokensOnHost(hidden_states)
+        self._tokens = TokensOnHost(hidden_states, self._downloads)
         return self._tokens
 
     def path(self, call_tokens: int) -> int:

@@ -121,6 +121,25 @@ class ExpertFetch:
             if self._host_compute is not None:
                 self._host_compute.release()
 
+    def found(self, layer: int, experts: list[int], router_output: RouterOutput | None) -> None:
+        """Take in a layer that ran with all its experts before it asked: count it, and feed the predictor.
+
+        Args:
+            layer: number among the MoE layers.
+            experts: distinct ones, all resident.
+            router_output: what the router chose for each token, for the predictor.
+        """
+        stats, residency, prediction = self._stats.now, self._residency, self._prediction
+        demand = residency.claim(layer, [ExpertKey(layer, expert) for expert in experts])
+        residency.release(demand.resident)
+        stats.decisions.layers_ready += 1
+        stats.hits += len(experts)
+        if prediction is not None:
+            prediction.record_demand(demand)
+            if router_output is not None:
+                prediction.observe(layer, router_output, stats)
+                residency.prefetch()
+
     def _use(
         self, batch: list[ExpertKey], held: list[ExpertKey], records: list[RecordLayout], stats: PhaseStats
     ) -> Generator[list[Resident], None, None]:

@@ -30,14 +30,16 @@ class RouterOutput(NamedTuple):
     the runtime's lock, and only after the reads of absent experts were started, so that it runs beside them.
 
     Args:
-        top_k_index: [T, K], expert numbers; a number of num_experts or more means none.
-        top_k_weights: [T, K].
-        hidden_states: [T, H], what the router saw.
+        top_k_index: int64 [T, K], expert numbers; a number of num_experts or more means none.
+        top_k_weights: float32 [T, K].
+        hidden_states: [T, H], what the router saw; None where the predictor's signal is here already.
+        signal: what `PredictionLoop.signal` gave, in host memory.
     """
 
-    top_k_index: torch.Tensor
-    top_k_weights: torch.Tensor
-    hidden_states: torch.Tensor
+    top_k_index: np.ndarray
+    top_k_weights: np.ndarray
+    hidden_states: torch.Tensor | None
+    signal: np.ndarray | None = None
 
 
 class PredictionLoop:
@@ -89,14 +91,30 @@ class PredictionLoop:
         if not self.watching:
             return
         begin = time.perf_counter()
-        experts = router_output.top_k_index.cpu().numpy()
-        weights = router_output.top_k_weights.float().cpu().numpy()
+        experts, weights, hidden_states = router_output[:3]
+        signal: Any = router_output.signal
         if self._prompt is not None:
             self._prompt[1].append((experts, weights))
             return
-        signal = None if self._tap is None else self._tap.residual(layer, router_output.hidden_states)
+        if hidden_states is not None and self._tap is not None:
+            signal = self._tap.residual(layer, hidden_states)
+        elif signal is not None and not hasattr(self.predictor, "ask"):
+            signal = torch.from_numpy(signal)
         self._guarded(self.prefetcher.observe, layer, experts, weights, signal)
         stats.predict_s += time.perf_counter() - begin
+
+    def signal(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return what the predictor wants to see of a layer besides its routes, on the device; None for nothing.
+
+        Args:
+            layer: number among the MoE layers.
+            hidden_states: [T, H], what its router saw.
+        """
+        if self._tap is None or not self.watching or self._prompt is not None:
+            return None
+        residual = self._tap.residual(layer, hidden_states)
+        ask = getattr(self.predictor, "ask", None)
+        return residual if residual is None or ask is None else self._guarded(ask, layer, residual)
 
     def clear(self) -> None:
         """Forget prefetches and pause: the cache was emptied."""
@@ -205,10 +223,10 @@ class PredictionLoop:
         self.watching = False
         self.prefetcher.rest()
 
-    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
-        """Run the predictor; any error switches it off for good, and generation goes on without it."""
+    def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Run the predictor and return its answer; any error switches it off for good, and generation goes on."""
         try:
-            call(*args)
+            return call(*args)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             self._prompt = None
@@ -218,3 +236,4 @@ class PredictionLoop:
                 self.predictor.name,
                 self.failure,
             )
+            return None

@@ -57,6 +57,7 @@ class Residency:
         self._ready: dict[int, object] = {}  # by slot: the end of a copy that no compute has waited for yet
         self._last_use: dict[int, object] = {}  # by slot: of compute since all slots were used
         self._last_use_of_all: object = None
+        self._latest_use: object = None  # behind every use before it, whichever streams they were in
 
     def claim(self, layer: int, keys: list[ExpertKey]) -> Demand:
         """Claim a layer's demanded experts: pin the resident ones, put those in flight before prefetches.
@@ -83,32 +84,49 @@ class Residency:
 
     def begin_use(self, keys: list[ExpertKey], records: list[RecordLayout]) -> list[Resident]:
         """Return where pinned experts lie, ready for compute of the calling thread; `records` are their layer's."""
-        slot_of, wait = self.cache.slot, self._streams.wait
-        residents: list[Resident] = []
-        for key in keys:
-            slot = slot_of(key)
-            # The stream of this call may differ from that of the call that used the expert, which waited for its copy.
-            wait(self._ready.pop(slot, None))
-            wait(self._last_use_of(slot))
-            residents.append(Resident(key.expert, self.pool, slot, records[key.expert]))
+        slot_of = self.cache.slot
+        self.follow_latest_use()
+        residents = [Resident(key.expert, self.pool, slot_of(key), records[key.expert]) for key in keys]
+        for resident in residents:
+            self._streams.wait(self._ready.pop(resident.slot, None))
         return residents
+
+    def follow_latest_use(self) -> None:
+        """Make later compute of the calling thread begin behind the use before, and so behind the copies it saw."""
+        self._streams.wait(self._latest_use)
+
+    def have_copied(self, slots: Iterable[int]) -> bool:
+        """Whether all copies into slots have ended, so that compute that is started later need not wait for them."""
+        for slot in self._ready.keys() & set(slots):
+            if not self._streams.done(self._ready[slot]):
+                return False
+            del self._ready[slot]
+        return True
 
     def end_use(self, keys: Iterable[ExpertKey]) -> None:
         """Unpin experts between `begin_use` and here, on which no more compute will be started."""
         cache, event = self.cache, self._streams.compute_event()
+        self._latest_use = event
         for key in keys:
             self._last_use[cache.slot(key)] = event
             cache.unpin(key)
 
+    def end_look_up(self, slots: Iterable[int]) -> None:
+        """Note that compute started until now may use slots, from which no expert has moved since."""
+        self._latest_use = event = self._streams.compute_event()
+        for slot in slots:
+            self._last_use[slot] = event
+
     def begin_use_of_all(self) -> None:
         """Make later compute of the calling thread wait until every resident expert is ready."""
-        for event in (*self._ready.values(), *set(self._last_use.values()), self._last_use_of_all):
+        self.follow_latest_use()
+        for event in self._ready.values():
             self._streams.wait(event)
         self._ready.clear()
 
     def end_use_of_all(self) -> None:
         """Note that compute started until now may use any slot."""
-        self._last_use_of_all = self._streams.compute_event()
+        self._latest_use = self._last_use_of_all = self._streams.compute_event()
         self._last_use.clear()
 
     def release(self, keys: Iterable[ExpertKey]) -> None:
@@ -230,10 +248,7 @@ class Residency:
 
     def _free_after(self, slot: int) -> object:
         """Return the event after which a slot may be written: of a copy that nothing used, else of its last use."""
-        return self._ready.get(slot) or self._last_use_of(slot)
-
-    def _last_use_of(self, slot: int) -> object:
-        return self._last_use.get(slot, self._last_use_of_all)
+        return self._ready.get(slot) or self._last_use.get(slot, self._last_use_of_all)
 
     def clear(self) -> None:
         """Reset to nothing resident and nothing in flight, whatever state the bookkeeping is in."""

@@ -29,6 +29,7 @@ from moeflow.offload.stats import PythonSteps, ReadStats, RuntimeStats, Stats, m
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfers import Parts, Transfers
 from moeflow.offload.trusting.device_table import DeviceTable
+from moeflow.offload.trusting.downloads import Downloads
 from moeflow.offload.trusting.trusting import Trusting
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.miss_split import MissSplit
@@ -40,9 +41,7 @@ if TYPE_CHECKING:
 
 
 class ExpertRuntime:
-    """`model.moeflow`: the experts of one model inside their budget.
-
-    `experts_per_layer` is [num_layers] numbers of experts; `closed`, whether close() was called or the GPU was lost.
+    """`model.moeflow`: the experts of one model in their budget, of `experts_per_layer`, until it is `closed`.
 
     Args:
         store: the far tier.
@@ -83,7 +82,7 @@ class ExpertRuntime:
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self._budget_bytes = expert_budget_bytes
         self._governor = governor
-        self._prediction = prediction
+        self.prediction = prediction
         self._slot_bytes = pool.stride
         self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of one unit of the cache's limit
         self._caches = [cache] if host is None else [cache, host.cache]
@@ -99,8 +98,9 @@ class ExpertRuntime:
         self.trusting: Trusting | None = None  # decode steps that ask for nothing, where kernels find experts
         if self.device.type != "cpu":
             self.trusting = Trusting(DeviceTable(cache, pool.tensor, self.experts_per_layer), self._stats)
+        self.downloads = Downloads(streams, is_pinned=self.device.type != "cpu")
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
-        self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
+        self.expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done
         self._lock = threading.RLock()
         self._records = records_of([source.layout for source in store.layers])
@@ -130,12 +130,12 @@ class ExpertRuntime:
     @property
     def predictor(self) -> Predictor | None:
         """The predictor, or None."""
-        return None if self._prediction is None else self._prediction.predictor
+        return None if self.prediction is None else self.prediction.predictor
 
     @property
     def predicting(self) -> bool:
         """Whether the predictor wants the routes of the pass under way."""
-        return self._prediction is not None and self._prediction.watching
+        return self.prediction is not None and self.prediction.watching
 
     def records(self, layer: int) -> list[RecordLayout]:
         """Return how each expert of a layer is stored; equal records are one object."""
@@ -203,15 +203,15 @@ class ExpertRuntime:
             if self.closed:
                 raise self._refusal
             self._stats.begin_forward(num_sequences, num_positions, continues=continues)
-            if self._governor is None and self._prediction is None:
+            if self._governor is None and self.prediction is None:
                 return
             self._mend()
             self._torn = True
             if self._governor is not None:
                 limit = self._governor.slots(self.cache.used, self.cache.limit, now=not continues)
                 self._residency.set_limit(limit)
-            if self._prediction is not None:
-                self._prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
+            if self.prediction is not None:
+                self.prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
                 self._residency.prefetch()
             self._torn = False
 
@@ -253,7 +253,7 @@ class ExpertRuntime:
             try:
                 keys = [ExpertKey(layer, expert) for expert in experts]
                 tokens_of = dict(zip(keys, num_tokens or [1] * len(keys), strict=True))
-                records, fetch = self._records[layer], self._expert_fetch.fetch
+                records, fetch = self._records[layer], self.expert_fetch.fetch
                 yield from fetch(layer, records, tokens_of, router_output, tokens_on_host, together)
             except (GeneratorExit, ExpertReadError):
                 self._torn = False
@@ -289,13 +289,13 @@ class ExpertRuntime:
     def unwatched(self) -> Iterator[None]:
         """Run passes of moeflow's own between two of the user's: neither predicted nor observed nor counted."""
         with self._lock:
-            observers, prediction, counted = self.observers, self._prediction, self._stats.copy()
-            self.observers, self._prediction = [], None
+            observers, prediction, counted = self.observers, self.prediction, self._stats.copy()
+            self.observers, self.prediction = [], None
             try:
                 with nullcontext() if prediction is None else prediction.paused():
                     yield
             finally:
-                self.observers, self._prediction = observers, prediction
+                self.observers, self.prediction = observers, prediction
                 self._stats.restore(counted)
 
     def stats(self) -> dict[str, Any]:
@@ -318,7 +318,7 @@ class ExpertRuntime:
                 memory=memory,
                 plan=self.plan,
                 miss=None if self._host_compute is None else self._host_compute.as_dict(),
-                prediction=None if self._prediction is None else self._prediction.stats(),
+                prediction=None if self.prediction is None else self.prediction.stats(),
                 step=(self.step or self.trusting or PythonSteps()).as_dict(),
                 io=ReadStats(**self.store.stats(), threads=self._transfers.num_threads),
             )
@@ -327,8 +327,8 @@ class ExpertRuntime:
         """Reset the counters; resident experts stay."""
         with self._lock:
             self._stats.reset()
-            if self._prediction is not None:
-                self._prediction.reset_stats()
+            if self.prediction is not None:
+                self.prediction.reset_stats()
             for cache in self._caches:
                 cache.peak_used = cache.used
 
@@ -345,6 +345,6 @@ class ExpertRuntime:
         """Reset to nothing resident if an interrupt struck in the middle of the bookkeeping."""
         if self._torn:
             self._residency.clear()
-            if self._prediction is not None:
-                self._prediction.clear()
+            if self.prediction is not None:
+                self.prediction.clear()
             self._torn = False

@@ -21,6 +21,9 @@ class Streams(Protocol):
         Copies of one kind run in their order. A copy that is no prefetch does not wait for those that are.
         """
 
+    def bring_down(self, target: torch.Tensor, source: torch.Tensor) -> object:
+        """Start a copy to host memory, behind the caller's compute so far and before later; return its end's event."""
+
     def compute_event(self) -> object:
         """Return the event of all compute queued so far by the calling thread."""
 
@@ -44,6 +47,10 @@ class HostStreams:
     """One memory: copies have ended when they return."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: object, *, is_prefetch: bool = False) -> object:
+        target.copy_(source)
+        return None
+
+    def bring_down(self, target: torch.Tensor, source: torch.Tensor) -> object:
         target.copy_(source)
         return None
 
@@ -130,6 +137,12 @@ class CudaStreams:
                 torch.cuda.set_stream(outside)
                 self._outside.stream = None
         return _Point(events, self._unused_pairs)
+
+    def bring_down(self, target: torch.Tensor, source: torch.Tensor) -> object:
+        self._leave_copy_stream()
+        with torch.cuda.device(self._device):
+            target.copy_(source, non_blocking=True)
+        return self.compute_event()
 
     def compute_event(self) -> object:
         self._leave_copy_stream()

@@ -18,10 +18,12 @@ from helpers.stepped_threads import SteppedThreads
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey
 from moeflow.errors import ExpertReadError
+from moeflow.moe.split_compute import TokensOnHost
 from moeflow.offload import read_threads, streams, transfers
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.slot_pool import Resident
 from moeflow.offload.trusting.device_table import DeviceTable
+from moeflow.offload.trusting.early_launch import launch_early
 from moeflow.offload.trusting.trusted_step import NotTrustedError
 from moeflow.offload.trusting.trusting import Trusting
 from moeflow.policy.prefetch import Prefetcher
@@ -52,6 +54,7 @@ class DeviceRun:
             self.random, self.detector, self.threads.step, eagerness=eagerness, before_copy=self.fail_at_times
         )
         self.wrong: list[str] = []
+        self._kept: list[torch.Tensor] = []
         self.failure_rate = self.random.choice((0, 0.03, 0.3))
 
     @property
@@ -132,7 +135,7 @@ class DeviceRun:
         )
         host_slots = draw.choice((4, 6, 12, 15))
         options = {
-            "num_slots": draw.choice((2, 3, 5, 8)),
+            "num_slots": draw.choice((2, 3, 5, 8, 14)),
             "policy": draw.choice(("lru", "lfru", "forecast")),
             "host_slots": host_slots,
             "misses": draw.choice((None, GivenSplit(0, 1, 2))) if host_slots > 4 else None,
@@ -156,18 +159,75 @@ class DeviceRun:
         for layer in range(NUM_LAYERS):
             usual = number == 0 or draw.random() < 0.7
             chosen = routes[layer].tolist() if usual else draw.sample(range(NUM_EXPERTS), 4)
-            index = torch.tensor([chosen])
-            output = RouterOutput(index, torch.ones(index.shape), torch.zeros(1, 4)) if runtime.predicting else None
-            end = draw.choice((None,) * 12 + (GeneratorExit, KeyboardInterrupt))
-            fetched = runtime.fetch(layer, sorted(set(chosen)), output)
-            with _meant(), contextlib.suppress(KeyboardInterrupt), contextlib.closing(fetched):
-                for residents in fetched:
-                    self.compute(runtime, layer, residents)
-                    if end is GeneratorExit:
-                        break
-                    if end is KeyboardInterrupt:
-                        fetched.throw(KeyboardInterrupt())
+            output = None
+            if runtime.predicting:
+                output = RouterOutput(np.array([chosen]), np.ones((1, len(chosen)), np.float32), None)
+            try:
+                with contextlib.suppress(KeyboardInterrupt):
+                    if runtime.trusting is None or not self._launched_early(runtime, layer, chosen, output):
+                        self._ask(runtime, layer, chosen, output)
+            except OSError as error:  # of a copy to host memory
+                if _FAILURE not in str(error):
+                    raise
             self._look()
+
+    def _launched_early(self, runtime, layer, chosen, output):
+        """Launch a layer before the host knows its routes; return whether it was right."""
+        draw, table = self.random, runtime.trusting.table
+        ends = draw.choice((False,) * 12 + (True,))
+        routes = self._on_device(np.array(chosen, np.int32))
+
+        def launch():
+            found = [key for expert in set(chosen) if (key := ExpertKey(layer, expert)) in runtime.cache]
+            self._look_up(runtime, table.row(layer), found)
+            if ends:
+                raise KeyboardInterrupt
+            return torch.empty(0)
+
+        with runtime.changing() as residency:
+            early = launch_early(
+                layer, launch, routes, (1, len(chosen)), table=table, residency=residency, downloads=runtime.downloads
+            )
+            self.device.host_access("the routes' reader", reads={runtime.downloads._free[-1].memory.data_ptr()})
+            if early.values.view(np.int32).tolist() != chosen:
+                self.wrong.append(f"the routes {chosen} came down as {early.values.view(np.int32).tolist()}")
+            elif early.output is not None:
+                if any(ExpertKey(layer, expert) not in runtime.cache for expert in chosen):
+                    self.wrong.append(f"a layer that missed one of {chosen} counts as right")
+                runtime.expert_fetch.found(layer, early.experts, output)
+        return early.output is not None
+
+    def _ask(self, runtime, layer, chosen, output):
+        draw, experts = self.random, sorted(set(chosen))
+        end = draw.choice((None,) * 12 + (GeneratorExit, KeyboardInterrupt))
+        tokens = TokensOnHost(self._on_device(np.array(chosen, np.float32)), runtime.downloads)
+        looks_up = runtime.trusting is not None
+        fetched = runtime.fetch(layer, experts, output, tokens_on_host=tokens, together=looks_up)
+        with _meant(), contextlib.closing(fetched):
+            for residents in fetched:
+                if looks_up and len(residents) == len(experts) and not residents[0].on_host:
+                    runtime.trusting.table.refresh()
+                    keys = [ExpertKey(layer, expert) for expert in experts]
+                    self._look_up(runtime, runtime.trusting.table.row(layer), keys)
+                else:
+                    self.compute(runtime, layer, residents)
+                if residents[0].on_host:
+                    rows = tokens.wait()
+                    self.device.host_access("the CPU's arithmetic", reads={rows.data_ptr()})
+                    if rows.tolist() != chosen:
+                        self.wrong.append(f"the tokens {chosen} came down as {rows.tolist()}")
+                if end is GeneratorExit:
+                    break
+                if end is KeyboardInterrupt:
+                    fetched.throw(KeyboardInterrupt())
+
+    def _on_device(self, values):
+        """Return memory of the device into which a kernel writes values."""
+        memory = torch.from_numpy(np.full_like(values, 77))
+        target = memory.numpy()
+        self._kept.append(memory)  # a device's allocator gives no other stream its address
+        self.device.launch("the router", [lambda: target.__setitem__(slice(None), values)], writes={memory.data_ptr()})
+        return memory
 
     def _trusting(self, runtime):
         table = DeviceTable(runtime.cache, runtime._residency.pool.tensor, runtime.experts_per_layer)

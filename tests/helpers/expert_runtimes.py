@@ -65,6 +65,9 @@ class ThreadStreams:
         self._thread.submit(work)
         return event
 
+    def bring_down(self, target, source):
+        return self.copy(target, source, None)
+
     def compute_event(self):
         return None
 

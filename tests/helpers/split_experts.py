@@ -59,7 +59,7 @@ def logits_of(folder, dtype, device, host, numbers, *, num_tokens=19):
             records = runtime.records(layer)
             made = compute(device, module, records, dtype)
             if host is not None:
-                made = SplitCompute(made, compute(host, module, records, dtype))
+                made = SplitCompute(made, compute(host, module, records, dtype), runtime.downloads)
             experts._computes[dtype] = made
         found = []
         with torch.no_grad():

@@ -17,6 +17,8 @@ from moeflow.moe.choose_compute import choose_compute
 from moeflow.moe.cpu_compute import CpuCompute
 from moeflow.moe.split_compute import SplitCompute
 from moeflow.moe.torch_compute import TorchCompute
+from moeflow.offload.streams import HostStreams
+from moeflow.offload.trusting.downloads import Downloads
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="needs the compiled kernels")
 
@@ -56,13 +58,13 @@ def test_tritons_kernels_take_outputs_of_the_cpu_in_bfloat16(mixtral_folder):
 
 
 def test_the_cpus_compiled_kernels_run_what_lies_in_host_memory_and_only_where_that_is_asked_for(mixtral_records):
-    module, records = mixtral_records
+    (module, records), downloads = mixtral_records, Downloads(HostStreams(), is_pinned=False)
     for dtype in (torch.float32, torch.bfloat16):
-        chosen = choose_compute(module, records, torch.device("cuda", 0), dtype, computes_on_host=True)
+        chosen = choose_compute(module, records, torch.device("cuda", 0), dtype, downloads=downloads)
         assert isinstance(chosen, SplitCompute)
         assert isinstance(chosen._host, CpuCompute)
         assert not isinstance(choose_compute(module, records, torch.device("cuda", 0), dtype), SplitCompute)
-    unknown = choose_compute(module, records, torch.device("cuda", 0), torch.float64, computes_on_host=True)
+    unknown = choose_compute(module, records, torch.device("cuda", 0), torch.float64, downloads=downloads)
     assert isinstance(unknown, TorchCompute)
 
 

@@ -19,13 +19,14 @@ from moeflow import offload
 from moeflow.offload import streams
 from moeflow.offload.read_threads import ReadingThreads
 from moeflow.offload.residency import Residency
-from moeflow.offload.streams import CudaStreams
+from moeflow.offload.streams import CudaStreams, HostStreams
+from moeflow.offload.trusting.downloads import Downloads
 
 # Ways to order work without an event at hand, or to say that it may be reordered from here on.
 ORDERS = (
     Stream.wait_event, Stream.wait_stream, Event.record, Event.synchronize, QueuedDevice.synchronize,
     CudaStreams.finish, ReadingThreads.stop, Residency.end_use, Residency.release, Residency.begin_use_of_all,
-    Residency.end_use_of_all,
+    Residency.end_use_of_all, Residency.follow_latest_use, Residency.end_look_up,
 )  # fmt: skip
 
 
@@ -67,6 +68,11 @@ def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_files):
                 unnoticed.append(str(lost.sites[number]))
     assert unnoticed == []
     assert len(lost.seen) > 50
+
+
+def test_a_layer_that_is_launched_before_a_copy_of_its_experts_has_ended_is_noticed(experts_file, monkeypatch):
+    monkeypatch.setattr(Residency, "have_copied", lambda self, slots: True)
+    assert any(noticed(experts_file, seed) for seed in range(60))
 
 
 def test_an_expert_given_back_unused_stays_in_use_by_the_stream_before(experts_file):
@@ -171,6 +177,7 @@ def test_only_the_own_gpu_is_touched_whichever_is_current(monkeypatch, device):
     machine.streams.synchronize(copied)
     assert machine.streams.done(copied)
     assert machine.streams.copy_s(copied) > 0
+    machine.streams.synchronize(machine.streams.bring_down(source, target))
     machine.streams.finish()
     assert machine.device.touched == {1}
 
@@ -208,6 +215,22 @@ def test_a_copy_on_demand_does_not_wait_for_prefetches_that_cannot_begin(monkeyp
         machine.streams.copy(torch.zeros(4), source, waits, is_prefetch=True)
     machine.streams.synchronize(machine.streams.copy(target, source, None))
     assert torch.equal(target, source)
+
+
+def test_memory_of_downloads_is_used_again_once_nobody_holds_it():
+    downloads = Downloads(HostStreams(), is_pinned=False)
+    first, second = downloads.start(torch.full((9, 700), 1.5)), downloads.start(torch.arange(5))
+    assert first.wait().view(np.float32).tolist() == [1.5] * 6300
+    assert second.wait().view(np.int64).tolist() == [0, 1, 2, 3, 4]
+    addresses = {first.wait().ctypes.data, second.wait().ctypes.data}
+    assert len(addresses) == 2
+    del first, second
+    for _ in range(5):
+        small, large = downloads.start(torch.arange(5)), downloads.start(torch.full((6300,), 2.5))
+        assert small.wait().tolist() == torch.arange(5).view(torch.uint8).tolist()
+        assert large.wait().view(np.float32).tolist() == [2.5] * 6300
+        del small, large
+    assert len(downloads._free) <= 3
 
 
 def test_a_long_copy_runs_in_pieces(monkeypatch):

@@ -116,3 +116,34 @@ def test_a_batch_is_answered_as_its_sequences(dtype):
         alone.step(None)
         single = alone.observe(0, experts[row : row + 1], None, residual[row : row + 1])
         assert np.array_equal(np.argsort(single[0]), np.argsort(answer[row]))
+
+
+def test_what_is_asked_on_the_streams_device_is_what_is_seen_of_the_stream():
+    """Both ways learn, check and answer alike: a router that is wrong is found by either."""
+    models, others, rng = routers(), routers(seed=9), np.random.default_rng(2)
+    mixed, biases = (
+        [*models[:3], others[3], models[4]],
+        [torch.randn(E, generator=torch.Generator().manual_seed(1))] * L,
+    )
+    for biased in ([None] * L, biases):
+        seeing, asking = (Lookahead(mixed, biased, [1e-6] * L, K, reach=4, stride=2) for _ in range(2))
+        for each in (seeing, asking):
+            each.begin(2)
+        for _ in range(20):
+            residual, answers = torch.from_numpy(rng.standard_normal((2, H)).astype(np.float32)), 0
+            for each in (seeing, asking):
+                each.step(None)
+            for layer in range(L):
+                truth = chosen(models[layer], residual, biased[layer])
+                asked = asking.ask(layer, residual)
+                said = [
+                    seeing.observe(layer, truth, None, residual),
+                    asking.observe(layer, truth, None, None if asked is None else asked.numpy()),
+                ]
+                assert (said[0] is None) == (said[1] is None)
+                if said[0] is not None:
+                    np.testing.assert_allclose(said[1], said[0], rtol=1e-4, atol=1e-6)
+                    answers += 1
+            assert answers == 2
+        assert asking.usable.tolist() == seeing.usable.tolist() == [True, True, True, False, True]
+        assert asking.ask(1, residual) is None

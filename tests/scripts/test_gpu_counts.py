@@ -1,4 +1,4 @@
-"""A layer whose experts are resident asks a GPU host for nothing; the script that counts it sees one that asks."""
+"""A layer whose experts are resident asks a GPU host for nothing, or, where it is predicted, for its routes alone."""
 
 import json
 import subprocess
@@ -21,7 +21,14 @@ def test_a_layer_waits_for_nothing_copies_nothing_and_launches_two_kernels():
     done = _run("--rounds", "2", "--layers", "3", "--tokens", "1,16")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["layers"] == {tokens: {"host waits": 0, "kernels": 2, "copies": 0} for tokens in ("1", "16")}
+    nothing = {"host waits": 0, "kernels": 2, "copies": 0, "async copies": 0}
+    assert found["layers"] == {"1": nothing, "16": nothing}
+    # Predicted: the routes come down in one copy, for which the host waits once the layer is launched.
+    routes = {"host waits": 1, "copies": 0, "async copies": 1}
+    assert found["predicted"] == {
+        name: {tokens: {**routes, "kernels": kernels} for tokens in ("1", "16")}
+        for name, kernels in (("markov", 5), ("lookahead", 13))
+    }
     assert max(found["kernels"].values()) == 12
 
 

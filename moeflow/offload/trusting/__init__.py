@@ -1,5 +1,5 @@
-"""Decode steps on a GPU that trust that no expert is missed, captured or not, and the table where kernels find experts.
+"""Layers and decode steps on a GPU that are launched before the host knows their routes, captured or not.
 
-Knows slots and tensors. Knows nothing of routers, arithmetic or transformers. `offload/`, `moe/` and `loading/` import
-it.
+And what comes down afterwards. Kernels find experts themselves, by a table. Knows slots and tensors. Knows nothing of
+routers, arithmetic or transformers. `offload/`, `moe/` and `loading/` import it.
 """

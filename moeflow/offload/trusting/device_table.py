@@ -39,6 +39,10 @@ class DeviceTable:
         """Return the slot of each expert of a layer, -1 where it is absent: int32 [E] on the device."""
         return self._rows[layer]
 
+    def shown(self, layer: int) -> np.ndarray:
+        """Return the same as of the last `refresh`, in host memory: int32 [E]."""
+        return self._mirror[layer, : len(self._rows[layer])]
+
     def refresh(self) -> None:
         """Write the rows that have changed, in the caller's stream. An interrupt leaves the rest to the next call."""
         cache = self._cache
