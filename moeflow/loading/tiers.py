@@ -19,8 +19,8 @@ from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.device_plan import DevicePlan, MemoryNeeds, plan_device, prefill_bytes_per_token, usable_bytes
 from moeflow.loading.options import LoadOptions
 from moeflow.memory_size import parse_memory
+from moeflow.offload.arena.memory_governor import MemoryGovernor
 from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
-from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool

@@ -16,10 +16,10 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, records_of
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
+from moeflow.offload.arena.memory_governor import MemoryGovernor
 from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.host_tier import HostTier
-from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.resident_table import ResidentTable
@@ -97,7 +97,7 @@ class ExpertRuntime:
         self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
         self.trusting: Trusting | None = None  # decode steps that ask for nothing, where kernels find experts
         if self.device.type != "cpu":
-            self.trusting = Trusting(DeviceTable(cache, pool.tensor, self.experts_per_layer), self._stats)
+            self.trusting = Trusting(DeviceTable(cache, pool, self.experts_per_layer), self._stats)
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self._expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)
         self._torn = False  # whether an interrupt may have left the bookkeeping half done

@@ -168,7 +168,7 @@ class DeviceRun:
             self._look()
 
     def _trusting(self, runtime):
-        table = DeviceTable(runtime.cache, runtime._residency.pool.tensor, runtime.experts_per_layer)
+        table = DeviceTable(runtime.cache, runtime._residency.pool, runtime.experts_per_layer)
         return Trusting(table, runtime._stats)
 
     def _trusted_step(self, runtime, routes):
@@ -201,8 +201,8 @@ class DeviceRun:
 
         def step():
             for key, resident in residents.items():
-                if row_values[key.expert] != resident.slot:
-                    self.wrong.append(f"the table says that {key} lies in slot {row_values[key.expert]}")
+                if row_values[key.expert] != resident.location:
+                    self.wrong.append(f"the table says that {key} lies at {row_values[key.expert]}")
                 self._compare(key.layer, resident)
 
         addresses = {resident.address for resident in residents.values()}
