@@ -6,6 +6,7 @@ Knows work as a function and its arguments. Knows nothing of files or of which e
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 
 from moeflow.errors import ExpertReadError, MoeflowError
@@ -125,5 +126,6 @@ def _run(ended: queue.SimpleQueue[Transfer], transfer: Transfer, work: Work) -> 
             f"expert {transfer.key.expert} of MoE layer {transfer.key.layer} could not be copied to the device: {error}"
         )
         transfer.error.__cause__ = error
+        traceback.clear_frames(error.__traceback__)  # they hold the slot's memory for as long as the error is kept
     transfer.seconds = time.perf_counter() - begin
     ended.put(transfer)

@@ -16,7 +16,7 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, records_of
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
-from moeflow.offload.arena.memory_governor import MemoryGovernor
+from moeflow.offload.arena.governor import Governor
 from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.host_tier import HostTier
@@ -52,7 +52,7 @@ class ExpertRuntime:
         host: the pinned tier, on machines where the device has its own memory.
         num_threads: disk reads in flight.
         expert_budget_bytes: the user's budget; the slots' bytes when None.
-        governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
+        governor: moves the number of usable slots with the memory that is free ("auto").
         prediction: chooses prefetches; None for demand only.
         misses: chooses the experts that the CPU computes in the host tier; None where all are copied.
     """
@@ -67,7 +67,7 @@ class ExpertRuntime:
         host: HostTier | None = None,
         num_threads: int = 4,
         expert_budget_bytes: int | None = None,
-        governor: MemoryGovernor | None = None,
+        governor: Governor | None = None,
         prediction: PredictionLoop | None = None,
         misses: MissSplit | None = None,
     ) -> None:

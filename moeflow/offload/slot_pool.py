@@ -50,6 +50,8 @@ class SlotPool:
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._filled = [0] * num_slots  # bytes of each slot that may have pages
         self._arena: mmap.mmap | None = None
+        self.bytes: np.ndarray
+        self.tensor: torch.Tensor
         try:
             self.base = self._allocate()
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
@@ -91,6 +93,10 @@ class SlotPool:
         """Give the pages of empty slots back to the system until they are written again; host memory only."""
         for slot in slots:
             self.fit(slot, 0)
+
+    def closed_slots(self) -> list[int]:
+        """List the slots without memory."""
+        return []
 
     def shrink(self, num_slots: int) -> None:
         """Keep the first slots alone; none was used yet, so the others' pages were never taken."""

@@ -260,6 +260,7 @@ def _read_through_host(
 def _copy_to_device(
     pool: SlotPool, host_pool: SlotPool, streams: Streams, transfer: Transfer, num_bytes: int, after: object
 ) -> None:
+    assert transfer.host_slot is not None, "it comes from the host tier"
     source = host_pool.record(transfer.host_slot, num_bytes)
     target, is_prefetch = pool.record(transfer.slot, num_bytes), transfer.prefetch
     transfer.event = streams.copy(target, source, after, is_prefetch=is_prefetch)

@@ -28,6 +28,9 @@ class SegmentedPool(SlotPool):
         num_open: so many have memory at first; all when None.
         segment_bytes: of a segment, at most.
 
+    Attributes:
+        in_segment: slots of a segment; some have fewer.
+
     Raises:
         BudgetError: the memory could not be allocated.
     """
@@ -42,7 +45,7 @@ class SegmentedPool(SlotPool):
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         first = num_slots if num_open is None else num_open
-        step = max(1, segment_bytes // slot_bytes(record_bytes))
+        self.in_segment = step = max(1, segment_bytes // slot_bytes(record_bytes))
         begins = [*range(0, first, step), *range(first, num_slots, step), num_slots]
         self._slots_of = [range(begin, end) for begin, end in pairwise(begins)]
         self._segment_of = [number for number, slots in enumerate(self._slots_of) for _ in slots]
@@ -74,7 +77,6 @@ class SegmentedPool(SlotPool):
         return self._slots_of[segment]
 
     def closed_slots(self) -> list[int]:
-        """List the slots without memory."""
         return [slot for segment in self.segments(is_open=False) for slot in self._slots_of[segment]]
 
     def take(self, segment: int) -> bool:
