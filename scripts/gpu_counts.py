@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 HIDDEN, EXPERTS, TOP_K = 64, 8, 2
 KERNELS_OF = {"moeflow.triton_experts_lookup.default": 2, "moeflow.triton_experts_decode.default": 2}
@@ -166,9 +167,10 @@ def layer_on(model, device: str, tokens: int):
     from moeflow.offload.trusting.trusting import Trusting
 
     runtime, experts = model.moeflow, model.model.layers[0].mlp.experts._moeflow
-    slots = torch.empty(EXPERTS, runtime._slot_bytes, dtype=torch.uint8, device=device)
+    base = torch.empty(EXPERTS, runtime._slot_bytes, dtype=torch.uint8, device=device)
     runtime.device = torch.device(device)
-    runtime.trusting = Trusting(DeviceTable(runtime.cache, slots, runtime.experts_per_layer), runtime._stats)
+    pool = SimpleNamespace(device=base.device, base=base)  # a SlotPool asks for addresses, which fakes have not
+    runtime.trusting = Trusting(DeviceTable(runtime.cache, pool, runtime.experts_per_layer), runtime._stats)
     runtime.trusting.step = TrustedStep(runtime.trusting.table)
     hidden_states = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device)
     index = torch.empty(tokens, TOP_K, dtype=torch.int64, device=device)

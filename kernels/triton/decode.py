@@ -1,7 +1,7 @@
 """Products for few tokens: a token's row times an expert's matrix, read once from its slot, dequantised in registers.
 
-Slots are given, or looked up on the device from expert numbers, so nothing waits for the host. Sums are float32 and
-always in the same order: a pair's result has the same bits whatever other pairs are in the call.
+Locations of experts are given, or looked up on the device from expert numbers, so nothing waits for the host. Sums are
+float32 and always in the same order: a pair's result has the same bits whatever other pairs are in the call.
 """
 
 from typing import NamedTuple
@@ -27,11 +27,11 @@ PLAIN_POINTERS = ("chosen", "table", "missed", "tokens", "weights")
 
 
 class Chosen(NamedTuple):
-    """Which expert each pair has: slots, or expert numbers and the table in which the kernel looks their slots up.
+    """Which expert each pair has: locations, or expert numbers and the table in which the kernel looks those up.
 
     Args:
-        numbers: int32 [P], slots, -1 for none; with a table int32 or int64 [P], expert numbers.
-        table: int32 [E], slot of each expert, -1 where it is absent; numbers outside 0 .. E - 1 mean no expert.
+        numbers: int32 [P], locations, -1 for none; with a table int32 or int64 [P], expert numbers.
+        table: int32 [E], location of each expert, -1 where it is absent; numbers outside 0 .. E - 1 mean no expert.
         missed: int32 [num_layers]; 1 is written at `layer` where an expert is absent.
         layer: see `missed`.
     """
@@ -46,7 +46,7 @@ class Chosen(NamedTuple):
         return self.numbers.view(torch.int32)
 
     def arguments(self) -> tuple:
-        """Return what `find_slot` takes: chosen, chosen_step, table, num_experts."""
+        """Return what `find_location` takes: chosen, chosen_step, table, num_experts."""
         words, step = self.words(), self.numbers.element_size() // 4
         return (words, step, words, -1) if self.table is None else (words, step, self.table, self.table.numel())
 
@@ -66,7 +66,7 @@ def multiply_pairs(
 
     Args:
         inputs: [rows, K], contiguous.
-        arena: uint8 [num_slots, slot_bytes].
+        arena: uint8 [num_slots, slot_bytes], from which locations count.
         chosen: each pair's expert; without one it gives zeros.
         plan: the matrix.
         step: constants of the activation (`triton.activation.constants`).
@@ -81,7 +81,7 @@ def multiply_pairs(
     outputs = torch.empty(num_pairs, width, dtype=torch.float32, device=inputs.device)
     if num_pairs == 0:
         return outputs
-    slot_bytes, numbers = arena.stride(0), chosen.arguments()
+    numbers = chosen.arguments()
     launch(
         _multiply_pairs,
         (num_pairs, triton.cdiv(plan.num_rows, blocks[0])),
@@ -89,14 +89,13 @@ def multiply_pairs(
             inputs,
             outputs,
             arena,
-            slot_bytes,
             *numbers,
             numbers[0] if chosen.missed is None else chosen.missed,
             chosen.layer,
             numbers[0] if tokens is None else tokens,
             pairs_per_row if tokens is None else 0,
         ),
-        (plan, id(step), blocks, inputs.dtype, slot_bytes),
+        (plan, id(step), blocks, inputs.dtype),
         lambda: {"BLOCK_ROWS": blocks[0], "BLOCKS": blocks[1], **plan.constants(), **step},
         aligned=(inputs, outputs, arena),
     )
@@ -104,12 +103,18 @@ def multiply_pairs(
 
 
 @triton.jit
-def find_slot(chosen, pair, chosen_step, table, num_experts):
-    """Return a pair's slot, -1 without one, and whether that is since its expert is absent from `table`."""
+def find_location(chosen, pair, chosen_step, table, num_experts):
+    """Return a pair's location, -1 without one, and whether that is since its expert is absent from `table`."""
     number = tl.load(chosen + pair * chosen_step)
-    is_expert = (number >= 0) & (number < num_experts)  # none where num_experts is -1: numbers are slots
+    is_expert = (number >= 0) & (number < num_experts)  # none where num_experts is -1: numbers are locations
     looked_up = tl.load(table + number, mask=is_expert, other=-1)
-    return tl.where(num_experts < 0, number, looked_up), is_expert & (looked_up < 0)
+    return tl.where(num_experts < 0, number, looked_up), is_expert & (looked_up == -1)
+
+
+@triton.jit
+def record_at(arena, location):
+    """Return the pointer to the record at a location: units of 64 bytes from the arena's base, either way."""
+    return arena + location.to(tl.int64) * 64
 
 
 @triton.jit
@@ -188,7 +193,6 @@ def _multiply_pairs(
     inputs,
     outputs,
     arena,
-    slot_bytes,
     chosen,
     chosen_step,
     table,
@@ -228,15 +232,15 @@ def _multiply_pairs(
     pair = tl.program_id(0)
     features = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows = rows_of_features(features, N, GATE)
-    slot, is_absent = find_slot(chosen, pair, chosen_step, table, num_experts)
+    location, is_absent = find_location(chosen, pair, chosen_step, table, num_experts)
     tl.store(missed + layer, 1, mask=is_absent & (tl.program_id(1) == 0))
     sums = tl.zeros([BLOCK_ROWS], tl.float32)
-    if slot >= 0:
+    if location != -1:
         row = tl.load(tokens + pair, mask=pairs_per_row == 0, other=0)
         if pairs_per_row > 0:
             row = pair // pairs_per_row
         sums = multiply_row(
-            arena + slot.to(tl.int64) * slot_bytes, inputs + row.to(tl.int64) * K, rows,
+            record_at(arena, location), inputs + row.to(tl.int64) * K, rows,
             N, K, PADDED_K, KIND, BITS, GROUP, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT, SCALE_AT, ZERO_AT, BIAS_AT,
             BIAS_DTYPE, TOP_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS, BLOCK_ROWS, BLOCKS,
         )  # fmt: skip

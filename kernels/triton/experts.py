@@ -58,6 +58,9 @@ class TritonExperts:
     rounded, to the dtype of `hidden_states`. Prefill: weights and hidden activations are rounded to
     that dtype, which tensor cores take; sums are float32.
 
+    A location says where an expert's record begins: int32, in units of 64 bytes from the first byte of `arena`. Records
+    may lie in other allocations too, up to 137 GB behind it or before it; -1 means none.
+
     Args:
         plan: what the kernels know of the layout.
     """
@@ -86,20 +89,22 @@ class TritonExperts:
         return None if plan is None else cls(plan)
 
     def decode(
-        self, hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor
+        self, hidden_states: torch.Tensor, arena: torch.Tensor, locations: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run the routed experts of few tokens. The same bits as `pairs` and `combine` in any number of calls.
 
         Args:
             hidden_states: [T, H].
             arena: uint8 [num_slots, slot_bytes], rows at multiples of 64 bytes.
-            slots: int32 [T, K], on the device, where each chosen expert lies; -1 adds nothing.
+            locations: int32 [T, K], on the device, where each chosen expert lies; -1 adds nothing.
             top_k_weights: [T, K].
 
         Returns:
             [T, H] in the dtype of `hidden_states`.
         """
-        return torch.ops.moeflow.triton_experts_decode.default(hidden_states, arena, slots, top_k_weights, self.number)
+        return torch.ops.moeflow.triton_experts_decode.default(
+            hidden_states, arena, locations, top_k_weights, self.number
+        )
 
     def lookup(
         self,
@@ -111,15 +116,15 @@ class TritonExperts:
         layer: int,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Run the routed experts of few tokens, whose slots the kernels look up; nothing waits for the host.
+        """Run the routed experts of few tokens, whose locations the kernels look up; nothing waits for the host.
 
-        The same bits as `decode` with the same slots.
+        The same bits as `decode` with the same locations.
 
         Args:
             hidden_states: [T, H].
             arena: uint8 [num_slots, slot_bytes], rows at multiples of 64 bytes.
             top_k_index: int64 or int32 [T, K], expert numbers; one outside 0 .. E - 1 means none.
-            table_row: int32 [E], the slot of each expert of this layer, -1 where it is absent: that adds nothing.
+            table_row: int32 [E], the location of each expert of this layer, -1 where it is absent: that adds nothing.
             missed: int32 [num_layers], on the device, or pinned in host memory; 1 is written at `layer` where a chosen
                 expert is absent, nothing where none is.
             layer: of this call, see `missed`.
@@ -133,7 +138,7 @@ class TritonExperts:
         )
 
     def pairs(
-        self, hidden_states: torch.Tensor, arena: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor
+        self, hidden_states: torch.Tensor, arena: torch.Tensor, tokens: torch.Tensor, locations: torch.Tensor
     ) -> torch.Tensor:
         """Run experts on tokens, pair by pair: for experts that arrive later than others.
 
@@ -141,18 +146,18 @@ class TritonExperts:
             hidden_states: [T, H].
             arena: uint8 [num_slots, slot_bytes].
             tokens: int32 [P], the token of each pair.
-            slots: int32 [P], where its expert lies; -1 gives zeros.
+            locations: int32 [P], where its expert lies; -1 gives zeros.
 
         Returns:
             [P, H] float32, not yet weighted.
         """
-        return torch.ops.moeflow.triton_experts_pairs.default(hidden_states, arena, tokens, slots, self.number)
+        return torch.ops.moeflow.triton_experts_pairs.default(hidden_states, arena, tokens, locations, self.number)
 
     def prefill(
         self,
         hidden_states: torch.Tensor,
         arena: torch.Tensor,
-        slots: torch.Tensor,
+        locations: torch.Tensor,
         tokens: torch.Tensor,
         offsets: torch.Tensor,
         places: torch.Tensor,
@@ -165,7 +170,7 @@ class TritonExperts:
         Args:
             hidden_states: [T, H].
             arena: uint8 [num_slots, slot_bytes].
-            slots: int32 [E'], where each expert lies; -1 leaves its outputs as they are.
+            locations: int32 [E'], where each expert lies; -1 leaves its outputs as they are.
             tokens: int32 [S], the token of each entry, sorted by expert.
             offsets: int32 [E' + 1], where each expert's entries begin.
             places: int32 [S], row of `outputs` of each entry.
@@ -173,7 +178,7 @@ class TritonExperts:
             call_tokens: tokens of the whole call, on which bits depend, where `hidden_states` has others; T if None.
         """
         torch.ops.moeflow.triton_experts_prefill.default(
-            hidden_states, arena, slots, tokens, offsets, places, outputs, self.number,
+            hidden_states, arena, locations, tokens, offsets, places, outputs, self.number,
             call_tokens or len(hidden_states),
         )  # fmt: skip
 

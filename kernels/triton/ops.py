@@ -42,12 +42,12 @@ def prefill_tile(call_tokens: int) -> int:
 
 
 def _decode(
-    hidden_states: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor, top_k_weights: torch.Tensor, number: int
+    hidden_states: torch.Tensor, arena: torch.Tensor, locations: torch.Tensor, top_k_weights: torch.Tensor, number: int
 ) -> torch.Tensor:
     from moeflow.kernels.triton.decode import Chosen
 
-    _check_decode(hidden_states, arena, slots, top_k_weights, number)
-    return _run_whole(BUILT[number], hidden_states, arena, Chosen(slots.reshape(-1)), top_k_weights)
+    _check_decode(hidden_states, arena, locations, top_k_weights, number)
+    return _run_whole(BUILT[number], hidden_states, arena, Chosen(locations.reshape(-1)), top_k_weights)
 
 
 def _lookup(
@@ -79,13 +79,13 @@ def _run_whole(plan, hidden_states, arena, chosen, top_k_weights) -> torch.Tenso
 
 
 def _pairs(
-    hidden_states: torch.Tensor, arena: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor, number: int
+    hidden_states: torch.Tensor, arena: torch.Tensor, tokens: torch.Tensor, locations: torch.Tensor, number: int
 ) -> torch.Tensor:
     from moeflow.kernels.triton.activation import LINEAR
     from moeflow.kernels.triton.decode import Chosen, multiply_pairs
 
-    _check_pairs(hidden_states, arena, tokens, slots, number)
-    plan, chosen = BUILT[number], Chosen(slots.contiguous())
+    _check_pairs(hidden_states, arena, tokens, locations, number)
+    plan, chosen = BUILT[number], Chosen(locations.contiguous())
     inner = multiply_pairs(
         _aligned(hidden_states), arena, chosen, plan.first, plan.step, plan.first.decode_blocks(),
         tokens=tokens.contiguous(),
@@ -96,7 +96,7 @@ def _pairs(
 def _prefill(
     hidden_states: torch.Tensor,
     arena: torch.Tensor,
-    slots: torch.Tensor,
+    locations: torch.Tensor,
     tokens: torch.Tensor,
     offsets: torch.Tensor,
     places: torch.Tensor,
@@ -107,17 +107,17 @@ def _prefill(
     from moeflow.kernels.triton.activation import LINEAR
     from moeflow.kernels.triton.prefill import multiply_groups
 
-    _check_prefill(hidden_states, arena, slots, tokens, offsets, places, outputs, number, call_tokens)
+    _check_prefill(hidden_states, arena, locations, tokens, offsets, places, outputs, number, call_tokens)
     experts = BUILT[number]
     num_entries, tile = tokens.numel(), prefill_tile(call_tokens)
     inner = hidden_states.new_empty(num_entries, experts.down.in_features)
-    slots, offsets = slots.contiguous(), offsets.contiguous()
+    locations, offsets = locations.contiguous(), offsets.contiguous()
     multiply_groups(
-        _aligned(hidden_states), inner, arena, slots, offsets, experts.first, experts.step,
+        _aligned(hidden_states), inner, arena, locations, offsets, experts.first, experts.step,
         num_entries=num_entries, block_tokens=tile, sources=tokens.contiguous(),
     )  # fmt: skip
     multiply_groups(
-        inner, outputs, arena, slots, offsets, experts.down, LINEAR,
+        inner, outputs, arena, locations, offsets, experts.down, LINEAR,
         num_entries=num_entries, block_tokens=tile, places=places.contiguous(),
     )  # fmt: skip
 
@@ -135,12 +135,12 @@ def _aligned(tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _check_decode(hidden_states, arena, slots, top_k_weights, number) -> None:
+def _check_decode(hidden_states, arena, locations, top_k_weights, number) -> None:
     _check(BUILT[number], hidden_states, arena)
-    _check_numbers(hidden_states, slots)
-    if slots.shape != (*hidden_states.shape[:1], slots.shape[-1]):
-        raise ConfigError(f"slots are {list(slots.shape)}. Give [T, K] for {len(hidden_states)} tokens.")
-    _check_weights(hidden_states, top_k_weights, slots.shape)
+    _check_numbers(hidden_states, locations)
+    if locations.shape != (*hidden_states.shape[:1], locations.shape[-1]):
+        raise ConfigError(f"locations are {list(locations.shape)}. Give [T, K] for {len(hidden_states)} tokens.")
+    _check_weights(hidden_states, top_k_weights, locations.shape)
 
 
 def _check_lookup(hidden_states, arena, top_k_index, table_row, missed, layer, top_k_weights, number) -> None:
@@ -153,8 +153,8 @@ def _check_lookup(hidden_states, arena, top_k_index, table_row, missed, layer, t
         )
     if top_k_index.dim() != 2 or len(top_k_index) != len(hidden_states) or table_row.dim() != 1:
         raise ConfigError(
-            f"expert numbers are {list(top_k_index.shape)}, slots {list(table_row.shape)}. Give [T, K] for "
-            f"{len(hidden_states)} tokens, and one slot for each expert."
+            f"expert numbers are {list(top_k_index.shape)}, locations {list(table_row.shape)}. Give [T, K] for "
+            f"{len(hidden_states)} tokens, and one location for each expert."
         )
     if missed.dtype != torch.int32 or missed.dim() != 1 or not missed.is_contiguous() or not 0 <= layer < len(missed):
         raise ConfigError(
@@ -164,19 +164,21 @@ def _check_lookup(hidden_states, arena, top_k_index, table_row, missed, layer, t
     _check_weights(hidden_states, top_k_weights, top_k_index.shape)
 
 
-def _check_pairs(hidden_states, arena, tokens, slots, number) -> None:
+def _check_pairs(hidden_states, arena, tokens, locations, number) -> None:
     _check(BUILT[number], hidden_states, arena)
-    _check_numbers(hidden_states, slots, tokens)
-    if slots.dim() != 1 or slots.shape != tokens.shape:
-        raise ConfigError(f"slots are {list(slots.shape)}, tokens {list(tokens.shape)}. Give one of each for a pair.")
-
-
-def _check_prefill(hidden_states, arena, slots, tokens, offsets, places, outputs, number, call_tokens) -> None:
-    _check(BUILT[number], hidden_states, arena)
-    _check_numbers(hidden_states, slots, tokens, offsets, places)
-    if tokens.shape != places.shape or offsets.numel() != slots.numel() + 1:
+    _check_numbers(hidden_states, locations, tokens)
+    if locations.dim() != 1 or locations.shape != tokens.shape:
         raise ConfigError(
-            f"{tokens.numel()} tokens, {places.numel()} places and {offsets.numel()} offsets of {slots.numel()} "
+            f"locations are {list(locations.shape)}, tokens {list(tokens.shape)}. Give one of each for a pair."
+        )
+
+
+def _check_prefill(hidden_states, arena, locations, tokens, offsets, places, outputs, number, call_tokens) -> None:
+    _check(BUILT[number], hidden_states, arena)
+    _check_numbers(hidden_states, locations, tokens, offsets, places)
+    if tokens.shape != places.shape or offsets.numel() != locations.numel() + 1:
+        raise ConfigError(
+            f"{tokens.numel()} tokens, {places.numel()} places and {offsets.numel()} offsets of {locations.numel()} "
             "experts. Give as many places as tokens, and one offset more than experts."
         )
     _check_sums(outputs, hidden_states.device, hidden_states.shape[1])
@@ -223,7 +225,7 @@ def _check_numbers(hidden_states, *numbers) -> None:
     for tensor in numbers:
         if tensor.dtype != torch.int32 or tensor.device != hidden_states.device:
             raise ConfigError(
-                f"slots, tokens, offsets and places are {tensor.dtype} on {tensor.device}. Give int32 on "
+                f"locations, tokens, offsets and places are {tensor.dtype} on {tensor.device}. Give int32 on "
                 f"{hidden_states.device}, where the hidden states are."
             )
 
@@ -253,7 +255,7 @@ def _register(schema, function, check, empty) -> None:
 
 
 _register(
-    "triton_experts_decode(Tensor hidden_states, Tensor arena, Tensor slots, Tensor top_k_weights, int number) -> "
+    "triton_experts_decode(Tensor hidden_states, Tensor arena, Tensor locations, Tensor top_k_weights, int number) -> "
     "Tensor",
     _decode,
     _check_decode,
@@ -267,15 +269,15 @@ _register(
     lambda hidden_states, *_: torch.empty_like(hidden_states),
 )
 _register(
-    "triton_experts_pairs(Tensor hidden_states, Tensor arena, Tensor tokens, Tensor slots, int number) -> Tensor",
+    "triton_experts_pairs(Tensor hidden_states, Tensor arena, Tensor tokens, Tensor locations, int number) -> Tensor",
     _pairs,
     _check_pairs,
-    lambda hidden_states, arena, tokens, slots, number: hidden_states.new_empty(
-        slots.shape[0], hidden_states.shape[1], dtype=torch.float32
+    lambda hidden_states, arena, tokens, locations, number: hidden_states.new_empty(
+        locations.shape[0], hidden_states.shape[1], dtype=torch.float32
     ),
 )
 _register(
-    "triton_experts_prefill(Tensor hidden_states, Tensor arena, Tensor slots, Tensor tokens, Tensor offsets, "
+    "triton_experts_prefill(Tensor hidden_states, Tensor arena, Tensor locations, Tensor tokens, Tensor offsets, "
     "Tensor places, Tensor(a!) outputs, int number, int call_tokens) -> ()",
     _prefill,
     _check_prefill,

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from moeflow.kernels.triton.activation import activate, rows_of_features
+from moeflow.kernels.triton.decode import record_at
 from moeflow.kernels.triton.dequantize import (
     INTERPRETED,
     load_bias,
@@ -24,7 +25,7 @@ def multiply_groups(
     inputs: torch.Tensor,
     outputs: torch.Tensor,
     arena: torch.Tensor,
-    slots: torch.Tensor,
+    locations: torch.Tensor,
     offsets: torch.Tensor,
     plan: MatrixPlan,
     step: dict,
@@ -39,8 +40,8 @@ def multiply_groups(
     Args:
         inputs: [rows, K], contiguous; weights are rounded to its dtype.
         outputs: [rows, N] ([rows, N / 2] with a gate), contiguous, any float dtype; written.
-        arena: uint8 [num_slots, slot_bytes].
-        slots: int32 [E], where each expert lies; -1 leaves its outputs as they are.
+        arena: uint8 [num_slots, slot_bytes], from which locations count.
+        locations: int32 [E], where each expert lies; -1 leaves its outputs as they are.
         offsets: int32 [E + 1], where each expert's entries begin among all.
         plan: the matrix.
         step: constants of the activation (`triton.activation.constants`).
@@ -49,7 +50,7 @@ def multiply_groups(
         sources: int32 [S], row of `inputs` of each entry; its own number without it.
         places: int32 [S], row of `outputs` of each entry; its own number without it.
     """
-    num_experts = slots.numel()
+    num_experts = locations.numel()
     if num_entries == 0 or num_experts == 0:
         return
     is_exact = inputs.dtype == torch.float32
@@ -61,11 +62,10 @@ def multiply_groups(
             inputs,
             outputs,
             arena,
-            arena.stride(0),
-            slots,
+            locations,
             offsets,
-            slots if sources is None else sources,
-            slots if places is None else places,
+            locations if sources is None else sources,
+            locations if places is None else places,
             num_experts,
             HAS_SOURCES=sources is not None,
             HAS_PLACES=places is not None,
@@ -102,14 +102,13 @@ def _find_tile(offsets, num_experts, tile, BLOCK_TOKENS: tl.constexpr, EXPERTS: 
 
 
 @triton.jit(
-    do_not_specialize=("num_experts",), do_not_specialize_on_alignment=("slots", "offsets", "sources", "places")
+    do_not_specialize=("num_experts",), do_not_specialize_on_alignment=("locations", "offsets", "sources", "places")
 )
 def _multiply_groups(
     inputs,
     outputs,
     arena,
-    slot_bytes,
-    slots,
+    locations,
     offsets,
     sources,
     places,
@@ -148,10 +147,10 @@ def _multiply_groups(
     expert, first_entry, end = _find_tile(offsets, num_experts, tl.program_id(0), BLOCK_TOKENS)
     if expert < 0:
         return
-    slot = tl.load(slots + expert)
-    if slot < 0:
+    location = tl.load(locations + expert)
+    if location == -1:
         return
-    record = arena + slot.to(tl.int64) * slot_bytes
+    record = record_at(arena, location)
     entries = first_entry + tl.arange(0, BLOCK_TOKENS)
     is_entry = entries < end
     source = tl.load(sources + entries, mask=is_entry, other=0) if HAS_SOURCES else entries

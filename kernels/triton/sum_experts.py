@@ -8,7 +8,7 @@ import torch
 
 import triton
 import triton.language as tl
-from moeflow.kernels.triton.decode import PLAIN_NUMBERS, PLAIN_POINTERS, Chosen, find_slot, multiply_row
+from moeflow.kernels.triton.decode import PLAIN_NUMBERS, PLAIN_POINTERS, Chosen, find_location, multiply_row, record_at
 from moeflow.kernels.triton.dequantize import rounded
 from moeflow.kernels.triton.launch import launch
 from moeflow.kernels.triton.matrix import MatrixPlan
@@ -26,7 +26,7 @@ def multiply_and_sum(
 
     Args:
         inputs: [T * K, I] float32, contiguous, from `multiply_pairs`.
-        arena: uint8 [num_slots, slot_bytes].
+        arena: uint8 [num_slots, slot_bytes], from which locations count.
         chosen: [T * K], each pair's expert; without one it adds nothing.
         top_k_weights: [T, K], contiguous.
         plan: the down matrix.
@@ -40,12 +40,11 @@ def multiply_and_sum(
     if num_tokens == 0:
         return sums
     block_rows, blocks = plan.down_blocks()
-    slot_bytes = arena.stride(0)
     launch(
         _multiply_and_sum,
         (num_tokens, triton.cdiv(plan.num_rows, block_rows)),
-        (inputs, sums, arena, slot_bytes, *chosen.arguments(), top_k_weights),
-        (plan, top_k, block_rows, blocks, dtype, top_k_weights.dtype, slot_bytes),
+        (inputs, sums, arena, *chosen.arguments(), top_k_weights),
+        (plan, top_k, block_rows, blocks, dtype, top_k_weights.dtype),
         lambda: {"TOP_K": top_k, "BLOCK_ROWS": block_rows, "BLOCKS": blocks, **plan.constants()},
         aligned=(inputs, sums, arena),
     )
@@ -57,7 +56,6 @@ def _multiply_and_sum(
     inputs,
     outputs,
     arena,
-    slot_bytes,
     chosen,
     chosen_step,
     table,
@@ -90,10 +88,10 @@ def _multiply_and_sum(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     for k in range(TOP_K):
         pair = token * TOP_K + k
-        slot, _ = find_slot(chosen, pair, chosen_step, table, num_experts)
-        if slot >= 0:
+        location, _ = find_location(chosen, pair, chosen_step, table, num_experts)
+        if location != -1:
             sums = multiply_row(
-                arena + slot.to(tl.int64) * slot_bytes, inputs + pair.to(tl.int64) * K, rows,
+                record_at(arena, location), inputs + pair.to(tl.int64) * K, rows,
                 N, K, PADDED_K, KIND, BITS, GROUP, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT, SCALE_AT, ZERO_AT, BIAS_AT,
                 BIAS_DTYPE, TOP_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS, BLOCK_ROWS, BLOCKS,
             )  # fmt: skip

@@ -18,8 +18,11 @@ from moeflow.loading.device_plan import DevicePlan
 from moeflow.loading.gpu import Gpu
 from moeflow.loading.options import LoadOptions
 from moeflow.memory_size import parse_kv_memory, parse_memory
+from moeflow.offload.arena.device_governor import DeviceGovernor, DeviceMeter
+from moeflow.offload.arena.governor import Governor
+from moeflow.offload.arena.memory_governor import MemoryGovernor
+from moeflow.offload.arena.segmented_pool import SegmentedPool
 from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
-from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool
@@ -85,7 +88,7 @@ def build_runtime(
     num_slots = size.slots_for(budget)
     # The cache counts slots, or the pages of experts that differ in size.
     unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
-    governor = None
+    governor: Governor | None = None
     if options.expert_memory == "auto" and device.type == "cpu":
         # The pool may grow later: its pages are taken from the system only as experts arrive.
         most = min(max(budget, hardware.memory_limit_bytes()), size.all_bytes)
@@ -96,12 +99,21 @@ def build_runtime(
     host: HostTier | None = None
     opened: list[SlotPool | ExpertStore] = []
     try:
-        opened.append(pool := SlotPool(num_slots, size.slot_bytes, device))
+        opened.append(pool := _slots(size, options, num_slots))
         if device.type == "cuda":
             streams = CudaStreams(device)
             host = _host_tier(size, options, policy, num_transient, num_slots)
             opened.append(host.pool)
-        cache = ExpertCache(num_slots, policy, num_transient=num_transient, sizes=size.pages)
+        if plan is not None and options.expert_memory == "auto" and isinstance(pool, SegmentedPool):
+            governor = DeviceGovernor(
+                pool,
+                size.min_slots,
+                measure=DeviceMeter(pool).measure,
+                pass_bytes=plan.reserved_bytes - plan.key_value_bytes,
+                key_value_bytes=plan.key_value_bytes,
+            )
+        cache = ExpertCache(pool.num_slots, policy, num_transient=num_transient, sizes=size.pages)
+        cache.close(pool.closed_slots())
         cache.set_limit(limit)
         opened.append(store := ExpertStore(experts.files, experts.layers, stamps=experts.stamps))
         runtime = ExpertRuntime(
@@ -126,6 +138,15 @@ def build_runtime(
         for part in opened:
             part.close()
         raise
+
+
+def _slots(size: ExpertsSize, options: LoadOptions, num_slots: int) -> SlotPool:
+    """Build the device's slots. On a GPU, "auto" may give experts memory later that they do not get now."""
+    device = options.torch_device
+    if device.type == "cpu":
+        return SlotPool(num_slots, size.slot_bytes, device)
+    most = size.num_experts if options.expert_memory == "auto" else num_slots
+    return SegmentedPool(most, size.slot_bytes, device, num_open=num_slots)
 
 
 def _budget_bytes(experts: Experts, options: LoadOptions, bytes_per_position: int) -> int:

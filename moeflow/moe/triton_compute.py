@@ -91,12 +91,12 @@ class TritonCompute:
     ) -> torch.Tensor:
         if len({id(resident.record) for resident in residents}) > 1:
             return run_apart(self, hidden_states, residents, dispatch, top_k_weights)
-        slots = [0] * dispatch.top_k
+        locations = [0] * dispatch.top_k
         for resident in residents:
-            slots[dispatch.places(resident.expert)[0]] = resident.slot
-        on_device = torch.tensor([slots], dtype=torch.int32).to(hidden_states.device, non_blocking=True)
+            locations[dispatch.places(resident.expert)[0]] = resident.location
+        on_device = torch.tensor([locations], dtype=torch.int32).to(hidden_states.device, non_blocking=True)
         kernel = self._kernels[id(residents[0].record)]
-        return kernel.decode(hidden_states, residents[0].pool.tensor, on_device, top_k_weights)
+        return kernel.decode(hidden_states, residents[0].pool.base, on_device, top_k_weights)
 
     def combine(self, hidden_states: torch.Tensor, outputs: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         return TritonExperts.combine(outputs, top_k_weights, hidden_states.dtype)
@@ -104,8 +104,8 @@ class TritonCompute:
     def _run_alike(
         self, hidden_states: torch.Tensor, residents: list[Resident], dispatch: Dispatch, outputs: torch.Tensor
     ) -> None:
-        kernel, arena = self._kernels[id(residents[0].record)], residents[0].pool.tensor
-        slots = [resident.slot for resident in residents]
+        kernel, arena = self._kernels[id(residents[0].record)], residents[0].pool.base
+        locations = [resident.location for resident in residents]
         places = [dispatch.places(resident.expert) for resident in residents]
         counts = [len(chosen) for chosen in places]
 
@@ -115,9 +115,9 @@ class TritonCompute:
         flat = on_device([place for chosen in places for place in chosen])
         tokens = flat // dispatch.top_k
         if self.path(dispatch.call_tokens) == 0:
-            paired = on_device([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
+            paired = on_device([one for one, count in zip(locations, counts, strict=True) for _ in range(count)])
             outputs[flat] = kernel.pairs(hidden_states, arena, tokens, paired)
         else:
             offsets = on_device([0, *accumulate(counts)])
             call = dispatch.call_tokens
-            kernel.prefill(hidden_states, arena, on_device(slots), tokens, offsets, flat, outputs, call_tokens=call)
+            kernel.prefill(hidden_states, arena, on_device(locations), tokens, offsets, flat, outputs, call_tokens=call)

@@ -8,6 +8,7 @@ import contextlib
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 
@@ -227,5 +228,6 @@ def _run(ended: queue.SimpleQueue[Transfer], transfer: Transfer, work: Work) -> 
             + str(error).partition("\n")[0]
         )
         transfer.error.__cause__ = error
+        traceback.clear_frames(error.__traceback__)  # they hold the slot's memory for as long as the error is kept
     transfer.seconds = time.perf_counter() - begin
     ended.put(transfer)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from moeflow.core import ExpertKey, RecordLayout, Tier
 from moeflow.errors import ExpertReadError
+from moeflow.offload.arena.segmented_pool import SegmentedPool
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
 from moeflow.offload.streams import Streams
@@ -241,10 +242,38 @@ class Residency:
             self.settle(self.transfers.wait_completed())
 
     def set_limit(self, limit: int) -> None:
-        """Change how much of the cache may be used; see `ExpertCache.set_limit`."""
+        """Change how much of the cache may be used; see `ExpertCache.set_limit`.
+
+        A device gives back and takes whole segments: as many slots as the limit keep their memory, and some more.
+        """
         evictions = self.cache.evictions
+        if isinstance(self.pool, SegmentedPool):
+            limit = self._resize(self.pool, limit)
         self.pool.discard(self.cache.set_limit(limit))
         self._stats.now.evictions += self.cache.evictions - evictions
+
+    def _resize(self, pool: SegmentedPool, limit: int) -> int:
+        """Give segments beyond the limit back, or take more up to it where there is memory; return the slots left."""
+        left, gone = pool.num_open, []
+        for segment in sorted(pool.segments_to_spare(), key=lambda one: self.cache.uses_in(pool.slots_of(one))):
+            slots = pool.slots_of(segment)
+            if left - len(slots) >= limit and self.cache.close(slots):
+                left -= len(slots)
+                gone.append(segment)
+        if gone:
+            self._streams.finish()  # kernels may read them, and copies that failed may still write to them
+            for slot in self._ready.keys() & {slot for segment in gone for slot in pool.slots_of(segment)}:
+                del self._ready[slot]
+            pool.give_back(gone)
+        for segment in pool.segments(is_open=False):
+            slots = pool.slots_of(segment)
+            if left + len(slots) > limit or not pool.take(segment):
+                break
+            # The memory may be one that queued kernels of an earlier owner still use.
+            self._last_use.update(dict.fromkeys(slots, self._streams.compute_event()))
+            self.cache.open(slots)
+            left += len(slots)
+        return left
 
     def _free_after(self, slot: int) -> object:
         """Return the event after which a slot may be written: of a copy that nothing used, else of its last use."""
@@ -253,4 +282,4 @@ class Residency:
     def clear(self) -> None:
         """Reset to nothing resident and nothing in flight, whatever state the bookkeeping is in."""
         self.transfers.abandon()
-        self.cache.clear()
+        self.cache.clear(self.pool.closed_slots())

@@ -36,7 +36,7 @@ class ResidentTable:
         cache, pool = self._cache, self._pool
         for key in list(cache.moved):
             slot = cache.lookup(key)
-            self.addresses[key] = 0 if slot is None else pool.address + slot * pool.stride
+            self.addresses[key] = 0 if slot is None else pool.address_of(slot)
             cache.moved.discard(key)
 
     def count(self, layers: list[int], experts: list[np.ndarray], compute_s: float) -> None:

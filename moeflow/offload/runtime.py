@@ -16,10 +16,10 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, records_of
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
+from moeflow.offload.arena.governor import Governor
 from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.host_tier import HostTier
-from moeflow.offload.memory_governor import MemoryGovernor
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.resident_table import ResidentTable
@@ -51,7 +51,7 @@ class ExpertRuntime:
         host: the pinned tier, on machines where the device has its own memory.
         num_threads: experts read from disk at a time.
         expert_budget_bytes: the user's budget; the slots' bytes when None.
-        governor: moves the number of usable slots with the memory that is free ("auto" on the CPU).
+        governor: moves the number of usable slots with the memory that is free ("auto").
         prediction: chooses prefetches; None for demand only.
         misses: chooses the experts that the CPU computes in the host tier; None where all are copied.
     """
@@ -66,7 +66,7 @@ class ExpertRuntime:
         host: HostTier | None = None,
         num_threads: int = 4,
         expert_budget_bytes: int | None = None,
-        governor: MemoryGovernor | None = None,
+        governor: Governor | None = None,
         prediction: PredictionLoop | None = None,
         misses: MissSplit | None = None,
     ) -> None:
@@ -97,7 +97,7 @@ class ExpertRuntime:
         self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
         self.trusting: Trusting | None = None  # decode steps that ask for nothing, where kernels find experts
         if self.device.type != "cpu":
-            self.trusting = Trusting(DeviceTable(cache, pool.tensor, self.experts_per_layer), self._stats)
+            self.trusting = Trusting(DeviceTable(cache, pool, self.experts_per_layer), self._stats)
         self.downloads = Downloads(streams, is_pinned=self.device.type != "cpu")
         self._residency = Residency(cache, pool, streams, self._transfers, prefetcher, self._stats)
         self.expert_fetch = ExpertFetch(self._residency, self._host_compute, prediction, self._stats)

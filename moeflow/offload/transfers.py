@@ -294,12 +294,14 @@ def _read_through_host(
     last_copy: object,
 ) -> None:
     """Read an expert into its pinned slot, and start to copy each part of it as soon as that is there."""
-    to, of = pool.tensor[transfer.slot], host_pool.tensor[transfer.host_slot]
+    assert transfer.host_slot is not None, "it comes through the host tier"
+    of = host_pool.record(transfer.host_slot, host_pool.stride)
 
     def landed(begin: int, end: int) -> None:
         # Behind the part before: this one runs in another stream where a prefetch was promoted meanwhile.
         before = transfer.event or after
-        transfer.event = streams.copy(to[begin:end], of[begin:end], before, is_prefetch=transfer.prefetch)
+        to = pool.record(transfer.slot, end)[begin:]  # not held while bytes are read: an error would hold it on
+        transfer.event = streams.copy(to, of[begin:end], before, is_prefetch=transfer.prefetch)
 
     streams.synchronize(last_copy)
     try:
@@ -312,6 +314,7 @@ def _read_through_host(
 def _copy_to_device(
     pool: SlotPool, host_pool: SlotPool, streams: Streams, transfer: Transfer, num_bytes: int, after: object
 ) -> None:
-    source = host_pool.tensor[transfer.host_slot, :num_bytes]
-    target, is_prefetch = pool.tensor[transfer.slot, :num_bytes], transfer.prefetch
+    assert transfer.host_slot is not None, "it comes from the host tier"
+    source = host_pool.record(transfer.host_slot, num_bytes)
+    target, is_prefetch = pool.record(transfer.slot, num_bytes), transfer.prefetch
     transfer.event = streams.copy(target, source, after, is_prefetch=is_prefetch)

@@ -5,12 +5,13 @@ running kernel or an in-flight copy and is never evicted. Bookkeeping only: `off
 starts, and when. Knows nothing of tensors or I/O.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import numpy as np
 
 from moeflow.core import ExpertKey
 from moeflow.errors import ConfigError
+from moeflow.policy.eviction import POLICIES
 from moeflow.policy.forecast import Forecast
 
 _FREE, _LOADING, _RESIDENT = 0, 1, 2
@@ -47,6 +48,7 @@ class ExpertCache:
         self.evicted: list[ExpertKey] = []  # by the last reserve()
         self.moved: set[ExpertKey] = set()  # came to be resident, or ceased to; `ResidentTable` takes them out
         self._emptied: set[int] = set()
+        self._closed: set[int] = set()  # slots without memory, which are handed out to nobody
         self.peak_used = 0
         self.num_transient = num_transient
         self._victim_scores = POLICIES[policy]
@@ -204,6 +206,33 @@ class ExpertCache:
             freed.append(slot)
         return freed
 
+    def close(self, slots: Iterable[int]) -> bool:
+        """Evict the experts in these slots, and hand the slots out no more; do nothing where one of them is pinned.
+
+        Returns:
+            Whether they are closed now.
+        """
+        closed = set(slots)
+        if any(self._pins[slot] for slot in closed):
+            return False
+        for slot in closed - set(self._free) - self._closed:
+            self._release(slot)
+            self.evictions += 1
+        self._free = [slot for slot in self._free if slot not in closed]
+        self._emptied -= closed
+        self._closed |= closed
+        return True
+
+    def open(self, slots: Iterable[int]) -> None:
+        """Hand closed slots out again."""
+        opened = self._closed & set(slots)
+        self._closed -= opened
+        self._free += sorted(opened, reverse=True)
+
+    def uses_in(self, slots: Iterable[int]) -> int:
+        """Return how often the experts in these slots were demanded, all together."""
+        return sum(self.uses(key) for slot in slots if (key := self._key_of[slot]) is not None)
+
     def size(self, key: ExpertKey) -> int:
         """Return how many units of the limit an expert takes."""
         return 1 if self.sizes is None else self.sizes[key.layer][key.expert]
@@ -240,7 +269,8 @@ class ExpertCache:
             assert self._state[slot] != _FREE, f"{key} sits in a free slot"
             assert self._state[slot] == _RESIDENT or self._pins[slot] > 0, f"{key} is loading without a pin"
         assert len(set(self._slot_of.values())) == len(self._slot_of), "two experts share a slot"
-        assert sorted([*self._free, *self._slot_of.values()]) == list(range(self.num_slots)), "a slot is lost"
+        held = [*self._free, *self._slot_of.values(), *self._closed]
+        assert sorted(held) == list(range(self.num_slots)), "a slot is lost"
         for slot in self._free:
             empty = self._key_of[slot] is None and self._state[slot] == _FREE and self._pins[slot] == 0
             assert empty, f"free slot {slot} is not empty"
@@ -255,13 +285,18 @@ class ExpertCache:
         for key, slot in self._slot_of.items():
             assert (self._layer[slot], self._expert[slot]) == key, f"slot {slot} is not scored as {key}"
 
-    def clear(self) -> None:
-        """Forget every resident and loading expert, whatever an interrupt has left; the counts stay."""
+    def clear(self, closed: Iterable[int] = ()) -> None:
+        """Forget every resident and loading expert, whatever an interrupt has left; the counts stay.
+
+        Args:
+            closed: the slots that are handed out to nobody.
+        """
         self.moved.update(ExpertKey(*place) for place in np.ndindex(*self._resident.shape))
         self._slot_of.clear()
         self.used = 0
         self._key_of[:] = [None] * self.num_slots
-        self._free[:] = range(self.num_slots - 1, -1, -1)
+        self._closed = set(closed)
+        self._free[:] = [slot for slot in range(self.num_slots - 1, -1, -1) if slot not in self._closed]
         self._state[:], self._pins[:], self._blocked[:], self._present[:] = _FREE, 0, np.inf, False
         self._resident[:] = -1
 
@@ -297,40 +332,3 @@ class ExpertCache:
         self._state[slot], self._pins[slot], self._blocked[slot] = _FREE, 0, np.inf
         self._free.append(slot)
         return key
-
-
-def _lru(cache: ExpertCache) -> np.ndarray:
-    return cache.last_event
-
-
-def _lfu(cache: ExpertCache) -> np.ndarray:
-    return cache.frequency
-
-
-def _lfru(cache: ExpertCache) -> np.ndarray:
-    # Among equals the most recent goes: its layer is the last to run again.
-    return cache.frequency / (cache.ages() + 1) - 1e-12 * cache.last_event
-
-
-def _static(cache: ExpertCache) -> np.ndarray:
-    """The first experts to arrive stay for good; the rest share the transient slots by age."""
-    fixed = np.arange(cache.num_slots) < min(cache.limit, cache.num_slots) - cache.num_transient
-    return np.where(fixed, 1e300, cache.last_event)
-
-
-def _forecast(cache: ExpertCache) -> np.ndarray:
-    """The expert whose slot is worth the least by prediction goes; without a prediction, lfru's."""
-    if cache.forecast is None:
-        return _lfru(cache)
-    return cache.forecast.worth[cache._layer, cache._expert].astype(np.float64)
-
-
-# Each policy maps a cache to [num_slots] scores; the lowest evictable score is evicted.
-# lfru: frequency / (age + 1), arXiv 2608.07911.
-POLICIES: dict[str, Callable[[ExpertCache], np.ndarray]] = {
-    "lru": _lru,
-    "lfu": _lfu,
-    "lfru": _lfru,
-    "static": _static,
-    "forecast": _forecast,
-}

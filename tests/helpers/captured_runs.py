@@ -50,8 +50,8 @@ class Model:
     def __init__(self, folder, memory, trusts):
         self.model = load_moe(folder, expert_memory=memory, dtype=torch.float32, predictor=None, step="python")
         self.runtime, self.capture, self.num_runs = self.model.moeflow, RecordedCapture(), 0
-        slots = self.runtime._residency.pool.tensor
-        table = DeviceTable(self.runtime.cache, slots, self.runtime.experts_per_layer)
+        pool = self.runtime._residency.pool
+        table = DeviceTable(self.runtime.cache, pool, self.runtime.experts_per_layer)
         self.runtime.trusting = Trusting(table, self.runtime._stats)
         self.runtime.trusting.trust = type("Fixed", (Trust,), {"pays": trusts})()
         for layer in self.model.model.layers:

@@ -9,17 +9,21 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers.expert_runtimes import NUM_EXPERTS, NUM_LAYERS, SHORT, GivenSplit, build
 from helpers.fake_predictor import Foretold, random_routes
 from helpers.queued_device import GARBAGE, QueuedDevice, pages
 from helpers.race_detector import RaceDetector
 from helpers.stepped_threads import SteppedThreads
+from helpers.watched_pool import WatchedPool
 from moeflow.checkpoint.store import ExpertStore
-from moeflow.core import ExpertKey
+from moeflow.core import PAGE_BYTES, ExpertKey
 from moeflow.errors import ExpertReadError
 from moeflow.moe.split_compute import TokensOnHost
 from moeflow.offload import read_threads, streams, transfers
+from moeflow.offload.arena import device_governor
+from moeflow.offload.arena.device_governor import DeviceGovernor, DeviceMemory
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.slot_pool import Resident
 from moeflow.offload.trusting.device_table import DeviceTable
@@ -43,6 +47,7 @@ class DeviceRun:
     Attributes:
         wrong: values that a kernel found in a slot and should not have, a line each.
         failure_rate: of reads and copies that fail.
+        given_back: storages of segments.
     """
 
     def __init__(self, seed):
@@ -55,6 +60,7 @@ class DeviceRun:
         )
         self.wrong: list[str] = []
         self._kept: list[torch.Tensor] = []
+        self.given_back: list[StorageWeakRef] = []
         self.failure_rate = self.random.choice((0, 0.03, 0.3))
 
     @property
@@ -69,6 +75,8 @@ class DeviceRun:
             mock.patch.object(streams, "torch", SimpleNamespace(cuda=self.device.cuda)),
             mock.patch.object(streams, "_PIECE_BYTES", 4096),
             mock.patch.object(transfers, "_PART_BYTES", self.random.choice((4096, 8192))),
+            mock.patch.object(device_governor, "_PASSES_PER_MEASUREMENT", 1),
+            mock.patch.object(device_governor, "_PASSES_AFTER_REFUSAL", 2),
             mock.patch.object(read_threads, "queue", self.threads.queue),
             mock.patch.object(read_threads, "threading", self.threads.threading),
             mock.patch.object(time, "perf_counter", self.device.clock),
@@ -93,17 +101,18 @@ class DeviceRun:
 
         def make(pool):
             pool._arena = None  # the device's: the system takes no pages of it back
-            self.device.launch("the owner before", [], writes=_addresses(pool))
+            if not isinstance(pool, WatchedPool):
+                self.device.launch("the owner before", [], writes=_addresses(pool))
             return streams.CudaStreams(torch.device("cuda"))
 
         self._values = values.numpy().view(np.uint8).reshape(NUM_LAYERS, NUM_EXPERTS, -1)
         store_class = partial(_DisturbedStore, run=self)
         runtime = build(path, layout=layout, streams=make, store_class=store_class, **options)
-        addresses = set().union(*map(_addresses, runtime._parts.pools))
         at_collection = runtime._at_collection
         try:
             yield runtime
         finally:
+            addresses = set().union(*map(_addresses, runtime._parts.pools))
             try:
                 runtime.close()
             finally:  # where something was lost, not even that may work
@@ -139,6 +148,7 @@ class DeviceRun:
             "policy": draw.choice(("lru", "lfru", "forecast")),
             "host_slots": host_slots,
             "misses": draw.choice((None, GivenSplit(0, 1, 2))) if host_slots > 4 else None,
+            **self._segments(),
             "predicting": None if draw.random() < 0.3 else partial(_prediction, routes=routes, draw=draw),
         }
         callers = [self.device.cuda.Stream() for _ in range(draw.choice((1, 2, 4)))]
@@ -152,6 +162,20 @@ class DeviceRun:
                         self._pass(runtime, routes[number], number)
                 self._look()
             runtime.check_integrity()
+
+    def _segments(self):
+        """Draw whether the slots lie in segments, which a governor gives back and takes as memory is free."""
+        draw = self.random
+        if draw.random() < 0.5:
+            return {}
+
+        def measure():
+            return DeviceMemory(draw.choice((0, 5, 9, 100)) * PAGE_BYTES, draw.choice((0, 2 * PAGE_BYTES)))
+
+        def governor(pool):
+            return DeviceGovernor(pool, 2, measure=measure, pass_bytes=4 * PAGE_BYTES, key_value_bytes=2 * PAGE_BYTES)
+
+        return {"pool_class": partial(WatchedPool, self), "governor": governor}
 
     def _pass(self, runtime, routes, number):
         draw = self.random
@@ -233,11 +257,13 @@ class DeviceRun:
         return memory
 
     def _trusting(self, runtime):
-        table = DeviceTable(runtime.cache, runtime._residency.pool.tensor, runtime.experts_per_layer)
+        table = DeviceTable(runtime.cache, runtime._residency.pool, runtime.experts_per_layer)
         return Trusting(table, runtime._stats)
 
     def _trusted_step(self, runtime, routes):
         """Run the kernels of a step that looks experts up in the table, without asking the runtime for any."""
+        if runtime.predictor is None:
+            runtime.begin_forward(1, 1, continues=True)
         table, end = runtime.trusting.table, self.random.choice((None,) * 8 + (NotTrustedError, KeyboardInterrupt))
 
         def run():
@@ -266,8 +292,8 @@ class DeviceRun:
 
         def step():
             for key, resident in residents.items():
-                if row_values[key.expert] != resident.slot:
-                    self.wrong.append(f"the table says that {key} lies in slot {row_values[key.expert]}")
+                if row_values[key.expert] != resident.location:
+                    self.wrong.append(f"the table says that {key} lies at {row_values[key.expert]}")
                 self._compare(key.layer, resident)
 
         reads = set().union({row.data_ptr()}, *map(_pages_of, residents.values()))
@@ -275,10 +301,12 @@ class DeviceRun:
 
     def _compare(self, layer, resident):
         expected = self._values[layer, resident.expert]
-        if not np.array_equal(resident.pool.bytes[resident.slot, : len(expected)], expected):
+        if not np.array_equal(resident.pool.record(resident.slot, len(expected)).numpy(), expected):
             self.wrong.append(f"expert {resident.expert} of layer {layer} has other values in slot {resident.slot}")
 
     def _look(self):
+        if any(not memory.expired() for memory in self.given_back):
+            self.wrong.append("memory that was given back is held")
         if self.noticed:
             raise Noticed(self.noticed)
 
@@ -318,7 +346,8 @@ def _meant():
 
 
 def _addresses(pool):
-    return pages(pool.address, pool.num_slots * pool.stride)
+    slots = [slot for slot in range(pool.num_slots) if slot not in pool.closed_slots()]
+    return set().union(*(pages(pool.address_of(slot), pool.stride) for slot in slots))
 
 
 def _pages_of(resident):

@@ -104,9 +104,9 @@ class GivenSplit(MissSplit):
 
 def build(
     path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None, host_pool=None, *,
-    store_class=ExpertStore, predicting=None, layout=SHORT,
+    store_class=ExpertStore, predicting=None, layout=SHORT, pool_class=SlotPool, governor=None,
 ):  # fmt: skip
-    """Build a runtime; `streams` may be made from the pool, `predicting` makes a PredictionLoop from the cache."""
+    """Build a runtime; `streams` and `governor` are made from the pool, `predicting` makes a loop from the cache."""
     size = layout.size
     record = RecordLayout.pack([("w", "F32", (size,))])
     layers = []
@@ -120,11 +120,15 @@ def build(
     if host_slots:
         host_pool = host_pool or SlotPool(host_slots, record.num_bytes, cpu)
         host = HostTier(host_pool, ExpertCache(host_slots, policy))
-    pool, cache = SlotPool(num_slots, record.num_bytes, cpu), ExpertCache(num_slots, policy)
+    pool, cache = pool_class(num_slots, record.num_bytes, cpu), ExpertCache(num_slots, policy)
+    cache.close(pool.closed_slots())
     store = store_class([path], layers)
     streams = streams(pool) if callable(streams) else streams or HostStreams()
     prediction = None if predicting is None else predicting(cache)
-    return ExpertRuntime(store, pool, cache, streams, host=host, num_threads=2, prediction=prediction, misses=misses)
+    return ExpertRuntime(
+        store, pool, cache, streams, host=host, num_threads=2, prediction=prediction, misses=misses,
+        governor=governor and governor(pool),
+    )  # fmt: skip
 
 
 def each(fetched):

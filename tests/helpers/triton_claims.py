@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers.triton_experts import DEVICE, SILU, Experts, decode, error, group, prefill, routed
+from helpers.triton_experts import DEVICE, SILU, Experts, decode, error, group, locate, prefill, routed
+from helpers.triton_segments import test_records_may_lie_in_any_allocations  # noqa: F401 - a claim too
 from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.errors import ConfigError
 from moeflow.kernels.activations import Activation
@@ -121,7 +122,9 @@ def test_decode_is_pairs_and_combine_in_any_split_bit_for_bit(name):
     tokens = torch.arange(3, dtype=torch.int32, device=DEVICE).repeat_interleave(3)
     outputs = torch.zeros(9, 70, device=DEVICE)
     for part in torch.randperm(9, generator=torch.Generator().manual_seed(1)).to(DEVICE).split(4):
-        outputs[part] = experts.kernels.pairs(hidden_states, experts.arena, tokens[part], slots.view(-1)[part])
+        outputs[part] = experts.kernels.pairs(
+            hidden_states, experts.arena, tokens[part], locate(experts.arena, slots.view(-1)[part])
+        )
     assert torch.equal(experts.kernels.combine(outputs, top_k_weights, torch.bfloat16), whole)
 
 
@@ -130,7 +133,8 @@ def test_decode_is_pairs_and_combine_in_any_split_bit_for_bit(name):
 def test_lookup_is_decode_bit_for_bit_and_tells_of_absent_experts(name, numbers_dtype):
     experts = Experts(name, 70, 72, bias=True)
     hidden_states, _, top_k_weights = routed(experts, 3, 3, torch.bfloat16)
-    table = torch.tensor([9, -1, 3, 0, -1, 4, 1, 7], dtype=torch.int32, device=DEVICE)[1:7]  # starts at 4 bytes
+    table = torch.tensor([9, -1, 3, 0, -1, 4, 1, 7], dtype=torch.int32, device=DEVICE)
+    table = locate(experts.arena, table)[1:7]  # starts at 4 bytes
     slots = torch.tensor([[3, 0, -1], [1, 4, 3], [0, -1, 0]], dtype=torch.int32, device=DEVICE)
     for none, absent, told in ((6, False, 0), (2**31 - 1, False, 0), (-1, False, 0), (6, True, 1)):
         numbers = torch.tensor([[1, 2, none], [5, 4, 1], [2, none, 2]], dtype=numbers_dtype, device=DEVICE)
@@ -150,8 +154,8 @@ def test_prefill_is_the_same_bits_in_any_split_of_its_experts():
     def run(begin, end, outputs):
         part = slice(offsets[begin], offsets[end])
         experts.kernels.prefill(
-            hidden_states, experts.arena, present[begin:end], tokens[part], offsets[begin : end + 1] - offsets[begin],
-            places[part], outputs,
+            hidden_states, experts.arena, locate(experts.arena, present[begin:end]), tokens[part],
+            offsets[begin : end + 1] - offsets[begin], places[part], outputs,
         )  # fmt: skip
         return outputs
 
@@ -169,7 +173,8 @@ def test_prefill_serves_experts_of_several_tiles_and_none():
     tokens = torch.arange(50, dtype=torch.int32, device=DEVICE)
     offsets = torch.tensor([0, 37, 37, 50], dtype=torch.int32, device=DEVICE)
     outputs = torch.zeros(50, 32, device=DEVICE)
-    experts.kernels.prefill(hidden_states, experts.arena, slots, tokens, offsets, tokens.flip(0), outputs)
+    locations = locate(experts.arena, slots)
+    experts.kernels.prefill(hidden_states, experts.arena, locations, tokens, offsets, tokens.flip(0), outputs)
     expected = torch.cat((experts.expected(hidden_states[:37], 2), experts.expected(hidden_states[37:], 3)))
     assert error(outputs.flip(0), expected) < 1e-5
 
@@ -225,6 +230,7 @@ def test_scales_of_mxfp4_reach_both_ends():
 def test_torch_compile_takes_the_calls_whole():
     experts = Experts("int4-g64", 32, 32)
     hidden_states, slots, top_k_weights = routed(experts, 2, 2, torch.float32)
+    slots = locate(experts.arena, slots)
     groups = group(slots)
     tokens = torch.tensor([0, 0, 1, 1], dtype=torch.int32, device=DEVICE)
 

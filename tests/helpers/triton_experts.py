@@ -121,6 +121,11 @@ def routed(experts, num_tokens, top_k, dtype, seed=0):
     return hidden_states.to(DEVICE), slots.to(DEVICE), top_k_weights.to(DEVICE)
 
 
+def locate(arena, slots):
+    """Return the locations of slots of an arena, -1 for -1."""
+    return torch.where(slots < 0, -1, slots * (arena.stride(0) // 64)).int()
+
+
 def group(slots):
     """Sort routes by expert: (slots [E'], tokens [S], offsets [E' + 1], places [S])."""
     flat = slots.reshape(-1)
@@ -133,12 +138,14 @@ def group(slots):
 def prefill(experts, hidden_states, slots, top_k_weights):
     outputs = torch.zeros(slots.numel(), hidden_states.shape[1], device=DEVICE)
     present, tokens, offsets, places = group(slots)
-    experts.kernels.prefill(hidden_states, experts.arena, present, tokens, offsets, places, outputs)
+    located = locate(experts.arena, present)
+    experts.kernels.prefill(hidden_states, experts.arena, located, tokens, offsets, places, outputs)
     return experts.kernels.combine(outputs, top_k_weights, hidden_states.dtype)
 
 
 def decode(experts, hidden_states, slots, top_k_weights):
-    return experts.kernels.decode(hidden_states, experts.arena, slots, top_k_weights)
+    located = locate(experts.arena, slots)
+    return experts.kernels.decode(hidden_states, experts.arena, located, top_k_weights)
 
 
 def error(result, expected):

@@ -45,8 +45,8 @@ for name in sys.argv[3:]:
     model = load_moe(sys.argv[1], expert_memory=sys.argv[2], dtype=torch.float32, predictor=predictor, step="python")
     runtime = model.moeflow
     if name != "asking":
-        slots = runtime._residency.pool.tensor
-        runtime.trusting = Trusting(DeviceTable(runtime.cache, slots, runtime.experts_per_layer), runtime._stats)
+        pool = runtime._residency.pool
+        runtime.trusting = Trusting(DeviceTable(runtime.cache, pool, runtime.experts_per_layer), runtime._stats)
         runtime.trusting.trust = Never()
     if predictor is not None:
         runtime.prediction.prefetcher._min_probability = 0.01

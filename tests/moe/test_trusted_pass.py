@@ -32,8 +32,8 @@ for trusts in (False, True):
     model = load_moe(sys.argv[1], expert_memory="100%", dtype=torch.float32, predictor=None, step="python")
     runtime = model.moeflow
     if trusts:
-        slots = runtime._residency.pool.tensor
-        runtime.trusting = Trusting(DeviceTable(runtime.cache, slots, runtime.experts_per_layer), runtime._stats)
+        pool = runtime._residency.pool
+        runtime.trusting = Trusting(DeviceTable(runtime.cache, pool, runtime.experts_per_layer), runtime._stats)
         runtime.trusting.trust = Always()
     for layer in model.model.layers:
         module = layer.mlp.experts

@@ -7,6 +7,7 @@ not written while they may read it (`Residency.end_use_of_all`). Knows slots. Kn
 import numpy as np
 import torch
 
+from moeflow.offload.slot_pool import SlotPool
 from moeflow.policy.cache import ExpertCache
 
 _ABSENT = -1
@@ -17,41 +18,46 @@ class DeviceTable:
 
     Args:
         cache: which expert sits in which slot.
-        slots: uint8 [num_slots, slot_bytes], on the device.
+        pool: the slots.
         experts_per_layer: [num_layers] numbers of experts.
 
     Attributes:
-        arena: the slots.
+        arena: the pool's base, from which locations count.
         missed: int32 [num_layers], on the device: what a kernel sets to 1 where its layer wants an absent expert.
     """
 
-    def __init__(self, cache: ExpertCache, slots: torch.Tensor, experts_per_layer: list[int]) -> None:
-        shape, device = (len(experts_per_layer), max(experts_per_layer)), slots.device
-        self.arena = slots
+    def __init__(self, cache: ExpertCache, pool: SlotPool, experts_per_layer: list[int]) -> None:
+        shape, device = (len(experts_per_layer), max(experts_per_layer)), pool.device
+        self.arena = pool.base
         self._cache = cache
-        self._mirror = np.full(shape, _ABSENT, np.int32)
-        self._slots = torch.full(shape, _ABSENT, dtype=torch.int32, device=device)
-        self._rows = [self._slots.select(0, layer).narrow(0, 0, count) for layer, count in enumerate(experts_per_layer)]
+        self._pool = pool
+        self._slots = np.full(shape, _ABSENT, np.int32)  # that the table shows
+        self._mirror = self._slots.copy()  # of the table
+        self._locations = torch.full(shape, _ABSENT, dtype=torch.int32, device=device)
+        self._rows = [
+            self._locations.select(0, layer).narrow(0, 0, count) for layer, count in enumerate(experts_per_layer)
+        ]
         self._stale: set[int] = set()  # layers whose row on the device is not the mirror's
         self.missed = torch.zeros(shape[0], dtype=torch.int32, device=device)
 
     def row(self, layer: int) -> torch.Tensor:
-        """Return the slot of each expert of a layer, -1 where it is absent: int32 [E] on the device."""
+        """Return the location of each expert of a layer, -1 where it is absent: int32 [E] on the device."""
         return self._rows[layer]
 
     def shown(self, layer: int) -> np.ndarray:
-        """Return the same as of the last `refresh`, in host memory: int32 [E]."""
-        return self._mirror[layer, : len(self._rows[layer])]
+        """Return the slot of each expert as of the last `refresh`, -1 where it is absent: int32 [E] in host memory."""
+        return self._slots[layer, : len(self._rows[layer])]
 
     def refresh(self) -> None:
         """Write the rows that have changed, in the caller's stream. An interrupt leaves the rest to the next call."""
-        cache = self._cache
+        cache, pool = self._cache, self._pool
         for key in list(cache.moved):
             self._stale.add(key.layer)
             slot = cache.lookup(key)
-            self._mirror[key] = _ABSENT if slot is None else slot
+            self._slots[key] = _ABSENT if slot is None else slot
+            self._mirror[key] = _ABSENT if slot is None else pool.location(slot)
             cache.moved.discard(key)
         for layer in list(self._stale):
             # From pageable memory, which the driver copies before it returns: the mirror may change at once.
-            self._slots.select(0, layer).copy_(torch.from_numpy(self._mirror[layer]), non_blocking=True)
+            self._locations.select(0, layer).copy_(torch.from_numpy(self._mirror[layer]), non_blocking=True)
             self._stale.discard(layer)

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.paths import ROOT
 from moeflow import hardware
-from moeflow.offload.memory_governor import MemoryGovernor
+from moeflow.offload.arena.memory_governor import MemoryGovernor
 
 MIB = 1 << 20
 
