@@ -169,7 +169,7 @@ def layer_on(model, device: str, tokens: int):
     runtime, experts = model.moeflow, model.model.layers[0].mlp.experts._moeflow
     base = torch.empty(EXPERTS, runtime._slot_bytes, dtype=torch.uint8, device=device)
     runtime.device = torch.device(device)
-    pool = SimpleNamespace(device=base.device, base=base)  # a SlotPool asks for addresses, which fakes have not
+    pool = SimpleNamespace(base=base)  # a SlotPool asks for addresses, which fakes have not
     runtime.trusting = Trusting(DeviceTable(runtime.cache, pool, runtime.experts_per_layer), runtime._stats)
     runtime.trusting.step = TrustedStep(runtime.trusting.table)
     hidden_states = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device)

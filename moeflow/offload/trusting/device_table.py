@@ -27,7 +27,7 @@ class DeviceTable:
     """
 
     def __init__(self, cache: ExpertCache, pool: SlotPool, experts_per_layer: list[int]) -> None:
-        shape, device = (len(experts_per_layer), max(experts_per_layer)), pool.device
+        shape, device = (len(experts_per_layer), max(experts_per_layer)), pool.base.device
         self.arena = pool.base
         self._cache = cache
         self._pool = pool
