@@ -217,7 +217,7 @@ def count_predicted_layer(folder: str, predictor: str, tokens: int) -> dict[str,
         with FakeTensorMode(allow_non_fake_inputs=True):
             experts, arguments = layer_on(model, "cuda:0", tokens)
             runtime.trusting.step = None
-            runtime.trusting.table._mirror[0] = [runtime.cache.slot(ExpertKey(0, expert)) for expert in range(EXPERTS)]
+            runtime.trusting.table._slots[0] = [runtime.cache.slot(ExpertKey(0, expert)) for expert in range(EXPERTS)]
             runtime.cache.moved.clear()
             if runtime.predictor.signal == "residual":
                 runtime.prediction._tap.residual = lambda layer, hidden_states: hidden_states

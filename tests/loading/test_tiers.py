@@ -8,8 +8,11 @@ from helpers.two_cards import TwoCards
 from moeflow.core import PAGE_BYTES
 from moeflow.loading import tiers
 from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.gpu import Gpu
+from moeflow.loading.gpu_memory import GpuMemory
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
+from moeflow.loading.warm_up import WarmUp
 from moeflow.offload.arena.segmented_pool import SegmentedPool
 
 MIB = 1 << 20
@@ -75,7 +78,9 @@ def load(tmp_path, card):
     experts = Experts([path], None, layers, ExpertsSize.of([one.layout for one in layers], 2, whole_slots=True))
 
     def load(**options):
-        return build_runtime(experts, LoadOptions(device="cuda:1", **options), None, None, bytes_per_position=1)
+        gpu = Gpu(GpuMemory(torch.device("cuda:1")), WarmUp(4096, 192 * MIB), PAGE_BYTES)
+        options = LoadOptions(device="cuda:1", **options)
+        return build_runtime(experts, options, None, None, bytes_per_position=1, gpu=gpu)
 
     return load
 

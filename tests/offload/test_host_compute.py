@@ -129,8 +129,8 @@ def test_host_slot_is_not_overwritten_while_the_cpu_computes(experts_file, monke
         assert ExpertKey(0, 0) in runtime._transfers._host.cache
         read, has_read = runtime.store.read, threading.Semaphore(0)
 
-        def reading(key, record):
-            found = read(key, record)
+        def reading(key, record, **how):
+            found = read(key, record, **how)
             has_read.release()
             return found
 

@@ -55,7 +55,7 @@ def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_files):
     modules = [importlib.import_module(name) for name in names]
     lost = LostEvents(modules, (Event, streams._Point), ORDERS)
     with lost.installed():
-        for seed in range(20):
+        for seed in range(40):
             assert noticed(experts_files, seed) == []
         assert lost.unreached("streams.") == []  # all that the rooms ask of streams, these runs have asked
         lines, first = inspect.getsourcelines(CudaStreams._leave_copy_stream)  # test_streams_of_two_cards strikes there
@@ -64,7 +64,7 @@ def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_files):
         unnoticed = []
         for number in sorted(lost.seen):
             lost.lost = number
-            if not any(noticed(experts_files, seed) for seed in range(60)):
+            if not any(noticed(experts_files, seed) for seed in range(200)):
                 unnoticed.append(str(lost.sites[number]))
     assert unnoticed == []
     assert len(lost.seen) > 50

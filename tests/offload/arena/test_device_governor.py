@@ -168,10 +168,10 @@ def test_an_interrupt_while_memory_moves_leaves_a_runtime_that_works(experts_fil
         assert runtime._residency.pool.num_open == runtime.cache.limit == 12
 
 
-def test_runs_with_other_owners_give_memory_back_and_take_it_again(experts_file):
+def test_runs_with_other_owners_give_memory_back_and_take_it_again(experts_files):
     given_back = 0
     for seed in range(20):
         run = DeviceRun(seed)
-        assert run.run(experts_file) == []
+        assert run.run(experts_files) == []
         given_back += len(run.given_back)
     assert given_back > 10
