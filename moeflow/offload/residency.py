@@ -255,6 +255,8 @@ class Residency:
     def _resize(self, pool: SegmentedPool, limit: int) -> int:
         """Give segments beyond the limit back, or take more up to it where there is memory; return the slots left."""
         left, gone = pool.num_open, []
+        if limit == left:
+            return limit  # as in most passes
         for segment in sorted(pool.segments_to_spare(), key=lambda one: self.cache.uses_in(pool.slots_of(one))):
             slots = pool.slots_of(segment)
             if left - len(slots) >= limit and self.cache.close(slots):

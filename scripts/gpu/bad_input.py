@@ -43,7 +43,8 @@ def run(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
             "memory for the dense weights and little more": lambda: with_ballast(job, 3 << 30),
             "no locked memory allowed": lambda: without_locked_memory(job),
             "pinned memory of a terabyte": lambda: answer(job, host_memory=1 << 40),
-            "another process takes the memory after loading": lambda: with_neighbour(job),
+            "another process takes the memory after loading": lambda: with_neighbour(job, "25%"),
+            "the same, and experts may give some back": lambda: with_neighbour(job, "auto"),
             "Triton's cache folder cannot be written": lambda: in_child(job, TRITON_CACHE_DIR="/dev/null/triton"),
         }
     wrong = []
@@ -119,9 +120,9 @@ def _neighbour() -> Any:
         process.communicate()
 
 
-def with_neighbour(job: dict[str, Any]) -> list[int]:
+def with_neighbour(job: dict[str, Any], expert_memory: str) -> list[int]:
     """Answer a prompt that needs more memory than another process has left, then a short one."""
-    with loaded(job, "bfloat16", expert_memory="25%", predictor=None) as model:
+    with loaded(job, "bfloat16", expert_memory=expert_memory, predictor=None) as model:
         with _neighbour():
             outcome, is_right = outcome_of(lambda: generate(model, draw_prompt(model, 8192), 2))
         found = generate(model, draw_prompt(model, 16), 4)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from helpers.disturbed_store import DisturbedStore
 from helpers.expert_runtimes import NUM_EXPERTS, NUM_LAYERS, SHORT, GivenSplit, build
 from helpers.fake_predictor import Foretold, random_routes
-from helpers.queued_device import GARBAGE, QueuedDevice, pages
+from helpers.queued_device import QueuedDevice, pages
 from helpers.race_detector import RaceDetector
 from helpers.stepped_threads import SteppedThreads
 from helpers.watched_pool import WatchedPool
-from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES, ExpertKey
 from moeflow.errors import ExpertReadError
 from moeflow.moe.split_compute import TokensOnHost
@@ -106,7 +106,7 @@ class DeviceRun:
             return streams.CudaStreams(torch.device("cuda"))
 
         self._values = values.numpy().view(np.uint8).reshape(NUM_LAYERS, NUM_EXPERTS, -1)
-        store_class = partial(_DisturbedStore, run=self)
+        store_class = partial(DisturbedStore, run=self)
         runtime = build(path, layout=layout, streams=make, store_class=store_class, **options)
         at_collection = runtime._at_collection
         try:
@@ -309,30 +309,6 @@ class DeviceRun:
             self.wrong.append("memory that was given back is held")
         if self.noticed:
             raise Noticed(self.noticed)
-
-
-class _DisturbedStore(ExpertStore):
-    """Reads that begin with garbage in the slot, let others run, and fail at times."""
-
-    def __init__(self, *args, run):
-        super().__init__(*args)
-        self._run = run
-
-    def read(self, key, record, **how):
-        self._disturb("a read from disk", record)
-        self._run.fail_at_times()
-        return super().read(key, record, **how)
-
-    def _read_some(self, part, done):
-        """Of a part, which a helper may read."""
-        self._disturb("a part of a read", np.frombuffer(part.memory, np.uint8)[done:])
-        self._run.fail_at_times()
-        return super()._read_some(part, done)
-
-    def _disturb(self, name, memory):
-        self._run.device.host_access(name, writes=pages(memory.ctypes.data, memory.nbytes))
-        memory[:] = GARBAGE
-        self._run.threads.step()
 
 
 @contextlib.contextmanager

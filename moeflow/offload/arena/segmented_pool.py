@@ -100,7 +100,8 @@ class SegmentedPool(SlotPool):
         for segment in segments:
             self._release(segment)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with torch.cuda.device(self.device):
+                torch.cuda.empty_cache()
 
     def record(self, slot: int, num_bytes: int) -> torch.Tensor:
         segment = self._segment_of[slot]

@@ -32,12 +32,12 @@ class DeviceTable:
         self._cache = cache
         self._pool = pool
         self._slots = np.full(shape, _ABSENT, np.int32)  # that the table shows
-        self._mirror = self._slots.copy()  # of the table
+        self._on_host = self._slots.copy()  # of the table
         self._locations = torch.full(shape, _ABSENT, dtype=torch.int32, device=device)
         self._rows = [
             self._locations.select(0, layer).narrow(0, 0, count) for layer, count in enumerate(experts_per_layer)
         ]
-        self._stale: set[int] = set()  # layers whose row on the device is not the mirror's
+        self._stale: set[int] = set()  # layers whose row on the device is not the one of the host
         self.missed = torch.zeros(shape[0], dtype=torch.int32, device=device)
 
     def row(self, layer: int) -> torch.Tensor:
@@ -55,9 +55,9 @@ class DeviceTable:
             self._stale.add(key.layer)
             slot = cache.lookup(key)
             self._slots[key] = _ABSENT if slot is None else slot
-            self._mirror[key] = _ABSENT if slot is None else pool.location(slot)
+            self._on_host[key] = _ABSENT if slot is None else pool.location(slot)
             cache.moved.discard(key)
         for layer in list(self._stale):
-            # From pageable memory, which the driver copies before it returns: the mirror may change at once.
-            self._locations.select(0, layer).copy_(torch.from_numpy(self._mirror[layer]), non_blocking=True)
+            # From pageable memory, which the driver copies before it returns: the host's may change at once.
+            self._locations.select(0, layer).copy_(torch.from_numpy(self._on_host[layer]), non_blocking=True)
             self._stale.discard(layer)
