@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moeflow.engine.request import Completion
 
 # (token id, log-probability, the likeliest tokens with theirs) of each token
-_Logprobs = list[tuple[int, float | None, list[tuple[int, float]]]]
+Logprobs = list[tuple[int, float | None, list[tuple[int, float]]]]
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
@@ -85,7 +85,7 @@ def response_body(
         choice |= {"text": completion.text}
     choice["logprobs"] = None
     if completion.logprobs is not None:
-        choice["logprobs"] = (_chat_logprobs if in_chat else _text_logprobs)(token_logprobs(completion), decode)
+        choice["logprobs"] = (chat_logprobs if in_chat else text_logprobs)(token_logprobs(completion), decode)
     return {
         "id": id,
         "object": "chat.completion" if in_chat else "text_completion",
@@ -110,21 +110,24 @@ def batch_record(
     return {"id": f"batch_req_{number}", "custom_id": custom_id, "response": response, "error": error}
 
 
-def token_logprobs(completion: Completion) -> _Logprobs:
+def token_logprobs(completion: Completion) -> Logprobs:
     """Return (token id, log-probability, the likeliest tokens with theirs) of each token of a completion."""
     assert completion.logprobs is not None, "its request asked for none"
     pairs = zip(completion.token_ids, completion.logprobs, strict=True)
     return [(token_id, logprob, top) for token_id, (logprob, top) in pairs]
 
 
-def _chat_logprobs(logprobs: _Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:
+def chat_logprobs(logprobs: Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:
+    """Return log-probabilities in the form of an answer to messages."""
+
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         return {"token": decode(token_id), "logprob": logprob, "bytes": None}
 
     return {"content": [{**entry(i, p), "top_logprobs": [entry(*each) for each in top]} for i, p, top in logprobs]}
 
 
-def _text_logprobs(logprobs: _Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:
+def text_logprobs(logprobs: Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:
+    """Return log-probabilities in the form of a continued text."""
     return {
         "tokens": [decode(token_id) for token_id, _, _ in logprobs],
         "token_logprobs": [logprob for _, logprob, _ in logprobs],

@@ -47,7 +47,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     if arguments.system is not None:
         check_text(arguments.system, "--system")
     given = given_sampling(arguments)
-    source = _ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
+    source = ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     model, tokenizer = load_model(source, arguments)
     with model.moeflow:
         prepare_step(model)
@@ -94,8 +94,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ensure_demo_model(yes: bool) -> str:
-    """Return the demo model's folder, building it once the user knows what that takes."""
+def ensure_demo_model(yes: bool) -> str:
+    """Return the demo model's folder, building it once the user knows what that takes.
+
+    Args:
+        yes: build it without asking.
+    """
     from moeflow.demo.model import build_demo_model, default_demo_path, describe_demo_model
     from moeflow.formatting import format_bytes
 

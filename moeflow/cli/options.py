@@ -4,7 +4,7 @@ The flags are the fields of `LoadOptions` and `SamplingParams`. Knows argparse a
 """
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -33,11 +33,12 @@ _SAMPLING_HELP = {  # field: (metavar, help)
 _TYPES = {"int": int, "float": float, "int | None": int}
 
 
-def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of load_moe, and --json, to a command.
+def add_loading_options(parser: argparse.ArgumentParser, *, as_json: bool = True) -> None:
+    """Add the flags of load_moe to a command.
 
     Args:
         parser: of the command.
+        as_json: whether it has --json as well.
     """
     for option in flag_options():
         flag, text = f"--{option.name.replace('_', '-')}", option.metadata["flag"].replace("%", "%%")
@@ -46,17 +47,23 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         else:
             kind = float if isinstance(option.default, float) else str
             parser.add_argument(flag, type=kind, default=option.default, metavar=option.metadata["metavar"], help=text)
-    parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
+
+
+def _tell_nothing(text: str) -> None:
+    """Tell nobody what comes next."""
 
 
 def load_model(
-    source: str | Path, arguments: argparse.Namespace, **options: Any
+    source: str | Path, arguments: argparse.Namespace, *, tell: Callable[[str], None] = _tell_nothing, **options: Any
 ) -> "tuple[Any, PreTrainedTokenizerBase]":
     """Load model and tokenizer, with the loader's progress only on a terminal.
 
     Args:
         source: a hub id or a folder.
         arguments: what `add_loading_options` parsed.
+        tell: called with what comes next, as it comes.
         **options: passed to load_moe as well.
 
     Returns:
@@ -67,6 +74,7 @@ def load_model(
 
     console = Console(stderr=True)
     with Status(f"loading {source}", console=console) if console.is_terminal else nullcontext():
+        tell("importing torch and transformers")
         from transformers.utils import logging
 
         from moeflow.hf.pretrained import load_tokenizer
@@ -76,7 +84,9 @@ def load_model(
         flags = {option.name: getattr(arguments, option.name) for option in flag_options()}
         if flags["predictor"] == "none":
             flags["predictor"] = None
+        tell("loading the weights that stay in memory")
         model = load_moe(source, **flags, **options)
+        tell("loading the tokenizer")
         tokenizer = load_tokenizer(source)
     return model, tokenizer
 

@@ -294,7 +294,7 @@ class Engine:
             return
         self._counts["new_tokens"] += 1
         if reason is None:
-            self._outputs.put(StepOutput(sequence.id, [token_id], text, None))
+            self._outputs.put(request.output([token_id], text))
         else:
             self._end(request, [token_id], text, reason)
 
@@ -315,7 +315,7 @@ class Engine:
         if self._groups is not None:
             self._groups.forget(completion.id)
         self._reasons[reason] += 1
-        self._outputs.put(StepOutput(completion.id, token_ids, text + rest, completion))
+        self._outputs.put(request.output(token_ids, text + rest, completion))
 
     @in_turn
     def _claim(self) -> str:

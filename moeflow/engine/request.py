@@ -47,12 +47,14 @@ class StepOutput(NamedTuple):
         token_ids: new tokens.
         text: new text; may come later than its tokens.
         completion: set where it ended.
+        logprobs: of the new tokens, as in `Completion`; None where not asked for.
     """
 
     id: str
     token_ids: list[int]
     text: str
     completion: Completion | None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Request:
@@ -91,6 +93,11 @@ class Request:
             self.text += text
         reason = "stop" if ends or stopped else "length" if len(sequence.token_ids) == sequence.max_new_tokens else None
         return sampled.token_id, text, reason
+
+    def output(self, token_ids: list[int], text: str, completion: Completion | None = None) -> StepOutput:
+        """Return what a step gave this request: its newest tokens, the text that is now certain, and its end."""
+        logprobs = None if self.logprobs is None else self.logprobs[len(self.logprobs) - len(token_ids) :]
+        return StepOutput(self.sequence.id, token_ids, text, completion, logprobs)
 
     def finish(self, reason: str, error: str | None) -> tuple[str, Completion]:
         """Return the text that was held back until now, and the completion."""
