@@ -22,7 +22,7 @@ Logprobs = list[tuple[int, float | None, list[tuple[int, float]]]]
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
-_NOT_IN_OPENAI = ("max_new_tokens", "logprobs")  # these have another name or meaning there
+_NOT_IN_OPENAI = ("max_new_tokens", "logprobs", "prompt_logprobs")  # these have another name or meaning there
 _WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier")
 OPENAI_FIELDS = (
     *(name for name in _SAMPLING if name not in _NOT_IN_OPENAI),
@@ -115,6 +115,13 @@ def token_logprobs(completion: Completion) -> Logprobs:
     assert completion.logprobs is not None, "its request asked for none"
     pairs = zip(completion.token_ids, completion.logprobs, strict=True)
     return [(token_id, logprob, top) for token_id, (logprob, top) in pairs]
+
+
+def prompt_logprobs(completion: Completion) -> Logprobs:
+    """Return the same of each token of a completion's prompt; nothing is known of the first."""
+    assert completion.prompt_logprobs is not None, "its request asked for none"
+    pairs = zip(completion.prompt_ids, completion.prompt_logprobs, strict=True)
+    return [(token_id, *(found or (None, []))) for token_id, found in pairs]
 
 
 def chat_logprobs(logprobs: Logprobs, decode: Callable[[int], str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ _SAMPLING_HELP = {  # field: (metavar, help)
     "seed": ("S", "seed of the sampling"),
     "stop": ("TEXT", "end an answer before TEXT; may be repeated"),
     "logprobs": ("N", "report each token's log-probability and those of the N likeliest"),
+    "prompt_logprobs": ("N", "the same of each token of the prompt but the first"),
     "ignore_eos": ("", "go on behind the end of sequence"),
 }
 _TYPES = {"int": int, "float": float, "int | None": int}

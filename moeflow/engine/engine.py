@@ -71,8 +71,7 @@ class Engine:
         observers = getattr(getattr(model, "moeflow", None), "observers", ())
         if any(isinstance(observer, TraceRecorder) for observer in observers):
             raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens = forward.end_tokens(model, tokenizer)
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
@@ -284,11 +283,12 @@ class Engine:
             self._end(request, [], "", "error", error)
             return
         self._counts["prompt_tokens"] += len(piece.tokens) * (not sequence.decoding)
+        request.score(logits)
         sequence.num_computed += len(piece.tokens)
-        if logits is None:
+        if logits is None or not piece.samples:
             return
         try:
-            token_id, text, reason = request.choose(logits, self._end_tokens)
+            token_id, text, reason = request.choose(logits[-1], self._end_tokens)
         except RuntimeError as error:
             self._end(request, [], "", "error", f"no token could be chosen from the model's logits: {error}")
             return

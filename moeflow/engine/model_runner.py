@@ -26,7 +26,8 @@ class Computed(NamedTuple):
 
     Args:
         piece: what was to be computed.
-        logits: [V] of its last token, where the piece samples.
+        logits: [rows, V] of its last token where the piece samples, of all its tokens where its prompt is scored; None
+            for none of these.
         error: the reason where it could not be computed.
     """
 
@@ -95,13 +96,14 @@ class ModelRunner:
         tokens: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
+        rows: list[int] = []  # of each piece
         for sequence, new, samples in pieces:
             segment = Segment(self.slots[sequence.id], sequence.num_computed, len(new), sequence.length)
             segments.append(segment)
             tokens += new
             positions += range(segment.start, segment.end)
-            if samples:
-                keep.append(len(tokens) - 1)
+            rows.append(len(new) if sequence.scored and not sequence.token_ids else int(samples))
+            keep += range(len(tokens) - rows[-1], len(tokens))
         input_ids, position_ids, places = (
             torch.tensor(values, dtype=torch.long, device=self._model.device)
             for values in (tokens, positions, keep or [len(tokens) - 1])
@@ -115,8 +117,8 @@ class ModelRunner:
                 with self._cache.running(self._model, segments):
                     return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
 
-        logits = iter(self._turns.run(run_pass))
-        return [Computed(piece, next(logits) if piece.samples else None) for piece in pieces]
+        logits = self._turns.run(run_pass)[: sum(rows)].split(rows)
+        return [Computed(piece, own if len(own) else None) for piece, own in zip(pieces, logits, strict=True)]
 
     def _step(
         self, segments: list[Segment], input_ids: torch.Tensor, position_ids: torch.Tensor

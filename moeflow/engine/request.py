@@ -17,6 +17,9 @@ from moeflow.engine.stop_strings import StopStrings
 TokenLogprob = tuple[float | None, list[tuple[int, float]]]  # a token's, and (token id, logprob) of the likeliest
 
 
+_SCORED_ROWS = 64  # at once, since each is as long as the vocabulary
+
+
 class Completion(NamedTuple):
     """A request that ended.
 
@@ -28,6 +31,7 @@ class Completion(NamedTuple):
         finish_reason: "stop" (the model ended, or a stop string came), "length", "cancelled" or "error".
         error: the reason, for "error".
         logprobs: (logprob, [(token id, logprob)]) of each token; None where not asked for.
+        prompt_logprobs: the same of each token of the prompt, None of the first; None where not asked for.
     """
 
     id: str
@@ -37,6 +41,7 @@ class Completion(NamedTuple):
     finish_reason: str
     error: str | None
     logprobs: list[TokenLogprob] | None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class StepOutput(NamedTuple):
@@ -67,6 +72,29 @@ class Request:
         self.stops = None if tokenizer is None else StopStrings(tokenizer, params.stop, sequence.prompt_ids)
         self.text = ""  # what is certain of the answer so far
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(sequence.prompt_ids)
+            sequence.scored = True
+
+    def score(self, logits: torch.Tensor | None) -> None:
+        """Note how likely the prompt's next tokens are, where that was asked for.
+
+        Args:
+            logits: [N, V], of the prompt's tokens from the first that is not computed; None where there are none.
+        """
+        most, begin = self.params.prompt_logprobs, self.sequence.num_computed + 1
+        if logits is None or self.prompt_logprobs is None or most is None or self.sequence.token_ids:
+            return
+        next_ids = self.sequence.prompt_ids[begin : begin + len(logits)]
+        ids = torch.tensor(next_ids, dtype=torch.long, device=logits.device)
+        for rows, own in zip(logits[: len(ids)].split(_SCORED_ROWS), ids.split(_SCORED_ROWS), strict=True):
+            logprobs = rows.float().log_softmax(-1)
+            chosen = logprobs.gather(1, own[:, None])[:, 0].tolist()
+            values, places = logprobs.topk(min(most, logprobs.shape[1]))
+            for logprob, likeliest, their in zip(chosen, places.tolist(), values.tolist(), strict=True):
+                self.prompt_logprobs[begin] = logprob, list(zip(likeliest, their, strict=True))
+                begin += 1
 
     def choose(self, logits: torch.Tensor, end_tokens: Collection[int]) -> tuple[int, str, str | None]:
         """Sample the next token and append it.
@@ -105,7 +133,14 @@ class Request:
         self.text += rest
         sequence = self.sequence
         completion = Completion(
-            sequence.id, sequence.prompt_ids, sequence.token_ids, self.text, reason, error, self.logprobs
+            sequence.id,
+            sequence.prompt_ids,
+            sequence.token_ids,
+            self.text,
+            reason,
+            error,
+            self.logprobs,
+            self.prompt_logprobs,
         )
         return rest, completion
 

@@ -32,6 +32,7 @@ class SamplingParams:
         stop: texts that end the answer and are not part of it, special tokens (`<|im_end|>`) included; where none are
             given, those of the model's generation settings.
         logprobs: number of likeliest tokens to report with each token, 0 for the token alone; None for no report.
+        prompt_logprobs: the same of each token of the prompt but the first, which then is computed whole.
         ignore_eos: go on behind the model's end-of-sequence token.
 
     Raises:
@@ -49,6 +50,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("max_new_tokens", "top_k"):
             self._check(name, _is_int, "a whole number")
-        for name in ("seed", "logprobs"):
+        for name in ("seed", "logprobs", "prompt_logprobs"):
             self._check(name, lambda value: value is None or _is_int(value), "a whole number or None")
         for name in (
             "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -72,7 +74,8 @@ class SamplingParams:
         self._check("min_p", lambda value: 0 <= value <= 1, "0 to 1")
         self._check("repetition_penalty", lambda value: value > 0, "above 0, where 1 changes nothing")
         self._check("seed", lambda value: value is None or 0 <= value < 2**63, "0 to 2**63 - 1, or None")
-        self._check("logprobs", lambda value: value is None or value >= 0, "0 or more, or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            self._check(name, lambda value: value is None or value >= 0, "0 or more, or None")
         self._check("stop", _is_texts, "a tuple or list of texts, none of them empty")
         self._check("ignore_eos", lambda value: isinstance(value, bool), "True or False")
 

@@ -95,7 +95,7 @@ class Scheduler:
         for one in self.running:
             if one.decoding or not left:
                 continue
-            if not one.begun and self.share_prefixes:
+            if not one.begun and self.share_prefixes and not one.scored:
                 donor, shared = self._longest(one, after)
                 if donor is not None and shared > donor.num_computed:
                     continue  # a step later all of it is there

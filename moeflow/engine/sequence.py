@@ -23,6 +23,7 @@ class Sequence:
         max_new_tokens: most tokens it may get.
         scaling_of: names the scaling of positions in a call of a length; equal names, equal scalings.
         restart: length at which all its positions are computed anew; None for no such length.
+        scored: whether logits of all its prompt's tokens are wanted; then it shares no other's keys and values.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Sequence:
     max_new_tokens: int
     scaling_of: Callable[[int], Hashable] = _unscaled
     restart: int | None = None
+    scored: bool = False
     token_ids: list[int] = field(default_factory=list)  # the answer so far
     num_computed: int = 0  # positions whose keys and values are there
     _restarted: bool = False

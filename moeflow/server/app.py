@@ -17,9 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from moeflow.batch.openai_format import CHAT_URL
-from moeflow.server.endpoints import about
+from moeflow.batch.openai_format import CHAT_URL, TEXT_URL
+from moeflow.server.endpoints import about, tokens
 from moeflow.server.endpoints.chat import create_chat_completion
+from moeflow.server.endpoints.completions import create_completion
 from moeflow.server.service import Service
 from moeflow.server.settings import ServerSettings
 from moeflow.server.wire.errors import HttpError
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 _ROUTES = (
     ("POST", CHAT_URL, create_chat_completion),
+    ("POST", TEXT_URL, create_completion),
+    ("POST", "/tokenize", tokens.tokenize),
+    ("POST", "/detokenize", tokens.detokenize),
     ("GET", "/v1/models", about.list_models),
     ("GET", "/v1/models/{name:path}", about.show_model),
     ("GET", "/health", about.health),

@@ -66,21 +66,31 @@ class ServedModel:
             code="model_not_found",
         )
 
-    def encode_messages(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_messages(self, messages: list[dict[str, Any]], *, cut: bool = True) -> list[int]:
         """Return the prompt for the answer to messages.
+
+        Args:
+            messages: with "role" and "content".
+            cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
             ConfigError: the chat template refuses them.
         """
-        return encode_messages(self.tokenizer, messages, self.context)
+        return encode_messages(self.tokenizer, messages, self.context if cut else None)
 
-    def encode_text(self, text: str, *, special_tokens: bool = True) -> list[int]:
+    def encode_text(self, text: str, *, special_tokens: bool = True, cut: bool = True) -> list[int]:
         """Return the token ids of a text.
+
+        Args:
+            text: a user's.
+            special_tokens: whether those that the tokenizer puts around a text are put around it.
+            cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
             ConfigError: it is no text.
         """
-        return encode_text(self.tokenizer, text, self.context, special_tokens=special_tokens)
+        context = self.context if cut else None
+        return encode_text(self.tokenizer, text, context, special_tokens=special_tokens)
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of tokens, special ones written."""

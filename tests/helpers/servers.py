@@ -1,6 +1,8 @@
 """Servers on sockets of this machine: a tiny model behind an application, and the clients of tests."""
 
 import json
+import socket
+import time
 from contextlib import contextmanager
 
 import httpx
@@ -20,23 +22,54 @@ def small_model(**overrides):
 
 
 @contextmanager
-def serving(model, tokenizer=None, **settings):
+def serving(model, tokenizer=None, send_bytes=None, **settings):
     """Run a server on a free port; yields a client of it, with `app` as an attribute."""
     settings = ServerSettings(**{"model_name": "org/tiny", **settings})
     app = create_app(model, tokenizer or letter_tokenizer(chat_template=TEMPLATE), settings)
-    with running(app, settings) as client:
+    with running(app, settings, send_bytes) as client:
         client.app = app
         yield client
 
 
 @contextmanager
-def running(app, settings):
-    """Run an application on a free port; yields a client of it."""
+def running(app, settings, send_bytes=None):
+    """Run an application on a free port, with so many bytes on their way at most; yields a client of it."""
+    bound = bind("127.0.0.1", 0)
+    if send_bytes is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
     with (
-        HttpServer(app, bind("127.0.0.1", 0), settings) as server,
+        HttpServer(app, bound, settings) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
         yield client
+
+
+def until(holds, timeout_s=60):
+    """Ask until an answer holds; an answer takes a moment, so that nothing sleeps."""
+    end_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end_s, "it never came to hold"
+
+
+def finished(client, reason):
+    """Return how many requests the engine has ended for a reason."""
+    return client.get("/stats").json()["engine"]["finished"][reason]
+
+
+def raw_socket(client, **options):
+    """Return a socket that is connected to a client's server."""
+    url = client.base_url
+    connected = socket.create_connection((url.host, url.port), timeout=60)
+    for name, value in options.items():
+        connected.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+    return connected
+
+
+def raw_request(body, path=CHAT, length=None):
+    """Return the bytes of a POST; its length may be a lie."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length or len(content)}\r\n\r\n"
+    return head.encode() + content
 
 
 def user(text):

@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from moeflow.batch.messages import read_messages
 from moeflow.batch.openai_format import CHAT_URL, chat_logprobs, token_logprobs
+from moeflow.errors import ConfigError
 from moeflow.server.endpoints.answering import Call, Usage
-from moeflow.server.endpoints.fields import each_seed, read_fields, told
+from moeflow.server.endpoints.fields import each_seed, known_roles, read_fields, told
 from moeflow.server.wire.body import parse_body
 from moeflow.server.worker import Asked
 
@@ -37,11 +38,13 @@ async def create_chat_completion(request: Request) -> Response:
     model.check_name(body.get("model"))
     fields = read_fields(body, CHAT_URL, _OWN, settings)
     with told(body):
-        messages = read_messages(_known_roles(body.get("messages")))
+        messages = read_messages(known_roles(body.get("messages")))
     ids = await service.read(lambda: model.encode_messages(messages))
     room = model.room(ids, "messages")
     with told(body):
         wanted = fields.sampling.get("max_new_tokens", room)
+        if wanted < 1:
+            raise ConfigError("max_tokens is 0; an answer to messages has at least 1")
         params = model.params(**{**fields.sampling, "max_new_tokens": min(wanted, room)})
     asked = [Asked(ids, one, fields.priority) for one in each_seed(params, fields.num_answers)]
     usage = Usage(len(ids), fields.num_answers)
@@ -91,13 +94,3 @@ def _delta(
     index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _known_roles(messages: object) -> object:
-    """Return messages with "system" for "developer", OpenAI's newer word for it."""
-    if not isinstance(messages, list):
-        return messages
-    return [
-        {**message, "role": "system"} if isinstance(message, dict) and message.get("role") == "developer" else message
-        for message in messages
-    ]

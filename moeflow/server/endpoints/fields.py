@@ -5,6 +5,7 @@ Knows OpenAI's fields and SamplingParams. Knows nothing of prompts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -24,6 +25,7 @@ _SAMPLING = {field.name for field in fields(SamplingParams)}
 _OF_THE_CALL = ("stream_options", "priority", "response_format")
 _WITHOUT_EFFECT = ("safety_identifier", "prompt_cache_key")
 _MAX_STOP_LETTERS = 1_000
+_NAMED_EARLY = 4  # words of an error, among which the field's name is
 _MAX_PRIORITY = 1_000_000
 
 
@@ -53,8 +55,7 @@ def told(body: dict[str, Any]) -> Iterator[None]:
         yield
     except ConfigError as error:
         message = str(error)
-        word = message.removeprefix("it has ").partition(" ")[0].strip("'")
-        param = word if word in body else None
+        param = next((word for word in re.findall(r"\w+", message)[:_NAMED_EARLY] if word in body), None)
         raise HttpError(400, message if message.endswith(".") else f"{message}.", param=param) from None
 
 
@@ -111,6 +112,16 @@ def each_seed(params: SamplingParams, count: int) -> list[SamplingParams]:
     if params.seed is None:
         return [params] * count
     return [replace(params, seed=(params.seed + number) % 2**63) for number in range(count)]
+
+
+def known_roles(messages: object) -> object:
+    """Return messages with "system" for "developer", OpenAI's newer word for it."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {**message, "role": "system"} if isinstance(message, dict) and message.get("role") == "developer" else message
+        for message in messages
+    ]
 
 
 def _checked(given: dict[str, Any], name: str, default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:

@@ -173,7 +173,7 @@ def _is_address(name: str) -> bool:
 
 
 def _printable(path: str) -> str:
-    return path[:200].encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+    return path[:200].encode("unicode_escape").decode()
 
 
 def _where(error: Exception) -> str:
