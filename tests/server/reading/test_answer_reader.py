@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeflow.server.reading.answer_reader import AnswerReader, Part, Reasoning, Text, ToolCall
+from moeflow.server.reading.forced_calls import ForcedCallsReader
 from moeflow.server.reading.marks import marks_of
 
 HARMONY = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
@@ -139,3 +140,11 @@ def test_nothing_breaks_a_reader_and_text_without_marks_stays(words, step):
     parts = read("<think> <tool_call>", text, step=step)
     if "<think>" not in text and "<tool_call>" not in text:
         assert parts == ([Text(text.lstrip())] if text.strip() else [])
+
+
+def test_calls_that_a_grammar_has_forced_are_read_at_the_end():
+    whole, cut = ForcedCallsReader(), ForcedCallsReader()
+    assert whole.push('[{"name": "f", "argu') == whole.push('ments": {"a": 1}}]') == []
+    assert whole.finish() == [ToolCall("f", '{"a": 1}')]
+    assert cut.push('[{"name": "f"') == []
+    assert cut.finish() == [Text('[{"name": "f"')]
