@@ -21,6 +21,7 @@ from moeflow.batch.openai_format import CHAT_URL, TEXT_URL
 from moeflow.server.endpoints import about, tokens
 from moeflow.server.endpoints.chat import create_chat_completion
 from moeflow.server.endpoints.completions import create_completion
+from moeflow.server.page.endpoint import show_page
 from moeflow.server.service import Service
 from moeflow.server.settings import ServerSettings
 from moeflow.server.wire.errors import HttpError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ROUTES = (
+    ("GET", "/", show_page),
     ("POST", CHAT_URL, create_chat_completion),
     ("POST", TEXT_URL, create_completion),
     ("POST", "/tokenize", tokens.tokenize),

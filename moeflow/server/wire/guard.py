@@ -24,7 +24,7 @@ from moeflow.server.wire.errors import HttpError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN_PATHS = ("/health",)  # without a key, and before the model is there
+OPEN_PATHS = ("/", "/health")  # without a key, and before the model is there
 _READ_ANYWAY = 1 << 16  # bytes of a body that is dropped; a longer one ends the connection
 _logger = logging.getLogger("moeflow.server")
 
