@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 512  # of an answer, where nothing else is asked for
 # Fields of SamplingParams that `generate` has not, or would do otherwise.
-NOT_IN_GENERATE = ("presence_penalty", "frequency_penalty", "stop", "logprobs", "prompt_logprobs", "ignore_eos")
+NOT_IN_GENERATE = (
+    *("presence_penalty", "frequency_penalty", "stop", "logprobs", "prompt_logprobs", "ignore_eos"),
+    "skip_special_tokens",
+)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,10 @@ class Request:
         self.sequence = sequence
         self.params = params
         self.sampler = Sampler(params)
-        self.stops = None if tokenizer is None else StopStrings(tokenizer, params.stop, sequence.prompt_ids)
+        self.stops: StopStrings | None = None
+        if tokenizer is not None:
+            skips = params.skip_special_tokens
+            self.stops = StopStrings(tokenizer, params.stop, sequence.prompt_ids, skip_special_tokens=skips)
         self.text = ""  # what is certain of the answer so far
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list[TokenLogprob | None] | None = None

@@ -34,6 +34,8 @@ class SamplingParams:
         logprobs: number of likeliest tokens to report with each token, 0 for the token alone; None for no report.
         prompt_logprobs: the same of each token of the prompt but the first, which then is computed whole.
         ignore_eos: go on behind the model's end-of-sequence token.
+        skip_special_tokens: whether special tokens have no text in the answer; else they are written, but for the one
+            that ends it.
 
     Raises:
         ConfigError: a value is out of its range; the message names field, value and what is allowed.
@@ -52,6 +54,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, list):
@@ -77,7 +80,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             self._check(name, lambda value: value is None or value >= 0, "0 or more, or None")
         self._check("stop", _is_texts, "a tuple or list of texts, none of them empty")
-        self._check("ignore_eos", lambda value: isinstance(value, bool), "True or False")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            self._check(name, lambda value: isinstance(value, bool), "True or False")
 
     def _check(self, name: str, holds: Callable[[Any], bool], allowed: str) -> None:
         value = getattr(self, name)

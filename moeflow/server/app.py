@@ -24,6 +24,7 @@ from moeflow.server.endpoints.completions import create_completion
 from moeflow.server.page.endpoint import show_page
 from moeflow.server.service import Service
 from moeflow.server.settings import ServerSettings
+from moeflow.server.translations import endpoint as foreign
 from moeflow.server.wire.errors import HttpError
 from moeflow.server.wire.guard import Guard
 
@@ -36,6 +37,9 @@ _ROUTES = (
     ("POST", TEXT_URL, create_completion),
     ("POST", "/tokenize", tokens.tokenize),
     ("POST", "/detokenize", tokens.detokenize),
+    ("POST", "/v1/responses", foreign.create_response),
+    ("POST", "/v1/messages", foreign.create_message),
+    ("POST", "/v1/messages/count_tokens", foreign.count_message_tokens),
     ("GET", "/v1/models", about.list_models),
     ("GET", "/v1/models/{name:path}", about.show_model),
     ("GET", "/health", about.health),

@@ -8,7 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.chat.answer import checkpoint_params
-from moeflow.hf.encoding import encode_messages, encode_text
+from moeflow.hf.encoding import encode_messages, encode_text, writes_tools
+from moeflow.server.reading.answer_reader import AnswerReader
+from moeflow.server.reading.hermes import with_tools_as_text
+from moeflow.server.reading.marks import HERMES, Marks, marks_of
+from moeflow.server.reading.tools import Tools
 from moeflow.server.wire.errors import HttpError
 
 if TYPE_CHECKING:
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
     from moeflow.engine.sampling_params import SamplingParams
     from moeflow.server.settings import ServerSettings
+
+_MARK_TOKENS = 16  # of a prompt's end, in which it may begin an answer
 
 
 class ServedModel:
@@ -49,6 +55,7 @@ class ServedModel:
         self.name = settings.model_name or served_name(found)
         limits = (context_positions(model), settings.context, kv_positions)
         self.context = min(limit for limit in limits if limit is not None)
+        self._writes_tools = writes_tools(tokenizer)
         self.vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
 
     def check_name(self, name: object) -> None:
@@ -66,17 +73,32 @@ class ServedModel:
             code="model_not_found",
         )
 
-    def encode_messages(self, messages: list[dict[str, Any]], *, cut: bool = True) -> list[int]:
+    def encode_messages(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, cut: bool = True
+    ) -> list[int]:
         """Return the prompt for the answer to messages.
 
         Args:
-            messages: with "role" and "content".
+            messages: with "role" and "content"; calls and results too.
+            tools: in OpenAI's form; as text where the chat template knows none.
             cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
             ConfigError: the chat template refuses them.
         """
-        return encode_messages(self.tokenizer, messages, self.context if cut else None)
+        has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
+        if (tools or has_calls) and not self._writes_tools:
+            messages, tools = with_tools_as_text(messages, tools or []), None
+        return encode_messages(self.tokenizer, messages, self.context if cut else None, tools=tools)
+
+    def marks(self, *, calls: bool) -> Marks:
+        """Return how answers are read, with or without tool calls."""
+        return marks_of(self.tokenizer, calls=calls, family=HERMES if calls and not self._writes_tools else None)
+
+    def reader(self, marks: Marks | None, prompt_ids: list[int], tools: Tools) -> AnswerReader:
+        """Return what reads an answer to a prompt; None for marks where it is nothing but text."""
+        end = self.decode(prompt_ids[-_MARK_TOKENS:])
+        return AnswerReader(marks or Marks(None), end, tools.offered, most_calls=None if tools.parallel else 1)
 
     def encode_text(self, text: str, *, special_tokens: bool = True, cut: bool = True) -> list[int]:
         """Return the token ids of a text.

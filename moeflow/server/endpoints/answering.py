@@ -33,7 +33,7 @@ class Form(Protocol):
     chunk_object: str
 
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
-        """Return a whole answer."""
+        """Return a whole answer, whose outputs were given to `piece` before."""
 
     def first(self, index: int) -> dict[str, Any] | None:
         """Return what is sent before the first token of an answer; None for nothing."""
@@ -57,6 +57,7 @@ class Usage:
     hidden_tokens: int = 0
     completion_tokens: int = field(default=0, init=False)
     cached_tokens: int = field(default=0, init=False)
+    reasoning_tokens: int = field(default=0, init=False)
 
     def add(self, index: int, completion: Completion) -> None:
         """Count an answer."""
@@ -71,6 +72,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
@@ -112,6 +114,7 @@ class Call:
         choices: dict[int, dict[str, Any]] = {}
         async for outputs in self.answers.outputs():
             for index, output in outputs:
+                self.form.piece(index, output)
                 if output.completion is not None:
                     choices[index] = self.form.choice(index, output.completion)
                     self.usage.add(index, output.completion)

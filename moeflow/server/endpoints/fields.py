@@ -114,16 +114,6 @@ def each_seed(params: SamplingParams, count: int) -> list[SamplingParams]:
     return [replace(params, seed=(params.seed + number) % 2**63) for number in range(count)]
 
 
-def known_roles(messages: object) -> object:
-    """Return messages with "system" for "developer", OpenAI's newer word for it."""
-    if not isinstance(messages, list):
-        return messages
-    return [
-        {**message, "role": "system"} if isinstance(message, dict) and message.get("role") == "developer" else message
-        for message in messages
-    ]
-
-
 def _checked(given: dict[str, Any], name: str, default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
     value = given.get(name, default)
     if not holds(value):

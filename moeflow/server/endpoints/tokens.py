@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from moeflow.batch.messages import read_messages, refuse_unknown, short
+from moeflow.batch.messages import refuse_unknown, short
 from moeflow.errors import ConfigError
-from moeflow.server.endpoints.fields import known_roles, told
+from moeflow.server.endpoints.fields import told
+from moeflow.server.reading.conversation import read_conversation
 from moeflow.server.wire.body import parse_body
 from moeflow.server.wire.errors import JsonResponse
 
@@ -35,7 +36,7 @@ async def tokenize(request: Request) -> Response:
         if (prompt is None) == (messages is None):
             raise ConfigError("the request must have a prompt or messages, one of them")
         if messages is not None:
-            read = read_messages(known_roles(messages))
+            read = read_conversation(messages)
             ids = await service.read(lambda: model.encode_messages(read, cut=False))
         elif isinstance(prompt, str) and len(prompt) <= _MAX_LETTERS:
             ids = await service.read(lambda: model.encode_text(prompt, special_tokens=special, cut=False))

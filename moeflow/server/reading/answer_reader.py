@@ -50,10 +50,19 @@ class AnswerReader:
         marks: of the model.
         prompt: the end of the prompt's text, which may begin the answer.
         tools: of the request, in OpenAI's form; calls of others are text.
+        most_calls: those beyond it are left out; None for all.
     """
 
-    def __init__(self, marks: Marks, prompt: str = "", tools: list[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        marks: Marks,
+        prompt: str = "",
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        most_calls: int | None = None,
+    ) -> None:
         self._parser: Any = None
+        self._calls_left = most_calls
         self._names = {tool["function"]["name"] for tool in tools or []}
         self._raw = ""  # what came behind the last piece that is out, marks included
         self._begun: str | None = None  # the kind of the piece before, for white space between kinds
@@ -61,7 +70,7 @@ class AnswerReader:
             from transformers.utils.chat_parsing import ResponseParser
 
             begun = next((mark for mark in marks.prefilled if prompt.rstrip().endswith(mark)), "")
-            self._parser = ResponseParser(marks.template, prefix=begun, tools=tools)
+            self._parser = ResponseParser(marks.template, prefix=begun, tools=list(tools or []))
 
     def push(self, text: str) -> list[Part]:
         """Take the next piece of the answer and return what is certain now."""
@@ -114,7 +123,9 @@ class AnswerReader:
         calls: list[Part] = []
         for call in value if isinstance(value, list) else [value]:
             function = call.get("function") if isinstance(call, dict) else None
-            name = function.get("name") if isinstance(function, dict) else None
+            if not isinstance(function, dict):
+                return self._text(Text, self._raw)
+            name = function.get("name")
             if not isinstance(name, str) or (self._names and name not in self._names):
                 return self._text(Text, self._raw)
             arguments = function.get("arguments", function.get("parameters", {}))
@@ -122,4 +133,7 @@ class AnswerReader:
                 arguments = json.dumps(arguments, ensure_ascii=False)
             calls.append(ToolCall(name, arguments))
         self._begun = None
+        if self._calls_left is not None:
+            calls = calls[: self._calls_left]
+            self._calls_left -= len(calls)
         return calls
