@@ -14,7 +14,7 @@ HELLO = {"messages": user("hello"), "max_tokens": 2}
     ("body", "word", "param"),
     [
         ({"temprature": 1}, "'temprature'", "temprature"),
-        ({"tools": [{"type": "function"}]}, "'tools'", "tools"),
+        ({"functions": [{"name": "f"}]}, "'functions'", "functions"),
         ({"n": 1000}, "n is 1000; it must be 1 to 16", "n"),
         ({"n": 0}, "n is 0", "n"),
         ({"n": True}, "n is True", "n"),
