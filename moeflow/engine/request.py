@@ -28,6 +28,7 @@ class Completion(NamedTuple):
         finish_reason: "stop" (the model ended, or a stop string came), "length", "cancelled" or "error".
         error: the reason, for "error".
         logprobs: (logprob, [(token id, logprob)]) of each token; None where not asked for.
+        cached_tokens: tokens of the prompt that were not computed, since others had computed them.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Completion(NamedTuple):
     finish_reason: str
     error: str | None
     logprobs: list[TokenLogprob] | None
+    cached_tokens: int = 0
 
 
 class StepOutput(NamedTuple):
@@ -98,8 +100,9 @@ class Request:
         self.text += rest
         sequence = self.sequence
         completion = Completion(
-            sequence.id, sequence.prompt_ids, sequence.token_ids, self.text, reason, error, self.logprobs
-        )
+            sequence.id, sequence.prompt_ids, sequence.token_ids, self.text, reason, error, self.logprobs,
+            sequence.num_cached or 0,
+        )  # fmt: skip
         return rest, completion
 
 
