@@ -30,6 +30,7 @@ _SAMPLING_HELP = {  # field: (metavar, help)
     "logprobs": ("N", "report each token's log-probability and those of the N likeliest"),
     "prompt_logprobs": ("N", "the same of each token of the prompt but the first"),
     "ignore_eos": ("", "go on behind the end of sequence"),
+    "skip_special_tokens": ("", "write special tokens in the answer"),
 }
 _TYPES = {"int": int, "float": float, "int | None": int}
 
@@ -126,7 +127,8 @@ def add_sampling_options(
         flag = f"--{field.name.replace('_', '-')}"
         metavar, text = _SAMPLING_HELP[field.name]
         if field.type == "bool":
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            turned = ("store_false", f"--no-{flag.removeprefix('--')}") if field.default else ("store_true", flag)
+            parser.add_argument(turned[1], dest=field.name, action=turned[0], default=None, help=text)
         elif field.name == "stop":
             parser.add_argument(flag, action="append", metavar=metavar, help=text)
         else:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache import KeyValueSlots, SlotRows
+from moeflow.engine.kv_cache.memory import KeyValueMemory
+from moeflow.engine.kv_cache.slots import SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
@@ -46,7 +47,7 @@ class ModelRunner:
         watching: stands around each pass, called with its pieces.
 
     Attributes:
-        slots: where keys and values lie.
+        memory: where keys and values lie.
         num_retries: passes that failed, whose pieces then ran one by one.
 
     Raises:
@@ -65,13 +66,13 @@ class ModelRunner:
         self._turns = getattr(getattr(model, "moeflow", None), "turns", None) or Turns()
         self._cache = VarlenCache()
         self._turns.run(self._cache.learn, model)
-        self.slots = KeyValueSlots(self._cache.shapes, budget_bytes, max_positions)
+        self.memory = KeyValueMemory(self._cache.shapes, budget_bytes, max_positions)
         self.num_retries = 0
 
-    def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int) -> Sequence:
+    def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int, priority: int = 0) -> Sequence:
         """Make a sequence that knows how this model scales by the length."""
         rotaries = self._cache.rotaries
-        return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart)
+        return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart, priority)
 
     def run(self, pieces: list[Piece]) -> list[Computed]:
         """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail.
@@ -98,7 +99,7 @@ class ModelRunner:
         keep: list[int] = []
         rows: list[int] = []  # of each piece
         for sequence, new, samples in pieces:
-            segment = Segment(self.slots[sequence.id], sequence.num_computed, len(new), sequence.length)
+            segment = Segment(self.memory[sequence.id], sequence.num_computed, len(new), sequence.call_length)
             segments.append(segment)
             tokens += new
             positions += range(segment.start, segment.end)

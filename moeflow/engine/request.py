@@ -32,6 +32,7 @@ class Completion(NamedTuple):
         error: the reason, for "error".
         logprobs: (logprob, [(token id, logprob)]) of each token; None where not asked for.
         prompt_logprobs: the same of each token of the prompt, None of the first; None where not asked for.
+        cached_tokens: tokens of the prompt that were not computed, since others had computed them.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Completion(NamedTuple):
     error: str | None
     logprobs: list[TokenLogprob] | None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
 
 
 class StepOutput(NamedTuple):
@@ -144,6 +146,7 @@ class Request:
             error,
             self.logprobs,
             self.prompt_logprobs,
+            sequence.num_cached or 0,
         )
         return rest, completion
 

@@ -172,7 +172,7 @@ class Worker:
             self._end(place, self.refusal)
             return
         try:
-            self._engine.add(asked.prompt_ids, asked.params, id=id)
+            self._engine.add(asked.prompt_ids, asked.params, id=id, priority=asked.priority)
         except MoeflowError as error:
             self._end(place, HttpError(400, str(error)))
         else:

@@ -100,6 +100,7 @@ def close_engine(engine: Any) -> None:
     engine.check_integrity()
     assert engine.finished
     assert not engine.stats()["kv_used_bytes"]
+    assert not engine.stats()["kv_kept_bytes"]
     engine.model.moeflow.close()
 
 

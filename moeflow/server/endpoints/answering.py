@@ -63,7 +63,7 @@ class Usage:
         """Count an answer."""
         self.completion_tokens += len(completion.token_ids) - self.hidden_tokens
         if index % self.num_answers == 0:
-            self.cached_tokens += cached_tokens(completion)
+            self.cached_tokens += completion.cached_tokens
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers in OpenAI's form."""
@@ -74,11 +74,6 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
-
-
-def cached_tokens(completion: Completion) -> int:
-    """Return the tokens of a prompt whose keys and values were there before it came."""
-    return 0
 
 
 @dataclass

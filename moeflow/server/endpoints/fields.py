@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moeflow.batch.messages import refuse_unknown, short
 from moeflow.batch.openai_format import OPENAI_FIELDS, openai_sampling
 from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.scheduler import MAX_PRIORITY
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import check_text
 from moeflow.server.wire.errors import HttpError
@@ -26,7 +27,6 @@ _OF_THE_CALL = ("stream_options", "priority", "response_format")
 _WITHOUT_EFFECT = ("safety_identifier", "prompt_cache_key")
 _MAX_STOP_LETTERS = 1_000
 _NAMED_EARLY = 4  # words of an error, among which the field's name is
-_MAX_PRIORITY = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def read_fields(body: dict[str, Any], url: str, own: tuple[str, ...], settings: 
             given,
             "priority",
             0,
-            lambda value: type(value) is int and abs(value) <= _MAX_PRIORITY,
-            f"a whole number, at most {_MAX_PRIORITY:,}",
+            lambda value: type(value) is int and abs(value) <= MAX_PRIORITY,
+            f"a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}",
         )
         sampling = openai_sampling({name: given[name] for name in given if name not in ("n", "stream")}, url)
         sampling = {name: value for name, value in sampling.items() if value is not None}

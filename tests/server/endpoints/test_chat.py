@@ -77,10 +77,11 @@ def test_logprobs_are_those_of_the_engine(client, small, stream):
         found = post(client, **wanted)["choices"][0]["logprobs"]["content"]
     own = own_answer(small, max_new_tokens=12, logprobs=3)
     assert own.logprobs is not None
-    assert [entry["logprob"] for entry in found] == [logprob for logprob, _ in own.logprobs]
-    assert [[top["logprob"] for top in entry["top_logprobs"]] for entry in found] == [
-        [logprob for _, logprob in top] for _, top in own.logprobs
-    ]
+    # What is kept of the prompt was computed in another pass, so that the last bits may differ.
+    assert [entry["logprob"] for entry in found] == pytest.approx([logprob for logprob, _ in own.logprobs], abs=1e-4)
+    for entry, (_, likeliest) in zip(found, own.logprobs, strict=True):
+        tops = [top["logprob"] for top in entry["top_logprobs"]]
+        assert tops == pytest.approx([logprob for _, logprob in likeliest], abs=1e-4)
 
 
 def test_a_stop_string_ends_an_answer(client, small):
