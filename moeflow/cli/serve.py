@@ -73,13 +73,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     if not 0 <= arguments.port <= 65_535:
         raise ConfigError(f"--port is {arguments.port}; it must be 0 to 65535.")
-    if arguments.kv_memory != "auto" and not arguments.kv_memory.endswith("%"):
+    if arguments.kv_memory.endswith("%"):
+        raise ConfigError(f'--kv-memory {arguments.kv_memory} is a share of nothing: give bytes, "2GiB" or "auto".')
+    if arguments.kv_memory != "auto":
         parse_memory(arguments.kv_memory, name="--kv-memory", whole_bytes=0)
     source = ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     settings = _settings(arguments, str(source))
     bound = bind(arguments.host, arguments.port)
-    _log_to_stderr()
-    with _interruptible():
+    with _logging_to_stderr(), _interruptible():
         try:
             _run(arguments, str(source), settings, bound)
         except _Terminated:
@@ -155,14 +156,23 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _log_to_stderr() -> None:
+@contextmanager
+def _logging_to_stderr() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for name in ("moeflow.server", "uvicorn.error"):
-        logger = logging.getLogger(name)
+    loggers = [logging.getLogger(name) for name in ("moeflow.server", "uvicorn.error")]
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
         logger.addHandler(handler)
         logger.propagate = False
-    logging.getLogger("moeflow.server").setLevel(logging.INFO)
+    loggers[0].setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level, propagate in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def _tell(text: str) -> None:

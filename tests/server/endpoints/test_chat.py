@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.servers import CHAT, refused, streamed, user
+from helpers.servers import CHAT, TEMPLATE, TEXT, refused, serving, streamed, user
 from helpers.small_tokenizers import letter_tokenizer
 from moeflow.engine.engine import Engine
 from moeflow.engine.sampling_params import SamplingParams
@@ -99,8 +99,6 @@ def test_parts_of_a_content_and_the_role_developer_are_read(client):
 
 
 def test_without_a_length_an_answer_may_fill_the_context(small):
-    from helpers.servers import serving
-
     with serving(small, context=60) as client:
         answer = client.post(CHAT, json={"messages": user("hello there"), "ignore_eos": True}).json()
         assert answer["usage"]["completion_tokens"] == 60 - len(PROMPT) + 1
@@ -117,3 +115,39 @@ def test_the_model_is_known_by_its_name_and_its_last_part(client):
     assert client.get("/v1/models").json()["data"][0]["id"] == "org/tiny"
     assert client.get("/v1/models/org/tiny").json()["id"] == "org/tiny"
     assert client.get("/v1/models/other").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__init__.__globals__ }}",
+        "{% for m in messages %}{{ m.update({'content': cycler.__init__.__globals__.os.getcwd()}) }}{% endfor %}",
+    ],
+)
+def test_a_template_that_reaches_out_of_its_sandbox_is_the_error_of_its_request(small, escape):
+    with serving(small, letter_tokenizer(chat_template=escape + TEMPLATE)) as client:
+        error = refused(client, 400, CHAT, HELLO)
+        assert "chat template" in error["message"]
+        assert "unsafe" in error["message"] or "undefined" in error["message"]
+        assert client.post(TEXT, json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_without_a_template_the_texts_are_joined(small):
+    with serving(small, letter_tokenizer()) as client:
+        assert post(client)["usage"]["prompt_tokens"] == len("hello there")
+
+
+def test_the_models_own_sampling_is_the_default(small):
+    before = small.generation_config.temperature, small.generation_config.do_sample
+    small.generation_config.temperature, small.generation_config.do_sample = 5.0, True
+    try:
+        with serving(small) as client:
+            own = own_answer(small, max_new_tokens=12, temperature=5.0, top_k=50, seed=1).text
+            assert post(client, seed=1)["choices"][0]["message"]["content"] == own
+            assert (
+                post(client, temperature=0)["choices"][0]["message"]["content"]
+                == own_answer(small, max_new_tokens=12).text
+            )
+    finally:
+        small.generation_config.temperature, small.generation_config.do_sample = before
