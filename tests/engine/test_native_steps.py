@@ -66,7 +66,7 @@ class Passes:
         for piece, one in zip(pieces, computed, strict=True):
             piece.sequence.num_computed += len(piece.tokens)
             piece.sequence.append(int(one.logits.argmax()))
-        return torch.stack([one.logits for one in computed])
+        return torch.cat([one.logits for one in computed])
 
 
 def logits_of(model, prompts):
