@@ -62,6 +62,19 @@ def encode_text(
         return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
 
+def response_parser(template: dict[str, Any], begun: str, tools: list[dict[str, Any]]) -> Any:
+    """Return transformers' parser of one answer, with `feed` and `finalize`.
+
+    Args:
+        template: a response template.
+        begun: what the prompt has written of the answer.
+        tools: in OpenAI's form; their schemas give arguments their types.
+    """
+    from transformers.utils.chat_parsing import ResponseParser
+
+    return ResponseParser(template, prefix=begun, tools=list(tools))
+
+
 def writes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template tells the model of tools."""
     if not tokenizer.chat_template:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from moeflow.hf.encoding import response_parser
 from moeflow.server.reading.marks import Marks
 
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # of the parser, for what a model may write
@@ -67,10 +68,8 @@ class AnswerReader:
         self._raw = ""  # what came behind the last piece that is out, marks included
         self._begun: str | None = None  # the kind of the piece before, for white space between kinds
         if marks.template is not None:
-            from transformers.utils.chat_parsing import ResponseParser
-
             begun = next((mark for mark in marks.prefilled if prompt.rstrip().endswith(mark)), "")
-            self._parser = ResponseParser(marks.template, prefix=begun, tools=list(tools or []))
+            self._parser = response_parser(marks.template, begun, tools or [])
 
     def push(self, text: str) -> list[Part]:
         """Take the next piece of the answer and return what is certain now."""
