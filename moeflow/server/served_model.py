@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.chat.answer import checkpoint_params
+from moeflow.errors import ConfigError
 from moeflow.hf.encoding import encode_messages, encode_text
 from moeflow.server.wire.errors import HttpError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from moeflow.engine.sampling_params import SamplingParams
     from moeflow.server.settings import ServerSettings
+
+_MAX_MESSAGES = 2_048  # each is looked for in what the chat template writes
 
 
 class ServedModel:
@@ -74,8 +77,10 @@ class ServedModel:
             cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
-            ConfigError: the chat template refuses them.
+            ConfigError: the chat template refuses them, or they are too many.
         """
+        if len(messages) > _MAX_MESSAGES:
+            raise ConfigError(f"messages are {len(messages):,}; it must be {_MAX_MESSAGES:,} at most")
         return encode_messages(self.tokenizer, messages, self.context if cut else None)
 
     def encode_text(self, text: str, *, special_tokens: bool = True, cut: bool = True) -> list[int]:
