@@ -42,12 +42,8 @@ async def read_body(receive: Receive, max_bytes: int, timeout_s: float) -> bytes
             part = message.get("body", b"")
             size += len(part)
             if size > max_bytes:
-                raise HttpError(
-                    413,
-                    f"the body is longer than {max_bytes:,} bytes. Send less.",
-                    code="body_too_long",
-                    headers=_CLOSE,
-                )
+                told = f"the body is longer than {max_bytes:,} bytes. Send less."
+                raise HttpError(413, told, code="body_too_long", headers=_CLOSE)
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)

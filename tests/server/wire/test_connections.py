@@ -52,7 +52,9 @@ def test_headers_of_a_second_request_are_waited_for_no_longer(small):
         assert closed(slow)
 
 
-@pytest.mark.parametrize("limits", [{"max_unread": 20}, {"send_timeout_s": 0.2}], ids=["unread", "stalled"])
+@pytest.mark.parametrize(
+    "limits", [{"max_unread": 20}, {"send_timeout_s": 0.2, "max_unread": 10**6}], ids=["unread", "stalled"]
+)
 def test_a_client_that_never_reads_is_cut_off_and_others_go_on(small, limits):
     body = {
         **HELLO,
