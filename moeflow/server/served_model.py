@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.chat.answer import checkpoint_params
+from moeflow.errors import ConfigError
 from moeflow.hf.encoding import encode_messages, encode_text, writes_tools
 from moeflow.server.reading.answer_reader import AnswerReader
 from moeflow.server.reading.hermes import with_tools_as_text
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from moeflow.server.settings import ServerSettings
 
 _MARK_TOKENS = 16  # of a prompt's end, in which it may begin an answer
+_MAX_MESSAGES = 2_048  # each is looked for in what the chat template writes
 
 
 class ServedModel:
@@ -84,8 +86,10 @@ class ServedModel:
             cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
-            ConfigError: the chat template refuses them.
+            ConfigError: the chat template refuses them, or they are too many.
         """
+        if len(messages) > _MAX_MESSAGES:
+            raise ConfigError(f"messages are {len(messages):,}; it must be {_MAX_MESSAGES:,} at most")
         has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
         if (tools or has_calls) and not self._writes_tools:
             messages, tools = with_tools_as_text(messages, tools or []), None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SAMPLING = {field.name for field in fields(SamplingParams)}
 _OF_THE_CALL = ("stream_options", "priority", "response_format")
 _WITHOUT_EFFECT = ("safety_identifier", "prompt_cache_key")
-_MAX_STOP_LETTERS = 1_000
+_MAX_STOP_LETTERS = 256  # each token of an answer is compared with each beginning of each
 _NAMED_EARLY = 4  # words of an error, among which the field's name is
 
 
