@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Sequential
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,15 +229,28 @@ class Engine:
             "waiting": len(self._scheduler.waiting),
             "running": len(self._scheduler.running),
             "finished": dict(self._reasons),
-            **self._memory.counts,
-            "kv_budget_bytes": self._memory.budget_bytes,
-            "kv_used_bytes": self._memory.used_bytes,
-            "kv_kept_bytes": self._memory.kept_bytes,
-            "kv_kept_tokens": self._memory.kept.num_tokens,
-            "kv_peak_bytes": self._memory.peak_bytes,
-            "kv_position_bytes": self._memory.position_bytes,
+            **self._memory.stats(),
             "regrouping": None if self._groups is None else asdict(self._groups.stats),
         }
+
+    @in_turn
+    def save_kept(self, folder: str | Path) -> int:
+        """Write the kept keys and values to files of this model in a folder, and return their number of tokens.
+
+        Raises:
+            MoeflowError: a file cannot be written, or the engine was closed.
+        """
+        self._check_open()
+        return self._memory.save(Path(folder), self._runner.fingerprint())
+
+    @in_turn
+    def load_kept(self, folder: str | Path) -> int:
+        """Keep what `save_kept` wrote of this very model, as far as there is room; return the number of tokens.
+
+        What is damaged or of another model is left out, with a warning in the log.
+        """
+        self._check_open()
+        return self._memory.load(Path(folder), self._runner.fingerprint())
 
     @in_turn
     def check_integrity(self) -> None:
