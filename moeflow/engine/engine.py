@@ -48,6 +48,7 @@ class Engine:
             passes. None: one pass for all, in which every expert is fetched once a step.
         regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
             the order of arrival. Outputs are the same.
+        jump_forward: whether tokens that a grammar forces in a row take one pass together. Outputs are the same.
 
     Raises:
         ConfigError: a limit is no positive number, kv_memory no size, or the model's stop strings need a tokenizer.
@@ -65,6 +66,7 @@ class Engine:
         share_prefixes: bool = True,
         group_size: int | None = None,
         regrouping: bool = True,
+        jump_forward: bool = True,
     ) -> None:
         self._scheduler = Scheduler(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
         forward.check_key_value_cache(model)
@@ -75,6 +77,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens = forward.end_tokens(model, tokenizer)
+        self._jump_forward = jump_forward
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
         context = self._prompts.context
         max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
@@ -110,7 +113,7 @@ class Engine:
         A prompt that cannot be run ends that request with "error" in the next step; others are not touched.
 
         Raises:
-            ConfigError: an id that is under way, text where the engine has no tokenizer, or neither text nor token ids.
+            ConfigError: an id that is under way, no text or token ids, what needs a tokenizer, a grammar that is none.
             ClosedModelError: the engine was closed.
         """
         self._check_open()
@@ -122,7 +125,8 @@ class Engine:
             self._kept.drop()  # a slot has one name
         ids = self._prompts.token_ids(prompt, params)
         sequence = self._runner.sequence(id, ids, self._prompts.most_new_tokens(ids, params))
-        request = self._requests[id] = Request(sequence, self._prompts.stopping(params), self.tokenizer)
+        params = self._prompts.stopping(params)
+        request = self._requests[id] = Request(sequence, params, self.tokenizer, self._end_tokens, self._jump_forward)
         try:
             self._prompts.check(ids)
             self._slots.check_possible(sequence.num_positions)
@@ -283,20 +287,16 @@ class Engine:
         if error is not None:
             self._end(request, [], "", "error", error)
             return
-        self._counts["prompt_tokens"] += len(piece.tokens) * (not sequence.decoding)
+        self._counts["prompt_tokens"] += len(piece.tokens) * (sequence.num_computed < len(sequence.prompt_ids))
         sequence.num_computed += len(piece.tokens)
         if logits is None:
             return
-        try:
-            token_id, text, reason = request.choose(logits, self._end_tokens)
-        except RuntimeError as error:
-            self._end(request, [], "", "error", f"no token could be chosen from the model's logits: {error}")
-            return
-        self._counts["new_tokens"] += 1
-        if reason is None:
-            self._outputs.put(StepOutput(sequence.id, [token_id], text, None))
+        chosen = request.choose(logits)
+        self._counts["new_tokens"] += len(chosen.token_ids)
+        if chosen.reason is None:
+            self._outputs.put(StepOutput(sequence.id, chosen.token_ids, chosen.text, None))
         else:
-            self._end(request, [token_id], text, reason)
+            self._end(request, chosen.token_ids, chosen.text, chosen.reason, chosen.error)
 
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
         """Take a request out of the schedule, free its slot unless another may share it, and report it."""
