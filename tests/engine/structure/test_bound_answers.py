@@ -6,7 +6,9 @@ import re
 import jsonschema
 import pytest
 
+from helpers.rope_models import ORIGINAL, rope_model
 from helpers.small_models import tiny_mixtral
+from helpers.small_tokenizers import byte_tokenizer
 from moeflow.engine.engine import Engine
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.structure.grammars import grammars_of
@@ -169,6 +171,24 @@ def test_an_answer_that_is_computed_anew_keeps_its_place_in_the_grammar(model, e
             if engine.finished:
                 break
     assert found(completions[id] for id in ids) == found(expected)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_no_jump_crosses_a_length_at_which_the_model_scales_anew(rope):
+    """Dynamic NTK scales each length beyond the original its own way, LongRoPE all of them alike."""
+    each = [SamplingParams(regex="([a-z]-----){40}", temperature=1.0, seed=0, max_new_tokens=2 * ORIGINAL)]
+    tokenizer = byte_tokenizer()  # printable letters are its first tokens
+    with_and_without_jump(rope_model(rope), tokenizer, each)
+    with Engine(rope_model(rope), tokenizer) as engine:
+        engine.add(PROMPT, each[0])
+        ends, length = [], len(PROMPT)  # of the tokens of each step
+        while not engine.finished:
+            length += sum(len(output.token_ids) for output in engine.step())
+            ends.append(length)
+    beyond = [end for end in ends if end > ORIGINAL]
+    assert ORIGINAL in ends
+    assert len(ends) - len(beyond) < ORIGINAL / 2
+    assert (beyond == list(range(ORIGINAL + 1, length + 1))) == (rope == "dynamic")
 
 
 def test_requests_share_one_compiled_grammar(model, bytewise):
