@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.chat.answer import checkpoint_params
+from moeflow.engine.structure.grammars import grammars_of
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import encode_messages, encode_text, writes_tools
 from moeflow.server.reading.answer_reader import AnswerReader
@@ -49,7 +50,7 @@ class ServedModel:
         settings: ServerSettings,
         kv_positions: int,
     ) -> None:
-        from moeflow.hf.passes.forward import context_positions
+        from moeflow.hf.passes.forward import context_positions, end_tokens
 
         self._model = model
         self.tokenizer = tokenizer
@@ -57,6 +58,7 @@ class ServedModel:
         self.name = settings.model_name or served_name(found)
         limits = (context_positions(model), settings.context, kv_positions)
         self.context = min(limit for limit in limits if limit is not None)
+        self._end_tokens = end_tokens(model, tokenizer)
         self._writes_tools = writes_tools(tokenizer)
         self.vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
 
@@ -165,6 +167,15 @@ class ServedModel:
             ConfigError: a value is out of its range.
         """
         return checkpoint_params(self._model, **given)
+
+    def compile(self, params: SamplingParams) -> None:
+        """Compile what binds an answer, so that the engine finds it made.
+
+        Raises:
+            ConfigError: it cannot be compiled.
+        """
+        if params.structure is not None:
+            grammars_of(self.tokenizer, self._end_tokens).start(*params.structure)
 
     def about(self) -> dict[str, Any]:
         """Return the model as /v1/models lists it."""

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from helpers.servers import CHAT, refused, user
-from moeflow.engine.sampling_params import SamplingParams
 
 HELLO = {"messages": user("hello"), "max_tokens": 2}
 
@@ -77,13 +76,6 @@ def test_a_wrong_field_is_named(client, body, word, param):
     assert error["param"] == param
     assert "\n" not in error["message"]
     assert len(error["message"]) < 700
-
-
-@pytest.mark.skipif("json_schema" in SamplingParams.__dataclass_fields__, reason="structured answers are there")
-@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
-def test_a_form_that_this_version_does_not_write_is_refused(client, kind):
-    error = refused(client, 400, CHAT, {**HELLO, "response_format": {"type": kind}})
-    assert error["param"] == "response_format"
 
 
 def test_null_and_what_openai_only_stores_has_no_effect(client):
