@@ -69,11 +69,13 @@ class Service:
             max_step_tokens=max(_MIN_STEP_TOKENS, settings.max_batch_size),
             kv_memory=settings.kv_memory,
         )
+        if settings.kv_disk is not None:
+            engine.load_kept(settings.kv_disk)
         counts = engine.stats()
         positions = counts["kv_budget_bytes"] // counts["kv_position_bytes"]
         served = ServedModel(model, tokenizer, settings, positions)
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
-        self._worker = Worker(engine, lambda: self._look(engine.stats))
+        self._worker = Worker(engine, lambda: self._look(engine.stats), settings.kv_disk)
         self._model = served
 
     def tell(self, stage: str) -> None:
