@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.kv_cache.memory import parse_kv_memory
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
+from moeflow.engine.regrouping.step_groups import StepGroups
 from moeflow.engine.request import Completion, Outputs, Request, StepOutput
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.scheduler import Scheduler, check_priority
 from moeflow.engine.sequence import Piece
-from moeflow.engine.step_groups import StepGroups
 from moeflow.engine.whole_answers import WholeAnswers
 from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError, QueueFullError
 from moeflow.fork import tell_of_forks
@@ -73,7 +73,6 @@ class Engine:
         self._scheduler = Scheduler(
             max_batch_size, max_step_tokens, share_prefixes=share_prefixes, max_waiting=max_waiting
         )
-        forward.check_key_value_cache(model)
         observers = getattr(getattr(model, "moeflow", None), "observers", ())
         if any(isinstance(observer, TraceRecorder) for observer in observers):
             raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
@@ -81,10 +80,7 @@ class Engine:
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens = forward.end_tokens(model, tokenizer)
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
-        context = self._prompts.context
-        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
-        watching = nullcontext if self._groups is None else self._groups.watching
-        self._runner = ModelRunner(model, parse_kv_memory(kv_memory), max_positions, watching)
+        self._runner = self._make_runner(kv_memory, max_batch_size)
         self._memory = self._runner.memory
         self._memory.keeps = share_prefixes
         self._requests: dict[str, Request] = {}
@@ -96,6 +92,13 @@ class Engine:
         self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "new_tokens"), 0)
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
+
+    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> ModelRunner:
+        forward.check_key_value_cache(self.model)
+        context = self._prompts.context
+        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
+        watching = nullcontext if self._groups is None else self._groups.watching
+        return ModelRunner(self.model, parse_kv_memory(kv_memory), max_positions, watching)
 
     def __enter__(self) -> "Engine":
         return self
