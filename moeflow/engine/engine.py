@@ -221,6 +221,13 @@ class Engine:
         """
         return self._whole_answers().stream(prompt, params)
 
+    def outputs(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS) -> Iterator[StepOutput]:
+        """Run one request and yield its outputs, the last one with its completion.
+
+        Closing the iterator early cancels the request; `cancel` ends it, and its last output comes.
+        """
+        return self._whole_answers().outputs(prompt, params)
+
     @in_turn
     def stats(self) -> dict[str, Any]:
         """Return what has happened since the engine was made, with units in the names."""
