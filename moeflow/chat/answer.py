@@ -1,4 +1,4 @@
-"""One streamed answer: `generate` in a thread, its text piece by piece, and how long it took.
+"""One streamed answer: generated in a thread, its text piece by piece, and how long it took.
 
 Knows nothing about conversations, terminals or experts: any transformers causal language model works.
 """
@@ -33,7 +33,7 @@ NOT_IN_GENERATE = (
 
 @dataclass(frozen=True)
 class Answer:
-    """Result of one `generate` call.
+    """Result of one answer.
 
     Args:
         text: the decoded answer without special tokens.
@@ -44,6 +44,7 @@ class Answer:
         tokens_per_s: decode rate, the tokens after the first over `decode_s`; None for a single token.
         stopped: "eos" (the model ended, a stop string of its settings came, or the answer's grammar allows no more),
             "length" or "user".
+        num_cached_tokens: tokens of the prompt that an earlier answer had computed.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Answer:
     decode_s: float
     tokens_per_s: float | None
     stopped: str
+    num_cached_tokens: int = 0
 
 
 class _TokenStreamer:
@@ -92,20 +94,24 @@ class AnswerStream:
 
     Leaving the `with` block, `close()`, or dropping the last reference stops the generation after the token it
     is working on. An error in the generating thread is raised by the iteration, or by `close()`.
+
+    Args:
+        generate: generates the whole answer; runs in a thread.
+        pieces: where it puts text.
+        closed: set where it is to stop.
+        describe: returns the figures, given the time of the beginning.
     """
 
     def __init__(
         self,
         generate: Callable[[], None],
-        streamer: _TokenStreamer,
         pieces: SimpleQueue[str | None],
         closed: threading.Event,
-        describe: Callable[[_TokenStreamer, float], Answer],
+        describe: Callable[[float], Answer],
     ) -> None:
         self.answer: Answer | None = None
         self._closed = closed
         self._describe = describe
-        self._streamer = streamer
         self._pieces = pieces
         self._finished = False
         self._process_id = os.getpid()
@@ -153,7 +159,7 @@ class AnswerStream:
     def _finish(self) -> None:
         self._executor.shutdown(wait=True)
         if self._future.exception() is None:
-            self.answer = self._describe(self._streamer, self._begin_s)
+            self.answer = self._describe(self._begin_s)
         self._finished = True  # not before: after an interrupt all of this is done again
         self._future.result()
 
@@ -272,7 +278,7 @@ def stream_answer(
                 "Correct the field, or download the file again."
             ) from error
 
-    def describe(streamer: _TokenStreamer, begin_s: float) -> Answer:
+    def describe(begin_s: float) -> Answer:
         num_new_tokens = len(streamer.token_ids)
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
         if streamer.token_ids[-1] in ends or streamer.stops.stopped or (grammar is not None and grammar.complete):
@@ -289,7 +295,7 @@ def stream_answer(
             stopped=stopped,
         )
 
-    return AnswerStream(generate, streamer, pieces, closed, describe)
+    return AnswerStream(generate, pieces, closed, describe)
 
 
 def _generate_options(model: PreTrainedModel, params: SamplingParams) -> dict[str, Any]:

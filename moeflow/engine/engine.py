@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.kv_cache.memory import parse_kv_memory
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
+from moeflow.engine.regrouping.step_groups import StepGroups
 from moeflow.engine.request import Completion, Outputs, Request, StepOutput
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.scheduler import Scheduler, check_priority
 from moeflow.engine.sequence import Piece
-from moeflow.engine.step_groups import StepGroups
 from moeflow.engine.whole_answers import WholeAnswers
 from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError, QueueFullError
 from moeflow.fork import tell_of_forks
@@ -76,7 +76,6 @@ class Engine:
         self._scheduler = Scheduler(
             max_batch_size, max_step_tokens, share_prefixes=share_prefixes, max_waiting=max_waiting
         )
-        forward.check_key_value_cache(model)
         observers = getattr(getattr(model, "moeflow", None), "observers", ())
         if any(isinstance(observer, TraceRecorder) for observer in observers):
             raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
@@ -85,10 +84,7 @@ class Engine:
         self._end_tokens = forward.end_tokens(model, tokenizer)
         self._jump_forward = jump_forward
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
-        context = self._prompts.context
-        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
-        watching = nullcontext if self._groups is None else self._groups.watching
-        self._runner = ModelRunner(model, parse_kv_memory(kv_memory), max_positions, watching)
+        self._runner = self._make_runner(kv_memory, max_batch_size)
         self._memory = self._runner.memory
         self._memory.keeps = share_prefixes
         self._requests: dict[str, Request] = {}
@@ -100,6 +96,13 @@ class Engine:
         self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "new_tokens"), 0)
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
+
+    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> ModelRunner:
+        forward.check_key_value_cache(self.model)
+        context = self._prompts.context
+        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
+        watching = nullcontext if self._groups is None else self._groups.watching
+        return ModelRunner(self.model, parse_kv_memory(kv_memory), max_positions, watching)
 
     def __enter__(self) -> "Engine":
         return self
@@ -222,6 +225,13 @@ class Engine:
             MoeflowError: it ended in an error, for the reason in the message.
         """
         return self._whole_answers().stream(prompt, params)
+
+    def outputs(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS) -> Iterator[StepOutput]:
+        """Run one request and yield its outputs, the last one with its completion.
+
+        Closing the iterator early cancels the request; `cancel` ends it, and its last output comes.
+        """
+        return self._whole_answers().outputs(prompt, params)
 
     @in_turn
     def stats(self) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 Knows requests' outputs. Knows nothing of how a step is made.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Sequential
+from contextlib import closing
 
 from moeflow.engine.request import Completion, Outputs, StepOutput
 from moeflow.engine.sampling_params import SamplingParams
@@ -58,14 +59,19 @@ class WholeAnswers:
 
     def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[str]:
         """Run one request and yield its text as it comes."""
-        id = self._claim()
-        try:
-            self._add(prompt, params, id=id)
-            for output in self._until([id]):
+        with closing(self.outputs(prompt, params)) as outputs:
+            for output in outputs:
                 if output.text:
                     yield output.text
                 if output.completion is not None and output.completion.finish_reason == "error":
                     raise MoeflowError(output.completion.error)
+
+    def outputs(self, prompt: str | list[int], params: SamplingParams) -> Generator[StepOutput]:
+        """Run one request and yield its outputs as they come."""
+        id = self._claim()
+        try:
+            self._add(prompt, params, id=id)
+            yield from self._until([id])
         finally:
             self._forget([id])
 

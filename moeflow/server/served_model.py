@@ -32,10 +32,10 @@ class ServedModel:
     """What endpoints ask of the model without running it.
 
     Args:
-        model: of `load_moe`, or any transformers causal LM that the engine takes.
+        model: of `load_moe`, or any transformers causal LM that an engine takes.
         tokenizer: the model's.
         settings: the server's; its name and context take the place of the model's.
-        kv_positions: positions for whose keys and values there is memory.
+        kv_positions: positions for whose keys and values there is memory; None where memory sets no limit.
 
     Attributes:
         name: what requests may call the model; its last part, behind "/", is taken too.
@@ -48,7 +48,7 @@ class ServedModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: ServerSettings,
-        kv_positions: int,
+        kv_positions: int | None,
     ) -> None:
         from moeflow.hf.passes.forward import context_positions, end_tokens
 

@@ -56,13 +56,13 @@ class Service:
         """Begin to answer.
 
         Raises:
-            MoeflowError: the engine does not take the model.
+            MoeflowError: no engine takes the model.
         """
-        from moeflow.engine.engine import Engine
+        from moeflow.engine.serial.choose_engine import engine_for
         from moeflow.server.served_model import ServedModel
 
         settings = self.settings
-        engine = Engine(
+        engine = engine_for(
             model,
             tokenizer,
             max_batch_size=settings.max_batch_size,
@@ -72,7 +72,8 @@ class Service:
         if settings.kv_disk is not None:
             engine.load_kept(settings.kv_disk)
         counts = engine.stats()
-        positions = counts["kv_budget_bytes"] // counts["kv_position_bytes"]
+        of_position = counts["kv_position_bytes"]
+        positions = counts["kv_budget_bytes"] // of_position if of_position else None
         served = ServedModel(model, tokenizer, settings, positions)
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
         self._worker = Worker(engine, lambda: self._look(engine.stats), settings.kv_disk)

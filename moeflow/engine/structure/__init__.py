@@ -1,5 +1,5 @@
 """Structured output: which tokens an answer's JSON schema, regular expression or grammar allows next.
 
-Knows tokenizers and llguidance. Knows nothing of models, sequences or HTTP. `engine/`, `chat/` and `cli/` import
-it.
+Knows tokenizers and llguidance. Knows nothing of models, sequences or HTTP. `engine/`, `chat/`, `server/` and
+`cli/` import it.
 """
