@@ -37,6 +37,10 @@ class ForkedProcessError(MoeflowError):
     """The process was forked, and what it holds cannot go on in the child."""
 
 
+class QueueFullError(MoeflowError):
+    """As many requests wait as an engine allows; try again when some have ended."""
+
+
 class ModelSourceError(MoeflowError):
     """A model id or folder could not be found or fetched."""
 

@@ -22,7 +22,8 @@ PAGE = _ROOT / "docs" / "api.md"
 _BEGINNING = """\
 # The public names
 
-`from moeflow import load_moe, Engine, SamplingParams, MoeflowError`. These names and the objects that they return are
+`from moeflow import load_moe, Engine, SamplingParams, MoeflowError` and
+`from moeflow.server import create_app, ServerSettings`. These names and the objects that they return are
 public; everything else may move. `python scripts/write_api_docs.py` writes this page from the docstrings.
 [loading.md](loading.md) has the options of `load_moe` as a table and explains the counters.
 """
@@ -44,6 +45,8 @@ _NAMES = (
     ("SamplingParams", "moeflow.engine.sampling_params", "SamplingParams", ()),
     ("Completion", "moeflow.engine.request", "Completion", ()),
     ("StepOutput", "moeflow.engine.request", "StepOutput", ()),
+    ("moeflow.server.create_app", "moeflow.server.app", "create_app", ()),
+    ("moeflow.server.ServerSettings", "moeflow.server.settings", "ServerSettings", ()),
 )
 _ERRORS = "moeflow.errors"
 _Definition = ast.ClassDef | ast.FunctionDef

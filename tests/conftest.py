@@ -57,8 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_progress_bars(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("torch"):
+        from tqdm import tqdm
         from transformers.utils import logging
 
+        tqdm.monitor_interval = 0  # no thread of its own, whose beginning is a matter of time
         logging.disable_progress_bar()
 
 

@@ -48,12 +48,12 @@ def copied(tmp_path) -> Path:
 
 
 def test_a_folder_that_is_left_out_of_the_wheel_is_named(copied):
-    folder = copied / "moeflow/server"
+    folder = copied / "moeflow/gateway"
     folder.mkdir()
     (folder / "__init__.py").write_text('"""HTTP. Knows nothing of experts. Only the command line imports it."""\n')
-    assert [line for line in layout_checks.folders_are_listed(SourceTree(copied)) if "moeflow.server " in line]
+    assert [line for line in layout_checks.folders_are_listed(SourceTree(copied)) if "moeflow.gateway " in line]
     (folder / "app.py").write_text('"""The application."""\n')
-    assert "the room of moeflow.server.app has no place" in "".join(
+    assert "the room of moeflow.gateway.app has no place" in "".join(
         layout_checks.imports_are_of_earlier_rooms(SourceTree(copied))
     )
 

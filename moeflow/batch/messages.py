@@ -1,7 +1,8 @@
-"""The messages of a request: a role and a text each; whatever else one holds is refused by its name."""
+"""A request as JSON and its messages: a role and a text each; whatever else one holds is refused by its name."""
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Collection
 from typing import Any
@@ -35,6 +36,34 @@ def refuse_unknown(entry: dict[str, Any], allowed: Collection[str], owner: str) 
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ConfigError(f"{owner} has {', '.join(map(short, unknown[:5]))}{more}; known are {', '.join(allowed)}")
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object that a request is written as, UTF-8 with or without a byte-order mark.
+
+    Raises:
+        ConfigError: it is no JSON, no object, nested too deeply, or one of its objects has a field twice.
+    """
+    try:
+        entry = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ConfigError("it is not JSON that can be read: it is nested too deeply") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"it is not JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise ConfigError(f'it is JSON but no object; write {{"prompt": ...}}, found {type(entry).__name__}')
+    return entry
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, of which no field may be there twice: one of the two would be dropped."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ConfigError(f"it has the field {short(max(names, key=names.count))} twice; give it once")
+    return entry
 
 
 def read_messages(messages: object) -> list[dict[str, str]]:

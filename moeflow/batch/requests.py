@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from moeflow.batch.messages import read_messages, refuse_unknown, short
+from moeflow.batch.messages import parse_object, read_messages, refuse_unknown, short
 from moeflow.batch.openai_format import CHAT_URL, OPENAI_FIELDS, TEXT_URL, openai_sampling
-from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.sampling_params import STRUCTURES, SamplingParams
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import check_text
 
@@ -112,7 +112,7 @@ def _read_line(
     own_id = f"#{number}"
     url: str | None = None
     try:
-        entry = _parse(line)
+        entry = parse_object(line)
         in_openai_style = entry.get("custom_id") is not None or entry.get("body") is not None
         if in_openai_style:
             url = str(entry.get("url") or "")
@@ -138,29 +138,6 @@ def _read_line(
     except (ConfigError, RecursionError) as error:
         told = str(error) if isinstance(error, ConfigError) else "it is nested too deeply"
         return RefusedLine(number, own_id, url, told if len(told) <= _MOST_LETTERS else f"{told[:_MOST_LETTERS]}...")
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
-    except RecursionError:
-        raise ConfigError("it is not JSON that can be read: it is nested too deeply") from None
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"it is not JSON ({error})") from None
-    if not isinstance(entry, dict):
-        raise ConfigError(f'it is JSON but no object; write {{"prompt": ...}}, found {type(entry).__name__}')
-    return entry
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object, of which no field may be there twice: one of the two would be dropped."""
-    entry = dict(pairs)
-    if len(entry) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ConfigError(f"it has the field {short(max(names, key=names.count))} twice; give it once")
-    return entry
 
 
 def _given_id(value: object) -> str | None:
@@ -206,6 +183,8 @@ def _params(entry: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     given = {name: entry[name] for name in _SAMPLING if entry.get(name) is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
+    if not given.keys().isdisjoint(STRUCTURES):  # the line's in place of the command's
+        defaults = replace(defaults, json_schema=None, regex=None, grammar=None)
     params = replace(defaults, **given)
     for text in params.stop:
         check_text(text, "stop")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moeflow.atomic_file import atomic_file, write_all
-from moeflow.batch.openai_format import batch_record, response_body, token_logprobs
+from moeflow.batch.openai_format import batch_record, prompt_logprobs, response_body, token_logprobs
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.file_lock import lock_file
 
@@ -166,6 +166,11 @@ def answer_record(request: BatchRequest, completion: Completion, decode: Callabl
             record["logprobs"] = [
                 {"token_id": token_id, "logprob": logprob, "top": top}
                 for token_id, logprob, top in token_logprobs(completion)
+            ]
+        if completion.prompt_logprobs is not None:
+            record["prompt_logprobs"] = [
+                {"token_id": token_id, "logprob": logprob, "top": top}
+                for token_id, logprob, top in prompt_logprobs(completion)
             ]
         return record
     body = response_body(

@@ -1,4 +1,4 @@
-"""One streamed answer: `generate` in a thread, its text piece by piece, and how long it took.
+"""One streamed answer: generated in a thread, its text piece by piece, and how long it took.
 
 Knows nothing about conversations, terminals or experts: any transformers causal language model works.
 """
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 512  # of an answer, where nothing else is asked for
 # Fields of SamplingParams that `generate` has not, or would do otherwise.
-NOT_IN_GENERATE = ("presence_penalty", "frequency_penalty", "stop", "logprobs", "ignore_eos")
+NOT_IN_GENERATE = (
+    *("presence_penalty", "frequency_penalty", "stop", "logprobs", "prompt_logprobs", "ignore_eos"),
+    "skip_special_tokens",
+    "logit_bias",
+)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Result of one `generate` call.
+    """Result of one answer.
 
     Args:
         text: the decoded answer without special tokens.
@@ -38,7 +42,9 @@ class Answer:
         ttft_s: seconds from the call to the first token.
         decode_s: seconds from the first token to the last.
         tokens_per_s: decode rate, the tokens after the first over `decode_s`; None for a single token.
-        stopped: "eos" (the model ended, or a stop string of its settings came), "length" or "user".
+        stopped: "eos" (the model ended, a stop string of its settings came, or the answer's grammar allows no more),
+            "length" or "user".
+        num_cached_tokens: tokens of the prompt that an earlier answer had computed.
     """
 
     text: str
@@ -48,6 +54,7 @@ class Answer:
     decode_s: float
     tokens_per_s: float | None
     stopped: str
+    num_cached_tokens: int = 0
 
 
 class _TokenStreamer:
@@ -87,20 +94,24 @@ class AnswerStream:
 
     Leaving the `with` block, `close()`, or dropping the last reference stops the generation after the token it
     is working on. An error in the generating thread is raised by the iteration, or by `close()`.
+
+    Args:
+        generate: generates the whole answer; runs in a thread.
+        pieces: where it puts text.
+        closed: set where it is to stop.
+        describe: returns the figures, given the time of the beginning.
     """
 
     def __init__(
         self,
         generate: Callable[[], None],
-        streamer: _TokenStreamer,
         pieces: SimpleQueue[str | None],
         closed: threading.Event,
-        describe: Callable[[_TokenStreamer, float], Answer],
+        describe: Callable[[float], Answer],
     ) -> None:
         self.answer: Answer | None = None
         self._closed = closed
         self._describe = describe
-        self._streamer = streamer
         self._pieces = pieces
         self._finished = False
         self._process_id = os.getpid()
@@ -148,7 +159,7 @@ class AnswerStream:
     def _finish(self) -> None:
         self._executor.shutdown(wait=True)
         if self._future.exception() is None:
-            self.answer = self._describe(self._streamer, self._begin_s)
+            self.answer = self._describe(self._begin_s)
         self._finished = True  # not before: after an interrupt all of this is done again
         self._future.result()
 
@@ -199,12 +210,14 @@ def stream_answer(
         The iterator. After the last piece its `answer` is an `Answer`.
 
     Raises:
-        ConfigError: input_ids is no prompt, params ask for what `generate` has not, or the generation settings have
-            stop strings that the tokenizer cannot write. What goes wrong while generating is raised by the iterator.
+        ConfigError: input_ids is no prompt, params ask for what `generate` has not, their schema or grammar cannot be
+            compiled, or the generation settings have stop strings that the tokenizer cannot write. What goes wrong
+            while generating is raised by the iterator.
     """
     import torch
-    from transformers import StoppingCriteriaList, StopStringCriteria
+    from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
+    from moeflow.engine.structure.logits_mask import GrammarProcessor
     from moeflow.hf.passes.forward import end_tokens, stop_strings
     from moeflow.hf.wall import one_line, raised_in
 
@@ -214,6 +227,9 @@ def stream_answer(
         if getattr(params, name) != getattr(SamplingParams, name):
             raise ConfigError(f"{name} is {getattr(params, name)!r}; only the engine and `moeflow batch` know it")
     ends, stop_texts = end_tokens(model, tokenizer), stop_strings(model)
+    grammar = None
+    if params.structure is not None:
+        grammar = GrammarProcessor.start(tokenizer, ends, params.structure, input_ids.shape[1])
     stop_event = stop_event or threading.Event()
     closed = threading.Event()
     pieces: SimpleQueue[str | None] = SimpleQueue()
@@ -221,10 +237,13 @@ def stream_answer(
     input_ids = input_ids.to(model.device)
 
     def stop_requested(generated_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        stop = stop_event.is_set() or closed.is_set()
+        complete = grammar is not None and grammar.follow(generated_ids)
+        stop = complete or stop_event.is_set() or closed.is_set()
         return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
 
     options = {"max_new_tokens": params.max_new_tokens, "num_beams": 1, **_generate_options(model, params)}
+    if grammar is not None:
+        options["logits_processor"] = LogitsProcessorList([grammar])
     if stop_texts:
         options["tokenizer"] = tokenizer
         try:
@@ -259,10 +278,10 @@ def stream_answer(
                 "Correct the field, or download the file again."
             ) from error
 
-    def describe(streamer: _TokenStreamer, begin_s: float) -> Answer:
+    def describe(begin_s: float) -> Answer:
         num_new_tokens = len(streamer.token_ids)
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
-        if streamer.token_ids[-1] in ends or streamer.stops.stopped:
+        if streamer.token_ids[-1] in ends or streamer.stops.stopped or (grammar is not None and grammar.complete):
             stopped = "eos"
         else:
             stopped = "length" if num_new_tokens >= params.max_new_tokens else "user"
@@ -276,7 +295,7 @@ def stream_answer(
             stopped=stopped,
         )
 
-    return AnswerStream(generate, streamer, pieces, closed, describe)
+    return AnswerStream(generate, pieces, closed, describe)
 
 
 def _generate_options(model: PreTrainedModel, params: SamplingParams) -> dict[str, Any]:

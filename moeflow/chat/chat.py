@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from moeflow.chat.answer import Answer, checkpoint_params, stream_answer
+from moeflow.chat.answer import Answer, checkpoint_params
+from moeflow.chat.answerer import Answerer
 from moeflow.chat.conversation import Conversation
 from moeflow.chat.figures import answer_figures, stats_line, stats_table
 from moeflow.chat.screen import Screen, echo_off, write_pieces
@@ -51,6 +52,7 @@ class Chat:
         self.screen = screen
         self.conversation = conversation
         self.params = params
+        self.answerer = Answerer(model, tokenizer)
         self.stop_event = threading.Event()
         self.commands: dict[str, tuple[Callable[[str], None] | None, str, str]] = {  # name: what runs, wants and means
             "/reset": (self._reset, "", "forget the conversation, keep the system prompt"),
@@ -114,7 +116,7 @@ class Chat:
         try:
             with echo_off(self.stdin):
                 answer, before, after = _answer_once(
-                    self.model, self.tokenizer, self.conversation, self.params, self.stop_event,
+                    self.answerer, self.model, self.tokenizer, self.conversation, self.params, self.stop_event,
                     show=lambda pieces: self.screen.show(pieces, self.stop_event), note=self.screen.note,
                 )  # fmt: skip
         except (MoeflowError, RuntimeError, OSError) as error:
@@ -192,7 +194,8 @@ def run_prompt(
         print(_NO_TEMPLATE, file=stderr)
     conversation = Conversation(system, [{"role": "user", "content": prompt}])
     answer, before, after = _answer_once(
-        model, tokenizer, conversation, params or checkpoint_params(model), threading.Event(),
+        Answerer(model, tokenizer), model, tokenizer, conversation, params or checkpoint_params(model),
+        threading.Event(),
         show=list if as_json else lambda pieces: write_pieces(pieces, stdout),
         note=lambda text: print(text, file=stderr),
     )  # fmt: skip
@@ -262,6 +265,7 @@ def read_prompt(stdin: TextIO) -> str:
 
 
 def _answer_once(
+    answerer: Answerer,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
@@ -279,7 +283,7 @@ def _answer_once(
     seed = None if params.seed is None else (params.seed + len(conversation.turns)) % 2**63
     params = replace(params, max_new_tokens=num_free, seed=seed)
     before = _snapshot(model)
-    with stream_answer(model, tokenizer, input_ids, params, stop_event=stop_event) as stream:
+    with answerer.stream(input_ids, params, stop_event=stop_event) as stream:
         show(stream)
     assert stream.answer is not None, "an answer that was shown to its end"
     return stream.answer, before, _snapshot(model)

@@ -45,6 +45,8 @@ def stats_line(before: RuntimeStats | None, after: RuntimeStats | None, answer: 
         rate = answer.tokens_per_s
         parts.append(f"{rate:.1f} tok/s" if rate < 100 else f"{rate:.0f} tok/s")
     parts.append(f"TTFT {format_seconds(answer.ttft_s)}")
+    if answer.num_cached_tokens:
+        parts.append(f"{answer.num_cached_tokens:,} of {answer.num_prompt_tokens:,} prompt tokens kept")
     if before is not None and after is not None:
         cost = after - before
         memory = cost.memory

@@ -165,11 +165,11 @@ def _answer(
     from moeflow.batch.figures import BatchFigures
     from moeflow.batch.run import answer_batch
     from moeflow.cli.progress import share_progress
-    from moeflow.engine.engine import Engine
+    from moeflow.engine.serial.choose_engine import engine_for
 
     model, tokenizer = load_model(arguments.model, arguments, kv_memory=arguments.kv_memory)
     options = {name: getattr(arguments, name) for name in ("max_step_tokens", "kv_memory", "group_size")}
-    with model.moeflow, Engine(model, tokenizer, max_batch_size=arguments.batch_size, **options) as engine:
+    with model.moeflow, engine_for(model, tokenizer, max_batch_size=arguments.batch_size, **options) as engine:
         figures = BatchFigures(engine, requests)
         try:
             with share_progress(Path(arguments.input).name) as progress:

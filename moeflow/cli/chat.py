@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 
-from moeflow.chat.answer import MAX_NEW_TOKENS, NOT_IN_GENERATE
+from moeflow.chat.answer import MAX_NEW_TOKENS
 from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model, prepare_step
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -34,7 +34,7 @@ def add_chat_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     checkpoint = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     defaults = {"max_new_tokens": str(MAX_NEW_TOKENS)} | dict.fromkeys(checkpoint, "the checkpoint's")
-    add_sampling_options(parser, leave_out=NOT_IN_GENERATE, defaults=defaults)
+    add_sampling_options(parser, leave_out=("logprobs", "prompt_logprobs"), defaults=defaults)
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -47,7 +47,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     if arguments.system is not None:
         check_text(arguments.system, "--system")
     given = given_sampling(arguments)
-    source = _ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
+    source = ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     model, tokenizer = load_model(source, arguments)
     with model.moeflow:
         prepare_step(model)
@@ -65,7 +65,8 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from moeflow.chat.answer import checkpoint_params, stream_answer
+    from moeflow.chat.answer import checkpoint_params
+    from moeflow.chat.answerer import Answerer
     from moeflow.chat.chat import read_prompt
     from moeflow.chat.figures import answer_figures, stats_line
     from moeflow.chat.screen import write_pieces
@@ -80,7 +81,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         prepare_step(model)
         input_ids = torch.tensor([encode_text(tokenizer, prompt)])
         before = model.moeflow.snapshot()
-        with stream_answer(model, tokenizer, input_ids, checkpoint_params(model, **given)) as stream:
+        with Answerer(model, tokenizer).stream(input_ids, checkpoint_params(model, **given)) as stream:
             if arguments.json:
                 list(stream)
             else:
@@ -94,8 +95,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ensure_demo_model(yes: bool) -> str:
-    """Return the demo model's folder, building it once the user knows what that takes."""
+def ensure_demo_model(yes: bool) -> str:
+    """Return the demo model's folder, building it once the user knows what that takes.
+
+    Args:
+        yes: build it without asking.
+    """
     from moeflow.demo.model import build_demo_model, default_demo_path, describe_demo_model
     from moeflow.formatting import format_bytes
 

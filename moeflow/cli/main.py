@@ -16,6 +16,7 @@ from moeflow.cli.parallel import add_parallel_command
 from moeflow.cli.place import add_place_command
 from moeflow.cli.predictor import add_predictor_commands
 from moeflow.cli.quantize import add_quantize_command
+from moeflow.cli.serve import add_serve_command
 from moeflow.cli.tiers import add_tiers_command
 from moeflow.cli.trace import add_trace_commands
 from moeflow.errors import MoeflowError
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add_info_command(commands)
     add_pack_command(commands)
     add_batch_command(commands)
+    add_serve_command(commands)
     add_quantize_command(commands)
     add_trace_commands(commands)
     add_predictor_commands(commands)

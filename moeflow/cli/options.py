@@ -4,13 +4,15 @@ The flags are the fields of `LoadOptions` and `SamplingParams`. Knows argparse a
 """
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.structure.schema import MOST_LETTERS
+from moeflow.errors import ConfigError
 from moeflow.loading.options import flag_options
 
 if TYPE_CHECKING:
@@ -28,16 +30,23 @@ _SAMPLING_HELP = {  # field: (metavar, help)
     "seed": ("S", "seed of the sampling"),
     "stop": ("TEXT", "end an answer before TEXT; may be repeated"),
     "logprobs": ("N", "report each token's log-probability and those of the N likeliest"),
+    "prompt_logprobs": ("N", "the same of each token of the prompt but the first"),
     "ignore_eos": ("", "go on behind the end of sequence"),
+    "skip_special_tokens": ("", "write special tokens in the answer"),
+    "json_schema": ("FILE", "the answer is JSON that the schema in FILE allows"),
+    "regex": ("TEXT", "the answer matches this regular expression"),
+    "grammar": ("FILE", "the answer is of the grammar in FILE, in llguidance's form of Lark"),
 }
+_IN_FILES = ("json_schema", "grammar")
 _TYPES = {"int": int, "float": float, "int | None": int}
 
 
-def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of load_moe, and --json, to a command.
+def add_loading_options(parser: argparse.ArgumentParser, *, as_json: bool = True) -> None:
+    """Add the flags of load_moe to a command.
 
     Args:
         parser: of the command.
+        as_json: whether it has --json as well.
     """
     for option in flag_options():
         flag, text = f"--{option.name.replace('_', '-')}", option.metadata["flag"].replace("%", "%%")
@@ -46,17 +55,23 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         else:
             kind = float if isinstance(option.default, float) else str
             parser.add_argument(flag, type=kind, default=option.default, metavar=option.metadata["metavar"], help=text)
-    parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object with answer and figures")
+
+
+def _tell_nothing(text: str) -> None:
+    """Tell nobody what comes next."""
 
 
 def load_model(
-    source: str | Path, arguments: argparse.Namespace, **options: Any
+    source: str | Path, arguments: argparse.Namespace, *, tell: Callable[[str], None] = _tell_nothing, **options: Any
 ) -> "tuple[Any, PreTrainedTokenizerBase]":
     """Load model and tokenizer, with the loader's progress only on a terminal.
 
     Args:
         source: a hub id or a folder.
         arguments: what `add_loading_options` parsed.
+        tell: called with what comes next, as it comes.
         **options: passed to load_moe as well.
 
     Returns:
@@ -67,6 +82,7 @@ def load_model(
 
     console = Console(stderr=True)
     with Status(f"loading {source}", console=console) if console.is_terminal else nullcontext():
+        tell("importing torch and transformers")
         from transformers.utils import logging
 
         from moeflow.hf.pretrained import load_tokenizer
@@ -76,7 +92,9 @@ def load_model(
         flags = {option.name: getattr(arguments, option.name) for option in flag_options()}
         if flags["predictor"] == "none":
             flags["predictor"] = None
+        tell("loading the weights that stay in memory")
         model = load_moe(source, **flags, **options)
+        tell("loading the tokenizer")
         tokenizer = load_tokenizer(source)
     return model, tokenizer
 
@@ -110,28 +128,42 @@ def add_sampling_options(
         defaults: what holds where a flag is not given, for the help; by default the field's default.
     """
     for field in fields(SamplingParams):
-        if field.name in leave_out:
+        if field.name in leave_out or field.name not in _SAMPLING_HELP:
             continue
         flag = f"--{field.name.replace('_', '-')}"
         metavar, text = _SAMPLING_HELP[field.name]
         if field.type == "bool":
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            turned = ("store_false", f"--no-{flag.removeprefix('--')}") if field.default else ("store_true", flag)
+            parser.add_argument(turned[1], dest=field.name, action=turned[0], default=None, help=text)
         elif field.name == "stop":
             parser.add_argument(flag, action="append", metavar=metavar, help=text)
         else:
             default = (defaults or {}).get(field.name, field.default)
             if default is not None:
                 text += f" ({default:g})" if isinstance(default, (int, float)) else f" ({default})"
-            parser.add_argument(flag, type=_TYPES[str(field.type)], metavar=metavar, help=text)
+            parser.add_argument(flag, type=_TYPES.get(str(field.type), str), metavar=metavar, help=text)
 
 
 def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of SamplingParams whose flags were given.
 
     Raises:
-        ConfigError: one of them is out of its range.
+        ConfigError: one of them is out of its range, or its file cannot be read.
     """
     found = {field.name: getattr(arguments, field.name, None) for field in fields(SamplingParams)}
     given = {name: value for name, value in found.items() if value is not None}
+    for name in given.keys() & _IN_FILES:
+        given[name] = _read_text(Path(given[name]), f"--{name.replace('_', '-')}")
     SamplingParams(**given)  # checks
     return given
+
+
+def _read_text(path: Path, flag: str) -> str:
+    """Return the text of a file; one that is far too long is read in part, and refused by its length."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(MOST_LETTERS + 1)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{flag} {path} is not UTF-8 text.") from None

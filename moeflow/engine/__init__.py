@@ -1,7 +1,7 @@
 """Many requests on one model: sequences, scheduler, model runner, KV cache, sampling.
 
-Knows a loaded model. Knows nothing of how it was loaded, of files, terminals or HTTP. `chat/`, `batch/` and `cli/`
-import it.
+Knows a loaded model. Knows nothing of how it was loaded, of files, terminals or HTTP. `chat/`, `batch/`, `server/`
+and `cli/` import it.
 """
 
 from typing import TYPE_CHECKING, Any

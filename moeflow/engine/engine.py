@@ -9,20 +9,21 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Sequential
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moeflow.engine.kept_prefix import KeptPrefix
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
+from moeflow.engine.regrouping.step_groups import StepGroups
 from moeflow.engine.request import Completion, Outputs, Request, StepOutput
 from moeflow.engine.sampling_params import SamplingParams
-from moeflow.engine.scheduler import Scheduler
-from moeflow.engine.sequence import Piece, Sequence
-from moeflow.engine.step_groups import StepGroups
-from moeflow.errors import BudgetError, ClosedModelError, ConfigError, ForkedProcessError, MoeflowError
+from moeflow.engine.scheduler import Scheduler, check_priority
+from moeflow.engine.sequence import Piece
+from moeflow.engine.whole_answers import WholeAnswers
+from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError, QueueFullError
 from moeflow.fork import tell_of_forks
 from moeflow.hf.passes import forward
 from moeflow.memory_size import MemorySize
@@ -40,13 +41,17 @@ class Engine:
         tokenizer: the model's; None where prompts are token ids and no text is wanted.
         max_batch_size: the largest number of sequences that run at once.
         max_step_tokens: most tokens in one pass; prompts are cut to fit beside the tokens of those that decode.
-        kv_memory: most bytes of all sequences' keys and values, taken as they come: a number, "2GiB", or "auto" (what
-            `load_moe` kept for them, else 2 GiB; never more than max_batch_size sequences of the whole context take).
-        share_prefixes: whether equal beginnings of prompts under way are computed once.
+        kv_memory: most bytes of all sequences' keys and values, taken as they come and grow: a number, "2GiB", or
+            "auto" (what `load_moe` kept for them, else 2 GiB; never more than max_batch_size sequences of the whole
+            context take).
+        share_prefixes: whether equal beginnings are computed once: of prompts under way, and of what ended requests
+            have left, which stays in kv_memory until its room is needed.
+        max_waiting: most requests beyond max_batch_size; None for any number.
         group_size: the largest number of sequences that decode in one pass; below max_batch_size a step takes several
             passes. None: one pass for all, in which every expert is fetched once a step.
         regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
             the order of arrival. Outputs are the same.
+        jump_forward: whether tokens that a grammar forces in a row take one pass together. Outputs are the same.
 
     Raises:
         ConfigError: a limit is no positive number, kv_memory no size, or the model's stop strings need a tokenizer.
@@ -62,34 +67,41 @@ class Engine:
         max_step_tokens: int = 512,
         kv_memory: MemorySize = "auto",
         share_prefixes: bool = True,
+        max_waiting: int | None = None,
         group_size: int | None = None,
         regrouping: bool = True,
+        jump_forward: bool = True,
     ) -> None:
-        self._scheduler = Scheduler(max_batch_size, max_step_tokens, share_prefixes=share_prefixes)
-        forward.check_key_value_cache(model)
+        self._scheduler = Scheduler(
+            max_batch_size, max_step_tokens, share_prefixes=share_prefixes, max_waiting=max_waiting
+        )
         observers = getattr(getattr(model, "moeflow", None), "observers", ())
         if any(isinstance(observer, TraceRecorder) for observer in observers):
             raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens = forward.end_tokens(model, tokenizer)
+        self._jump_forward = jump_forward
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
-        context = self._prompts.context
-        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
-        watching = nullcontext if self._groups is None else self._groups.watching
-        self._runner = ModelRunner(model, kv_memory, max_positions, watching)
-        self._slots = self._runner.slots
-        self._kept = KeptPrefix(self._scheduler.wants, self._slots.free)
+        self._runner = self._make_runner(kv_memory, max_batch_size)
+        self._memory = self._runner.memory
+        self._memory.keeps = share_prefixes
         self._requests: dict[str, Request] = {}
         self._outputs = Outputs()  # claimed by generate() and stream(), or for step()
         self._names = map("request-{}".format, itertools.count(1))
         self._refusal: MoeflowError | None = None
         self._turns = Turns()
         tell_of_forks(self)
-        self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "shared_tokens", "new_tokens"), 0)
+        self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "new_tokens"), 0)
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
+
+    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> ModelRunner:
+        forward.check_key_value_cache(self.model)
+        context = self._prompts.context
+        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
+        watching = nullcontext if self._groups is None else self._groups.watching
+        return ModelRunner(self.model, kv_memory, max_positions, watching)
 
     def __enter__(self) -> "Engine":
         return self
@@ -103,28 +115,49 @@ class Engine:
         return not self._requests and not self._outputs
 
     @in_turn
-    def add(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS, *, id: str | None = None) -> str:
+    def add(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = _DEFAULT_PARAMS,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+    ) -> str:
         """Queue a request and return its id.
 
         A prompt that cannot be run ends that request with "error" in the next step; others are not touched.
 
+        Args:
+            prompt: text or token ids.
+            params: what is asked of the answer.
+            id: its name; None for a new one.
+            priority: -100 to 100; the higher one waits less, and gives way later where memory ends. A level is worth
+                100 steps of waiting, so that no request waits for ever.
+
         Raises:
-            ConfigError: an id that is under way, text where the engine has no tokenizer, or neither text nor token ids.
+            ConfigError: an id that is under way, no text or token ids, what needs a tokenizer, a grammar that is none,
+                or no priority.
+            QueueFullError: max_batch_size + max_waiting requests are under way.
             ClosedModelError: the engine was closed.
         """
         self._check_open()
+        check_priority(priority)
         if id is None:
-            id = next(name for name in self._names if name not in self._requests)
+            id = self._new_id()
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
-        if any(kept.id == id for kept in self._kept.donors()):
-            self._kept.drop()  # a slot has one name
+        if self._scheduler.full:
+            raise QueueFullError(
+                f"{len(self._requests)} requests are under way, and max_waiting={self._scheduler.max_waiting} may wait "
+                "for a place. Try again when some have ended."
+            )
         ids = self._prompts.token_ids(prompt, params)
-        sequence = self._runner.sequence(id, ids, self._prompts.most_new_tokens(ids, params))
-        request = self._requests[id] = Request(sequence, self._prompts.stopping(params), self.tokenizer)
+        sequence = self._runner.sequence(id, ids, self._prompts.most_new_tokens(ids, params), priority)
+        params = self._prompts.stopping(params)
+        request = self._requests[id] = Request(sequence, params, self.tokenizer, self._end_tokens, self._jump_forward)
         try:
             self._prompts.check(ids)
-            self._slots.check_possible(sequence.num_positions)
+            self._memory.check_possible(sequence.num_positions)
         except ConfigError as error:
             self._report(request, [], "", "error", str(error))
         else:
@@ -146,16 +179,20 @@ class Engine:
     def _run_step(self) -> None:
         self._check_open()
         begin = time.perf_counter()
-        pieces = self._scheduler.plan(self._admit, self._share, self._kept.donors)
+        pieces = self._scheduler.plan(self._memory)
+        for sequence, reason in list(self._memory.refused.items()):
+            self._end(self._requests[sequence.id], [], "", "error", reason)
         if pieces:
+            num_prompt = sum(len(piece.tokens) for piece in pieces if not piece.sequence.decoding)
             self._counts["steps"] += 1
             for passed in [pieces] if self._groups is None else self._groups.split(pieces):
                 self._counts["passes"] += 1
                 for computed in self._runner.run(passed):
                     self._advance(*computed)
-            self._kept.drop_unwanted()
             step_s = time.perf_counter() - begin
             self._step_s += step_s
+            if num_prompt:
+                self._memory.speeds.saw_prefill(num_prompt, step_s)
             if self._groups is not None:
                 self._groups.finish(step_s)
 
@@ -178,20 +215,7 @@ class Engine:
             prompts: texts or token ids.
             params: for all, or one for each.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ConfigError(f"{len(each)} params for {len(prompts)} prompts: give one, or one for each.")
-        ids, completions = [], {}
-        try:
-            for prompt, one in zip(prompts, each, strict=True):
-                ids.append(self._claim())
-                self.add(prompt, one, id=ids[-1])
-            for output in self._until(ids):
-                if output.completion is not None:
-                    completions[output.id] = output.completion
-        finally:
-            self._forget(ids)
-        return [completions[id] for id in ids]
+        return self._whole_answers().generate(prompts, params)
 
     def stream(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS) -> Iterator[str]:
         """Run one request and yield its text as it comes; closing the iterator early cancels the request.
@@ -199,16 +223,14 @@ class Engine:
         Raises:
             MoeflowError: it ended in an error, for the reason in the message.
         """
-        id = self._claim()
-        try:
-            self.add(prompt, params, id=id)
-            for output in self._until([id]):
-                if output.text:
-                    yield output.text
-                if output.completion is not None and output.completion.finish_reason == "error":
-                    raise MoeflowError(output.completion.error)
-        finally:
-            self._forget([id])
+        return self._whole_answers().stream(prompt, params)
+
+    def outputs(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS) -> Iterator[StepOutput]:
+        """Run one request and yield its outputs, the last one with its completion.
+
+        Closing the iterator early cancels the request; `cancel` ends it, and its last output comes.
+        """
+        return self._whole_answers().outputs(prompt, params)
 
     @in_turn
     def stats(self) -> dict[str, Any]:
@@ -220,33 +242,49 @@ class Engine:
             "waiting": len(self._scheduler.waiting),
             "running": len(self._scheduler.running),
             "finished": dict(self._reasons),
-            "kv_budget_bytes": self._slots.budget_bytes,
-            "kv_used_bytes": self._slots.used_bytes,
-            "kv_peak_bytes": self._slots.peak_bytes,
-            "kv_position_bytes": self._slots.position_bytes,
+            **self._memory.stats(),
             "regrouping": None if self._groups is None else asdict(self._groups.stats),
         }
 
     @in_turn
+    def save_kept(self, folder: str | Path) -> int:
+        """Write the kept keys and values to files of this model in a folder, and return their number of tokens.
+
+        Raises:
+            MoeflowError: a file cannot be written, or the engine was closed.
+        """
+        self._check_open()
+        return self._memory.save(Path(folder), self._runner.fingerprint())
+
+    @in_turn
+    def load_kept(self, folder: str | Path) -> int:
+        """Keep what `save_kept` wrote of this very model, as far as there is room; return the number of tokens.
+
+        What is damaged or of another model is left out, with a warning in the log.
+        """
+        self._check_open()
+        return self._memory.load(Path(folder), self._runner.fingerprint())
+
+    @in_turn
     def check_integrity(self) -> None:
-        """Assert that slots belong to running sequences and the kept one, and that their bytes are right."""
+        """Assert that slots belong to running sequences, and that the bytes of all that is held are right."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        holders = [*running, *self._kept.donors()]
-        assert len(holders) == len(self._slots), f"{len(self._slots)} slots for {len(holders)} sequences"
-        for sequence in holders:
-            assert self._slots[sequence.id].num_positions == sequence.num_positions, f"{sequence.id} has another's slot"
+        assert len(running) == len(self._memory), f"{len(self._memory)} slots for {len(running)} sequences"
+        for sequence in running:
+            assert self._memory[sequence.id].num_positions >= sequence.num_computed, f"{sequence.id} has another's slot"
         of_requests = {request.sequence for request in self._requests.values()}
         assert {*running, *waiting} == of_requests, "a request neither waits nor runs"
-        self._slots.check_integrity()
+        self._memory.check_integrity()
 
     @in_turn
     def close(self) -> None:
         """Cancel what is under way and release its memory; call again after an interrupt. The model stays."""
+        self._memory.keeps = False
         if not isinstance(self._refusal, ForkedProcessError):
             for id in list(self._requests):
                 self.cancel(id)
         self._outputs.clear()
-        self._slots.clear()  # also those whose request an interrupt left half ended
+        self._memory.clear()  # also those whose request an interrupt left half ended
         if self._groups is not None:
             self._groups.close()
         self._refusal = ClosedModelError("this engine was closed: make another.")
@@ -262,19 +300,12 @@ class Engine:
         if self._refusal is not None:
             raise self._refusal
 
-    def _admit(self, sequence: Sequence) -> bool:
-        try:
-            if self._slots.allocate(sequence.id, sequence.num_positions):
-                return True
-        except BudgetError as error:  # which is no reason to wait: what runs was inside the budget
-            if not self._kept.donors():
-                self._end(self._requests[sequence.id], [], "", "error", str(error))
-                return False
-        return self._kept.drop() and self._admit(sequence)
+    def _whole_answers(self) -> WholeAnswers:
+        """Return what runs requests to their ends; the engine holds none, so that it is freed at once."""
+        return WholeAnswers(self._outputs, self._turns, self._new_id, self.add, self._run_step, self.cancel)
 
-    def _share(self, donor: Sequence, receiver: Sequence, num_tokens: int) -> None:
-        self._slots[receiver.id].copy_from(self._slots[donor.id], num_tokens)
-        self._counts["shared_tokens"] += num_tokens
+    def _new_id(self) -> str:
+        return next(name for name in self._names if name not in self._requests)
 
     def _advance(self, piece: Piece, logits: torch.Tensor | None, error: str | None) -> None:
         """Record a computed piece, and sample the next token where it ends the prompt or decodes."""
@@ -283,30 +314,25 @@ class Engine:
         if error is not None:
             self._end(request, [], "", "error", error)
             return
-        self._counts["prompt_tokens"] += len(piece.tokens) * (not sequence.decoding)
+        self._counts["prompt_tokens"] += len(piece.tokens) * (sequence.num_computed < len(sequence.prompt_ids))
+        request.score(logits)
         sequence.num_computed += len(piece.tokens)
-        if logits is None:
+        if logits is None or not piece.samples:
             return
-        try:
-            token_id, text, reason = request.choose(logits, self._end_tokens)
-        except RuntimeError as error:
-            self._end(request, [], "", "error", f"no token could be chosen from the model's logits: {error}")
-            return
-        self._counts["new_tokens"] += 1
-        if reason is None:
-            self._outputs.put(StepOutput(sequence.id, [token_id], text, None))
+        chosen = request.choose(logits[-1])
+        self._counts["new_tokens"] += len(chosen.token_ids)
+        if chosen.reason is None:
+            self._outputs.put(request.output(chosen.token_ids, chosen.text))
         else:
-            self._end(request, [token_id], text, reason)
+            self._end(request, chosen.token_ids, chosen.text, chosen.reason, chosen.error)
 
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
-        """Take a request out of the schedule, free its slot unless another may share it, and report it."""
+        """Take a request out of the schedule, keep what it has computed without an error, and report it."""
         sequence = request.sequence
-        if self._scheduler.remove(sequence):
-            if reason in ("stop", "length"):
-                self._kept.offer(sequence)
-            else:
-                self._slots.free(sequence.id)
-        self._kept.drop_unwanted()
+        if self._scheduler.remove(sequence) and reason != "error":
+            self._memory.keep(sequence)
+        else:
+            self._memory.free(sequence)
         self._report(request, token_ids, text, reason, error)
 
     def _report(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None) -> None:
@@ -315,36 +341,4 @@ class Engine:
         if self._groups is not None:
             self._groups.forget(completion.id)
         self._reasons[reason] += 1
-        self._outputs.put(StepOutput(completion.id, token_ids, text + rest, completion))
-
-    @in_turn
-    def _claim(self) -> str:
-        """Return the id of a request to come, whose outputs step() will not return."""
-        id = next(name for name in self._names if name not in self._requests)
-        self._outputs.claim(id)
-        return id
-
-    def _until(self, ids: list[str]) -> Iterator[StepOutput]:
-        """Step until these requests have ended, and yield their outputs."""
-        left = set(ids)
-        while left:
-            for output in self._next_outputs(ids):
-                if output.completion is not None:
-                    left.discard(output.id)
-                yield output
-
-    @in_turn
-    def _next_outputs(self, ids: list[str]) -> list[StepOutput]:
-        """Return the outputs of these requests; where there are none, run a step first."""
-        found = self._outputs.take(ids)
-        if found:
-            return found
-        self._run_step()
-        return self._outputs.take(ids)
-
-    @in_turn
-    def _forget(self, ids: list[str]) -> None:
-        """Cancel those of these requests that are under way, and report none of them."""
-        for id in ids:
-            self.cancel(id)
-            self._outputs.drop(id)
+        self._outputs.put(request.output(token_ids, text + rest, completion))

@@ -3,6 +3,7 @@
 Knows tensors and slots. Knows nothing of requests.
 """
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -10,10 +11,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache import KeyValueSlots, SlotRows, kv_budget
+from moeflow.engine.kv_cache.memory import KeyValueMemory, kv_budget
+from moeflow.engine.kv_cache.slots import SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
+from moeflow.hf.fingerprint import weights_fingerprint
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.memory_size import MemorySize
@@ -27,7 +30,8 @@ class Computed(NamedTuple):
 
     Args:
         piece: what was to be computed.
-        logits: [V] of its last token, where the piece samples.
+        logits: [rows, V] of its last token where the piece samples, of all its tokens where its prompt is scored; None
+            for none of these.
         error: the reason where it could not be computed.
     """
 
@@ -46,7 +50,7 @@ class ModelRunner:
         watching: stands around each pass, called with its pieces.
 
     Attributes:
-        slots: where keys and values lie.
+        memory: where keys and values lie.
         num_retries: passes that failed, whose pieces then ran one by one.
 
     Raises:
@@ -67,14 +71,24 @@ class ModelRunner:
         self._turns = getattr(runtime, "turns", None) or Turns()
         self._cache = VarlenCache()
         self._turns.run(self._cache.learn, model)
-        planned = (getattr(runtime, "plan", None) or {}).get("key_value_bytes")
-        self.slots = KeyValueSlots(self._cache.shapes, kv_budget(kv_memory, planned), max_positions)
+        self.memory = KeyValueMemory(self._cache.shapes, kv_budget(kv_memory, model), max_positions)
         self.num_retries = 0
 
-    def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int) -> Sequence:
+    def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int, priority: int = 0) -> Sequence:
         """Make a sequence that knows how this model scales by the length."""
         rotaries = self._cache.rotaries
-        return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart)
+        return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart, priority)
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that differ where the model would compute other keys and values.
+
+        They are made of its weights in memory, of how its experts are stored, and of size and date of their files.
+        """
+        store = getattr(getattr(self._model, "moeflow", None), "store", None)
+        experts = (
+            [] if store is None else [*(layer.layout for layer in store.layers), *(one[2:] for one in store.stamps)]
+        )
+        return hashlib.sha256(f"{weights_fingerprint(self._model)} {experts}".encode()).hexdigest()[:16]
 
     def run(self, pieces: list[Piece]) -> list[Computed]:
         """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail.
@@ -99,13 +113,14 @@ class ModelRunner:
         tokens: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
+        rows: list[int] = []  # of each piece
         for sequence, new, samples in pieces:
-            segment = Segment(self.slots[sequence.id], sequence.num_computed, len(new), sequence.length)
+            segment = Segment(self.memory[sequence.id], sequence.num_computed, len(new), sequence.call_length)
             segments.append(segment)
             tokens += new
             positions += range(segment.start, segment.end)
-            if samples:
-                keep.append(len(tokens) - 1)
+            rows.append(len(new) if sequence.scored and not sequence.token_ids else int(samples))
+            keep += range(len(tokens) - rows[-1], len(tokens))
         input_ids, position_ids, places = (
             torch.tensor(values, dtype=torch.long, device=self._model.device)
             for values in (tokens, positions, keep or [len(tokens) - 1])
@@ -119,8 +134,8 @@ class ModelRunner:
                 with self._cache.running(self._model, segments):
                     return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
 
-        logits = iter(self._turns.run(run_pass))
-        return [Computed(piece, next(logits) if piece.samples else None) for piece in pieces]
+        logits = self._turns.run(run_pass)[: sum(rows)].split(rows)
+        return [Computed(piece, own if len(own) else None) for piece, own in zip(pieces, logits, strict=True)]
 
     def _step(
         self, segments: list[Segment], input_ids: torch.Tensor, position_ids: torch.Tensor

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+MIN_SHARED_TOKENS = 16  # a shorter common beginning is not worth a copy
+
 
 def _unscaled(length: int) -> Hashable:
     """Name the scaling of a model that has one for all lengths."""
@@ -23,6 +25,8 @@ class Sequence:
         max_new_tokens: most tokens it may get.
         scaling_of: names the scaling of positions in a call of a length; equal names, equal scalings.
         restart: length at which all its positions are computed anew; None for no such length.
+        priority: of those that wait or run, the higher one is preferred.
+        scored: whether logits of all its prompt's tokens are wanted; then it shares no other's keys and values.
     """
 
     id: str
@@ -30,8 +34,12 @@ class Sequence:
     max_new_tokens: int
     scaling_of: Callable[[int], Hashable] = _unscaled
     restart: int | None = None
+    priority: int = 0
+    scored: bool = False
     token_ids: list[int] = field(default_factory=list)  # the answer so far
     num_computed: int = 0  # positions whose keys and values are there
+    num_cached: int | None = None  # tokens of the prompt that were copied when it began; None before
+    arrival: tuple[int, int] = (0, 0)  # by which it waits, and gives way; the scheduler's
     _restarted: bool = False
 
     @property
@@ -42,7 +50,24 @@ class Sequence:
     @property
     def scaling(self) -> Hashable:
         """Name the scaling that its prompt's keys have: that of the call in which `generate` would compute them."""
-        return self.scaling_of(self.restart if self._restarted and self.restart else len(self.prompt_ids))
+        return self.scaling_of(self._first_length)
+
+    @property
+    def uniform_ids(self) -> list[int]:
+        """Its first tokens whose keys have `scaling`: all of them, or those up to the first call of `generate`."""
+        ids = self.prompt_ids + self.token_ids
+        return ids if self.scaling_of(self.length) == self.scaling else ids[: self._first_length]
+
+    @property
+    def call_length(self) -> int:
+        """Return the length of the call of `generate` that computes its next position, or one that scales alike."""
+        length = max(self._first_length, self.num_computed + 1)
+        return self.length if self.scaling_of(length) == self.scaling_of(self.length) else length
+
+    @property
+    def _first_length(self) -> int:
+        """Its length in the call of `generate` that computes its first position."""
+        return self.restart if self._restarted and self.restart else len(self.prompt_ids)
 
     def append(self, token_id: int) -> None:
         """Add a token to the answer; at the length of its restart, all is to be computed anew."""
@@ -51,9 +76,10 @@ class Sequence:
             self.num_computed, self._restarted = 0, True
 
     def uncomputed(self, most: int) -> list[int]:
-        """Return the next tokens whose positions are not computed, at most so many."""
-        begin, size = self.num_computed, len(self.prompt_ids)
-        return (self.prompt_ids[begin:] + self.token_ids[max(0, begin - size) :])[:most]
+        """Return the next tokens whose positions are not computed, at most so many, all of one call of `generate`."""
+        begin, size, end = self.num_computed, len(self.prompt_ids), self.call_length
+        ids = self.prompt_ids[begin:end] + self.token_ids[max(0, begin - size) : max(0, end - size)]
+        return ids[:most]
 
     @property
     def num_positions(self) -> int:

@@ -46,13 +46,19 @@ class StopStrings:
         tokenizer: the model's.
         stop: texts that end the answer, none empty.
         prompt_ids: the prompt's tokens.
+        skip_special_tokens: whether special tokens are not shown.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = (), prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: tuple[str, ...] = (),
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
     ) -> None:
         self.stopped = False
-        self._shown = Detokenizer(tokenizer)
+        self._shown = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._written = Detokenizer(tokenizer, skip_special_tokens=False)
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
 from moeflow.errors import ExpertReadError, GpuError, UnsupportedModelError
 from moeflow.hf.passes import attention, forward
 from moeflow.hf.passes.attention import MaskRule
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
         slot: where its keys and values lie; None in a pass that keeps none.
         start: the position of its first new token.
         num_new: new tokens.
-        length: positions that the sequence has with all its tokens: a prompt in pieces counts whole.
+        length: positions of the call in which `generate` would compute these: a prompt in pieces counts whole.
     """
 
     slot: KeyValueSlot | None

@@ -62,8 +62,39 @@ def encode_text(
         return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
 
+def response_parser(template: dict[str, Any], begun: str, tools: list[dict[str, Any]]) -> Any:
+    """Return transformers' parser of one answer, with `feed` and `finalize`.
+
+    Args:
+        template: a response template.
+        begun: what the prompt has written of the answer.
+        tools: in OpenAI's form; their schemas give arguments their types.
+    """
+    from transformers.utils.chat_parsing import ResponseParser
+
+    return ResponseParser(template, prefix=begun, tools=list(tools))
+
+
+def writes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template tells the model of tools."""
+    if not tokenizer.chat_template:
+        return False
+    name = "zqxtoolxqz"
+    function = {"name": name, "description": "", "parameters": {"type": "object", "properties": {}}}
+    try:
+        messages = [{"role": "user", "content": "x"}]
+        written = _apply(tokenizer, messages, tokenize=False, tools=[{"type": "function", "function": function}])
+    except ConfigError:
+        return False
+    return name in str(written)
+
+
 def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], context: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    context: int | None = None,
+    *,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Return the prompt for the answer to messages; without a chat template their texts, joined.
 
@@ -75,6 +106,7 @@ def encode_messages(
         tokenizer: the model's.
         messages: with "role" and "content", both text.
         context: the model's positions, if known, as in `encode_text`.
+        tools: in OpenAI's form, for a template that writes them.
 
     Raises:
         ConfigError: the template refuses the messages, fails on them, or leaves out what one of them says; or one is
@@ -97,22 +129,22 @@ def encode_messages(
     refusal = None
     for attempt in whole:
         try:
-            _check_words(tokenizer, attempt)
-            return _encode(tokenizer, attempt)
+            _check_words(tokenizer, attempt, tools)
+            return _encode(tokenizer, attempt, tools)
         except ConfigError as error:
             refusal = error
     for attempt in whole:
         parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in attempt]
         try:
-            _check_words(tokenizer, parts)
-            return _encode(tokenizer, parts)
+            _check_words(tokenizer, parts, tools)
+            return _encode(tokenizer, parts, tools)
         except ConfigError:
             continue  # what is wrong with the texts says more than what is wrong with their parts
     assert refusal is not None, "a form was tried"
     raise refusal
 
 
-def _check_words(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> None:
+def _check_words(tokenizer: PreTrainedTokenizerBase, messages: _Messages, tools: _Messages | None) -> None:
     """Refuse messages of which the template does not write all.
 
     A word of its own stands for the text of each message: real texts may be in a template's own words or in each other,
@@ -125,7 +157,7 @@ def _check_words(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> Non
         text = content if isinstance(content, str) else content[0]["text"]
         word = word if text.strip() else text
         probes.append({**message, "content": word if content is text else [{"type": "text", "text": word}]})
-    written = str(_apply(tokenizer, probes, tokenize=False))
+    written = str(_apply(tokenizer, probes, tokenize=False, tools=tools))
     for number, (word, probe) in enumerate(zip(words, probes, strict=True), 1):
         content = probe["content"]
         if isinstance(content, list):
@@ -140,8 +172,8 @@ def _check_words(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> Non
             )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> list[int]:
-    return list(_apply(tokenizer, messages, tokenize=True, return_dict=True)["input_ids"])
+def _encode(tokenizer: PreTrainedTokenizerBase, messages: _Messages, tools: _Messages | None) -> list[int]:
+    return list(_apply(tokenizer, messages, tokenize=True, return_dict=True, tools=tools)["input_ids"])
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: _Messages, **options: Any) -> Any:

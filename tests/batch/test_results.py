@@ -28,6 +28,12 @@ def test_answers_have_the_form_of_their_requests():
             {"token_id": 5, "logprob": -0.25, "top": [(5, -0.25), (9, -2.0)]},
         ],
     }  # fmt: skip
+    scored = answer_record(request(), completion(prompt_logprobs=[None, (-0.5, []), (-1.0, [(3, -1.0)])]), str)
+    assert scored["prompt_logprobs"] == [
+        {"token_id": 1, "logprob": None, "top": []},
+        {"token_id": 2, "logprob": -0.5, "top": []},
+        {"token_id": 3, "logprob": -1.0, "top": [(3, -1.0)]},
+    ]
     messages = [{"role": "user", "content": "hi"}]
     chat = answer_record(request(2, CHAT_URL, messages, model="m"), completion(logprobs=logprobs), str)
     assert (chat["custom_id"], chat["error"], chat["response"]["status_code"]) == ("id-2", None, 200)

@@ -72,6 +72,13 @@ def test_conversation_is_part_of_the_next_prompt(terminal):
 
 
 @pytest.mark.slow
+def test_a_second_message_says_how_much_of_its_prompt_was_kept(terminal):
+    assert "kept" not in terminal.ask("never said before", "length limit")
+    kept, of = re.search(r"(\d+) of (\d+) prompt tokens kept", terminal.ask("more", "length limit")).groups()
+    assert int(kept) > int(of) // 2
+
+
+@pytest.mark.slow
 def test_failing_file_commands_say_why_and_the_chat_goes_on(terminal, tmp_path):
     terminal.ask(f"/load {tmp_path}/none.json", "error: cannot read .*none.json: No such file or directory")
     terminal.ask(f"/save {tmp_path}/none/x.json", "error: .*x.json cannot be written: No such file or directory")

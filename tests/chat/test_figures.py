@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from io import StringIO
 
 from rich.console import Console
@@ -122,3 +122,9 @@ def test_no_counter_of_a_phase_is_left_out_of_the_table():
             stats = make_stats()
             setattr(stats.decode, counter.name, 10 * getattr(stats.decode, counter.name) + 1000)
             assert printed(stats_table(stats)) != whole, counter.name
+
+
+def test_the_line_says_how_many_tokens_of_the_prompt_were_kept():
+    answer = replace(ANSWER, num_prompt_tokens=1028, num_cached_tokens=1023)
+    assert stats_line(None, None, answer) == "42 tok · 11.3 tok/s · TTFT 0.41 s · 1,023 of 1,028 prompt tokens kept"
+    assert "kept" not in stats_line(None, None, ANSWER)

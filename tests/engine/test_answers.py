@@ -167,6 +167,22 @@ def test_the_stop_strings_of_the_checkpoint_hold_where_a_request_names_none(spea
         Engine(speaking)
 
 
+@pytest.mark.parametrize("max_step_tokens", [4, 512])
+def test_logprobs_of_a_prompt_are_those_of_one_pass_over_it(mixtral, max_step_tokens):
+    with torch.no_grad():
+        logprobs = mixtral(torch.tensor([PROMPTS[1]])).logits[0].log_softmax(-1)
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True, prompt_logprobs=2)
+    with Engine(mixtral, max_batch_size=4, max_step_tokens=max_step_tokens) as engine:
+        # The others begin with the same tokens, whose keys and values this prompt must not take from them.
+        *_, completion = engine.generate([*PROMPTS, PROMPTS[1]], [GREEDY] * len(PROMPTS) + [params])
+    assert completion.prompt_logprobs is not None
+    assert completion.prompt_logprobs[0] is None
+    for place, (logprob, top) in enumerate(completion.prompt_logprobs[1:]):
+        assert logprob == pytest.approx(float(logprobs[place, PROMPTS[1][place + 1]]), abs=1e-4)
+        assert [value for _, value in top] == pytest.approx(logprobs[place].topk(2).values.tolist(), abs=1e-4)
+        assert [token for token, _ in top] == logprobs[place].topk(2).indices.tolist()
+
+
 def test_logprobs_are_those_of_the_logits_of_generate(mixtral):
     prompt = PROMPTS[2]
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -1,6 +1,7 @@
-"""A beginning that many prompts share is computed once, also after the first of them has ended; nothing is left."""
+"""A beginning is computed once: beside who runs, and after who has ended, as long as its room is not needed."""
 
 import pytest
+import torch
 
 from helpers.engine_requests import (
     GREEDY,
@@ -12,11 +13,11 @@ from helpers.engine_requests import (
     generated,
     tokens,
 )
+from helpers.families import FAMILIES
+from helpers.family_models import build_model
+from helpers.rope_models import rope_model, truth
 from moeflow.engine.engine import Engine
-from moeflow.engine.kept_prefix import KeptPrefix
-from moeflow.engine.sampling_params import SamplingParams
-from moeflow.engine.sequence import Sequence
-from moeflow.errors import BudgetError
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 
 PROMPTS = [[*PREFIX, 3 + place, 7] for place in range(5)]
 TAIL = 2  # tokens behind the prefix
@@ -28,12 +29,10 @@ def expected(mixtral):
 
 
 def run(engine):
-    """Step to the end, checking all the way; return the answers by id."""
+    """Step to the end, checking all the way; return the completions by id."""
     found = {}
     while not engine.finished:
-        for output in engine.step():
-            if output.completion is not None:
-                found[output.id] = output.completion.token_ids
+        found |= {one.id: one.completion for one in engine.step() if one.completion}
         engine.check_integrity()
     return found
 
@@ -43,93 +42,38 @@ def test_a_beginning_is_computed_once_whoever_has_ended_meanwhile(mixtral, expec
     with Engine(mixtral, max_batch_size=max_batch_size) as engine:
         ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
         found = run(engine)
-        assert [found[id] for id in ids] == expected
-        assert engine.stats()["prompt_tokens"] == len(PREFIX) + len(PROMPTS) * TAIL
+        assert [found[id].token_ids for id in ids] == expected
+        assert [found[id].cached_tokens for id in ids] == [0] + [len(PREFIX)] * 4
+        stats = engine.stats()
+        assert stats["prompt_tokens"] == len(PREFIX) + len(PROMPTS) * TAIL
+        assert stats["shared_tokens"] == 4 * len(PREFIX)
         assert_empty(engine)
 
 
 def test_what_is_kept_gives_way_where_room_is_needed(mixtral, expected):
-    with Engine(mixtral) as engine:
-        position = engine.stats()["kv_position_bytes"]
-    room = (len(PREFIX) + TAIL + NEW - 1) * position
+    room = (len(PREFIX) + TAIL + NEW - 1) * POSITION_BYTES
     with Engine(mixtral, kv_memory=room) as engine:
         ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
         found = run(engine)
-        assert [found[id] for id in ids] == expected
+        assert [found[id].token_ids for id in ids] == expected
         assert engine.stats()["kv_peak_bytes"] == room
         assert engine.stats()["shared_tokens"] == 0
         assert_empty(engine)
 
 
-def test_nothing_is_kept_once_nobody_waits_for_it(mixtral):
-    with Engine(mixtral, max_batch_size=2) as engine:
-        engine.add(PROMPTS[0], GREEDY, id="first")
-        engine.add([9, 8, 7], SamplingParams(max_new_tokens=30, ignore_eos=True), id="other")
-        engine.add(PROMPTS[1], GREEDY, id="sharer")
-        while "first" in engine._requests:
-            engine.step()
-        assert [one.id for one in engine._kept.donors()] == ["first"]
-        engine.check_integrity()
-        engine.cancel("sharer")
-        assert engine._kept.donors() == []
-        engine.check_integrity()
-        engine.cancel("other")
-        engine.step()
-        assert_empty(engine)
-
-
-def test_nothing_is_kept_once_who_waited_has_begun(mixtral):
-    with Engine(mixtral, max_batch_size=1) as engine:
-        for id in ("first", "sharer"):
-            engine.add(PROMPTS[0], GREEDY, id=id)
-        while "first" in engine._requests:
-            engine.step()
-        assert [one.id for one in engine._kept.donors()] == ["first"]
-        engine.step()
-        assert engine.stats()["running"] == 1
-        assert engine._kept.donors() == []
-
-
-def test_a_name_may_be_used_again_while_its_slot_is_kept(mixtral, expected):
-    with Engine(mixtral, max_batch_size=2) as engine:
-        for id, prompt in (("name", PROMPTS[0]), ("other", [9, 8, 7]), ("sharer", PROMPTS[1])):
-            engine.add(prompt, GREEDY, id=id)
-        while "name" in engine._requests:
-            engine.step()
-        assert [one.id for one in engine._kept.donors()] == ["name"]
-        engine.add(PROMPTS[2], GREEDY, id="name")
-        found = run(engine)
-        assert (found["sharer"], found["name"]) == (expected[1], expected[2])
-        assert_empty(engine)
-
-
-@pytest.mark.parametrize("sharer", [PREFIX[:10] + [1] * 20, [*PREFIX[:16]]])
-def test_nothing_is_kept_for_a_beginning_too_short_to_share(mixtral, sharer):
-    with Engine(mixtral, max_batch_size=1) as engine:
-        engine.add(PROMPTS[0], GREEDY)
-        engine.add(sharer, GREEDY)
-        while not engine.finished:
-            engine.step()
-            assert engine._kept.donors() == []
-
-
-def test_nothing_is_kept_where_nothing_is_shared(mixtral):
-    with Engine(mixtral, max_batch_size=1, share_prefixes=False) as engine:
-        for prompt in PROMPTS:
-            engine.add(prompt, GREEDY)
-        while not engine.finished:
-            engine.step()
-            assert engine._kept.donors() == []
-        assert engine.stats()["prompt_tokens"] == sum(map(len, PROMPTS))
-
-
-def test_a_shared_beginning_is_computed_once(mixtral):
-    prompts = [[*PREFIX, 3 + place, 7] for place in range(5)]
-    with Engine(mixtral) as engine:
-        assert answers(engine, prompts) == [generated(mixtral, prompt) for prompt in prompts]
+@pytest.mark.parametrize("kept", [True, False])
+def test_prompt_and_answer_are_kept_after_the_end_unless_nothing_is_shared(mixtral, expected, kept):
+    with Engine(mixtral, share_prefixes=kept) as engine:
+        engine.generate([PROMPTS[0]], GREEDY)
         stats = engine.stats()
-    assert stats["shared_tokens"] == 4 * len(PREFIX)
-    assert stats["prompt_tokens"] == len(PREFIX) + 5 * 2
+        assert stats["kv_kept_tokens"] == kept * (len(PROMPTS[0]) + NEW - 1)
+        assert stats["kv_kept_bytes"] == stats["kv_kept_tokens"] * POSITION_BYTES
+        second = [*PROMPTS[0], *expected[0], 9, 9, 9]
+        (completion,) = engine.generate([second], GREEDY)
+        assert completion.token_ids == generated(mixtral, second)
+        assert completion.cached_tokens == stats["kv_kept_tokens"]
+        assert engine.stats()["kept_hits"] == kept
+        assert_empty(engine)
 
 
 def test_equal_prompts_compute_their_last_token_each(mixtral):
@@ -138,85 +82,133 @@ def test_equal_prompts_compute_their_last_token_each(mixtral):
         assert others == [first] * 2
         assert first == generated(mixtral, PREFIX)
         assert engine.stats()["prompt_tokens"] == len(PREFIX) + 2
+        assert answers(engine, [PREFIX]) == [first]
+        assert engine.stats()["prompt_tokens"] == len(PREFIX) + 3
 
 
-def test_a_sequence_gets_the_memory_of_one_that_is_kept_to_be_shared(mixtral, monkeypatch):
+def test_a_beginning_too_short_to_be_copied_is_not_kept(mixtral):
+    with Engine(mixtral) as engine:
+        engine.generate([[5, 6, 7]], GREEDY)
+        assert engine.stats()["kv_kept_tokens"] == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_what_a_cancelled_request_has_computed_is_kept(mixtral, steps):
+    prompt = tokens(40)
+    with Engine(mixtral, max_step_tokens=32) as engine:
+        engine.add(prompt, GREEDY, id="cancelled")
+        for _ in range(steps):
+            engine.step()
+        engine.cancel("cancelled")
+        engine.step()
+        computed = [0, 32, 40, None, 42][steps]
+        assert engine.stats()["kv_kept_tokens"] == computed
+        (completion,) = engine.generate([prompt], GREEDY)
+        assert completion.token_ids == generated(mixtral, prompt)
+        assert completion.cached_tokens == min(computed, 39)
+        assert_empty(engine)
+
+
+def test_of_a_request_that_failed_nothing_is_kept(mixtral, monkeypatch):
+    with Engine(mixtral) as engine:
+        engine.add(PROMPTS[0], GREEDY)
+        engine.step()
+        monkeypatch.setattr(engine._runner, "_forward", lambda pieces: (_ for _ in ()).throw(RuntimeError("broken")))
+        engine.step()
+        assert engine.stats()["finished"]["error"] == 1
+        assert engine.stats()["kv_kept_tokens"] == 0
+        assert_empty(engine)
+
+
+def conversation(engine, model, turns, prompt):
+    """Answer turns one after the other, each with all before; check each answer; return completions and the whole."""
+    completions = []
+    for turn in turns:
+        prompt = [*prompt, *turn]
+        (completion,) = engine.generate([prompt], GREEDY)
+        assert completion.token_ids == generated(model, prompt)
+        completions.append(completion)
+        prompt = [*prompt, *completion.token_ids]
+    return completions, prompt
+
+
+# plain, latent, sinks and windows, two shapes and shared keys, norms of keys
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "gemma4", "qwen3_moe", "olmoe"])
+def test_a_conversation_and_its_branches_are_answered_as_without_what_is_kept(name):
+    torch.set_num_threads(1)
+    model = build_model(FAMILIES[name])
+    turns = [tokens(20, 1), tokens(5, 2), tokens(6, 3)]
+    with Engine(model, max_batch_size=4, max_step_tokens=16) as engine:
+        completions, whole = conversation(engine, model, turns, [])
+        assert [one.cached_tokens for one in completions] == [0, 20 + NEW - 1, 25 + 2 * NEW - 1]
+        branches = [[*whole[:30], *tokens(3, seed)] for seed in range(4, 7)]
+        found = engine.generate(branches, GREEDY)
+        assert [one.token_ids for one in found] == [generated(model, prompt) for prompt in branches]
+        assert [one.cached_tokens for one in found] == [30] * 3
+        kept = engine.stats()["kv_kept_tokens"]
+        assert kept == len(whole) - 1 + 3 * (3 + NEW - 1)
+        assert_empty(engine)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope", "longrope, cache dropped"])
+def test_where_keys_depend_on_the_length_a_conversation_is_answered_as_without(rope):
+    model, prompt = rope_model(rope), []
+    with Engine(model, max_step_tokens=32) as engine:
+        for turn in (tokens(17, 1), tokens(4, 2), tokens(4, 3), tokens(4, 4)):
+            prompt = [*prompt, *turn]
+            for _ in range(2):
+                (completion,) = engine.generate([prompt], GREEDY)
+                assert completion.token_ids == truth(model, prompt)
+            if "dropped" not in rope:  # there the end of an answer may replace all keys by those of another scaling
+                assert completion.cached_tokens == len(prompt) - 1
+            prompt += completion.token_ids
+            assert_empty(engine)
+
+
+def test_what_is_kept_leaves_in_the_middle_of_a_run_and_answers_stay_the_same(mixtral):
+    prompts = [tokens(20 + seed, seed) for seed in range(8)]
+    expected = [generated(mixtral, prompt) for prompt in prompts]
+    with Engine(mixtral, max_batch_size=2, kv_memory=80 * POSITION_BYTES) as engine:
+        kept = []
+        for _ in range(3):
+            ids = [engine.add(prompt, GREEDY) for prompt in [*prompts, prompts[-1]]]
+            found = run(engine)
+            assert [found[id].token_ids for id in ids] == [*expected, expected[-1]]
+            kept.append(engine.stats()["kv_kept_tokens"])
+            assert 0 < kept[-1] <= 80
+        assert engine.stats()["kept_hits"] > 0
+        assert_empty(engine)
+
+
+def test_a_sequence_gets_the_memory_of_what_is_kept(mixtral, monkeypatch):
     prompts = [[*PREFIX, 5], [*PREFIX, 6]]
     with Engine(mixtral, max_batch_size=1) as engine:
-        allocate = engine._slots.allocate
+        empty = KeyValueSlot.empty.__func__
 
-        def machine_without_room_for_two(id, num_positions):
-            if len(engine._slots):
-                raise BudgetError("there is no memory")
-            return allocate(id, num_positions)
+        def machine_without_room_for_two(cls, layout, num_positions):
+            if engine.stats()["kv_kept_bytes"]:
+                raise RuntimeError("there is no memory")
+            return empty(cls, layout, num_positions)
 
-        monkeypatch.setattr(engine._slots, "allocate", machine_without_room_for_two)
+        monkeypatch.setattr(KeyValueSlot, "empty", classmethod(machine_without_room_for_two))
         assert answers(engine, prompts) == [generated(mixtral, prompt) for prompt in prompts]
         assert_empty(engine)
 
 
-def test_an_id_is_free_again_while_its_beginning_is_kept_to_be_shared(mixtral):
-    with Engine(mixtral, max_batch_size=2) as engine:
-        done = {}
-
-        def step():
-            done.update((one.id, one.completion.token_ids) for one in engine.step() if one.completion)
-            engine.check_integrity()
-
-        for id, prompt in (("a", [*PREFIX, 5]), ("c", tokens(len(PREFIX) + 1, 9)), ("b", [*PREFIX, 6])):
-            engine.add(prompt, GREEDY, id=id)
-        while not done:
-            step()
-        del done["c"]  # it ended with the first, so that two come in at once
-        assert [one.id for one in engine._kept.donors()] == ["a"]
-        engine.add([*PREFIX, 7], GREEDY, id="a")
-        while not engine.finished:
-            step()
-        assert done == {"a": generated(mixtral, [*PREFIX, 7]), "b": generated(mixtral, [*PREFIX, 6])}
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_a_beginning_is_kept_as_long_as_somebody_is_to_share_it(mixtral, share):
-    one = (len(PREFIX) + NEW) * POSITION_BYTES
-    for cancelled in (True, False):
-        engine, done = Engine(mixtral, max_batch_size=1, share_prefixes=share), []
-        for id, last in (("a", 5), ("b", 6)):
-            engine.add([*PREFIX, last], GREEDY, id=id)
-        while not done:
-            done = [output for output in engine.step() if output.completion]
-        assert engine.stats()["kv_used_bytes"] == one * share
-        if cancelled:
-            engine.cancel("b")
-            assert engine.stats()["kv_used_bytes"] == 0
-        else:
-            engine.step()
-            assert engine.stats()["kv_used_bytes"] == one
-            assert engine.stats()["shared_tokens"] == len(PREFIX) * share
-        engine.close()
-
-
-def test_every_slot_that_is_offered_is_freed_once_and_the_last_wanted_one_is_kept():
-    freed, wanted = [], {"a", "b"}
-    kept = KeptPrefix(lambda sequence: sequence.id in wanted, freed.append)
-    a, b, c = (Sequence(id, [1], 1) for id in "abc")
-    kept.offer(a)
-    assert (kept.donors(), freed) == ([a], [])
-    kept.offer(b)
-    kept.offer(c)
-    assert (kept.donors(), freed) == ([b], ["a", "c"])
-    kept.drop_unwanted()
-    assert kept.donors() == [b]
-    wanted.clear()
-    kept.drop_unwanted()
-    assert (kept.donors(), freed) == ([], ["a", "c", "b"])
-    assert not kept.drop()
+def test_an_id_is_free_again_while_its_beginning_is_kept(mixtral, expected):
+    with Engine(mixtral) as engine:
+        for _ in range(3):
+            engine.add(PROMPTS[0], GREEDY, id="name")
+            assert run(engine)["name"].token_ids == expected[0]
 
 
 def test_what_is_closed_keeps_nothing(mixtral):
     engine = Engine(mixtral, max_batch_size=1)
     for prompt in PROMPTS:
         engine.add(prompt, GREEDY)
-    while not engine._kept.donors():
+    while not engine.stats()["kv_kept_tokens"]:
         engine.step()
     engine.close()
+    assert engine.stats()["kv_kept_bytes"] == 0
     assert_empty(engine)

@@ -105,33 +105,3 @@ def test_text_without_a_tokenizer_is_refused(mixtral):
         engine.add("text", GREEDY)
     with pytest.raises(ConfigError, match="no tokenizer"):
         engine.add([5], SamplingParams(stop=("end",)))
-
-
-def test_a_sequence_for_which_the_machine_has_no_memory_fails_alone(expected, mixtral):
-    model = tiny_mixtral(max_position_embeddings=10**15)
-    model.load_state_dict(mixtral.state_dict())
-    with Engine(model, kv_memory=10**18) as engine:
-        each = [GREEDY, SamplingParams(max_new_tokens=10**13), GREEDY]
-        first, large, last = engine.generate(PROMPTS[:3], each)
-        assert (first.token_ids, last.token_ids) == (expected[0], expected[2])
-        assert large.finish_reason == "error"
-        assert "no memory for keys and values" in large.error
-        assert_empty(engine)
-
-
-def test_missing_memory_is_no_reason_to_wait_for_others(expected, mixtral):
-    model = tiny_mixtral(max_position_embeddings=10**15)
-    model.load_state_dict(mixtral.state_dict())
-    with Engine(model, kv_memory=10**18) as engine:
-        engine.add(PROMPTS[0], GREEDY, id="first")
-        engine.step()
-        engine.add(PROMPTS[1], SamplingParams(max_new_tokens=10**13), id="large")
-        engine.add(PROMPTS[2], GREEDY, id="last")
-        ended = [one for one in engine.step() if one.completion]
-        assert [(one.id, one.completion.finish_reason) for one in ended] == [("large", "error")]
-        assert "\n" not in ended[0].completion.error
-        while not engine.finished:
-            ended += [one for one in engine.step() if one.completion]
-        found = {one.id: one.completion.token_ids for one in ended}
-        assert (found["first"], found["last"]) == (expected[0], expected[2])
-        assert_empty(engine)

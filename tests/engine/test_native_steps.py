@@ -56,7 +56,7 @@ class Passes:
         self.runner = ModelRunner(model, 1 << 24)
         self.sequences = [self.runner.sequence(str(i), prompt, num_tokens) for i, prompt in enumerate(prompts)]
         for sequence in self.sequences:
-            assert self.runner.slots.allocate(sequence.id, sequence.num_positions)
+            assert self.runner.memory.admit(sequence)
 
     def run(self, sequences=None):
         """Run one pass over what is uncomputed; logits [S, V]."""
@@ -66,7 +66,7 @@ class Passes:
         for piece, one in zip(pieces, computed, strict=True):
             piece.sequence.num_computed += len(piece.tokens)
             piece.sequence.append(int(one.logits.argmax()))
-        return torch.stack([one.logits for one in computed])
+        return torch.cat([one.logits for one in computed])
 
 
 def logits_of(model, prompts):
@@ -122,7 +122,7 @@ def test_bits_are_the_same_at_any_budget_and_number_of_threads(load):
 
 def bits_of_slot(passes, sequence):
     """The keys of a sequence in a layer, as bits: memory that was never written may hold NaN."""
-    return passes.runner.slots[sequence.id].keys[1].clone().view(torch.int32)
+    return passes.runner.memory[sequence.id].keys[1].clone().view(torch.int32)
 
 
 def test_dead_rows_write_nothing_and_take_no_expert(load):

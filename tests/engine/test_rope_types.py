@@ -57,8 +57,7 @@ def test_only_keys_of_one_scaling_are_shared():
     with Engine(model) as engine:
         engine.generate([short, long], GREEDY)
         assert engine.stats()["shared_tokens"] == 0
-        engine.generate([long, long], GREEDY)
-        assert engine.stats()["shared_tokens"] == len(long) - 1
+        assert engine.generate([long], GREEDY)[0].cached_tokens == len(long) - 1
 
 
 def test_keys_are_computed_anew_where_generate_drops_its_cache():

@@ -35,7 +35,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
             id = str(rng.randrange(len(wanted)))
             cancelled |= {id} if engine.cancel(id) else set()
         reported = engine.step()
-        slots.update(engine._slots[sequence.id] for sequence in engine._scheduler.running)
+        slots.update(engine._memory[sequence.id] for sequence in engine._scheduler.running)
         for _, _, _, completion in reported:
             if completion is not None:
                 expected = wanted[completion.id]

@@ -1,11 +1,11 @@
 """Lines of a batch: requests as people write them, and answers to them."""
 
 import json
-from types import SimpleNamespace
 
 from moeflow.batch.openai_format import CHAT_URL
 from moeflow.batch.requests import BatchRequest
 from moeflow.batch.results import answer_record
+from moeflow.engine.request import Completion
 from moeflow.engine.sampling_params import SamplingParams
 
 DEFAULTS = SamplingParams(max_new_tokens=7)
@@ -26,8 +26,8 @@ def request(number=1, url=None, content="hi", **fields):
     return BatchRequest(number, f"id-{number}", url, content, DEFAULTS, **fields)
 
 
-def completion(text="ok", logprobs=None):
-    return SimpleNamespace(prompt_ids=[1, 2, 3], token_ids=[4, 5], text=text, finish_reason="stop", logprobs=logprobs)
+def completion(text="ok", logprobs=None, prompt_logprobs=None):
+    return Completion("", [1, 2, 3], [4, 5], text, "stop", None, logprobs, prompt_logprobs)
 
 
 def answer(number=1, text="ok"):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 
 import moeflow
 from moeflow import Engine, SamplingParams, load_moe
@@ -100,6 +101,7 @@ def close_engine(engine: Any) -> None:
     engine.check_integrity()
     assert engine.finished
     assert not engine.stats()["kv_used_bytes"]
+    assert not engine.stats()["kv_kept_bytes"]
     engine.model.moeflow.close()
 
 
@@ -180,6 +182,7 @@ def run() -> None:
 
 
 if __name__ == "__main__":
+    tqdm.monitor_interval = 0  # no thread of its own, whose beginning is a matter of time
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)

@@ -19,6 +19,17 @@ KeyValueCache = Cache
 _SAMPLING_DEFAULTS = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
 }  # fmt: skip
+# Generation settings that SamplingParams has, that answers of one sequence do not depend on, or that only say how.
+_NOT_OF_TOKENS = {
+    *_SAMPLING_DEFAULTS, "eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id", "stop_strings",
+    "max_length", "max_new_tokens", "num_beams", "early_stopping", "length_penalty", "num_beam_groups",
+    "diversity_penalty", "num_return_sequences", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "prefill_chunk_size", "low_memory", "compile_config", "disable_compile", "continuous_batching_config",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
+    "transformers_version", "_from_model_config",
+}  # fmt: skip
 _KEY_VALUE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # a dummy keeps nothing
 
 
@@ -164,6 +175,18 @@ def sampling_settings(model: PreTrainedModel) -> dict[str, Any]:
     """
     found = {name: getattr(model.generation_config, name, None) for name in _SAMPLING_DEFAULTS}
     return {name: _SAMPLING_DEFAULTS[name] if value is None else value for name, value in found.items()}
+
+
+def other_settings(model: PreTrainedModel) -> list[str]:
+    """Return the generation settings of a checkpoint that change answers and that only `generate` knows.
+
+    `SamplingParams` has none for them: suppressed tokens, a least length, forced tokens and such.
+    """
+    settings = model.generation_config
+    neutral = type(settings)().to_dict() | getattr(settings, "_get_default_generation_params", dict)()
+    found = settings.to_dict()  # with fields of the checkpoint's own, which generate does not know
+    given = {name: found[name] for name in neutral.keys() & found.keys() - _NOT_OF_TOKENS if found[name] is not None}
+    return sorted(name for name, value in given.items() if value not in (neutral[name], [], {}) and value is not False)
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:

@@ -5,7 +5,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from moeflow.engine.kv_cache import KeyValueSlots
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.hf.passes.forward import packed_forward
 from moeflow.hf.passes.growing_cache import GrowingCache
@@ -45,9 +45,7 @@ def test_a_pass_of_the_engine_may_run_again_as_it_is():
     model = MixtralForCausalLM(CONFIG).eval()
     cache = VarlenCache()
     cache.learn(model)
-    slots = KeyValueSlots(cache.shapes, 1 << 20)
-    for name in "ab":
-        assert slots.allocate(name, 8)
+    slots = {name: KeyValueSlot.empty(cache.shapes, 8) for name in "ab"}
     for start in range(6):
         segments = [Segment(slots["a"], start, 1, start + 1), Segment(slots["b"], start, 1, start + 1)]
         arguments = torch.tensor([[start, 9 - start]]), torch.full((1, 2), start), cache, torch.tensor([0, 1])

@@ -7,8 +7,8 @@ import torch
 
 from moeflow import load_moe
 from moeflow.engine.engine import Engine
+from moeflow.engine.regrouping.step_groups import PassRoutes
 from moeflow.engine.sampling_params import SamplingParams
-from moeflow.engine.step_groups import PassRoutes
 from moeflow.errors import ConfigError, ExpertReadError
 from moeflow.loading.budget import ExpertsSize
 

@@ -1,0 +1,223 @@
+"""Prefix tree of kept keys and values: equal beginnings are kept once, and leaves leave least recently used first.
+
+Knows token ids and slots. Knows nothing of budgets, sequences or models.
+Source: SGLang's RadixAttention (Zheng et al. 2024, section 3).
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from moeflow.engine.kv_cache.slots import KeyValueSlot
+
+
+@dataclass(eq=False)
+class Node:
+    """A run of tokens that no kept sequence leaves in the middle.
+
+    Args:
+        tokens: the run; none in a root.
+        slot: their keys and values, and no others; none in a root.
+        parent: the node of the run before; none in a root.
+        children: the runs behind it, by their first token.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    slot: KeyValueSlot | None = None
+    parent: "Node | None" = None
+    children: dict[int, "Node"] = field(default_factory=dict)
+
+
+class Run(NamedTuple):
+    """A node by itself.
+
+    Args:
+        scaling: of its keys.
+        before: the tokens that lead to it.
+        tokens: its own.
+        slot: their keys and values.
+    """
+
+    scaling: Hashable
+    before: list[int]
+    tokens: list[int]
+    slot: KeyValueSlot
+
+
+class PrefixTree:
+    """Tokens with their keys and values, by the scaling that these have.
+
+    Attributes:
+        num_tokens: tokens kept, each with the keys and values of one position.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._roots: dict[Hashable, Node] = {}
+        # Least recently used first. A node comes before its parent, which is used whenever it is: the first is a leaf.
+        self._by_use: OrderedDict[Node, None] = OrderedDict()
+
+    def longest(self, scaling: Hashable, tokens: list[int]) -> int:
+        """Return how many tokens of this beginning are kept, and note their use."""
+        path = self._path(scaling, tokens)
+        self._use(path[-1][0] if path else None)
+        return sum(count for _, count in path)
+
+    def copy(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> None:
+        """Copy the keys and values of these tokens, all of them kept, to the beginning of a slot."""
+        start = 0
+        for node, count in self._path(scaling, tokens):
+            assert node.slot is not None, "no root"
+            slot.copy_from(node.slot, count, start)
+            start += count
+        assert start == len(tokens), f"{start} of {len(tokens)} tokens are kept"
+
+    def keep(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> None:
+        """Take from a slot what is not kept yet of these tokens, its first ones; the slot holds nothing any more.
+
+        Raises:
+            RuntimeError: there is no memory; what was kept before still is.
+        """
+        path = self._path(scaling, tokens)
+        begin = sum(count for _, count in path)
+        node, count = path[-1] if path else (self._roots.get(scaling) or Node(), 0)
+        if begin < len(tokens):
+            if count < len(node.tokens):
+                node = self._split(node, count)
+            leaf = Node(tokens[begin:], slot.give_up(begin, len(tokens)), node)
+            if node.parent is None:
+                self._roots[scaling] = node
+            node.children[leaf.tokens[0]] = leaf
+            self.num_tokens += len(leaf.tokens)
+            node = leaf
+        self._use(node)
+
+    def drop(self, num_tokens: int | None = None) -> bool:
+        """Let the leaf go that was not used for the longest time, or only its end; return whether there was one.
+
+        Args:
+            num_tokens: so many of its last tokens go, where it has more and there is memory to copy the others; None
+                for all.
+        """
+        leaf = next(iter(self._by_use), None)
+        if leaf is None:
+            return False
+        assert leaf.parent is not None, "no root"
+        if num_tokens is not None and self._shorten(leaf, len(leaf.tokens) - num_tokens):
+            return True
+        del self._by_use[leaf], leaf.parent.children[leaf.tokens[0]]
+        self.num_tokens -= len(leaf.tokens)
+        if leaf.parent.parent is None and not leaf.parent.children:
+            self._roots = {scaling: root for scaling, root in self._roots.items() if root.children}
+        return True
+
+    def clear(self) -> None:
+        """Let everything go."""
+        self._roots.clear()
+        self._by_use.clear()
+        self.num_tokens = 0
+
+    def sequences(self) -> Iterator[tuple[Hashable, list[Node]]]:
+        """Yield of each leaf its scaling and the nodes from the first run to it."""
+        for scaling, root in self._roots.items():
+            paths = [[child] for child in root.children.values()]
+            while paths:
+                path = paths.pop()
+                paths += [[*path, child] for child in path[-1].children.values()]
+                if not path[-1].children:
+                    yield scaling, path
+
+    def runs(self) -> Iterator[Run]:
+        """Yield every node, most recently used first, so that none comes before those that lead to it."""
+        scalings = {root: scaling for scaling, root in self._roots.items()}
+        for node in reversed(self._by_use):
+            assert node.slot is not None, "no root"
+            before: list[int] = []
+            above = node.parent
+            while above is not None and above.parent is not None:
+                before = above.tokens + before
+                above = above.parent
+            assert above is not None, "a node has a root"
+            yield Run(scalings[above], before, node.tokens, node.slot)
+
+    def restore(self, run: Run) -> bool:
+        """Take in a run of `runs` as the least recently used; False where what leads to it is not there, or it is."""
+        path = self._path(run.scaling, run.before)
+        node = path[-1][0] if path else self._roots.get(run.scaling) or Node()
+        whole = sum(count for _, count in path) == len(run.before) and (not path or path[-1][1] == len(node.tokens))
+        if not whole or not run.tokens or run.tokens[0] in node.children:
+            return False
+        if node.parent is None:
+            self._roots[run.scaling] = node
+        leaf = node.children[run.tokens[0]] = Node(run.tokens, run.slot, node)
+        self._by_use[leaf] = None
+        self._by_use.move_to_end(leaf, last=False)
+        self.num_tokens += len(run.tokens)
+        return True
+
+    def check_integrity(self, position_bytes: int) -> None:
+        """Assert that every node is counted with its bytes, and that the order of use is one of leaves first."""
+        nodes = {node for _, path in self.sequences() for node in path}
+        assert nodes == set(self._by_use), "a node has no place in the order of use"
+        assert sum(len(node.tokens) for node in nodes) == self.num_tokens, "tokens are counted wrong"
+        places = {node: place for place, node in enumerate(self._by_use)}
+        for node in nodes:
+            assert node.slot is not None
+            assert node.slot.nbytes == len(node.tokens) * position_bytes, "a run has bytes of others"
+            assert all(places[child] < places[node] for child in node.children.values()), "a parent left first"
+            assert all(first == child.tokens[0] for first, child in node.children.items()), "a run has another's name"
+
+    def _path(self, scaling: Hashable, tokens: list[int]) -> list[tuple[Node, int]]:
+        """Return the nodes along these tokens, and how many tokens of each are equal: all, in all but the last."""
+        path: list[tuple[Node, int]] = []
+        node, begin = self._roots.get(scaling), 0
+        while node is not None and begin < len(tokens):
+            node = node.children.get(tokens[begin])
+            if node is None:
+                break
+            count = num_common(node.tokens, tokens[begin : begin + len(node.tokens)])
+            path.append((node, count))
+            begin += count
+            if count < len(node.tokens):
+                break
+        return path
+
+    def _split(self, node: Node, count: int) -> Node:
+        """Cut a run in two behind its first tokens, and return the new node of these."""
+        assert node.slot is not None, "no root"
+        assert node.parent is not None, "no root"
+        first, rest = node.slot.part(0, count), node.slot.part(count, len(node.tokens))
+        head = Node(node.tokens[:count], first, node.parent, {node.tokens[count]: node})
+        node.parent.children[head.tokens[0]] = head
+        node.tokens, node.slot, node.parent = node.tokens[count:], rest, head
+        self._use(head)
+        return head
+
+    def _shorten(self, leaf: Node, num_tokens: int) -> bool:
+        """Keep only the first tokens of a leaf, where they are any and there is memory; return whether it was done."""
+        assert leaf.slot is not None, "no root"
+        if num_tokens <= 0:
+            return False
+        try:
+            leaf.slot = leaf.slot.part(0, num_tokens)
+        except RuntimeError:
+            return False
+        self.num_tokens -= len(leaf.tokens) - num_tokens
+        leaf.tokens = leaf.tokens[:num_tokens]
+        return True
+
+    def _use(self, node: Node | None) -> None:
+        """Note the use of a node and of those before it."""
+        while node is not None and node.parent is not None:
+            self._by_use[node] = None
+            self._by_use.move_to_end(node)
+            node = node.parent
+
+
+def num_common(one: list[int], other: list[int]) -> int:
+    """Count the equal tokens at the beginning."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(place for place in range(shorter) if one[place] != other[place])

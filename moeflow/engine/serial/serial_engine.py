@@ -1,0 +1,53 @@
+"""Serial engine: the engine's requests, one sequence at a time, for families that a packed pass cannot run.
+
+Knows its runner. Knows nothing of what a family keeps.
+"""
+
+import sys
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moeflow.engine.engine import Engine
+from moeflow.engine.kv_cache.memory import kv_budget
+from moeflow.engine.serial.serial_runner import SerialRunner
+from moeflow.memory_size import MemorySize
+
+
+class SerialEngine(Engine):
+    """Runs requests one after the other by `generate`'s own steps; in all else as `Engine`.
+
+    When a request ends, the model's cache is kept. A prompt that begins with all tokens that it covers goes on with it.
+
+    Args:
+        model: that generates token by token, of `load_moe` or any other of transformers.
+        tokenizer: the model's; None where prompts are token ids and no text is wanted.
+        kv_memory: most bytes of the caches that are kept; that of the running sequence comes on top.
+        share_prefixes: whether any is kept.
+        max_waiting: most requests beyond the one that runs; None for any number.
+
+    Raises:
+        ConfigError: kv_memory is no size, or the model's stop strings need a tokenizer.
+        UnsupportedModelError: the model does not generate token by token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        kv_memory: MemorySize = "auto",
+        share_prefixes: bool = True,
+        max_waiting: int | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            tokenizer,
+            max_batch_size=1,
+            max_step_tokens=sys.maxsize,  # a prompt is one call of generate
+            kv_memory=kv_memory,
+            share_prefixes=share_prefixes,
+            max_waiting=max_waiting,
+        )
+
+    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> SerialRunner:  # type: ignore[override]
+        return SerialRunner(self.model, kv_budget(kv_memory, self.model))

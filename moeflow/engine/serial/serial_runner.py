@@ -1,0 +1,135 @@
+"""Serial runner: computes the pieces of one sequence by steps of `generate`, and returns their logits.
+
+Knows passes and caches as wholes. Knows nothing of requests.
+"""
+
+import time
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from moeflow.engine.model_runner import Computed
+from moeflow.engine.sequence import Piece, Sequence
+from moeflow.engine.serial.family_caches import FamilyCaches
+from moeflow.errors import ExpertReadError, UnsupportedModelError
+from moeflow.hf.passes.generate_step import generate_step, is_lasting, prompt_logits
+from moeflow.turns import Turns
+
+_PASS_ERRORS = (ExpertReadError, OSError, RuntimeError)
+_MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+_TRIED_TOKENS = 8  # by which it is seen whether several at once go on exactly
+
+
+class SerialRunner:
+    """Runs one sequence at a time on a model, whatever the model keeps of earlier positions.
+
+    Args:
+        model: whose steps these are.
+        budget_bytes: most bytes of caches that are kept of sequences that have ended.
+
+    Attributes:
+        memory: where caches lie.
+        num_retries: always 0: a step that fails fails its sequence alone.
+
+    Raises:
+        UnsupportedModelError: the model does not generate token by token.
+    """
+
+    num_retries = 0
+
+    def __init__(self, model: PreTrainedModel, budget_bytes: int) -> None:
+        self._model = model
+        self._turns = getattr(getattr(model, "moeflow", None), "turns", None) or Turns()
+        self.memory = FamilyCaches(budget_bytes, partial(is_lasting, model))
+        self._turns.run(self._try_a_step)
+
+    def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int, priority: int = 0) -> Sequence:
+        """Make a sequence."""
+        return Sequence(id, prompt_ids, max_new_tokens, priority=priority)
+
+    def run(self, pieces: list[Piece]) -> list[Computed]:
+        """Compute pieces, one after the other."""
+        computed = []
+        for piece in pieces:
+            try:
+                computed.append(Computed(piece, self._turns.run(self._compute, piece)))
+            except _PASS_ERRORS as error:
+                computed.append(Computed(piece, None, f"{type(error).__name__}: {error}"))
+        return computed
+
+    def _compute(self, piece: Piece) -> torch.Tensor:
+        """Compute a piece and what its sequence lacks before it; return logits [1, V], or of all its tokens."""
+        sequence = piece.sequence
+        own = self.memory[sequence.id]
+        ids = (sequence.prompt_ids + sequence.token_ids)[: sequence.num_computed + len(piece.tokens)]
+        scores = None
+        if sequence.scored and not sequence.token_ids:
+            scores = self._score(ids)
+            if sequence.max_new_tokens == 1:
+                own.num_positions = len(ids)
+                return scores
+        cache = own.take()
+        begin_s, whole = time.perf_counter(), cache is None
+        covered = 0 if whole else own.num_positions
+        at_once = whole or self._takes_several(ids, len(ids) - covered)
+        ends = [len(ids)] if at_once else range(covered + 1, len(ids) + 1)
+        for end in ends:
+            logits, cache = generate_step(self._model, ids[:end], cache)
+        own.cache, own.num_positions = cache, len(ids)
+        step_s = (time.perf_counter() - begin_s) / len(ends)
+        if whole:
+            self.memory.prefill_s = step_s / len(ids)
+        elif not at_once or len(ids) - covered == 1:
+            self.memory.step_s = step_s
+        return logits[None] if scores is None else scores
+
+    def _score(self, ids: list[int]) -> torch.Tensor:
+        """Return the logits [N, V] of a prompt.
+
+        Raises:
+            RuntimeError: the model gives none.
+        """
+        try:
+            return prompt_logits(self._model, ids)
+        except _PASS_ERRORS:
+            raise
+        except _MODEL_ERRORS as error:
+            name = type(self._model).__name__
+            raise RuntimeError(f"{name} gives no log-probabilities of a prompt ({type(error).__name__}).") from error
+
+    def _takes_several(self, ids: list[int], count: int) -> bool:
+        """Whether so many tokens are given to the model at once, behind those that its cache covers."""
+        if count == 1:
+            return True
+        if self.memory.several is None and len(ids) >= _TRIED_TOKENS:
+            try:
+                self.memory.several = self._try_several(ids[:_TRIED_TOKENS])
+            except _PASS_ERRORS:
+                return False
+        return bool(self.memory.several)
+
+    def _try_several(self, ids: list[int]) -> bool:
+        """Compare half of these tokens at once behind the other half with all in one pass, and with one by one."""
+        half, by_one = len(ids) // 2, torch.empty(0)
+        whole, _ = generate_step(self._model, ids)
+        _, cache = generate_step(self._model, ids[:half])
+        at_once, _ = generate_step(self._model, ids, cache)
+        _, cache = generate_step(self._model, ids[:half])
+        for end in range(half + 1, len(ids) + 1):
+            by_one, cache = generate_step(self._model, ids[:end], cache)
+        rounding = 4 * float((by_one - whole).abs().max()) + 1e-3 * float(whole.abs().max())
+        return float((at_once - whole).abs().max()) <= rounding
+
+    def _try_a_step(self) -> None:
+        name = type(self._model).__name__
+        if not self._model.can_generate() or getattr(self._model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"{name} is not a decoder that generates token by token.")
+        try:
+            generate_step(self._model, [0])
+        except ExpertReadError:
+            return  # requests that need this expert fail
+        except _MODEL_ERRORS as error:
+            raise UnsupportedModelError(
+                f"{name} cannot run a step of `generate` ({type(error).__name__}: {error})."
+            ) from error

@@ -1,0 +1,118 @@
+"""Settings of a server, checked once.
+
+Knows what is allowed. Imports neither torch nor FastAPI, so that the command line can.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Any
+
+from moeflow.errors import ConfigError
+from moeflow.memory_size import MemorySize
+
+_AT_LEAST_1 = (
+    "max_batch_size", "max_body_bytes", "max_depth", "max_connections", "max_answers", "max_stop_strings",
+    "max_top_logprobs", "max_unread",
+)  # fmt: skip
+_SECONDS = ("grace_s", "body_timeout_s", "header_timeout_s", "send_timeout_s", "ping_s")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that is bound to a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server answers, and what it refuses.
+
+    Args:
+        model_name: what /v1/models calls the model; None for the name in its config.
+        host: the address that the server is bound to.
+        api_key: what requests must bring, as `Authorization: Bearer KEY` or `x-api-key: KEY`; None for none.
+        insecure: whether other machines may reach a server without a key.
+        allowed_hosts: names in `Host` headers that are taken beside addresses, `localhost` and `host`.
+        cors_origins: origins whose pages may call the server, as in "https://example.org"; "*" for all.
+        max_batch_size: most sequences that run at once.
+        kv_memory: bytes of keys and values, as of `Engine`.
+        kv_disk: folder in which kept keys and values outlast the server; None for none.
+        context: most positions of a prompt and its answer; None for the model's.
+        max_waiting: most requests that wait for their turn; beyond them a request is answered 429.
+        grace_s: seconds in which running answers may finish when the server stops.
+        log_prompts: whether bodies of requests are logged.
+        max_answers: most answers to one prompt (`n`).
+        max_stop_strings: most stop strings of a request.
+        max_top_logprobs: most likeliest tokens that are reported with each.
+        max_body_bytes: most bytes of a body.
+        max_depth: most levels of objects and lists in a body.
+        max_connections: most connections that are held at once; others are closed.
+        max_unread: most outputs of a stream that wait for a client that does not read; then it is cancelled.
+        body_timeout_s: seconds in which a body must have come.
+        header_timeout_s: seconds in which a request's headers must have come.
+        send_timeout_s: seconds after which a client that takes nothing is cut off.
+        ping_s: seconds without an event after which a stream says that it is alive.
+
+    Raises:
+        ConfigError: a value is not allowed, or other machines could reach the server without a key.
+    """
+
+    model_name: str | None = None
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    insecure: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_batch_size: int = 32
+    kv_memory: MemorySize = "auto"
+    kv_disk: str | None = None
+    context: int | None = None
+    max_waiting: int = 256
+    grace_s: float = 10.0
+    log_prompts: bool = False
+    max_answers: int = 16
+    max_stop_strings: int = 16
+    max_top_logprobs: int = 20
+    max_body_bytes: int = 32 << 20
+    max_depth: int = 64
+    max_connections: int = 512
+    max_unread: int = 4096
+    body_timeout_s: float = 30.0
+    header_timeout_s: float = 10.0
+    send_timeout_s: float = 30.0
+    ping_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_1:
+            self._check(name, lambda value: type(value) is int and value >= 1, "a whole number, at least 1")
+        self._check("max_waiting", lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
+        self._check(
+            "context", lambda value: value is None or (type(value) is int and value >= 2), "a whole number, at least 2"
+        )
+        for name in _SECONDS:
+            self._check(name, lambda value: type(value) in (int, float) and 0 <= value < 1e9, "seconds, 0 or more")
+        for name in ("allowed_hosts", "cors_origins"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.api_key is not None and (
+            not isinstance(self.api_key, str) or not self.api_key.isascii() or not self.api_key.strip()
+        ):
+            raise ConfigError("the API key is empty or has letters beyond ASCII: give another.")
+        if not is_loopback(self.host) and self.api_key is None and not self.insecure:
+            raise ConfigError(
+                f"host {self.host} lets other machines reach this server, and there is no key. Give --api-key (or "
+                "MOEFLOW_API_KEY), or --insecure if everyone may use it."
+            )
+
+    @property
+    def max_under_way(self) -> int:
+        """Most requests that run or wait."""
+        return self.max_batch_size + self.max_waiting
+
+    def _check(self, name: str, holds: Any, allowed: str) -> None:
+        value = getattr(self, name)
+        if not holds(value):
+            raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
