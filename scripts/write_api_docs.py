@@ -117,7 +117,7 @@ def _field(node: ast.AnnAssign) -> str:
     """Return a dataclass's field as code, its default where that is plain."""
     if isinstance(node.value, ast.Call):
         return f"{ast.unparse(node.target)}: {ast.unparse(node.annotation)}"
-    return ast.unparse(node)
+    return ast.unparse(node).replace("'", '"')  # a list of fields is Python, which ruff formats
 
 
 def _signature(node: ast.FunctionDef, name: str | None = None) -> str:

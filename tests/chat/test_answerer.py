@@ -125,3 +125,14 @@ def test_a_fork_answers_by_itself(model, tokenizer, prompt):
 
     assert in_child(child) == 0
     assert answered(answerer.stream(prompt, TWENTY)).num_cached_tokens == prompt.shape[1] - 1
+
+
+def test_a_fork_in_the_middle_of_an_answer_answers_by_itself(model, tokenizer, prompt):
+    answerer = Answerer(model, tokenizer)
+    with answerer.stream(prompt, SamplingParams(max_new_tokens=ENDLESS)) as stream:
+        next(stream)
+
+        def child():
+            assert answered(answerer.stream(prompt, TWENTY)).num_new_tokens == 20
+
+        assert in_child(child) == 0

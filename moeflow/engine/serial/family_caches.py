@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
-from moeflow.engine.sequence import Sequence
+from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.hf.passes import generate_step
 
 
@@ -39,21 +39,26 @@ class KeptCache:
         cache: of the family's kind.
         num_bytes: of its tensors.
         forgets: whether it can go back to fewer tokens.
+        branches: whether several sequences have gone on from here: then each has a copy.
     """
 
     token_ids: list[int]
     cache: Any
     num_bytes: int
     forgets: bool
+    branches: bool = False
 
-    def usable(self, token_ids: list[int]) -> int:
-        """Return how many of a sequence's first tokens it can be used for, the last one left out."""
+    def common(self, token_ids: list[int]) -> int:
+        """Count the first tokens that a sequence has in common with it, the sequence's last one left out."""
         most = min(len(self.token_ids), len(token_ids) - 1)
         if self.token_ids[:most] == token_ids[:most]:
-            common = most
-        else:
-            pairs = zip(self.token_ids, token_ids, strict=False)
-            common = next(place for place, (own, other) in enumerate(pairs) if own != other)
+            return most
+        pairs = zip(self.token_ids, token_ids, strict=False)
+        return next(place for place, (own, other) in enumerate(pairs) if own != other)
+
+    def usable(self, token_ids: list[int]) -> int:
+        """Return how many of a sequence's first tokens it can be used for."""
+        common = self.common(token_ids)
         return common if self.forgets or common == len(self.token_ids) else 0
 
 
@@ -137,31 +142,49 @@ class FamilyCaches:
             return count if by_steps <= sequence.length * self.prefill_s else 0
         return count
 
+    def branch_point(self, token_ids: list[int]) -> int:
+        """Return the place at which a sequence parts from the one that it has most in common with; 0 for none."""
+        longest = max((one.common(token_ids) for one in self.kept), default=0)
+        return longest if longest >= MIN_SHARED_TOKENS else 0
+
     def share(self, donor: Sequence | None, receiver: Sequence, num_tokens: int) -> None:
-        """Let a sequence go on with the kept cache that covers so many of its tokens; it is kept no more."""
+        """Let a sequence go on with the kept cache that covers so many of its tokens, or with a copy."""
         ids = self._ids(receiver)
         found = next(one for one in reversed(self.kept) if one.usable(ids) == num_tokens)
         self.kept.remove(found)
-        surplus = len(found.token_ids) - num_tokens
-        if surplus:
-            generate_step.forget(found.cache, surplus)
-        self._running[receiver.id] = FamilyCache(found.cache, num_tokens)
+        cache = found.cache
+        if found.branches:
+            self.kept.append(found)
+            cache = generate_step.copy_cache(cache)
+        elif len(found.token_ids) > num_tokens:
+            generate_step.forget(cache, len(found.token_ids) - num_tokens)
+        self._running[receiver.id] = FamilyCache(cache, num_tokens)
         self.counts["shared_tokens"] += num_tokens
         self.counts["kept_hits"] += 1
 
     def keep(self, sequence: Sequence) -> None:
         """Keep what a sequence that has ended leaves, as far as the budget goes."""
         own = self._running.pop(sequence.id)
-        if own.cache is None or not self.keeps or not self._is_lasting(own.cache):
+        if own.cache is not None:
+            self._keep(self._ids(sequence)[: own.num_positions], own.cache)
+
+    def keep_branch(self, token_ids: list[int], cache: Any) -> None:
+        """Keep a copy of a cache that covers these tokens, from which another sequence has gone on as well."""
+        self._keep(token_ids, cache, branches=True)
+
+    def _keep(self, token_ids: list[int], cache: Any, *, branches: bool = False) -> None:
+        if not self.keeps or not self._is_lasting(cache):
             return
-        num_bytes = generate_step.cache_bytes(own.cache)
+        num_bytes = generate_step.cache_bytes(cache)
         self.peak_bytes = max(self.peak_bytes, self.kept_bytes + num_bytes)
         if num_bytes > self.budget_bytes:
             return
+        self.kept[:] = [one for one in self.kept if one.token_ids != token_ids]
         while self.kept and self.kept_bytes + num_bytes > self.budget_bytes:
             del self.kept[0]
-        ids = (sequence.prompt_ids + sequence.token_ids)[: own.num_positions]
-        self.kept.append(KeptCache(ids, own.cache, num_bytes, generate_step.can_forget(own.cache)))
+        if branches:
+            cache = generate_step.copy_cache(cache)
+        self.kept.append(KeptCache(token_ids, cache, num_bytes, generate_step.can_forget(cache), branches))
 
     def free(self, sequence: Sequence) -> None:
         """Release what a sequence has."""

@@ -69,20 +69,29 @@ class SerialRunner:
             if sequence.max_new_tokens == 1:
                 own.num_positions = len(ids)
                 return scores
-        cache = own.take()
+        covered, cache = own.num_positions, own.take()
         begin_s, whole = time.perf_counter(), cache is None
-        covered = 0 if whole else own.num_positions
-        at_once = whole or self._takes_several(ids, len(ids) - covered)
-        ends = [len(ids)] if at_once else range(covered + 1, len(ids) + 1)
+        if whole:
+            covered = 0
+        branch = 0 if sequence.token_ids else self.memory.branch_point(ids)
+        if whole or self._takes_several(ids, len(ids) - covered):
+            cut = covered < branch < len(ids) and self._takes_several(ids, len(ids) - branch)
+            ends = [branch, len(ids)] if cut else [len(ids)]
+        else:
+            ends = list(range(covered + 1, len(ids) + 1))
         for end in ends:
             logits, cache = generate_step(self._model, ids[:end], cache)
+            if covered < end == branch:
+                self.memory.keep_branch(ids[:end], cache)
         own.cache, own.num_positions = cache, len(ids)
-        step_s = (time.perf_counter() - begin_s) / len(ends)
-        if whole:
-            self.memory.prefill_s = step_s / len(ids)
-        elif not at_once or len(ids) - covered == 1:
-            self.memory.step_s = step_s
+        self._note_speed(time.perf_counter() - begin_s, len(ends), len(ids) - covered, whole=whole)
         return logits[None] if scores is None else scores
+
+    def _note_speed(self, seconds: float, num_steps: int, num_tokens: int, *, whole: bool) -> None:
+        if whole:
+            self.memory.prefill_s = seconds / num_tokens
+        elif num_steps == num_tokens:
+            self.memory.step_s = seconds / num_steps
 
     def _score(self, ids: list[int]) -> torch.Tensor:
         """Return the logits [N, V] of a prompt.

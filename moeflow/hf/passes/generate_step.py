@@ -3,6 +3,7 @@
 For families whose state of earlier positions only their own code knows.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -45,12 +46,9 @@ def generate_step(model: PreTrainedModel, token_ids: list[int], cache: Any = Non
         UnsupportedModelError: its `generate` chooses several tokens at once, or keeps nothing.
     """
     ids = torch.tensor([token_ids], device=model.device)
-    mask = torch.ones_like(ids)
     given: dict[str, Any] = {} if cache is None else forward.cache_argument(model, cache)
-    linear = getattr(cache, "is_linear", None)
-    if linear and all(linear):  # it knows no length, by which transformers would cut the tokens
-        ids = ids[:, -1:]
-    made = cast("Any", cast("GenerationMixin", model).generate(ids, attention_mask=mask, **given, **_ONE_STEP))
+    generator = cast("GenerationMixin", model)
+    made = cast("Any", generator.generate(ids, attention_mask=torch.ones_like(ids), **given, **_ONE_STEP))
     logits, kept = made.get("logits"), made.get("cache", made.get("past_key_values"))
     if not logits or len(logits) != 1 or kept is None:
         raise UnsupportedModelError(f"{type(model).__name__} does not generate token by token. Call model.generate.")
@@ -87,6 +85,11 @@ def can_forget(cache: Any) -> bool:
 def forget(cache: Any, num_positions: int) -> None:
     """Let a cache that can forget lose its last positions."""
     cache.crop(-num_positions)
+
+
+def copy_cache(cache: Any) -> Any:
+    """Return a cache that goes on by itself."""
+    return copy.deepcopy(cache)
 
 
 def cache_bytes(cache: Any) -> int:

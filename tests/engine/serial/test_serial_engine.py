@@ -7,6 +7,7 @@ import pytest
 from helpers.engine_requests import PROMPTS, assert_empty, generated, tokens
 from helpers.families import FAMILIES
 from helpers.family_models import build_model
+from helpers.rope_models import rope_model
 from moeflow import load_moe
 from moeflow.engine.engine import Engine
 from moeflow.engine.sampling_params import SamplingParams
@@ -92,12 +93,61 @@ def test_a_family_that_keeps_each_position_alone_goes_back_to_where_prompts_part
         assert (other.cached_tokens, other.token_ids) == (10, generated(model, other.prompt_ids, 6))
 
 
-def test_a_family_with_one_state_for_all_positions_begins_anew_where_prompts_part(hybrid):
-    prompt = tokens(14, 8)
+def test_a_family_with_one_state_for_all_positions_keeps_it_where_prompts_have_parted(hybrid):
+    prompt, cached = tokens(20, 8), []
     with SerialEngine(hybrid) as engine:
-        engine.generate([prompt], SIX)
-        (again,) = engine.generate([prompt], SIX)
-        assert (again.cached_tokens, again.token_ids) == (0, generated(hybrid, prompt, 6))
+        for own in (prompt, prompt + tokens(4, 1), prompt + tokens(4, 2), prompt + tokens(4, 3)):
+            (done,) = engine.generate([own], SIX)
+            assert done.token_ids == generated(hybrid, own, 6)
+            cached.append(done.cached_tokens)
+        engine.check_integrity()
+    assert cached == [0, 0, 20, 20], "the second parts from the first, the others from both"
+
+
+def test_a_conversation_whose_answers_change_when_they_are_past_is_kept_up_to_the_one_before(hybrid):
+    prompt, cached = tokens(18, 8), []
+    with SerialEngine(hybrid) as engine:
+        for turn in range(3):
+            (done,) = engine.generate([prompt], SIX)
+            assert done.token_ids == generated(hybrid, prompt, 6)
+            cached.append((done.cached_tokens, len(prompt)))
+            prompt = prompt + done.token_ids[3:] + tokens(4, turn)  # without its reasoning
+    assert cached == [(0, 18), (0, 25), (18, 32)]
+
+
+def test_an_interrupt_in_a_step_leaves_no_half_computed_cache(hybrid):
+    engine, prompt = SerialEngine(hybrid), tokens(12, 3)
+    engine.add(prompt, SIX)
+    engine.step()
+
+    def interrupt(*args):
+        hook.remove()
+        raise KeyboardInterrupt
+
+    hook = hybrid.lm_head.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    done = []
+    while not engine.finished:
+        done += [output.completion for output in engine.step() if output.completion]
+    assert done[0].token_ids == generated(hybrid, prompt, 6)
+
+
+def test_a_prompt_of_which_only_log_probabilities_are_wanted_takes_one_pass(hybrid):
+    calls = []
+    with SerialEngine(hybrid) as engine:
+        hook = hybrid.lm_head.register_forward_hook(lambda *args: calls.append(args))
+        engine.generate([tokens(5, 1)], SamplingParams(max_new_tokens=1, prompt_logprobs=0))
+        hook.remove()
+    assert len(calls) == 1
+
+
+def test_nothing_is_kept_where_positions_are_scaled_by_the_length():
+    model, prompt = rope_model("dynamic"), tokens(20, 3)
+    with SerialEngine(model) as engine:
+        (first,) = engine.generate([prompt], SIX)
+        (second,) = engine.generate([prompt + first.token_ids + tokens(5, 4)], SIX)
+        assert (second.cached_tokens, len(second.token_ids)) == (0, 6)
 
 
 def test_a_cancelled_request_keeps_what_it_had_and_leaves_it_to_the_next(hybrid):
