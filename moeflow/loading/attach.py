@@ -19,9 +19,9 @@ from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
 from moeflow.hf.passes import forward
+from moeflow.hf.passes.caches.step_cache import StepCache
 from moeflow.hf.passes.capture_gate import capture_gate
 from moeflow.hf.passes.decode_call import give_caches
-from moeflow.hf.passes.step_cache import StepCache
 from moeflow.loading.gpu_errors import run_on_gpu, tell_in_generate
 from moeflow.moe import trusted_pass
 from moeflow.moe.experts import OffloadedExperts

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn.modules import module as of_all_modules
 
+from moeflow.hf.passes.caches.step_cache import stepping
 from moeflow.hf.passes.forward import ForwardPass
 from moeflow.hf.passes.restore_point import restore_point
-from moeflow.hf.passes.step_cache import stepping
 from moeflow.moe.triton_compute import MAX_PAIRED_TOKENS
 from moeflow.offload.runtime import ExpertRuntime
 

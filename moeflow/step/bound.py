@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from moeflow.core import align_up
-from moeflow.hf.passes.growing_cache import KeptShape
+from moeflow.hf.passes.caches.growing_cache import KeptShape
 from moeflow.kernels.cpu.huge_pages import use_huge_pages
 from moeflow.kernels.cpu.step import MAX_DIMS, StepCode, instruction_words, tensor_words
 from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, STORED, Instruction, Operand, Program

@@ -6,8 +6,8 @@ import itertools
 import torch
 from transformers import PreTrainedModel
 
+from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.forward import cache_argument, context_positions
-from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.step.runner import StepRunner
 

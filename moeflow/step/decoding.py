@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.errors import MoeflowError
+from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.capture_gate import capture_gate
 from moeflow.hf.passes.decode_call import (
     OutputMaker,
@@ -19,7 +20,6 @@ from moeflow.hf.passes.decode_call import (
     run_calls_by,
 )
 from moeflow.hf.passes.forward import ForwardPass
-from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.own_modules import OwnCall, call_module, remembered
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.kernels.cpu.layer import LayerKernel

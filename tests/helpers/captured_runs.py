@@ -15,7 +15,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from helpers.recorded_capture import RecordedCapture
 from moeflow import load_moe
-from moeflow.hf.passes.step_cache import StepLayer
+from moeflow.hf.passes.caches.step_cache import StepLayer
 from moeflow.kernels.activations import recognise
 from moeflow.loading.attach import capture_steps
 from moeflow.moe.triton_compute import TritonCompute

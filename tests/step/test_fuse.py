@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausal
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.hf import experts_interface
+from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.capture import capture
 from moeflow.hf.passes.forward import cache_argument
-from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.step.bound import BoundProgram

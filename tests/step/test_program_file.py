@@ -208,7 +208,7 @@ from moeflow.atomic_file import NO_CHECKSUM, seal
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf import experts_interface
 from moeflow.hf.passes.forward import cache_argument
-from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.step.bound import BoundProgram
 from moeflow.step.fuse import fuse

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, set_seed
 
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
-from moeflow.hf.passes.growing_cache import GrowingCache, GrowingLayer
+from moeflow.hf.passes.caches.growing_cache import GrowingCache, GrowingLayer
 from moeflow.kernels.cpu.library import instruction_set
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")

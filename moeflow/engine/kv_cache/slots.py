@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moeflow.hf.passes.growing_cache import KeptShape
+from moeflow.hf.passes.caches.growing_cache import KeptShape
 
 
 class LayerShape(NamedTuple):

@@ -20,8 +20,8 @@ from moeflow.hf.passes.attention import (
     causal_rule,
     own_implementation,
 )
+from moeflow.hf.passes.caches.growing_cache import GrowingCache, GrowingLayer
 from moeflow.hf.passes.capture_gate import capture_gate
-from moeflow.hf.passes.growing_cache import GrowingCache, GrowingLayer
 from moeflow.hf.passes.kept_state import StateName, put_state, state_names, state_of
 from moeflow.hf.passes.own_modules import OwnCall, OwnModules, attention_modules
 from moeflow.hf.passes.twin import twin_of

@@ -11,7 +11,7 @@ from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from moeflow.hf.passes.growing_cache import GrowingCache
+from moeflow.hf.passes.caches.growing_cache import GrowingCache
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the newer name first
 _ANSWERED = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", *_CACHE_NAMES}

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from moeflow.hf.passes.growing_cache import GrowingLayer
+from moeflow.hf.passes.caches.growing_cache import GrowingLayer
 
 _KINDS = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
 

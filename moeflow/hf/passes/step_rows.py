@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from moeflow.hf.passes.growing_cache import KeptShape
+from moeflow.hf.passes.caches.growing_cache import KeptShape
 
 
 class KeptRows(Protocol):

@@ -206,10 +206,10 @@ def test_a_read_error_fails_its_request_alone_and_leaves_no_half_computed_cache(
     with model.moeflow as runtime, SerialEngine(model) as engine:
         read, countdown = runtime.store.read, []
 
-        def failing(key, record):
+        def failing(key, record, **how):
             if countdown and not countdown.pop():
                 raise ExpertReadError("the disk failed")
-            return read(key, record)
+            return read(key, record, **how)
 
         monkeypatch.setattr(runtime.store, "read", failing)
         (whole,) = engine.generate([prompt], SIX)

@@ -7,8 +7,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.varlen_attention import Segment, VarlenCache
+from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.forward import packed_forward
-from moeflow.hf.passes.growing_cache import GrowingCache
 from moeflow.hf.passes.restore_point import restore_point
 
 CONFIG = MixtralConfig(

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from moeflow.hf.passes.caches.growing_cache import GrowingLayer
 from moeflow.hf.passes.forward import ForwardPass
-from moeflow.hf.passes.growing_cache import GrowingLayer
 
 _KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
 _MASKING = ("eager", "sdpa")  # attention that obeys a mask; others count positions on the host

@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from helpers.small_models import tiny_mixtral
+from moeflow.hf.passes.caches.step_cache import StepCache, stepping
 from moeflow.hf.passes.decode_call import give_caches
 from moeflow.hf.passes.forward import describe_pass
-from moeflow.hf.passes.step_cache import StepCache, stepping
 
 GREEDY = "greedy_search"
 
