@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from moeflow.batch.messages import short
+from moeflow.batch.messages import refuse_unknown, short
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
@@ -26,7 +26,7 @@ _NOT_IN_OPENAI = ("max_new_tokens", "logprobs", "prompt_logprobs")  # these have
 _WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier")
 OPENAI_FIELDS = (
     *(name for name in _SAMPLING if name not in _NOT_IN_OPENAI),
-    *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "n", "stream"),
+    *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "response_format", "n", "stream"),
     *_WITHOUT_EFFECT,
 )
 
@@ -35,8 +35,8 @@ def openai_sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
     """Return a body's sampling under the names of SamplingParams.
 
     Raises:
-        ConfigError: the body asks for several answers or a stream, says one thing in two ways, or its logprobs are not
-            of the form of its URL.
+        ConfigError: the body asks for several answers or a stream, says one thing in two ways, its logprobs are not of
+            the form of its URL, or its response_format is none.
     """
     given = {name: value for name, value in body.items() if value is not None}
     for name, only in (("n", 1), ("stream", False)):
@@ -50,6 +50,11 @@ def openai_sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
         sampling["max_new_tokens"] = lengths[0]
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
+    schema = _response_schema(given.get("response_format"))
+    if schema is not None:
+        if "json_schema" in sampling:
+            raise ConfigError("it has response_format and json_schema; give one")
+        sampling["json_schema"] = schema
     wanted = given.get("logprobs")
     if url == CHAT_URL:
         if wanted is not None and not isinstance(wanted, bool):
@@ -63,6 +68,27 @@ def openai_sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
             raise ConfigError(f"it has top_logprobs, which is for {CHAT_URL}; give logprobs a number")
         sampling["logprobs"] = wanted
     return sampling
+
+
+def _response_schema(given: object) -> dict[str, Any] | None:
+    """Return the JSON schema that a response_format asks for; None where any text will do."""
+    if given is None:
+        return None
+    kind = given.get("type") if isinstance(given, dict) else None
+    if not isinstance(given, dict) or kind not in ("text", "json_object", "json_schema"):
+        raise ConfigError(
+            f'response_format is {short(given)}; it must be {{"type": "text"}}, {{"type": "json_object"}} or '
+            '{"type": "json_schema", "json_schema": {"name", "schema"}}'
+        )
+    refuse_unknown(given, ("type", "json_schema") if kind == "json_schema" else ("type",), "response_format")
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
+    about = given.get("json_schema")
+    if not isinstance(about, dict) or not isinstance(about.get("schema"), dict):
+        raise ConfigError(f'response_format has {short(about)} as json_schema; it must be {{"name", "schema"}}')
+    refuse_unknown(about, ("name", "description", "schema", "strict"), "json_schema of response_format")
+    schema: dict[str, Any] = about["schema"]
+    return schema
 
 
 def response_body(

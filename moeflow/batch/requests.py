@@ -10,7 +10,7 @@ from typing import Any
 
 from moeflow.batch.messages import parse_object, read_messages, refuse_unknown, short
 from moeflow.batch.openai_format import CHAT_URL, OPENAI_FIELDS, TEXT_URL, openai_sampling
-from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.sampling_params import STRUCTURES, SamplingParams
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import check_text
 
@@ -183,6 +183,8 @@ def _params(entry: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     given = {name: entry[name] for name in _SAMPLING if entry.get(name) is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
+    if not given.keys().isdisjoint(STRUCTURES):  # the line's in place of the command's
+        defaults = replace(defaults, json_schema=None, regex=None, grammar=None)
     params = replace(defaults, **given)
     for text in params.stop:
         check_text(text, "stop")

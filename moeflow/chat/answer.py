@@ -27,6 +27,7 @@ MAX_NEW_TOKENS = 512  # of an answer, where nothing else is asked for
 NOT_IN_GENERATE = (
     *("presence_penalty", "frequency_penalty", "stop", "logprobs", "prompt_logprobs", "ignore_eos"),
     "skip_special_tokens",
+    "logit_bias",
 )
 
 
@@ -41,7 +42,8 @@ class Answer:
         ttft_s: seconds from the call to the first token.
         decode_s: seconds from the first token to the last.
         tokens_per_s: decode rate, the tokens after the first over `decode_s`; None for a single token.
-        stopped: "eos" (the model ended, or a stop string of its settings came), "length" or "user".
+        stopped: "eos" (the model ended, a stop string of its settings came, or the answer's grammar allows no more),
+            "length" or "user".
         num_cached_tokens: tokens of the prompt that an earlier answer had computed.
     """
 
@@ -208,12 +210,14 @@ def stream_answer(
         The iterator. After the last piece its `answer` is an `Answer`.
 
     Raises:
-        ConfigError: input_ids is no prompt, params ask for what `generate` has not, or the generation settings have
-            stop strings that the tokenizer cannot write. What goes wrong while generating is raised by the iterator.
+        ConfigError: input_ids is no prompt, params ask for what `generate` has not, their schema or grammar cannot be
+            compiled, or the generation settings have stop strings that the tokenizer cannot write. What goes wrong
+            while generating is raised by the iterator.
     """
     import torch
-    from transformers import StoppingCriteriaList, StopStringCriteria
+    from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
+    from moeflow.engine.structure.logits_mask import GrammarProcessor
     from moeflow.hf.passes.forward import end_tokens, stop_strings
     from moeflow.hf.wall import one_line, raised_in
 
@@ -223,6 +227,9 @@ def stream_answer(
         if getattr(params, name) != getattr(SamplingParams, name):
             raise ConfigError(f"{name} is {getattr(params, name)!r}; only the engine and `moeflow batch` know it")
     ends, stop_texts = end_tokens(model, tokenizer), stop_strings(model)
+    grammar = None
+    if params.structure is not None:
+        grammar = GrammarProcessor.start(tokenizer, ends, params.structure, input_ids.shape[1])
     stop_event = stop_event or threading.Event()
     closed = threading.Event()
     pieces: SimpleQueue[str | None] = SimpleQueue()
@@ -230,10 +237,13 @@ def stream_answer(
     input_ids = input_ids.to(model.device)
 
     def stop_requested(generated_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        stop = stop_event.is_set() or closed.is_set()
+        complete = grammar is not None and grammar.follow(generated_ids)
+        stop = complete or stop_event.is_set() or closed.is_set()
         return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
 
     options = {"max_new_tokens": params.max_new_tokens, "num_beams": 1, **_generate_options(model, params)}
+    if grammar is not None:
+        options["logits_processor"] = LogitsProcessorList([grammar])
     if stop_texts:
         options["tokenizer"] = tokenizer
         try:
@@ -271,7 +281,7 @@ def stream_answer(
     def describe(begin_s: float) -> Answer:
         num_new_tokens = len(streamer.token_ids)
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
-        if streamer.token_ids[-1] in ends or streamer.stops.stopped:
+        if streamer.token_ids[-1] in ends or streamer.stops.stopped or (grammar is not None and grammar.complete):
             stopped = "eos"
         else:
             stopped = "length" if num_new_tokens >= params.max_new_tokens else "user"

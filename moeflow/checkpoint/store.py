@@ -45,6 +45,9 @@ class ExpertStore:
         stamps: of the files when their headers were read; None takes them as they are now.
         direct: read with O_DIRECT where the filesystem takes it.
 
+    Attributes:
+        stamps: of the files, as they were opened.
+
     Raises:
         CheckpointError: a file cannot be opened, or is not the one that it was.
     """
@@ -70,8 +73,8 @@ class ExpertStore:
         try:
             for number in range(len(self.files)):
                 self._opened.append(self._open(number))
-            self._stamps = [FileStamp.of(opened.fileno()) for opened in self._opened]
-            check_stamps(self.files, stamps or self._stamps, self._stamps)
+            self.stamps = [FileStamp.of(opened.fileno()) for opened in self._opened]
+            check_stamps(self.files, stamps or self.stamps, self.stamps)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -257,10 +260,10 @@ class ExpertStore:
         """Compare files with what they were when the model was loaded, after bytes were read from them."""
         for file in files:
             now = FileStamp.of(self._descriptor(file))
-            if now != self._stamps[file]:
+            if now != self.stamps[file]:
                 raise ExpertReadError(
                     f"expert {expert} of {source.layout.name} could not be read: {self.files[file]} changed on disk "
-                    f"after the model was loaded ({self._stamps[file].change_to(now)}). Old and new weights must not "
+                    f"after the model was loaded ({self.stamps[file].change_to(now)}). Old and new weights must not "
                     "be mixed: load the model again."
                 )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.structure.schema import MOST_LETTERS
+from moeflow.errors import ConfigError
 from moeflow.loading.options import flag_options
 
 if TYPE_CHECKING:
@@ -31,7 +33,11 @@ _SAMPLING_HELP = {  # field: (metavar, help)
     "prompt_logprobs": ("N", "the same of each token of the prompt but the first"),
     "ignore_eos": ("", "go on behind the end of sequence"),
     "skip_special_tokens": ("", "write special tokens in the answer"),
+    "json_schema": ("FILE", "the answer is JSON that the schema in FILE allows"),
+    "regex": ("TEXT", "the answer matches this regular expression"),
+    "grammar": ("FILE", "the answer is of the grammar in FILE, in llguidance's form of Lark"),
 }
+_IN_FILES = ("json_schema", "grammar")
 _TYPES = {"int": int, "float": float, "int | None": int}
 
 
@@ -122,7 +128,7 @@ def add_sampling_options(
         defaults: what holds where a flag is not given, for the help; by default the field's default.
     """
     for field in fields(SamplingParams):
-        if field.name in leave_out:
+        if field.name in leave_out or field.name not in _SAMPLING_HELP:
             continue
         flag = f"--{field.name.replace('_', '-')}"
         metavar, text = _SAMPLING_HELP[field.name]
@@ -135,16 +141,29 @@ def add_sampling_options(
             default = (defaults or {}).get(field.name, field.default)
             if default is not None:
                 text += f" ({default:g})" if isinstance(default, (int, float)) else f" ({default})"
-            parser.add_argument(flag, type=_TYPES[str(field.type)], metavar=metavar, help=text)
+            parser.add_argument(flag, type=_TYPES.get(str(field.type), str), metavar=metavar, help=text)
 
 
 def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of SamplingParams whose flags were given.
 
     Raises:
-        ConfigError: one of them is out of its range.
+        ConfigError: one of them is out of its range, or its file cannot be read.
     """
     found = {field.name: getattr(arguments, field.name, None) for field in fields(SamplingParams)}
     given = {name: value for name, value in found.items() if value is not None}
+    for name in given.keys() & _IN_FILES:
+        given[name] = _read_text(Path(given[name]), f"--{name.replace('_', '-')}")
     SamplingParams(**given)  # checks
     return given
+
+
+def _read_text(path: Path, flag: str) -> str:
+    """Return the text of a file; one that is far too long is read in part, and refused by its length."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(MOST_LETTERS + 1)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{flag} {path} is not UTF-8 text.") from None

@@ -35,6 +35,7 @@ _FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--cors-origin", "site whose pages may call this server; may be repeated", {**_MANY, "metavar": "ORIGIN"}),
     ("--max-batch-size", "most sequences computed at once (32)", {"type": int, "default": 32, "metavar": "N"}),
     ("--kv-memory", 'keys and values: bytes, "2GiB" or "auto"', {"default": "auto", "metavar": "SIZE"}),
+    ("--kv-disk", "folder in which conversations outlast the server", {"metavar": "FOLDER"}),
     ("--context", "most tokens of a prompt and its answer; without it the model's", {"type": int, "metavar": "N"}),
     ("--max-waiting", "most requests that wait; beyond them 429 (256)", {"type": int, "default": 256, "metavar": "N"}),
     ("--grace", "seconds in which running answers may finish (10)", {"type": float, "default": 10.0, "metavar": "S"}),
@@ -80,9 +81,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     source = ensure_demo_model(arguments.yes) if arguments.model is None else arguments.model
     settings = _settings(arguments, str(source))
     bound = bind(arguments.host, arguments.port)
-    with _logging_to_stderr(), _interruptible():
+    with _logging_to_stderr(), _Signals() as signals:
         try:
-            _run(arguments, str(source), settings, bound)
+            _run(arguments, str(source), settings, bound, signals)
         except _Terminated:
             return 0
     return 0
@@ -101,6 +102,7 @@ def _settings(arguments: argparse.Namespace, source: str) -> "ServerSettings":
         cors_origins=tuple(arguments.cors_origin),
         max_batch_size=arguments.max_batch_size,
         kv_memory=arguments.kv_memory,
+        kv_disk=arguments.kv_disk,
         context=arguments.context,
         max_waiting=arguments.max_waiting,
         grace_s=arguments.grace,
@@ -108,7 +110,9 @@ def _settings(arguments: argparse.Namespace, source: str) -> "ServerSettings":
     )
 
 
-def _run(arguments: argparse.Namespace, source: str, settings: "ServerSettings", bound: "socket.socket") -> None:
+def _run(
+    arguments: argparse.Namespace, source: str, settings: "ServerSettings", bound: "socket.socket", signals: "_Signals"
+) -> None:
     """Answer until a signal comes."""
     from moeflow.server.app import build_app
     from moeflow.server.service import Service
@@ -120,11 +124,12 @@ def _run(arguments: argparse.Namespace, source: str, settings: "ServerSettings",
             _tell(f"{server.url} is loading {source}")
             model, tokenizer = load_model(source, arguments, tell=service.tell)
             held.enter_context(model.moeflow)
+            signals.check()
             service.tell("writing the decode step as a program")
             prepare_step(model)
             service.open(model, tokenizer)
             _tell(f"{server.url} answers for {settings.model_name}; Ctrl-C stops it")
-            threading.Event().wait()
+            signals.wait()
         except KeyboardInterrupt as stop:
             _stop(service, 0 if isinstance(stop, _Terminated) else 130)
             raise
@@ -140,20 +145,37 @@ def _stop(service: "Service", code: int) -> None:
     service.drain(grace_s)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Have SIGTERM interrupt this thread as Ctrl-C does."""
+class _Signals:
+    """Ctrl-C and SIGTERM interrupt the main thread; one that code of another swallowed is raised at the next check."""
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+    def __init__(self) -> None:
+        self._came = threading.Event()
+        self._kind: type[KeyboardInterrupt] = KeyboardInterrupt
+        self._before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        for number, handler in before:
+    def __enter__(self) -> "_Signals":
+        for number, _ in self._before:
+            signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before:
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise the interrupt that came."""
+        if self._came.is_set():
+            raise self._kind
+
+    def wait(self) -> None:
+        """Wait for one and raise it."""
+        self._came.wait()
+        self.check()
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._kind = _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self._came.set()
+        raise self._kind
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Sequential
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Engine:
             passes. None: one pass for all, in which every expert is fetched once a step.
         regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
             the order of arrival. Outputs are the same.
+        jump_forward: whether tokens that a grammar forces in a row take one pass together. Outputs are the same.
 
     Raises:
         ConfigError: a limit is no positive number, kv_memory no size, or the model's stop strings need a tokenizer.
@@ -69,6 +71,7 @@ class Engine:
         max_waiting: int | None = None,
         group_size: int | None = None,
         regrouping: bool = True,
+        jump_forward: bool = True,
     ) -> None:
         self._scheduler = Scheduler(
             max_batch_size, max_step_tokens, share_prefixes=share_prefixes, max_waiting=max_waiting
@@ -79,6 +82,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens = forward.end_tokens(model, tokenizer)
+        self._jump_forward = jump_forward
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
         self._runner = self._make_runner(kv_memory, max_batch_size)
         self._memory = self._runner.memory
@@ -132,8 +136,8 @@ class Engine:
                 100 steps of waiting, so that no request waits for ever.
 
         Raises:
-            ConfigError: an id that is under way, text where the engine has no tokenizer, neither text nor token ids, or
-                no priority.
+            ConfigError: an id that is under way, no text or token ids, what needs a tokenizer, a grammar that is none,
+                or no priority.
             QueueFullError: max_batch_size + max_waiting requests are under way.
             ClosedModelError: the engine was closed.
         """
@@ -150,7 +154,8 @@ class Engine:
             )
         ids = self._prompts.token_ids(prompt, params)
         sequence = self._runner.sequence(id, ids, self._prompts.most_new_tokens(ids, params), priority)
-        request = self._requests[id] = Request(sequence, self._prompts.stopping(params), self.tokenizer)
+        params = self._prompts.stopping(params)
+        request = self._requests[id] = Request(sequence, params, self.tokenizer, self._end_tokens, self._jump_forward)
         try:
             self._prompts.check(ids)
             self._memory.check_possible(sequence.num_positions)
@@ -238,15 +243,28 @@ class Engine:
             "waiting": len(self._scheduler.waiting),
             "running": len(self._scheduler.running),
             "finished": dict(self._reasons),
-            **self._memory.counts,
-            "kv_budget_bytes": self._memory.budget_bytes,
-            "kv_used_bytes": self._memory.used_bytes,
-            "kv_kept_bytes": self._memory.kept_bytes,
-            "kv_kept_tokens": self._memory.kept.num_tokens,
-            "kv_peak_bytes": self._memory.peak_bytes,
-            "kv_position_bytes": self._memory.position_bytes,
+            **self._memory.stats(),
             "regrouping": None if self._groups is None else asdict(self._groups.stats),
         }
+
+    @in_turn
+    def save_kept(self, folder: str | Path) -> int:
+        """Write the kept keys and values to files of this model in a folder, and return their number of tokens.
+
+        Raises:
+            MoeflowError: a file cannot be written, or the engine was closed.
+        """
+        self._check_open()
+        return self._memory.save(Path(folder), self._runner.fingerprint())
+
+    @in_turn
+    def load_kept(self, folder: str | Path) -> int:
+        """Keep what `save_kept` wrote of this very model, as far as there is room; return the number of tokens.
+
+        What is damaged or of another model is left out, with a warning in the log.
+        """
+        self._check_open()
+        return self._memory.load(Path(folder), self._runner.fingerprint())
 
     @in_turn
     def check_integrity(self) -> None:
@@ -297,21 +315,17 @@ class Engine:
         if error is not None:
             self._end(request, [], "", "error", error)
             return
-        self._counts["prompt_tokens"] += len(piece.tokens) * (not sequence.decoding)
+        self._counts["prompt_tokens"] += len(piece.tokens) * (sequence.num_computed < len(sequence.prompt_ids))
         request.score(logits)
         sequence.num_computed += len(piece.tokens)
         if logits is None or not piece.samples:
             return
-        try:
-            token_id, text, reason = request.choose(logits[-1], self._end_tokens)
-        except RuntimeError as error:
-            self._end(request, [], "", "error", f"no token could be chosen from the model's logits: {error}")
-            return
-        self._counts["new_tokens"] += 1
-        if reason is None:
-            self._outputs.put(request.output([token_id], text))
+        chosen = request.choose(logits[-1])
+        self._counts["new_tokens"] += len(chosen.token_ids)
+        if chosen.reason is None:
+            self._outputs.put(request.output(chosen.token_ids, chosen.text))
         else:
-            self._end(request, [token_id], text, reason)
+            self._end(request, chosen.token_ids, chosen.text, chosen.reason, chosen.error)
 
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
         """Take a request out of the schedule, keep what it has computed without an error, and report it."""

@@ -3,6 +3,7 @@
 Knows tensors and slots. Knows nothing of requests.
 """
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from moeflow.engine.kv_cache.slots import SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
+from moeflow.hf.fingerprint import weights_fingerprint
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.step_rows import StepRows
 from moeflow.turns import Turns
@@ -73,6 +75,17 @@ class ModelRunner:
         """Make a sequence that knows how this model scales by the length."""
         rotaries = self._cache.rotaries
         return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart, priority)
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that differ where the model would compute other keys and values.
+
+        They are made of its weights in memory, of how its experts are stored, and of size and date of their files.
+        """
+        store = getattr(getattr(self._model, "moeflow", None), "store", None)
+        experts = (
+            [] if store is None else [*(layer.layout for layer in store.layers), *(one[2:] for one in store.stamps)]
+        )
+        return hashlib.sha256(f"{weights_fingerprint(self._model)} {experts}".encode()).hexdigest()[:16]
 
     def run(self, pieces: list[Piece]) -> list[Computed]:
         """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail.

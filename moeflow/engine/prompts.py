@@ -44,13 +44,20 @@ class Prompts:
         """Return a prompt's token ids, unchecked.
 
         Raises:
-            ConfigError: neither text nor token ids, text that the tokenizer cannot read, or text or stop strings
-                without a tokenizer.
+            ConfigError: neither text nor token ids, text that the tokenizer cannot read, a bias of a token that the
+                model has not, or text, stop strings, a schema or a grammar without a tokenizer.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise ConfigError(f"a prompt is text or a list of token ids, this is a {type(prompt).__name__}.")
         if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ConfigError("this engine has no tokenizer: give token ids and no stop strings, or a tokenizer.")
+        if self._tokenizer is None and params.structure is not None:
+            raise ConfigError(f"this engine has no tokenizer, which {params.structure[0]} needs: give it one.")
+        unknown = [token for token in dict(params.logit_bias) if token >= self._vocab_size]
+        if unknown:
+            raise ConfigError(
+                f"logit_bias has {unknown[0]}, which is no token id: they are 0 to {self._vocab_size - 1}."
+            )
         if isinstance(prompt, str):
             assert self._tokenizer is not None, "refused above"
             return encode_text(self._tokenizer, prompt, self.context)

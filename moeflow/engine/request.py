@@ -3,7 +3,6 @@
 Knows sampling and stop strings. Knows nothing of passes or slots.
 """
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from moeflow.engine.sampling import Sampler
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.stop_strings import StopStrings
+from moeflow.engine.structure.grammars import grammars_of
 
 TokenLogprob = tuple[float | None, list[tuple[int, float]]]  # a token's, and (token id, logprob) of the likeliest
 
@@ -26,9 +26,10 @@ class Completion(NamedTuple):
     Args:
         id: its name.
         prompt_ids: its prompt.
-        token_ids: what was generated, the end-of-sequence token included.
+        token_ids: what was generated, the end-of-sequence token included where the model chose one.
         text: of these, up to a stop string; empty where the engine has no tokenizer.
-        finish_reason: "stop" (the model ended, or a stop string came), "length", "cancelled" or "error".
+        finish_reason: "stop" (the model ended, a stop string came, or the answer's grammar allows no more), "length",
+            "cancelled" or "error".
         error: the reason, for "error".
         logprobs: (logprob, [(token id, logprob)]) of each token; None where not asked for.
         prompt_logprobs: the same of each token of the prompt, None of the first; None where not asked for.
@@ -64,10 +65,44 @@ class StepOutput(NamedTuple):
     logprobs: list[TokenLogprob] | None = None
 
 
-class Request:
-    """A sequence with its sampler, its stop strings and its text so far."""
+class Chosen(NamedTuple):
+    """What one pass gave a request.
 
-    def __init__(self, sequence: Sequence, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    Args:
+        token_ids: new tokens, at least one unless an error came.
+        text: the text that is now certain.
+        reason: the finish reason, where the answer ends with them.
+        error: the reason, for "error".
+    """
+
+    token_ids: list[int]
+    text: str
+    reason: str | None
+    error: str | None = None
+
+
+class Request:
+    """A sequence with its sampler, its grammar, its stop strings and its text so far.
+
+    Args:
+        sequence: what is computed.
+        params: what is asked.
+        tokenizer: the model's; None where the prompt is token ids, and nothing that is asked needs text.
+        end_tokens: those at which the model ends an answer.
+        jump_forward: whether several tokens that the grammar forces are taken at once.
+
+    Raises:
+        ConfigError: what binds the answer's text cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        params: SamplingParams,
+        tokenizer: PreTrainedTokenizerBase | None,
+        end_tokens: tuple[int, ...] = (),
+        jump_forward: bool = True,
+    ) -> None:
         self.sequence = sequence
         self.params = params
         self.sampler = Sampler(params)
@@ -81,6 +116,12 @@ class Request:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(sequence.prompt_ids)
             sequence.scored = True
+        self._end_tokens = end_tokens
+        self._jumps = jump_forward and params.logprobs is None  # each log-probability needs logits
+        self._matcher = None
+        if tokenizer is not None and params.structure is not None:
+            kind, text = params.structure
+            self._matcher = grammars_of(tokenizer, end_tokens).start(kind, text, ignore_eos=params.ignore_eos)
 
     def score(self, logits: torch.Tensor | None) -> None:
         """Note how likely the prompt's next tokens are, where that was asked for.
@@ -101,31 +142,54 @@ class Request:
                 self.prompt_logprobs[begin] = logprob, list(zip(likeliest, their, strict=True))
                 begin += 1
 
-    def choose(self, logits: torch.Tensor, end_tokens: Collection[int]) -> tuple[int, str, str | None]:
-        """Sample the next token and append it.
+    def choose(self, logits: torch.Tensor) -> Chosen:
+        """Choose the next token and append it, and with it those that the grammar forces behind it.
 
         Args:
             logits: [V], of the last token.
-            end_tokens: those at which the model ends an answer.
-
-        Returns:
-            The token, the text that is now certain, and the reason if the answer ends with it.
-
-        Raises:
-            RuntimeError: nothing can be drawn from these logits.
         """
+        num_tokens, num_letters = len(self.sequence.token_ids), len(self.text)
+        error = None
+        try:
+            reason = self._take(logits)
+            while reason is None and self._jumps_on():
+                reason = self._take(logits)
+        except RuntimeError as raised:
+            reason, error = "error", f"no token could be chosen from the model's logits: {raised}"
+        return Chosen(self.sequence.token_ids[num_tokens:], self.text[num_letters:], reason, error)
+
+    def _jumps_on(self) -> bool:
+        """Tell whether the next token needs no logits, nor a pass of its own length."""
         sequence = self.sequence
-        sampled = self.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids)
+        if not self._jumps or self._matcher is None or not self._matcher.forced:
+            return False
+        return sequence.scaling_of(sequence.length) == sequence.scaling_of(sequence.length + 1)
+
+    def _take(self, logits: torch.Tensor) -> str | None:
+        """Append one token and its text, and return the finish reason where the answer ends with it."""
+        sequence, matcher = self.sequence, self._matcher
+        if matcher is not None and matcher.forced:
+            if matcher.forced[0] >= len(logits):
+                raise RuntimeError("the model has none for the token that the answer's grammar asks for")
+            sampled = self.sampler.report(matcher.forced[0], logits)
+        else:
+            allowed = None if matcher is None else matcher.allowed
+            sampled = self.sampler.sample(logits, sequence.prompt_ids, sequence.token_ids, allowed)
         sequence.append(sampled.token_id)
         if self.logprobs is not None:
             self.logprobs.append((sampled.logprob, sampled.top))
-        ends = sampled.token_id in end_tokens and not self.params.ignore_eos
-        text, stopped = "", False
+        ends = sampled.token_id in self._end_tokens and not self.params.ignore_eos
+        stopped = False
         if self.stops is not None:
             text, stopped = self.stops.push(sampled.token_id, visible=not ends)
             self.text += text
-        reason = "stop" if ends or stopped else "length" if len(sequence.token_ids) == sequence.max_new_tokens else None
-        return sampled.token_id, text, reason
+        if ends or stopped:
+            return "stop"
+        if matcher is not None:
+            matcher.push(sampled.token_id)
+            if matcher.complete:
+                return "stop"
+        return "length" if len(sequence.token_ids) == sequence.max_new_tokens else None
 
     def output(self, token_ids: list[int], text: str, completion: Completion | None = None) -> StepOutput:
         """Return what a step gave this request: its newest tokens, the text that is now certain, and its end."""

@@ -1,6 +1,7 @@
 """Sampling of the next token of one request from its logits.
 
-The order is that of transformers: penalties, temperature, top-k, top-p, min-p, then the draw. A request has a sampler
+The order is that of transformers: what an answer's grammar allows, biases, penalties, temperature, top-k, top-p, min-p,
+then the draw: filters choose among the allowed tokens. A request has a sampler
 with a generator of its own, so that its tokens depend neither on its batch nor on other requests.
 """
 
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.structure.logits_mask import masked
 
 
 class SampledToken(NamedTuple):
@@ -20,7 +22,7 @@ class SampledToken(NamedTuple):
     Args:
         token_id: the token.
         logprob: its log-probability in the model's own distribution: softmax of the logits as they came, before
-            penalties, temperature and filters. None where the request asks for no logprobs.
+            grammar, biases, penalties, temperature and filters. None where the request asks for no logprobs.
         top: (token id, logprob) of the likeliest tokens of that distribution, falling; as many as were asked for.
     """
 
@@ -43,33 +45,52 @@ class Sampler:
             seed = int(torch.randint(2**62, ())) if params.temperature else 0
         self._generator = torch.Generator().manual_seed(seed)
 
-    def sample(self, logits: torch.Tensor, prompt_ids: list[int], token_ids: list[int]) -> SampledToken:
+    def sample(
+        self, logits: torch.Tensor, prompt_ids: list[int], token_ids: list[int], allowed: torch.Tensor | None = None
+    ) -> SampledToken:
         """Choose the next token.
 
         Args:
             logits: [V], any float dtype; not changed.
             prompt_ids: the prompt.
             token_ids: the answer so far.
+            allowed: [tokens of the tokenizer] bool, those of which one is chosen; None for all.
 
         Raises:
             RuntimeError: the logits give no distribution, as where the model computed a NaN.
         """
-        logits = logits.float()
-        scores = penalized(logits, self.params, prompt_ids, token_ids)
+        scores = logits.float()
+        if allowed is not None:
+            scores = masked(scores, allowed)
+        scores = penalized(biased(scores, self.params), self.params, prompt_ids, token_ids)
         if self.params.temperature == 0:
             token_id = int(scores.argmax())
             if scores[token_id].isnan():
                 raise RuntimeError("the logits have a NaN")
+            if allowed is not None and scores[token_id] == -math.inf:
+                raise RuntimeError("the model has none for the tokens that the answer's grammar allows")
         else:
             probabilities = filtered(scores, self.params).softmax(-1).cpu()
             token_id = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return self.report(token_id, logits)
+
+    def report(self, token_id: int, logits: torch.Tensor) -> SampledToken:
+        """Return a token with the log-probabilities that the request asks for, of the model's logits [V]."""
         if self.params.logprobs is None:
             return SampledToken(token_id, None, [])
-        logprobs = logits.log_softmax(-1)
+        logprobs = logits.float().log_softmax(-1)
         top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
         return SampledToken(
             token_id, float(logprobs[token_id]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         )
+
+
+def biased(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Return logits [V] with the biases of single tokens; the same tensor where there are none."""
+    if not params.logit_bias:
+        return logits
+    ids, biases = zip(*dict(params.logit_bias).items(), strict=True)
+    return logits.index_add(0, torch.tensor(ids, device=logits.device), torch.tensor(biases).to(logits))
 
 
 def penalized(

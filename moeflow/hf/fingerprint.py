@@ -1,12 +1,16 @@
-"""Fingerprint of a model: 16 hexadecimal digits that tie a trace or a predictor to it."""
+"""Fingerprints of a model: 16 hexadecimal digits that tie a trace, a predictor or kept keys and values to it."""
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from moeflow.hf import experts_interface
+
+_SAMPLED_VALUES = 1024  # of each tensor
+_ORIGIN = ("architectures", "transformers_version", "dtype", "torch_dtype")  # of a config; tensors tell their dtypes
 
 
 @torch.no_grad()
@@ -43,6 +47,34 @@ def model_fingerprint(model: PreTrainedModel) -> str:
             if is_router and not name.startswith(f"{experts}."):
                 digest.update(parameter.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash what decides the values that a model computes: its config, and a sample of each tensor in its memory.
+
+    Unlike `model_fingerprint` it differs between dtypes and between models that are trained further. Experts that
+    `load_moe` took off are not in it.
+
+    Args:
+        model: any transformers model.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256(json.dumps(_told(model.config.to_dict()), sort_keys=True, default=str).encode())
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        sampled = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLED_VALUES)].contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(sampled.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _told(config: Any) -> Any:
+    """Return a config without what names where it comes from."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _told(value) for key, value in config.items() if str(key)[0] != "_" and key not in _ORIGIN}
 
 
 def _num_experts(module: torch.nn.Module) -> int:

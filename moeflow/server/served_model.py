@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.chat.answer import checkpoint_params
+from moeflow.engine.structure.grammars import grammars_of
+from moeflow.errors import ConfigError
 from moeflow.hf.encoding import encode_messages, encode_text, writes_tools
 from moeflow.server.reading.answer_reader import AnswerReader
 from moeflow.server.reading.hermes import with_tools_as_text
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from moeflow.server.settings import ServerSettings
 
 _MARK_TOKENS = 16  # of a prompt's end, in which it may begin an answer
+_MAX_MESSAGES = 2_048  # each is looked for in what the chat template writes
 
 
 class ServedModel:
@@ -47,7 +50,7 @@ class ServedModel:
         settings: ServerSettings,
         kv_positions: int | None,
     ) -> None:
-        from moeflow.hf.passes.forward import context_positions
+        from moeflow.hf.passes.forward import context_positions, end_tokens
 
         self._model = model
         self.tokenizer = tokenizer
@@ -55,6 +58,7 @@ class ServedModel:
         self.name = settings.model_name or served_name(found)
         limits = (context_positions(model), settings.context, kv_positions)
         self.context = min(limit for limit in limits if limit is not None)
+        self._end_tokens = end_tokens(model, tokenizer)
         self._writes_tools = writes_tools(tokenizer)
         self.vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
 
@@ -84,8 +88,10 @@ class ServedModel:
             cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
-            ConfigError: the chat template refuses them.
+            ConfigError: the chat template refuses them, or they are too many.
         """
+        if len(messages) > _MAX_MESSAGES:
+            raise ConfigError(f"messages are {len(messages):,}; it must be {_MAX_MESSAGES:,} at most")
         has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
         if (tools or has_calls) and not self._writes_tools:
             messages, tools = with_tools_as_text(messages, tools or []), None
@@ -161,6 +167,15 @@ class ServedModel:
             ConfigError: a value is out of its range.
         """
         return checkpoint_params(self._model, **given)
+
+    def compile(self, params: SamplingParams) -> None:
+        """Compile what binds an answer, so that the engine finds it made.
+
+        Raises:
+            ConfigError: it cannot be compiled.
+        """
+        if params.structure is not None:
+            grammars_of(self.tokenizer, self._end_tokens).start(*params.structure)
 
     def about(self) -> dict[str, Any]:
         """Return the model as /v1/models lists it."""

@@ -69,12 +69,14 @@ class Service:
             max_step_tokens=max(_MIN_STEP_TOKENS, settings.max_batch_size),
             kv_memory=settings.kv_memory,
         )
+        if settings.kv_disk is not None:
+            engine.load_kept(settings.kv_disk)
         counts = engine.stats()
         of_position = counts["kv_position_bytes"]
         positions = counts["kv_budget_bytes"] // of_position if of_position else None
         served = ServedModel(model, tokenizer, settings, positions)
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
-        self._worker = Worker(engine, lambda: self._look(engine.stats))
+        self._worker = Worker(engine, lambda: self._look(engine.stats), settings.kv_disk)
         self._model = served
 
     def tell(self, stage: str) -> None:

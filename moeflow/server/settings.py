@@ -40,6 +40,7 @@ class ServerSettings:
         cors_origins: origins whose pages may call the server, as in "https://example.org"; "*" for all.
         max_batch_size: most sequences that run at once.
         kv_memory: bytes of keys and values, as of `Engine`.
+        kv_disk: folder in which kept keys and values outlast the server; None for none.
         context: most positions of a prompt and its answer; None for the model's.
         max_waiting: most requests that wait for their turn; beyond them a request is answered 429.
         grace_s: seconds in which running answers may finish when the server stops.
@@ -68,6 +69,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     max_batch_size: int = 32
     kv_memory: MemorySize = "auto"
+    kv_disk: str | None = None
     context: int | None = None
     max_waiting: int = 256
     grace_s: float = 10.0

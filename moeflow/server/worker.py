@@ -6,6 +6,7 @@ Knows the engine and answers. Knows nothing of HTTP's forms.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections import defaultdict, deque
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moeflow.engine.sampling_params import SamplingParams
     from moeflow.server.answers import Answers
 
+_logger = logging.getLogger("moeflow.server")
 _LOOK_EVERY_S = 0.25  # at the figures, while steps run
 
 
@@ -56,15 +58,17 @@ class Worker:
     Args:
         engine: what answers; the worker closes it.
         look: takes the engine's and the model's figures; called in the worker's thread.
+        kv_disk: folder in which the engine's kept keys and values are saved as it is closed; None for none.
 
     Attributes:
         figures: what `look` returned last; as of now where nothing runs.
         refusal: why nothing more is answered; None while it is.
     """
 
-    def __init__(self, engine: Engine, look: Callable[[], Any]) -> None:
+    def __init__(self, engine: Engine, look: Callable[[], Any], kv_disk: str | None = None) -> None:
         self._engine = engine
         self._look = look
+        self._kv_disk = kv_disk
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._places: dict[str, _Place] = {}  # the thread's alone
@@ -127,6 +131,12 @@ class Worker:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        if self._kv_disk is not None:
+            try:
+                self._engine.save_kept(self._kv_disk)
+            except MoeflowError as error:  # the server ends all the same
+                _logger.warning("kept keys and values are not saved: %s", error)
+            self._kv_disk = None
         self._engine.close()
 
     def _run(self) -> None:

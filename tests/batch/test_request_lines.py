@@ -68,6 +68,39 @@ def test_openai_lines_are_read_under_their_names(tmp_path):
     assert {one.model for one in requests} == {"m"}
 
 
+SCHEMA = {"type": "object", "properties": {"b": {}, "a": {}}}
+
+
+def test_what_binds_an_answer_is_read_in_both_forms(tmp_path):
+    about = {"name": "n", "strict": True, "description": "d", "schema": SCHEMA}
+    path = write(
+        tmp_path / "in.jsonl",
+        {"prompt": "a", "json_schema": SCHEMA, "logit_bias": {"5": -3}},
+        {"prompt": "a", "json_schema": json.dumps(SCHEMA)},
+        {"prompt": "a", "regex": "a+"},
+        {"prompt": "a", "grammar": 'start: "a"'},
+        openai(response_format={"type": "json_schema", "json_schema": about}, logit_bias={"5": -3}),
+        openai("b", response_format={"type": "json_object"}),
+        openai("c", response_format={"type": "text"}, regex="a+"),
+        openai("d", TEXT_URL, json_schema=SCHEMA),
+    )
+    requests, refused = read_batch(path, DEFAULTS)
+    assert refused == []
+    schema = {"json_schema": SCHEMA}
+    given = [
+        {**schema, "logit_bias": {5: -3}}, schema, {"regex": "a+"}, {"grammar": 'start: "a"'},
+        {**schema, "logit_bias": {5: -3}}, {"json_schema": {"type": "object"}}, {"regex": "a+"}, schema,
+    ]  # fmt: skip
+    assert [one.params for one in requests] == [SamplingParams(max_new_tokens=7, **each) for each in given]
+    assert all(one.digest for one in requests)
+
+
+def test_a_line_s_schema_takes_the_place_of_the_command_s(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "a", "regex": "a+"})
+    requests, _ = read_batch(path, SamplingParams(json_schema=SCHEMA))
+    assert [one.params.structure[0] for one in requests] == ["json_schema", "regex"]
+
+
 def user(content, **others):
     return {"role": "user", "content": content, **others}
 
@@ -98,6 +131,16 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
         ({"messages": [{"role": "robot", "content": "hi"}]}, "message 1 has the role 'robot'"),
         ({"messages": [{"role": "user", "content": 5}]}, "only text"),
         ({"messages": [{"role": "system", "content": "hi"}]}, "none of a user"),
+        ({"prompt": "a", "json_schema": {"$ref": "#"}}, "recurses for ever"),
+        ({"prompt": "a", "json_schema": "{"}, "json_schema is not JSON"),
+        ({"prompt": "a", "json_schema": {}, "regex": "a"}, "json_schema and regex are given"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "'x', which is no token id"),
+        (openai(response_format="json"), "response_format is 'json'"),
+        (openai(response_format={"type": "xml"}), "response_format is {'type': 'xml'}"),
+        (openai(response_format={"type": ["xml"]}), "response_format is {'type': ['xml']}"),
+        (openai(response_format={"type": "json_schema"}), "response_format has None as json_schema"),
+        (openai(response_format={"type": "json_object", "schema": {"a": 1}}), "response_format has 'schema'"),
+        (openai(response_format={"type": "json_object"}, json_schema={}), "response_format and json_schema; give one"),
         (openai(n=2), "n is 2"),
         (openai(stream=True), "stream is True"),
         (openai(tools=[{"type": "function"}]), "'tools'; known are"),

@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from helpers.small_tokenizers import byte_tokenizer, letter_tokenizer
 from moeflow.chat.answer import checkpoint_params, stream_answer
 from moeflow.engine.sampling_params import SamplingParams
-from moeflow.errors import ConfigError
+from moeflow.errors import ConfigError, MoeflowError
 
 EOS = "<|im_end|>"
 
@@ -241,6 +241,37 @@ def test_a_given_zero_overrides_the_checkpoint_s_min_p(model, tokenizer, input_i
     expected = "".join(stream_answer(model, tokenizer, input_ids, params))
     monkeypatch.setattr(model.generation_config, "min_p", 1.0)
     assert "".join(stream_answer(model, tokenizer, input_ids, params)) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_follows_its_grammar_and_ends_where_nothing_may_follow(model, tokenizer, input_ids, temperature):
+    params = SamplingParams(regex='\\{"name": "[a-z]{2,4}", "n": [0-9]\\}', temperature=temperature, seed=1)
+    with stream_answer(model, tokenizer, input_ids, params) as stream:
+        text = "".join(stream)
+    assert re.fullmatch(params.regex, text)
+    assert (stream.answer.text, stream.answer.stopped) == (text, "eos")
+    assert stream.answer.num_new_tokens == len(text)
+
+
+def test_a_bound_answer_may_be_cut_by_its_length(model, tokenizer, input_ids):
+    with stream_answer(model, tokenizer, input_ids, SamplingParams(regex="[ab]{50}", max_new_tokens=9)) as stream:
+        assert re.fullmatch("[ab]{9}", "".join(stream))
+    assert stream.answer.stopped == "length"
+
+
+def test_a_grammar_that_cannot_be_compiled_is_refused_before_anything_runs(model, tokenizer, input_ids):
+    with pytest.raises(ConfigError, match="regex cannot be compiled: unclosed group"):
+        stream_answer(model, tokenizer, input_ids, SamplingParams(regex="("))
+
+
+def test_an_answer_of_tokens_that_the_checkpoint_suppresses_says_so(model, tokenizer, input_ids, monkeypatch):
+    suppressed = tokenizer("ab")["input_ids"]
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", suppressed)
+    with (
+        pytest.raises(MoeflowError, match="only tokens that the model does not say"),
+        stream_answer(model, tokenizer, input_ids, SamplingParams(regex="[ab]c")) as stream,
+    ):
+        list(stream)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 0)])

@@ -25,6 +25,12 @@ SURROGATE = "a\udcff"  # how Python gives the byte 0xff of a command line
         (["generate", "no/model", SURROGATE], io.StringIO(), "the prompt has '\\udcff' at character 2"),
         (["chat", "no/model", "--system", SURROGATE], io.StringIO("hi"), "--system has '\\udcff' at character 2"),
         (["generate", "no/model", "hi", "--temperature", "nan"], io.StringIO(), "temperature is nan"),
+        (["generate", "no/model", "hi", "--regex", ""], io.StringIO(), "regex is ''"),
+        (["chat", "no/model", "--json-schema", "no.json"], io.StringIO("hi"), "--json-schema no.json cannot be read"),
+        (["chat", "no/model", "--grammar", "."], io.StringIO("hi"), "--grammar . cannot be read"),
+        (["generate", "no/model", "hi", "--json-schema", __file__], io.StringIO(), "json_schema is not JSON"),
+        (["generate", "no/model", "hi", "--grammar", "/dev/zero"], io.StringIO(), "grammar has 262,145 characters"),
+        (["generate", "no/model", "hi", "--grammar", sys.executable], io.StringIO(), "is not UTF-8 text"),
         (["generate", "no/model", "hi", "--seed", str(2**70)], io.StringIO(), "seed is 1180591620717411303424"),
     ],
 )

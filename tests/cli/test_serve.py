@@ -1,5 +1,6 @@
 """`moeflow serve` as a user runs it: loading, the openai client, signals, and what is refused before anything loads."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from helpers.paths import ROOT
 from helpers.servers import CHAT, events, user
 from moeflow.cli.main import main
+from moeflow.cli.serve import _Signals, _Terminated
 
 LONG = {"messages": user("hello"), "ignore_eos": True, "stream": True}
 
@@ -182,3 +184,13 @@ def test_the_key_of_the_environment_is_taken(monkeypatch):
     assert _settings(_parser().parse_args(["serve", "m", "--host", "0.0.0.0"]), "m").api_key == "from-outside"
     assert _settings(_parser().parse_args(["serve", "m", "--api-key", "own"]), "org/m").api_key == "own"
     assert json.dumps(_settings(_parser().parse_args(["serve", "m"]), "/a/b/m").model_name) == '"m"'
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, _Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_code_of_another_swallows_is_not_lost(number, kind):
+    with _Signals() as signals:
+        signals.check()
+        with contextlib.suppress(KeyboardInterrupt):  # as a library does in a finaliser
+            signal.raise_signal(number)
+        with pytest.raises(kind):
+            signals.wait()

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.sampling import Sampler, filtered, penalized
+from moeflow.engine.sampling import Sampler, biased, filtered, penalized
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
@@ -251,6 +251,8 @@ def test_logprobs_are_reported_only_where_asked_for():
         ("stop", "end", "tuple or list"),
         ("stop", ("",), "none of them empty"),
         ("ignore_eos", 1, "True or False"),
+        ("logit_bias", 3, "-100 to 100"),
+        ("logit_bias", [[1, 2]], "-100 to 100"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field, value, allowed):
@@ -269,3 +271,53 @@ def test_a_number_written_without_a_point_is_the_same_however_large(field):
 
 def test_a_list_of_stop_strings_becomes_a_tuple():
     assert SamplingParams(stop=["a", "b"]) == SamplingParams(stop=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({1: 100.5}, "of token 1 is 100.5; it must be -100 to 100"),
+        ({1: math.nan}, "of token 1 is nan"),
+        ({1: None}, "of token 1 is None"),
+        ({-1: 1}, "has -1, which is no token id"),
+        ({2**40: 1}, "no token id"),
+        ({True: 1}, "has True, which is no token id"),
+        ({"x": 1}, "has 'x', which is no token id"),
+        ({"7": 1, 7: 2}, "has token 7 twice"),
+        (dict.fromkeys(range(1025), 1), "has 1,025 tokens; at most 1,024"),
+    ],
+)
+def test_a_bias_that_is_none_is_refused_by_name(given, told):
+    with pytest.raises(ConfigError, match=f"^logit_bias.*{told}"):
+        SamplingParams(logit_bias=given)
+
+
+def test_biases_are_kept_as_pairs_by_token_and_may_have_the_keys_of_json():
+    params = SamplingParams(logit_bias={7: 1, "3": -2})
+    assert params.logit_bias == ((3, -2.0), (7, 1.0))
+    assert params == SamplingParams(logit_bias=((7, 1.0), (3, -2.0)))
+    assert hash(params) == hash(SamplingParams(logit_bias={3: -2, 7: 1}))
+
+
+def test_a_bias_is_added_to_the_logit_before_penalties_and_not_to_logprobs():
+    logits = random_logits(0)
+    params = SamplingParams(logit_bias={5: 3.5, 9: -100}, repetition_penalty=2.0, logprobs=0)
+    expected = logits.clone()
+    expected[5] += 3.5
+    expected[9] -= 100
+    assert torch.equal(biased(logits, params), expected)
+    assert biased(logits, SamplingParams()) is logits
+    chosen = Sampler(params).sample(logits, PROMPT, ANSWER)
+    assert chosen.token_id == int(penalized(expected, params, PROMPT, ANSWER).argmax())
+    assert chosen.logprob == pytest.approx(float(logits.log_softmax(-1)[chosen.token_id]))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 1e-9}])
+def test_filters_choose_among_the_allowed_tokens(options):
+    logits, allowed = random_logits(0), torch.zeros(VOCAB, dtype=torch.bool)
+    unlikely = logits.argsort()[:3]
+    allowed[unlikely] = True
+    params = SamplingParams(seed=0, **options)
+    assert Sampler(params).sample(logits, [], [], allowed).token_id == int(unlikely[2])
+    with pytest.raises(RuntimeError):
+        Sampler(params).sample(logits, [], [], torch.zeros(VOCAB, dtype=torch.bool))

@@ -13,6 +13,7 @@ from helpers.servers import (
     raw_socket,
     refused,
     serving,
+    small_model,
     streamed,
     until,
     user,
@@ -81,7 +82,7 @@ def test_an_error_of_the_disk_ends_the_stream_it_strikes_and_no_other(small):
     try:
         with serving(small) as client:
             struck = {**LONG, "messages": user("x" * 1000), "stream": True}
-            spared = {**LONG, "max_tokens": 600, "stream": True}
+            spared = {**LONG, "max_tokens": 300, "stream": True}
             with (
                 client.stream("POST", CHAT, json=struck) as first,
                 client.stream("POST", CHAT, json=spared) as second,
@@ -199,3 +200,25 @@ def test_an_application_that_ends_leaves_no_thread(small):
         client.post(CHAT, json=HELLO)
         assert {thread.name for thread in set(threading.enumerate()) - before} >= {"moeflow-server", "moeflow-http"}
     assert {thread.name for thread in set(threading.enumerate()) - before} <= {"asyncio_0"}
+
+
+def test_a_conversation_outlasts_the_server(tmp_path):
+    body = {"messages": user("hello there, how are you today?"), "max_tokens": 4}
+    cached = []
+    for _ in range(2):
+        with serving(small_model(), kv_disk=str(tmp_path / "kept")) as client:
+            answer = client.post(CHAT, json=body).json()
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            text = answer["choices"][0]["message"]["content"]
+            client.app.state.service.close()
+    assert cached[0] == 0
+    assert cached[1] == answer["usage"]["prompt_tokens"] - 1
+    assert text
+
+
+def test_kept_keys_and_values_that_cannot_be_saved_do_not_keep_a_server_from_ending(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with serving(small_model(), kv_disk=str(tmp_path / "file" / "kept")) as client:
+        assert client.post(CHAT, json={"messages": user("hello there"), "max_tokens": 2}).status_code == 200
+        client.app.state.service.close()
+    assert "not saved" in caplog.text

@@ -4,9 +4,11 @@ Knows sequences, slots and the tree. Knows nothing of models or of who waits.
 """
 
 import time
+from pathlib import Path
 
 import torch
 
+from moeflow.engine.kv_cache import prefix_files
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
@@ -166,7 +168,9 @@ class KeyValueMemory:
 
     def keep(self, sequence: Sequence) -> None:
         """Take the slot of a sequence that has ended, and keep what it has computed."""
-        self._keep(sequence, self._slots.pop(sequence.id), sequence.num_computed)
+        slot = self._slots.pop(sequence.id, None)
+        if slot is not None:  # not where an interrupt came in the middle of a step
+            self._keep(sequence, slot, sequence.num_computed)
 
     def free(self, sequence: Sequence) -> None:
         """Release what a sequence has: its slot, or what lies in host memory; none of what is kept for others."""
@@ -189,12 +193,38 @@ class KeyValueMemory:
             slot.copy_from(self._slots[donor.id], num_tokens)
         self.counts["shared_tokens"] += num_tokens
 
+    def save(self, folder: Path, fingerprint: str) -> int:
+        """Write what is kept to a model's files, and return its number of tokens; see `prefix_files.save`."""
+        return prefix_files.save(self.kept, folder, fingerprint)
+
+    def load(self, folder: Path, fingerprint: str) -> int:
+        """Keep what was saved of a model, as far as there is room; return the number of tokens."""
+        before = self.kept.num_tokens
+        if self.keeps:
+            for run in prefix_files.load(folder, fingerprint, self._layout):
+                if self._free_positions() >= len(run.tokens):
+                    self.kept.restore(run)
+            self._note_peak()
+        return self.kept.num_tokens - before
+
     def clear(self) -> None:
         """Release everything."""
         self._slots.clear()
         self._moved.clear()
         self.refused.clear()
         self.kept.clear()
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts, and bytes of slots and of what is kept."""
+        return {
+            **self.counts,
+            "kv_budget_bytes": self.budget_bytes,
+            "kv_used_bytes": self.used_bytes,
+            "kv_kept_bytes": self.kept_bytes,
+            "kv_kept_tokens": self.kept.num_tokens,
+            "kv_peak_bytes": self.peak_bytes,
+            "kv_position_bytes": self.position_bytes,
+        }
 
     def check_integrity(self) -> None:
         """Assert that all is counted with its bytes, and inside the budget."""

@@ -7,6 +7,7 @@ Source: SGLang's RadixAttention (Zheng et al. 2024, section 3).
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 
@@ -26,6 +27,22 @@ class Node:
     slot: KeyValueSlot | None = None
     parent: "Node | None" = None
     children: dict[int, "Node"] = field(default_factory=dict)
+
+
+class Run(NamedTuple):
+    """A node by itself.
+
+    Args:
+        scaling: of its keys.
+        before: the tokens that lead to it.
+        tokens: its own.
+        slot: their keys and values.
+    """
+
+    scaling: Hashable
+    before: list[int]
+    tokens: list[int]
+    slot: KeyValueSlot
 
 
 class PrefixTree:
@@ -110,6 +127,34 @@ class PrefixTree:
                 paths += [[*path, child] for child in path[-1].children.values()]
                 if not path[-1].children:
                     yield scaling, path
+
+    def runs(self) -> Iterator[Run]:
+        """Yield every node, most recently used first, so that none comes before those that lead to it."""
+        scalings = {root: scaling for scaling, root in self._roots.items()}
+        for node in reversed(self._by_use):
+            assert node.slot is not None, "no root"
+            before: list[int] = []
+            above = node.parent
+            while above is not None and above.parent is not None:
+                before = above.tokens + before
+                above = above.parent
+            assert above is not None, "a node has a root"
+            yield Run(scalings[above], before, node.tokens, node.slot)
+
+    def restore(self, run: Run) -> bool:
+        """Take in a run of `runs` as the least recently used; False where what leads to it is not there, or it is."""
+        path = self._path(run.scaling, run.before)
+        node = path[-1][0] if path else self._roots.get(run.scaling) or Node()
+        whole = sum(count for _, count in path) == len(run.before) and (not path or path[-1][1] == len(node.tokens))
+        if not whole or not run.tokens or run.tokens[0] in node.children:
+            return False
+        if node.parent is None:
+            self._roots[run.scaling] = node
+        leaf = node.children[run.tokens[0]] = Node(run.tokens, run.slot, node)
+        self._by_use[leaf] = None
+        self._by_use.move_to_end(leaf, last=False)
+        self.num_tokens += len(run.tokens)
+        return True
 
     def check_integrity(self, position_bytes: int) -> None:
         """Assert that every node is counted with its bytes, and that the order of use is one of leaves first."""

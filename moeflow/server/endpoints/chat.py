@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from moeflow.batch.openai_format import CHAT_URL, chat_logprobs, token_logprobs
+from moeflow.engine.sampling_params import STRUCTURES
 from moeflow.errors import ConfigError
 from moeflow.server.endpoints.answering import Call, Usage
 from moeflow.server.endpoints.fields import CallFields, each_seed, read_fields, told
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from moeflow.server.service import Service
 
 _OWN = ("messages", *FIELDS)
-_BOUND = ("json_schema", "regex", "grammar")
 
 
 class Reader(Protocol):
@@ -90,7 +90,7 @@ async def read_turn(service: Service, body: dict[str, Any], *, names_of: dict[st
     with told(names_of or body):
         tools = read_tools(body)
         messages = read_conversation(body.get("messages"))
-        bound = next((name for name in _BOUND if name in sampling), None)
+        bound = next((name for name in STRUCTURES if name in sampling), None)
         if tools.schema is not None:
             if bound is not None:
                 raise ConfigError(f"tool_choice demands a call, and {bound} binds the answer; leave out one of them")
@@ -106,6 +106,7 @@ async def read_turn(service: Service, body: dict[str, Any], *, names_of: dict[st
         if marks.are_special and not bound and tools.schema is None:
             sampling["skip_special_tokens"] = False
         params = model.params(**sampling)
+    await service.read(lambda: model.compile(params))
     asked = [Asked(ids, one, fields.priority) for one in each_seed(params, fields.num_answers)]
 
     def reader() -> Reader:

@@ -6,6 +6,7 @@ Knows prompts and OpenAI's form of a continued text. Knows nothing of HTTP benea
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -55,6 +56,7 @@ async def create_completion(request: Request) -> Response:
             sampling["prompt_logprobs"] = sampling["logprobs"]
         with told(body):
             params = model.params(**sampling)
+        await service.read(partial(model.compile, params))
         asked += [Asked(ids, one, fields.priority) for one in each_seed(params, fields.num_answers)]
     echoed = [p if isinstance(p, str) else model.decode(p) for p in given] if echo else []
     form = TextForm(model.token_text, echoed, fields.num_answers, hidden=wanted == 0)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from moeflow.server.settings import ServerSettings
 
 _SAMPLING = {field.name for field in fields(SamplingParams)}
-_OF_THE_CALL = ("stream_options", "priority", "response_format")
+_OF_THE_CALL = ("stream_options", "priority")
 _WITHOUT_EFFECT = ("safety_identifier", "prompt_cache_key")
-_MAX_STOP_LETTERS = 1_000
+_MAX_STOP_LETTERS = 256  # each token of an answer is compared with each beginning of each
 _NAMED_EARLY = 4  # words of an error, among which the field's name is
 
 
@@ -93,9 +93,6 @@ def read_fields(body: dict[str, Any], url: str, own: tuple[str, ...], settings: 
                 f"{'top_logprobs' if 'top_logprobs' in given else 'logprobs'} is {top}; at most "
                 f"{settings.max_top_logprobs} tokens are reported with each"
             )
-        if "logit_bias" in sampling:
-            sampling["logit_bias"] = _token_biases(sampling["logit_bias"])
-        sampling |= _structure(given.get("response_format"))
         wanted = sampling.pop("max_new_tokens", None)
         if wanted is not None:
             name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
@@ -131,36 +128,6 @@ def _check_stop(stop: object, most: int) -> None:
     for text in stop:
         if len(check_text(text, "stop")) > _MAX_STOP_LETTERS:
             raise ConfigError(f"stop has a text of {len(text):,} letters; it must be {_MAX_STOP_LETTERS:,} at most")
-
-
-def _token_biases(biases: object) -> dict[int, Any]:
-    """Return a bias for each token id; JSON has them as texts."""
-    if not isinstance(biases, dict) or not all(name.isascii() and name.isdigit() for name in biases):
-        raise ConfigError(f"logit_bias is {short(biases)}; it must be an object of token ids and numbers")
-    return {int(name): value for name, value in biases.items()}
-
-
-def _structure(wanted: object) -> dict[str, Any]:
-    """Return the form that `response_format` gives an answer, as a field of SamplingParams."""
-    if wanted is None:
-        return {}
-    kind = wanted.get("type") if isinstance(wanted, dict) else None
-    if not isinstance(wanted, dict) or kind not in ("text", "json_object", "json_schema"):
-        raise ConfigError(
-            f'response_format is {short(wanted)}; its type must be "text", "json_object" or "json_schema"'
-        )
-    refuse_unknown(wanted, ("type", "json_schema") if kind == "json_schema" else ("type",), "response_format")
-    if kind == "text":
-        return {}
-    if "json_schema" not in _SAMPLING:
-        raise ConfigError('response_format must be {"type": "text"}: this version writes no other')
-    if kind == "json_object":
-        return {"json_schema": {"type": "object"}}
-    held = wanted.get("json_schema")
-    if not isinstance(held, dict) or "schema" not in held:
-        raise ConfigError(f'response_format has {short(held)} as json_schema; it must be {{"name", "schema"}}')
-    refuse_unknown(held, ("name", "schema", "strict", "description"), "response_format's json_schema")
-    return {"json_schema": held["schema"]}
 
 
 def _include_usage(given: dict[str, Any], stream: bool) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive
 
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_CLOSE = {"connection": "close"}  # what is left of the body is not read
 _PARSED_AT_ONCE = 1 << 16  # bytes; longer ones are parsed in a thread
 
 
@@ -41,7 +42,8 @@ async def read_body(receive: Receive, max_bytes: int, timeout_s: float) -> bytes
             part = message.get("body", b"")
             size += len(part)
             if size > max_bytes:
-                raise HttpError(413, f"the body is longer than {max_bytes:,} bytes. Send less.", code="body_too_long")
+                told = f"the body is longer than {max_bytes:,} bytes. Send less."
+                raise HttpError(413, told, code="body_too_long", headers=_CLOSE)
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
@@ -50,7 +52,10 @@ async def read_body(receive: Receive, max_bytes: int, timeout_s: float) -> bytes
         return await asyncio.wait_for(read(), timeout_s)
     except asyncio.TimeoutError:
         raise HttpError(
-            408, f"the body did not come within {timeout_s:g} seconds. Send it faster.", code="body_too_slow"
+            408,
+            f"the body did not come within {timeout_s:g} seconds. Send it faster.",
+            code="body_too_slow",
+            headers=_CLOSE,
         ) from None
 
 

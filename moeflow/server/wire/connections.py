@@ -6,6 +6,7 @@ Knows uvicorn's HTTP protocol. Knows nothing of requests.
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Any
 
 import h11
@@ -21,7 +22,12 @@ _TOO_MANY = (
 
 
 def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
-    """Return a class of connections with a server's limits, as uvicorn's `http` takes it."""
+    """Return a class of connections with a server's limits, as uvicorn's `http` takes it.
+
+    Connections take at most half of the files that the process may open: the model needs some as well.
+    """
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(settings.max_connections, max(1, most_files // 2))
 
     class LimitedProtocol(H11Protocol):
         """One connection."""
@@ -32,7 +38,7 @@ def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
             self._until_read: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            if len(self.connections) >= settings.max_connections:
+            if len(self.connections) >= most:
                 transport.write(_TOO_MANY)
                 transport.close()
                 return

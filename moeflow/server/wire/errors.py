@@ -46,7 +46,7 @@ class HttpError(MoeflowError):
         self.message = message
         self.param = param
         self.code = code
-        self.headers = headers or {}
+        self.headers = dict(headers or {})
 
     def body(self, request_id: str | None = None) -> dict[str, Any]:
         """Return the error in OpenAI's form."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = ("/", "/health")  # without a key, and before the model is there
-_READ_ANYWAY = 1 << 16  # bytes of a body that is dropped; a longer one ends the connection
+_READ_ANYWAY = 1 << 16  # bytes of a body that is not looked at; a longer one ends the connection
 _logger = logging.getLogger("moeflow.server")
 
 
@@ -69,7 +69,6 @@ class Guard:
                 _logger.info("%s body %s", id, body.decode(errors="backslashreplace"))
             await self._app(scope, _replay(body, receive), send_with_id)
         except HttpError as error:
-            _end_connection(error, Headers(scope=scope))
             await error.response(id)(scope, receive, send_with_id)
         except Disconnected:
             status = 499
@@ -84,17 +83,26 @@ class Guard:
 
     async def _admit(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body of a request that may be answered."""
-        headers = Headers(scope=scope)
+        timeout_s = self._settings.body_timeout_s
+        try:
+            self._check(scope["path"], Headers(scope=scope))
+        except HttpError as error:
+            # A client reads no answer while it sends; and what is left on a connection would be taken for a request.
+            try:
+                await read_body(receive, _READ_ANYWAY, timeout_s)
+            except HttpError:
+                error.headers["connection"] = "close"
+            raise
+        return await read_body(receive, self._settings.max_body_bytes, timeout_s)
+
+    def _check(self, path: str, headers: Headers) -> None:
         self._check_host(headers)
         self._check_origin(headers)
-        if scope["path"] not in OPEN_PATHS:
+        if path not in OPEN_PATHS:
             self._check_key(headers)
             unavailable = self._unavailable()
             if unavailable is not None:
                 raise unavailable
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return b""
-        return await read_body(receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
 
     def _check_host(self, headers: Headers) -> None:
         """Refuse a name that is not ours: a page of another site may have had it point to this machine."""
@@ -148,13 +156,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return received
-
-
-def _end_connection(error: HttpError, headers: Headers) -> None:
-    """Have the connection closed behind an error where what is left of the body would have to be read."""
-    length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
-    if error.status in (408, 413) or not length.isdigit() or int(length) > _READ_ANYWAY:
-        error.headers["connection"] = "close"
 
 
 def _host_name(host: str) -> str:

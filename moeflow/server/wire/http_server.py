@@ -16,7 +16,8 @@ from moeflow.server.settings import ServerSettings
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-_BACKLOG = 512
+_QUEUE = 512  # connections that wait to be accepted
+_ACCEPTED_AT_ONCE = 64  # before those that are too many are closed
 _LAST_WORDS_S = 5  # in which responses under way may end once the server stops
 
 
@@ -32,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
-            bound.listen(_BACKLOG)
+            bound.listen(_QUEUE)
         except BaseException:
             bound.close()
             raise
@@ -75,7 +76,7 @@ class HttpServer:
             log_level="error",
             server_header=False,
             proxy_headers=False,
-            backlog=_BACKLOG,
+            backlog=_ACCEPTED_AT_ONCE,  # asyncio takes it for both
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
         self._server = uvicorn.Server(config)
@@ -88,6 +89,7 @@ class HttpServer:
         while not self._server.started:
             if self._ended.wait(0.005):
                 raise MoeflowError("the HTTP server could not be started; its log says why.")
+        self._bound.listen(_QUEUE)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

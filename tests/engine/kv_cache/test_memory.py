@@ -74,18 +74,17 @@ def test_a_slot_grows_by_less_where_there_is_less_and_not_at_all_where_there_is_
     assert positions(memory, "one") == 100
 
 
-def test_what_ended_is_kept_until_its_room_is_needed_the_oldest_first():
+def test_what_ended_is_kept_until_its_room_is_needed_what_is_wanted_now_the_longest():
     memory = memory_of(100)
     for begin in (0, 30, 60):
         memory.keep(running(memory, "name", TEXT[begin : begin + 30], 1))
     assert (memory.used_bytes, memory.kept_bytes) == (0, 90 * TINY_POSITION)
-    second = Sequence("second", [*TEXT[30:60], "q"], 10)
-    assert memory.num_kept(second) == 30
-    assert memory.admit(second)  # 40 positions: the first one's leave, and the third one's behind it
-    assert memory.num_kept(second) == 30
-    memory.share(None, second, 30)
-    assert has_names(memory["second"], None, TEXT[30:60])
-    assert [memory.num_kept(Sequence("x", [*TEXT[at : at + 30], "q"], 1)) for at in (0, 30, 60)] == [0, 30, 30]
+    again = Sequence("again", [*TEXT[:30], "q"], 10)
+    assert memory.admit(again)  # 40 positions: what it will copy stays, and the next one leaves
+    assert memory.num_kept(again) == 30
+    memory.share(None, again, 30)
+    assert has_names(memory["again"], None, TEXT[:30])
+    assert [memory.num_kept(Sequence("x", [*TEXT[at : at + 30], "q"], 1)) for at in (0, 30, 60)] == [30, 0, 30]
     memory.check_integrity()
     assert memory.counts == {"shared_tokens": 30, "kept_hits": 1, "preempted": 0, "moved": 0}
     assert memory.peak_bytes == 100 * TINY_POSITION

@@ -1,5 +1,6 @@
 """Limits of connections: their number, headers that do not come, and clients that read nothing."""
 
+import resource
 from contextlib import ExitStack
 
 import pytest
@@ -52,7 +53,9 @@ def test_headers_of_a_second_request_are_waited_for_no_longer(small):
         assert closed(slow)
 
 
-@pytest.mark.parametrize("limits", [{"max_unread": 20}, {"send_timeout_s": 0.2}], ids=["unread", "stalled"])
+@pytest.mark.parametrize(
+    "limits", [{"max_unread": 20}, {"send_timeout_s": 0.2, "max_unread": 10**6}], ids=["unread", "stalled"]
+)
 def test_a_client_that_never_reads_is_cut_off_and_others_go_on(small, limits):
     body = {
         **HELLO,
@@ -69,3 +72,15 @@ def test_a_client_that_never_reads_is_cut_off_and_others_go_on(small, limits):
         assert finished(client, "length") == 0
         assert client.post(CHAT, json=HELLO).status_code == 200
         assert client.get("/stats").json()["engine"]["running"] == 0
+
+
+def test_connections_leave_half_of_the_files_to_the_model(small):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    with ExitStack() as held:
+        try:
+            client = held.enter_context(serving(small))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        many = [held.enter_context(raw_socket(client)) for _ in range(130)]
+        assert many[-1].makefile("rb").read().startswith(b"HTTP/1.1 503")

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from helpers.servers import CHAT, refused, running, serving, user
+from helpers.servers import CHAT, raw_socket, refused, running, serving, user
 from moeflow.errors import ConfigError
 from moeflow.server.app import build_app
 from moeflow.server.service import Service
@@ -39,6 +39,19 @@ def test_a_missing_or_wrong_key_is_refused_everywhere_but_at_health(locked, head
     for path in ("/v1/models", "/stats", "/metrics", "/nothing"):
         assert locked.get(path, headers=headers).status_code == 401
     assert locked.get("/health", headers=headers).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_refusal_leaves_no_connection_waiting_for_its_body(small, method):
+    with serving(small, api_key=KEY, body_timeout_s=0.2) as client:
+        for body, status in ((b"x" * 50_000, 401), (b"x" * 500_000, 401)):
+            assert client.request(method, "/v1/models", content=body).status_code == status
+        with raw_socket(client) as slow:
+            slow.sendall(f"{method} /v1/models HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n".encode())
+            assert slow.makefile("rb").read().startswith(b"HTTP/1.1 401")  # until the server closes
+        with raw_socket(client) as slow:
+            slow.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n")
+            assert slow.makefile("rb").read().startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.parametrize("form", [("authorization", "Bearer {}"), ("authorization", "bearer  {}"), ("x-api-key", "{}")])

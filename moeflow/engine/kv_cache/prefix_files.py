@@ -1,0 +1,140 @@
+"""Files of a prefix tree: what was kept lives through a restart, tied to its model and checked.
+
+Knows trees and their slots. Knows nothing of budgets or of how a model's fingerprint is made.
+
+A folder holds one folder a model, by its fingerprint: a sealed index of the runs, and a safetensors file of each run.
+"""
+
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from moeflow.atomic_file import NO_CHECKSUM, atomic_file, cannot_write, is_sealed, seal, write_atomically
+from moeflow.engine.kv_cache.prefix_tree import PrefixTree, Run
+from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.errors import MoeflowError
+
+_log = logging.getLogger(__name__)
+_FORMAT = "moeflow kept prefixes, version 1"
+_INDEX = "index.json"
+_SUFFIX = ".kept"
+
+
+def save(tree: PrefixTree, folder: Path, fingerprint: str) -> int:
+    """Write what a tree keeps, and remove what it kept at an earlier time; runs that are there are not written again.
+
+    Args:
+        tree: whose runs these are.
+        folder: made where it is not there; the model's folder in it is its owner's alone.
+        fingerprint: of the model, usable as a folder's name.
+
+    Returns:
+        The number of tokens that are kept.
+
+    Raises:
+        MoeflowError: the folder cannot be made, or a file not written.
+    """
+    own = folder / fingerprint
+    try:
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells what was talked about
+    except OSError as error:
+        raise MoeflowError(cannot_write(own, error)) from error
+    known = {row["file"]: row["crc32"] for row in _read_index(own, fingerprint, quiet=True)}
+    rows: list[dict[str, Any]] = []
+    for run in tree.runs():
+        name = hashlib.sha256(repr((run.scaling, run.before, run.tokens)).encode()).hexdigest()[:32] + _SUFFIX
+        if name not in known or not (own / name).exists():
+            tensors = _named(run.slot)
+            with atomic_file(own / name) as partial:
+                safetensors.torch.save_file(tensors, partial)
+            known[name] = _checksum(tensors)
+        rows.append(
+            {"file": name, "crc32": known[name], "scaling": run.scaling, "before": run.before, "tokens": run.tokens}
+        )
+    index = {"format": _FORMAT, "model": fingerprint, "crc32": NO_CHECKSUM, "runs": rows}
+    write_atomically(own / _INDEX, seal(json.dumps(index).encode()))
+    listed = {row["file"] for row in rows}
+    for file in own.glob(f"*{_SUFFIX}"):
+        if file.name not in listed:
+            with suppress(OSError):
+                file.unlink()
+    return tree.num_tokens
+
+
+def load(folder: Path, fingerprint: str, layout: dict[int, LayerShape]) -> Iterator[Run]:
+    """Yield the runs that were saved of a model, most recently used first; what is damaged is left out with a warning.
+
+    Args:
+        folder: as in `save`; nothing is yielded where it is not there.
+        fingerprint: of the model.
+        layout: the layers that keep keys and values, by their number.
+    """
+    own = folder / fingerprint
+    for row in _read_index(own, fingerprint):
+        scaling = None if row["scaling"] is None else tuple(row["scaling"])
+        slot = _read_slot(own / row["file"], row["crc32"], len(row["tokens"]), layout)
+        if slot is not None:
+            yield Run(scaling, row["before"], row["tokens"], slot)
+
+
+def _read_index(own: Path, fingerprint: str, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a folder's index; none where there is none, or it is damaged or another model's."""
+    try:
+        content = (own / _INDEX).read_bytes()
+    except OSError:
+        return []
+    if is_sealed(content):
+        index = json.loads(content)
+        if (index["format"], index["model"]) == (_FORMAT, fingerprint):
+            return index["runs"]
+    if not quiet:
+        _log.warning("%s is damaged or of another model: what was kept there is not used.", own / _INDEX)
+    return []
+
+
+def _read_slot(file: Path, crc32: int, num_tokens: int, layout: dict[int, LayerShape]) -> KeyValueSlot | None:
+    """Return the keys and values of a run; None, with a warning, where the file is not the one that was saved."""
+    try:
+        tensors = safetensors.torch.load_file(file)
+        if _checksum(tensors) == crc32 and _fits(tensors, num_tokens, layout):
+            keys, values = (
+                {layer: tensors[f"{layer}.{name}"].to(shape.device) for layer, shape in layout.items()}
+                for name in ("keys", "values")
+            )
+            return KeyValueSlot(keys, values, num_tokens)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        _log.warning("%s cannot be read (%s): this kept prefix is not used.", file, error)
+        return None
+    _log.warning("%s is damaged or of another model: this kept prefix is not used.", file)
+    return None
+
+
+def _fits(tensors: dict[str, torch.Tensor], num_tokens: int, layout: dict[int, LayerShape]) -> bool:
+    wanted = {
+        f"{layer}.{name}": ((1, heads, num_tokens, features), shape.dtype)
+        for layer, shape in layout.items()
+        for name, (heads, features) in (("keys", shape.key), ("values", shape.value))
+    }
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == wanted
+
+
+def _named(slot: KeyValueSlot) -> dict[str, torch.Tensor]:
+    both = (("keys", slot.keys), ("values", slot.values))
+    return {f"{layer}.{name}": tensor for name, tensors in both for layer, tensor in tensors.items()}
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    """Return the CRC-32 of all tensors' bytes, in the order of their names."""
+    crc32 = 0
+    for _, tensor in sorted(tensors.items()):
+        crc32 = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().data, crc32)
+    return crc32
