@@ -195,6 +195,18 @@ class FamilyCaches:
         self._running.clear()
         self.kept.clear()
 
+    def stats(self) -> dict[str, int]:
+        """Return the counts, and bytes of the running sequence and of what is kept, as an engine's other memory."""
+        return {
+            **self.counts,
+            "kv_budget_bytes": self.budget_bytes,
+            "kv_used_bytes": self.used_bytes,
+            "kv_kept_bytes": self.kept_bytes,
+            "kv_kept_tokens": self.kept.num_tokens,
+            "kv_peak_bytes": self.peak_bytes,
+            "kv_position_bytes": self.position_bytes,
+        }
+
     def check_integrity(self) -> None:
         """Assert that what is kept is counted right, and inside the budget."""
         for one in self.kept:
