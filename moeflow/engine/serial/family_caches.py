@@ -3,17 +3,13 @@
 Knows sequences, tokens and bytes. Knows nothing of what lies in a cache, nor of passes.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.hf.passes import generate_step
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -126,27 +122,6 @@ class FamilyCaches:
         """Bytes of what is kept."""
         return sum(one.num_bytes for one in self.kept)
 
-    def stats(self) -> dict[str, int]:
-        """Return the counts, and bytes of the running sequence and of what is kept."""
-        return {
-            **self.counts,
-            "kv_budget_bytes": self.budget_bytes,
-            "kv_used_bytes": self.used_bytes,
-            "kv_kept_bytes": self.kept_bytes,
-            "kv_kept_tokens": self.kept.num_tokens,
-            "kv_peak_bytes": self.peak_bytes,
-            "kv_position_bytes": self.position_bytes,
-        }
-
-    def save(self, folder: Path, fingerprint: str) -> int:
-        """Write nothing: a family's own kind of cache has no form on disk."""
-        _logger.warning("caches of this family are not saved: they have no form on disk")
-        return 0
-
-    def load(self, folder: Path, fingerprint: str) -> int:
-        """Read nothing, since nothing is saved."""
-        return 0
-
     def check_possible(self, num_positions: int) -> None:
         """Every sequence is."""
 
@@ -219,6 +194,18 @@ class FamilyCaches:
         """Release everything."""
         self._running.clear()
         self.kept.clear()
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts, and bytes of the running sequence and of what is kept, as an engine's other memory."""
+        return {
+            **self.counts,
+            "kv_budget_bytes": self.budget_bytes,
+            "kv_used_bytes": self.used_bytes,
+            "kv_kept_bytes": self.kept_bytes,
+            "kv_kept_tokens": self.kept.num_tokens,
+            "kv_peak_bytes": self.peak_bytes,
+            "kv_position_bytes": self.position_bytes,
+        }
 
     def check_integrity(self) -> None:
         """Assert that what is kept is counted right, and inside the budget."""

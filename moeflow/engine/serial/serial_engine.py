@@ -3,7 +3,9 @@
 Knows its runner. Knows nothing of what a family keeps.
 """
 
+import logging
 import sys
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,6 +13,8 @@ from moeflow.engine.engine import Engine
 from moeflow.engine.kv_cache.memory import kv_budget
 from moeflow.engine.serial.serial_runner import SerialRunner
 from moeflow.memory_size import MemorySize
+
+_logger = logging.getLogger(__name__)
 
 
 class SerialEngine(Engine):
@@ -51,3 +55,14 @@ class SerialEngine(Engine):
 
     def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> SerialRunner:  # type: ignore[override]
         return SerialRunner(self.model, kv_budget(kv_memory, self.model))
+
+    def save_kept(self, folder: str | Path) -> int:
+        """Write nothing: caches of a family's own kind have no form in files. Returns 0 tokens."""
+        self._check_open()
+        return 0
+
+    def load_kept(self, folder: str | Path) -> int:
+        """Return 0 tokens, with a warning in the log that conversations of this family are not kept in files."""
+        self._check_open()
+        _logger.warning("%s: conversations are kept in memory alone, none in %s", type(self.model).__name__, folder)
+        return 0

@@ -28,11 +28,11 @@ const figures = {
   show({ engine, model, experts }) {
     const now = { at: performance.now(), tokens: engine.new_tokens };
     const since = this.before;
-    if (since && now.tokens > since.tokens) {
+    if (since && now.tokens > since.tokens && now.at - since.at < 2 * OFTEN_MS) {
       field("figure-speed").textContent = `${((now.tokens - since.tokens) / ((now.at - since.at) / 1000)).toFixed(1)} tok/s`;
     } else if (!engine.running) field("figure-speed").textContent = "–";
     this.before = now;
-    field("figure-kv").textContent = `${bytes(engine.kv_used_bytes)} of ${bytes(engine.kv_budget_bytes)}`;
+    field("figure-kv").textContent = `${bytes(engine.kv_used_bytes + engine.kv_kept_bytes)} of ${bytes(engine.kv_budget_bytes)}`;
     field("figure-waiting").textContent = `${engine.waiting} (${engine.running} run)`;
     if (!model) return;
     const rate = model.decode.hit_rate;

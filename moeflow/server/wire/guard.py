@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = ("/", "/health")  # without a key, and before the model is there
+_POLLED = ("/health", "/stats", "/metrics")  # asked for again and again, so not logged
 _READ_ANYWAY = 1 << 16  # bytes of a body that is not looked at; a longer one ends the connection
 _logger = logging.getLogger("moeflow.server")
 
@@ -79,7 +80,8 @@ class Guard:
                 await failure.response(id)(scope, receive, send_with_id)
         finally:
             took_ms = 1000 * (time.perf_counter() - begin_s)
-            _logger.info("%s %s %s %d %.0f ms", id, scope["method"], _printable(scope["path"]), status, took_ms)
+            level = logging.DEBUG if scope["path"] in _POLLED and status < 400 else logging.INFO
+            _logger.log(level, "%s %s %s %d %.0f ms", id, scope["method"], _printable(scope["path"]), status, took_ms)
 
     async def _admit(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body of a request that may be answered."""

@@ -83,6 +83,21 @@ def test_text_and_stop_strings_are_those_of_the_engine(speaking, tokenizer):
     assert "".join(serial.stream("hello", stop)) == own.text
 
 
+def test_a_bound_answer_is_the_engines(speaking, tokenizer):
+    bound = SamplingParams(max_new_tokens=20, regex="(yes|no), always [0-9]{3}", ignore_eos=True)
+    (own,), serial = Engine(speaking, tokenizer).generate(["hello"], bound), SerialEngine(speaking, tokenizer)
+    (other,) = serial.generate(["hello"], bound)
+    assert (other.text, other.token_ids, other.finish_reason) == (own.text, own.token_ids, "stop")
+
+
+def test_nothing_is_written_to_files_and_a_warning_says_so(hybrid, tmp_path, caplog):
+    with SerialEngine(hybrid) as engine:
+        engine.generate([tokens(20, 1)], SIX)
+        assert (engine.save_kept(tmp_path), engine.load_kept(tmp_path)) == (0, 0)
+    assert not list(tmp_path.iterdir())
+    assert "Qwen3NextForCausalLM: conversations are kept in memory alone" in caplog.text
+
+
 def test_a_family_that_keeps_each_position_alone_goes_back_to_where_prompts_part():
     model, prompt = family_model("deepseek_v32"), tokens(14, 8)
     with SerialEngine(model) as engine:
