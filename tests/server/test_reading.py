@@ -191,3 +191,15 @@ def test_marks_that_are_special_tokens_are_read_and_not_shown():
     with serving(*scripted(words, special=("<think>", "</think>"))) as client:
         message = client.post(CHAT, json={"messages": user("go")}).json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("hm", "Hello")
+
+
+def test_tokens_that_were_kept_are_counted_apart_in_each_form(client):
+    text = "a long beginning " * 8 + "think"
+    prompt_tokens = client.post(CHAT, json={"messages": user(text)}).json()["usage"]["prompt_tokens"]
+    usage = client.post(CHAT, json={"messages": user(text)}).json()["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert cached == prompt_tokens - 1
+    usage = client.post("/v1/messages", json={"messages": user(text), "max_tokens": 9}).json()["usage"]
+    assert (usage["cache_read_input_tokens"], usage["input_tokens"]) == (cached, 1)
+    usage = client.post("/v1/responses", json={"input": text}).json()["usage"]
+    assert (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]) == (prompt_tokens, cached)

@@ -148,3 +148,11 @@ def test_calls_that_a_grammar_has_forced_are_read_at_the_end():
     assert whole.finish() == [ToolCall("f", '{"a": 1}')]
     assert cut.push('[{"name": "f"') == []
     assert cut.finish() == [Text('[{"name": "f"')]
+
+
+@pytest.mark.parametrize("step", [1, 1000])
+def test_calls_beyond_the_most_are_left_out(step):
+    text = "".join(f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>' for name in "fgh")
+    reader = AnswerReader(marks_of(Tokenizer("<tool_call>"), calls=True), most_calls=1)
+    pieces = [text[at : at + step] for at in range(0, len(text), step)]
+    assert [part for piece in pieces for part in reader.push(piece)] + reader.finish() == [ToolCall("f", "{}")]
