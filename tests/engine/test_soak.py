@@ -36,7 +36,7 @@ def test_five_hundred_requests_with_cancels_at_random_leave_nothing_behind(mixtr
             cancelled |= {id} if engine.cancel(id) else set()
         reported = engine.step()
         slots.update(engine._memory[sequence.id] for sequence in engine._scheduler.running)
-        for _, _, _, completion in reported:
+        for completion in (output.completion for output in reported):
             if completion is not None:
                 expected = wanted[completion.id]
                 assert (completion.finish_reason == "cancelled") == (completion.id in cancelled)
