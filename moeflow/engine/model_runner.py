@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache.memory import KeyValueMemory, kv_budget
+from moeflow.engine.kv_cache.memory import KeyValueMemory, kv_budget, most_kept
 from moeflow.engine.kv_cache.slots import SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
@@ -71,7 +71,12 @@ class ModelRunner:
         self._turns = getattr(runtime, "turns", None) or Turns()
         self._cache = VarlenCache()
         self._turns.run(self._cache.learn, model)
-        self.memory = KeyValueMemory(self._cache.shapes, kv_budget(kv_memory, model), max_positions)
+        self.memory = KeyValueMemory(
+            self._cache.shapes,
+            kv_budget(kv_memory, model),
+            max_positions,
+            most_kept_bytes=most_kept(kv_memory, model),
+        )
         self.num_retries = 0
 
     def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int, priority: int = 0) -> Sequence:

@@ -14,12 +14,22 @@ from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.errors import BudgetError
-from moeflow.hardware import available_memory_bytes
+from moeflow.hardware import available_memory_bytes, memory_limit_bytes
 from moeflow.memory_size import MemorySize, parse_kv_memory
 
+_KEPT_SHARE = 16  # of the memory that the process may use
 _AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more where nothing was planned
 _SPARE_POSITIONS = 64  # that a slot has beyond its sequence's tokens, where there is room
 _GROWTH = 1.5  # a slot that is full grows by this factor, where there is room
+
+
+def most_kept(kv_memory: MemorySize, model: object) -> int | None:
+    """Return the most bytes of what is kept of ended sequences; None for what the budget leaves.
+
+    In host memory, where experts want every byte, "auto" keeps no more than a sixteenth of what the process may use.
+    """
+    planned = getattr(getattr(model, "moeflow", None), "plan", None)
+    return None if kv_memory != "auto" or planned else memory_limit_bytes() // _KEPT_SHARE
 
 
 def kv_budget(kv_memory: MemorySize, model: object) -> int:
@@ -49,6 +59,7 @@ class KeyValueMemory:
         budget_bytes: most bytes of all together.
         max_positions: most positions of all together, beyond which a budget is of no use; None for no limit.
         moves: whether a sequence that gives way may move to host memory; None: where keys lie on a GPU.
+        most_kept_bytes: most bytes of what is kept; None for what the budget leaves.
 
     Attributes:
         keeps: whether anything is kept of sequences that have ended or given way.
@@ -66,6 +77,7 @@ class KeyValueMemory:
         max_positions: int | None = None,
         *,
         moves: bool | None = None,
+        most_kept_bytes: int | None = None,
     ) -> None:
         self.position_bytes = sum(shape.position_bytes for shape in layout.values())
         if max_positions is not None:
@@ -77,6 +89,7 @@ class KeyValueMemory:
         self.speeds = MeasuredSpeeds()
         self.refused: dict[Sequence, str] = {}
         self.counts = dict.fromkeys(("shared_tokens", "kept_hits", "preempted", "moved"), 0)
+        self._most_kept_bytes = budget_bytes if most_kept_bytes is None else most_kept_bytes
         self._layout = layout
         self._moves = any(shape.device.type != "cpu" for shape in layout.values()) if moves is None else moves
         self._slots: dict[str, KeyValueSlot] = {}
@@ -248,6 +261,8 @@ class KeyValueMemory:
         except RuntimeError:  # there is less memory than the budget allows: it is computed again
             return
         self._note_peak()
+        while (surplus := self.kept_bytes - self._most_kept_bytes) > 0:
+            self.kept.drop(-(-surplus // self.position_bytes))
 
     def _move(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
         """Move what a sequence has computed to host memory, where that pays; return whether it did."""

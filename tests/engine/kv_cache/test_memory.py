@@ -1,9 +1,11 @@
 """Memory of keys and values: one budget for slots and what is kept; growth, giving way, and moves to host memory."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from helpers.small_slots import TINY, TINY_POSITION, has_names, write_names
-from moeflow.engine.kv_cache.memory import KeyValueMemory
+from moeflow.engine.kv_cache.memory import KeyValueMemory, most_kept
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import Sequence
 from moeflow.errors import BudgetError
@@ -244,3 +246,22 @@ def test_a_sequence_beyond_the_whole_budget_is_refused_with_both_numbers():
     with pytest.raises(BudgetError, match=rf"{11 * TINY_POSITION:,} bytes.*{10 * TINY_POSITION:,} bytes"):
         memory.check_possible(11)
     assert KeyValueMemory(TINY, 1 << 60, 10).budget_bytes == 10 * TINY_POSITION
+
+
+def test_what_is_kept_has_a_limit_of_its_own():
+    memory = memory_of(1000, most_kept_bytes=50 * TINY_POSITION)
+    for number in range(4):
+        memory.keep(running(memory, str(number), range(100 * number, 100 * number + 30)))
+        assert memory.kept_bytes <= 50 * TINY_POSITION
+        memory.check_integrity()
+    last = Sequence("last", [*range(300, 330), 1], 10)
+    assert memory.num_kept(last) == 30
+    assert memory.kept.num_tokens == 50
+
+
+def test_host_memory_keeps_a_share_of_what_the_process_may_use(monkeypatch):
+    monkeypatch.setattr("moeflow.engine.kv_cache.memory.memory_limit_bytes", lambda: 1600)
+    planned = SimpleNamespace(moeflow=SimpleNamespace(plan={"key_value_bytes": 7}))
+    assert most_kept("auto", None) == 100
+    assert most_kept("1GiB", None) is None
+    assert most_kept("auto", planned) is None
