@@ -188,7 +188,8 @@ def test_a_runtime_on_a_lost_card_refuses_and_closes_with_a_warning(tmp_path, dr
             list(fetched)
 
     if waits:
-        with pytest.raises(GpuError, match="of no use"):
+        # A reading thread may have started the copy that failed: then it is that expert's error.
+        with pytest.raises((GpuError, ExpertReadError), match=f"of no use|{LOST}"):
             run_on_gpu(runtime, lambda: list(fetched))
     for _ in range(3):
         with pytest.raises((GpuError, ExpertReadError), match=LOST) as told:
