@@ -192,8 +192,11 @@ def in_pieces(folder, want):
         predicted = Model(folder, "30%", trusts=False, in_pieces=way, predictor="auto")
         name = "predicted in pieces" if way else "predicted"
         found[name] = predicted.generate() == want["one"]
-        found[f"{name} counts"], found[f"{name} signals"] = predicted.counts(), predicted.signals
-        predicted.close()
+        found[f"{name} counts"], found[f"{name} signals"] = predicted.counts(), predicted.signals[:]
+        kept = predicted.model.generate(PROMPT, max_new_tokens=3, return_dict_in_generate=True)
+        found["held with a cache"] = len(predicted.capture.held)
+        found["held after close"] = predicted.close()
+        del kept  # whose cache has been alive
     return found
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
+from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
+from moeflow.hf.passes.residual import ResidualTap
 from moeflow.moe.trusted_pass import Hooks
 
 _RUN = """
@@ -106,6 +108,16 @@ def test_hooks_are_found_when_they_come_and_when_they_go():
     assert any(hooks.are_there() for _ in range(70))
 
 
+def test_hooks_of_prediction_s_own_tap_may_be_left_out_and_no_others():
+    model = tiny_mixtral(num_hidden_layers=1)
+    hooks, own, other = Hooks(model), ResidualTap(model), ResidualTap(model)
+    own.listen(True)
+    assert hooks.are_there()
+    assert not hooks.are_there(own.owns)
+    other.listen(True)
+    assert hooks.are_there(own.owns)
+
+
 @pytest.mark.slow
 def test_steps_that_trust_have_the_same_bits_though_experts_are_missed_and_their_memory_is_given_back(mixtral_folder):
     pytest.importorskip("triton")
@@ -180,6 +192,8 @@ def test_steps_that_cannot_be_captured_run_as_they_are_and_the_reason_is_told(ca
 def test_captured_steps_are_given_back_behind_each_generation_and_at_close(captured):
     assert captured["asking held"] == captured["held behind a generation"] == captured["closed held"] == 0
     assert captured["pieces held behind a generation"] == captured["pieces closed held"] == 0
+    assert captured["held with a cache"] == 3  # pieces of one step
+    assert captured["held after close"] == 0
 
 
 @pytest.mark.slow

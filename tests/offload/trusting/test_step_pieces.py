@@ -99,6 +99,14 @@ def test_steps_of_another_kind_are_captured_apart(steps):
     assert steps.capture.num_captured == 2
 
 
+def test_memory_that_was_moved_is_captured_anew(steps):
+    cache = Memory()
+    first = steps.run(cache, 0, 1)
+    cache.sums, cache.capacity = torch.cat((cache.sums, torch.zeros(4))), 8
+    assert steps.run(cache, 4, 1) == 2 * first
+    assert steps.capture.num_captured == 2
+
+
 def test_an_error_of_experts_is_raised_and_the_next_step_is_right(steps):
     cache = Memory()
     first = steps.run(cache, 0, 1)
