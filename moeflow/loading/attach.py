@@ -27,7 +27,6 @@ from moeflow.moe import trusted_pass
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.trusting.capture import Capture
-from moeflow.offload.trusting.step_graphs import StepGraphs
 
 _PRUNING_TOKENS = 2048  # on which thresholds are found
 
@@ -98,7 +97,7 @@ def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:
 
 
 def capture_steps(model: PreTrainedModel, runtime: ExpertRuntime, capture: Capture) -> None:
-    """Let decode steps of `generate` be captured where none of their experts is missed.
+    """Let decode steps of `generate` be captured, in pieces where experts are missed.
 
     Args:
         model: with its runtime.
@@ -112,7 +111,7 @@ def capture_steps(model: PreTrainedModel, runtime: ExpertRuntime, capture: Captu
         return None if model is None else StepCache.in_place_of(cache, model, settings, mode)
 
     assert runtime.trusting is not None, "on a CPU no step is captured"
-    runtime.trusting.graphs = StepGraphs(capture, runtime.trusting.table)
+    runtime.trusting.capture(capture)
     give_caches(model, in_place_of)
 
 

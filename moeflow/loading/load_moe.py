@@ -88,10 +88,10 @@ def load_moe(
             model at its first step, which takes several seconds once a model, kept on disk, and run natively from one
             missing expert to the next; steps that it cannot run stay the model's own), or "python" (the model's own
             code). Last bits differ between the two.
-        cuda_graphs: capture the decode steps of generate() as CUDA graphs, once a generation, and replay them while no
-            expert is missed. Keys and values stay where they are, with room for up to twice the positions, so that last
-            bits differ from those without; they are the same at every budget. Steps that are predicted are not
-            captured. CUDA only; not yet measured on a GPU.
+        cuda_graphs: capture the decode steps of generate() as CUDA graphs, once a generation, and replay them: whole
+            while no expert is missed, else in pieces between the layers' experts. Keys and values stay where they are,
+            with room for up to twice the positions, so that last bits differ from those without; they are the same at
+            every budget. CUDA only; not yet measured on a GPU.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,

@@ -150,11 +150,11 @@ class LoadOptions:
     cuda_graphs: bool = field(
         default=False,
         metadata=_about(
-            "capture the decode steps of generate() as CUDA graphs, once a generation, and replay them while no expert "
-            "is missed. Keys and values stay where they are, with room for up to twice the positions, so that last "
-            "bits differ from those without; they are the same at every budget. Steps that are predicted are not "
-            "captured. CUDA only; not yet measured on a GPU.",
-            flag="replay decode steps that miss no expert as CUDA graphs; CUDA only",
+            "capture the decode steps of generate() as CUDA graphs, once a generation, and replay them: whole while no "
+            "expert is missed, else in pieces between the layers' experts. Keys and values stay where they are, with "
+            "room for up to twice the positions, so that last bits differ from those without; they are the same at "
+            "every budget. CUDA only; not yet measured on a GPU.",
+            flag="replay decode steps as CUDA graphs, in pieces where experts are missed; CUDA only",
         ),
     )
     trace: str | Path | None = field(

@@ -23,6 +23,7 @@ from moeflow.moe.triton_compute import TritonCompute
 from moeflow.offload.prediction_loop import RouterOutput
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.trusting.early_launch import launch_early
+from moeflow.offload.trusting.step_pieces import RunExperts
 from moeflow.offload.trusting.trusted_step import NotTrustedError
 
 # (hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K], num_experts=E) -> top_k_index, top_k_weights
@@ -101,6 +102,10 @@ class OffloadedExperts:
             )
         if top_k_index.numel() == 0:
             return torch.zeros_like(hidden_states)
+        trusting = self.runtime.trusting
+        if trusting is not None and trusting.pieces is not None and trusting.pieces.cutting is not None:
+            routed = hidden_states, top_k_index, top_k_weights
+            return trusting.pieces.cutting.add(self.layer, self._behind_a_piece, routed)
         for step in self._before:
             top_k_index, top_k_weights = step(hidden_states, top_k_index, top_k_weights, num_experts=self._num_experts)
         for observer in self.runtime.observers:
@@ -113,6 +118,19 @@ class OffloadedExperts:
             return self._run(hidden_states, top_k_index, top_k_weights, num_tokens)
         parts = zip(hidden_states.split(most), top_k_index.split(most), top_k_weights.split(most), strict=True)
         return torch.cat([self._run(*part, num_tokens) for part in parts])
+
+    def _behind_a_piece(self) -> RunExperts:
+        """Return what runs this layer in replays of the step that is captured, with what its hooks saw of the layer."""
+        prediction = self.runtime.prediction
+        show = None if prediction is None else prediction.taken(self.layer)
+        if show is None:
+            return self.run
+
+        def run(*routed: torch.Tensor) -> torch.Tensor:
+            show()
+            return self.run(*routed)
+
+        return run
 
     def _run(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, call_tokens: int

@@ -30,14 +30,16 @@ class Hooks:
         self._hooks: list[dict] = []  # of all modules, which are not held: the model holds this object
         self._steps_left = 0
 
-    def are_there(self) -> bool:
-        """Whether a forward hook waits for the next step."""
+    def are_there(self, but: Callable[[object], bool] | None = None) -> bool:
+        """Whether a forward hook waits for the next step, but for those of which `but` says so."""
         model = self._model()
         if self._steps_left <= 0 and model is not None:
             self._hooks = [hooks for one in model.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
             self._steps_left = _STEPS_A_LOOK
         self._steps_left -= 1
-        return any(_GLOBAL_HOOKS) or any(self._hooks)
+        if but is None:
+            return any(_GLOBAL_HOOKS) or any(self._hooks)
+        return any(_GLOBAL_HOOKS) or any(not but(hook) for hooks in self._hooks for hook in hooks.values())
 
 
 def run_pass(
@@ -66,17 +68,28 @@ def run_pass(
     if trusting is None or not is_step:
         return run()
     if begun.num_sequences > MAX_PAIRED_TOKENS or torch.is_grad_enabled():
-        if trusting.graphs is not None:
-            trusting.graphs.reason = f"more than {MAX_PAIRED_TOKENS} sequences, or gradients are on"
+        for captured in filter(None, (trusting.graphs, trusting.pieces)):
+            captured.reason = f"more than {MAX_PAIRED_TOKENS} sequences, or gradients are on"
         return run()
     with stepping(begun) as standing:
         why_not = _why_not_trusted(runtime, hooks)
         restore = restore_point(begun.cache) if why_not is None else None
+        no_memory = f"the last step's cache is a {type(begun.cache).__name__}, which does not stay where it is"
         if trusting.graphs is not None:
-            no_memory = f"the last step's cache is a {type(begun.cache).__name__}, which does not stay where it is"
             trusting.graphs.reason = why_not or (no_memory if standing is None else None)
+
+        def ask() -> Any:
+            pieces = trusting.pieces
+            if pieces is None:
+                return run()
+            pieces.reason = no_memory if standing is None else _why_not_in_pieces(runtime, hooks)
+            if standing is None or pieces.reason is not None:
+                return run()
+            kind = runtime.predicting  # which has hooks that are captured, and more to copy
+            return pieces.run(trusting.begin_asking, standing, forward, args, kwargs, kind=kind)
+
         if restore is None:
-            return trusting.run_asking(run)
+            return trusting.run_asking(ask)
         trusted = run
         if trusting.graphs is not None and standing is not None:
             trusted = partial(trusting.graphs.run, trusting.begin, standing, forward, args, kwargs)
@@ -85,7 +98,7 @@ def run_pass(
         if not missed:
             return made
         restore()
-        return run()
+        return ask()
 
 
 def _why_not_trusted(runtime: ExpertRuntime, hooks: Hooks) -> str | None:
@@ -97,3 +110,11 @@ def _why_not_trusted(runtime: ExpertRuntime, hooks: Hooks) -> str | None:
     if runtime.trusting is None or not runtime.trusting.trust.pays:
         return "experts are missed too often, or too few steps were seen"
     return "the model has hooks" if hooks.are_there() else None
+
+
+def _why_not_in_pieces(runtime: ExpertRuntime, hooks: Hooks) -> str | None:
+    """Say why no piece of an asking step may be replayed; None where all may."""
+    if runtime.parallel is not None:
+        return "experts are spread over processes"
+    prediction = runtime.prediction
+    return "the model has hooks" if hooks.are_there(prediction.owns_hook if prediction else None) else None

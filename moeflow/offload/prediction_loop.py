@@ -116,6 +116,14 @@ class PredictionLoop:
         ask = getattr(self.predictor, "ask", None)
         return residual if residual is None or ask is None else self._guarded(ask, layer, residual)
 
+    def owns_hook(self, hook: object) -> bool:
+        """Whether a forward hook of the model is prediction's own, so that `taken` replaces it."""
+        return self._tap is not None and self._tap.owns(hook)
+
+    def taken(self, layer: int) -> Callable[[], None] | None:
+        """Take what hooks saw of a layer, in tensors that stay; return what shows it again, None for nothing."""
+        return None if self._tap is None else self._tap.taken(layer)
+
     def clear(self) -> None:
         """Forget prefetches and pause: the cache was emptied."""
         self.prefetcher.ledger.clear()

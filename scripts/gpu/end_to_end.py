@@ -65,6 +65,7 @@ def measure(model: Any, job: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak_bytes(job["device"]),
         "host_bytes": counted.memory["host_bytes"],
         "replayed": counted.step.get("replayed", 0),
+        "replayed_in_pieces": counted.step.get("pieces", {}).get("replayed", 0),
     }
     figures |= host_ms(model, prompt, 2 if job["dry"] else PROFILED, job["device"])
     if forced is not None:

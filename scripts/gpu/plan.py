@@ -45,9 +45,9 @@ def _end_to_end(miss: str) -> tuple[dict[str, Any], ...]:
 
 def _end_to_end_graphs() -> tuple[dict[str, Any], ...]:
     return tuple(
-        {"format": name, "share": share, "miss": "copy", "predictors": [None], "cuda_graphs": True}
+        {"format": name, "share": share, "miss": "copy", "predictors": predictors, "cuda_graphs": True}
         for name in FORMATS
-        for share in SHARES[:2]
+        for share, predictors in ((SHARES[0], [None]), (SHARES[1], [None]), (SHARES[2], [None, "auto"]))
     )
 
 

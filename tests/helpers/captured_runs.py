@@ -45,11 +45,13 @@ class Model:
         folder: of its checkpoint.
         memory: for its experts.
         trusts: whether every step is trusted; none otherwise.
+        in_pieces: whether steps that ask are captured in pieces.
+        predictor: of the experts needed next.
     """
 
-    def __init__(self, folder, memory, trusts):
-        self.model = load_moe(folder, expert_memory=memory, dtype=torch.float32, predictor=None, step="python")
-        self.runtime, self.capture, self.num_runs = self.model.moeflow, RecordedCapture(), 0
+    def __init__(self, folder, memory, trusts, in_pieces=True, predictor=None):
+        self.model = load_moe(folder, expert_memory=memory, dtype=torch.float32, predictor=predictor, step="python")
+        self.runtime, self.capture, self.num_runs, self.signals = self.model.moeflow, RecordedCapture(), 0, []
         pool = self.runtime._residency.pool
         table = DeviceTable(self.runtime.cache, pool, self.runtime.experts_per_layer)
         self.runtime.trusting = Trusting(table, self.runtime._stats)
@@ -60,6 +62,10 @@ class Model:
             assert compute.can_run(self.runtime.records(module._moeflow.layer))
             module._moeflow._computes[torch.float32] = compute
         capture_steps(self.model, self.runtime, self.capture)
+        if not in_pieces:
+            self.runtime.trusting.pieces = None
+        if predictor is not None:
+            self._note_signals(self.runtime.prediction)
         first = self.model.model.layers[0].mlp.gate
         own = first.forward
 
@@ -68,6 +74,17 @@ class Model:
             return own(*args)
 
         first.forward = counted
+
+    def _note_signals(self, prediction):
+        own = prediction.signal
+
+        def signal(layer, hidden):
+            made = own(layer, hidden)
+            bits = None if made is None else made.float().view(torch.int32).flatten().tolist()
+            self.signals.append((layer, bits))
+            return made
+
+        prediction.signal = signal
 
     def generate(self, inputs=PROMPT, num_tokens=5, **options):
         """Return the bits of all logits of a generation, whose tokens are drawn by them."""
@@ -83,7 +100,8 @@ class Model:
         stats = self.runtime.stats()
         decode = stats["decode"]
         demands = {"forwards": decode["forwards"], "demands": decode["hits"] + decode["misses"]}
-        return {**stats["step"], **demands, "runs": self.num_runs}
+        predicted = None if stats["prediction"] is None else stats["prediction"]["prefetch"]["issued"]
+        return {**stats["step"], **demands, "misses": decode["misses"], "runs": self.num_runs, "prefetches": predicted}
 
     def close(self):
         """Close it; return how many captured steps are still held."""
@@ -116,7 +134,7 @@ def main(folder):
     """Return what was found."""
     save_model(folder)
     found = {}
-    asking = Model(folder, "100%", trusts=False)
+    asking = Model(folder, "100%", trusts=False, in_pieces=False)
     want = {"one": asking.generate(), "two": asking.generate(**TWO, num_tokens=3)}
     found["asking"] = asking.counts()
     found["asking held"] = asking.close()
@@ -142,7 +160,60 @@ def main(folder):
     found["small"] = small.generate() == want["one"]
     found["small counts"] = small.counts()
     small.close()
+    return found | in_pieces(folder, want)
+
+
+def in_pieces(folder, want):
+    """Return what was found of steps in pieces, where experts are missed."""
+    found = {}
+    missing = Model(folder, "30%", trusts=False)
+    found["missing"] = missing.generate() == want["one"] and missing.generate(**TWO, num_tokens=3) == want["two"]
+    found["missing counts"] = missing.counts()
+    gc.collect()
+    found["pieces held behind a generation"] = len(missing.capture.held)
+    StepLayer.update = frozen_update
+    found["frozen pieces"] = missing.generate(num_tokens=3) == want["one"][:3]
+    StepLayer.update = own_update
+    handle = missing.model.model.layers[0].register_forward_hook(lambda *_: None)
+    found["hooked pieces"] = missing.generate(num_tokens=2) == want["one"][:2]
+    found["hooked pieces reason"] = missing.counts()["pieces"]["not_replayed"]
+    handle.remove()
+    missing.runtime.observers.append(seen := Seen())
+    found["observed"] = missing.generate(num_tokens=3) == want["one"][:3]
+    found["observed counts"], found["observed layers"] = missing.counts(), seen.layers
+    missing.runtime.observers.clear()
+    missing.model.generate(PROMPT, max_new_tokens=2, num_beams=2)
+    found["beams reason"] = missing.counts()["pieces"]["not_replayed"]
+    waiting(missing)
+    found["waiting pieces"] = missing.generate(num_tokens=3) == want["one"][:3]
+    found["waiting pieces reason"] = missing.counts()["pieces"]["not_replayed"]
+    found["pieces closed held"] = missing.close()
+    for way in (False, True):
+        predicted = Model(folder, "30%", trusts=False, in_pieces=way, predictor="auto")
+        name = "predicted in pieces" if way else "predicted"
+        found[name] = predicted.generate() == want["one"]
+        found[f"{name} counts"], found[f"{name} signals"] = predicted.counts(), predicted.signals[:]
+        kept = predicted.model.generate(PROMPT, max_new_tokens=3, return_dict_in_generate=True)
+        found["held with a cache"] = len(predicted.capture.held)
+        found["held after close"] = predicted.close()
+        del kept  # whose cache has been alive
     return found
+
+
+class Seen:
+    """Notes the layers of passes."""
+
+    def __init__(self):
+        self.layers = []
+
+    def begin_pass(self, begun):
+        self.layers.append([])
+
+    def observe(self, layer, top_k_index, top_k_weights, hidden_states):
+        self.layers[-1].append(layer)
+
+    def close(self):
+        pass
 
 
 if __name__ == "__main__":

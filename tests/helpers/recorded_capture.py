@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on CPU tensors: records operations with their tensors, and runs them again into those.
 
 As on a card: a replay runs no Python of the model, numbers that were read while it was captured stay as they were, and
-what waits for the device is refused.
+what waits for the device is refused. Pieces share what they made, and are recorded without a break.
 """
 
 import weakref
@@ -29,14 +29,17 @@ class _Refusal(TorchFunctionMode):
 class _Recording(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.pieces = [[]]
+
+    def cut(self):
+        self.pieces.append([])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if name in _WAITING_OPS:
             raise RefusedError(f"operation not permitted when stream is capturing: {name}")
         made = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, made))
+        self.pieces[-1].append((func, args, kwargs, made))
         return made
 
 
@@ -44,12 +47,19 @@ def _tensors(tree):
     return [one for one in tree_flatten(tree)[0] if isinstance(one, torch.Tensor)]
 
 
+def _made(call):
+    """The tensors of a recorded call that are in memory of their own, not in that of its arguments."""
+    _, args, kwargs, outputs = call
+    taken = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
+    return [one.untyped_storage().data_ptr() not in taken for one in _tensors(outputs)]
+
+
 class RecordedCapture:
     """Captures on the CPU; counts what it did.
 
     Attributes:
-        num_captured: recordings made.
-        num_replayed: runs of any of them.
+        num_captured: recordings made, each whole or in pieces.
+        num_replayed: runs of any of them, or of any piece.
         held: what replays those that are not given back.
     """
 
@@ -58,29 +68,34 @@ class RecordedCapture:
         self.held = weakref.WeakSet()
 
     def capture(self, run):
-        run()
+        made, (replay,) = self.capture_pieces(lambda cut: run())
+        return made, replay
+
+    def capture_pieces(self, run):
+        run(lambda: None)
         with _Refusal(), _Recording() as recording:
             try:
-                made = run()
+                made = run(recording.cut)
             except RuntimeError as error:  # a card tells of it at the end
                 raise RefusedError("operation failed due to a previous error during capture") from error
         self.num_captured += 1
-        calls = recording.calls
         # A recording on a card computes nothing: what is there before the first replay is garbage.
-        for _, args, kwargs, outputs in calls:
-            taken = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
-            for one in _tensors(outputs):
-                if one.untyped_storage().data_ptr() not in taken:
+        for call in (call for piece in recording.pieces for call in piece):
+            for one, is_own in zip(_tensors(call[-1]), _made(call), strict=True):
+                if is_own:
                     one.untyped_storage().fill_(0xA5)
+        return made, [self._replayer(piece) for piece in recording.pieces]
 
+    def _replayer(self, calls):
         def replay():
             self.num_replayed += 1
-            for func, args, kwargs, outputs in calls:
-                taken = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
+            for call in calls:
+                func, args, kwargs, outputs = call
+                own = _made(call)
                 again = func(*args, **kwargs)
-                for old, new in zip(_tensors(outputs), _tensors(again), strict=True):
-                    if old.untyped_storage().data_ptr() not in taken:
+                for old, new, is_own in zip(_tensors(outputs), _tensors(again), own, strict=True):
+                    if is_own:
                         old.copy_(new)
 
         self.held.add(replay)
-        return made, replay
+        return replay

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
+from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
+from moeflow.hf.passes.residual import ResidualTap
 from moeflow.moe.trusted_pass import Hooks
 
 _RUN = """
@@ -106,6 +108,16 @@ def test_hooks_are_found_when_they_come_and_when_they_go():
     assert any(hooks.are_there() for _ in range(70))
 
 
+def test_hooks_of_prediction_s_own_tap_may_be_left_out_and_no_others():
+    model = tiny_mixtral(num_hidden_layers=1)
+    hooks, own, other = Hooks(model), ResidualTap(model), ResidualTap(model)
+    own.listen(True)
+    assert hooks.are_there()
+    assert not hooks.are_there(own.owns)
+    other.listen(True)
+    assert hooks.are_there(own.owns)
+
+
 @pytest.mark.slow
 def test_steps_that_trust_have_the_same_bits_though_experts_are_missed_and_their_memory_is_given_back(mixtral_folder):
     pytest.importorskip("triton")
@@ -156,10 +168,11 @@ def test_captured_steps_have_the_bits_of_steps_that_ask(captured):
 
 
 @pytest.mark.slow
-def test_a_captured_step_runs_no_python_of_the_model_but_where_it_missed_an_expert(captured):
+def test_a_captured_step_runs_no_python_of_the_model_even_where_it_missed_an_expert(captured):
     counts = captured["captured"]
     assert counts["captured"] == 2  # a generation each, of one sequence and of two
-    assert counts["runs"] == 2 + 2 * counts["captured"] + counts["repeated"]  # prefills; warm-up and recording
+    assert counts["pieces"]["replayed"] == counts["repeated"]
+    assert counts["runs"] == 2 + 2 * (counts["captured"] + counts["pieces"]["captured"])  # prefills; warm-up, recording
 
 
 @pytest.mark.slow
@@ -178,6 +191,49 @@ def test_steps_that_cannot_be_captured_run_as_they_are_and_the_reason_is_told(ca
 @pytest.mark.slow
 def test_captured_steps_are_given_back_behind_each_generation_and_at_close(captured):
     assert captured["asking held"] == captured["held behind a generation"] == captured["closed held"] == 0
+    assert captured["pieces held behind a generation"] == captured["pieces closed held"] == 0
+    assert captured["held with a cache"] == 3  # pieces of one step
+    assert captured["held after close"] == 0
+
+
+@pytest.mark.slow
+def test_steps_that_miss_experts_are_replayed_in_pieces_with_the_bits_of_steps_that_ask(captured):
+    assert captured["missing"]
+    counts, pieces = captured["missing counts"], captured["missing counts"]["pieces"]
+    assert counts["misses"] > counts["demands"] / 2
+    assert (pieces["replayed"], pieces["not_replayed"]) == (counts["forwards"], None)
+    assert counts["runs"] == 2 + 2 * pieces["captured"]  # prefills; warm-up and recording
+    assert pieces["captured"] == 2
+    assert (counts["forwards"], counts["demands"]) == (captured["asking"]["forwards"], captured["asking"]["demands"])
+    assert not captured["frozen pieces"]
+
+
+@pytest.mark.slow
+def test_predicted_steps_in_pieces_show_the_predictor_what_its_hooks_saw(captured):
+    assert captured["predicted"]
+    assert captured["predicted in pieces"]
+    counts = captured["predicted in pieces counts"]
+    assert counts["pieces"]["replayed"] == counts["forwards"] == 4
+    assert counts["runs"] == 1 + 2
+    assert counts["prefetches"] > 0
+    assert captured["predicted in pieces signals"] == captured["predicted signals"]
+    assert all(bits is not None for _, bits in captured["predicted signals"])
+
+
+@pytest.mark.slow
+def test_observed_steps_are_replayed_in_pieces(captured):
+    assert captured["observed"]
+    assert captured["observed counts"]["pieces"]["not_replayed"] is None
+    assert captured["observed layers"] == [[0, 1]] * 3
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_replayed_in_pieces_tell_the_reason(captured):
+    assert captured["hooked pieces"]
+    assert captured["hooked pieces reason"] == "the model has hooks"
+    assert "DynamicCache" in captured["beams reason"]
+    assert captured["waiting pieces"]
+    assert "operation not permitted when stream is capturing" in captured["waiting pieces reason"]
 
 
 @pytest.mark.gpu
@@ -194,5 +250,5 @@ def test_cuda_graphs_have_the_same_bits_at_every_budget(mixtral_folder):
                 )  # fmt: skip
             found.append(torch.stack(made.logits).cpu())
             step = model.moeflow.stats()["step"]
-            assert memory == "30%" or step["replayed"] > 0, step
+            assert (step["pieces"] if memory == "30%" else step)["replayed"] > 0, step
     assert torch.equal(found[0], found[1])

@@ -5,6 +5,7 @@ shapes, not by their families.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ class ResidualTap:
                 return before.reshape(hidden_states.shape)
         return None
 
+    def taken(self, layer: int) -> Callable[[], None] | None:
+        """Take what was kept of a layer; return what keeps the same tensors again, None if there are none."""
+        seen = self._latest.pop(layer, None)
+        return None if seen is None else lambda: self._latest.update({layer: dict(seen)})
+
+    def owns(self, hook: object) -> bool:
+        """Whether a forward hook is one of this tap's."""
+        return isinstance(hook, ResidualHook) and hook.is_of(self)
+
     def close(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:
@@ -70,6 +80,10 @@ class ResidualHook:
     def __init__(self, tap: ResidualTap, layer: int) -> None:
         self._tap = weakref.ref(tap)
         self._layer = layer
+
+    def is_of(self, tap: ResidualTap) -> bool:
+        """Whether it shows to this tap."""
+        return self._tap() is tap
 
     @torch.compiler.disable
     def __call__(self, norm: torch.nn.Module, args: tuple, output: Any) -> None:

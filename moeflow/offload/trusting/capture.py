@@ -25,6 +25,20 @@ class Capture(Protocol):
             RuntimeError: `run` waits for the device, or does something else that cannot be captured.
         """
 
+    def capture_pieces(self, run: Callable[[Callable[[], None]], Any]) -> tuple[Any, list[Callable[[], None]]]:
+        """Run as `capture` does, and record pieces that are replayed one after the other, with other work between.
+
+        Args:
+            run: launches the work, always over the same tensors; what it is given ends a piece and begins the next.
+
+        Returns:
+            What `run` returned as it was recorded; and what replays each piece, in their order. Between them lies what
+            earlier pieces made: no piece may be left out.
+
+        Raises:
+            RuntimeError: as for `capture`.
+        """
+
 
 class CudaCapture:
     """A CUDA graph of what is launched, on a side stream.
@@ -50,3 +64,32 @@ class CudaCapture:
             finally:
                 outside.wait_stream(side)
         return made, graph.replay
+
+    def capture_pieces(self, run: Callable[[Callable[[], None]], Any]) -> tuple[Any, list[Callable[[], None]]]:
+        graphs: list[torch.cuda.CUDAGraph] = []
+        with torch.cuda.device(self._device):
+            outside, side, pool = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+            def begin() -> None:  # not torch.cuda.graph, which waits for the device each time
+                graphs.append(torch.cuda.CUDAGraph())
+                graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+
+            def cut() -> None:
+                graphs[-1].capture_end()
+                begin()
+
+            side.wait_stream(outside)
+            try:
+                with torch.cuda.stream(side):
+                    run(lambda: None)
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()  # graphs have memory of their own
+                    try:
+                        begin()
+                        made = run(cut)
+                    finally:
+                        if torch.cuda.is_current_stream_capturing():  # not where an error struck as a piece ended
+                            graphs[-1].capture_end()
+            finally:
+                outside.wait_stream(side)
+        return made, [graph.replay for graph in graphs]

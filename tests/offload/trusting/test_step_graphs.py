@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from helpers.recorded_capture import RecordedCapture
-from moeflow.offload.trusting.step_graphs import _MOST, StepGraphs
+from moeflow.offload.trusting.captured_steps import _MOST
+from moeflow.offload.trusting.step_graphs import StepGraphs
 from moeflow.offload.trusting.trusted_step import TrustedStep
 
 
@@ -173,11 +174,14 @@ def test_a_step_that_waits_for_the_device_is_tried_once(steps):
     assert steps.num_runs == 5  # two for the capture
 
 
-def test_a_step_that_returns_more_than_tensors_runs_as_it_is(steps):
+def test_a_step_that_returns_more_than_tensors_runs_as_it_is_and_is_tried_once_a_generation(steps):
     own = steps.forward
     steps.forward = lambda number, cache: {**own(number, cache), "hidden_states": (number,)}
-    assert steps.run(Memory(), 0, number=number(1)) == (1, [1, 2], False)
-    assert "more than tensors" in steps.graphs.reason
+    cache = Memory()
+    for _ in range(3):
+        assert steps.run(cache, 0, number=number(1)) == (1, [1, 2], False)
+        assert "more than tensors" in steps.graphs.reason
+    assert steps.num_runs == 2 + 3
 
 
 def test_captured_steps_are_given_back_with_their_cache_and_at_close(steps):
