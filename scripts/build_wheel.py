@@ -23,6 +23,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 MACHINES = ("x86_64", "aarch64")
 _GLIBC = (2, 28)
+_NOT_SHIPPED = (".c", ".cpp", ".h", ".md", ".so", ".pyc")
 _SOURCES = ("moeflow", "kernels", "placement", "predictors", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
@@ -71,13 +72,13 @@ def faults(wheel: Path) -> list[str]:
 
 
 def _expected_files() -> set[str]:
-    """Return the paths inside a wheel of every Python file of this checkout, of every library, and of py.typed."""
+    """Return the paths inside a wheel of every library and of every file of this checkout but C sources and notes."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    paths = {"moeflow/py.typed"}
-    paths |= {library["name"].replace(".", "/") + ".so" for library in setuptools["ext-modules"]}
+    paths = {library["name"].replace(".", "/") + ".so" for library in setuptools["ext-modules"]}
     for package, folder in setuptools["package-dir"].items():
         inside = package.replace(".", "/")
-        paths |= {f"{inside}/{file.relative_to(ROOT / folder).as_posix()}" for file in (ROOT / folder).rglob("*.py")}
+        files = [file for file in (ROOT / folder).rglob("*") if file.is_file() and file.suffix not in _NOT_SHIPPED]
+        paths |= {f"{inside}/{file.relative_to(ROOT / folder).as_posix()}" for file in files}
     return paths
 
 

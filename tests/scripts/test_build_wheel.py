@@ -18,6 +18,11 @@ def test_a_whole_wheel_has_no_fault(tmp_path):
     assert faults(write_wheel(tmp_path / "whole.whl", _expected_files())) == []
 
 
+def test_what_is_no_python_is_expected_too_but_for_c_sources_and_notes():
+    assert {"moeflow/py.typed", "moeflow/server/page/page.html", "moeflow/server/page/main.js"} <= _expected_files()
+    assert not [name for name in _expected_files() if name.endswith((".c", ".cpp", ".h", ".md", ".pyc"))]
+
+
 def test_files_left_out_and_files_too_many_are_named(tmp_path):
     names = _expected_files() - {"moeflow/policy/cache.py", "moeflow/kernels/cpu/_cpu.so"} | {"kernels/cpu/ops.py"}
     assert faults(write_wheel(tmp_path / "torn.whl", names)) == [
