@@ -25,12 +25,14 @@ from moeflow.server.page.endpoint import show_page
 from moeflow.server.service import Service
 from moeflow.server.settings import ServerSettings
 from moeflow.server.translations import endpoint as foreign
-from moeflow.server.wire.errors import HttpError
+from moeflow.server.translations.messages_form import error_body
+from moeflow.server.wire.errors import HttpError, JsonResponse
 from moeflow.server.wire.guard import Guard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_ANTHROPIC = "/v1/messages"  # paths that begin so are of this form, errors included
 _ROUTES = (
     ("GET", "/", show_page),
     ("POST", CHAT_URL, create_chat_completion),
@@ -38,8 +40,8 @@ _ROUTES = (
     ("POST", "/tokenize", tokens.tokenize),
     ("POST", "/detokenize", tokens.detokenize),
     ("POST", "/v1/responses", foreign.create_response),
-    ("POST", "/v1/messages", foreign.create_message),
-    ("POST", "/v1/messages/count_tokens", foreign.count_message_tokens),
+    ("POST", _ANTHROPIC, foreign.create_message),
+    ("POST", f"{_ANTHROPIC}/count_tokens", foreign.count_message_tokens),
     ("GET", "/v1/models", about.list_models),
     ("GET", "/v1/models/{name:path}", about.show_model),
     ("GET", "/health", about.health),
@@ -88,8 +90,8 @@ def build_app(service: Service) -> FastAPI:
     routes: list[BaseRoute] = [Route(path, endpoint, methods=[method]) for method, path, endpoint in _ROUTES]
     app = FastAPI(title="moeflow", lifespan=lifespan, routes=routes, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    app.add_exception_handler(HTTPException, _tell)
-    app.add_middleware(Guard, settings=settings, unavailable=service.unavailable)
+    app.add_exception_handler(HTTPException, _refuse)
+    app.add_middleware(Guard, settings=settings, unavailable=service.unavailable, respond=_respond)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -101,11 +103,17 @@ def build_app(service: Service) -> FastAPI:
     return app
 
 
-async def _tell(request: Request, error: Exception) -> Response:
-    """Return what the router refuses, in OpenAI's form."""
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Raise what the router refuses as an error of ours, which the guard tells."""
     assert isinstance(error, HTTPException), "registered for it"
     path = request.url.path[:100]
     told = {404: f"there is no {path!r} here.", 405: f"{path!r} does not take {request.method}."}
     message = told.get(error.status_code, str(error.detail))
-    refusal = HttpError(error.status_code, message, headers=dict(error.headers or {}))
-    return refusal.response(request.state.request_id)
+    raise HttpError(error.status_code, message, headers=dict(error.headers or {}))
+
+
+def _respond(error: HttpError, path: str, request_id: str) -> Response:
+    """Return an error in the form that the clients of a path read."""
+    if path.startswith(_ANTHROPIC):
+        return JsonResponse(error_body(error, request_id), error.status, error.headers)
+    return error.response(request_id)

@@ -16,7 +16,7 @@ from moeflow.server.endpoints.fields import told
 from moeflow.server.reading.answer_reader import Part, Reasoning
 from moeflow.server.translations import messages_request, responses_request
 from moeflow.server.translations.form import Form
-from moeflow.server.translations.messages_form import MessagesForm, error_body
+from moeflow.server.translations.messages_form import MessagesForm
 from moeflow.server.translations.responses_form import ResponsesForm
 from moeflow.server.wire.body import parse_body
 from moeflow.server.wire.errors import HttpError, JsonResponse
@@ -53,22 +53,24 @@ async def create_response(request: Request) -> Response:
 
 
 async def create_message(request: Request) -> Response:
-    """Answer a request of Anthropic's form; its errors have that form too."""
+    """Answer a request of Anthropic's form.
+
+    Raises:
+        HttpError: the request is wrong, or cannot be answered now.
+    """
     service: Service = request.app.state.service
-    try:
-        turn = await _message_turn(request)
-        id = f"msg_{request.state.request_id.removeprefix('req_')}"
-        return await _answer(request, turn, MessagesForm(id, service.model.name))
-    except HttpError as error:
-        return _anthropic_error(error, request)
+    turn = await _message_turn(request)
+    id = f"msg_{request.state.request_id.removeprefix('req_')}"
+    return await _answer(request, turn, MessagesForm(id, service.model.name))
 
 
 async def count_message_tokens(request: Request) -> Response:
-    """Count the tokens of a request of Anthropic's form."""
-    try:
-        turn = await _message_turn(request, max_tokens=1)
-    except HttpError as error:
-        return _anthropic_error(error, request)
+    """Count the tokens of a request of Anthropic's form.
+
+    Raises:
+        HttpError: the request is wrong.
+    """
+    turn = await _message_turn(request, max_tokens=1)
     return JsonResponse({"input_tokens": turn.usage.prompt_tokens})
 
 
@@ -78,10 +80,6 @@ async def _message_turn(request: Request, **defaults: int) -> Turn:
     with told(body):
         chat = messages_request.chat_body(body)
     return await read_turn(service, chat, names_of=body)
-
-
-def _anthropic_error(error: HttpError, request: Request) -> Response:
-    return JsonResponse(error_body(error, request.state.request_id), error.status, error.headers)
 
 
 async def _answer(request: Request, turn: Turn, form: Form) -> Response:

@@ -13,9 +13,9 @@ from moeflow.errors import ConfigError
 from moeflow.server.translations.fields import given, list_of, object_of, text_of
 
 _SAMPLING = ("temperature", "top_p", "top_k", "stream", "priority")
-_WITHOUT_EFFECT = ("model", "metadata", "service_tier", "thinking", "container", "output_config")
+_WITHOUT_EFFECT = ("model", "metadata", "service_tier", "thinking", "container")
 FIELDS = (
-    *("messages", "system", "max_tokens", "stop_sequences", "tools", "tool_choice"),
+    *("messages", "system", "max_tokens", "stop_sequences", "tools", "tool_choice", "output_config"),
     *_SAMPLING,
     *_WITHOUT_EFFECT,
 )
@@ -42,6 +42,9 @@ def chat_body(body: dict[str, Any]) -> dict[str, Any]:
         chat["tools"] = [_tool(tool, place) for place, tool in enumerate(list_of(body["tools"], "tools"), 1)]
     if body.get("tool_choice") is not None:
         chat |= _choice(body["tool_choice"])
+    wanted = object_of(body.get("output_config") or {}, "output_config", ("format", "effort")).get("format")
+    if wanted is not None:
+        chat["response_format"] = _format(wanted)
     return chat
 
 
@@ -94,6 +97,14 @@ def _tool(tool: Any, place: int) -> dict[str, Any]:
         "type": "function",
         "function": given(tool, name="name", description="description", parameters="input_schema"),
     }
+
+
+def _format(wanted: Any) -> dict[str, Any]:
+    wanted = object_of(wanted, "format of output_config", ("type", "schema"))
+    if wanted.get("type") != "json_schema" or not isinstance(wanted.get("schema"), dict):
+        allowed = '{"type": "json_schema", "schema": {...}}'
+        raise ConfigError(f"format of output_config is {short(wanted)}; it must be {allowed}")
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted["schema"]}}
 
 
 def _choice(choice: Any) -> dict[str, Any]:

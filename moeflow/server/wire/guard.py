@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 
 from moeflow.server.settings import ServerSettings
 from moeflow.server.wire.body import Disconnected, read_body
@@ -37,12 +38,20 @@ class Guard:
         app: what answers.
         settings: the server's.
         unavailable: returns why nothing can be answered now; None where it can.
+        respond: returns an error in the form that a path's clients read, from the error, the path and the request's id.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, unavailable: Callable[[], HttpError | None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        unavailable: Callable[[], HttpError | None],
+        respond: Callable[[HttpError, str, str], Response],
+    ) -> None:
         self._app = app
         self._settings = settings
         self._unavailable = unavailable
+        self._respond = respond
         self._key = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,14 +79,14 @@ class Guard:
                 _logger.info("%s body %s", id, body.decode(errors="backslashreplace"))
             await self._app(scope, _replay(body, receive), send_with_id)
         except HttpError as error:
-            await error.response(id)(scope, receive, send_with_id)
+            await self._respond(error, scope["path"], id)(scope, receive, send_with_id)
         except Disconnected:
             status = 499
         except Exception as error:
             _logger.error("%s failed: %s", id, _where(error))
             if not status:  # else the response has begun, and the server under us closes the connection
                 failure = HttpError(500, "the server failed at this request; its log says where.")
-                await failure.response(id)(scope, receive, send_with_id)
+                await self._respond(failure, scope["path"], id)(scope, receive, send_with_id)
         finally:
             took_ms = 1000 * (time.perf_counter() - begin_s)
             level = logging.DEBUG if scope["path"] in _POLLED and status < 400 else logging.INFO
