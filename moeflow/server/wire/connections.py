@@ -13,12 +13,10 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moeflow.server.settings import ServerSettings
+from moeflow.server.wire.listener import TOO_MANY
 
-_TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 2\r\nconnection: close\r\n"
-    b'\r\n{"error":{"message":"too many connections are open. Try again later.","type":"server_error","param":null,'
-    b'"code":"too_many_connections"}}'
-)
+_LEAVING_S = 1.0  # in which a client that is turned away may send the rest of its request
+_MOST_LEAVING = 64  # clients that may do so at once
 
 
 def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
@@ -28,6 +26,7 @@ def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
     """
     most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = min(settings.max_connections, max(1, most_files // 2))
+    leaving: set[asyncio.Protocol] = set()
 
     class LimitedProtocol(H11Protocol):
         """One connection."""
@@ -39,17 +38,27 @@ def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             if len(self.connections) >= most:
-                transport.write(_TOO_MANY)
-                transport.close()
+                self._turn_away(transport)
                 return
             super().connection_made(transport)
             self._until_headers = self.loop.call_later(settings.header_timeout_s, transport.abort)
+
+        def _turn_away(self, transport: asyncio.Transport) -> None:
+            """Say why, and let the client end: one whose request is cut off may lose the answer."""
+            transport.write(TOO_MANY)
+            if len(leaving) < _MOST_LEAVING:
+                transport.write_eof()
+                leaving.add(self)
+                self._until_headers = self.loop.call_later(_LEAVING_S, transport.abort)
+            else:
+                transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
             _stop(self._until_headers)
             self._until_headers = None
             _stop(self._until_read)
             self._until_read = None
+            leaving.discard(self)
             if self.transport is not None:
                 super().connection_lost(exc)
 

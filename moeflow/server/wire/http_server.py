@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.server.settings import ServerSettings
+from moeflow.server.wire.listener import Listener
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -29,7 +30,7 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
+        bound = Listener(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
