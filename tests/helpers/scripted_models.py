@@ -14,6 +14,17 @@ TEMPLATE = (
 )
 
 
+# A conversation about the weather: reasoning, a call, and what is said to the call's result.
+SCRIPTS = {
+    "think": ["<think>", "hm", "</think>", "Hello"],
+    "call": ["Look:", "<tool_call>", '{"name":"weather","arguments":{"place":"Rome"}}', "</tool_call>"],
+    "Rain.": ["Take", "an", "umbrella"],
+}
+PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": PLACE}}
+ARGUMENTS = {"place": "Rome"}
+
+
 def scripted(scripts, chat_template=TEMPLATE, special=()):
     """A Mixtral and its tokenizer.
 

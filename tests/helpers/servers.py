@@ -101,3 +101,27 @@ def refused(client, status, path, body=None, **options):
     assert set(error) == {"message", "type", "param", "code", "request_id"}
     assert error["request_id"] == response.headers["x-request-id"]
     return error
+
+
+REFUSING = {"api_key": "right-key", "max_batch_size": 1, "max_waiting": 0, "max_body_bytes": 10_000}
+
+
+def refusals(client):
+    """Yield (status, a word of its message, API key, fields of a request) of requests that are refused, one by one.
+
+    Args:
+        client: of a server with the settings REFUSING; it answers nothing afterwards.
+    """
+    right = REFUSING["api_key"]
+    yield 400, "temperature is -1", right, {"temperature": -1}
+    yield 401, "API key", "wrong-key", {}
+    yield 404, "gpt-4o", right, {"model": "gpt-4o"}
+    yield 413, "longer than 10,000 bytes", right, {"messages": user("x" * 20_000)}
+    long = {"messages": user("hello"), "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with client.stream("POST", CHAT, json=long, headers={"x-api-key": right}) as response:
+        coming = events(response)
+        next(coming)
+        yield 429, "under way", right, {}
+        coming.close()
+    client.app.state.service.drain(0)
+    yield 503, "stopping", right, {}

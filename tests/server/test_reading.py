@@ -1,20 +1,11 @@
-"""Reasoning and tools over HTTP, with the real clients: a round trip of a call and its result, in each form."""
+"""Reasoning and tools over HTTP: apart from the text, whole and streamed. `clients/` has the round trips of clients."""
 
 import json
 
 import pytest
 
-from helpers.scripted_models import scripted
+from helpers.scripted_models import ARGUMENTS, SCRIPTS, TOOL, scripted
 from helpers.servers import CHAT, refused, serving, streamed, user
-
-SCRIPTS = {
-    "think": ["<think>", "hm", "</think>", "Hello"],
-    "call": ["Look:", "<tool_call>", '{"name":"weather","arguments":{"place":"Rome"}}', "</tool_call>"],
-    "Rain.": ["Take", "an", "umbrella"],
-}
-PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": PLACE}}
-ARGUMENTS = {"place": "Rome"}
 
 
 @pytest.fixture(scope="module")
@@ -84,89 +75,6 @@ def test_what_is_wrong_with_tools_is_refused_by_name(client):
 def test_an_image_is_refused(client):
     content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
     assert "text" in refused(client, 400, CHAT, {"messages": [{"role": "user", "content": content}]})["message"]
-
-
-def test_the_openai_client_makes_a_round_trip(client):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none") as asked:
-        messages = user("call")
-        answer = asked.chat.completions.create(model="tiny", messages=messages, tools=[TOOL]).choices[0].message
-        (call,) = answer.tool_calls
-        assert json.loads(call.function.arguments) == ARGUMENTS
-        messages += [answer, {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
-        last = asked.chat.completions.create(model="tiny", messages=messages, tools=[TOOL]).choices[0]
-        assert last.message.content == "Takeanumbrella"
-        with asked.chat.completions.stream(model="tiny", messages=user("call"), tools=[TOOL]) as stream:
-            found = stream.get_final_completion().choices[0]
-        assert found.finish_reason == "tool_calls"
-        assert found.message.tool_calls[0].function.name == "weather"
-
-
-FLAT_TOOL = {"type": "function", "name": "weather", "description": "Tells it.", "parameters": PLACE}
-
-
-def test_responses_of_the_openai_client(client):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none") as asked:
-        answer = asked.responses.create(model="tiny", input="think", instructions="x")
-        assert answer.output_text == "Hello"
-        assert [item.type for item in answer.output] == ["reasoning", "message"]
-        assert answer.usage.output_tokens_details.reasoning_tokens == 1
-        first = asked.responses.create(model="tiny", input="call", tools=[FLAT_TOOL])
-        message, call = first.output
-        assert (message.content[0].text, call.name, json.loads(call.arguments)) == ("Look:", "weather", ARGUMENTS)
-        result = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
-        items = [{"role": "user", "content": "call"}, message.model_dump(), call.model_dump(), result]
-        last = asked.responses.create(model="tiny", input=items, tools=[FLAT_TOOL])
-        assert last.output_text == "Takeanumbrella"
-        for text, whole in (("think", answer), ("call", first)):
-            tools = {"tools": [FLAT_TOOL]} if text == "call" else {}
-            with asked.responses.stream(model="tiny", input=text, **tools) as stream:
-                numbers = [event.sequence_number for event in stream]
-                found = stream.get_final_response()
-            assert numbers == list(range(len(numbers)))
-            assert found.status == "completed"
-            assert found.output_text == whole.output_text
-            assert [item.type for item in found.output] == [item.type for item in whole.output]
-        with pytest.raises(openai.BadRequestError, match="nothing is stored"):
-            asked.responses.create(model="tiny", input="x", previous_response_id="resp_1")
-        with pytest.raises(openai.BadRequestError, match="input_image"):
-            asked.responses.create(model="tiny", input=[{"role": "user", "content": [{"type": "input_image"}]}])
-        cut = asked.responses.create(model="tiny", input="think", max_output_tokens=1)
-        assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-
-
-def test_messages_of_the_anthropic_client(client):
-    anthropic = pytest.importorskip("anthropic")
-    tool = {"name": "weather", "description": "Tells it.", "input_schema": PLACE}
-    options = {"model": "tiny", "max_tokens": 20}
-    with anthropic.Anthropic(base_url=str(client.base_url), api_key="none") as asked:
-        answer = asked.messages.create(messages=user("think"), system="x", **options)
-        assert [block.type for block in answer.content] == ["thinking", "text"]
-        assert (answer.content[1].text, answer.stop_reason) == ("Hello", "end_turn")
-        first = asked.messages.create(messages=user("call"), tools=[tool], **options)
-        text, call = first.content
-        assert (text.text, call.name, call.input, first.stop_reason) == ("Look:", "weather", ARGUMENTS, "tool_use")
-        result = {"type": "tool_result", "tool_use_id": call.id, "content": "Rain."}
-        blocks = [block.model_dump() for block in first.content]
-        turns = [*user("call"), {"role": "assistant", "content": blocks}, {"role": "user", "content": [result]}]
-        last = asked.messages.create(messages=turns, tools=[tool], **options)
-        assert last.content[0].text == "Takeanumbrella"
-        for text, whole in (("think", answer), ("call", first)):
-            tools = {"tools": [tool]} if text == "call" else {}
-            with asked.messages.stream(messages=user(text), **tools, **options) as stream:
-                found = stream.get_final_message()
-            assert found.stop_reason == whole.stop_reason
-            assert [block.type for block in found.content] == [block.type for block in whole.content]
-            assert found.usage.output_tokens == whole.usage.output_tokens
-        assert found.content[1].input == ARGUMENTS
-        assert asked.messages.count_tokens(model="tiny", messages=user("think")).input_tokens >= 1
-        cut = asked.messages.create(messages=user("think"), model="tiny", max_tokens=1)
-        assert cut.stop_reason == "max_tokens"
-        with pytest.raises(anthropic.BadRequestError, match="image"):
-            asked.messages.create(messages=[{"role": "user", "content": [{"type": "image"}]}], **options)
-        with pytest.raises(anthropic.NotFoundError):
-            asked.messages.create(messages=user("think"), model="claude", max_tokens=1)
 
 
 def test_errors_of_messages_have_the_form_of_their_clients(client):

@@ -69,7 +69,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = id
+                headers["x-request-id"] = headers["request-id"] = id  # OpenAI's name, and Anthropic's
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 

@@ -91,20 +91,6 @@ def test_a_tool_that_must_be_called_is_called_with_what_it_takes(client, stream)
             assert arguments == {}
 
 
-def test_a_pydantic_model_binds_the_openai_client(client):
-    openai, pydantic = pytest.importorskip("openai"), pytest.importorskip("pydantic")
-
-    class Person(pydantic.BaseModel):
-        name: str = pydantic.Field(max_length=5)
-        age: int = pydantic.Field(ge=0, le=99)
-
-    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none") as asked:
-        done = asked.chat.completions.parse(
-            model="tiny", messages=user("hello"), response_format=Person, max_tokens=200, temperature=1.5, seed=1
-        )
-    assert done.choices[0].message.parsed.age in range(100)
-
-
 @pytest.mark.parametrize(
     ("body", "told"),
     [
