@@ -114,6 +114,7 @@ def _run(
     arguments: argparse.Namespace, source: str, settings: "ServerSettings", bound: "socket.socket", signals: "_Signals"
 ) -> None:
     """Answer until a signal comes."""
+    from moeflow.hf.vision.processors import load_processor
     from moeflow.server.app import build_app
     from moeflow.server.service import Service
     from moeflow.server.wire.http_server import HttpServer
@@ -127,7 +128,8 @@ def _run(
             signals.check()
             service.tell("writing the decode step as a program")
             prepare_step(model)
-            service.open(model, tokenizer)
+            service.tell("loading the processor of images")
+            service.open(model, tokenizer, *load_processor(source))
             _tell(f"{server.url} answers for {settings.model_name}; Ctrl-C stops it")
             signals.wait()
         except KeyboardInterrupt as stop:

@@ -11,8 +11,10 @@ from moeflow.chat.answer import checkpoint_params
 from moeflow.engine.structure.grammars import grammars_of
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import encode_messages, encode_text, writes_tools
+from moeflow.hf.vision.image_prompt import ImagePrompt, encode_with_images
 from moeflow.server.reading.answer_reader import AnswerReader
 from moeflow.server.reading.hermes import with_tools_as_text
+from moeflow.server.reading.images import ImageParts, decode_images
 from moeflow.server.reading.marks import HERMES, Marks, marks_of
 from moeflow.server.reading.tools import Tools
 from moeflow.server.wire.errors import HttpError
@@ -36,6 +38,8 @@ class ServedModel:
         tokenizer: the model's.
         settings: the server's; its name and context take the place of the model's.
         kv_positions: positions for whose keys and values there is memory; None where memory sets no limit.
+        processor: the model's, of images; None where there is none.
+        no_images: why the model takes none; "" where it does.
 
     Attributes:
         name: what requests may call the model; its last part, behind "/", is taken too.
@@ -49,10 +53,15 @@ class ServedModel:
         tokenizer: PreTrainedTokenizerBase,
         settings: ServerSettings,
         kv_positions: int | None,
+        processor: Any,
+        no_images: str,
     ) -> None:
         from moeflow.hf.passes.forward import context_positions, end_tokens
 
         self._model = model
+        self._settings = settings
+        self._processor = processor
+        self._no_images = no_images
         self.tokenizer = tokenizer
         found = str(getattr(model.config, "name_or_path", "") or "model")
         self.name = settings.model_name or served_name(found)
@@ -77,25 +86,33 @@ class ServedModel:
             code="model_not_found",
         )
 
+    def image_parts(self) -> ImageParts:
+        """Return what reads the image parts of one request."""
+        return ImageParts(self._settings, self._no_images)
+
     def encode_messages(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, cut: bool = True
-    ) -> list[int]:
+    ) -> ImagePrompt:
         """Return the prompt for the answer to messages.
 
         Args:
-            messages: with "role" and "content"; calls and results too.
+            messages: of `read_conversation`, with "role" and "content"; calls and results too.
             tools: in OpenAI's form; as text where the chat template knows none.
             cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
-            ConfigError: the chat template refuses them, or they are too many.
+            ConfigError: the chat template refuses them, they are too many, or an image is broken or too large.
         """
         if len(messages) > _MAX_MESSAGES:
             raise ConfigError(f"messages are {len(messages):,}; it must be {_MAX_MESSAGES:,} at most")
         has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
         if (tools or has_calls) and not self._writes_tools:
             messages, tools = with_tools_as_text(messages, tools or []), None
-        return encode_messages(self.tokenizer, messages, self.context if cut else None, tools=tools)
+        context = self.context if cut else None
+        if any(isinstance(message["content"], list) for message in messages):
+            messages = decode_images(messages, self._settings.max_image_pixels)
+            return encode_with_images(self._processor, messages, context, tools=tools)
+        return ImagePrompt(encode_messages(self.tokenizer, messages, context, tools=tools), None)
 
     def marks(self, *, calls: bool) -> Marks:
         """Return how answers are read, with or without tool calls."""

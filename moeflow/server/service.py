@@ -52,17 +52,31 @@ class Service:
         self._worker: Worker | None = None
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeflow-tokenizer")
 
-    def open(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def open(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: Any = None,
+        no_processor: str = "it is served without a processor of images",
+    ) -> None:
         """Begin to answer.
+
+        Args:
+            model: of `load_moe`, or any transformers causal LM that an engine takes.
+            tokenizer: the model's.
+            processor: the model's, of images and with the tokenizer; None for text alone.
+            no_processor: why there is none.
 
         Raises:
             MoeflowError: no engine takes the model.
         """
-        from moeflow.engine.serial.choose_engine import engine_for
+        from moeflow.engine.serial.choose_engine import engine_for, engine_with_images_for
+        from moeflow.hf.vision.processors import why_no_images
         from moeflow.server.served_model import ServedModel
 
         settings = self.settings
-        engine = engine_for(
+        no_images = no_processor if processor is None else why_no_images(model, processor)
+        engine = (engine_for if no_images else engine_with_images_for)(
             model,
             tokenizer,
             max_batch_size=settings.max_batch_size,
@@ -74,7 +88,7 @@ class Service:
         counts = engine.stats()
         of_position = counts["kv_position_bytes"]
         positions = counts["kv_budget_bytes"] // of_position if of_position else None
-        served = ServedModel(model, tokenizer, settings, positions)
+        served = ServedModel(model, tokenizer, settings, positions, processor, no_images)
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
         self._worker = Worker(engine, lambda: self._look(engine.stats), settings.kv_disk)
         self._model = served

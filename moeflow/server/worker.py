@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from moeflow.engine.engine import Engine
     from moeflow.engine.request import StepOutput
     from moeflow.engine.sampling_params import SamplingParams
+    from moeflow.engine.sequence import Images
+    from moeflow.engine.serial.engine_with_images import EngineWithImages
     from moeflow.server.answers import Answers
 
 _logger = logging.getLogger("moeflow.server")
@@ -37,11 +39,13 @@ class Asked(NamedTuple):
         prompt_ids: its prompt.
         params: its sampling.
         priority: higher ones go first.
+        images: what its prompt shows; None for nothing.
     """
 
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Worker:
     """The thread of one engine.
 
     Args:
-        engine: what answers; the worker closes it.
+        engine: what answers; the worker closes it. One without images gets no request that has some.
         look: takes the engine's and the model's figures; called in the worker's thread.
         kv_disk: folder in which the engine's kept keys and values are saved as it is closed; None for none.
 
@@ -65,7 +69,7 @@ class Worker:
         refusal: why nothing more is answered; None while it is.
     """
 
-    def __init__(self, engine: Engine, look: Callable[[], Any], kv_disk: str | None = None) -> None:
+    def __init__(self, engine: Engine | EngineWithImages, look: Callable[[], Any], kv_disk: str | None = None) -> None:
         self._engine = engine
         self._look = look
         self._kv_disk = kv_disk
@@ -182,7 +186,8 @@ class Worker:
             self._end(place, self.refusal)
             return
         try:
-            self._engine.add(asked.prompt_ids, asked.params, id=id, priority=asked.priority)
+            shown: dict[str, Any] = {} if asked.images is None else {"images": asked.images}
+            self._engine.add(asked.prompt_ids, asked.params, id=id, priority=asked.priority, **shown)
         except MoeflowError as error:
             self._end(place, HttpError(400, str(error)))
         else:
