@@ -48,10 +48,10 @@ _PARTS = {
 }
 
 
-def vision_model(name):
-    """A random model of a family, and its processor; a token is a letter."""
+def vision_model(name, make_tokenizer=letter_tokenizer, vocab_size=128):
+    """A random model of a family, and its processor; a token is a letter, or what another tokenizer makes of them."""
     processor_class, image_processor, tokens, names = _PARTS[name]
-    tokenizer = letter_tokenizer(additional_special_tokens=list(tokens))
+    tokenizer = make_tokenizer(additional_special_tokens=list(tokens))
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     if name == "ernie4_5_vl_moe":
         names = [*names, "video_end_token"]
@@ -67,7 +67,7 @@ def vision_model(name):
     )
     family = FAMILIES[name]
     of_text = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
-    of_text |= family.overrides.get("text_config", {}) | {"max_position_embeddings": 1024, "sliding_window": None}
+    of_text |= family.overrides.get("text_config", {}) | {"max_position_embeddings": 1024, "vocab_size": vocab_size}
     overrides = {**family.overrides, **dict(zip(names, ids, strict=True)), "text_config": of_text}
     return build_model(replace(family, overrides=overrides)), processor
 

@@ -33,14 +33,11 @@ class ImageInputs:
                 digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
         self.key = digest.hexdigest()
 
-    def of_pass(
-        self, num_tokens: int, *, first: bool, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]:
-        """Return what a pass takes beside its tokens.
+    def of_pass(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return what a pass over a whole sequence takes beside its tokens; later ones have it in their cache.
 
         Args:
-            num_tokens: of the whole sequence so far; those behind the prompt are text.
-            first: whether the pass computes the prompt; later ones have what images gave in their cache.
+            num_tokens: of the sequence; those behind the prompt are text.
             device: the model's.
             dtype: the model's, for inputs that are no whole numbers.
         """
@@ -48,9 +45,8 @@ class ImageInputs:
         for name, tensor in self._tensors.items():
             if _OF_TOKENS in name:
                 text = tensor.new_zeros((1, num_tokens - tensor.shape[1]))
-                taken[name] = torch.cat([tensor, text], 1).to(device)
-            elif first:
-                taken[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                tensor = torch.cat([tensor, text], 1)
+            taken[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         return taken
 
 

@@ -46,8 +46,7 @@ class ImageSteps:
             for keeper, shift in zip(self._keepers, shifts or [], strict=False):
                 setattr(keeper, _SHIFT, shift)
         more = {}
-        if images is not None:
-            model = self._model
-            more = images.of_pass(len(token_ids), first=cache is None, device=model.device, dtype=model.dtype)
+        if images is not None and cache is None:
+            more = images.of_pass(len(token_ids), self._model.device, self._model.dtype)
         logits, kept = generate_step(self._model, token_ids, cache, **more)
         return logits, kept, [getattr(keeper, _SHIFT) for keeper in self._keepers]
