@@ -91,7 +91,7 @@ def test_a_next_turn_goes_on_with_what_is_kept_and_only_with_its_own_images(serv
     answers, steps = {}, {}
     for name, shown in (("own", own), ("other", other)):
         answers[name] = said(served.client, shows(shown, text="turns"))
-    for name, shown in (("own", own), ("other", other)):
+    for name, shown in (("other", other), ("own", own)):
         # The same tokens but for the images: what the second conversation left must not be taken for the first.
         turns = [*shows(shown, text="turns"), {"role": "assistant", "content": answers["own"]}, *user("more")]
         response = served.client.post(CHAT, json={**GREEDY, "messages": turns}).json()
@@ -103,9 +103,9 @@ def test_a_next_turn_goes_on_with_what_is_kept_and_only_with_its_own_images(serv
     assert answers["own"] != answers["other"]
     assert steps["own"] > 0
     assert steps["other"] == 0
-    again = served.client.post(CHAT, json={**GREEDY, "messages": [*turns[:1], *turns[1:2], *shows(own)]}).json()
+    again = served.client.post(CHAT, json={**GREEDY, "messages": [*turns[:2], *shows(other)]}).json()
     expected, _ = served.generated(
-        ("user", parts(other, text="turns")), ("assistant", answers["own"]), ("user", parts(own))
+        ("user", parts(own, text="turns")), ("assistant", answers["own"]), ("user", parts(other))
     )
     assert again["choices"][0]["message"]["content"] == expected, "a new image in a later turn"
 

@@ -1,5 +1,7 @@
 """An engine for texts and a serial one for images on one model: each request's answer is the one it has alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from helpers.vision_models import picture, vision_model
@@ -35,15 +37,19 @@ def run(engine):
 def test_a_text_goes_on_with_its_own_positions_after_a_prompt_with_images(vision, prompt):
     model, processor = vision
     with Engine(model, processor.tokenizer) as fresh, SerialEngine(model, processor.tokenizer) as engine:
+        for other in (TEXT[::-1], [*TEXT[:9:-1], 70, 71, 72]):
+            engine.generate([other], PARAMS)  # by the second it is known how several tokens go on
         (first,) = engine.generate([TEXT], PARAMS)
         engine.add_with_images(prompt.token_ids, prompt.images, PARAMS, id="seen")
         assert run(engine)["seen"].finish_reason == "length"
         turns = TEXT + first.token_ids + [33, 34, 35]
-        (second,) = engine.generate([turns], PARAMS)
-        (expected,) = fresh.generate([turns], PARAMS)
+        (second,) = engine.generate([turns], replace(PARAMS, logprobs=1))
+        (expected,) = fresh.generate([turns], replace(PARAMS, logprobs=1))
         engine.check_integrity()
     assert second.cached_tokens == len(TEXT) + 5
     assert second.token_ids == expected.token_ids
+    found, told = ([chosen for chosen, _ in one.logprobs] for one in (second, expected))
+    assert found == pytest.approx(told, abs=1e-4)
 
 
 def test_both_engines_take_turns_and_are_counted_cancelled_and_closed_together(vision, prompt):
