@@ -6,6 +6,7 @@ Knows the model's facts and its tokenizer. Knows nothing of HTTP but its errors.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 from moeflow.chat.answer import checkpoint_params
 from moeflow.engine.structure.grammars import grammars_of
@@ -17,13 +18,14 @@ from moeflow.server.reading.hermes import with_tools_as_text
 from moeflow.server.reading.images import ImageParts, decode_images
 from moeflow.server.reading.marks import HERMES, Marks, marks_of
 from moeflow.server.reading.tools import Tools
-from moeflow.server.wire.errors import HttpError
+from moeflow.server.wire.errors import RETRY_S, HttpError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeflow.engine.sampling_params import SamplingParams
+    from moeflow.hf.vision.image_inputs import ImageInputs
     from moeflow.server.settings import ServerSettings
 
 _MARK_TOKENS = 16  # of a prompt's end, in which it may begin an answer
@@ -62,6 +64,7 @@ class ServedModel:
         self._settings = settings
         self._processor = processor
         self._no_images = no_images
+        self._shown: WeakSet[ImageInputs] = WeakSet()  # of the requests under way
         self.tokenizer = tokenizer
         found = str(getattr(model.config, "name_or_path", "") or "model")
         self.name = settings.model_name or served_name(found)
@@ -102,6 +105,7 @@ class ServedModel:
 
         Raises:
             ConfigError: the chat template refuses them, they are too many, or an image is broken or too large.
+            HttpError: 429, the images of requests under way take too much memory.
         """
         if len(messages) > _MAX_MESSAGES:
             raise ConfigError(f"messages are {len(messages):,}; it must be {_MAX_MESSAGES:,} at most")
@@ -111,8 +115,23 @@ class ServedModel:
         context = self.context if cut else None
         if any(isinstance(message["content"], list) for message in messages):
             messages = decode_images(messages, self._settings.max_image_pixels)
-            return encode_with_images(self._processor, messages, context, tools=tools)
+            prompt = encode_with_images(self._processor, messages, context, tools=tools)
+            if prompt.images is not None:
+                self._hold(prompt.images)
+            return prompt
         return ImagePrompt(encode_messages(self.tokenizer, messages, context, tools=tools), None)
+
+    def _hold(self, images: ImageInputs) -> None:
+        held = sum(one.num_bytes for one in self._shown)
+        if held and held + images.num_bytes > self._settings.max_images_memory:
+            raise HttpError(
+                429,
+                f"the images of requests under way take {held:,} bytes of {self._settings.max_images_memory:,}, and "
+                f"these {images.num_bytes:,}. Try again later.",
+                code="too_many_requests",
+                headers={"retry-after": RETRY_S},
+            )
+        self._shown.add(images)
 
     def marks(self, *, calls: bool) -> Marks:
         """Return how answers are read, with or without tool calls."""

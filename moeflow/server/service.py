@@ -16,7 +16,7 @@ from moeflow.errors import ConfigError
 from moeflow.server.answers import Answers
 from moeflow.server.metrics import Metrics
 from moeflow.server.settings import ServerSettings
-from moeflow.server.wire.errors import HttpError
+from moeflow.server.wire.errors import RETRY_S, HttpError
 from moeflow.server.worker import Asked, Worker
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from moeflow.server.served_model import ServedModel
 
 _Result = TypeVar("_Result")
-_RETRY_S = "2"  # until a client asks again
 _MIN_STEP_TOKENS = 512
 
 
@@ -120,7 +119,7 @@ class Service:
         if self._closed or (self._runtime is not None and self._runtime.closed):
             return HttpError(503, "the model is closed.", code="closed")
         if self._worker is None:
-            retry = {"retry-after": _RETRY_S}
+            retry = {"retry-after": RETRY_S}
             return HttpError(503, f"the model is loading: {self.progress}.", code="loading", headers=retry)
         return self._worker.refusal
 
@@ -170,7 +169,7 @@ class Service:
                 429,
                 f"{worker.num_under_way:,} requests are under way; this server holds {most:,}. Try again later.",
                 code="too_many_requests",
-                headers={"retry-after": _RETRY_S},
+                headers={"retry-after": RETRY_S},
             )
         ids: list[str] = []
         answers = Answers(

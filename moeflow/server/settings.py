@@ -15,6 +15,7 @@ from moeflow.memory_size import MemorySize
 _AT_LEAST_1 = (
     "max_batch_size", "max_body_bytes", "max_depth", "max_connections", "max_answers", "max_stop_strings",
     "max_top_logprobs", "max_unread", "max_images", "max_image_bytes", "max_image_pixels",
+    "max_images_memory",
 )  # fmt: skip
 _SECONDS = ("grace_s", "body_timeout_s", "header_timeout_s", "send_timeout_s", "ping_s")
 
@@ -51,6 +52,8 @@ class ServerSettings:
         max_images: most images of a request.
         max_image_bytes: most bytes of an image's file.
         max_image_pixels: most pixels of all images of a request together.
+        max_images_memory: most bytes of the images of all requests under way, as the model takes them; those of one
+            request may be more.
         max_body_bytes: most bytes of a body.
         max_depth: most levels of objects and lists in a body.
         max_connections: most connections that are held at once; others are closed.
@@ -83,6 +86,7 @@ class ServerSettings:
     max_images: int = 16
     max_image_bytes: int = 20 << 20
     max_image_pixels: int = 1 << 26
+    max_images_memory: int = 1 << 30
     max_body_bytes: int = 32 << 20
     max_depth: int = 64
     max_connections: int = 512

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.servers import CHAT, finished, refused, serving, streamed, user
+from helpers.servers import CHAT, events, finished, refused, serving, streamed, until, user
 from helpers.small_tokenizers import byte_tokenizer
 from helpers.vision_models import data_url, image_part, picture, vision_model
 from moeflow import load_moe
@@ -262,6 +262,23 @@ def test_a_model_whose_vision_tower_is_not_loaded_says_so(small):
         assert said(client, user("hello"))
         message = refused(client, 400, CHAT, {"messages": shows(picture(0))})["message"]
     assert "MixtralForCausalLM, which takes text alone" in message
+
+
+def test_images_under_way_take_no_more_memory_than_is_allowed(one):
+    held = data_url(picture(0, 32, 32))
+    body = {**GREEDY, "messages": [{"role": "user", "content": [image(held)]}]}
+    with (
+        serving(*vision_model("qwen3_vl_moe"), kv_memory="4MiB", max_images_memory=40_000) as client,
+        client.stream("POST", CHAT, json={**body, "stream": True, "max_tokens": 900}) as response,
+    ):
+        coming = events(response)
+        next(coming)
+        other = {**body, "messages": [{"role": "user", "content": [image(held)]}]}
+        error = refused(client, 429, CHAT, other)
+        assert error["code"] == "too_many_requests"
+        assert said(client, user("a text"))
+        response.close()
+        until(lambda: client.post(CHAT, json=other).status_code == 200)
 
 
 def test_a_model_that_fails_on_images_fails_that_request_alone(one, monkeypatch):

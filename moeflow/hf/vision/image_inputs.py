@@ -20,17 +20,19 @@ class ImageInputs:
         tensors: by their names, as the model's processor has made them; those of tokens are [1, tokens of the prompt].
 
     Attributes:
+        num_bytes: of all of them.
         key: hexadecimal digits that differ where any image differs, or their order.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._tensors = tensors
+        self.num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         digest = hashlib.sha256()
         for name in sorted(tensors):
             if _OF_TOKENS not in name:
-                tensor = tensors[name].contiguous()
+                tensor = tensors[name]
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-                digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         self.key = digest.hexdigest()
 
     def of_pass(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
