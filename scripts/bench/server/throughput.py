@@ -70,8 +70,9 @@ def measure(arguments: argparse.Namespace) -> dict:
 def lines(found: dict) -> list[str]:
     """Return what is printed."""
     return [
-        f"{found['clients']} clients, {found['tokens']} tokens each: over HTTP "
-        f"{ranged(found['http_tokens_per_s'], 1, 0, 1)} tok/s, {ranged(found['generate_tokens_per_s'], 1, 0, 1)} by Engine.generate",
+        f"{found['clients']} clients, {found['tokens']} tokens each",
+        f"over HTTP: {ranged(found['http_tokens_per_s'], 1, 0, 1)} tok/s",
+        f"Engine.generate: {ranged(found['generate_tokens_per_s'], 1, 0, 1)} tok/s",
         f"ratio {ranged(found['ratio'], 1, 0, 3)}, goal at least {found['goal']}",
         f"event loop {ranged(found['loop_ms_per_token'], 1, 0, 3)} ms a token, goal below {found['goal_ms']}",
     ]
