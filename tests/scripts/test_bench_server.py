@@ -97,9 +97,9 @@ def test_a_figure_has_its_baseline_and_the_last_line_is_json(folder, capsys):
     assert speed["loop_ms_per_token"]["median"] > 0
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path):
+def test_a_server_that_cannot_start_says_why():
     with (
-        pytest.raises(OSError, match="ended with 1: .*no folder of a model"),
+        pytest.raises(OSError, match=r"ended with 1: .*no folder of a model"),
         ServerProcess([sys.executable, "-c", "raise SystemExit('no folder of a model')", "{port}"], 1),
     ):
         pass

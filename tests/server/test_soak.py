@@ -15,5 +15,6 @@ def test_answers_are_right_and_nothing_is_left_of_clients_of_all_kinds():
     assert sum(found["kinds"].values()) == 60
     assert found["kinds"].keys() == KINDS.keys()
     assert found["checked"] >= found["kinds"]["whole"] + found["kinds"]["stream"]
+    assert found["ended"]["cancelled"] > 0, "clients that leave end their requests"
     assert found["bound"] > 0
     assert found["kept_hits"] > 0
