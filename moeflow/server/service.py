@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from moeflow.server.served_model import ServedModel
 
 _Result = TypeVar("_Result")
-_MIN_STEP_TOKENS = 512
+_READING_S = 5e-4  # from look to look at what is being read
+_QUIET_TURNS = 8  # of the event loop: from a request in a socket to its tokenizing, and from there to the engine
 
 
 class Service:
@@ -49,6 +50,7 @@ class Service:
         self._model: ServedModel | None = None
         self._runtime: ExpertRuntime | None = None
         self._worker: Worker | None = None
+        self._being_read: set[object] = set()
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeflow-tokenizer")
 
     def open(
@@ -79,7 +81,7 @@ class Service:
             model,
             tokenizer,
             max_batch_size=settings.max_batch_size,
-            max_step_tokens=max(_MIN_STEP_TOKENS, settings.max_batch_size),
+            max_step_tokens=settings.step_tokens,
             kv_memory=settings.kv_memory,
         )
         if settings.kv_disk is not None:
@@ -89,7 +91,7 @@ class Service:
         positions = counts["kv_budget_bytes"] // of_position if of_position else None
         served = ServedModel(model, tokenizer, settings, positions, processor, no_images)
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
-        self._worker = Worker(engine, lambda: self._look(engine.stats), settings.kv_disk)
+        self._worker = Worker(engine, lambda: self._look(engine.stats), self._all_read, settings.kv_disk)
         self._model = served
 
     def tell(self, stage: str) -> None:
@@ -145,10 +147,21 @@ class Service:
         Raises:
             HttpError: 400, the request is wrong.
         """
+        read = object()
+        self._being_read.add(read)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
         except ConfigError as error:
             raise HttpError(400, str(error)) from None
+        finally:
+            self._being_read.discard(read)
+
+    async def _all_read(self) -> None:
+        """Wait until the event loop has handed over the requests that it has already received."""
+        quiet = 0
+        while quiet < _QUIET_TURNS:
+            quiet = 0 if self._being_read else quiet + 1
+            await asyncio.sleep(_READING_S if self._being_read else 0)
 
     def submit(self, asked: list[Asked]) -> Answers:
         """Have requests answered.

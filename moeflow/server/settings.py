@@ -17,6 +17,7 @@ _AT_LEAST_1 = (
     "max_top_logprobs", "max_unread", "max_images", "max_image_bytes", "max_image_pixels",
     "max_images_memory",
 )  # fmt: skip
+_STEP_TOKENS = 512  # computed in one pass, where nothing else is said
 _SECONDS = ("grace_s", "body_timeout_s", "header_timeout_s", "send_timeout_s", "ping_s")
 
 
@@ -40,6 +41,8 @@ class ServerSettings:
         allowed_hosts: names in `Host` headers that are taken beside addresses, `localhost` and `host`.
         cors_origins: origins whose pages may call the server, as in "https://example.org"; "*" for all.
         max_batch_size: most sequences that run at once.
+        max_step_tokens: most tokens computed in one pass, at least max_batch_size: prompts are cut to fit beside the
+            tokens of sequences that decode. None for 512, or max_batch_size where that is more.
         kv_memory: bytes of keys and values, as of `Engine`.
         kv_disk: folder in which kept keys and values outlast the server; None for none.
         context: most positions of a prompt and its answer; None for the model's.
@@ -74,6 +77,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_batch_size: int = 32
+    max_step_tokens: int | None = None
     kv_memory: MemorySize = "auto"
     kv_disk: str | None = None
     context: int | None = None
@@ -103,6 +107,11 @@ class ServerSettings:
         self._check(
             "context", lambda value: value is None or (type(value) is int and value >= 2), "a whole number, at least 2"
         )
+        self._check(
+            "max_step_tokens",
+            lambda value: value is None or (type(value) is int and value >= self.max_batch_size),
+            f"a whole number, at least max_batch_size ({self.max_batch_size})",
+        )
         for name in _SECONDS:
             self._check(name, lambda value: type(value) in (int, float) and 0 <= value < 1e9, "seconds, 0 or more")
         for name in ("allowed_hosts", "cors_origins"):
@@ -116,6 +125,11 @@ class ServerSettings:
                 f"host {self.host} lets other machines reach this server, and there is no key. Give --api-key (or "
                 "MOEFLOW_API_KEY), or --insecure if everyone may use it."
             )
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens computed in one pass."""
+        return self.max_step_tokens or max(_STEP_TOKENS, self.max_batch_size)
 
     @property
     def max_under_way(self) -> int:

@@ -5,12 +5,14 @@ Knows the engine and answers. Knows nothing of HTTP's forms.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, TimeoutError
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +21,6 @@ from moeflow.errors import ClosedModelError, ForkedProcessError, MoeflowError
 from moeflow.server.wire.errors import HttpError
 
 if TYPE_CHECKING:
-    import asyncio
-
     from moeflow.engine.engine import Engine
     from moeflow.engine.request import StepOutput
     from moeflow.engine.sampling_params import SamplingParams
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moeflow.server.answers import Answers
 
 _logger = logging.getLogger("moeflow.server")
+_GATHERING_S = 0.02  # in which an engine that was idle waits at most for requests that come with its first
 _LOOK_EVERY_S = 0.25  # at the figures, while steps run
 
 
@@ -62,6 +63,7 @@ class Worker:
     Args:
         engine: what answers; the worker closes it. One without images gets no request that has some.
         look: takes the engine's and the model's figures; called in the worker's thread.
+        all_read: waits, in an event loop, until it has submitted the requests that it has already received.
         kv_disk: folder in which the engine's kept keys and values are saved as it is closed; None for none.
 
     Attributes:
@@ -69,12 +71,20 @@ class Worker:
         refusal: why nothing more is answered; None while it is.
     """
 
-    def __init__(self, engine: Engine | EngineWithImages, look: Callable[[], Any], kv_disk: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine | EngineWithImages,
+        look: Callable[[], Any],
+        all_read: Callable[[], Coroutine[Any, Any, None]],
+        kv_disk: str | None = None,
+    ) -> None:
         self._engine = engine
         self._look = look
+        self._all_read = all_read
         self._kv_disk = kv_disk
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the last request that came to an idle engine
         self._places: dict[str, _Place] = {}  # the thread's alone
         self._num_under_way = 0
         self._ids = map("serve-{}".format, itertools.count(1))
@@ -100,6 +110,8 @@ class Worker:
         with self._changed:
             if self.refusal is not None:
                 raise self.refusal
+            if not self._num_under_way:
+                self._loop = answers.loop
             ids = [next(self._ids) for _ in asked]
             self._num_under_way += len(asked)
             for index, (id, one) in enumerate(zip(ids, asked, strict=True)):
@@ -156,10 +168,27 @@ class Worker:
         """Run the commands that have come, or wait for some; return False where the thread is to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._commands or self._closing or self._steps_left)
+            loop, self._loop = self._loop, None
+        if loop is not None and not self._steps_left:
+            self._gather(loop)
+        with self._changed:
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
         return not self._closing or bool(self._commands)
+
+    def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until requests that came together are all there: under offloading one pass for all costs as one does."""
+        reading = self._all_read()
+        try:
+            future = asyncio.run_coroutine_threadsafe(reading, loop)
+        except RuntimeError:  # the loop is closed
+            reading.close()
+            return
+        try:
+            future.result(_GATHERING_S)
+        except (TimeoutError, CancelledError):  # some are read for longer, or the loop ends
+            future.cancel()
 
     def _step(self) -> None:
         try:

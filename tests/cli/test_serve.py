@@ -175,6 +175,7 @@ def test_a_port_in_use_is_one_line(speaking_folder, capsys):
         (["--port", "70000"], "0 to 65535"),
         (["--port", "-1"], "0 to 65535"),
         (["--max-batch-size", "0"], "max_batch_size is 0"),
+        (["--max-step-tokens", "31"], "max_step_tokens is 31; it must be a whole number, at least max_batch_size (32)"),
         (["--max-waiting", "-1"], "max_waiting is -1"),
         (["--context", "1"], "context is 1"),
         (["--grace", "-1"], "grace_s is -1"),
