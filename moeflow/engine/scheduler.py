@@ -35,6 +35,14 @@ class SequenceMemory(Protocol):
         """Return how many of a sequence's first tokens others have left; 0 for too few to be copied."""
         ...
 
+    def num_reached(self, donor: Sequence, num_tokens: int) -> int:
+        """Return behind how many of a running sequence's first tokens, at most so many, another can go on."""
+        ...
+
+    def expect(self, donor: Sequence, num_tokens: int) -> None:
+        """Let a running sequence keep what another needs to go on behind so many of its tokens, once they are there."""
+        ...
+
     def share(self, donor: Sequence | None, receiver: Sequence, num_tokens: int) -> None:
         """Copy the first tokens' keys and values from a running sequence; from what others have left for None."""
         ...
@@ -166,11 +174,12 @@ class Scheduler:
     def _begin(self, sequence: Sequence, after: dict[Sequence, int], memory: SequenceMemory) -> bool:
         """Copy the longest known beginning into a sequence that has none; False where it waits for a longer one."""
         if not sequence.begun and self.share_prefixes and not sequence.scored:
-            donor, shared = self._longest(sequence, after)
+            donor, shared = self._longest(sequence, after, memory)
             kept = memory.num_kept(sequence)
             if kept >= shared:
                 donor, shared = None, kept
             if donor is not None and shared > donor.num_computed:
+                memory.expect(donor, shared)
                 return False  # a step later all of it is there
             if shared:
                 memory.share(donor, sequence, shared)
@@ -179,7 +188,9 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
         return True
 
-    def _longest(self, sequence: Sequence, after: dict[Sequence, int]) -> tuple[Sequence | None, int]:
+    def _longest(
+        self, sequence: Sequence, after: dict[Sequence, int], memory: SequenceMemory
+    ) -> tuple[Sequence | None, int]:
         """Find the running sequence that has, or has after this step, most of this prompt's beginning.
 
         The prompt's last token is never shared, nor are keys of another scaling; too few tokens count as none.
@@ -189,7 +200,11 @@ class Scheduler:
         for other, computed in after.items():
             limit = min(computed, len(prompt), len(other.prompt_ids)) if other.scaling == scaling else 0
             if limit > longest and other.prompt_ids[: longest + 1] == prompt[: longest + 1]:
-                best, longest = other, _common(other.prompt_ids, prompt, limit)
+                count = _common(other.prompt_ids, prompt, limit)
+                if count <= other.num_computed:
+                    count = memory.num_reached(other, count)
+                if count > longest:
+                    best, longest = other, count
         return best, longest if best is not None else 0
 
 
