@@ -5,6 +5,7 @@ Knows sequences, slots and the tree. Knows nothing of models or of who waits.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ _GROWTH = 1.5  # a slot that is full grows by this factor, where there is room
 class KeyValueMemory:
     """The slots of running sequences, and what is kept of others, inside one budget.
 
-    A slot begins with room for its sequence's tokens and a few more, and grows with it; in layers with a window it moves
-    on with it. What is kept leaves where a slot needs its room.
+    A slot begins with room for its sequence's tokens and a few more, and grows with it; layers with a window move on.
+    What is kept leaves where a slot needs its room.
 
     Args:
         layout: the layers that keep keys and values, by their number.
@@ -191,7 +192,8 @@ class KeyValueMemory:
             self.kept.copy(receiver.scaling, _may_copy(receiver)[:num_tokens], slot)
             self.counts["kept_hits"] += 1
         else:
-            _copy(slot, self._slots[donor.id], num_tokens, donor.num_computed)
+            slot.copy_from(self._slots[donor.id], num_tokens)
+            slot.place_window(self._slots[donor.id].window_parts(donor.num_computed), num_tokens)
         self.counts["shared_tokens"] += num_tokens
 
     def save(self, folder: Path, fingerprint: str) -> int:
@@ -239,23 +241,19 @@ class KeyValueMemory:
     def _keep(self, sequence: Sequence, slot: KeyValueSlot, num_positions: int) -> None:
         if not self.keeps or num_positions < MIN_SHARED_TOKENS:
             return
-        try:
+        with suppress(RuntimeError):  # there is less memory than the budget allows: it is computed again
             self.kept.keep(sequence.scaling, sequence.uniform_ids[:num_positions], slot)
-        except RuntimeError:  # there is less memory than the budget allows: it is computed again
-            pass
         while (surplus := max(self.kept_bytes - self._most_kept_bytes, -self._free_bytes())) > 0:
             self._drop(surplus)
         self._note_peak()
 
     def _num_fitting(self, sequence: Sequence, slot: KeyValueSlot, room: int) -> int:
         """Return how many of its computed positions a sequence may leave in so many bytes."""
-        count = sequence.num_computed
+        count, of_position = sequence.num_computed, self.sizes.plain_bytes
         left = room - sum(part.nbytes for part in slot.worth_keeping(count))
-        if left >= count * self.sizes.plain_bytes:
+        if left >= count * of_position:
             return count
-        return (
-            slot.last_place(count, min(count, max(0, left) // self.sizes.plain_bytes)) if self.sizes.plain_bytes else 0
-        )
+        return slot.last_place(count, left // of_position) if of_position and left > 0 else 0
 
     def _move(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
         """Move what a sequence has computed to host memory, where that pays; return whether it did."""
@@ -275,7 +273,8 @@ class KeyValueMemory:
 
     def _copy_timed(self, target: KeyValueSlot, source: KeyValueSlot) -> None:
         begin, count = time.perf_counter(), min(target.num_positions, source.num_positions)
-        _copy(target, source, count, count)
+        target.copy_from(source, count)
+        target.place_window(source.window_parts(count), count)
         for device in {tensor.device for tensor in target.keys.values() if tensor.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         self.speeds.saw_copy(self.sizes.bytes_of(count), time.perf_counter() - begin)
@@ -339,12 +338,6 @@ class KeyValueMemory:
 
     def _note_peak(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes + self.kept_bytes)
-
-
-def _copy(target: KeyValueSlot, source: KeyValueSlot, num_positions: int, num_written: int) -> None:
-    """Copy the first positions of a slot that has so many written to an empty one, of windows the last of them."""
-    target.copy_from(source, num_positions)
-    target.place_window(source.window_parts(num_written), num_positions)
 
 
 def _roomy(sequence: Sequence) -> int:

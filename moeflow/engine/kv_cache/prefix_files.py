@@ -153,9 +153,10 @@ def _both(
 
 def _named(run: Run) -> dict[str, torch.Tensor]:
     """Name the tensors of a run; those of a window have the first position's number at the end of their names."""
-    named = {}
-    for suffix, one in [("", run.slot), *((f".{part.begin}", part) for part in run.parts)]:
-        for name, tensors in (("keys", one.keys), ("values", one.values)):
+    named: dict[str, torch.Tensor] = {}
+    of_window = [(f".{part.begin}", part.keys, part.values) for part in run.parts]
+    for suffix, keys, values in [("", run.slot.keys, run.slot.values), *of_window]:
+        for name, tensors in (("keys", keys), ("values", values)):
             named |= {f"{layer}.{name}{suffix}": tensor for layer, tensor in tensors.items()}
     return named
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.kv_cache.memory import kv_budget
+from moeflow.engine.kv_cache.budget import kv_budget
 from moeflow.engine.serial.serial_runner import SerialRunner
 from moeflow.memory_size import MemorySize
 
