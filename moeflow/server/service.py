@@ -71,10 +71,7 @@ class Service:
         )
         if settings.kv_disk is not None:
             engine.load_kept(settings.kv_disk)
-        counts = engine.stats()
-        of_position = counts["kv_position_bytes"]
-        positions = counts["kv_budget_bytes"] // of_position if of_position else None
-        served = ServedModel(model, tokenizer, settings, positions)
+        served = ServedModel(model, tokenizer, settings, engine.stats()["kv_positions"])
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
         self._worker = Worker(engine, lambda: self._look(engine.stats), settings.kv_disk)
         self._model = served

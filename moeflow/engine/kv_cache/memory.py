@@ -57,7 +57,7 @@ class KeyValueMemory:
         most_new: int | None = None,
     ) -> None:
         self.sizes = SlotSizes(layout, most_new)
-        self.position_bytes = self.sizes.plain_bytes + self.sizes.window_bytes
+        self.position_bytes = sum(shape.position_bytes for shape in layout.values())
         if max_positions is not None:
             budget_bytes = min(budget_bytes, max_positions * self.position_bytes)
         self.budget_bytes = budget_bytes
@@ -133,11 +133,11 @@ class KeyValueMemory:
         In layers with a window, for those that the next pass computes, behind the window before them.
         """
         slot = self._slots[sequence.id]
-        if self._move_window(sequence, slot) and self._grow_plain(sequence, slot):
-            return True
-        if not self.sizes.window or sequence in self.refused:
-            return False
-        return self._move_window(sequence, slot, sparing=True) and self._grow_plain(sequence, slot)
+        ways = (False, True) if self.sizes.window else (False,)  # in the second way without what others may need
+        has_room = any(self._move_window(sequence, slot, one) and self._grow_plain(sequence, slot) for one in ways)
+        if has_room:
+            self.refused.pop(sequence, None)  # where it was only in the first way
+        return has_room
 
     def preempt(self, sequence: Sequence, grower: Sequence) -> None:
         """Take a sequence's slot so that another may grow: keep what there is room for, or move it to host memory.
@@ -217,7 +217,7 @@ class KeyValueMemory:
         self.refused.clear()
         self.kept.clear()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int | None]:
         """Return the counts, and bytes of slots and of what is kept."""
         return {
             **self.counts,
@@ -227,6 +227,7 @@ class KeyValueMemory:
             "kv_kept_tokens": self.kept.num_tokens,
             "kv_peak_bytes": self.peak_bytes,
             "kv_position_bytes": self.position_bytes,
+            "kv_positions": self.sizes.most_positions(self.budget_bytes),
         }
 
     def check_integrity(self) -> None:
@@ -279,13 +280,10 @@ class KeyValueMemory:
             torch.cuda.synchronize(device)
         self.speeds.saw_copy(self.sizes.bytes_of(count), time.perf_counter() - begin)
 
-    def _move_window(self, sequence: Sequence, slot: KeyValueSlot, *, sparing: bool = False) -> bool:
+    def _move_window(self, sequence: Sequence, slot: KeyValueSlot, sparing: bool) -> bool:
         """Let layers with a window have room for the next pass, behind what it sees; return whether there was memory.
 
-        Args:
-            sequence: whose next pass.
-            slot: its.
-            sparing: whether to hold no more than that, for no other sequence either.
+        Sparing, they hold no more than that, for no other sequence either.
         """
         move = self.sizes.next_window(sequence, slot, sparing=sparing)
         if move is None:

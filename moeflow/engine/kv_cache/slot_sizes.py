@@ -56,6 +56,13 @@ class SlotSizes:
         """Return the most bytes that a sequence of so many positions must have at once."""
         return self.plain_bytes * num_positions + self.window_bytes * min(num_positions, self._room)
 
+    def most_positions(self, num_bytes: int) -> int | None:
+        """Return the most positions of a sequence that fit into so many bytes; None for any number."""
+        in_all = num_bytes // (self.plain_bytes + self.window_bytes)
+        if not self.window or in_all <= self._room:
+            return in_all
+        return (num_bytes - self._room * self.window_bytes) // self.plain_bytes if self.plain_bytes else None
+
     def next_window(self, sequence: Sequence, slot: KeyValueSlot, *, sparing: bool) -> WindowMove | None:
         """Return how layers with a window get room for the next pass behind what it sees; None where they have it.
 

@@ -120,18 +120,18 @@ def test_equal_prompts_and_beginnings_under_way_are_computed_once(model, max_bat
 
 @pytest.mark.parametrize("moves", [False, True])
 def test_requests_that_give_way_go_on_as_if_nothing_had_happened(model, moves):
-    prompts, num_new = [tokens(40 + 20 * seed, seed) for seed in range(4)], 80
+    prompts, num_new = [tokens(20 + 5 * seed, seed) for seed in range(4)], 110
     params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
-    with Engine(model, max_batch_size=5, max_step_tokens=STEP, kv_memory=220 * 4 * LAYER_BYTES) as engine:
+    with Engine(model, max_batch_size=5, max_step_tokens=STEP, kv_memory=250 * 4 * LAYER_BYTES) as engine:
         engine._memory._moves = moves
         engine._memory.speeds.saw_prefill(1, 10.0)
         ids = [engine.add(prompt, params) for prompt in prompts]
         found = run(engine)
         assert [found[id].token_ids for id in ids] == [generated(model, prompt, num_new) for prompt in prompts]
         stats = engine.stats()
-        assert stats["preempted"] > 1
+        assert stats["preempted"] > 0
         assert (stats["moved"] > 0) == moves
-        assert stats["kv_peak_bytes"] <= 220 * 4 * LAYER_BYTES
+        assert stats["kv_peak_bytes"] <= 250 * 4 * LAYER_BYTES
         assert_empty(engine)
 
 
