@@ -39,6 +39,7 @@ def positions_in(engine, id):
     return [keys.shape[2] + aside * (layer % 2 == 0) for layer, keys in sorted(slot.keys.items())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_prompt", [30, 300])
 def test_layers_with_a_window_hold_no_more_than_that_and_a_piece_and_answers_are_those_of_generate(model, num_prompt):
     prompt, num_new = tokens(num_prompt, 1), 110
@@ -118,9 +119,10 @@ def test_equal_prompts_and_beginnings_under_way_are_computed_once(model, max_bat
         assert_empty(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moves", [False, True])
 def test_requests_that_give_way_go_on_as_if_nothing_had_happened(model, moves):
-    prompts, num_new = [tokens(20 + 5 * seed, seed) for seed in range(4)], 110
+    prompts, num_new = [tokens(20 + 5 * seed, seed) for seed in range(4)], 100
     params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
     with Engine(model, max_batch_size=5, max_step_tokens=STEP, kv_memory=250 * 4 * LAYER_BYTES) as engine:
         engine._memory._moves = moves
@@ -135,8 +137,9 @@ def test_requests_that_give_way_go_on_as_if_nothing_had_happened(model, moves):
         assert_empty(engine)
 
 
+@pytest.mark.slow
 def test_a_sequence_alone_runs_in_the_least_memory_that_it_may_have(model):
-    prompt, num_new = tokens(30, 1), 150
+    prompt, num_new = tokens(30, 1), 100
     with Engine(model, max_batch_size=2, max_step_tokens=STEP) as engine:
         least = engine._memory.sizes.bytes_of(len(prompt) + num_new - 1)
     with Engine(model, max_batch_size=2, max_step_tokens=STEP, kv_memory=least) as engine:
