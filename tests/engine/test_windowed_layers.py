@@ -193,8 +193,9 @@ def logits_of(model, prompts, num_tokens, most_new):
     return torch.cat(found), moved
 
 
-@pytest.mark.parametrize("step", ["python", pytest.param("auto", marks=pytest.mark.skipif(
-    instruction_set() is None, reason="the compiled kernels were not built"))])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
+@pytest.mark.parametrize("step", ["python", "auto"])
 def test_every_bit_is_that_of_layers_that_keep_all_positions(model, tmp_path, step):
     model.save_pretrained(tmp_path)
     loaded = load_moe(tmp_path, expert_memory="100%", predictor=None, step=step, device="cpu")
