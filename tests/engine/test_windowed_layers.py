@@ -81,19 +81,19 @@ def test_twice_as_long_a_request_fits_into_the_memory(model):
         assert engine.stats()["kv_peak_bytes"] <= all_positions
 
 
-def turn(engine, model, prompt):
+def turn(engine, model, prompt, num_new=NEW):
     """Answer a prompt, check the answer, and return it with the number of tokens that were kept."""
-    (completion,) = engine.generate([prompt], GREEDY)
-    assert completion.token_ids == generated(model, prompt)
+    (completion,) = engine.generate([prompt], SamplingParams(max_new_tokens=num_new, ignore_eos=True))
+    assert completion.token_ids == generated(model, prompt, num_new)
     assert_empty(engine)
     return completion.token_ids, completion.cached_tokens
 
 
 def test_conversations_go_on_where_a_window_is_kept(model):
     with Engine(model, max_batch_size=2, max_step_tokens=STEP) as engine:
-        first = tokens(100, 1)
-        answer, _ = turn(engine, model, first)
-        assert turn(engine, model, [*first, *answer, *tokens(90, 2)])[1] == 100 + NEW - 1
+        first, num_new = tokens(100, 1), 70  # more than the margin before the answer's end reaches
+        answer, _ = turn(engine, model, first, num_new)
+        assert turn(engine, model, [*first, *answer, *tokens(90, 2)])[1] == 100 + num_new - 1
         assert turn(engine, model, first)[1] == 99, "the same again"
         assert turn(engine, model, [*first, *tokens(9, 3)])[1] == 100, "without the answer"
         assert turn(engine, model, [*first[:80], *tokens(9, 4)])[1] == 80, "a little before the end of the prompt"
@@ -107,15 +107,15 @@ def test_where_prompts_part_without_a_window_it_is_computed_once_more_and_then_k
         assert engine.stats()["kv_kept_tokens"] == 200 + 4 * (60 + NEW - 1), "no token is kept twice"
 
 
-@pytest.mark.parametrize(("max_batch_size", "parted"), [(1, 0), (5, 90)])
+@pytest.mark.parametrize(("max_batch_size", "parted"), [(1, 0), (5, 140)])
 def test_equal_prompts_and_beginnings_under_way_are_computed_once(model, max_batch_size, parted):
-    begin = tokens(150, 1)
-    prompts = [*[[*begin, 5]] * 3, [*begin, *tokens(40, 2)], [*begin[:90], *tokens(70, 3)]]
+    begin = tokens(250, 1)
+    prompts = [*[[*begin, 5]] * 3, [*begin, *tokens(40, 2)], [*begin[:140], *tokens(70, 3)]]
     with Engine(model, max_batch_size=max_batch_size, max_step_tokens=64) as engine:
         ids = [engine.add(prompt, GREEDY) for prompt in prompts]
         found = run(engine)
         assert [found[id].token_ids for id in ids] == [generated(model, prompt) for prompt in prompts]
-        assert [found[id].cached_tokens for id in ids] == [0, 150, 150, 150, parted]
+        assert [found[id].cached_tokens for id in ids] == [0, 250, 250, 250, parted]
         assert_empty(engine)
 
 

@@ -20,7 +20,14 @@ def positions(stretches):
 
 
 def needed(place, window=WINDOW):
-    return set(range(first_needed(place, window), place))
+    """The positions that the next one sees, without itself."""
+    return {position for position in range(place) if place - position < window}
+
+
+def test_the_first_position_that_is_needed_is_the_first_that_the_next_one_sees():
+    for place in range(20):
+        for window in range(1, 12):
+            assert set(range(first_needed(place, window), place)) == needed(place, window)
 
 
 @given(STRETCHES, st.integers(0, 40), st.integers(0, 9))
