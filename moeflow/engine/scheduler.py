@@ -143,7 +143,7 @@ class Scheduler:
         left = self.max_step_tokens - len(pieces)
         after = {one: one.num_computed for one in self.running}  # positions, once the step has ended
         for one in self.running:
-            if one.decoding or not left or not self._begin(one, after, memory):
+            if one.decoding or not self._begin(one, after, memory, left):
                 continue
             tokens = one.uncomputed(left)
             after[one] = one.num_computed + len(tokens)
@@ -171,19 +171,31 @@ class Scheduler:
                 self._preempted.insert(0, worst)
         return len(self.running) == before
 
-    def _begin(self, sequence: Sequence, after: dict[Sequence, int], memory: SequenceMemory) -> bool:
-        """Copy the longest known beginning into a sequence that has none; False where it waits for a longer one."""
+    def _begin(self, sequence: Sequence, after: dict[Sequence, int], memory: SequenceMemory, left: int) -> bool:
+        """Copy the longest known beginning into a sequence that has none; False where it waits, for tokens or for one.
+
+        Args:
+            sequence: which.
+            after: positions of each running sequence, once the step has ended.
+            memory: where they lie.
+            left: tokens that the step still takes.
+        """
         if not sequence.begun and self.share_prefixes and not sequence.scored:
             donor, shared = self._longest(sequence, after, memory)
+            if donor is not None and donor.num_computed < shared < after[donor]:
+                memory.expect(donor, shared)
+            if not left:
+                return False
             kept = memory.num_kept(sequence)
             if kept >= shared:
                 donor, shared = None, kept
             if donor is not None and shared > donor.num_computed:
-                memory.expect(donor, shared)
                 return False  # a step later all of it is there
             if shared:
                 memory.share(donor, sequence, shared)
                 sequence.num_computed = shared
+        if not left:
+            return False
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         return True
