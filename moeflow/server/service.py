@@ -86,12 +86,9 @@ class Service:
         )
         if settings.kv_disk is not None:
             engine.load_kept(settings.kv_disk)
-        counts = engine.stats()
-        of_position = counts["kv_position_bytes"]
-        positions = counts["kv_budget_bytes"] // of_position if of_position else None
-        served = ServedModel(model, tokenizer, settings, positions, processor, no_images)
+        served = ServedModel(model, tokenizer, settings, engine.stats()["kv_positions"], processor, no_images)
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
-        self._worker = Worker(engine, lambda: self._look(engine.stats), self._all_read, settings.kv_disk)
+        self._worker = Worker(engine, lambda: self._look(engine.stats), self._when_read, settings.kv_disk)
         self._model = served
 
     def tell(self, stage: str) -> None:
@@ -156,12 +153,19 @@ class Service:
         finally:
             self._being_read.discard(read)
 
-    async def _all_read(self) -> None:
-        """Wait until the event loop has handed over the requests that it has already received."""
-        quiet = 0
-        while quiet < _QUIET_TURNS:
-            quiet = 0 if self._being_read else quiet + 1
-            await asyncio.sleep(_READING_S if self._being_read else 0)
+    def _when_read(self, tell: Callable[[], None], until_s: float, quiet_turns: int = 0) -> None:
+        """Tell, in the event loop, when it has submitted the requests that it has already received; not after a time.
+
+        Callbacks, and no task: a loop that ends drops them.
+        """
+        loop = asyncio.get_running_loop()
+        if self._being_read:
+            if time.perf_counter() < until_s:
+                loop.call_later(_READING_S, self._when_read, tell, until_s)
+        elif quiet_turns < _QUIET_TURNS:
+            loop.call_soon(self._when_read, tell, until_s, quiet_turns + 1)
+        else:
+            tell()
 
     def submit(self, asked: list[Asked]) -> Answers:
         """Have requests answered.

@@ -11,8 +11,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError, TimeoutError
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,7 +62,8 @@ class Worker:
     Args:
         engine: what answers; the worker closes it. One without images gets no request that has some.
         look: takes the engine's and the model's figures; called in the worker's thread.
-        all_read: waits, in an event loop, until it has submitted the requests that it has already received.
+        when_read: called in an event loop; calls what it is given when the loop has submitted the requests that it has
+            already received, if that is before a time of perf_counter.
         kv_disk: folder in which the engine's kept keys and values are saved as it is closed; None for none.
 
     Attributes:
@@ -75,12 +75,12 @@ class Worker:
         self,
         engine: Engine | EngineWithImages,
         look: Callable[[], Any],
-        all_read: Callable[[], Coroutine[Any, Any, None]],
+        when_read: Callable[[Callable[[], None], float], None],
         kv_disk: str | None = None,
     ) -> None:
         self._engine = engine
         self._look = look
-        self._all_read = all_read
+        self._when_read = when_read
         self._kv_disk = kv_disk
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
@@ -179,16 +179,12 @@ class Worker:
 
     def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait until requests that came together are all there: under offloading one pass for all costs as one does."""
-        reading = self._all_read()
+        read = threading.Event()
         try:
-            future = asyncio.run_coroutine_threadsafe(reading, loop)
+            loop.call_soon_threadsafe(self._when_read, read.set, time.perf_counter() + _GATHERING_S)
         except RuntimeError:  # the loop is closed
-            reading.close()
             return
-        try:
-            future.result(_GATHERING_S)
-        except (TimeoutError, CancelledError):  # some are read for longer, or the loop ends
-            future.cancel()
+        read.wait(_GATHERING_S)  # some are read for longer, or the loop ends
 
     def _step(self) -> None:
         try:

@@ -13,7 +13,7 @@ from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Images
 from moeflow.engine.serial.serial_engine import SerialEngine
 
-_OF_TEXTS = ("kv_position_bytes",)  # which a serial engine has not
+_OF_TEXTS = ("kv_position_bytes", "kv_positions")  # which a serial engine has not
 
 
 class EngineWithImages:

@@ -214,7 +214,7 @@ class FamilyCaches:
         self._running.clear()
         self.kept.clear()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int | None]:
         """Return the counts, and bytes of the running sequence and of what is kept, as an engine's other memory."""
         return {
             **self.counts,
@@ -224,6 +224,7 @@ class FamilyCaches:
             "kv_kept_tokens": self.kept.num_tokens,
             "kv_peak_bytes": self.peak_bytes,
             "kv_position_bytes": self.position_bytes,
+            "kv_positions": None,
         }
 
     def check_integrity(self) -> None:

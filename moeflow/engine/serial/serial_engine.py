@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.kv_cache.memory import kv_budget
+from moeflow.engine.kv_cache.budget import kv_budget
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Images
 from moeflow.engine.serial.serial_runner import SerialRunner
