@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.kv_cache.memory import kv_budget
+from moeflow.engine.kv_cache.budget import kv_budget
 from moeflow.engine.serial.engine_with_images import EngineWithImages
 from moeflow.engine.serial.serial_engine import SerialEngine
 from moeflow.errors import UnsupportedModelError
