@@ -34,8 +34,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if missing is not None:
         findings.append(Finding("model", arguments.model, BROKEN, str(missing), "give its folder, or download it"))
     if arguments.deep and folder is not None:
+        from transformers.utils import logging
+
         from moeflow.doctor.check_model import check_model
 
+        logging.disable_progress_bar()  # of the trial's loading, beside our own
         with share_progress(f"reading {folder.name}") as progress:
             findings += check_model(folder, progress)
     profile = None

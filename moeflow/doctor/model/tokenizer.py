@@ -31,7 +31,7 @@ def check_tokenizer(folder: Path, vocab_size: int | None, found: list[Finding]) 
     try:
         tokenizer = load_tokenizer(folder)
         ids = encode_text(tokenizer, PROMPT)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
     except MoeflowError as error:
         found.append(Finding("tokenizer", str(folder), BROKEN, str(error), _DOWNLOAD))
         return None

@@ -48,7 +48,8 @@ def check_trial(folder: Path, tokenizer: PreTrainedTokenizerBase | None, found: 
             )  # fmt: skip
             seconds = time.perf_counter() - loaded
     except MoeflowError as error:
-        found.append(Finding("trial", "it failed", BROKEN, str(error), "mend what is named above first"))
+        remedy = "mend what else is named; if that is nothing, download the model again"
+        found.append(Finding("trial", "it failed", BROKEN, str(error), remedy))
         return
     finite = all(bool(torch.isfinite(logits).all()) for logits in output.logits)
     written = output.sequences[0, len(ids) :]
