@@ -3,6 +3,8 @@
 Knows kernels. Knows nothing of models.
 """
 
+from itertools import cycle
+
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +32,7 @@ def dense_speeds(seconds: float) -> tuple[float, float]:
     token, tokens = (torch.randn(count, _SHAPE[1]).bfloat16() for count in (1, _MANY_TOKENS))
     multiply = F.linear if library() is None else cpu.linear
     with torch.inference_mode():
-        all_once = median_seconds(lambda: [multiply(token, weight, None) for weight in weights], seconds / 2)
+        turn = cycle(weights)
+        one = median_seconds(lambda: multiply(token, next(turn), None), seconds / 2)
         many = median_seconds(lambda: F.linear(tokens, weights[0]), seconds / 2)
-    return len(weights) * matrix.nbytes / all_once, 2 * _MANY_TOKENS * matrix.numel() / many
+    return matrix.nbytes / one, 2 * _MANY_TOKENS * matrix.numel() / many

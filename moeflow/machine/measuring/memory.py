@@ -3,6 +3,7 @@
 Knows torch's threads and the sizes of caches. Knows nothing of weights.
 """
 
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from moeflow.kernels.cpu.library import library
 from moeflow.machine.measuring.timing import median_seconds
 
 _LEAST_BYTES, _MOST_BYTES = 32 << 20, 1 << 30
+_PIECE_BYTES, _THREADS_BYTES = 16 << 20, 4 << 20  # of a reading: short, so that the system seldom interrupts it
 
 
 def last_level_cache_bytes() -> int:
@@ -23,7 +25,7 @@ def last_level_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def beyond_cache_bytes(times: int = 4) -> int:
+def beyond_cache_bytes(times: int = 8) -> int:
     """Return the size of a block that no cache holds, and that leaves room in memory.
 
     Args:
@@ -44,13 +46,15 @@ def memory_read(most_threads: int, seconds: float) -> dict[int, float]:
         Threads -> bytes a second. torch's threads are as many as before.
     """
     counts = sorted({2**power for power in range(most_threads.bit_length())} | {most_threads})
-    block, before = torch.ones(beyond_cache_bytes(8) // 8, dtype=torch.int64), torch.get_num_threads()
+    block, before = torch.ones(beyond_cache_bytes() // 8, dtype=torch.int64), torch.get_num_threads()
     scan = torch.sum if library() is None else cpu.read
     try:
         found = {}
         for count in counts:
             torch.set_num_threads(count)
-            found[count] = block.nbytes / median_seconds(lambda: scan(block), seconds / len(counts))
+            pieces = block.split(max(count * _THREADS_BYTES, _PIECE_BYTES) // 8)
+            turn = cycle(pieces[:-1] or pieces)  # the last one may be shorter
+            found[count] = pieces[0].nbytes / median_seconds(lambda turn=turn: scan(next(turn)), seconds / len(counts))
     finally:
         torch.set_num_threads(before)
     return found
