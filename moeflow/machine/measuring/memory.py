@@ -47,14 +47,26 @@ def memory_read(most_threads: int, seconds: float) -> dict[int, float]:
     """
     counts = sorted({2**power for power in range(most_threads.bit_length())} | {most_threads})
     block, before = torch.ones(beyond_cache_bytes() // 8, dtype=torch.int64), torch.get_num_threads()
-    scan = torch.sum if library() is None else cpu.read
     try:
         found = {}
         for count in counts:
             torch.set_num_threads(count)
-            pieces = block.split(max(count * _THREADS_BYTES, _PIECE_BYTES) // 8)
-            turn = cycle(pieces[:-1] or pieces)  # the last one may be shorter
-            found[count] = pieces[0].nbytes / median_seconds(lambda turn=turn: scan(next(turn)), seconds / len(counts))
+            found[count] = _read_rate(block, count, seconds / len(counts))
     finally:
         torch.set_num_threads(before)
     return found
+
+
+def _read_rate(block: torch.Tensor, num_threads: int, seconds: float) -> float:
+    """Return bytes a second of readings of a block, piece by piece."""
+    pieces = block.split(max(num_threads * _THREADS_BYTES, _PIECE_BYTES) // 8)
+    turn = cycle(pieces[:-1] or pieces)  # the last one may be shorter
+
+    def read() -> None:
+        piece = next(turn)
+        if library() is None:
+            piece.sum()
+        else:
+            cpu.read(piece)
+
+    return pieces[0].nbytes / median_seconds(read, seconds)
