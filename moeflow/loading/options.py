@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.errors import ConfigError
-from moeflow.loading.gpus import check_gpu
+from moeflow.machine.gpus import check_gpu
 from moeflow.memory_size import MemorySize, parse_kv_memory, parse_memory
 
 if TYPE_CHECKING:
