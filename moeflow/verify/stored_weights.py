@@ -30,7 +30,7 @@ class StoredWeights:
 
     def file(self, layer: int, expert: int) -> str:
         """Return the file that an expert begins in."""
-        return str(self._store.files[next(self._store.layers[layer].pieces()).files[expert]])
+        return str(self._store.file_of(ExpertKey(layer, expert)))
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Return one expert's parameters, as the module has them; raises ExpertReadError as the store does."""

@@ -89,9 +89,7 @@ def load_for_passes(
     if expert_memory is None:
         empty = folder.empty_model()
         expert_memory = layer_bytes(folder, empty)
-    return load_moe(
-        folder.path, dtype=dtype, device=device, expert_memory=expert_memory, predictor=None, step="python"
-    )
+    return load_moe(folder.path, dtype=dtype, device=device, expert_memory=expert_memory, predictor=None, step="python")
 
 
 def layer_bytes(folder: ModelFolder, empty: Any) -> int:

@@ -114,9 +114,7 @@ class _OfOneExpert:
         return getattr(self._model, name)
 
 
-def _sources(
-    feeding: Feeding, expert: int, num_experts: int
-) -> list[tuple[str, list[tuple[str, int]], bool]]:
+def _sources(feeding: Feeding, expert: int, num_experts: int) -> list[tuple[str, list[tuple[str, int]], bool]]:
     """Return the tensors that feed one expert, by source pattern: (pattern, [(name, file)], whether they are stacked).
 
     One list of experts may feed several modules, in equal parts.
