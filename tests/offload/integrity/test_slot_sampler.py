@@ -45,7 +45,8 @@ def test_a_sound_runtime_has_no_difference_and_looks_at_every_copy_drawn(experts
                     fetch(runtime, layer, [expert], values)
                     found = sampled(runtime)
         assert found["checked"] == 2 * NUM_LAYERS * NUM_EXPERTS
-        assert found["differing"] == 0 and found["named"] == []
+        assert found["differing"] == 0
+        assert found["named"] == []
         assert found["checked_bytes"] == found["checked"] * 4032
 
 
@@ -56,7 +57,8 @@ def test_a_corrupt_slot_is_named_with_file_layer_expert_and_slot(experts_file, c
         fetch_each(runtime)
         found, slot = sampled(runtime), runtime.cache.slots[FLIPPED]
     expected = {"file": str(path), "layer": 1, "path": "layers.1", "expert": 4, "slot": slot}
-    assert found["differing"] == 1 and found["named"] == [expected]
+    assert found["differing"] == 1
+    assert found["named"] == [expected]
     (record,) = caplog.records
     for word in (str(path), "MoE layer 1", "expert 4", f"slot {slot}"):
         assert word in record.getMessage()
