@@ -1,6 +1,7 @@
 """Experts on disk that arrive in their slots with one bit changed, as bad memory does it; all other reads are right."""
 
 import threading
+from typing import ClassVar
 
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey
@@ -13,7 +14,7 @@ class FlippingStore(ExpertStore):
         flips: {expert: (byte, bit)} of its record.
     """
 
-    flips: dict[ExpertKey, tuple[int, int]] = {}
+    flips: ClassVar[dict[ExpertKey, tuple[int, int]]] = {}
 
     def read(self, key, record, **how):
         num_bytes = super().read(key, record, **how)

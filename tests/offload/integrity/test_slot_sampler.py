@@ -1,7 +1,8 @@
-"""Slots are compared with their source: what differs is named, what moved is not judged, and no bit of output changes."""
+"""Slots are compared with their source: what differs is named, what moved is not judged; the output keeps its bits."""
 
 import logging
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -115,9 +116,8 @@ def test_what_is_looked_at_is_drawn_with_a_seed_and_bounded_by_bytes(experts_fil
     path, values = experts_file
 
     def looked_at(share, bytes_per_s):
-        with build(
-            path, 4, sampling=lambda *parts: SlotSampler(*parts, share=share, bytes_per_s=bytes_per_s)
-        ) as runtime:
+        sampling = partial(SlotSampler, share=share, bytes_per_s=bytes_per_s)
+        with build(path, 4, sampling=sampling) as runtime:
             seen = []
             for layer in range(NUM_LAYERS):
                 for expert in range(NUM_EXPERTS):
@@ -140,5 +140,5 @@ def test_a_closed_runtime_leaves_no_thread(experts_file):
 
 
 def test_an_unknown_mode_is_refused(mixtral_folder):
-    with pytest.raises(ConfigError, match="integrity='always' is unknown. Allowed: off, sample"):
+    with pytest.raises(ConfigError, match="integrity='always' is unknown"):
         load_moe(mixtral_folder, integrity="always")
