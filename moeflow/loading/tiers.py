@@ -22,8 +22,8 @@ from moeflow.offload.arena.device_governor import DeviceGovernor, DeviceMeter
 from moeflow.offload.arena.governor import Governor
 from moeflow.offload.arena.memory_governor import MemoryGovernor
 from moeflow.offload.arena.segmented_pool import SegmentedPool
+from moeflow.offload.copies.slot_sampler import SlotSampler
 from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
-from moeflow.offload.integrity.slot_sampler import SlotSampler
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.offload.slot_pool import SlotPool

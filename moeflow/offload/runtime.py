@@ -17,10 +17,10 @@ from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, records_of
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
 from moeflow.offload.arena.governor import Governor
+from moeflow.offload.copies.slot_sampler import SlotSampler
 from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.host_tier import HostTier
-from moeflow.offload.integrity.slot_sampler import SlotSampler
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.residency import Residency
 from moeflow.offload.resident_table import ResidentTable

@@ -15,12 +15,12 @@ import numpy as np
 from moeflow.checkpoint.reading.parts import one_by_one
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, Tier
+from moeflow.offload.copies.read_threads import ReadingThreads
+from moeflow.offload.copies.slot_sampler import SlotSampler
+from moeflow.offload.copies.transfer import Transfer, Work
 from moeflow.offload.host_tier import HostTier
-from moeflow.offload.integrity.slot_sampler import SlotSampler
-from moeflow.offload.read_threads import ReadingThreads
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfer import Transfer, Work
 
 _log = logging.getLogger(__name__)
 _PART_BYTES = 1 << 20  # of a read, behind which a copy to a device begins

@@ -2,5 +2,5 @@
 lossless dense weights.
 
 Knows nothing of experts' places, budgets or requests. `moe/`, `step/`, `trace/`, `calibration/`, `loading/`, `engine/`,
-`chat/`, `batch/` and `server/` import it.
+`verify/`, `chat/`, `batch/` and `server/` import it.
 """

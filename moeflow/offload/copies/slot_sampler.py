@@ -20,9 +20,9 @@ import numpy as np
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, RecordLayout, align_up
 from moeflow.errors import MoeflowError
+from moeflow.offload.copies.transfer import Transfer
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfer import Transfer
 from moeflow.policy.cache import ExpertCache
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from moeflow import load_moe
 from moeflow.convert.pack import pack_model
 from moeflow.core import ExpertKey, Tier
 from moeflow.errors import ConfigError
-from moeflow.offload.integrity.slot_sampler import SlotSampler
-from moeflow.offload.transfer import Transfer
+from moeflow.offload.copies.slot_sampler import SlotSampler
+from moeflow.offload.copies.transfer import Transfer
 
 FLIPPED = ExpertKey(1, 4)
 
