@@ -13,6 +13,7 @@ import torch
 
 from moeflow.checkpoint.float_source import float_sources
 from moeflow.checkpoint.lossless_source import any_lossless
+from moeflow.errors import UnsupportedModelError
 from moeflow.hf import experts_interface
 from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.hf.model_folder import ModelFolder
@@ -109,10 +110,14 @@ def measure_cost(
         ConfigError: no text, or a folder of another model.
         CheckpointError: a folder is damaged, or has no tokenizer.
         ExpertReadError: an expert cannot be read.
+        UnsupportedModelError: the model has no head that predicts tokens.
     """
     folder, other = ModelFolder(model), ModelFolder(against)
     rows = token_rows(folder.path, text, num_tokens)
     loaded = load_for_passes(folder, dtype=dtype, device=device, expert_memory=expert_memory)
+    if loaded.get_output_embeddings() is None:
+        loaded.moeflow.close()
+        raise UnsupportedModelError(f"{folder.path} predicts no tokens: what its experts cost cannot be told so.")
     with loaded.moeflow, _open_experts(other, loaded, expert_memory) as runtime:
         modules = experts_interface.experts_modules(loaded)
         other_experts = [OffloadedExperts(runtime, layer, module) for layer, (_, module) in enumerate(modules)]
