@@ -164,4 +164,5 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _broken(error: BaseException, host: str) -> LostError:
-    return LostError(f"the connection to {host} failed ({brief(f'{type(error).__name__}: {error}')})")
+    reason = " ".join(f"{type(error).__name__}: {error.args[0] if error.args else ''}".split())
+    return LostError(f"the connection to {host} failed ({brief(reason)})")

@@ -67,8 +67,11 @@ class Hub:
         self.requests: list[Request] = []
         self.fault: Callable[[Request], Fault | None] = lambda request: None
         self.latency_s = 0.0
+        self.total_sent = 0
+        self.on_sent: Callable[[int], None] = lambda total: None  # called with the bytes of files sent so far
         self.listed: dict[str, dict] = {}  # entries of the list that are lies
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
+        self.busy = 0  # answers with bytes of files that are on their way
         self._digests: dict = {}
         self._servers = [_server(self, "hub"), _server(self, "other")]
         self.url, self.other_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
@@ -108,6 +111,7 @@ class Hub:
     def sent(self, name: str | None = None) -> int:
         """Return how many bytes of a file, or of all, were sent."""
         with self.lock:
+            assert self.lock.wait_for(lambda: not self.busy, 60)
             return sum(request.sent for request in self.requests if name in (None, request.name))
 
     def close(self) -> None:
@@ -144,6 +148,17 @@ def _server(owner: Hub, host: str) -> _Server:
     return server
 
 
+def _tree(listing: dict) -> list[dict]:
+    """Return the listing as the API for a tree gives it."""
+    found = []
+    for one in listing["siblings"]:
+        entry = {"type": "file", "path": one["rfilename"], "size": one["size"], "oid": one["blobId"]}
+        if "lfs" in one:
+            entry["lfs"] = {"oid": one["lfs"]["sha256"], "size": one["size"], "pointerSize": 130}
+        found.append(entry)
+    return found
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 1 << 16
@@ -152,6 +167,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format, *args) -> None:
         """Tell nothing."""
+
+    def do_HEAD(self) -> None:
+        """Answer without a body."""
+        self.do_GET()
 
     def do_GET(self) -> None:
         """Answer."""
@@ -174,17 +193,22 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.hub.files:
             return self._plain(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
         if self.host_name == "hub" and self.hub.size(name) > self.hub.small:
-            linked = {"X-Linked-ETag": f'"{self.hub.sha256(name)}"', "X-Linked-Size": str(self.hub.size(name))}
+            linked = {
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-ETag": f'"{self.hub.sha256(name)}"',
+                "X-Linked-Size": str(self.hub.size(name)),
+            }
             return self._plain(request, 302, b"", {"Location": f"{self.hub.other_url}/files/{name}?signed=1", **linked})
         return self._file(request, fault or Fault())
 
     def _api(self, request: Request, path: str) -> None:
-        found = re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path)
+        found = re.fullmatch(r"/api/models/(.+?)(?:/(?:revision|tree)/(.+))?", path)
         if found[1] != ID:
             return self._plain(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
         if (found[2] or "main") not in self.hub.commits:
             return self._plain(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
-        body = json.dumps(self.hub.listing(found[2] or "main")).encode()
+        listing = self.hub.listing(found[2] or "main")
+        body = json.dumps(_tree(listing) if "/tree/" in path else listing).encode()
         return self._plain(request, 200, body, {"Content-Type": "application/json"})
 
     def _plain(self, request: Request, status: int, body: bytes, headers: dict) -> None:
@@ -193,12 +217,14 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
 
     def _file(self, request: Request, fault: Fault) -> None:
         content = self.hub.files[request.name] if fault.content is None else fault.content
         size = len(content) if isinstance(content, bytes) else os.path.getsize(content)
         etag = hashlib.md5(content).hexdigest() if isinstance(content, bytes) else f"{size:x}"
+        if self.host_name == "hub" and fault.content is None:
+            etag = self.hub.git_id(request.name)
         begin, end, status = 0, size, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
         same = request.headers.get("if-range", f'"{etag}"') == f'"{etag}"'
@@ -207,7 +233,12 @@ class _Handler(BaseHTTPRequestHandler):
         if begin > size:
             return self._plain(request, 416, b"", {"Content-Range": f"bytes */{size}"})
         request.begin, request.end, request.status = begin, end, status
-        headers = {"Content-Length": str(end - begin), "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        headers = {
+            "Content-Length": str(end - begin),
+            "ETag": f'"{etag}"',
+            "Accept-Ranges": "bytes",
+            "X-Repo-Commit": COMMIT,
+        }
         if status == 206:
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
         self.send_response(status)
@@ -216,9 +247,30 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.flush()
         last = end if fault.drop_after is None else min(end, begin + fault.drop_after)
-        self._send(request, content, begin, last)
+        if self.command == "HEAD":
+            return
+        with self._busy():
+            self._send(request, content, begin, last)
         if last < end:
             self.close_connection = True
+
+    @contextmanager
+    def _busy(self):
+        with self.hub.lock:
+            self.hub.busy += 1
+        try:
+            yield
+        finally:
+            with self.hub.lock:
+                self.hub.busy -= 1
+                self.hub.lock.notify_all()
+
+    def _count(self, request: Request, num_bytes: int) -> None:
+        with self.hub.lock:
+            request.sent += num_bytes
+            self.hub.total_sent += num_bytes
+            total = self.hub.total_sent
+        self.hub.on_sent(total)
 
     def _send(self, request: Request, content, begin: int, end: int) -> None:
         if isinstance(content, bytes):
@@ -226,13 +278,13 @@ class _Handler(BaseHTTPRequestHandler):
             while begin < end:
                 count = self.connection.send(view[begin : min(end, begin + (1 << 20))])
                 begin += count
-                request.sent += count
+                self._count(request, count)
             return
         with open(content, "rb") as file:
             while begin < end:
                 count = os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
                 begin += count
-                request.sent += count
+                self._count(request, count)
 
 
 def main() -> None:
