@@ -71,7 +71,7 @@ class Hub:
         self.on_sent: Callable[[int], None] = lambda total: None  # called with the bytes of files sent so far
         self.listed: dict[str, dict] = {}  # entries of the list that are lies
         self.lock = threading.Condition()
-        self.busy = 0  # answers with bytes of files that are on their way
+        self.busy = self.most_at_once = 0  # answers with bytes of files that are on their way
         self._digests: dict = {}
         self._servers = [_server(self, "hub"), _server(self, "other")]
         self.url, self.other_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
@@ -193,11 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.hub.files:
             return self._plain(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
         if self.host_name == "hub" and self.hub.size(name) > self.hub.small:
-            linked = {
-                "X-Repo-Commit": COMMIT,
-                "X-Linked-ETag": f'"{self.hub.sha256(name)}"',
-                "X-Linked-Size": str(self.hub.size(name)),
-            }
+            linked = {"X-Linked-ETag": f'"{self.hub.sha256(name)}"', "X-Linked-Size": str(self.hub.size(name))}
+            linked["X-Repo-Commit"] = COMMIT
             return self._plain(request, 302, b"", {"Location": f"{self.hub.other_url}/files/{name}?signed=1", **linked})
         return self._file(request, fault or Fault())
 
@@ -258,6 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _busy(self):
         with self.hub.lock:
             self.hub.busy += 1
+            self.hub.most_at_once = max(self.hub.most_at_once, self.hub.busy)
         try:
             yield
         finally:

@@ -83,7 +83,7 @@ def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(server, tmp_pa
 
 def test_what_never_comes_is_given_up(server, tmp_path):
     server.fault = first(Fault(drop_after=0), 10_000)
-    refused(tmp_path, "could not be fetched.*early.*tries", patience_s=0.6)
+    refused(tmp_path, "could not be fetched.*Incomplete.*tries", patience_s=0.6)
     server.fault = lambda request: None
     assert fetch(server, tmp_path).fetched_bytes <= 12_000_027
 
@@ -96,15 +96,9 @@ def test_a_refusal_by_the_other_host_ends_it(server, tmp_path, status, said):
 
 def test_an_address_that_ran_out_is_asked_for_anew(server, tmp_path):
     """The hub signs addresses for an hour; a download takes longer."""
-    seen = []
-
-    def ran_out(request):
-        seen.append(request.name) if large(request) else None
-        return Fault(403) if large(request) and len(seen) == 5 else None
-
-    server.fault = ran_out
+    server.fault = first(Fault(403), wanted=lambda request: large(request) and "if-range" in request.headers)
     fetch(server, tmp_path / "to")
-    assert len(seen) > 5
+    assert [request for request in server.requests if request.status == 403]
 
 
 def test_a_file_that_changes_in_between_begins_again_and_says_so(server, tmp_path, caplog):
@@ -128,21 +122,16 @@ def test_a_file_of_another_length_is_refused(server, tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    "headers",
-    [
-        {"Content-Range": "bytes 7-9/9000000"},
-        {"Content-Range": "nonsense"},
-        {"Content-Range": "bytes 0-8999999/9000000"},
-    ],
+    "sent", ["bytes 7-9/9000000", "nonsense", "bytes 0-8999999/9000000", "bytes 0-2097151/*, bytes 0-2097151/*"]
 )
-def test_a_range_that_was_not_asked_for_is_refused(server, tmp_path, headers):
-    server.fault = first(Fault(headers=headers), 10_000)
+def test_a_range_that_was_not_asked_for_is_refused(server, tmp_path, sent):
+    server.fault = first(Fault(headers={"Content-Range": sent}), 10_000)
     refused(tmp_path, "the server sends")
 
 
-def test_a_length_that_is_too_large_is_a_connection_that_breaks(server, tmp_path):
-    server.fault = first(lambda request: Fault(headers={"Content-Length": str(PIECE_BYTES + 5)}, drop_after=1 << 40), 1)
-    server.hang_up = True
+@pytest.mark.parametrize("length", [100, PIECE_BYTES - 1, PIECE_BYTES + 5, 1 << 40])
+def test_a_length_that_is_a_lie_changes_nothing(server, tmp_path, length):
+    server.fault = first(Fault(headers={"Content-Length": str(length)}), 3)
     fetch(server, tmp_path / "to")
 
 
