@@ -74,6 +74,9 @@ class SlotSampler:
         self._differing: list[dict[str, Any]] = []
         self._num_differing = 0
         self._memory: np.ndarray | None = None  # for a second read of a source
+        self._jobs: queue.SimpleQueue[_Job | None]
+        self._thread: threading.Thread | None
+        self._busy: bool
         self._begin()
 
     def begin_write(self, slot: int) -> None:
@@ -131,9 +134,7 @@ class SlotSampler:
         self._begin()
 
     def _begin(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._busy = False
+        self._jobs, self._thread, self._busy = queue.SimpleQueue(), None, False
 
     def _run(self, jobs: "queue.SimpleQueue[_Job | None]") -> None:
         while (job := jobs.get()) is not None:
