@@ -104,7 +104,7 @@ def _overhead(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         f"{ranged(ratio, 1, 5, 3)} of the time; {found['checked']} slots compared, {found['differing']} differ, "
         f"{share:.2%} of a core"
     )
-    return {"ratio": ratio, "seconds": times, "share_of_a_core": share, **found}
+    return {"ratio": ratio, "seconds_by_round": times, "share_of_a_core": share, **found}
 
 
 if __name__ == "__main__":
