@@ -1,5 +1,5 @@
 """CPU kernels: the compiled library, its argument structures, and the operations Python calls.
 
-Know records' formats. Know nothing of caches or models. `checkpoint/`, `hf/`, `loading/`, `moe/`,
-`step/` and `cli/` import them.
+Know records' formats. Know nothing of caches or models. `machine/`, `checkpoint/`, `hf/`, `loading/`, `moe/`,
+`step/`, `doctor/` and `cli/` import them.
 """

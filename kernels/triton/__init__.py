@@ -1,4 +1,4 @@
 """GPU kernels in Triton: decode, prefill, dequantisation, combine.
 
-Know formats and activations. Know nothing of slots or streams. Only `moe/` imports them.
+Know formats and activations. Know nothing of slots or streams. `moe/` and `doctor/` import them.
 """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import check_text
 
 ROLES = ("system", "user", "assistant")
+IMAGE_PART = "image_url"
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
@@ -66,11 +67,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entry
 
 
-def read_messages(messages: object) -> list[dict[str, str]]:
+def read_messages(
+    messages: object, read_image: Callable[[str, dict[str, Any]], Any] | None = None
+) -> list[dict[str, Any]]:
     """Return messages with "role" and "content", the texts of a content's parts joined.
 
     Args:
         messages: what a request's "messages" hold.
+        read_image: given what an error calls it and an image part of a user, returns the image; None where none are
+            read. A content that has some is a list of {"type": "text", "text"} and {"type": "image", "image"}.
 
     Raises:
         ConfigError: no messages, none of a user with words, or one holds something that no prompt could tell; the
@@ -78,13 +83,17 @@ def read_messages(messages: object) -> list[dict[str, str]]:
     """
     if not isinstance(messages, list) or not messages:
         raise ConfigError(f'its messages are {short(messages)}; they must be a list of {{"role", "content"}}')
-    read = [_message(place, message) for place, message in enumerate(messages, 1)]
-    if all(message["role"] != "user" or not message["content"].strip() for message in read):
+    read = [_message(place, message, read_image) for place, message in enumerate(messages, 1)]
+    if all(message["role"] != "user" or not _says(message["content"]) for message in read):
         raise ConfigError("its messages have none of a user with text in it")
     return read
 
 
-def _message(place: int, message: object) -> dict[str, str]:
+def _says(content: str | list[dict[str, Any]]) -> bool:
+    return bool(content.strip()) if isinstance(content, str) else True
+
+
+def _message(place: int, message: object, read_image: Callable[[str, dict[str, Any]], Any] | None) -> dict[str, Any]:
     name = f"message {place}"
     if not isinstance(message, dict):
         raise ConfigError(f'{name} is {short(message)}; it must be {{"role", "content"}}')
@@ -93,7 +102,18 @@ def _message(place: int, message: object) -> dict[str, str]:
         raise ConfigError(f"{name} has the role {short(role)}; it must be one of {', '.join(ROLES)}")
     refuse_unknown(message, ("role", "content"), name)
     if isinstance(content, list):
-        content = "".join(_part(f"part {number} of {name}", part) for number, part in enumerate(content, 1))
+        parts: list[dict[str, Any]] = []
+        for number, part in enumerate(content, 1):
+            what = f"part {number} of {name}"
+            if read_image is not None and isinstance(part, dict) and part.get("type") == IMAGE_PART:
+                if role != "user":
+                    raise ConfigError(f"messages has an image as {what}; images can be read in messages of a user")
+                parts.append({"type": "image", "image": read_image(what, part)})
+            else:
+                parts.append({"type": "text", "text": check_text(_part(what, part), what)})
+        if any(part["type"] == "image" for part in parts):
+            return {"role": role, "content": parts}
+        content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise ConfigError(f"{name} has {short(content)} as content; only text can be read")
     return {"role": role, "content": check_text(content, name)}

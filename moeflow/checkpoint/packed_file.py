@@ -83,6 +83,25 @@ def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
     Raises:
         CheckpointError: not a packed file, corrupt, truncated, or of another model or dtype.
     """
+    file, layers = folder / PACKED_FILE, packed_layers(folder)
+    if len(layers) != len(expected):
+        raise _foreign(file, f"it has {len(layers)} layers of experts, the model {len(expected)}")
+    if any(is_lossless(record) for source in layers for record in source.layout.records):
+        expected = [_in_bfloat16(layout) for layout in expected]  # what stayed as it was is computed from bfloat16, too
+    for source, wanted in zip(layers, expected, strict=True):
+        _compare(file, source.layout, wanted)
+    return layers
+
+
+def packed_layers(folder: Path) -> list[LayerSource]:
+    """Read a packed file's header, whatever the model.
+
+    Args:
+        folder: holds the packed file.
+
+    Raises:
+        CheckpointError: not a packed file, corrupt or truncated.
+    """
     file = folder / PACKED_FILE
     with _malformed_header(file):
         header, begin, size = _read_header(file)
@@ -90,12 +109,6 @@ def read_packed(folder: Path, expected: list[LayerLayout]) -> list[LayerSource]:
         end = _check_apart(layers, begin)
     if size < end:
         raise CheckpointError(f"{file} is truncated: {size:,} bytes on disk, {end:,} by its header. Write it again.")
-    if len(layers) != len(expected):
-        raise _foreign(file, f"it has {len(layers)} layers of experts, the model {len(expected)}")
-    if any(is_lossless(record) for source in layers for record in source.layout.records):
-        expected = [_in_bfloat16(layout) for layout in expected]  # what stayed as it was is computed from bfloat16, too
-    for source, wanted in zip(layers, expected, strict=True):
-        _compare(file, source.layout, wanted)
     return layers
 
 

@@ -78,7 +78,7 @@ def describe_installation() -> dict[str, Any]:
     from moeflow import hardware
     from moeflow.demo.model import default_demo_path
     from moeflow.kernels import cpu
-    from moeflow.loading.gpus import gpu_names, visible_devices
+    from moeflow.machine.gpus import gpu_names, visible_devices
 
     demo = default_demo_path()
     return {

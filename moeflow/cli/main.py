@@ -10,6 +10,7 @@ import sys
 from moeflow import __version__
 from moeflow.cli.batch import add_batch_command
 from moeflow.cli.chat import add_chat_commands
+from moeflow.cli.doctor import add_doctor_command
 from moeflow.cli.download import add_download_command
 from moeflow.cli.info import add_info_command
 from moeflow.cli.models import add_demo_model_command, add_pack_command
@@ -20,6 +21,7 @@ from moeflow.cli.quantize import add_quantize_command
 from moeflow.cli.serve import add_serve_command
 from moeflow.cli.tiers import add_tiers_command
 from moeflow.cli.trace import add_trace_commands
+from moeflow.cli.verify import add_verify_command
 from moeflow.errors import MoeflowError
 
 
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_chat_commands(commands)
     add_info_command(commands)
+    add_doctor_command(commands)
     add_download_command(commands)
     add_pack_command(commands)
     add_batch_command(commands)
@@ -66,5 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     add_parallel_command(commands)
     add_place_command(commands)
     add_tiers_command(commands)
+    add_verify_command(commands)
     add_demo_model_command(commands)
     return parser

@@ -34,6 +34,7 @@ _FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--allowed-host", "name that this server is reached by; may be repeated", {**_MANY, "metavar": "NAME"}),
     ("--cors-origin", "site whose pages may call this server; may be repeated", {**_MANY, "metavar": "ORIGIN"}),
     ("--max-batch-size", "most sequences computed at once (32)", {"type": int, "default": 32, "metavar": "N"}),
+    ("--max-step-tokens", "most tokens computed in one pass (512)", {"type": int, "metavar": "N"}),
     ("--kv-memory", 'keys and values: bytes, "2GiB" or "auto"', {"default": "auto", "metavar": "SIZE"}),
     ("--kv-disk", "folder in which conversations outlast the server", {"metavar": "FOLDER"}),
     ("--context", "most tokens of a prompt and its answer; without it the model's", {"type": int, "metavar": "N"}),
@@ -101,6 +102,7 @@ def _settings(arguments: argparse.Namespace, source: str) -> "ServerSettings":
         allowed_hosts=tuple(arguments.allowed_host),
         cors_origins=tuple(arguments.cors_origin),
         max_batch_size=arguments.max_batch_size,
+        max_step_tokens=arguments.max_step_tokens,
         kv_memory=arguments.kv_memory,
         kv_disk=arguments.kv_disk,
         context=arguments.context,
@@ -114,6 +116,7 @@ def _run(
     arguments: argparse.Namespace, source: str, settings: "ServerSettings", bound: "socket.socket", signals: "_Signals"
 ) -> None:
     """Answer until a signal comes."""
+    from moeflow.hf.vision.processors import load_processor
     from moeflow.server.app import build_app
     from moeflow.server.service import Service
     from moeflow.server.wire.http_server import HttpServer
@@ -127,7 +130,8 @@ def _run(
             signals.check()
             service.tell("writing the decode step as a program")
             prepare_step(model)
-            service.open(model, tokenizer)
+            service.tell("loading the processor of images")
+            service.open(model, tokenizer, *load_processor(source))
             _tell(f"{server.url} answers for {settings.model_name}; Ctrl-C stops it")
             signals.wait()
         except KeyboardInterrupt as stop:

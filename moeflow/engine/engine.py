@@ -101,7 +101,7 @@ class Engine:
         context = self._prompts.context
         max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
         watching = nullcontext if self._groups is None else self._groups.watching
-        return ModelRunner(self.model, kv_memory, max_positions, watching)
+        return ModelRunner(self.model, kv_memory, max_positions, watching, self._scheduler.max_step_tokens)
 
     def __enter__(self) -> "Engine":
         return self

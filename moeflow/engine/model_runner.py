@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache.memory import KeyValueMemory, kv_budget, most_kept
+from moeflow.engine.kv_cache.budget import kv_budget, most_kept
+from moeflow.engine.kv_cache.memory import KeyValueMemory
 from moeflow.engine.kv_cache.slots import SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
@@ -48,6 +49,7 @@ class ModelRunner:
         kv_memory: most bytes of keys and values; "auto": what was kept for them when the model was loaded.
         max_positions: most positions of all sequences together; None for no limit.
         watching: stands around each pass, called with its pieces.
+        most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
 
     Attributes:
         memory: where keys and values lie.
@@ -64,6 +66,7 @@ class ModelRunner:
         kv_memory: MemorySize,
         max_positions: int | None = None,
         watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext,
+        most_new: int | None = None,
     ) -> None:
         self._model = model
         self._watching = watching
@@ -76,6 +79,7 @@ class ModelRunner:
             kv_budget(kv_memory, model),
             max_positions,
             most_kept_bytes=most_kept(kv_memory, model),
+            most_new=most_new,
         )
         self.num_retries = 0
 

@@ -35,6 +35,14 @@ class SequenceMemory(Protocol):
         """Return how many of a sequence's first tokens others have left; 0 for too few to be copied."""
         ...
 
+    def num_reached(self, donor: Sequence, num_tokens: int) -> int:
+        """Return behind how many of a running sequence's first tokens, at most so many, another can go on."""
+        ...
+
+    def expect(self, donor: Sequence, num_tokens: int) -> None:
+        """Let a running sequence keep what another needs to go on behind so many of its tokens, once they are there."""
+        ...
+
     def share(self, donor: Sequence | None, receiver: Sequence, num_tokens: int) -> None:
         """Copy the first tokens' keys and values from a running sequence; from what others have left for None."""
         ...
@@ -135,7 +143,7 @@ class Scheduler:
         left = self.max_step_tokens - len(pieces)
         after = {one: one.num_computed for one in self.running}  # positions, once the step has ended
         for one in self.running:
-            if one.decoding or not left or not self._begin(one, after, memory):
+            if one.decoding or not self._begin(one, after, memory, left):
                 continue
             tokens = one.uncomputed(left)
             after[one] = one.num_computed + len(tokens)
@@ -163,10 +171,21 @@ class Scheduler:
                 self._preempted.insert(0, worst)
         return len(self.running) == before
 
-    def _begin(self, sequence: Sequence, after: dict[Sequence, int], memory: SequenceMemory) -> bool:
-        """Copy the longest known beginning into a sequence that has none; False where it waits for a longer one."""
+    def _begin(self, sequence: Sequence, after: dict[Sequence, int], memory: SequenceMemory, left: int) -> bool:
+        """Copy the longest known beginning into a sequence that has none; False where it waits, for tokens or for one.
+
+        Args:
+            sequence: which.
+            after: positions of each running sequence, once the step has ended.
+            memory: where they lie.
+            left: tokens that the step still takes.
+        """
         if not sequence.begun and self.share_prefixes and not sequence.scored:
-            donor, shared = self._longest(sequence, after)
+            donor, shared = self._longest(sequence, after, memory)
+            if donor is not None and donor.num_computed < shared < after[donor]:
+                memory.expect(donor, shared)
+            if not left:
+                return False
             kept = memory.num_kept(sequence)
             if kept >= shared:
                 donor, shared = None, kept
@@ -175,11 +194,15 @@ class Scheduler:
             if shared:
                 memory.share(donor, sequence, shared)
                 sequence.num_computed = shared
+        if not left:
+            return False
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         return True
 
-    def _longest(self, sequence: Sequence, after: dict[Sequence, int]) -> tuple[Sequence | None, int]:
+    def _longest(
+        self, sequence: Sequence, after: dict[Sequence, int], memory: SequenceMemory
+    ) -> tuple[Sequence | None, int]:
         """Find the running sequence that has, or has after this step, most of this prompt's beginning.
 
         The prompt's last token is never shared, nor are keys of another scaling; too few tokens count as none.
@@ -189,7 +212,11 @@ class Scheduler:
         for other, computed in after.items():
             limit = min(computed, len(prompt), len(other.prompt_ids)) if other.scaling == scaling else 0
             if limit > longest and other.prompt_ids[: longest + 1] == prompt[: longest + 1]:
-                best, longest = other, _common(other.prompt_ids, prompt, limit)
+                count = _common(other.prompt_ids, prompt, limit)
+                if count <= other.num_computed:
+                    count = memory.num_reached(other, count)
+                if count > longest:
+                    best, longest = other, count
         return best, longest if best is not None else 0
 
 

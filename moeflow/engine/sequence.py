@@ -5,7 +5,7 @@ Knows token ids and counts. Knows nothing of tensors, slots or requests.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 MIN_SHARED_TOKENS = 16  # a shorter common beginning is not worth a copy
 
@@ -13,6 +13,16 @@ MIN_SHARED_TOKENS = 16  # a shorter common beginning is not worth a copy
 def _unscaled(length: int) -> Hashable:
     """Name the scaling of a model that has one for all lengths."""
     return None
+
+
+class Images(Protocol):
+    """What a prompt shows beside its tokens.
+
+    Attributes:
+        key: differs where any image differs.
+    """
+
+    key: str
 
 
 @dataclass(eq=False)
@@ -27,6 +37,7 @@ class Sequence:
         restart: length at which all its positions are computed anew; None for no such length.
         priority: of those that wait or run, the higher one is preferred.
         scored: whether logits of all its prompt's tokens are wanted; then it shares no other's keys and values.
+        images: what its prompt shows; None for nothing.
     """
 
     id: str
@@ -36,6 +47,7 @@ class Sequence:
     restart: int | None = None
     priority: int = 0
     scored: bool = False
+    images: Images | None = None
     token_ids: list[int] = field(default_factory=list)  # the answer so far
     num_computed: int = 0  # positions whose keys and values are there
     num_cached: int | None = None  # tokens of the prompt that were copied when it began; None before
@@ -46,6 +58,11 @@ class Sequence:
     def length(self) -> int:
         """Its tokens so far, prompt and answer."""
         return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def image_key(self) -> str | None:
+        """Tells its images from others; None where it has none."""
+        return None if self.images is None else self.images.key
 
     @property
     def scaling(self) -> Hashable:

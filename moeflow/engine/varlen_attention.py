@@ -8,6 +8,7 @@ segments, and call the model's own attention for each with the whole keys and va
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ class VarlenCache(forward.KeyValueCache):
             int, tuple[int, torch.Tensor, torch.Tensor]
         ] = {}  # {id of keys: (layer, keys, values)} of this pass
         self._last_layer = 0
+        self._windows: dict[int, set[int]] = {}  # of each layer, most positions that one sees where it is read, or 0
         self._implementations: dict[int, str] = {}
         self._rows: list[weakref.ref[KeyValueSlot]] = []  # the slots of this pass, or of the one before
         self._same_rows = False  # whether this pass goes on with the sequences of the one before
@@ -126,6 +128,10 @@ class VarlenCache(forward.KeyValueCache):
                 f"{name} does not call transformers' attention interface in each layer that keeps keys and values "
                 f"({self.num_attentions} calls, {len(self.shapes)} layers). Call model.generate instead."
             )
+        context = forward.context_positions(model)
+        for layer, seen in self._windows.items():
+            if 0 not in seen and layer not in self._latent and (context is None or max(seen) < context):
+                self.shapes[layer] = self.shapes[layer]._replace(window=max(seen))
 
     def _run_alone(self, model: PreTrainedModel, token: int) -> None:
         position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -253,6 +259,8 @@ class VarlenCache(forward.KeyValueCache):
                 f"{type(module).__name__} {found}, which the engine cannot cut into sequences. Call model.generate "
                 "instead."
             )
+        if self.segments[0].slot is None:
+            self._learn_window(key, rule)
         implementation = self.implementation(module)
         attend, outputs = attention.attention_function(module, implementation), []
         queries = query.split([segment.num_new for segment in self.segments], 2)
@@ -262,6 +270,12 @@ class VarlenCache(forward.KeyValueCache):
             outputs.append(attend(module, queries[index], keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, 1), None
 
+    def _learn_window(self, key: torch.Tensor, mask: "_Mask") -> None:
+        """Note how many positions one sees in the layer that keeps these keys; a chunk is a window of its length."""
+        if id(key) in self._returned:
+            layer = self._returned[id(key)][0]
+            self._windows.setdefault(layer, set()).add(mask.most_seen)
+
 
 class _Mask:
     """A mask by its rule, from which each segment's tensor is made once a pass."""
@@ -269,6 +283,14 @@ class _Mask:
     def __init__(self, allowed: Callable[..., Any]) -> None:
         self._allowed = allowed  # (batch, head, query position, key position) -> bool
         self._made: dict[tuple[int, bool], torch.Tensor | None] = {}
+
+    @cached_property
+    def most_seen(self) -> int:
+        """Most positions that one sees, its window or chunk; 0 where there is none, or the rule is another."""
+        try:
+            return max(attention.window_and_chunk(self._allowed))
+        except (UnsupportedModelError, RuntimeError, LookupError):  # a rule may look at tensors of a whole batch
+            return 0
 
     def of(self, index: int, segment: Segment, query: torch.Tensor, eager: bool) -> torch.Tensor | None:
         """Return a segment's mask [1, 1, count, end], floats to add for eager, else bool; None where all is allowed."""

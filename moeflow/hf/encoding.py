@@ -62,6 +62,25 @@ def encode_text(
         return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
 
+def encode_too_long(tokenizer: PreTrainedTokenizerBase, text: str, what: str, context: int | None) -> list[int] | None:
+    """Return the first token ids of a text that is far longer than a context; None for one that is not.
+
+    Args:
+        tokenizer: the model's.
+        text: of a user.
+        what: how an error calls it.
+        context: the model's positions; None where they are not known.
+
+    Raises:
+        ConfigError: it is no text, or the tokenizer fails on it.
+    """
+    check_text(text, what)
+    if context is None or len(text) <= _letters_alone(context):
+        return None
+    ids = encode_text(tokenizer, text, context)
+    return ids if len(ids) > 2 * context else None
+
+
 def response_parser(template: dict[str, Any], begun: str, tools: list[dict[str, Any]]) -> Any:
     """Return transformers' parser of one answer, with `feed` and `finalize`.
 
@@ -113,11 +132,9 @@ def encode_messages(
             no text.
     """
     for number, message in enumerate(messages, 1):
-        text = check_text(message["content"], f"message {number}")
-        if context is not None and len(text) > _letters_alone(context):
-            ids = encode_text(tokenizer, text, context)
-            if len(ids) > 2 * context:
-                return ids
+        ids = encode_too_long(tokenizer, message["content"], f"message {number}", context)
+        if ids is not None:
+            return ids
     if not tokenizer.chat_template:
         text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in messages)
         return encode_text(tokenizer, text, context)

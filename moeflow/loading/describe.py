@@ -11,8 +11,8 @@ from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.kernels.quantization.formats import is_lossless
 from moeflow.loading.budget import ExpertsSize
-from moeflow.loading.gpus import gpu_names
 from moeflow.loading.lossless_saving import lossless_saving
+from moeflow.machine.gpus import gpu_names
 
 _BUDGET_SHARES_PERCENT = (12.5, 25, 50, 75, 100)
 

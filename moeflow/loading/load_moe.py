@@ -50,6 +50,7 @@ def load_moe(
     prune: float = 0.0,
     step: str = "auto",
     cuda_graphs: bool = False,
+    integrity: str = "off",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -92,6 +93,9 @@ def load_moe(
             while no expert is missed, else in pieces between the layers' experts. Keys and values stay where they are,
             with room for up to twice the positions, so that last bits differ from those without; they are the same at
             every budget. CUDA only; not yet measured on a GPU.
+        integrity: "sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a
+            second) the slot is compared with its source by checksum, in a thread of its own. What differs is named in a
+            warning and counted in stats()["integrity"]. The output stays the same.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
@@ -111,7 +115,7 @@ def load_moe(
     """
     options = LoadOptions(
         device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
-        cuda_graphs, trace,
+        cuda_graphs, integrity, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.errors import ConfigError
-from moeflow.loading.gpus import check_gpu
+from moeflow.machine.gpus import check_gpu
 from moeflow.memory_size import MemorySize, parse_kv_memory, parse_memory
 
 if TYPE_CHECKING:
@@ -157,6 +157,16 @@ class LoadOptions:
             flag="replay decode steps as CUDA graphs, in pieces where experts are missed; CUDA only",
         ),
     )
+    integrity: str = field(
+        default="off",
+        metadata=_about(
+            '"sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a second) '
+            "the slot is compared with its source by checksum, in a thread of its own. What differs is named in a "
+            'warning and counted in stats()["integrity"]. The output stays the same.',
+            flag='"sample" compares some experts in memory with the disk, and warns of what differs; off',
+            choices=("off", "sample"),
+        ),
+    )
     trace: str | Path | None = field(
         default=None,
         metadata=_about("a file to record into which experts every token is routed to; appended to where it exists."),
@@ -175,6 +185,11 @@ class LoadOptions:
         if self.cuda_graphs and on_cpu:
             raise ConfigError(
                 "cuda_graphs=True captures what a GPU is told to do, and this model runs on the CPU. Leave it False."
+            )
+        if self.cuda_graphs and self.integrity != "off":
+            raise ConfigError(
+                f"integrity={self.integrity!r} copies from the GPU at any time, and cuda_graphs=True cannot capture "
+                "beside that. Leave one of them out."
             )
         if self.miss != "copy" and on_cpu:
             raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -30,7 +30,7 @@ from moeflow.server.wire.errors import HttpError, JsonResponse
 from moeflow.server.wire.guard import Guard
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 _ANTHROPIC = "/v1/messages"  # paths that begin so are of this form, errors included
 _ROUTES = (
@@ -51,7 +51,9 @@ _ROUTES = (
 
 
 def create_app(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ServerSettings | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    settings: ServerSettings | None = None,
 ) -> FastAPI:
     """Return an application that answers OpenAI's clients with a model; any ASGI server runs it.
 
@@ -60,7 +62,7 @@ def create_app(
 
     Args:
         model: of `load_moe`, or any transformers causal LM that `Engine` takes.
-        tokenizer: the model's.
+        tokenizer: the model's, or its processor with a tokenizer in it, by which messages may show images.
         settings: the server's; None for the defaults, which let only this machine's names in.
 
     Raises:
@@ -69,7 +71,11 @@ def create_app(
     """
     service = Service(settings or ServerSettings())
     try:
-        service.open(model, tokenizer)
+        inner = getattr(tokenizer, "tokenizer", None)  # of a processor
+        if inner is None:
+            service.open(model, cast("PreTrainedTokenizerBase", tokenizer))
+        else:
+            service.open(model, inner, tokenizer)
     except BaseException:
         service.close()
         raise

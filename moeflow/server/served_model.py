@@ -6,22 +6,26 @@ Knows the model's facts and its tokenizer. Knows nothing of HTTP but its errors.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 from moeflow.chat.answer import checkpoint_params
 from moeflow.engine.structure.grammars import grammars_of
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import encode_messages, encode_text, writes_tools
+from moeflow.hf.vision.image_prompt import ImagePrompt, encode_with_images
 from moeflow.server.reading.answer_reader import AnswerReader
 from moeflow.server.reading.hermes import with_tools_as_text
+from moeflow.server.reading.images import ImageParts, decode_images
 from moeflow.server.reading.marks import HERMES, Marks, marks_of
 from moeflow.server.reading.tools import Tools
-from moeflow.server.wire.errors import HttpError
+from moeflow.server.wire.errors import RETRY_S, HttpError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeflow.engine.sampling_params import SamplingParams
+    from moeflow.hf.vision.image_inputs import ImageInputs
     from moeflow.server.settings import ServerSettings
 
 _MARK_TOKENS = 16  # of a prompt's end, in which it may begin an answer
@@ -36,6 +40,8 @@ class ServedModel:
         tokenizer: the model's.
         settings: the server's; its name and context take the place of the model's.
         kv_positions: positions for whose keys and values there is memory; None where memory sets no limit.
+        processor: the model's, of images; None where there is none.
+        no_images: why the model takes none; "" where it does.
 
     Attributes:
         name: what requests may call the model; its last part, behind "/", is taken too.
@@ -49,10 +55,16 @@ class ServedModel:
         tokenizer: PreTrainedTokenizerBase,
         settings: ServerSettings,
         kv_positions: int | None,
+        processor: Any,
+        no_images: str,
     ) -> None:
         from moeflow.hf.passes.forward import context_positions, end_tokens
 
         self._model = model
+        self._settings = settings
+        self._processor = processor
+        self._no_images = no_images
+        self._shown: WeakSet[ImageInputs] = WeakSet()  # of the requests under way
         self.tokenizer = tokenizer
         found = str(getattr(model.config, "name_or_path", "") or "model")
         self.name = settings.model_name or served_name(found)
@@ -77,25 +89,49 @@ class ServedModel:
             code="model_not_found",
         )
 
+    def image_parts(self) -> ImageParts:
+        """Return what reads the image parts of one request."""
+        return ImageParts(self._settings, self._no_images)
+
     def encode_messages(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, cut: bool = True
-    ) -> list[int]:
+    ) -> ImagePrompt:
         """Return the prompt for the answer to messages.
 
         Args:
-            messages: with "role" and "content"; calls and results too.
+            messages: of `read_conversation`, with "role" and "content"; calls and results too.
             tools: in OpenAI's form; as text where the chat template knows none.
             cut: whether what is far longer than the context is cut, and still longer than it.
 
         Raises:
-            ConfigError: the chat template refuses them, or they are too many.
+            ConfigError: the chat template refuses them, they are too many, or an image is broken or too large.
+            HttpError: 429, the images of requests under way take too much memory.
         """
         if len(messages) > _MAX_MESSAGES:
             raise ConfigError(f"messages are {len(messages):,}; it must be {_MAX_MESSAGES:,} at most")
         has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
         if (tools or has_calls) and not self._writes_tools:
             messages, tools = with_tools_as_text(messages, tools or []), None
-        return encode_messages(self.tokenizer, messages, self.context if cut else None, tools=tools)
+        context = self.context if cut else None
+        if any(isinstance(message["content"], list) for message in messages):
+            messages = decode_images(messages, self._settings.max_image_pixels)
+            prompt = encode_with_images(self._processor, messages, context, tools=tools)
+            if prompt.images is not None:
+                self._hold(prompt.images)
+            return prompt
+        return ImagePrompt(encode_messages(self.tokenizer, messages, context, tools=tools), None)
+
+    def _hold(self, images: ImageInputs) -> None:
+        held = sum(one.num_bytes for one in self._shown)
+        if held and held + images.num_bytes > self._settings.max_images_memory:
+            raise HttpError(
+                429,
+                f"the images of requests under way take {held:,} bytes of {self._settings.max_images_memory:,}, and "
+                f"these {images.num_bytes:,}. Try again later.",
+                code="too_many_requests",
+                headers={"retry-after": RETRY_S},
+            )
+        self._shown.add(images)
 
     def marks(self, *, calls: bool) -> Marks:
         """Return how answers are read, with or without tool calls."""

@@ -16,7 +16,7 @@ from moeflow.errors import ConfigError
 from moeflow.server.answers import Answers
 from moeflow.server.metrics import Metrics
 from moeflow.server.settings import ServerSettings
-from moeflow.server.wire.errors import HttpError
+from moeflow.server.wire.errors import RETRY_S, HttpError
 from moeflow.server.worker import Asked, Worker
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from moeflow.server.served_model import ServedModel
 
 _Result = TypeVar("_Result")
-_RETRY_S = "2"  # until a client asks again
-_MIN_STEP_TOKENS = 512
+_READING_S = 5e-4  # from look to look at what is being read
+_QUIET_TURNS = 8  # of the event loop: from a request in a socket to its tokenizing, and from there to the engine
 
 
 class Service:
@@ -50,33 +50,45 @@ class Service:
         self._model: ServedModel | None = None
         self._runtime: ExpertRuntime | None = None
         self._worker: Worker | None = None
+        self._being_read: set[object] = set()
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeflow-tokenizer")
 
-    def open(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def open(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: Any = None,
+        no_processor: str = "it is served without a processor of images",
+    ) -> None:
         """Begin to answer.
+
+        Args:
+            model: of `load_moe`, or any transformers causal LM that an engine takes.
+            tokenizer: the model's.
+            processor: the model's, of images and with the tokenizer; None for text alone.
+            no_processor: why there is none.
 
         Raises:
             MoeflowError: no engine takes the model.
         """
-        from moeflow.engine.serial.choose_engine import engine_for
+        from moeflow.engine.serial.choose_engine import engine_for, engine_with_images_for
+        from moeflow.hf.vision.processors import why_no_images
         from moeflow.server.served_model import ServedModel
 
         settings = self.settings
-        engine = engine_for(
+        no_images = no_processor if processor is None else why_no_images(model, processor)
+        engine = (engine_for if no_images else engine_with_images_for)(
             model,
             tokenizer,
             max_batch_size=settings.max_batch_size,
-            max_step_tokens=max(_MIN_STEP_TOKENS, settings.max_batch_size),
+            max_step_tokens=settings.step_tokens,
             kv_memory=settings.kv_memory,
         )
         if settings.kv_disk is not None:
             engine.load_kept(settings.kv_disk)
-        counts = engine.stats()
-        of_position = counts["kv_position_bytes"]
-        positions = counts["kv_budget_bytes"] // of_position if of_position else None
-        served = ServedModel(model, tokenizer, settings, positions)
+        served = ServedModel(model, tokenizer, settings, engine.stats()["kv_positions"], processor, no_images)
         self._runtime = cast("ExpertRuntime | None", getattr(model, "moeflow", None))
-        self._worker = Worker(engine, lambda: self._look(engine.stats), settings.kv_disk)
+        self._worker = Worker(engine, lambda: self._look(engine.stats), self._when_read, settings.kv_disk)
         self._model = served
 
     def tell(self, stage: str) -> None:
@@ -106,7 +118,7 @@ class Service:
         if self._closed or (self._runtime is not None and self._runtime.closed):
             return HttpError(503, "the model is closed.", code="closed")
         if self._worker is None:
-            retry = {"retry-after": _RETRY_S}
+            retry = {"retry-after": RETRY_S}
             return HttpError(503, f"the model is loading: {self.progress}.", code="loading", headers=retry)
         return self._worker.refusal
 
@@ -132,10 +144,28 @@ class Service:
         Raises:
             HttpError: 400, the request is wrong.
         """
+        read = object()
+        self._being_read.add(read)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
         except ConfigError as error:
             raise HttpError(400, str(error)) from None
+        finally:
+            self._being_read.discard(read)
+
+    def _when_read(self, tell: Callable[[], None], until_s: float, quiet_turns: int = 0) -> None:
+        """Tell, in the event loop, when it has submitted the requests that it has already received; not after a time.
+
+        Callbacks, and no task: a loop that ends drops them.
+        """
+        loop = asyncio.get_running_loop()
+        if self._being_read:
+            if time.perf_counter() < until_s:
+                loop.call_later(_READING_S, self._when_read, tell, until_s)
+        elif quiet_turns < _QUIET_TURNS:
+            loop.call_soon(self._when_read, tell, until_s, quiet_turns + 1)
+        else:
+            tell()
 
     def submit(self, asked: list[Asked]) -> Answers:
         """Have requests answered.
@@ -156,7 +186,7 @@ class Service:
                 429,
                 f"{worker.num_under_way:,} requests are under way; this server holds {most:,}. Try again later.",
                 code="too_many_requests",
-                headers={"retry-after": _RETRY_S},
+                headers={"retry-after": RETRY_S},
             )
         ids: list[str] = []
         answers = Answers(

@@ -14,8 +14,10 @@ from moeflow.memory_size import MemorySize
 
 _AT_LEAST_1 = (
     "max_batch_size", "max_body_bytes", "max_depth", "max_connections", "max_answers", "max_stop_strings",
-    "max_top_logprobs", "max_unread",
+    "max_top_logprobs", "max_unread", "max_images", "max_image_bytes", "max_image_pixels",
+    "max_images_memory",
 )  # fmt: skip
+_STEP_TOKENS = 512  # computed in one pass, where nothing else is said
 _SECONDS = ("grace_s", "body_timeout_s", "header_timeout_s", "send_timeout_s", "ping_s")
 
 
@@ -39,6 +41,8 @@ class ServerSettings:
         allowed_hosts: names in `Host` headers that are taken beside addresses, `localhost` and `host`.
         cors_origins: origins whose pages may call the server, as in "https://example.org"; "*" for all.
         max_batch_size: most sequences that run at once.
+        max_step_tokens: most tokens computed in one pass, at least max_batch_size: prompts are cut to fit beside the
+            tokens of sequences that decode. None for 512, or max_batch_size where that is more.
         kv_memory: bytes of keys and values, as of `Engine`.
         kv_disk: folder in which kept keys and values outlast the server; None for none.
         context: most positions of a prompt and its answer; None for the model's.
@@ -48,6 +52,11 @@ class ServerSettings:
         max_answers: most answers to one prompt (`n`).
         max_stop_strings: most stop strings of a request.
         max_top_logprobs: most likeliest tokens that are reported with each.
+        max_images: most images of a request.
+        max_image_bytes: most bytes of an image's file.
+        max_image_pixels: most pixels of all images of a request together.
+        max_images_memory: most bytes of the images of all requests under way, as the model takes them; those of one
+            request may be more.
         max_body_bytes: most bytes of a body.
         max_depth: most levels of objects and lists in a body.
         max_connections: most connections that are held at once; others are closed.
@@ -68,6 +77,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_batch_size: int = 32
+    max_step_tokens: int | None = None
     kv_memory: MemorySize = "auto"
     kv_disk: str | None = None
     context: int | None = None
@@ -77,6 +87,10 @@ class ServerSettings:
     max_answers: int = 16
     max_stop_strings: int = 16
     max_top_logprobs: int = 20
+    max_images: int = 16
+    max_image_bytes: int = 20 << 20
+    max_image_pixels: int = 1 << 26
+    max_images_memory: int = 1 << 30
     max_body_bytes: int = 32 << 20
     max_depth: int = 64
     max_connections: int = 512
@@ -93,6 +107,11 @@ class ServerSettings:
         self._check(
             "context", lambda value: value is None or (type(value) is int and value >= 2), "a whole number, at least 2"
         )
+        self._check(
+            "max_step_tokens",
+            lambda value: value is None or (type(value) is int and value >= self.max_batch_size),
+            f"a whole number, at least max_batch_size ({self.max_batch_size})",
+        )
         for name in _SECONDS:
             self._check(name, lambda value: type(value) in (int, float) and 0 <= value < 1e9, "seconds, 0 or more")
         for name in ("allowed_hosts", "cors_origins"):
@@ -106,6 +125,11 @@ class ServerSettings:
                 f"host {self.host} lets other machines reach this server, and there is no key. Give --api-key (or "
                 "MOEFLOW_API_KEY), or --insecure if everyone may use it."
             )
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens computed in one pass."""
+        return self.max_step_tokens or max(_STEP_TOKENS, self.max_batch_size)
 
     @property
     def max_under_way(self) -> int:

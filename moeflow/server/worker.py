@@ -5,6 +5,7 @@ Knows the engine and answers. Knows nothing of HTTP's forms.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import threading
@@ -19,14 +20,15 @@ from moeflow.errors import ClosedModelError, ForkedProcessError, MoeflowError
 from moeflow.server.wire.errors import HttpError
 
 if TYPE_CHECKING:
-    import asyncio
-
     from moeflow.engine.engine import Engine
     from moeflow.engine.request import StepOutput
     from moeflow.engine.sampling_params import SamplingParams
+    from moeflow.engine.sequence import Images
+    from moeflow.engine.serial.engine_with_images import EngineWithImages
     from moeflow.server.answers import Answers
 
 _logger = logging.getLogger("moeflow.server")
+_GATHERING_S = 0.02  # in which an engine that was idle waits at most for requests that come with its first
 _LOOK_EVERY_S = 0.25  # at the figures, while steps run
 
 
@@ -37,11 +39,13 @@ class Asked(NamedTuple):
         prompt_ids: its prompt.
         params: its sampling.
         priority: higher ones go first.
+        images: what its prompt shows; None for nothing.
     """
 
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class Worker:
     """The thread of one engine.
 
     Args:
-        engine: what answers; the worker closes it.
+        engine: what answers; the worker closes it. One without images gets no request that has some.
         look: takes the engine's and the model's figures; called in the worker's thread.
+        when_read: called in an event loop; calls what it is given when the loop has submitted the requests that it has
+            already received, if that is before a time of perf_counter.
         kv_disk: folder in which the engine's kept keys and values are saved as it is closed; None for none.
 
     Attributes:
@@ -65,12 +71,20 @@ class Worker:
         refusal: why nothing more is answered; None while it is.
     """
 
-    def __init__(self, engine: Engine, look: Callable[[], Any], kv_disk: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine | EngineWithImages,
+        look: Callable[[], Any],
+        when_read: Callable[[Callable[[], None], float], None],
+        kv_disk: str | None = None,
+    ) -> None:
         self._engine = engine
         self._look = look
+        self._when_read = when_read
         self._kv_disk = kv_disk
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the last request that came to an idle engine
         self._places: dict[str, _Place] = {}  # the thread's alone
         self._num_under_way = 0
         self._ids = map("serve-{}".format, itertools.count(1))
@@ -96,6 +110,8 @@ class Worker:
         with self._changed:
             if self.refusal is not None:
                 raise self.refusal
+            if not self._num_under_way:
+                self._loop = answers.loop
             ids = [next(self._ids) for _ in asked]
             self._num_under_way += len(asked)
             for index, (id, one) in enumerate(zip(ids, asked, strict=True)):
@@ -152,10 +168,23 @@ class Worker:
         """Run the commands that have come, or wait for some; return False where the thread is to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._commands or self._closing or self._steps_left)
+            loop, self._loop = self._loop, None
+        if loop is not None and not self._steps_left:
+            self._gather(loop)
+        with self._changed:
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
         return not self._closing or bool(self._commands)
+
+    def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until requests that came together are all there: under offloading one pass for all costs as one does."""
+        read = threading.Event()
+        try:
+            loop.call_soon_threadsafe(self._when_read, read.set, time.perf_counter() + _GATHERING_S)
+        except RuntimeError:  # the loop is closed
+            return
+        read.wait(_GATHERING_S)  # some are read for longer, or the loop ends
 
     def _step(self) -> None:
         try:
@@ -182,7 +211,8 @@ class Worker:
             self._end(place, self.refusal)
             return
         try:
-            self._engine.add(asked.prompt_ids, asked.params, id=id, priority=asked.priority)
+            shown: dict[str, Any] = {} if asked.images is None else {"images": asked.images}
+            self._engine.add(asked.prompt_ids, asked.params, id=id, priority=asked.priority, **shown)
         except MoeflowError as error:
             self._end(place, HttpError(400, str(error)))
         else:

@@ -1,19 +1,11 @@
 """Measured ceilings of the processor: bytes read from memory and operations, a second."""
 
 import time
-from pathlib import Path
 
 import torch
 
 from moeflow.kernels.cpu import ops as cpu
-
-
-def last_level_cache_bytes() -> int:
-    """Return the size of the largest cache of the first core; 32 MiB where the system does not say."""
-    sizes = [
-        int(file.read_text().strip()[:-1]) << 10 for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")
-    ]
-    return max(sizes, default=32 << 20)
+from moeflow.machine.measuring.memory import last_level_cache_bytes
 
 
 def read_bandwidth(is_quick: bool = False) -> float:

@@ -24,9 +24,9 @@ from bench.lossless_decode import (
     prompt_ids,
     say,
 )
-from bench.machine import OthersLoad
 from bench.rounds import quotients, ranged, spread
 from bench.token_times import TokenTimes
+from moeflow.machine.others_load import OthersLoad
 
 GENERATIONS = 5  # measured in a process, behind one that fills the slots
 TIMEOUT_S = 600

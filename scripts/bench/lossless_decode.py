@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from bench.best_hit_rate import best_hit_rate
-from bench.machine import OthersLoad
 from bench.rounds import QUIET_SHARE, quiet_ratio, quotients, ranged, spread
 from bench.step_worker import StepClock
 from bench.token_times import TokenTimes
+from moeflow.machine.others_load import OthersLoad
 
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
 SIDES = ("bfloat16", "lossless")

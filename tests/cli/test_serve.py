@@ -16,6 +16,7 @@ import pytest
 
 from helpers.paths import ROOT
 from helpers.servers import CHAT, events, user
+from helpers.vision_models import image_part, picture, vision_model
 from moeflow.cli.main import main
 from moeflow.cli.serve import _Signals, _Terminated
 
@@ -95,6 +96,29 @@ def test_the_openai_client_is_answered_and_sigterm_lets_the_answer_finish(log, s
 
 
 @pytest.mark.slow
+def test_a_checkpoint_with_a_processor_is_shown_images_by_the_openai_client(log, tmp_path):
+    model, processor = vision_model("qwen3_vl_moe")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with serve(log, tmp_path) as (process, client):
+        log.wait_for("answers for")
+        asked = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+        text, shown = {"type": "text", "text": "see"}, image_part(picture(0))
+        used = []
+        for content in ([text], [text, shown]):
+            messages = [{"role": "user", "content": content}]
+            answer = asked.chat.completions.create(model=tmp_path.name, messages=messages, max_completion_tokens=3)
+            used.append(answer.usage.prompt_tokens)
+        assert used[1] == used[0] + 17  # 15 of the image, its begin and its end
+        shown["image_url"]["url"] = "https://example.org/a.png"
+        with pytest.raises(openai.BadRequestError, match="fetches nothing"):
+            asked.chat.completions.create(model=tmp_path.name, messages=messages)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert "Traceback" not in log.text
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_answers_that_do_not_finish_with_an_error_event(log, speaking_folder):
     with serve(log, speaking_folder, "--grace", "0", "--api-key", "k") as (process, client):
         log.wait_for("answers for model")
@@ -151,6 +175,7 @@ def test_a_port_in_use_is_one_line(speaking_folder, capsys):
         (["--port", "70000"], "0 to 65535"),
         (["--port", "-1"], "0 to 65535"),
         (["--max-batch-size", "0"], "max_batch_size is 0"),
+        (["--max-step-tokens", "31"], "max_step_tokens is 31; it must be a whole number, at least max_batch_size (32)"),
         (["--max-waiting", "-1"], "max_waiting is -1"),
         (["--context", "1"], "context is 1"),
         (["--grace", "-1"], "grace_s is -1"),

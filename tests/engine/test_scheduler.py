@@ -66,6 +66,12 @@ class Positions:
         matching = [len(one) for one in self.kept if sequence.prompt_ids[: len(one)] == one]
         return max(matching, default=0)
 
+    def num_reached(self, donor, num_tokens):
+        return num_tokens
+
+    def expect(self, donor, num_tokens):
+        assert num_tokens > len(self.have[donor])
+
     def share(self, donor, receiver, num_tokens):
         assert not self.have[receiver]
         self.shared.append((donor, receiver, num_tokens))

@@ -74,7 +74,9 @@ def test_what_is_wrong_with_tools_is_refused_by_name(client):
 
 def test_an_image_is_refused(client):
     content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
-    assert "text" in refused(client, 400, CHAT, {"messages": [{"role": "user", "content": content}]})["message"]
+    assert (
+        "reads no images" in refused(client, 400, CHAT, {"messages": [{"role": "user", "content": content}]})["message"]
+    )
 
 
 def test_errors_of_messages_have_the_form_of_their_clients(client):

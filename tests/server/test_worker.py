@@ -1,5 +1,6 @@
 """The worker: clients that leave, errors of passes, a closed model, the limit of the queue, and the end of a server."""
 
+import asyncio
 import threading
 
 import pytest
@@ -18,7 +19,12 @@ from helpers.servers import (
     until,
     user,
 )
+from helpers.small_tokenizers import letter_tokenizer
+from moeflow.engine.sampling_params import SamplingParams
 from moeflow.loading.load_moe import load_moe
+from moeflow.server import ServerSettings
+from moeflow.server.service import Service
+from moeflow.server.worker import Asked
 
 HELLO = {"messages": user("hello"), "max_tokens": 2}
 LONG = {"messages": user("hello"), "max_tokens": 4000, "ignore_eos": True}
@@ -160,6 +166,84 @@ def test_requests_beyond_the_queue_are_asked_to_come_again(small):
             coming.close()
         until(lambda: client.post(CHAT, json=HELLO).status_code == 200)
         assert "3 answers" in refused(client, 400, CHAT, {**HELLO, "n": 3})["message"]
+
+
+def started(model):
+    service = Service(ServerSettings())
+    service.open(model, letter_tokenizer())
+    return service
+
+
+async def read_and_answered(service, letters):
+    """Have a prompt read in the tokenizer's thread, and wait for its answer of eight tokens."""
+    ids = await service.read(lambda: service.model.encode_text(letters))
+    answers = service.submit([Asked(ids, SamplingParams(max_new_tokens=8, ignore_eos=True))])
+    async for _ in answers.outputs():
+        pass
+
+
+def test_requests_that_come_together_begin_in_one_pass(small, monkeypatch):
+    monkeypatch.setattr("moeflow.server.worker._GATHERING_S", 60)  # a busy machine reads slowly
+    service = started(small)
+
+    async def ask():
+        await asyncio.gather(*(read_and_answered(service, letter) for letter in "abcdefghijklmnop"))
+
+    try:
+        for round in range(1, 4):
+            asyncio.run(ask())
+            assert service.figures["engine"]["steps"] == 8 * round
+    finally:
+        service.close()
+
+
+def test_a_request_does_not_wait_for_one_that_is_read_for_long(small):
+    service, read = started(small), threading.Event()
+
+    async def ask():
+        reading = asyncio.create_task(service.read(read.wait))
+        ids = service.model.encode_text("hello")
+        async for _ in service.submit([Asked(ids, SamplingParams(max_new_tokens=8))]).outputs():
+            pass
+        read.set()
+        assert await reading
+
+    try:
+        asyncio.run(asyncio.wait_for(ask(), 60))
+    finally:
+        read.set()
+        service.close()
+
+
+def test_requests_of_a_loop_that_ends_are_taken_and_the_next_are_answered(small):
+    service = started(small)
+
+    async def leave():
+        service.submit([Asked([1, 2, 3], SamplingParams(max_new_tokens=8))])
+
+    try:
+        for _ in range(3):
+            asyncio.run(leave())
+        asyncio.run(read_and_answered(service, "hello"))
+        until(lambda: not service.num_under_way)
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize(("most", "steps"), [(None, 4), (32, 7)])
+def test_a_prompt_is_cut_to_the_tokens_of_a_step(small, most, steps):
+    with serving(small, max_step_tokens=most) as client:
+        client.post(TEXT, json={"prompt": "x" * 100, "max_tokens": 4, "ignore_eos": True})
+        assert counts(client)["steps"] == steps
+
+
+def test_the_event_loop_says_what_processor_time_it_has_taken(small):
+    with serving(small) as client:
+        before = client.get("/stats").json()["http"]["cpu_s"]
+        assert before > 0
+        client.post(TEXT, json={"prompt": "hello", "max_tokens": 8})
+        after = client.get("/stats").json()["http"]["cpu_s"]
+        assert after > before
 
 
 def test_at_the_end_running_answers_finish_and_new_ones_are_refused(small):

@@ -4,6 +4,8 @@ Knows sequences, slots and the tree. Knows nothing of models or of who waits.
 """
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,48 +13,20 @@ import torch
 from moeflow.engine.kv_cache import prefix_files
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.slot_sizes import SPARE_POSITIONS, SlotSizes
 from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.errors import BudgetError
-from moeflow.hardware import available_memory_bytes, memory_limit_bytes
-from moeflow.memory_size import MemorySize, parse_kv_memory
+from moeflow.hardware import available_memory_bytes
 
-_KEPT_SHARE = 16  # of the memory that the process may use
-_AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more where nothing was planned
-_SPARE_POSITIONS = 64  # that a slot has beyond its sequence's tokens, where there is room
 _GROWTH = 1.5  # a slot that is full grows by this factor, where there is room
-
-
-def most_kept(kv_memory: MemorySize, model: object) -> int | None:
-    """Return the most bytes of what is kept of ended sequences; None for what the budget leaves.
-
-    In host memory, where experts want every byte, "auto" keeps no more than a sixteenth of what the process may use.
-    """
-    planned = getattr(getattr(model, "moeflow", None), "plan", None)
-    return None if kv_memory != "auto" or planned else memory_limit_bytes() // _KEPT_SHARE
-
-
-def kv_budget(kv_memory: MemorySize, model: object) -> int:
-    """Return the bytes that all keys and values may take.
-
-    Args:
-        kv_memory: the option; for "auto", what was kept for them when the model was loaded, else 2 GiB.
-        model: whose keys and values.
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    if kv_memory != "auto":
-        return parse_kv_memory(kv_memory)
-    plan = getattr(getattr(model, "moeflow", None), "plan", None) or {}
-    return int(plan.get("key_value_bytes", _AUTO_BYTES))
 
 
 class KeyValueMemory:
     """The slots of running sequences, and what is kept of others, inside one budget.
 
-    A slot begins with room for its sequence's tokens and a few more, and grows with it. What is kept leaves where a
-    slot needs its room.
+    A slot begins with room for its sequence's tokens and a few more, and grows with it; layers with a window move on.
+    What is kept leaves where a slot needs its room.
 
     Args:
         layout: the layers that keep keys and values, by their number.
@@ -60,8 +34,10 @@ class KeyValueMemory:
         max_positions: most positions of all together, beyond which a budget is of no use; None for no limit.
         moves: whether a sequence that gives way may move to host memory; None: where keys lie on a GPU.
         most_kept_bytes: most bytes of what is kept; None for what the budget leaves.
+        most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
 
     Attributes:
+        position_bytes: of one position in all layers.
         keeps: whether anything is kept of sequences that have ended or given way.
         kept: what is kept.
         speeds: by which moving is weighed against computing again.
@@ -78,19 +54,21 @@ class KeyValueMemory:
         *,
         moves: bool | None = None,
         most_kept_bytes: int | None = None,
+        most_new: int | None = None,
     ) -> None:
+        self.sizes = SlotSizes(layout, most_new)
         self.position_bytes = sum(shape.position_bytes for shape in layout.values())
         if max_positions is not None:
             budget_bytes = min(budget_bytes, max_positions * self.position_bytes)
         self.budget_bytes = budget_bytes
         self.peak_bytes = 0
         self.keeps = True
-        self.kept = PrefixTree()
+        self.kept = PrefixTree(self.sizes.window)
         self.speeds = MeasuredSpeeds()
         self.refused: dict[Sequence, str] = {}
         self.counts = dict.fromkeys(("shared_tokens", "kept_hits", "preempted", "moved"), 0)
         self._most_kept_bytes = budget_bytes if most_kept_bytes is None else most_kept_bytes
-        self._layout = layout
+        self._layout = self.sizes.layout
         self._moves = any(shape.device.type != "cpu" for shape in layout.values()) if moves is None else moves
         self._slots: dict[str, KeyValueSlot] = {}
         self._moved: dict[str, KeyValueSlot] = {}  # in host memory, of sequences that gave way
@@ -109,7 +87,7 @@ class KeyValueMemory:
     @property
     def kept_bytes(self) -> int:
         """Bytes of what is kept of other sequences."""
-        return self.kept.num_tokens * self.position_bytes
+        return self.kept.num_bytes
 
     def check_possible(self, num_positions: int) -> None:
         """Refuse a sequence that is larger than the whole budget.
@@ -117,7 +95,7 @@ class KeyValueMemory:
         Raises:
             BudgetError: so many positions are more than the whole budget.
         """
-        needed = num_positions * self.position_bytes
+        needed = self.sizes.bytes_of(num_positions)
         if needed > self.budget_bytes:
             raise BudgetError(
                 f"the keys and values of {num_positions:,} positions (prompt and new tokens) take {needed:,} bytes, "
@@ -129,16 +107,19 @@ class KeyValueMemory:
         assert sequence.id not in self._slots, f"{sequence.id} has a slot"
         self.num_kept(sequence)  # what it will copy leaves last
         num_positions = _roomy(sequence)
-        while self._make_room(num_positions):
+        while self._make_room(self.sizes.bytes_of(num_positions)):
             try:
-                slot = self._slots[sequence.id] = KeyValueSlot.empty(self._layout, num_positions)
+                slot = KeyValueSlot.empty(self._layout, num_positions)
             except RuntimeError as error:  # there is less memory than the budget allows
                 if self.kept.drop():
                     continue
                 if not self._slots:
                     self.refused[sequence] = f"no memory for keys and values: {error}"
                 return False
+            self._slots[sequence.id] = slot
             self._note_peak()
+            if self.keeps:
+                slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
             moved = self._moved.pop(sequence.id, None)
             if moved is not None:
                 self._copy_timed(slot, moved)
@@ -147,27 +128,16 @@ class KeyValueMemory:
         return False
 
     def grow(self, sequence: Sequence) -> bool:
-        """Make room for all tokens of a running sequence, and more where there is any; return whether there was."""
+        """Make room for all tokens of a running sequence, and more where there is any; return whether there was.
+
+        In layers with a window, for those that the next pass computes, behind the window before them.
+        """
         slot = self._slots[sequence.id]
-        if slot.num_positions >= sequence.length:
-            return True
-        has, least = slot.num_positions, _roomy(sequence)
-        self._make_room(min(least - has, self._free_positions() + self.kept.num_tokens))
-        most = min(sequence.num_positions, max(least, int(sequence.length * _GROWTH)))
-        num_positions = min(most, has + self._free_positions())
-        if num_positions < sequence.length:
-            return False
-        while True:
-            try:
-                slot.grow(num_positions, sequence.num_computed)
-            except RuntimeError as error:
-                if self.kept.drop():
-                    continue
-                if len(self._slots) == 1:
-                    self.refused[sequence] = f"no memory for keys and values: {error}"
-                return False
-            self._note_peak()
-            return True
+        ways = (False, True) if self.sizes.window else (False,)  # in the second way without what others may need
+        has_room = any(self._move_window(sequence, slot, one) and self._grow_plain(sequence, slot) for one in ways)
+        if has_room:
+            self.refused.pop(sequence, None)  # where it was only in the first way
+        return has_room
 
     def preempt(self, sequence: Sequence, grower: Sequence) -> None:
         """Take a sequence's slot so that another may grow: keep what there is room for, or move it to host memory.
@@ -178,11 +148,12 @@ class KeyValueMemory:
         """
         slot = self._slots.pop(sequence.id)
         self.counts["preempted"] += 1
-        needed = 0 if grower is sequence else _roomy(grower) - self._slots[grower.id].num_positions
-        room = max(0, self._free_positions() - needed)
-        if room < sequence.num_computed and self._move(sequence, slot):
+        needed = 0 if grower is sequence else self.sizes.bytes_of(_roomy(grower)) - self._slots[grower.id].nbytes
+        room = max(0, self._free_bytes() - max(0, needed))
+        count = self._num_fitting(sequence, slot, room)
+        if count < sequence.num_computed and self._move(sequence, slot):
             return
-        self._keep(sequence, slot, min(sequence.num_computed, room))
+        self._keep(sequence, slot, count)
 
     def keep(self, sequence: Sequence) -> None:
         """Take the slot of a sequence that has ended, and keep what it has computed."""
@@ -198,17 +169,31 @@ class KeyValueMemory:
 
     def num_kept(self, sequence: Sequence) -> int:
         """Return how many of a sequence's first tokens are kept, without its last one; 0 for too few to be copied."""
-        count = self.kept.longest(sequence.scaling, _may_copy(sequence))
+        tokens = _may_copy(sequence)
+        count, slot = self.kept.longest(sequence.scaling, tokens), self._slots.get(sequence.id)
+        if slot is not None and self.keeps:
+            common = self.kept.common(sequence.scaling, tokens)
+            if common > count:
+                slot.marks.add(common)  # a place where prompts part: the next one shall go on there
         return count if count >= MIN_SHARED_TOKENS else 0
 
+    def num_reached(self, donor: Sequence, num_tokens: int) -> int:
+        """Return behind how many of a running sequence's first tokens, at most so many, another can go on."""
+        return self._slots[donor.id].last_place(donor.num_computed, num_tokens)
+
+    def expect(self, donor: Sequence, num_tokens: int) -> None:
+        """Let a running sequence keep what another needs to go on behind so many of its tokens, once they are there."""
+        self._slots[donor.id].marks.add(num_tokens)
+
     def share(self, donor: Sequence | None, receiver: Sequence, num_tokens: int) -> None:
-        """Copy the first tokens' keys and values from a running sequence, or from what is kept."""
+        """Copy the first tokens' keys and values, as many as can be, from a running sequence or from what is kept."""
         slot = self._slots[receiver.id]
         if donor is None:
             self.kept.copy(receiver.scaling, _may_copy(receiver)[:num_tokens], slot)
             self.counts["kept_hits"] += 1
         else:
             slot.copy_from(self._slots[donor.id], num_tokens)
+            slot.place_window(self._slots[donor.id].window_parts(donor.num_computed), num_tokens)
         self.counts["shared_tokens"] += num_tokens
 
     def save(self, folder: Path, fingerprint: str) -> int:
@@ -220,7 +205,7 @@ class KeyValueMemory:
         before = self.kept.num_tokens
         if self.keeps:
             for run in prefix_files.load(folder, fingerprint, self._layout):
-                if self._free_positions() >= len(run.tokens):
+                if self._free_bytes() >= run.nbytes:
                     self.kept.restore(run)
             self._note_peak()
         return self.kept.num_tokens - before
@@ -232,7 +217,7 @@ class KeyValueMemory:
         self.refused.clear()
         self.kept.clear()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int | None]:
         """Return the counts, and bytes of slots and of what is kept."""
         return {
             **self.counts,
@@ -242,13 +227,14 @@ class KeyValueMemory:
             "kv_kept_tokens": self.kept.num_tokens,
             "kv_peak_bytes": self.peak_bytes,
             "kv_position_bytes": self.position_bytes,
+            "kv_positions": self.sizes.most_positions(self.budget_bytes),
         }
 
     def check_integrity(self) -> None:
         """Assert that all is counted with its bytes, and inside the budget."""
         for id, slot in self._slots.items():
-            assert slot.nbytes >= slot.num_positions * self.position_bytes, f"the slot of {id} is too small"
-        self.kept.check_integrity(self.position_bytes)
+            assert slot.nbytes >= slot.num_positions * self.sizes.plain_bytes, f"the slot of {id} is too small"
+        self.kept.check_integrity(self.sizes.plain_bytes)
         total = self.used_bytes + self.kept_bytes
         assert total <= self.budget_bytes, f"{total} bytes are beyond the budget of {self.budget_bytes}"
         assert not self._moved.keys() & self._slots.keys(), "a sequence that runs lies in host memory as well"
@@ -256,18 +242,24 @@ class KeyValueMemory:
     def _keep(self, sequence: Sequence, slot: KeyValueSlot, num_positions: int) -> None:
         if not self.keeps or num_positions < MIN_SHARED_TOKENS:
             return
-        try:
+        with suppress(RuntimeError):  # there is less memory than the budget allows: it is computed again
             self.kept.keep(sequence.scaling, sequence.uniform_ids[:num_positions], slot)
-        except RuntimeError:  # there is less memory than the budget allows: it is computed again
-            return
+        while (surplus := max(self.kept_bytes - self._most_kept_bytes, -self._free_bytes())) > 0:
+            self._drop(surplus)
         self._note_peak()
-        while (surplus := self.kept_bytes - self._most_kept_bytes) > 0:
-            self.kept.drop(-(-surplus // self.position_bytes))
+
+    def _num_fitting(self, sequence: Sequence, slot: KeyValueSlot, room: int) -> int:
+        """Return how many of its computed positions a sequence may leave in so many bytes."""
+        count, of_position = sequence.num_computed, self.sizes.plain_bytes
+        left = room - sum(part.nbytes for part in slot.worth_keeping(count))
+        if left >= count * of_position:
+            return count
+        return slot.last_place(count, left // of_position) if of_position and left > 0 else 0
 
     def _move(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
         """Move what a sequence has computed to host memory, where that pays; return whether it did."""
         count = sequence.num_computed
-        num_bytes = count * self.position_bytes
+        num_bytes = self.sizes.bytes_of(count)
         if not self._moves or not self.speeds.favour_copy(count, num_bytes, available_memory_bytes() // 2):
             return False
         try:
@@ -283,20 +275,64 @@ class KeyValueMemory:
     def _copy_timed(self, target: KeyValueSlot, source: KeyValueSlot) -> None:
         begin, count = time.perf_counter(), min(target.num_positions, source.num_positions)
         target.copy_from(source, count)
+        target.place_window(source.window_parts(count), count)
         for device in {tensor.device for tensor in target.keys.values() if tensor.device.type == "cuda"}:
             torch.cuda.synchronize(device)
-        self.speeds.saw_copy(count * self.position_bytes, time.perf_counter() - begin)
+        self.speeds.saw_copy(self.sizes.bytes_of(count), time.perf_counter() - begin)
 
-    def _make_room(self, num_positions: int) -> bool:
-        """Let what is kept go until so many positions are free, where there can be; return whether they are."""
-        if self._free_positions() + self.kept.num_tokens < num_positions:
+    def _move_window(self, sequence: Sequence, slot: KeyValueSlot, sparing: bool) -> bool:
+        """Let layers with a window have room for the next pass, behind what it sees; return whether there was memory.
+
+        Sparing, they hold no more than that, for no other sequence either.
+        """
+        move = self.sizes.next_window(sequence, slot, sparing=sparing)
+        if move is None:
+            return True
+        if move.num_bytes > 0 and not self._make_room(move.num_bytes):
             return False
-        while (missing := num_positions - self._free_positions()) > 0:
-            self.kept.drop(missing)
+        return self._is_done(sequence, lambda: slot.move_window(move.aside, move.room, sequence.num_computed))
+
+    def _grow_plain(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
+        """Make room for all tokens of a sequence in layers without a window; return whether there was memory."""
+        has, least = slot.num_positions, _roomy(sequence)
+        if has >= sequence.length:
+            return True
+        self._make_room(min((least - has) * self.sizes.plain_bytes, self._free_bytes() + self.kept_bytes))
+        num_positions = min(sequence.num_positions, max(least, int(sequence.length * _GROWTH)))
+        if self.sizes.plain_bytes:
+            num_positions = min(num_positions, has + self._free_bytes() // self.sizes.plain_bytes)
+        if num_positions < sequence.length:
+            return False
+        return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed))
+
+    def _is_done(self, sequence: Sequence, make_larger: Callable[[], None]) -> bool:
+        """Let a slot take memory, in place of what is kept where there is no other; return whether it could."""
+        while True:
+            try:
+                make_larger()
+            except RuntimeError as error:
+                if self.kept.drop():
+                    continue
+                if len(self._slots) == 1:
+                    self.refused[sequence] = f"no memory for keys and values: {error}"
+                return False
+            self._note_peak()
+            return True
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Let what is kept go until so many bytes are free, where there can be; return whether they are."""
+        if self._free_bytes() + self.kept_bytes < num_bytes:
+            return False
+        while (missing := num_bytes - self._free_bytes()) > 0:
+            self._drop(missing)
         return True
 
-    def _free_positions(self) -> int:
-        return (self.budget_bytes - self.used_bytes - self.kept_bytes) // self.position_bytes
+    def _drop(self, num_bytes: int) -> None:
+        """Let something go that is kept, no more than so many bytes need."""
+        self.kept.drop(-(-num_bytes // self.sizes.plain_bytes) if self.sizes.plain_bytes else None)
+
+    def _free_bytes(self) -> int:
+        return self.budget_bytes - self.used_bytes - self.kept_bytes
 
     def _note_peak(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes + self.kept_bytes)
@@ -304,7 +340,7 @@ class KeyValueMemory:
 
 def _roomy(sequence: Sequence) -> int:
     """Return the positions of a slot that holds a sequence's tokens and a few more."""
-    return min(sequence.num_positions, sequence.length + _SPARE_POSITIONS)
+    return min(sequence.num_positions, sequence.length + SPARE_POSITIONS)
 
 
 def _may_copy(sequence: Sequence) -> list[int]:

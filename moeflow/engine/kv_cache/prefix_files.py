@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from moeflow.atomic_file import NO_CHECKSUM, atomic_file, cannot_write, is_sealed, seal, write_atomically
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree, Run
 from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.windows import WindowPart
 from moeflow.errors import MoeflowError
 
 _log = logging.getLogger(__name__)
-_FORMAT = "moeflow kept prefixes, version 1"
+_FORMAT = "moeflow kept prefixes, version 2"
 _INDEX = "index.json"
 _SUFFIX = ".kept"
 
@@ -51,14 +52,22 @@ def save(tree: PrefixTree, folder: Path, fingerprint: str) -> int:
     known = {row["file"]: row["crc32"] for row in _read_index(own, fingerprint, quiet=True)}
     rows: list[dict[str, Any]] = []
     for run in tree.runs():
-        name = hashlib.sha256(repr((run.scaling, run.before, run.tokens)).encode()).hexdigest()[:32] + _SUFFIX
+        parts = sorted((part.begin, part.end) for part in run.parts)
+        name = hashlib.sha256(repr((run.scaling, run.before, run.tokens, parts)).encode()).hexdigest()[:32] + _SUFFIX
         if name not in known or not (own / name).exists():
-            tensors = _named(run.slot)
+            tensors = _named(run)
             with atomic_file(own / name) as partial:
                 safetensors.torch.save_file(tensors, partial)
             known[name] = _checksum(tensors)
         rows.append(
-            {"file": name, "crc32": known[name], "scaling": run.scaling, "before": run.before, "tokens": run.tokens}
+            {
+                "file": name,
+                "crc32": known[name],
+                "scaling": run.scaling,
+                "before": run.before,
+                "tokens": run.tokens,
+                "parts": parts,
+            }
         )
     index = {"format": _FORMAT, "model": fingerprint, "crc32": NO_CHECKSUM, "runs": rows}
     write_atomically(own / _INDEX, seal(json.dumps(index).encode()))
@@ -80,10 +89,9 @@ def load(folder: Path, fingerprint: str, layout: dict[int, LayerShape]) -> Itera
     """
     own = folder / fingerprint
     for row in _read_index(own, fingerprint):
-        scaling = None if row["scaling"] is None else tuple(row["scaling"])
-        slot = _read_slot(own / row["file"], row["crc32"], len(row["tokens"]), layout)
-        if slot is not None:
-            yield Run(scaling, row["before"], row["tokens"], slot)
+        run = _read_run(own / row["file"], row, layout)
+        if run is not None:
+            yield run
 
 
 def _read_index(own: Path, fingerprint: str, *, quiet: bool = False) -> list[dict[str, Any]]:
@@ -101,16 +109,21 @@ def _read_index(own: Path, fingerprint: str, *, quiet: bool = False) -> list[dic
     return []
 
 
-def _read_slot(file: Path, crc32: int, num_tokens: int, layout: dict[int, LayerShape]) -> KeyValueSlot | None:
-    """Return the keys and values of a run; None, with a warning, where the file is not the one that was saved."""
+def _read_run(file: Path, row: dict[str, Any], layout: dict[int, LayerShape]) -> Run | None:
+    """Return the run of a row; None, with a warning, where the file is not the one that was saved."""
+    scaling = None if row["scaling"] is None else tuple(row["scaling"])
+    plain = {layer: shape for layer, shape in layout.items() if not shape.window}
+    windowed = {layer: shape for layer, shape in layout.items() if shape.window}
+    wanted = _wanted("", len(row["tokens"]), plain)
+    for begin, end in row["parts"]:
+        wanted |= _wanted(f".{begin}", end - begin, windowed)
     try:
         tensors = safetensors.torch.load_file(file)
-        if _checksum(tensors) == crc32 and _fits(tensors, num_tokens, layout):
-            keys, values = (
-                {layer: tensors[f"{layer}.{name}"].to(shape.device) for layer, shape in layout.items()}
-                for name in ("keys", "values")
-            )
-            return KeyValueSlot(keys, values, num_tokens)
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if _checksum(tensors) == row["crc32"] and found == wanted:
+            slot = KeyValueSlot(*_both("", tensors, plain), len(row["tokens"]))
+            parts = [WindowPart(begin, end, *_both(f".{begin}", tensors, windowed)) for begin, end in row["parts"]]
+            return Run(scaling, row["before"], row["tokens"], slot, parts)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         _log.warning("%s cannot be read (%s): this kept prefix is not used.", file, error)
         return None
@@ -118,18 +131,34 @@ def _read_slot(file: Path, crc32: int, num_tokens: int, layout: dict[int, LayerS
     return None
 
 
-def _fits(tensors: dict[str, torch.Tensor], num_tokens: int, layout: dict[int, LayerShape]) -> bool:
-    wanted = {
-        f"{layer}.{name}": ((1, heads, num_tokens, features), shape.dtype)
+def _wanted(
+    suffix: str, num_positions: int, layout: dict[int, LayerShape]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {
+        f"{layer}.{name}{suffix}": ((1, heads, num_positions, features), shape.dtype)
         for layer, shape in layout.items()
         for name, (heads, features) in (("keys", shape.key), ("values", shape.value))
     }
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == wanted
 
 
-def _named(slot: KeyValueSlot) -> dict[str, torch.Tensor]:
-    both = (("keys", slot.keys), ("values", slot.values))
-    return {f"{layer}.{name}": tensor for name, tensors in both for layer, tensor in tensors.items()}
+def _both(
+    suffix: str, tensors: dict[str, torch.Tensor], layout: dict[int, LayerShape]
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    keys, values = (
+        {layer: tensors[f"{layer}.{name}{suffix}"].to(shape.device) for layer, shape in layout.items()}
+        for name in ("keys", "values")
+    )
+    return keys, values
+
+
+def _named(run: Run) -> dict[str, torch.Tensor]:
+    """Name the tensors of a run; those of a window have the first position's number at the end of their names."""
+    named: dict[str, torch.Tensor] = {}
+    of_window = [(f".{part.begin}", part.keys, part.values) for part in run.parts]
+    for suffix, keys, values in [("", run.slot.keys, run.slot.values), *of_window]:
+        for name, tensors in (("keys", keys), ("values", values)):
+            named |= {f"{layer}.{name}{suffix}": tensor for layer, tensor in tensors.items()}
+    return named
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moeflow.engine.kv_cache.slots import KeyValueSlot
+from moeflow.engine.kv_cache.windows import WindowPart, last_place, missing
 
 
 @dataclass(eq=False)
@@ -18,15 +19,30 @@ class Node:
 
     Args:
         tokens: the run; none in a root.
-        slot: their keys and values, and no others; none in a root.
+        slot: their keys and values, and no others, in layers without a window; none in a root.
         parent: the node of the run before; none in a root.
         children: the runs behind it, by their first token.
+        begin: tokens before the run.
+        parts: what is kept of the run in layers with a window, each position once.
     """
 
     tokens: list[int] = field(default_factory=list)
     slot: KeyValueSlot | None = None
     parent: "Node | None" = None
     children: dict[int, "Node"] = field(default_factory=dict)
+    begin: int = 0
+    parts: list[WindowPart] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """Tokens up to the end of the run."""
+        return self.begin + len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept of the run."""
+        assert self.slot is not None, "no root"
+        return self.slot.nbytes + sum(part.nbytes for part in self.parts)
 
 
 class Run(NamedTuple):
@@ -36,38 +52,55 @@ class Run(NamedTuple):
         scaling: of its keys.
         before: the tokens that lead to it.
         tokens: its own.
-        slot: their keys and values.
+        slot: their keys and values in layers without a window.
+        parts: those that are kept in layers with one.
     """
 
     scaling: Hashable
     before: list[int]
     tokens: list[int]
     slot: KeyValueSlot
+    parts: list[WindowPart]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it keeps."""
+        return self.slot.nbytes + sum(part.nbytes for part in self.parts)
 
 
 class PrefixTree:
     """Tokens with their keys and values, by the scaling that these have.
 
+    Args:
+        window: most positions that one sees in layers with a window; 0 where no layer has one.
+
     Attributes:
-        num_tokens: tokens kept, each with the keys and values of one position.
+        num_tokens: tokens kept, each with the keys and values of one position in layers without a window.
+        num_bytes: of all that is kept.
     """
 
-    def __init__(self) -> None:
-        self.num_tokens = 0
+    def __init__(self, window: int = 0) -> None:
+        self.num_tokens = self.num_bytes = 0
+        self._window = window
         self._roots: dict[Hashable, Node] = {}
         # Least recently used first. A node comes before its parent, which is used whenever it is: the first is a leaf.
         self._by_use: OrderedDict[Node, None] = OrderedDict()
 
     def longest(self, scaling: Hashable, tokens: list[int]) -> int:
-        """Return how many tokens of this beginning are kept, and note their use."""
+        """Return behind how many tokens of this beginning a sequence can go on with what is kept; note their use."""
         path = self._path(scaling, tokens)
         self._use(path[-1][0] if path else None)
-        return sum(count for _, count in path)
+        return self._last_place([node for node, _ in path], sum(count for _, count in path))
+
+    def common(self, scaling: Hashable, tokens: list[int]) -> int:
+        """Return how many tokens of this beginning are kept, with or without the window before that place."""
+        return sum(count for _, count in self._path(scaling, tokens))
 
     def copy(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> None:
-        """Copy the keys and values of these tokens, all of them kept, to the beginning of a slot."""
-        start = 0
-        for node, count in self._path(scaling, tokens):
+        """Copy the keys and values of these tokens, a beginning that `longest` told, to that of an empty slot."""
+        start, path = 0, self._path(scaling, tokens)
+        slot.place_window([part for node, _ in path for part in node.parts], len(tokens))
+        for node, count in path:
             assert node.slot is not None, "no root"
             slot.copy_from(node.slot, count, start)
             start += count
@@ -81,24 +114,28 @@ class PrefixTree:
         """
         path = self._path(scaling, tokens)
         begin = sum(count for _, count in path)
+        parts = slot.worth_keeping(len(tokens))
         node, count = path[-1] if path else (self._roots.get(scaling) or Node(), 0)
         if begin < len(tokens):
             if count < len(node.tokens):
                 node = self._split(node, count)
-            leaf = Node(tokens[begin:], slot.give_up(begin, len(tokens)), node)
+            leaf = Node(tokens[begin:], slot.give_up(begin, len(tokens)), node, begin=begin)
             if node.parent is None:
                 self._roots[scaling] = node
             node.children[leaf.tokens[0]] = leaf
             self.num_tokens += len(leaf.tokens)
+            self.num_bytes += leaf.nbytes
             node = leaf
         self._use(node)
+        for one in _up_from(node):
+            self._add_parts(one, parts)
 
     def drop(self, num_tokens: int | None = None) -> bool:
         """Let the leaf go that was not used for the longest time, or only its end; return whether there was one.
 
         Args:
-            num_tokens: so many of its last tokens go, where it has more and there is memory to copy the others; None
-                for all.
+            num_tokens: so many of its last tokens go, and those before that no sequence can go on behind, where it has
+                more and there is memory to copy the others; None for all.
         """
         leaf = next(iter(self._by_use), None)
         if leaf is None:
@@ -108,6 +145,7 @@ class PrefixTree:
             return True
         del self._by_use[leaf], leaf.parent.children[leaf.tokens[0]]
         self.num_tokens -= len(leaf.tokens)
+        self.num_bytes -= leaf.nbytes
         if leaf.parent.parent is None and not leaf.parent.children:
             self._roots = {scaling: root for scaling, root in self._roots.items() if root.children}
         return True
@@ -116,7 +154,7 @@ class PrefixTree:
         """Let everything go."""
         self._roots.clear()
         self._by_use.clear()
-        self.num_tokens = 0
+        self.num_tokens = self.num_bytes = 0
 
     def sequences(self) -> Iterator[tuple[Hashable, list[Node]]]:
         """Yield of each leaf its scaling and the nodes from the first run to it."""
@@ -133,13 +171,11 @@ class PrefixTree:
         scalings = {root: scaling for scaling, root in self._roots.items()}
         for node in reversed(self._by_use):
             assert node.slot is not None, "no root"
-            before: list[int] = []
-            above = node.parent
-            while above is not None and above.parent is not None:
-                before = above.tokens + before
-                above = above.parent
-            assert above is not None, "a node has a root"
-            yield Run(scalings[above], before, node.tokens, node.slot)
+            path = _up_from(node)
+            before = [token for one in reversed(path[1:]) for token in one.tokens]
+            root = path[-1].parent
+            assert root is not None, "a node has a root"
+            yield Run(scalings[root], before, node.tokens, node.slot, node.parts)
 
     def restore(self, run: Run) -> bool:
         """Take in a run of `runs` as the least recently used; False where what leads to it is not there, or it is."""
@@ -150,21 +186,32 @@ class PrefixTree:
             return False
         if node.parent is None:
             self._roots[run.scaling] = node
-        leaf = node.children[run.tokens[0]] = Node(run.tokens, run.slot, node)
+        leaf = Node(run.tokens, run.slot, node, begin=len(run.before), parts=run.parts)
+        node.children[run.tokens[0]] = leaf
         self._by_use[leaf] = None
         self._by_use.move_to_end(leaf, last=False)
         self.num_tokens += len(run.tokens)
+        self.num_bytes += leaf.nbytes
         return True
 
     def check_integrity(self, position_bytes: int) -> None:
-        """Assert that every node is counted with its bytes, and that the order of use is one of leaves first."""
+        """Assert that every node is counted with its bytes, and that the order of use is one of leaves first.
+
+        Args:
+            position_bytes: of a position in the layers without a window.
+        """
         nodes = {node for _, path in self.sequences() for node in path}
         assert nodes == set(self._by_use), "a node has no place in the order of use"
         assert sum(len(node.tokens) for node in nodes) == self.num_tokens, "tokens are counted wrong"
+        assert sum(node.nbytes for node in nodes) == self.num_bytes, "bytes are counted wrong"
         places = {node: place for place, node in enumerate(self._by_use)}
         for node in nodes:
             assert node.slot is not None
             assert node.slot.nbytes == len(node.tokens) * position_bytes, "a run has bytes of others"
+            assert all(child.begin == node.end for child in node.children.values()), "a run begins elsewhere"
+            stretches = sorted((part.begin, part.end) for part in node.parts)
+            bounds = [node.begin, *(bound for stretch in stretches for bound in stretch), node.end]
+            assert bounds == sorted(bounds), "a position is kept twice, or in another's run"
             assert all(places[child] < places[node] for child in node.children.values()), "a parent left first"
             assert all(first == child.tokens[0] for first, child in node.children.items()), "a run has another's name"
 
@@ -183,28 +230,47 @@ class PrefixTree:
                 break
         return path
 
+    def _last_place(self, path: list[Node], most: int) -> int:
+        """Return behind how many tokens, at most so many, a sequence can go on with what these nodes keep."""
+        if not self._window:
+            return most
+        return last_place([(part.begin, part.end) for node in path for part in node.parts], self._window, most)
+
+    def _add_parts(self, node: Node, parts: list[WindowPart]) -> None:
+        """Copy what a node has not yet of its positions."""
+        for part in parts:
+            there = [(one.begin, one.end) for one in node.parts]
+            for begin, end in missing(there, max(part.begin, node.begin), min(part.end, node.end)):
+                node.parts.append(part.cut(begin, end))
+                self.num_bytes += node.parts[-1].nbytes
+
     def _split(self, node: Node, count: int) -> Node:
         """Cut a run in two behind its first tokens, and return the new node of these."""
         assert node.slot is not None, "no root"
         assert node.parent is not None, "no root"
+        place = node.begin + count
         first, rest = node.slot.part(0, count), node.slot.part(count, len(node.tokens))
-        head = Node(node.tokens[:count], first, node.parent, {node.tokens[count]: node})
+        before, behind = _parts_between(node, node.begin, place), _parts_between(node, place, node.end)
+        head = Node(node.tokens[:count], first, node.parent, {node.tokens[count]: node}, node.begin, before)
         node.parent.children[head.tokens[0]] = head
-        node.tokens, node.slot, node.parent = node.tokens[count:], rest, head
+        node.tokens, node.slot, node.parent, node.begin, node.parts = node.tokens[count:], rest, head, place, behind
         self._use(head)
         return head
 
     def _shorten(self, leaf: Node, num_tokens: int) -> bool:
         """Keep only the first tokens of a leaf, where they are any and there is memory; return whether it was done."""
         assert leaf.slot is not None, "no root"
+        num_tokens = self._last_place(_up_from(leaf), leaf.begin + num_tokens) - leaf.begin
         if num_tokens <= 0:
             return False
         try:
-            leaf.slot = leaf.slot.part(0, num_tokens)
+            slot, parts = leaf.slot.part(0, num_tokens), _parts_between(leaf, leaf.begin, leaf.begin + num_tokens)
         except RuntimeError:
             return False
         self.num_tokens -= len(leaf.tokens) - num_tokens
-        leaf.tokens = leaf.tokens[:num_tokens]
+        self.num_bytes -= leaf.nbytes
+        leaf.slot, leaf.parts, leaf.tokens = slot, parts, leaf.tokens[:num_tokens]
+        self.num_bytes += leaf.nbytes
         return True
 
     def _use(self, node: Node | None) -> None:
@@ -213,6 +279,25 @@ class PrefixTree:
             self._by_use[node] = None
             self._by_use.move_to_end(node)
             node = node.parent
+
+
+def _up_from(node: Node) -> list[Node]:
+    """Return a node and those before it, without the root."""
+    path: list[Node] = []
+    above: Node | None = node
+    while above is not None and above.parent is not None:
+        path.append(above)
+        above = above.parent
+    return path
+
+
+def _parts_between(node: Node, begin: int, end: int) -> list[WindowPart]:
+    """Return what a node keeps between two places in layers with a window, with copies of what lies across one."""
+    parts = [part for part in node.parts if part.begin < end and part.end > begin]
+    return [
+        part if begin <= part.begin and part.end <= end else part.cut(max(begin, part.begin), min(end, part.end))
+        for part in parts
+    ]
 
 
 def num_common(one: list[int], other: list[int]) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moeflow.engine.kv_cache.windows import MARGIN, Stretch, WindowPart, first_needed, joined, last_place, wanted
 from moeflow.hf.passes.caches.growing_cache import KeptShape
 
 
@@ -19,12 +20,16 @@ class LayerShape(NamedTuple):
         value: [heads, features].
         dtype: of both.
         device: of both.
+        window: most positions that one sees in this layer, itself among them; 0 for all.
+        room: positions that an empty slot has in a layer with a window, where it has no fewer in others; None for all.
     """
 
     key: tuple[int, int]
     value: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    window: int = 0
+    room: int | None = None
 
     @property
     def position_bytes(self) -> int:
@@ -35,89 +40,226 @@ class LayerShape(NamedTuple):
 class KeyValueSlot:
     """Keys and values of one sequence's positions.
 
+    Layers without a window have room for all positions, those with one for some of them, which move on.
+
     Args:
         keys: of each layer that keeps any, [1, heads, positions, features].
         values: likewise.
-        num_positions: room for so many in each layer.
+        num_positions: room for so many in each layer without a window.
+        window: most positions that one sees in the layers with a window.
+        origins: of each layer with a window, the first position that it has room for.
+
+    Attributes:
+        marks: places whose window is worth keeping while the sequence goes on.
+        aside: windows before marked places that the sequence itself needs no more.
     """
 
-    def __init__(self, keys: dict[int, torch.Tensor], values: dict[int, torch.Tensor], num_positions: int) -> None:
+    def __init__(
+        self,
+        keys: dict[int, torch.Tensor],
+        values: dict[int, torch.Tensor],
+        num_positions: int,
+        window: int = 0,
+        origins: dict[int, int] | None = None,
+    ) -> None:
         self.keys, self.values, self.num_positions = keys, values, num_positions
+        self.window = window
+        self.marks: set[int] = set()
+        self.aside: list[WindowPart] = []
+        self._origins = {} if origins is None else origins
         self._addresses: dict[tuple[int, ...], np.ndarray] = {}
 
     @classmethod
     def empty(cls, layout: dict[int, LayerShape], num_positions: int) -> "KeyValueSlot":
-        """Make room for so many positions.
+        """Make room for so many positions, or in layers with a window for the first of them.
 
         Raises:
             RuntimeError: there is no memory.
         """
 
         def room(shape: LayerShape, heads: int, features: int) -> torch.Tensor:
-            return torch.empty(1, heads, num_positions, features, dtype=shape.dtype, device=shape.device)
+            count = num_positions if shape.room is None else min(num_positions, shape.room)
+            return torch.empty(1, heads, count, features, dtype=shape.dtype, device=shape.device)
 
         keys = {layer: room(shape, *shape.key) for layer, shape in layout.items()}
-        return cls(keys, {layer: room(shape, *shape.value) for layer, shape in layout.items()}, num_positions)
+        values = {layer: room(shape, *shape.value) for layer, shape in layout.items()}
+        window = max((shape.window for shape in layout.values()), default=0)
+        return cls(keys, values, num_positions, window, {layer: 0 for layer, shape in layout.items() if shape.window})
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensors in (self.keys, self.values) for tensor in tensors.values())
+        of_tensors = sum(tensor.nbytes for tensors in (self.keys, self.values) for tensor in tensors.values())
+        return of_tensors + sum(part.nbytes for part in self.aside)
+
+    @property
+    def _plain(self) -> list[int]:
+        """The layers without a window."""
+        return [layer for layer in self.keys if layer not in self._origins]
+
+    @property
+    def in_window(self) -> Stretch:
+        """The positions that every layer with a window has room for; as many as there may be where none has one."""
+        if not self._origins:
+            return 0, self.num_positions
+        ends = (origin + self.keys[layer].shape[2] for layer, origin in self._origins.items())
+        return max(self._origins.values()), min(ends)
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put keys and values, [1, heads, positions, features], from position `start` on."""
-        end = start + keys.shape[2]
-        assert end <= self.num_positions, f"position {end - 1} of a slot of {self.num_positions}"
-        self.keys[layer][:, :, start:end] = keys
-        self.values[layer][:, :, start:end] = values
+        origin, end = self._origins.get(layer, 0), start + keys.shape[2]
+        room = self.keys[layer].shape[2]
+        assert origin <= start <= end <= origin + room, f"position {end - 1} of a slot of {room} from {origin} on"
+        self.keys[layer][:, :, start - origin : end - origin] = keys
+        self.values[layer][:, :, start - origin : end - origin] = values
 
     def read(self, layer: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of the first positions' keys and values, [1, heads, num_positions, features]."""
-        return self.keys[layer][:, :, :num_positions], self.values[layer][:, :, :num_positions]
+        """Return the first positions' keys and values, [1, heads, num_positions, features].
+
+        They are views; where a window has moved on, copies with zeros in place of what it has left behind. No query
+        sees these, and sums over all positions are rounded as if they were there.
+        """
+        origin, both = self._origins.get(layer, 0), (self.keys[layer], self.values[layer])
+        if origin:
+            wholes = []
+            for tensor in both:
+                whole = tensor.new_zeros(*tensor.shape[:2], num_positions, tensor.shape[3])
+                whole[:, :, origin:] = tensor[:, :, : num_positions - origin]
+                wholes.append(whole)
+            return wholes[0], wholes[1]
+        return both[0][:, :, :num_positions], both[1][:, :, :num_positions]
 
     def addresses(self, layers: tuple[int, ...]) -> np.ndarray:
-        """Return addresses of keys and of values, and their positions, of each of these layers: [layers, 3] int64."""
+        """Return where keys and values of each of these layers lie for a native step.
+
+        Returns:
+            [layers, 3] int64: addresses of position 0 of keys and of values, which is before the memory where a window
+            has moved on, and the positions from one head to the next.
+        """
         if layers not in self._addresses:
-            rows = [(self.keys[n].data_ptr(), self.values[n].data_ptr(), self.keys[n].shape[2]) for n in layers]
+            rows = [(*self._firsts(layer), self.keys[layer].shape[2]) for layer in layers]
             self._addresses[layers] = np.array(rows, np.int64)
         return self._addresses[layers]
 
+    def _firsts(self, layer: int) -> tuple[int, int]:
+        origin, both = self._origins.get(layer, 0), (self.keys[layer], self.values[layer])
+        keys, values = (one.data_ptr() - origin * one.shape[3] * one.element_size() for one in both)
+        return keys, values
+
     def copy_from(self, other: "KeyValueSlot", num_positions: int, start: int = 0) -> None:
-        """Copy the first positions of another slot, on any device, to the positions from `start` on."""
-        for layer in self.keys:
+        """Copy the first positions of another slot, on any device, to the positions from `start` on.
+
+        Of layers without a window; see `place_window` for the others.
+        """
+        for layer in self._plain:
             self.write(layer, start, *other.read(layer, num_positions))
 
     def grow(self, num_positions: int, num_written: int) -> None:
-        """Make room for more positions, and keep the first `num_written`; every address changes.
+        """Make room for more positions in layers without a window, and keep the first `num_written`.
 
-        One layer after the other, so that hardly more memory is taken than that of the larger slot.
+        One layer after the other, so that hardly more memory is taken than that of the larger slot. Every address
+        changes.
 
         Raises:
             RuntimeError: there is no memory; what was written is still there.
         """
-        for layer, tensors in {layer: (self.keys[layer], self.values[layer]) for layer in self.keys}.items():
-            if tensors[0].shape[2] < num_positions:  # not where an attempt before ended behind this layer
-                larger = [one.new_empty(*one.shape[:2], num_positions, one.shape[3]) for one in tensors]
-                for new, old in zip(larger, tensors, strict=True):
-                    new[:, :, :num_written] = old[:, :, :num_written]
-                self._addresses.clear()
-                self.keys[layer], self.values[layer] = larger
+        for layer in self._plain:
+            if self.keys[layer].shape[2] < num_positions:  # not where an attempt before ended behind this layer
+                self._replace(layer, (0, num_positions), (0, num_written))
         self.num_positions = num_positions
 
+    def move_window(self, aside: list[Stretch], room: Stretch, num_written: int) -> None:
+        """Give the layers with a window room for other positions, and keep what they have of these.
+
+        Args:
+            aside: positions that are set aside before.
+            room: the first position, and the one behind the last.
+            num_written: positions that there are.
+
+        Raises:
+            RuntimeError: there is no memory; what was written is still there.
+        """
+        there = {(part.begin, part.end) for part in self.aside}
+        for begin, end in aside:
+            if (begin, end) not in there:
+                self.aside.append(self.window_parts(num_written)[-1].cut(begin, end))
+        for layer, origin in self._origins.items():
+            if (origin, origin + self.keys[layer].shape[2]) != room:
+                self._replace(layer, room, (max(room[0], origin), num_written))
+                self._origins[layer] = room[0]
+
+    def _replace(self, layer: int, room: Stretch, written: Stretch) -> None:
+        before, (begin, end), (first, last) = self._origins.get(layer, 0), room, written
+        olds = self.keys[layer], self.values[layer]
+        news = [old.new_empty(*old.shape[:2], end - begin, old.shape[3]) for old in olds]
+        if first < last:
+            for new, old in zip(news, olds, strict=True):
+                new[:, :, first - begin : last - begin] = old[:, :, first - before : last - before]
+        self._addresses.clear()
+        self.keys[layer], self.values[layer] = news
+
+    def window_parts(self, num_written: int) -> list[WindowPart]:
+        """Return what there is of the layers with a window: what was set aside, and views of what they have."""
+        if not self._origins:
+            return []
+        begin = self.in_window[0]
+        keys, values = (
+            {layer: tensors[layer][:, :, begin - at : num_written - at] for layer, at in self._origins.items()}
+            for tensors in (self.keys, self.values)
+        )
+        aside = [part for part in self.aside if part.end <= begin]
+        return [*aside, WindowPart(begin, num_written, keys, values)] if begin < num_written else aside
+
+    def worth_keeping(self, num_written: int) -> list[WindowPart]:
+        """Return what `window_parts` does, without positions that serve neither a mark nor the end."""
+        parts = self.window_parts(num_written)
+        if not parts or parts[-1].end < num_written:
+            return parts
+        *aside, whole = parts
+        return aside + [whole.view(*one) for one in wanted(self.marks, whole.begin, num_written, self.window)]
+
+    def last_place(self, num_written: int, most: int) -> int:
+        """Return the last place, at most `most`, at which another sequence can go on with what this one has."""
+        if not self._origins:
+            return most
+        parts = self.window_parts(num_written)
+        return last_place([(part.begin, part.end) for part in parts], self.window, most)
+
+    def place_window(self, parts: list[WindowPart], place: int) -> None:
+        """Copy the window before a place into a slot whose layers with a window have nothing.
+
+        Args:
+            parts: where it lies, with other positions.
+            place: where the sequence goes on.
+        """
+        if not self._origins:
+            return
+        stretches = joined((part.begin, part.end) for part in parts)
+        origin = next((begin for begin, end in stretches if begin < place <= end), place)
+        origin = max(origin, first_needed(max(0, place - MARGIN), self.window))
+        for layer in self._origins:
+            self._origins[layer] = origin
+        self._addresses.clear()
+        for part in parts:
+            begin, end = max(part.begin, origin), min(part.end, place)
+            if begin < end:
+                for layer in self._origins:
+                    chosen = slice(begin - part.begin, end - part.begin)
+                    self.write(layer, begin, part.keys[layer][:, :, chosen], part.values[layer][:, :, chosen])
+
     def part(self, begin: int, end: int) -> "KeyValueSlot":
-        """Copy positions into a slot of their own.
+        """Copy positions of layers without a window into a slot of their own.
 
         Raises:
             RuntimeError: there is no memory.
         """
         keys, values = (
-            {layer: _cut(tensor, begin, end) for layer, tensor in tensors.items()}
-            for tensors in (self.keys, self.values)
+            {layer: _cut(tensors[layer], begin, end) for layer in self._plain} for tensors in (self.keys, self.values)
         )
         return KeyValueSlot(keys, values, end - begin)
 
     def give_up(self, begin: int, end: int) -> "KeyValueSlot":
-        """Turn into a slot of these positions alone; this one holds nothing any more.
+        """Turn into a slot of these positions alone, of layers without a window; this one holds nothing any more.
 
         One layer after the other, and without a copy where these are all positions.
 
@@ -125,11 +267,14 @@ class KeyValueSlot:
             RuntimeError: there is no memory.
         """
         given: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = {}, {}
+        plain = self._plain
         for own, others in zip((self.keys, self.values), given, strict=True):
-            for layer in list(own):
+            for layer in plain:
                 tensor = own.pop(layer)
                 others[layer] = tensor if end - begin == tensor.shape[2] else _cut(tensor, begin, end)
+            own.clear()
         self._addresses.clear()
+        self.aside = []
         return KeyValueSlot(*given, end - begin)
 
 
@@ -165,7 +310,8 @@ class SlotRows:
         """Return where keys and values lie.
 
         Returns:
-            [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
+            [layers, rows, 3] int64: addresses of position 0 of keys and of values, and the positions from one head to
+            the next.
         """
         return np.stack([slot.addresses(tuple(layers)) for slot in self._slots], 1)
 

@@ -19,10 +19,12 @@ class FamilyCache:
     Args:
         cache: of its own kind; None where nothing is computed, or a pass did not end.
         num_positions: tokens that it covers, the first of its sequence.
+        shifts: what the model keeps of the sequence outside of the cache, as of `ImageSteps.step`.
     """
 
     cache: Any = None
     num_positions: int = 0
+    shifts: Any = None
 
     def take(self) -> Any:
         """Return the cache for a pass, which puts it back; one that does not end leaves none."""
@@ -40,6 +42,8 @@ class KeptCache:
         num_bytes: of its tensors.
         forgets: whether it can go back to fewer tokens.
         branches: whether several sequences have gone on from here: then each has a copy.
+        shifts: as of `FamilyCache`.
+        image_key: of the images that its tokens stand for; None for none.
     """
 
     token_ids: list[int]
@@ -47,6 +51,8 @@ class KeptCache:
     num_bytes: int
     forgets: bool
     branches: bool = False
+    shifts: Any = None
+    image_key: str | None = None
 
     def common(self, token_ids: list[int]) -> int:
         """Count the first tokens that a sequence has in common with it, the sequence's last one left out."""
@@ -56,8 +62,10 @@ class KeptCache:
         pairs = zip(self.token_ids, token_ids, strict=False)
         return next(place for place, (own, other) in enumerate(pairs) if own != other)
 
-    def usable(self, token_ids: list[int]) -> int:
-        """Return how many of a sequence's first tokens it can be used for."""
+    def usable(self, token_ids: list[int], image_key: str | None = None) -> int:
+        """Return how many of a sequence's first tokens it can be used for: none where any image is another."""
+        if image_key != self.image_key:
+            return 0
         common = self.common(token_ids)
         return common if self.forgets or common == len(self.token_ids) else 0
 
@@ -136,21 +144,22 @@ class FamilyCaches:
 
     def num_kept(self, sequence: Sequence) -> int:
         """Return how many of a sequence's first tokens are kept; 0 where computing all takes less time."""
-        count = max((one.usable(self._ids(sequence)) for one in self.kept), default=0)
+        ids, image_key = self._ids(sequence), sequence.image_key
+        count = max((one.usable(ids, image_key) for one in self.kept), default=0)
         if count and self.several is False and self.step_s is not None and self.prefill_s is not None:
             by_steps = (sequence.length - count) * self.step_s
             return count if by_steps <= sequence.length * self.prefill_s else 0
         return count
 
     def branch_point(self, token_ids: list[int]) -> int:
-        """Return the place at which a sequence parts from the one that it has most in common with; 0 for none."""
-        longest = max((one.common(token_ids) for one in self.kept), default=0)
+        """Return the place at which a text parts from the one that it has most in common with; 0 for none."""
+        longest = max((one.common(token_ids) for one in self.kept if one.image_key is None), default=0)
         return longest if longest >= MIN_SHARED_TOKENS else 0
 
     def share(self, donor: Sequence | None, receiver: Sequence, num_tokens: int) -> None:
         """Let a sequence go on with the kept cache that covers so many of its tokens, or with a copy."""
         ids = self._ids(receiver)
-        found = next(one for one in reversed(self.kept) if one.usable(ids) == num_tokens)
+        found = next(one for one in reversed(self.kept) if one.usable(ids, receiver.image_key) == num_tokens)
         self.kept.remove(found)
         cache = found.cache
         if found.branches:
@@ -158,7 +167,7 @@ class FamilyCaches:
             cache = generate_step.copy_cache(cache)
         elif len(found.token_ids) > num_tokens:
             generate_step.forget(cache, len(found.token_ids) - num_tokens)
-        self._running[receiver.id] = FamilyCache(cache, num_tokens)
+        self._running[receiver.id] = FamilyCache(cache, num_tokens, found.shifts)
         self.counts["shared_tokens"] += num_tokens
         self.counts["kept_hits"] += 1
 
@@ -166,25 +175,35 @@ class FamilyCaches:
         """Keep what a sequence that has ended leaves, as far as the budget goes."""
         own = self._running.pop(sequence.id)
         if own.cache is not None:
-            self._keep(self._ids(sequence)[: own.num_positions], own.cache)
+            self._keep(self._ids(sequence)[: own.num_positions], own.cache, own.shifts, image_key=sequence.image_key)
 
-    def keep_branch(self, token_ids: list[int], cache: Any) -> None:
-        """Keep a copy of a cache that covers these tokens, from which another sequence has gone on as well."""
-        self._keep(token_ids, cache, branches=True)
+    def keep_branch(self, token_ids: list[int], cache: Any, shifts: Any = None) -> None:
+        """Keep a copy of a cache that covers these tokens of a text, from which another has gone on as well."""
+        self._keep(token_ids, cache, shifts, branches=True)
 
-    def _keep(self, token_ids: list[int], cache: Any, *, branches: bool = False) -> None:
+    def _keep(
+        self,
+        token_ids: list[int],
+        cache: Any,
+        shifts: Any,
+        *,
+        branches: bool = False,
+        image_key: str | None = None,
+    ) -> None:
         if not self.keeps or not self._is_lasting(cache):
             return
         num_bytes = generate_step.cache_bytes(cache)
         self.peak_bytes = max(self.peak_bytes, self.kept_bytes + num_bytes)
         if num_bytes > self.budget_bytes:
             return
-        self.kept[:] = [one for one in self.kept if one.token_ids != token_ids]
+        self.kept[:] = [one for one in self.kept if one.token_ids != token_ids or one.image_key != image_key]
         while self.kept and self.kept_bytes + num_bytes > self.budget_bytes:
             del self.kept[0]
         if branches:
             cache = generate_step.copy_cache(cache)
-        self.kept.append(KeptCache(token_ids, cache, num_bytes, generate_step.can_forget(cache), branches))
+        # One with images goes on only as a whole: what is left then has every image in it.
+        forgets = image_key is None and generate_step.can_forget(cache)
+        self.kept.append(KeptCache(token_ids, cache, num_bytes, forgets, branches, shifts, image_key))
 
     def free(self, sequence: Sequence) -> None:
         """Release what a sequence has."""
@@ -195,7 +214,7 @@ class FamilyCaches:
         self._running.clear()
         self.kept.clear()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int | None]:
         """Return the counts, and bytes of the running sequence and of what is kept, as an engine's other memory."""
         return {
             **self.counts,
@@ -205,6 +224,7 @@ class FamilyCaches:
             "kv_kept_tokens": self.kept.num_tokens,
             "kv_peak_bytes": self.peak_bytes,
             "kv_position_bytes": self.position_bytes,
+            "kv_positions": None,
         }
 
     def check_integrity(self) -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.kv_cache.memory import kv_budget
+from moeflow.engine.kv_cache.budget import kv_budget
+from moeflow.engine.sampling_params import SamplingParams
+from moeflow.engine.sequence import Images
 from moeflow.engine.serial.serial_runner import SerialRunner
+from moeflow.errors import ConfigError
 from moeflow.memory_size import MemorySize
+from moeflow.turns import in_turn
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +59,31 @@ class SerialEngine(Engine):
 
     def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> SerialRunner:  # type: ignore[override]
         return SerialRunner(self.model, kv_budget(kv_memory, self.model))
+
+    @in_turn
+    def add_with_images(
+        self, token_ids: list[int], images: Images, params: SamplingParams, *, id: str | None = None, priority: int = 0
+    ) -> str:
+        """Queue a request whose prompt shows images, and return its id.
+
+        Args:
+            token_ids: the prompt, as many tokens for each image as the model sees of it.
+            images: what stands there, of `encode_with_images`.
+            params: what is asked of the answer; no log-probabilities of the prompt.
+            id: as of `add`.
+            priority: as of `add`.
+
+        Raises:
+            ConfigError: as of `add`, or log-probabilities of the prompt are asked for.
+            QueueFullError: as of `add`.
+            ClosedModelError: the engine was closed.
+        """
+        if params.prompt_logprobs is not None:
+            raise ConfigError("prompt_logprobs are of texts; this prompt has images. Leave them out.")
+        id = self.add(token_ids, params, id=id, priority=priority)
+        if id in self._requests:  # not where it was refused at once
+            self._requests[id].sequence.images = images
+        return id
 
     def save_kept(self, folder: str | Path) -> int:
         """Write nothing: caches of a family's own kind have no form in files. Returns 0 tokens."""

@@ -5,6 +5,7 @@ Knows passes and caches as wholes. Knows nothing of requests.
 
 import time
 from functools import partial
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.serial.family_caches import FamilyCaches
 from moeflow.errors import ExpertReadError, UnsupportedModelError
 from moeflow.hf.passes.generate_step import generate_step, is_lasting, prompt_logits
+from moeflow.hf.vision.image_inputs import ImageInputs
+from moeflow.hf.vision.image_steps import ImageSteps
 from moeflow.turns import Turns
 
 _PASS_ERRORS = (ExpertReadError, OSError, RuntimeError)
@@ -41,6 +44,7 @@ class SerialRunner:
     def __init__(self, model: PreTrainedModel, budget_bytes: int) -> None:
         self._model = model
         self._turns = getattr(getattr(model, "moeflow", None), "turns", None) or Turns()
+        self._steps = ImageSteps(model)
         self.memory = FamilyCaches(budget_bytes, partial(is_lasting, model))
         self._turns.run(self._try_a_step)
 
@@ -56,6 +60,12 @@ class SerialRunner:
                 computed.append(Computed(piece, self._turns.run(self._compute, piece)))
             except _PASS_ERRORS as error:
                 computed.append(Computed(piece, None, f"{type(error).__name__}: {error}"))
+            except _MODEL_ERRORS as error:
+                if piece.sequence.images is None:
+                    raise
+                name = type(self._model).__name__
+                told = f"{name} cannot read the prompt's images ({type(error).__name__}: {error})."
+                computed.append(Computed(piece, None, told))
         return computed
 
     def _compute(self, piece: Piece) -> torch.Tensor:
@@ -73,16 +83,18 @@ class SerialRunner:
         begin_s, whole = time.perf_counter(), cache is None
         if whole:
             covered = 0
-        branch = 0 if sequence.token_ids else self.memory.branch_point(ids)
-        if whole or self._takes_several(ids, len(ids) - covered):
-            cut = covered < branch < len(ids) and self._takes_several(ids, len(ids) - branch)
+        images = cast("ImageInputs | None", sequence.images)
+        tried = ids if images is None else list(range(_TRIED_TOKENS))  # none of an image's
+        branch = 0 if sequence.token_ids or images else self.memory.branch_point(ids)
+        if whole or self._takes_several(tried, len(ids) - covered):
+            cut = covered < branch < len(ids) and self._takes_several(tried, len(ids) - branch)
             ends = [branch, len(ids)] if cut else [len(ids)]
         else:
             ends = list(range(covered + 1, len(ids) + 1))
         for end in ends:
-            logits, cache = generate_step(self._model, ids[:end], cache)
+            logits, cache, own.shifts = self._steps.step(ids[:end], cache, own.shifts, images)
             if covered < end == branch:
-                self.memory.keep_branch(ids[:end], cache)
+                self.memory.keep_branch(ids[:end], cache, own.shifts)
         own.cache, own.num_positions = cache, len(ids)
         self._note_speed(time.perf_counter() - begin_s, len(ends), len(ids) - covered, whole=whole)
         return logits[None] if scores is None else scores

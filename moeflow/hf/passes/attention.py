@@ -8,7 +8,9 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from moeflow.errors import UnsupportedModelError
 from moeflow.fork import tell_of_forks
 from moeflow.hf.version import parts_of_transformers
 
@@ -20,6 +22,7 @@ with parts_of_transformers():
 MaskRule = Callable[..., Any]  # (batch, head, query position, key position) -> bool
 causal_rule: MaskRule = causal_mask_function
 _NAME = "moeflow"
+_FAR = (1 << 20) + 3  # a position that is the first of no chunk, on which a mask's rule is tried
 _SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
@@ -177,3 +180,37 @@ def _mask(batch_size: int, q_length: int, mask_function: MaskRule = causal_rule,
 # Models look both up by name.
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, _mask)
+
+
+def window_and_chunk(allowed: MaskRule) -> tuple[int, int]:
+    """Return the window and the chunk (0: none) by which a mask's rule limits what a position sees.
+
+    Raises:
+        UnsupportedModelError: it is another rule.
+    """
+    if allowed is causal_rule:
+        return 0, 0
+    with _disable_current_modes():
+        first, second = (_first_seen(allowed, position) for position in (_FAR, _FAR + 1))
+        window = _FAR - first + 1 if second == first + 1 else 0
+        chunk = _last_seeing(allowed, first) - first + 1 if 0 < first == second else 0
+        for position in (0, 1, 5, 33, 1000, _FAR - 77):
+            expected = max(position - window + 1, 0) if window else position // chunk * chunk if chunk else 0
+            if _first_seen(allowed, position) != expected:
+                raise UnsupportedModelError("its attention masks follow a rule that is no window and no chunk")
+    return window, chunk
+
+
+def _first_seen(allowed: MaskRule, position: int) -> int:
+    """Return the first position that one sees; all from there to its own must be seen."""
+    seen = allowed(0, 0, torch.tensor([[position]]), torch.arange(position + 1)[None])[0]
+    first = int(seen.int().argmax())
+    if not bool(seen[first:].all()):
+        raise UnsupportedModelError("its attention masks have holes")
+    return first
+
+
+def _last_seeing(allowed: MaskRule, position: int) -> int:
+    """Return the last position that sees another."""
+    later = torch.arange(position, 2 * _FAR)[:, None]
+    return position + int(allowed(0, 0, later, torch.tensor([[position]]))[:, 0].sum()) - 1

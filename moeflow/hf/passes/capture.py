@@ -8,7 +8,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from moeflow.errors import UnsupportedModelError
@@ -17,8 +16,8 @@ from moeflow.hf.passes.attention import (
     MaskRule,
     attention_function,
     attention_replaced,
-    causal_rule,
     own_implementation,
+    window_and_chunk,
 )
 from moeflow.hf.passes.caches.growing_cache import GrowingCache, GrowingLayer
 from moeflow.hf.passes.capture_gate import capture_gate
@@ -27,7 +26,6 @@ from moeflow.hf.passes.own_modules import OwnCall, OwnModules, attention_modules
 from moeflow.hf.passes.twin import twin_of
 
 _UNUSED = {"position_ids", "cache_position"}  # tensors that attention functions get and do not use
-_FAR = (1 << 20) + 3  # a position that is the first of no chunk, on which a mask's rule is tried
 
 _LIBRARY = torch.library.Library("moeflow", "FRAGMENT")
 _LIBRARY.define(
@@ -101,7 +99,7 @@ class _Handed(forward.KeyValueCache):
         """Return a tensor that models pass on, with the window and the chunk of the rule on it."""
         carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
         try:
-            carrier.rule = _rule_of(mask_function)  # type: ignore[attr-defined]
+            carrier.rule = window_and_chunk(mask_function)  # type: ignore[attr-defined]
         except UnsupportedModelError as error:  # where attention uses it; models make masks for no layer, too
             carrier.refusal = str(error)  # type: ignore[attr-defined]
         return carrier
@@ -278,37 +276,3 @@ def _layers_after_prompt(model: PreTrainedModel, num_rows: int, own: OwnModules)
         arguments: dict[str, Any] = {**forward.cache_argument(model, cache), "use_cache": True}
         type(model).forward(model, input_ids=torch.tensor([[3, 5]] * num_rows), **arguments)
     return list(cache.layers)
-
-
-def _rule_of(allowed: MaskRule) -> tuple[int, int]:
-    """Return the window and the chunk (0: none) by which a mask's rule limits what a position sees.
-
-    Raises:
-        UnsupportedModelError: it is another rule.
-    """
-    if allowed is causal_rule:
-        return 0, 0
-    with _disable_current_modes():
-        first, second = (_first_seen(allowed, position) for position in (_FAR, _FAR + 1))
-        window = _FAR - first + 1 if second == first + 1 else 0
-        chunk = _last_seeing(allowed, first) - first + 1 if 0 < first == second else 0
-        for position in (0, 1, 5, 33, 1000, _FAR - 77):
-            expected = max(position - window + 1, 0) if window else position // chunk * chunk if chunk else 0
-            if _first_seen(allowed, position) != expected:
-                raise UnsupportedModelError("its attention masks follow a rule that is no window and no chunk")
-    return window, chunk
-
-
-def _first_seen(allowed: MaskRule, position: int) -> int:
-    """Return the first position that one sees; all from there to its own must be seen."""
-    seen = allowed(0, 0, torch.tensor([[position]]), torch.arange(position + 1)[None])[0]
-    first = int(seen.int().argmax())
-    if not bool(seen[first:].all()):
-        raise UnsupportedModelError("its attention masks have holes")
-    return first
-
-
-def _last_seeing(allowed: MaskRule, position: int) -> int:
-    """Return the last position that sees another."""
-    later = torch.arange(position, 2 * _FAR)[:, None]
-    return position + int(allowed(0, 0, later, torch.tensor([[position]]))[:, 0].sum()) - 1

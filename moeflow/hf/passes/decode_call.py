@@ -55,7 +55,8 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     if type(cache) is not GrowingCache or not _is_whole(ids) or ids.dim() != 2 or ids.shape[1] != 1 or not cache.length:
         return None
-    if any(kwargs[name] is not None for name in kwargs.keys() - _ANSWERED):
+    # `generate` gives vision models an empty dict of encoded images in its first step.
+    if any(kwargs[name] is not None and kwargs[name] != {} for name in kwargs.keys() - _ANSWERED):
         return None
     keep, config = kwargs.get("logits_to_keep"), model.config
     parts = [config, *(getattr(config, name, None) for name in type(config).sub_configs)]

@@ -31,13 +31,16 @@ _LASTING_LAYERS = _PLAIN_LAYERS | {
 }  # fmt: skip
 
 
-def generate_step(model: PreTrainedModel, token_ids: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
+def generate_step(
+    model: PreTrainedModel, token_ids: list[int], cache: Any = None, **inputs: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
     """Run one step of `generate`.
 
     Args:
         model: that generates token by token.
         token_ids: of the whole sequence so far.
         cache: of an earlier step, covering the first of them; changed. None computes all.
+        **inputs: what the model takes beside tokens.
 
     Returns:
         Raw logits [V] of the last token in float32, and the cache that covers all of them.
@@ -48,7 +51,7 @@ def generate_step(model: PreTrainedModel, token_ids: list[int], cache: Any = Non
     ids = torch.tensor([token_ids], device=model.device)
     given: dict[str, Any] = {} if cache is None else forward.cache_argument(model, cache)
     generator = cast("GenerationMixin", model)
-    made = cast("Any", generator.generate(ids, attention_mask=torch.ones_like(ids), **given, **_ONE_STEP))
+    made = cast("Any", generator.generate(ids, attention_mask=torch.ones_like(ids), **given, **inputs, **_ONE_STEP))
     logits, kept = made.get("logits"), made.get("cache", made.get("past_key_values"))
     if not logits or len(logits) != 1 or kept is None:
         raise UnsupportedModelError(f"{type(model).__name__} does not generate token by token. Call model.generate.")

@@ -5,6 +5,7 @@ Knows the service's state and figures.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -42,10 +43,11 @@ async def show_model(request: Request) -> Response:
 
 
 async def stats(request: Request) -> Response:
-    """Return what the engine and the model count; with ?experts=1 also which experts are resident."""
+    """Return what the engine, the model and HTTP count; with ?experts=1 also which experts are resident."""
     service: Service = request.app.state.service
     figures = service.figures or {"engine": None, "model": None}
     told = {"name": service.model.name, "engine": figures["engine"], "model": figures["model"]}
+    told["http"] = {"cpu_s": time.thread_time()}  # this is the event loop's thread
     asked = request.query_params.get("experts", "0")
     if asked not in ("0", "1"):
         raise HttpError(400, f"experts is {asked[:20]!r}; it must be 0 or 1.", param="experts")

@@ -89,13 +89,13 @@ async def read_turn(service: Service, body: dict[str, Any], *, names_of: dict[st
     sampling = dict(fields.sampling)
     with told(names_of or body):
         tools = read_tools(body)
-        messages = read_conversation(body.get("messages"))
+        messages = read_conversation(body.get("messages"), model.image_parts())
         bound = next((name for name in STRUCTURES if name in sampling), None)
         if tools.schema is not None:
             if bound is not None:
                 raise ConfigError(f"tool_choice demands a call, and {bound} binds the answer; leave out one of them")
             sampling["json_schema"] = tools.schema
-    ids = await service.read(lambda: model.encode_messages(messages, tools.offered))
+    ids, images = await service.read(lambda: model.encode_messages(messages, tools.offered))
     room = model.room(ids, "messages")
     marks = model.marks(calls=bool(tools.offered))
     with told(names_of or body):
@@ -107,7 +107,7 @@ async def read_turn(service: Service, body: dict[str, Any], *, names_of: dict[st
             sampling["skip_special_tokens"] = False
         params = model.params(**sampling)
     await service.read(lambda: model.compile(params))
-    asked = [Asked(ids, one, fields.priority) for one in each_seed(params, fields.num_answers)]
+    asked = [Asked(ids, one, fields.priority, images) for one in each_seed(params, fields.num_answers)]
 
     def reader() -> Reader:
         if tools.schema is not None:

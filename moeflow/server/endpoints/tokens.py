@@ -36,8 +36,8 @@ async def tokenize(request: Request) -> Response:
         if (prompt is None) == (messages is None):
             raise ConfigError("the request must have a prompt or messages, one of them")
         if messages is not None:
-            read = read_conversation(messages)
-            ids = await service.read(lambda: model.encode_messages(read, cut=False))
+            read = read_conversation(messages, model.image_parts())
+            ids = (await service.read(lambda: model.encode_messages(read, cut=False))).token_ids
         elif isinstance(prompt, str) and len(prompt) <= _MAX_LETTERS:
             ids = await service.read(lambda: model.encode_text(prompt, special_tokens=special, cut=False))
         else:

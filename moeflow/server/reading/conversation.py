@@ -8,15 +8,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moeflow.batch.messages import read_messages, refuse_unknown, short
+from moeflow.batch.messages import IMAGE_PART, read_messages, refuse_unknown, short
 from moeflow.errors import ConfigError
 from moeflow.hf.encoding import check_text
+from moeflow.server.reading.images import ImageParts
 
 _SYSTEM = ("developer",)  # OpenAI's newer word
 
 
-def read_conversation(messages: object) -> list[dict[str, Any]]:
+def read_conversation(messages: object, images: ImageParts | None = None) -> list[dict[str, Any]]:
     """Return messages as chat templates read them: arguments of calls as objects, contents as text.
+
+    Args:
+        messages: what a request's "messages" hold.
+        images: reads its image parts; None where only texts are read. A content that has some is a list of parts, as
+            of `read_messages`.
 
     Raises:
         ConfigError: a message is none, or a result belongs to no call.
@@ -40,10 +46,14 @@ def read_conversation(messages: object) -> list[dict[str, Any]]:
                 id = message.pop("tool_call_id", None)
                 if not any(call["id"] == id for made in calls.values() for call in made):
                     raise ConfigError(f"{name} is the result of {short(id)}, which no message before it has called")
+                if isinstance(message.get("content"), list) and any(
+                    isinstance(part, dict) and part.get("type") == IMAGE_PART for part in message["content"]
+                ):
+                    raise ConfigError(f"messages has an image in the result {name}; say it in a message of a user")
                 results[place] = id
                 message["role"] = "user"  # to be read like one
         plain.append(message)
-    read: list[dict[str, Any]] = [dict(message) for message in read_messages(plain)]
+    read = read_messages(plain, None if images is None else images.read)
     names = {call["id"]: call["function"]["name"] for made in calls.values() for call in made}
     for place, message in enumerate(read, 1):
         if place in calls:

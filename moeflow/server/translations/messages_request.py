@@ -56,12 +56,14 @@ def _add(messages: list[dict[str, Any]], message: dict[str, Any], name: str) -> 
     if isinstance(content, str):
         messages.append({"role": role, "content": content})
         return
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     calls: list[dict[str, Any]] = []
     for block in list_of(content, f"the content of {name}"):
         kind = block.get("type") if isinstance(block, dict) else block
         if kind == "text":
-            texts.append(text_of(block.get("text"), f"a text of {name}"))
+            parts.append({"type": "text", "text": text_of(block.get("text"), f"a text of {name}")})
+        elif kind == "image" and role == "user":
+            parts.append(_image(block, name))
         elif kind == "tool_use" and role == "assistant":
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
@@ -69,10 +71,24 @@ def _add(messages: list[dict[str, Any]], message: dict[str, Any], name: str) -> 
             result = _text(block.get("content") or "", f"a result in {name}")
             messages.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         elif kind not in ("thinking", "redacted_thinking"):  # of an earlier answer, which no model reads again
-            raise ConfigError(f"messages has {short(kind)} in {name}; this model reads only text")
-    if texts or calls:
-        told = {"role": role, "content": "".join(texts)}
+            raise ConfigError(f"messages has {short(kind)} in {name}; only texts, and images of a user, can be read")
+    if parts or calls:
+        told = {"role": role, "content": parts if role == "user" else "".join(part["text"] for part in parts)}
         messages.append(told | ({"tool_calls": calls} if calls else {}))
+
+
+def _image(block: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return an image as a part of chat completions; an address is refused there."""
+    object_of(block, f"an image of {name}", ("type", "source", "cache_control"))
+    source = object_of(block.get("source"), f"the source of an image of {name}", ("type", "media_type", "data", "url"))
+    if source.get("type") == "base64":
+        kind = text_of(source.get("media_type"), f"the media_type of an image of {name}")
+        url = f"data:{kind};base64,{text_of(source.get('data'), f'the data of an image of {name}')}"
+    elif source.get("type") == "url":
+        url = text_of(source.get("url"), f"the url of an image of {name}")
+    else:
+        raise ConfigError(f"messages has the source {short(source.get('type'))} in {name}; it must be base64")
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _text(content: Any, name: str) -> str:

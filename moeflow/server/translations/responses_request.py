@@ -79,19 +79,31 @@ def _add(messages: list[dict[str, Any]], item: Any, name: str) -> None:
         raise ConfigError(f"{name} is {found}; messages, function_call and function_call_output can be read")
 
 
-def _content(content: Any, name: str) -> str:
+def _content(content: Any, name: str) -> str | list[dict[str, Any]]:
+    """Return a content as chat completions take it: a text, or parts where it has images."""
     if isinstance(content, str):
         return content
-    texts = []
+    parts = []
     for part in list_of(content, f"the content of {name}"):
         kind = part.get("type") if isinstance(part, dict) else part
         if kind == "refusal":
-            texts.append(text_of(part.get("refusal"), f"the refusal of {name}"))
+            parts.append({"type": "text", "text": text_of(part.get("refusal"), f"the refusal of {name}")})
         elif kind in _TEXTS:
-            texts.append(text_of(part.get("text"), f"the text of {name}"))
+            parts.append({"type": "text", "text": text_of(part.get("text"), f"the text of {name}")})
+        elif kind == "input_image":
+            parts.append(_image(part, name))
         else:
-            raise ConfigError(f"input has {short(kind)} in {name}; this model reads only text")
-    return "".join(texts)
+            raise ConfigError(f"input has {short(kind)} in {name}; only texts, and images of a user, can be read")
+    has_images = any(part["type"] == "image_url" for part in parts)
+    return parts if has_images else "".join(part["text"] for part in parts)
+
+
+def _image(part: dict[str, Any], name: str) -> dict[str, Any]:
+    if part.get("file_id") is not None:
+        raise ConfigError(f"input has a file_id in an image of {name}; no files are stored here: send it as image_url")
+    object_of(part, f"an image of {name}", ("type", "image_url", "detail", "file_id"))
+    url = text_of(part.get("image_url"), f"the image_url of {name}")
+    return {"type": "image_url", "image_url": {"url": url, "detail": part.get("detail")}}
 
 
 def _tool(tool: Any, place: int) -> Any:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from moeflow.errors import MoeflowError
 
+RETRY_S = "2"  # until a client asks again, where it may
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.small_slots import TINY, TINY_POSITION, has_names, write_names
-from moeflow.engine.kv_cache.memory import KeyValueMemory, most_kept
+from moeflow.engine.kv_cache.budget import most_kept
+from moeflow.engine.kv_cache.memory import KeyValueMemory
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import Sequence
 from moeflow.errors import BudgetError
@@ -260,7 +261,7 @@ def test_what_is_kept_has_a_limit_of_its_own():
 
 
 def test_host_memory_keeps_a_share_of_what_the_process_may_use(monkeypatch):
-    monkeypatch.setattr("moeflow.engine.kv_cache.memory.memory_limit_bytes", lambda: 1600)
+    monkeypatch.setattr("moeflow.engine.kv_cache.budget.memory_limit_bytes", lambda: 1600)
     planned = SimpleNamespace(moeflow=SimpleNamespace(plan={"key_value_bytes": 7}))
     assert most_kept("auto", None) == 100
     assert most_kept("1GiB", None) is None

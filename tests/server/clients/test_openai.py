@@ -94,8 +94,8 @@ def test_responses_are_the_newer_form_of_the_same(speaking):
             assert [item.type for item in found.output] == [item.type for item in whole.output]
         with pytest.raises(openai.BadRequestError, match="nothing is stored"):
             asked.responses.create(model="tiny", input="x", previous_response_id="resp_1")
-        with pytest.raises(openai.BadRequestError, match="input_image"):
-            asked.responses.create(model="tiny", input=[{"role": "user", "content": [{"type": "input_image"}]}])
+        with pytest.raises(openai.BadRequestError, match="input_file"):
+            asked.responses.create(model="tiny", input=[{"role": "user", "content": [{"type": "input_file"}]}])
         cut = asked.responses.create(model="tiny", input="think", max_output_tokens=1)
         assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 

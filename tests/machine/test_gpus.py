@@ -3,7 +3,7 @@
 import pytest
 
 from moeflow.errors import ConfigError
-from moeflow.loading.gpus import check_gpu, visible_numbers
+from moeflow.machine.gpus import check_gpu, visible_numbers
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33"]
 

@@ -1,0 +1,35 @@
+"""The budget of keys and values, by what was asked for and planned.
+
+Knows options and plans. Knows nothing of slots or sequences.
+"""
+
+from moeflow.hardware import memory_limit_bytes
+from moeflow.memory_size import MemorySize, parse_kv_memory
+
+_KEPT_SHARE = 16  # of the memory that the process may use
+_AUTO_BYTES = 2 << 30  # kv_memory="auto" takes no more where nothing was planned
+
+
+def most_kept(kv_memory: MemorySize, model: object) -> int | None:
+    """Return the most bytes of what is kept of ended sequences; None for what the budget leaves.
+
+    In host memory, where experts want every byte, "auto" keeps no more than a sixteenth of what the process may use.
+    """
+    planned = getattr(getattr(model, "moeflow", None), "plan", None)
+    return None if kv_memory != "auto" or planned else memory_limit_bytes() // _KEPT_SHARE
+
+
+def kv_budget(kv_memory: MemorySize, model: object) -> int:
+    """Return the bytes that all keys and values may take.
+
+    Args:
+        kv_memory: the option; for "auto", what was kept for them when the model was loaded, else 2 GiB.
+        model: whose keys and values.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    if kv_memory != "auto":
+        return parse_kv_memory(kv_memory)
+    plan = getattr(getattr(model, "moeflow", None), "plan", None) or {}
+    return int(plan.get("key_value_bytes", _AUTO_BYTES))

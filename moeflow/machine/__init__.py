@@ -1,0 +1,4 @@
+"""What a machine can do: a profile of measured speeds, its file in the cache folder, and its measuring.
+
+Knows the processor, memory, disks and kernels. Knows nothing of models. `loading/`, `doctor/` and `cli/` import it.
+"""

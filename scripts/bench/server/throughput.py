@@ -1,0 +1,78 @@
+"""Concurrent clients over HTTP against Engine.generate on the same prompts, in turns.
+
+Knows what is measured and printed.
+"""
+
+import argparse
+import time
+
+from bench.rounds import quotients, ranged, spread
+from bench.server.clients import TEXT, ask_all
+from bench.server.process import moeflow_server
+from moeflow.calibration.sample_texts import library_texts
+
+GOAL, GOAL_MS = 0.95, 0.3
+PROMPT_TOKENS = 48
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Return tokens a second of both, their ratio round by round, and the event loop's time a token."""
+    import torch
+
+    from moeflow import Engine, SamplingParams, load_moe
+    from moeflow.cli.options import prepare_step
+    from moeflow.hf.pretrained import load_tokenizer
+
+    torch.set_num_threads(arguments.threads)
+    tokenizer = load_tokenizer(arguments.model)
+    clients, tokens = arguments.clients, arguments.tokens
+    wanted = clients * (arguments.rounds + 1)
+    pieces = library_texts(tokenizer, wanted * PROMPT_TOKENS, PROMPT_TOKENS)
+    params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+    rates: dict[str, list[float]] = {"http": [], "generate": []}
+    loop_ms = []
+    model = load_moe(arguments.model, expert_memory=arguments.memory, device="cpu")
+    prepare_step(model)
+    with (
+        model.moeflow,
+        Engine(model, tokenizer) as engine,
+        moeflow_server(arguments.model, arguments.memory, arguments.threads) as server,
+    ):
+        for turn in range(arguments.rounds + 1):
+            prompts = pieces[turn * clients : (turn + 1) * clients]
+            bodies = [{"prompt": ids, "max_tokens": tokens, "temperature": 0, "ignore_eos": True} for ids in prompts]
+            found = {}
+            for side in ("http", "generate") if turn % 2 else ("generate", "http"):
+                cpu_s = server.stats()["http"]["cpu_s"]
+                begin_s = time.perf_counter()
+                if side == "http":
+                    ask_all(server.url, TEXT, bodies)
+                else:
+                    engine.generate(prompts, params)
+                found[side] = clients * tokens / (time.perf_counter() - begin_s)
+                if side == "http" and turn:
+                    loop_ms.append(1000 * (server.stats()["http"]["cpu_s"] - cpu_s) / (clients * tokens))
+            if turn:  # the first one warms up
+                for side, rate in found.items():
+                    rates[side].append(rate)
+    return {
+        "clients": clients,
+        "tokens": tokens,
+        "http_tokens_per_s": spread(rates["http"]),
+        "generate_tokens_per_s": spread(rates["generate"]),
+        "ratio": quotients(rates["http"], rates["generate"]),
+        "goal": GOAL,
+        "loop_ms_per_token": spread(loop_ms),
+        "goal_ms": GOAL_MS,
+    }
+
+
+def lines(found: dict) -> list[str]:
+    """Return what is printed."""
+    return [
+        f"{found['clients']} clients, {found['tokens']} tokens each",
+        f"over HTTP: {ranged(found['http_tokens_per_s'], 1, 0, 1)} tok/s",
+        f"Engine.generate: {ranged(found['generate_tokens_per_s'], 1, 0, 1)} tok/s",
+        f"ratio {ranged(found['ratio'], 1, 0, 3)}, goal at least {found['goal']}",
+        f"event loop {ranged(found['loop_ms_per_token'], 1, 0, 3)} ms a token, goal below {found['goal_ms']}",
+    ]
