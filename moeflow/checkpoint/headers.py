@@ -8,6 +8,7 @@ bytes).
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -102,20 +103,36 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is "
             f"{brief(missing[0].relative_to(folder))}. Download the checkpoint again."
         )
+    return joined_headers(folder, index, (read_header(file, number) for number, file in enumerate(files)), stamps)
+
+
+def joined_headers(
+    folder: Path, index: WeightIndex, headers: Iterable[dict[str, TensorEntry]], stamps: list[FileStamp]
+) -> Checkpoint:
+    """Join the headers of a checkpoint's shards.
+
+    Args:
+        folder: of the checkpoint.
+        index: its shards and what they hold.
+        headers: [len(index.shards)], one after another.
+        stamps: [len(index.shards)], of the shards before; empty where they are not on this machine.
+
+    Raises:
+        CheckpointError: the index names a tensor that is not there.
+    """
     tensors: dict[str, TensorEntry] = {}
     dtype = index.dtype
-    for number, file in enumerate(files):
-        found = read_header(file, number)
+    for number, found in enumerate(headers):
         if number == 0 and dtype is None:
             dtype = next((found[name].dtype for name in sorted(found) if found[name].dtype in DTYPES_OF_MODELS), None)
         tensors.update(found)
     for name, shard in index.weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{index_file}: tensor {brief(name)!r} is not in {shard}, where the index says it is. The index and "
-                "the shards do not belong together: download the checkpoint again."
+                f"{folder / INDEX_FILE}: tensor {brief(name)!r} is not in {shard}, where the index says it is. The "
+                "index and the shards do not belong together: download the checkpoint again."
             )
-    return Checkpoint(folder, files, tensors, stamps, dtype)
+    return Checkpoint(folder, [folder / name for name in index.shards], tensors, stamps, dtype)
 
 
 def _refuse_empty(single: Path, index_file: Path) -> None:
@@ -152,27 +169,56 @@ def read_header(file: Path, number: int = 0) -> dict[str, TensorEntry]:
     try:
         with open(file, "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{file} is truncated or not a safetensors file: {size} bytes on disk, and a header of {length} "
-                    "bytes announced. Download it again."
-                )
-            data = size - 8 - length
-            if length > max(SMALL_HEADER_BYTES, data):
-                raise CheckpointError(
-                    f"{file} has a header of {length:,} bytes for {data:,} bytes of tensors, which cannot be right. "
-                    "Download it again, and from a source that you trust."
-                )
-            text = handle.read(length)
-            num_tensors = text.count(b"data_offsets")
-            if num_tensors > MAX_TENSORS:
-                raise CheckpointError(
-                    f"{file} has {num_tensors:,} tensors in its header, and at most {MAX_TENSORS:,} in one file are "
-                    "allowed. Save the model in smaller shards: save_pretrained(folder, max_shard_size=...)."
-                )
+            text = handle.read(header_length(file, handle.read(8), size))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    return header_entries(file, text, size, number)
+
+
+def header_length(file: Path, first: bytes, size: int) -> int:
+    """Return how long a shard's header is.
+
+    Args:
+        file: the shard, for the error.
+        first: the shard's first 8 bytes.
+        size: of the shard, in bytes.
+
+    Raises:
+        CheckpointError: such a header cannot be.
+    """
+    length = int.from_bytes(first, "little")
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file: {size} bytes in all, and a header of {length} bytes "
+            "announced. Download it again."
+        )
+    data = size - 8 - length
+    if length > max(SMALL_HEADER_BYTES, data):
+        raise CheckpointError(
+            f"{file} has a header of {length:,} bytes for {data:,} bytes of tensors, which cannot be right. "
+            "Download it again, and from a source that you trust."
+        )
+    return length
+
+
+def header_entries(file: Path, text: bytes, size: int, number: int = 0) -> dict[str, TensorEntry]:
+    """Read the text of a header and check it as safetensors' own library does.
+
+    Args:
+        file: the shard, for the error.
+        text: the header, without the 8 bytes before it.
+        size: of the shard, in bytes.
+        number: the file's place in `Checkpoint.files`, copied into every entry.
+
+    Raises:
+        CheckpointError: the header is not one, or the file does not hold what its header says.
+    """
+    length, num_tensors = len(text), text.count(b"data_offsets")
+    if num_tensors > MAX_TENSORS:
+        raise CheckpointError(
+            f"{file} has {num_tensors:,} tensors in its header, and at most {MAX_TENSORS:,} in one file are "
+            "allowed. Save the model in smaller shards: save_pretrained(folder, max_shard_size=...)."
+        )
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
         _check_metadata(header.pop("__metadata__", None))
@@ -231,7 +277,7 @@ def _check_places(file: Path, entries: dict[str, TensorEntry], data: int, size: 
         position += entry.num_bytes
     if position > size:
         raise CheckpointError(
-            f"{file} is truncated: {size} bytes on disk, {position} according to its header. Download it again."
+            f"{file} is truncated: {size} bytes in all, {position} according to its header. Download it again."
         )
     if position < size:
         raise CheckpointError(

@@ -4,12 +4,14 @@ The flags are the fields of `LoadOptions` and `SamplingParams`. Knows argparse a
 """
 
 import argparse
+import os
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeflow.cli.download import fetched
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.structure.schema import MOST_LETTERS
 from moeflow.errors import ConfigError
@@ -81,6 +83,9 @@ def load_model(
     from rich.status import Status
 
     console = Console(stderr=True)
+    if not os.path.isdir(source):
+        tell("fetching what is missing of the model")
+        source = fetched(source)
     with Status(f"loading {source}", console=console) if console.is_terminal else nullcontext():
         tell("importing torch and transformers")
         from transformers.utils import logging

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from moeflow.formatting import format_seconds
+from moeflow.formatting import format_bytes, format_seconds
 from moeflow.progress import ProgressCallback, ShareCallback
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ class _Show(Protocol):
 
 @contextmanager
 def bytes_progress(title: str) -> Iterator[ProgressCallback]:
-    """Show how many bytes are done.
+    """Show how many bytes are done, how many come in a second and how long the rest takes.
+
+    What is done at the first call was done before: it counts for neither rate nor time.
 
     Args:
         title: what is being done.
@@ -34,7 +36,7 @@ def bytes_progress(title: str) -> Iterator[ProgressCallback]:
     """
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    with _progress(title, DownloadColumn(), TransferSpeedColumn()) as show:
+    with _progress(title, DownloadColumn(), TransferSpeedColumn(), tell_rate=True) as show:
         yield show
 
 
@@ -71,7 +73,8 @@ def share_progress(title: str) -> Iterator[ShareCallback]:
 
 
 @contextmanager
-def _progress(title: str, *figures: "ProgressColumn") -> Iterator[_Show]:
+def _progress(title: str, *figures: "ProgressColumn", tell_rate: bool = False) -> Iterator[_Show]:
+    done_before: int | None = None
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -90,6 +93,10 @@ def _progress(title: str, *figures: "ProgressColumn") -> Iterator[_Show]:
             task = bar.add_task(title, total=None)
 
             def show(done: int, total: int, text: str = title) -> None:
+                nonlocal done_before
+                if done_before is None:
+                    done_before = done
+                    bar.reset(task, completed=done, total=total)
                 bar.update(task, completed=done, total=total, description=text)
 
             yield show
@@ -98,7 +105,8 @@ def _progress(title: str, *figures: "ProgressColumn") -> Iterator[_Show]:
         shown_tenth, shown_s = -1, begin_s
 
         def line(done: int, total: int, text: str = title) -> None:
-            nonlocal shown_tenth, shown_s
+            nonlocal shown_tenth, shown_s, done_before
+            done_before = done if done_before is None else done_before
             now_s, tenth = time.monotonic(), 10 * done // total if total else 10
             if tenth <= shown_tenth and now_s - shown_s < _LINE_EVERY_S:
                 return
@@ -106,7 +114,10 @@ def _progress(title: str, *figures: "ProgressColumn") -> Iterator[_Show]:
             parts = [f"{title}: {100 * done // total if total else 100} %"]
             if text != title:
                 parts.append(text)
-            left_s = (now_s - begin_s) * (total - done) / done if done else 0.0
+            came, took_s = done - done_before, now_s - begin_s
+            if tell_rate and came > 0 and took_s > 0:
+                parts.append(f"{format_bytes(round(came / took_s))}/s")
+            left_s = took_s * (total - done) / came if came > 0 else 0.0
             if left_s >= 1:
                 parts.append(f"about {format_seconds(left_s)} left")
             print(" · ".join(parts), file=sys.stderr, flush=True)

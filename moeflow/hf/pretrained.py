@@ -24,6 +24,8 @@ from moeflow.hf.generation_file import check_generation_file
 from moeflow.hf.quantizer import WithoutExperts, quantization_scheme
 from moeflow.hf.version import parts_of_transformers
 from moeflow.hf.wall import one_line, wall
+from moeflow.hub.download import fetch_model
+from moeflow.progress import ProgressCallback
 
 with parts_of_transformers():
     import transformers
@@ -43,12 +45,13 @@ _ALWAYS = {"dtype", "trust_remote_code", "device_map"}  # options that load_moe 
 _SMALL = 1 << 28  # values of tables (of rotary embeddings ...) that no file holds
 
 
-def resolve_folder(model: str | Path, **hub_options: Any) -> Path:
+def resolve_folder(model: str | Path, *, progress: ProgressCallback | None = None, **hub_options: Any) -> Path:
     """Return the local folder of `model`, fetching it from the hub when it is an id.
 
     Args:
         model: a hub id or a folder.
-        **hub_options: of the download.
+        progress: of a download, called with (bytes done, bytes in all).
+        **hub_options: of the download: see `fetch_model`.
 
     Raises:
         ModelSourceError: neither a folder nor an id the hub (or its local cache) can serve.
@@ -66,23 +69,10 @@ def resolve_folder(model: str | Path, **hub_options: Any) -> Path:
         raise ModelSourceError(
             f"{model} is not a folder. Give a folder with a checkpoint, or a hub id such as org/name."
         )
-    from huggingface_hub import snapshot_download
-
-    def tell(error: BaseException) -> ModelSourceError:
-        return ModelSourceError(
-            f"{model} is not a folder here and could not be fetched from the hub ({one_line(error)}). "
-            "Check the name and the network, or download the model and give its folder."
-        )
-
-    with wall(tell):
-        return Path(
-            snapshot_download(
-                str(model),
-                allow_patterns=["*.json", "*.safetensors", "*.moeflow", "*.jinja", "*.model", "*.txt", "*.py"],
-                ignore_patterns=["original/*", "consolidated*"],
-                **hub_options,
-            )
-        )
+    try:
+        return fetch_model(str(model), progress=progress, **hub_options).folder
+    except ModelSourceError as error:
+        raise ModelSourceError(f"{model} is not a folder here, and not from the hub: {error}") from error
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

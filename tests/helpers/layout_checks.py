@@ -16,6 +16,8 @@ WRITERS = {
     "moeflow.checkpoint.packed_writer",
     "moeflow.demo.model",
     "moeflow.demo.source",
+    "moeflow.hub.partial_file",
+    "moeflow.hub.stores",
     "moeflow.trace.writer",
 }
 MAX_NAMES = 16  # in a folder of moeflow/, but for the command line's

@@ -1,0 +1,217 @@
+"""A model from the hub to the disk: what is there is used, what is missing is fetched, what was begun goes on.
+
+Knows the order of the steps. Knows nothing of HTTP or of layouts.
+"""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from moeflow.atomic_file import cannot_write
+from moeflow.checkpoint.headers import INDEX_FILE
+from moeflow.checkpoint.weight_index import read_weight_index
+from moeflow.errors import ModelSourceError, MoeflowError
+from moeflow.file_lock import exclusive
+from moeflow.formatting import brief, format_bytes
+from moeflow.hub.partial_file import bytes_there, journal_of, name_in_journal
+from moeflow.hub.patience import PATIENCE_S
+from moeflow.hub.refusals import RevisionGoneError
+from moeflow.hub.repository import Repository, RepositoryFile
+from moeflow.hub.stores import CacheStore, FolderStore
+from moeflow.hub.transfer import FileJob, Transfer
+from moeflow.progress import ProgressCallback
+
+_log = logging.getLogger(__name__)
+
+_SPARE_BYTES = 64 << 20  # for links, journals and what else writes to the disk
+_WEIGHTS = (".safetensors", ".moeflow")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+class Fetched(NamedTuple):
+    """What a download did.
+
+    Args:
+        folder: holds the files, or links to them.
+        commit: of the repository.
+        num_files: in the folder.
+        num_bytes: of those files.
+        fetched_bytes: that came over the network in this run.
+        seconds: that it took.
+    """
+
+    folder: Path
+    commit: str
+    num_files: int
+    num_bytes: int
+    fetched_bytes: int
+    seconds: float
+
+
+def download(
+    id: str, to: str | Path | None = None, revision: str | None = None, progress: ProgressCallback | None = None
+) -> Path:
+    """Fetch a model's files from the hub and return their folder.
+
+    Args:
+        id: on the hub: org/name.
+        to: folder for the files; None for the hub's cache.
+        revision: a branch, tag or commit; None for the default branch.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        ModelSourceError: see `fetch_model`.
+    """
+    return fetch_model(id, to, revision=revision, progress=progress).folder
+
+
+def fetch_model(
+    id: str,
+    to: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    patience_s: float = PATIENCE_S,
+    progress: ProgressCallback | None = None,
+) -> Fetched:
+    """Fetch what is missing of a model's files. A run that was ended goes on with the next one.
+
+    Args:
+        id: on the hub: org/name.
+        to: folder for the files; None for the hub's cache.
+        revision: a branch, tag or commit; None for the default branch.
+        token: see `Repository`.
+        cache_dir: the hub's cache; None for the user's own.
+        local_files_only: whether nothing is asked of the network.
+        force_download: whether files that are there are fetched again.
+        patience_s: how long nothing may come before it gives up.
+        progress: called with (bytes done, bytes in all) where something is fetched.
+
+    Raises:
+        ModelSourceError: no network, no such repository or revision, refused; no room on the disk, or it cannot be
+            written; the server sends other bytes than the repository lists. Nothing lies under a final name then that
+            is not whole.
+    """
+    from huggingface_hub import constants
+
+    begin_s = time.monotonic()
+    store = CacheStore(id, cache_dir) if to is None else FolderStore(to)
+    offline = local_files_only or constants.HF_HUB_OFFLINE
+    if offline:
+        why = "local_files_only is set" if local_files_only else "HF_HUB_OFFLINE is set"
+        return _from_cache(store, id, revision, f"{why}, so that the network is not asked")
+    repository = Repository(id, revision, token, patience_s=patience_s)
+    try:
+        commit, files = repository.commit, repository.wanted_files
+    except RevisionGoneError:
+        raise
+    except ModelSourceError as error:
+        if force_download or not isinstance(store, CacheStore) or store.cached(revision) is None:
+            raise
+        _log.warning("%s The model is taken from the cache.", error)
+        return _from_cache(store, id, revision, str(error))
+    _refuse_without_weights(repository, files)
+    try:
+        fetched = _complete(store, repository, files, force_download, progress)
+        folder = store.finish(files, commit, revision)
+    except OSError as error:
+        raise ModelSourceError(cannot_write(error.filename or store.folder, error)) from error
+    num_bytes = sum(file.size for file in files)
+    return Fetched(folder, commit, len(files), num_bytes, fetched, time.monotonic() - begin_s)
+
+
+def _complete(
+    store: CacheStore | FolderStore,
+    repository: Repository,
+    files: list[RepositoryFile],
+    force: bool,
+    progress: ProgressCallback | None,
+) -> int:
+    """Fetch the files that a store lacks, while no other process does; return how many bytes came."""
+    commit = repository.commit
+    if not force and all(store.has(file, commit) for file in files):
+        return 0  # a cache that is only read, too
+    store.lock.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(
+        store.lock, on_taken=lambda: _log.warning("another process fetches %s: waiting for it.", repository.id)
+    ):
+        # The weights come last: a config that cannot be used is seen before.
+        missing = [file for file in files if force or not store.has(file, commit)]
+        missing.sort(key=lambda file: (file.name.endswith(_WEIGHTS), file.name))
+        if not missing:
+            return 0
+        _drop_old_partials(store.partials, files)
+        _check_room(store, repository, missing, force)
+        _log.info("fetching %s of %s", format_bytes(sum(file.size for file in missing)), repository.what)
+        once = {store.target(file): file for file in missing}  # two names may have one content
+        jobs = [FileJob(file, store.partials, target, fresh=force) for target, file in once.items()]
+        transfer = Transfer(repository, jobs, progress)
+        transfer.run()
+        return transfer.fetched_bytes
+
+
+def _drop_old_partials(partials: Path, files: list[RepositoryFile]) -> None:
+    """Remove what earlier runs began of files that have another content now, and say so."""
+    etags = {file.name: file.etag for file in files}
+    for journal in partials.glob("*.journal"):
+        name = name_in_journal(journal)
+        if name in etags and journal.stem != etags[name]:
+            _log.warning("%s has other content in this revision than when it was begun: it begins again.", name)
+            journal.with_suffix(".partial").unlink(missing_ok=True)
+            journal.unlink()
+    for partial in partials.glob("*.partial"):
+        if not journal_of(partial).is_file():
+            partial.unlink()
+
+
+def _check_room(
+    store: CacheStore | FolderStore, repository: Repository, missing: list[RepositoryFile], force: bool
+) -> None:
+    there = 0 if force else sum(bytes_there(store.partials, file) for file in missing)
+    need = sum(file.size for file in missing) - there + _SPARE_BYTES
+    free = shutil.disk_usage(store.lock.parent).free
+    if need > free:
+        raise ModelSourceError(
+            f"{repository.what} needs {format_bytes(need)} more in {store.folder}, and {format_bytes(free)} are free. "
+            "Make room, or give a folder on another disk: --to FOLDER, or HF_HOME for the cache."
+        )
+
+
+def _refuse_without_weights(repository: Repository, files: list[RepositoryFile]) -> None:
+    if any(file.name.endswith(_WEIGHTS) for file in files):
+        return
+    other = sorted(file.name for file in repository.files if file.name.endswith(_OTHER_WEIGHTS))
+    if other:
+        raise ModelSourceError(
+            f"{repository.what} has no safetensors weights, only others ({brief(other[0])}). Take a "
+            "repository that has them, or convert it once where you trust it."
+        )
+
+
+def _from_cache(store: CacheStore | FolderStore, id: str, revision: str | None, why: str) -> Fetched:
+    """Return the cache's folder for a revision, where it lacks no shard."""
+    found = store.cached(revision) if isinstance(store, CacheStore) else None
+    what = id if revision is None else f"{id} at revision {revision}"
+    if found is None:
+        raise ModelSourceError(
+            f"{what} is not in the hub's cache, and {why}. Fetch it where there is a network: moeflow download {id}."
+        )
+    folder, commit = found
+    if (folder / INDEX_FILE).is_file():
+        try:
+            shards = read_weight_index(folder / INDEX_FILE).shards
+        except MoeflowError:
+            shards = []  # told when it is loaded
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ModelSourceError(
+                f"{what} lacks {len(missing)} of {len(shards)} shards in the hub's cache, and {why}. Fetch the rest "
+                f"where there is a network: moeflow download {id}."
+            )
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return Fetched(folder, commit, len(files), sum(path.stat().st_size for path in files), 0, 0.0)
