@@ -13,8 +13,8 @@ dev:  ## make .venv with everything to develop with, and the hooks that run ruff
 	.venv/bin/pip install -q -e ".[test,wheel]" pre-commit
 	.venv/bin/pre-commit install
 
-test:  ## run every test, on the CPU (10 minutes on 2 cores)
-	$(PYTHON) -m pytest -q
+test:  ## run every test, on the CPU, in two processes
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 fast:  ## run the tests that take less than a second or two (under a minute)
 	$(PYTHON) -m pytest -q -m "not slow"
