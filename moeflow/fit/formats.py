@@ -13,7 +13,7 @@ PUBLISHED = "as published"
 _FLOAT_BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16}
 _KERNELS = {"F64": "float64", "F32": "float32", "BF16": "bf16", "F16": "float16"}
 # Of its bytes in bfloat16, by the exponents of trained models (docs/lossless.md); only reading the weights says more.
-_LOSSLESS_SHARE = 0.755
+LOSSLESS_SHARE = 0.755
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StoredAs:
         for shape in shapes:
             if len(shape) < 2:
                 size = 2 * math.prod(shape)
-            elif self.kernel in ("int8", "int4-g64"):
+            elif self.kernel in ("int8-g64", "int4-g64"):
                 size = find_format(self.kernel).num_bytes((math.prod(shape[:-1]), shape[-1]))
             else:
                 size = math.ceil(math.prod(shape) * self.bits / 8)
@@ -81,10 +81,10 @@ def other_formats(published: StoredAs) -> list[StoredAs]:
     """
     if published.kernel not in _KERNELS.values():
         return []
-    exact = [StoredAs("lossless", LOSSLESS, 0, 16 * _LOSSLESS_SHARE)] if published.kernel == "bf16" else []
+    exact = [StoredAs("lossless", LOSSLESS, 0, 16 * LOSSLESS_SHARE)] if published.kernel == "bf16" else []
     return [
         *exact,
-        StoredAs("int8", "int8", 1, 8.03),
+        StoredAs("int8", "int8-g64", 1, 8.25),
         StoredAs("int4", "int4-g64", 2, 4.5),
         StoredAs("mixed at 3 bits", "int3-g64", 3, 3.5),
     ]

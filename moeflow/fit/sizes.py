@@ -15,7 +15,7 @@ from moeflow.checkpoint.packed_file import PACKED_FILE, packed_layouts
 from moeflow.core import DTYPE_BYTES, PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, align_up
 from moeflow.errors import UnsupportedModelError
 from moeflow.fit.config_facts import ConfigFacts, read_config
-from moeflow.fit.formats import PUBLISHED, StoredAs, mean_bits, stored_as
+from moeflow.fit.formats import LOSSLESS_SHARE, PUBLISHED, StoredAs, mean_bits, stored_asfrom moeflow.kernels.quantization.formats import LOSSLESS
 
 _PER_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(.*\.experts)\.([^0-9].*)|(.*)\.((?:input|output)_linear\.weight)")
@@ -100,6 +100,16 @@ class ModelSizes:
         if form.is_published:
             return self.dense_file_bytes + round(sum(layer.num_experts * layer.stored_bytes for layer in self.layers))
         return self.dense_file_bytes + self.experts_bytes(form)
+
+    def dense_in_memory(self, form: StoredAs) -> int:
+        """Return the bytes of dense weights; beside lossless experts their bfloat16 matrices are kept as codes too."""
+        if form.kernel == LOSSLESS and self.dtype == "BF16":
+            return self.dense_bytes - round((1 - LOSSLESS_SHARE) * self.dense_matrix_bytes)
+        return self.dense_bytes
+
+    def dense_read_bytes(self, form: StoredAs) -> int:
+        """Return the bytes of dense matrices that every decode step reads."""
+        return self.dense_matrix_bytes - self.dense_bytes + self.dense_in_memory(form)
 
     def key_value_bytes(self, context: int) -> int:
         """Return the bytes of one sequence's keys and values; a layer with a window keeps no more than that."""
