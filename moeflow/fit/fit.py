@@ -3,14 +3,15 @@
 Knows the order of the steps. Knows nothing of how each is done.
 """
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moeflow import hardware
 from moeflow.errors import BudgetError, ConfigError
 from moeflow.fit.hit_curves import HitCurve, curve_for, curve_of_trace
-from moeflow.fit.memory import usable
+from moeflow.fit.memory import LOADING_BYTES, PROCESS_BYTES, usable
 from moeflow.fit.plan import Plan
 from moeflow.fit.rows import Row, Wish, make_rows, recommend
 from moeflow.fit.sizes import ModelSizes
@@ -142,6 +143,9 @@ def survey(
         place = folder if disk is None else Path(disk)
         profile = profile or _profile(place, tell)
         curve = _curve(sizes, trace)
+    if "torch" in sys.modules:  # the model will be loaded beside what this process holds already
+        held = hardware.process_memory_bytes()[0] + LOADING_BYTES
+        profile = replace(profile, process_bytes=max(profile.process_bytes or PROCESS_BYTES, held))
     rows = make_rows(sizes, wish, profile, curve)
     return Survey(str(model), sizes, wish, profile, curve, rows, recommend(rows, wish))
 

@@ -10,8 +10,8 @@ from moeflow.core import PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, align_
 from moeflow.kernels.quantization.formats import LOSSLESS, find_format
 
 PUBLISHED = "as published"
-_FLOAT_BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16}
-_KERNELS = {"F64": "float64", "F32": "float32", "BF16": "bf16", "F16": "float16"}
+MIXED = "mixed"  # a width for each expert
+KERNELS = {"F64": "float64", "F32": "float32", "BF16": "bf16", "F16": "float16"}
 # Of its bytes in bfloat16, by the exponents of trained models (docs/lossless.md); only reading the weights says more.
 LOSSLESS_SHARE = 0.755
 
@@ -55,22 +55,26 @@ class StoredAs:
         return self.rank == 0
 
 
-def stored_as(
-    name: str, *, kernel: str, is_quantized: bool, is_packed: bool = False, bits: float = 0.0
-) -> StoredAs:
+def published_as(kernel: str, *, bits: float = 0.0) -> StoredAs:
     """Return the way in which a model lies on the disk.
 
     Args:
-        name: for the table.
-        kernel: safetensors dtype, or a weight format.
-        is_quantized: whether it is in a weight format already, which loses nothing more.
-        is_packed: whether an expert is one read.
-        bits: of a weight; of the dtype when 0.
+        kernel: the format, as a machine's profile names it.
+        bits: of a weight, for a packed folder; else 0.
     """
-    bits = bits or _FLOAT_BITS.get(kernel, 4.5 if kernel == "mxfp4" else 8)
-    label = _KERNELS.get(kernel, kernel)
-    del is_quantized
-    return StoredAs(f"{name} ({label})", label, 0, bits, is_packed, is_published=True)
+    label = f"{bits:.1f} bits, mixed" if kernel == MIXED else kernel
+    return StoredAs(f"{PUBLISHED} ({label})", kernel, 0, bits, is_packed=bits > 0, is_published=True)
+
+
+def kernel_of(layouts: list[LayerLayout]) -> str:
+    """Return what experts are stored in, as a machine's profile names it; "mixed" for several widths."""
+    records = [record for layout in layouts for record in layout.records]
+    kinds = {matrix.format for record in records for matrix in record.matrices}
+    if not kinds:
+        return KERNELS[records[0].tensors[0].dtype]
+    if any(kind.startswith(LOSSLESS) for kind in kinds):
+        return LOSSLESS
+    return kinds.pop() if len(kinds) == 1 else MIXED
 
 
 def other_formats(published: StoredAs) -> list[StoredAs]:
@@ -79,14 +83,14 @@ def other_formats(published: StoredAs) -> list[StoredAs]:
     Args:
         published: how it lies on the disk; one that is in a weight format stays as it is.
     """
-    if published.kernel not in _KERNELS.values():
+    if published.kernel not in KERNELS.values():
         return []
     exact = [StoredAs("lossless", LOSSLESS, 0, 16 * LOSSLESS_SHARE)] if published.kernel == "bf16" else []
     return [
         *exact,
         StoredAs("int8", "int8-g64", 1, 8.25),
         StoredAs("int4", "int4-g64", 2, 4.5),
-        StoredAs("mixed at 3 bits", "int3-g64", 3, 3.5),
+        StoredAs("mixed at 3 bits", MIXED, 3, 3.5),
     ]
 
 
@@ -97,5 +101,5 @@ def mean_bits(layouts: list[LayerLayout]) -> float:
         for expert in range(layout.num_experts):
             record = layout.record_of(expert)
             held += 8 * record.num_bytes
-            weights += sum(math.prod(matrix.shape) for matrix in record.matrices)
+            weights += sum(math.prod(one.shape) for one in record.matrices or record.tensors)
     return held / max(weights, 1)

@@ -17,6 +17,7 @@ _STAGING_ALIGNMENT = 2 << 20  # of a buffer: a huge page
 # Resident memory of Python with torch, transformers and moeflow after loading a model without weights, its tokenizer
 # and one answer among them. Measured on x86-64 with torch 2.13 and transformers 5.24; a machine's profile knows its own.
 PROCESS_BYTES = 520_000_000
+LOADING_BYTES = 60_000_000  # that loading adds to a process which has imported torch and transformers already
 # What a first answer adds whatever the model: threads, kernels' code, the arena of torch's allocator.
 WORKSPACE_BYTES = 24_000_000
 _PROGRAM_LAYER_BYTES = 600_000  # of the decode step's program and its capture, by layer

@@ -15,7 +15,9 @@ from moeflow.checkpoint.packed_file import PACKED_FILE, packed_layouts
 from moeflow.core import DTYPE_BYTES, PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, align_up
 from moeflow.errors import UnsupportedModelError
 from moeflow.fit.config_facts import ConfigFacts, read_config
-from moeflow.fit.formats import LOSSLESS_SHARE, PUBLISHED, StoredAs, mean_bits, stored_asfrom moeflow.kernels.quantization.formats import LOSSLESS
+from moeflow.fit.formats import KERNELS, LOSSLESS_SHARE, StoredAs, kernel_of, mean_bits, published_as
+from moeflow.kernels.quantization.formats import LOSSLESS
+
 
 _PER_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(.*\.experts)\.([^0-9].*)|(.*)\.((?:input|output)_linear\.weight)")
@@ -138,7 +140,8 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
     dtype = config.dtype or (checkpoint.dtype if checkpoint.dtype in _FLOATS else None) or "F32"
     found, dense = _split(checkpoint.tensors, config)
     packed = (folder / PACKED_FILE).is_file()
-    layers = _packed_layers(packed_layouts(folder)) if packed else [_layer(parts, dtype) for parts in found.values()]
+    layouts = packed_layouts(folder) if packed else []
+    layers = _packed_layers(layouts) if packed else [_layer(parts, dtype) for parts in found.values()]
     if not layers:
         raise UnsupportedModelError(
             f"no tensor of {folder} is of routed experts: it is a dense model, or one that moeflow does not know by "
@@ -151,7 +154,7 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
         for name, size in sizes.items()
         if len(dense[name].shape) > 1 and (tied or not _EMBEDDING.search(name))
     )
-    published = _published(packed_layouts(folder), dtype) if packed else _published_floats(found, config, dtype)
+    published = published_as(kernel_of(layouts), bits=mean_bits(layouts)) if packed else _published(found, config, dtype)
     return ModelSizes(
         config=config,
         layers=tuple(layers),
@@ -253,21 +256,9 @@ def _in_memory(entry: TensorEntry, dtype: str) -> int:
     return entry.num_bytes
 
 
-def _published_floats(found: Parts, config: ConfigFacts, dtype: str) -> StoredAs:
-    entries = [entry for parts in found.values() for entry in next(iter(parts.values()))]
-    coded = {entry.dtype for entry in entries if entry.dtype not in _FLOATS}
+def _published(found: Parts, config: ConfigFacts, dtype: str) -> StoredAs:
+    """Return what experts are stored in that lie in the checkpoint's own tensors."""
+    coded = {entry.dtype for parts in found.values() for entry in next(iter(parts.values()))} - set(_FLOATS)
     if not coded and not config.is_quantized:
-        return stored_as(PUBLISHED, kernel=dtype, is_quantized=False)
-    kernel = "fp8" if any(name.startswith("F8") for name in coded) else "mxfp4"
-    return stored_as(PUBLISHED, kernel=kernel, is_quantized=True)
-
-
-def _published(layouts: list[LayerLayout], dtype: str) -> StoredAs:
-    records = [record for layout in layouts for record in layout.records]
-    kinds = sorted({matrix.format for record in records for matrix in record.matrices})
-    if not kinds:
-        return stored_as(PUBLISHED, kernel=dtype, is_quantized=False, is_packed=True)
-    lossless = all(kind.startswith("bf16-lossless") for kind in kinds)
-    bits = mean_bits(layouts)
-    kernel = "bf16-lossless" if lossless else (kinds[0] if len(kinds) == 1 else f"mixed, {bits:.1f} bits")
-    return stored_as(PUBLISHED, kernel=kernel, is_quantized=not lossless, is_packed=True, bits=bits)
+        return published_as(KERNELS[dtype])
+    return published_as("fp8" if any(name.startswith("F8") for name in coded) else "mxfp4")

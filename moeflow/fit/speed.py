@@ -15,7 +15,7 @@ READS_IN_FLIGHT = 4
 MISS_LAYER_S = 150e-6  # of the runtime's Python for a layer that misses: out of the native program and back
 _WIDE = 1.25  # how far beyond the range of hit rates speeds may lie
 _MANY_TOKENS = 16  # of an expert, from which its kernel is bound by arithmetic
-_NEAREST = {"bf16-lossless": "bf16", "float16": "bf16", "float64": "float32", "float32": "bf16", "fp8": "int8",
+_NEAREST = {"mixed": "int3-g64", "bf16-lossless": "bf16", "float16": "bf16", "float64": "float32", "float32": "bf16", "fp8": "int8",
             "mxfp4": "int4-g64", "int4-g64": "int4", "int3-g64": "int4-g64", "int2-g64": "int3-g64",
             "int8": "int8-g64", "int8-g64": "int8"}  # fmt: skip
 # Narrow formats are bound by arithmetic: bytes a second over those of the format in whose place they stand.
@@ -161,13 +161,14 @@ class SpeedModel:
 
 def _kernel(kernel: str, profile: MachineProfile) -> dict[int, float]:
     name = _name(kernel, profile.kernel_read)
-    share = 1.0 if name == kernel else _SLOWER.get(kernel, 1.0)
+    stands_for = "int3-g64" if kernel == "mixed" else kernel
+    share = 1.0 if name == stands_for else _SLOWER.get(stands_for, 1.0)
     return {tokens: share * rate for tokens, rate in profile.kernel_read[name].items()}
 
 
 def _name(kernel: str, rates: dict) -> str:
     """Return the format of a profile that is nearest to a kernel's."""
-    name, tried = kernel.partition(",")[0], set()
+    name, tried = kernel, set()
     while name not in rates and name not in tried:
         tried.add(name)
         name = _NEAREST.get(name, "bf16")
