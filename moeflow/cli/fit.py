@@ -30,7 +30,9 @@ def add_fit_command(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     fit.add_argument("--context", type=int, metavar="N", help="positions of a sequence, prompt and answer (4096)")
     fit.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (1)")
     fit.add_argument("--device", default="auto", help='"auto" or "cpu"; plans are made for the CPU only')
-    fit.add_argument("--memory", metavar="LIMIT", help='that the whole process may take: bytes or "6GiB" (what is free)')
+    fit.add_argument(
+        "--memory", metavar="LIMIT", help='that the whole process may take: bytes or "6GiB" (what is free)'
+    )
     fit.add_argument("--disk", metavar="FOLDER", help="a folder on the disk that experts are read from (the model's)")
     fit.add_argument("--target", type=float, metavar="TOK_S", help="tokens a second that decoding must reach")
     fit.add_argument("--trace", metavar="FILE", help="a routing trace of the model, for its hit rates")

@@ -33,7 +33,10 @@ _NOT_OF_THE_MODEL = {
     "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache",
     "_name_or_path",
 }  # fmt: skip
-_STATES = ("mamba", "linear_attention", "conv", "recurrent", "hybrid_ssm")  # layers that keep a state of one size
+_KINDS_NAMES = ("layer_types", "layers_block_type", "hybrid_override_pattern")
+_PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}  # letters of hybrid_override_pattern
+# Layers that keep a state of one size, or nothing.
+_STATES = ("mamba", "linear_attention", "conv", "recurrent", "mlp", "moe")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _MOST = 1 << 40  # of a number in a config
 
@@ -91,7 +94,9 @@ def read_config(folder: Path) -> ConfigFacts:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json. Give a folder written by save_pretrained or the hub.") from None
+        raise CheckpointError(
+            f"{folder} has no config.json. Give a folder written by save_pretrained or the hub."
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -105,7 +110,8 @@ def _facts(found: dict[str, Any], file: Path) -> ConfigFacts:
     fields = found | _text_part(found)
     experts = [value for name in _EXPERTS_NAMES if (value := _most(fields.get(name))) is not None]
     dtype = fields.get("dtype") or fields.get("torch_dtype")
-    layers = _number(fields, file, "num_hidden_layers", "n_layers", "num_layers", "n_layer")
+    kinds = _layer_kinds(fields)
+    layers = len(kinds) or _number(fields, file, "num_hidden_layers", "n_layers", "num_layers", "n_layer")
     return ConfigFacts(
         model_type=str(found.get("model_type", "unknown")),
         fingerprint=_fingerprint(found),
@@ -117,7 +123,7 @@ def _facts(found: dict[str, Any], file: Path) -> ConfigFacts:
         dtype=_DTYPES.get(str(dtype).removeprefix("torch.")),
         context=_most(fields.get("max_position_embeddings")),
         is_quantized=bool(found.get("quantization_config") or fields.get("quantization_config")),
-        attention=_attention(fields, layers, file),
+        attention=_attention(fields, kinds, layers, file),
     )
 
 
@@ -131,7 +137,17 @@ def _text_part(found: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _attention(fields: dict[str, Any], layers: int, file: Path) -> Attention:
+def _layer_kinds(fields: dict[str, Any]) -> list[str]:
+    """Return what each layer is, where the config lists it; else nothing."""
+    layers = _most(fields.get("num_hidden_layers"))
+    for name in _KINDS_NAMES:
+        kinds = fields.get(name)
+        if isinstance(kinds, (list, str)) and kinds and layers in (None, len(kinds)):
+            return [_PATTERN.get(str(kind), str(kind)) for kind in kinds]
+    return []
+
+
+def _attention(fields: dict[str, Any], kinds: list[str], layers: int, file: Path) -> Attention:
     latent = _most(fields.get("kv_lora_rank"))
     if latent:
         values = latent + (_most(fields.get("qk_rope_head_dim")) or 0)
@@ -141,11 +157,9 @@ def _attention(fields: dict[str, Any], layers: int, file: Path) -> Attention:
         head_dim = _most(fields.get("head_dim")) or hidden // max(heads, 1)
         key_heads = _most(fields.get("num_key_value_heads")) or heads
         values = key_heads * (head_dim + (_most(fields.get("v_head_dim")) or head_dim))
-    kinds = fields.get("layer_types") or fields.get("layers_block_type")
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        kinds = ["full_attention"] * layers
-        if fields.get("sliding_window") and fields.get("use_sliding_window", True):
-            kinds = ["sliding_attention"] * layers
+    if not kinds:
+        slides = fields.get("sliding_window") and fields.get("use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * layers
     sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     windows = tuple(_most(fields.get(sizes.get(str(kind), ""))) or 0 for kind in kinds)
     kept = tuple(0 if any(state in str(kind) for state in _STATES) else values for kind in kinds)

@@ -220,7 +220,7 @@ def _memory_bytes(memory: MemorySize | None) -> int:
         raise ConfigError(f'memory={memory!r:.40} is a share of nothing: give bytes, or as in "6GiB".')
     found = parse_memory(memory, name="memory", whole_bytes=0)
     if usable(found) < 1:
-        raise ConfigError(f"memory={memory!r:.40} is none. Give bytes, or as in \"6GiB\".")
+        raise ConfigError(f'memory={memory!r:.40} is none. Give bytes, or as in "6GiB".')
     return found
 
 

@@ -18,7 +18,6 @@ from moeflow.fit.config_facts import ConfigFacts, read_config
 from moeflow.fit.formats import KERNELS, LOSSLESS_SHARE, StoredAs, kernel_of, mean_bits, published_as
 from moeflow.kernels.quantization.formats import LOSSLESS
 
-
 _PER_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(.*\.experts)\.([^0-9].*)|(.*)\.((?:input|output)_linear\.weight)")
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
@@ -115,11 +114,14 @@ class ModelSizes:
 
     def key_value_bytes(self, context: int) -> int:
         """Return the bytes of one sequence's keys and values; a layer with a window keeps no more than that."""
-        attention = self.config.attention
-        kept = zip(attention.values, attention.windows, strict=True)
-        return DTYPE_BYTES[self.dtype] * sum(
-            values * (min(context, window) if window else context) for values, window in kept
-        )
+        return DTYPE_BYTES[self.dtype] * kept_values(*self.config.attention, context)
+
+
+def kept_values(values: tuple[int, ...], windows: tuple[int, ...], context: int) -> int:
+    """Return how many numbers all layers keep of this many positions."""
+    return sum(
+        kept * (min(context, window) if window else context) for kept, window in zip(values, windows, strict=True)
+    )
 
 
 def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
@@ -150,11 +152,11 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
     sizes = {name: _in_memory(entry, dtype) for name, entry in dense.items()}
     tied = not any(name.endswith("lm_head.weight") for name in dense)
     read = sum(
-        size
-        for name, size in sizes.items()
-        if len(dense[name].shape) > 1 and (tied or not _EMBEDDING.search(name))
+        size for name, size in sizes.items() if len(dense[name].shape) > 1 and (tied or not _EMBEDDING.search(name))
     )
-    published = published_as(kernel_of(layouts), bits=mean_bits(layouts)) if packed else _published(found, config, dtype)
+    published = (
+        published_as(kernel_of(layouts), bits=mean_bits(layouts)) if packed else _published(found, config, dtype)
+    )
     return ModelSizes(
         config=config,
         layers=tuple(layers),
@@ -220,15 +222,28 @@ def _layer(experts: dict[int, list[TensorEntry]], dtype: str) -> LayerExperts:
         ]
     else:
         count, entries = len(experts), next(iter(experts.values()))
-    memory = sum(align_up(_in_memory(entry, entry.dtype if _is_coded(entries) else dtype), TENSOR_ALIGNMENT_BYTES) for entry in entries)
-    slot = align_up(memory, PAGE_BYTES)
+    slots = (
+        [_slot_bytes(entries, dtype)] if stacked is not None else [_slot_bytes(one, dtype) for one in experts.values()]
+    )
     return LayerExperts(
         num_experts=count,
         shapes=tuple(entry.shape for entry in entries),
         stored_bytes=sum(entry.num_bytes for entry in entries),
-        memory_bytes=slot,
-        most_bytes=slot,
+        memory_bytes=sum(slots) / len(slots),
+        most_bytes=max(slots),
         pieces=len([entry for entry in entries if entry.num_bytes >= PAGE_BYTES]) or 1,
+    )
+
+
+def _slot_bytes(entries: list[TensorEntry], dtype: str) -> int:
+    """Return the bytes of an expert's slot: its tensors one behind the other, in whole pages."""
+    is_coded = _is_coded(entries)
+    return align_up(
+        sum(
+            align_up(entry.num_bytes if is_coded else _in_memory(entry, dtype), TENSOR_ALIGNMENT_BYTES)
+            for entry in entries
+        ),
+        PAGE_BYTES,
     )
 
 

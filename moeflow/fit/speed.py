@@ -72,10 +72,11 @@ class SpeedModel:
         steps = profile.layer_s.get("native", profile.layer_s["python"])
         once = profile.step_s.get("native", profile.step_s.get("python", 0.0))
         memory = max(profile.memory_read.values(), default=profile.dense_read)
-        dense = max(sizes.dense_read_bytes(self._form) / profile.dense_read, 2 * batch * self._dense_weights / profile.dense_flops)
-        experts = sum(
-            self.layer_s(self._load(layer.num_experts, layer, batch), hit_rate) for layer in sizes.layers
+        dense = max(
+            sizes.dense_read_bytes(self._form) / profile.dense_read,
+            2 * batch * self._dense_weights / profile.dense_flops,
         )
+        experts = sum(self.layer_s(self._load(layer.num_experts, layer, batch), hit_rate) for layer in sizes.layers)
         return {
             "dense": dense,
             "experts": experts,
@@ -111,12 +112,13 @@ class SpeedModel:
         experts = 0.0
         for layer in sizes.layers:
             load = self._load(layer.num_experts, layer, tokens)
-            compute = max(
-                load.num_experts * load.compute_s, 2 * tokens * sizes.top_k * layer.num_weights() / flops
-            )
+            compute = max(load.num_experts * load.compute_s, 2 * tokens * sizes.top_k * layer.num_weights() / flops)
             read = self._read_s(load, max(round(load.num_experts), 1))
             experts += max(compute, read + compute / max(load.num_experts, 1)) + MISS_LAYER_S
-        dense = max(2 * tokens * self._dense_weights / profile.dense_flops, sizes.dense_read_bytes(self._form) / profile.dense_read)
+        dense = max(
+            2 * tokens * self._dense_weights / profile.dense_flops,
+            sizes.dense_read_bytes(self._form) / profile.dense_read,
+        )
         values = sum(sizes.config.attention.values)
         attention = 2 * tokens * tokens * values / profile.dense_flops
         fixed = sizes.config.num_layers * profile.layer_s["python"] + profile.step_s.get("python", 0.0)
