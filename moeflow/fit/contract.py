@@ -14,7 +14,7 @@ from moeflow.fit.plan import Plan
 from moeflow.formatting import format_bytes
 from moeflow.machine.identity import hardware as machine_name
 
-_ROUNDING_SHARE, _ROUNDING_BYTES = 0.02, 1 << 20  # that a line may be over: sizes by headers leave paddings out
+_ROUNDING_SHARE, _ROUNDING_BYTES = 0.02, 1 << 16  # that a line may be over: sizes by headers leave paddings out
 _AGAIN = "Make a plan for it: moeflow fit {model} -o PLAN"
 
 
