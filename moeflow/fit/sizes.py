@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moeflow.checkpoint.headers import Checkpoint, TensorEntry, open_checkpoint
-from moeflow.checkpoint.packed_file import PACKED_FILE, packed_layouts
+from moeflow.checkpoint.packed_file import PACKED_FILE, packed_layers
 from moeflow.core import DTYPE_BYTES, PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, align_up
 from moeflow.errors import UnsupportedModelError
 from moeflow.fit.config_facts import ConfigFacts, read_config
@@ -142,7 +142,7 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
     dtype = config.dtype or (checkpoint.dtype if checkpoint.dtype in _FLOATS else None) or "F32"
     found, dense = _split(checkpoint.tensors, config)
     packed = (folder / PACKED_FILE).is_file()
-    layouts = packed_layouts(folder) if packed else []
+    layouts = [source.layout for source in packed_layers(folder)] if packed else []
     layers = _packed_layers(layouts) if packed else [_layer(parts, dtype) for parts in found.values()]
     if not layers:
         raise UnsupportedModelError(
