@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from moeflow.fit.hit_curves import Range
     from moeflow.fit.rows import Row
 
-_EXPERTS_AS = {"lossless": "moeflow pack {model} {out} --lossless", "int8": "moeflow quantize {model} {out} --bits 8 --method rtn",
-               "int4": "moeflow quantize {model} {out} --bits 4",
-               "mixed at 3 bits": "moeflow quantize {model} {out} --average-bits 3"}  # fmt: skip
+_WRITES = {
+    "lossless": "moeflow pack {model} {out} --lossless",
+    "int8": "moeflow quantize {model} {out} --bits 8 --method rtn",
+    "int4": "moeflow quantize {model} {out} --bits 4",
+    "mixed at 3 bits": "moeflow quantize {model} {out} --average-bits 3",
+}
 
 
 def add_fit_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,7 +67,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else 180)
         console.print(survey_table(found))
         print(advice(found, arguments.out))
     return 0 if reached else 1
@@ -140,7 +143,7 @@ def verdict(row: "Row") -> str:
         return f"does not fit, short by {format_bytes(row.short_bytes)}"
     if row.form.is_published:
         return "fits"
-    return f"fits if written as {row.form.name}"
+    return "fits if written so"
 
 
 def commands_for(found: "Survey", plan_file: str | None = None) -> list[str]:
@@ -150,7 +153,7 @@ def commands_for(found: "Survey", plan_file: str | None = None) -> list[str]:
     model, lines = found.model, []
     if not row.form.is_published:
         out = f"{model.rstrip('/').rpartition('/')[2]}-{row.form.kernel}"
-        lines.append(_EXPERTS_AS[row.form.name].format(model=shlex.quote(model), out=shlex.quote(out)))
+        lines.append(_WRITES[row.form.name].format(model=shlex.quote(model), out=shlex.quote(out)))
         model = out
     if plan_file is not None:
         return [

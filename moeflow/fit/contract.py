@@ -77,8 +77,8 @@ class Contract:
         again = _AGAIN.format(model=folder)
         if found.fingerprint != plan.model:
             raise ConfigError(
-                f"the plan is of another model: of a {plan.model_type} with fingerprint {plan.model}, and {folder} is a "
-                f"{found.model_type} with {found.fingerprint}. {again}."
+                f"the plan is of another model: of a {plan.model_type} with fingerprint {plan.model}, and {folder} is "
+                f"a {found.model_type} with {found.fingerprint}. {again}."
             )
         here = machine_name()
         if _machine_alone(here) != _machine_alone(plan.machine):
@@ -109,8 +109,8 @@ class Contract:
         if stored != self.plan.stored:
             how = "moeflow pack --lossless" if "lossless" in self.plan.stored else "moeflow quantize"
             raise ConfigError(
-                f"the plan is for experts in {self.plan.stored}, and these are in {stored}. Write the folder with {how} "
-                "and load that, or make a plan for this one: moeflow fit."
+                f"the plan is for experts in {self.plan.stored}, and these are in {stored}. Write the folder with "
+                f"{how} and load that, or make a plan for this one: moeflow fit."
             )
 
     def charge(self, line: str, num_bytes: int) -> None:

@@ -85,11 +85,12 @@ class Survey:
     def why_not(self) -> str:
         """Say what the smallest way lacks."""
         least = min(self.rows, key=lambda row: row.total_bytes)
+        held = {name: format_bytes(value) for name, value in least.lines.items()}
         return (
-            f"{self.model} does not fit in {format_bytes(self.wish.memory_bytes)}: its smallest way ({least.form.name}, "
-            f"{format_bytes(least.lines['experts'])} for experts) takes {format_bytes(least.total_bytes)} beside 3 % of "
-            f"slack, {format_bytes(least.short_bytes)} too many; {format_bytes(least.lines['dense'])} of it are weights "
-            "that are never left on disk. Give a smaller context, or a machine with more memory."
+            f"{self.model} does not fit in {format_bytes(self.wish.memory_bytes)}: its smallest way "
+            f"({least.form.name}, {held['experts']} for experts) takes {format_bytes(least.total_bytes)} beside 3 % of "
+            f"slack, {format_bytes(least.short_bytes)} too many; {held['dense']} of it are weights that are "
+            "never left on disk. Give a smaller context, or a machine with more memory."
         )
 
 
@@ -122,8 +123,8 @@ def survey(
     """
     if device not in _DEVICES:
         raise ConfigError(
-            f"device={device!r:.40} is not planned. Allowed: {', '.join(_DEVICES)}. On a GPU load_moe divides memory by "
-            "itself, from what it measures there."
+            f"device={device!r:.40} is not planned. Allowed: {', '.join(_DEVICES)}. On a GPU load_moe divides memory "
+            "by itself, from what it measures there."
         )
     for name, value in (("context", context), ("batch", batch)):
         if value is not None and (type(value) is not int or value < 1):
@@ -196,7 +197,8 @@ def fit(
 def out_of_reach(found: Survey) -> str:
     """Say what bounds the fastest row, where none that fits reaches the target."""
     row, wish = found.recommended, found.wish
-    assert row is not None and wish.target_tok_s is not None, "something fits, and a speed was asked for"
+    assert row is not None, "something fits"
+    assert wish.target_tok_s is not None, "a speed was asked for"
     what = {
         "disk": f"reading missed experts from the disk ({found.profile.disk}): more memory, or a faster disk",
         "experts": "reading experts from memory: a narrower format, or faster memory",
@@ -206,8 +208,8 @@ def out_of_reach(found: Survey) -> str:
     }[row.bound]
     return (
         f"no way that fits reaches {wish.target_tok_s:g} tok/s: the fastest ({row.form.name}, "
-        f"{format_bytes(row.lines['experts'])} for experts) is expected to reach {row.decode_tok_s.mid:.1f}. Most of its "
-        f"step goes to {what} would help."
+        f"{format_bytes(row.lines['experts'])} for experts) is expected to reach {row.decode_tok_s.mid:.1f}. Most "
+        f"of its step goes to {what} would help."
     )
 
 

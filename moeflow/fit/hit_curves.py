@@ -3,6 +3,7 @@
 Knows shares. Knows nothing of bytes or seconds.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +51,7 @@ def _interpolate(percent: float, residencies: tuple[float, ...], rates: tuple[fl
     """Return a rate between two measured ones; nothing hits without memory, everything with all of it."""
     points = [(0.0, 0.0), *zip(residencies, rates, strict=True), (100.0, 1.0)]
     percent = min(max(percent, 0.0), 100.0)
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(points):
         if percent <= right:
             return low + (high - low) * (percent - left) / (right - left)
     return 1.0

@@ -14,8 +14,8 @@ READ_THREADS = 4  # experts read at a time, each into a buffer of its own
 RESERVE_BYTES = 192 << 20  # "auto" leaves them at first to what is no expert: tokenizer, activations, programs, slack
 SPARE_SHARE = 0.03  # of a machine's memory that no plan takes: peaks were up to this much above their plan
 _STAGING_ALIGNMENT = 2 << 20  # of a buffer: a huge page
-# Resident memory of Python with torch, transformers and moeflow after loading a model without weights, its tokenizer
-# and one answer among them. Measured on x86-64 with torch 2.13 and transformers 5.24; a machine's profile knows its own.
+# Resident memory of Python with torch, transformers and moeflow after loading a model without weights. Measured on
+# x86-64 with torch 2.13 and transformers 5.24; a machine's profile knows its own.
 PROCESS_BYTES = 520_000_000
 LOADING_BYTES = 60_000_000  # that loading adds to a process which has imported torch and transformers already
 # What a first answer adds whatever the model: threads, kernels' code, the arena of torch's allocator.
@@ -81,7 +81,7 @@ def memory_lines(
     return {
         "dense": sizes.dense_in_memory(form),
         "experts": expert_bytes,
-        "key_values": batch * sizes.key_value_bytes(context),
+        "key_values": batch * sizes.key_value_bytes(context, tokens),
         "activations": tokens * per_token + batch * config.vocab_size * DTYPE_BYTES["F32"],
         "workspace": WORKSPACE_BYTES + config.num_layers * _PROGRAM_LAYER_BYTES,
         "pinned": staging_bytes(slot),

@@ -14,7 +14,7 @@ from moeflow.checkpoint.headers import Checkpoint, TensorEntry, open_checkpoint
 from moeflow.checkpoint.packed_file import PACKED_FILE, packed_layers
 from moeflow.core import DTYPE_BYTES, PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, align_up
 from moeflow.errors import UnsupportedModelError
-from moeflow.fit.config_facts import ConfigFacts, read_config
+from moeflow.fit.config_facts import Attention, ConfigFacts, read_config
 from moeflow.fit.formats import KERNELS, LOSSLESS_SHARE, StoredAs, kernel_of, mean_bits, published_as
 from moeflow.kernels.quantization.formats import LOSSLESS
 
@@ -22,6 +22,7 @@ _PER_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(.*\.experts)\.([^0-9].*)|(.*)\.((?:input|output)_linear\.weight)")
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
 _EMBEDDING = re.compile(r"(embed_tokens|word_embeddings|wte|embedding)\.weight$")
+WINDOW_MARGIN = 32  # positions that the engine keeps before a window
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
@@ -112,15 +113,22 @@ class ModelSizes:
         """Return the bytes of dense matrices that every decode step reads."""
         return self.dense_matrix_bytes - self.dense_bytes + self.dense_in_memory(form)
 
-    def key_value_bytes(self, context: int) -> int:
-        """Return the bytes of one sequence's keys and values; a layer with a window keeps no more than that."""
-        return DTYPE_BYTES[self.dtype] * kept_values(*self.config.attention, context)
+    def key_value_bytes(self, context: int, most_new: int | None = None) -> int:
+        """Return the bytes of one sequence's keys and values.
+
+        Args:
+            context: positions.
+            most_new: most tokens of it in one pass: where that is less than the context, a layer with a window keeps
+                what the window and one pass see. None for a prompt in one pass, which needs all of it.
+        """
+        return DTYPE_BYTES[self.dtype] * kept_values(self.config.attention, context, most_new or context)
 
 
-def kept_values(values: tuple[int, ...], windows: tuple[int, ...], context: int) -> int:
-    """Return how many numbers all layers keep of this many positions."""
+def kept_values(attention: Attention, context: int, most_new: int) -> int:
+    """Return how many numbers all layers keep of this many positions; arguments as of `key_value_bytes`."""
     return sum(
-        kept * (min(context, window) if window else context) for kept, window in zip(values, windows, strict=True)
+        values * (min(context, window - 1 + WINDOW_MARGIN + most_new) if window else context)
+        for values, window in zip(attention.values, attention.windows, strict=True)
     )
 
 

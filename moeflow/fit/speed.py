@@ -3,6 +3,7 @@
 Plain arithmetic over sizes and a machine's profile; docs/fit.md derives it. Knows nothing of how they were found.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -15,9 +16,12 @@ READS_IN_FLIGHT = 4
 MISS_LAYER_S = 150e-6  # of the runtime's Python for a layer that misses: out of the native program and back
 _WIDE = 1.25  # how far beyond the range of hit rates speeds may lie
 _MANY_TOKENS = 16  # of an expert, from which its kernel is bound by arithmetic
-_NEAREST = {"mixed": "int3-g64", "bf16-lossless": "bf16", "float16": "bf16", "float64": "float32", "float32": "bf16", "fp8": "int8",
-            "mxfp4": "int4-g64", "int4-g64": "int4", "int3-g64": "int4-g64", "int2-g64": "int3-g64",
-            "int8": "int8-g64", "int8-g64": "int8"}  # fmt: skip
+# Formats in whose place another is taken, where a profile has not measured them.
+_NEAREST = {
+    "mixed": "int3-g64", "bf16-lossless": "bf16", "float16": "bf16", "float64": "float32", "float32": "bf16",
+    "fp8": "int8", "mxfp4": "int4-g64", "int4-g64": "int4", "int3-g64": "int4-g64", "int2-g64": "int3-g64",
+    "int8": "int8-g64", "int8-g64": "int8",
+}  # fmt: skip
 # Narrow formats are bound by arithmetic: bytes a second over those of the format in whose place they stand.
 _SLOWER = {"int3-g64": 0.5, "int2-g64": 0.45, "int1-g64": 0.25}
 
@@ -182,7 +186,7 @@ def _between(rates: dict[int, float], at: float) -> float:
     points = sorted(rates.items())
     if at <= points[0][0]:
         return points[0][1]
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(points):
         if at <= right:
             share = math.log(at / left) / math.log(right / left)
             return math.exp(math.log(low) * (1 - share) + math.log(high) * share)

@@ -78,7 +78,10 @@ def test_an_engine_takes_the_keys_and_values_of_the_plan_and_no_more(mixtral_fol
     [
         ({"model": "f" * 16}, r"another model: of a mixtral with fingerprint f{16}, and .* is a mixtral with"),
         ({"machine": "a processor, 2 cores"}, "another machine: a processor, 2 cores; this one is"),
-        ({"stored": "int4-g64"}, r"experts in int4-g64, and these are in float32. Write the folder with moeflow quantize"),
+        (
+            {"stored": "int4-g64"},
+            r"experts in int4-g64, and these are in float32. Write the folder with moeflow quantize",
+        ),
     ],
 )
 def test_a_plan_of_something_else_is_named_and_refused(fields, error, mixtral_folder, plan):
@@ -103,7 +106,7 @@ def test_a_size_beside_a_plan_is_refused_unless_it_is_the_same(mixtral_folder, p
     with pytest.raises(ConfigError, match=r"expert_memory='25%' was given beside a plan"):
         load_moe(mixtral_folder, plan=plan, expert_memory="25%")
     load_moe(mixtral_folder, plan=plan, device="cpu").moeflow.close()
-    with pytest.raises(ConfigError, match="it must be a plan of moeflow.fit"):
+    with pytest.raises(ConfigError, match=r"it must be a plan of moeflow\.fit"):
         load_moe(mixtral_folder, plan=7)
 
 

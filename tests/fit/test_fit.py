@@ -52,7 +52,9 @@ def test_memory_that_is_too_small_says_by_how_much(mixtral_folder, profile):
 
 
 def test_a_target_beyond_any_row_says_what_bounds_it(mixtral_folder, profile):
-    with pytest.raises(BudgetError, match=r"no way that fits reaches 1e\+09 tok/s: the fastest .* Most of its step goes"):
+    with pytest.raises(
+        BudgetError, match=r"no way that fits reaches 1e\+09 tok/s: the fastest .* Most of its step goes"
+    ):
         moeflow.fit(mixtral_folder, memory="40GB", target=1e9)
 
 

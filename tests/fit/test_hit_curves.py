@@ -1,5 +1,7 @@
 """Hit rates of curves and traces."""
 
+import itertools
+
 import pytest
 
 from helpers.link_traces import write_random_trace
@@ -22,7 +24,7 @@ def test_rates_rise_with_the_share_and_lie_in_their_range():
         rates = [curve.at(share / 100) for share in range(101)]
         assert all(low <= mid <= high for low, mid, high in rates)
         assert [rate.high for rate in rates] == sorted(rate.high for rate in rates)
-        assert all(later.mid >= before.mid - 1e-9 for before, later in zip(rates, rates[1:], strict=False))
+        assert all(later.mid >= before.mid - 1e-9 for before, later in itertools.pairwise(rates))
 
 
 def test_the_curve_is_that_of_the_measured_model_with_the_nearest_counts_and_says_which():

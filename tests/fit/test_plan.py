@@ -25,7 +25,9 @@ def test_a_plan_that_was_edited_by_hand_is_refused(tmp_path):
         Plan.load(tmp_path / "plan")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"plan": 1, "crc32": ""}', b'{"plan": {}}', b"[" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"[]", b'{"plan": 1, "crc32": ""}', b'{"plan": {}}', b"[" * 5000]
+)
 def test_a_file_that_is_no_plan_is_named(content, tmp_path):
     (tmp_path / "plan").write_bytes(content)
     with pytest.raises(ConfigError, match=r"plan is no plan|plan has format None"):

@@ -12,9 +12,11 @@ from helpers.family_models import build_model
 from helpers.large_checkpoint import write_large_checkpoint
 from helpers.paths import ROOT
 from moeflow.convert.pack import pack_model
+from moeflow.engine.kv_cache.windows import MARGIN
 from moeflow.errors import CheckpointError, ConfigError, ModelSourceError, UnsupportedModelError
+from moeflow.fit.config_facts import Attention
 from moeflow.fit.formats import other_formats
-from moeflow.fit.sizes import ModelSizes, kept_values, sizes_of
+from moeflow.fit.sizes import WINDOW_MARGIN, ModelSizes, kept_values, sizes_of
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.budget import ExpertsSize
@@ -80,7 +82,10 @@ def test_narrower_formats_take_fewer_bytes_of_disk_and_memory(mixtral_folder):
 
 
 def test_a_window_bounds_what_a_layer_keeps():
-    assert kept_values((10, 10, 0), (0, 4, 0), 8) == 10 * 8 + 10 * 4
+    attention = Attention((10, 10, 0), (0, 4, 0))
+    assert kept_values(attention, 100, 16) == 10 * 100 + 10 * (3 + WINDOW_MARGIN + 16)
+    assert kept_values(attention, 100, 100) == 20 * 100
+    assert WINDOW_MARGIN == MARGIN
 
 
 @pytest.mark.slow
@@ -90,7 +95,8 @@ def test_a_model_of_671b_parameters_is_measured_without_torch_in_100_mb(tmp_path
     code = (
         "import sys; from moeflow.fit.sizes import sizes_of; from moeflow.hardware import process_memory_bytes\n"
         "sizes = sizes_of(sys.argv[1])\n"
-        "print(sizes.num_experts, sizes.experts_bytes(sizes.published), process_memory_bytes()[1], 'torch' in sys.modules)"
+        "print(sizes.num_experts, sizes.experts_bytes(sizes.published), process_memory_bytes()[1])\n"
+        "print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True, cwd=ROOT)
     count, held, peak, has_torch = run.stdout.split()
@@ -112,7 +118,7 @@ def test_a_dense_model_is_refused(mixtral_folder, tmp_path):
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="no tensor of .* is of routed experts"):
+    with pytest.raises(UnsupportedModelError, match=r"no tensor of .* is of routed experts"):
         sizes_of(tmp_path)
 
 

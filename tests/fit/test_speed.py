@@ -26,7 +26,8 @@ def model(sizes: ModelSizes | None = None, **figures) -> SpeedModel:
     """A model on a machine on which only what is given takes time."""
     free = {
         "kernel_read": {"bf16": {1: _FAST}}, "kernel_flops": {"bf16": _FAST}, "dense_read": _FAST,
-        "dense_flops": _FAST, "layer_s": {"native": 1e-12, "python": 1e-12}, "step_s": {"native": 1e-12, "python": 1e-12},
+        "dense_flops": _FAST, "layer_s": {"native": 1e-12, "python": 1e-12},
+        "step_s": {"native": 1e-12, "python": 1e-12},
         "disk_read": {1: _FAST}, "disk_read_alone": {1: _FAST}, "memory_read": {1: _FAST},
     }  # fmt: skip
     sizes = sizes or sizes_for()
