@@ -103,7 +103,7 @@ def curve_of_trace(
             "trace of this model: moeflow trace record."
         )
     if most_tokens is not None:
-        lengths = [rows.stop - rows.start for rows in trace.sequences()]
+        lengths = [len(trace.sequence[rows]) for rows in trace.sequences()]
         count = next((n for n in range(len(lengths)) if sum(lengths[: n + 1]) > most_tokens), len(lengths))
         trace = trace.select(trace.sequence_numbers[: max(count, 1)])
     all_experts = sum(trace.experts_per_layer)

@@ -262,7 +262,7 @@ def _packed_layers(layouts: list[LayerLayout]) -> list[LayerExperts]:
         slots = [align_up(record.num_bytes, PAGE_BYTES) for record in records]
         mean = sum(slots) / len(slots)
         record = layout.record
-        shapes = [matrix.shape for matrix in record.matrices] or [spec.shape for spec in record.tensors]
+        shapes: list[tuple[int, ...]] = [one.shape for one in record.matrices or record.tensors]
         layers.append(LayerExperts(layout.num_experts, tuple(shapes), mean, mean, max(slots), 1))
     return layers
 

@@ -1,12 +1,14 @@
 """moeflow.fit and the command: the plan, its table, its exit code, and what they say of bad input."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 import moeflow
+from helpers.hub_server import ID, hub
 from helpers.machine_profiles import small_profile
 from helpers.paths import ROOT
 from moeflow.cli.fit import advice, commands_for, survey_table
@@ -121,3 +123,26 @@ def test_the_help_imports_neither_torch_nor_numpy():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_hub_id_is_planned_from_its_headers_alone(mixtral_folder, profile, tmp_path):
+    files = {file.name: file for file in mixtral_folder.iterdir() if file.is_file()}
+    weights = sum(file.stat().st_size for name, file in files.items() if name.endswith(".safetensors"))
+    code = (
+        "import sys, json; from moeflow.fit.fit import survey; from moeflow.machine.profile import MachineProfile\n"
+        "profile = MachineProfile.from_dict(json.loads(sys.argv[2]))\n"
+        "found = survey(sys.argv[1], memory='40GB', profile=profile)\n"
+        "print(json.dumps(found.rows[-1].lines), 'torch' in sys.modules)"
+    )
+    with hub(files) as served:
+        environment = os.environ | {"HF_ENDPOINT": served.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", code, ID, json.dumps(profile.to_dict())]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        sent = sum(served.sent(name) for name in files if name.endswith(".safetensors"))
+    assert run.returncode == 0, run.stderr
+    lines, has_torch = run.stdout.rsplit(" ", 1)
+    assert json.loads(lines) == survey(mixtral_folder, memory="40GB", profile=profile).rows[-1].lines | {
+        "process": profile.process_bytes
+    }
+    assert has_torch.strip() == "False"
+    assert 0 < sent < weights
