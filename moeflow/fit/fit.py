@@ -11,7 +11,7 @@ from pathlib import Path
 from moeflow import hardware
 from moeflow.errors import BudgetError, ConfigError
 from moeflow.fit.hit_curves import HitCurve, curve_for, curve_of_trace
-from moeflow.fit.memory import LOADING_BYTES, PROCESS_BYTES, usable
+from moeflow.fit.memory import LOADING_BYTES, usable
 from moeflow.fit.plan import Plan
 from moeflow.fit.rows import Row, Wish, make_rows, recommend
 from moeflow.fit.sizes import ModelSizes
@@ -146,7 +146,7 @@ def survey(
         curve = _curve(sizes, trace)
     if "torch" in sys.modules:  # the model will be loaded beside what this process holds already
         held = hardware.process_memory_bytes()[0] + LOADING_BYTES
-        profile = replace(profile, process_bytes=max(profile.process_bytes or PROCESS_BYTES, held))
+        profile = replace(profile, process_bytes=max(profile.process_bytes, held))
     rows = make_rows(sizes, wish, profile, curve)
     return Survey(str(model), sizes, wish, profile, curve, rows, recommend(rows, wish))
 

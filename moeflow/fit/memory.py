@@ -14,13 +14,12 @@ READ_THREADS = 4  # experts read at a time, each into a buffer of its own
 RESERVE_BYTES = 192 << 20  # "auto" leaves them at first to what is no expert: tokenizer, activations, programs, slack
 SPARE_SHARE = 0.03  # of a machine's memory that no plan takes: peaks were up to this much above their plan
 _STAGING_ALIGNMENT = 2 << 20  # of a buffer: a huge page
-# Resident memory of Python with torch, transformers and moeflow after loading a model without weights. Measured on
-# x86-64 with torch 2.13 and transformers 5.24; a machine's profile knows its own.
-PROCESS_BYTES = 520_000_000
+# Resident memory of Python with torch, transformers and moeflow after the answers of a model without weights, at the
+# least, with some room for the capture of its decode step: on x86-64 with torch 2.13 and transformers 5.24 it was 529 MB,
+# 570 where the step was captured. A machine's profile may know more.
+PROCESS_BYTES = 550_000_000
 LOADING_BYTES = 60_000_000  # that loading adds to a process which has imported torch and transformers already
-# What a first answer adds whatever the model: threads, kernels' code, the arena of torch's allocator.
-WORKSPACE_BYTES = 24_000_000
-_PROGRAM_LAYER_BYTES = 600_000  # of the decode step's program and its capture, by layer
+_PROGRAM_LAYER_BYTES = 200_000  # of a decode step's program and its buffers
 _HIDDEN_COPIES = 12  # tensors [tokens, hidden_size] in float32 that a layer has at once
 MOST_STEP_TOKENS = 512  # of a pass of the engine with several sequences
 
@@ -72,7 +71,7 @@ def memory_lines(
         expert_bytes: that experts may take.
         context: positions of a sequence.
         batch: sequences at once.
-        process_bytes: of a process without weights, as measured; a constant when 0.
+        process_bytes: of a process without weights, as measured; the constant where that is less.
     """
     config, slot = sizes.config, sizes.slot_bytes(form)
     tokens = context if batch == 1 else min(context * batch, MOST_STEP_TOKENS)
@@ -83,9 +82,9 @@ def memory_lines(
         "experts": expert_bytes,
         "key_values": batch * sizes.key_value_bytes(context, tokens),
         "activations": tokens * per_token + batch * config.vocab_size * DTYPE_BYTES["F32"],
-        "workspace": WORKSPACE_BYTES + config.num_layers * _PROGRAM_LAYER_BYTES,
+        "workspace": config.num_layers * _PROGRAM_LAYER_BYTES,
         "pinned": staging_bytes(slot),
-        "process": process_bytes or PROCESS_BYTES,
+        "process": max(process_bytes, PROCESS_BYTES),
     }
 
 

@@ -15,6 +15,7 @@ from moeflow.cli.fit import advice, commands_for, survey_table
 from moeflow.cli.main import main
 from moeflow.errors import BudgetError, ConfigError, ModelSourceError, TraceError
 from moeflow.fit.fit import survey
+from moeflow.fit.memory import PROCESS_BYTES
 from moeflow.fit.plan import Plan
 from moeflow.machine.identity import disk_of, hardware
 from moeflow.machine.store import keep_profile
@@ -142,7 +143,7 @@ def test_a_hub_id_is_planned_from_its_headers_alone(mixtral_folder, profile, tmp
     assert run.returncode == 0, run.stderr
     lines, has_torch = run.stdout.rsplit(" ", 1)
     assert json.loads(lines) == survey(mixtral_folder, memory="40GB", profile=profile).rows[-1].lines | {
-        "process": profile.process_bytes
+        "process": PROCESS_BYTES
     }
     assert has_torch.strip() == "False"
     assert 0 < sent < weights

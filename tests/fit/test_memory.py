@@ -7,6 +7,7 @@ from moeflow.fit.formats import other_formats
 from moeflow.fit.memory import (
     LINES,
     MOST_STEP_TOKENS,
+    PROCESS_BYTES,
     READ_THREADS,
     auto_budget,
     memory_lines,
@@ -36,10 +37,12 @@ def test_keys_and_values_grow_with_context_and_batch_and_nothing_else_does_with_
     assert MOST_STEP_TOKENS < 1024
 
 
-def test_a_measured_process_takes_the_place_of_the_constant():
+def test_a_measured_process_takes_the_place_of_the_constant_where_it_is_larger():
     sizes = small_sizes()
-    assert memory_lines(sizes, sizes.published, 0, context=8, process_bytes=123)["process"] == 123
-    assert memory_lines(sizes, sizes.published, 0, context=8)["process"] > 10**8
+    measured = [
+        memory_lines(sizes, sizes.published, 0, context=8, process_bytes=size)["process"] for size in (0, 123, 10**10)
+    ]
+    assert measured == [PROCESS_BYTES, PROCESS_BYTES, 10**10]
 
 
 def test_lossless_experts_shrink_dense_weights_too():
