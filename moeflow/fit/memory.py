@@ -15,8 +15,8 @@ RESERVE_BYTES = 192 << 20  # "auto" leaves them at first to what is no expert: t
 SPARE_SHARE = 0.03  # of a machine's memory that no plan takes: peaks were up to this much above their plan
 _STAGING_ALIGNMENT = 2 << 20  # of a buffer: a huge page
 # Resident memory of Python with torch, transformers and moeflow after the answers of a model without weights, at the
-# least, with some room for the capture of its decode step: on x86-64 with torch 2.13 and transformers 5.24 it was 529 MB,
-# 570 where the step was captured. A machine's profile may know more.
+# least, with some room for the capture of its decode step: on x86-64 with torch 2.13 and transformers 5.24 it was
+# 529 MB, 570 where the step was captured. A machine's profile may know more.
 PROCESS_BYTES = 550_000_000
 LOADING_BYTES = 60_000_000  # that loading adds to a process which has imported torch and transformers already
 _PROGRAM_LAYER_BYTES = 200_000  # of a decode step's program and its buffers
