@@ -15,6 +15,7 @@ from moeflow.formatting import format_bytes
 from moeflow.machine.identity import hardware as machine_name
 
 _ROUNDING_SHARE, _ROUNDING_BYTES = 0.02, 1 << 16  # that a line may be over: sizes by headers leave paddings out
+_WITHIN_PROCESS = ("activations", "workspace")  # lines whose bytes cannot be told apart from the process's
 _AGAIN = "Make a plan for it: moeflow fit {model} -o PLAN"
 
 
@@ -143,8 +144,8 @@ class Contract:
     def told(self, memory: dict[str, int], prefill: Phase, decode: Phase) -> dict[str, Any]:
         """Return planned and actual by line, in bytes, and the speeds in tokens a second.
 
-        What no line can be charged with, activations and the program's workspace, is what the process's peak has
-        beyond the other lines; it stands under "activations".
+        Activations and the program's workspace cannot be told apart from the process: its actual bytes, what the peak
+        has beyond the other lines, hold all three.
 
         Args:
             memory: of a runtime's statistics.
@@ -158,7 +159,7 @@ class Contract:
             actual[line] = read()
         known = sum(value for line, value in actual.items() if value is not None)
         peak = memory["process_peak_bytes"]
-        actual["activations"] = max(peak - known, 0)
+        actual["process"] = max(peak - known, 0)
         lines = {
             line: {"planned_bytes": planned, "actual_bytes": actual[line]} for line, planned in self.plan.lines.items()
         }
@@ -194,11 +195,15 @@ def summary(told: dict[str, Any]) -> str:
     Args:
         told: by `Contract.told`.
     """
-    parts = []
+    parts, within = [], 0
     for line, values in (*told["lines"].items(), ("sum", told["total"])):
-        actual = values["actual_bytes"]
+        actual, planned = values["actual_bytes"], values["planned_bytes"]
+        if line in _WITHIN_PROCESS:
+            within += planned
+            continue
         took = "-" if actual is None else format_bytes(actual)
-        parts.append(f"{line.replace('_', ' ')} {took} of {format_bytes(values['planned_bytes'])}")
+        name, planned = ("process and passes", planned + within) if line == "process" else (line, planned)
+        parts.append(f"{name.replace('_', ' ')} {took} of {format_bytes(planned)}")
     speeds = []
     for name in ("prefill_tok_s", "decode_tok_s"):
         low, mid, high = told[name]["planned"]
