@@ -3,8 +3,8 @@
     python scripts/bench_download.py [--megabytes 2000] [--rounds 5] [--kills 20] [--folder /dev/shm]
 
 curl fetches the same file from the same server in one request; moeflow also checks its sha256, and has to list the
-repository first. Both run in turns. Kills come at random points of the transfer; what is fetched twice is counted by the
-server. The headers are of 163 shards, as DeepSeek-V3 in bfloat16 would have them, with 50 ms a request.
+repository first. Both run in turns. Kills come at random points of the transfer; what is fetched twice is counted by
+the server. The headers are of 163 shards, as DeepSeek-V3 in bfloat16 would have them, with 50 ms a request.
 """
 
 import argparse

@@ -159,9 +159,9 @@ class ExpertStore:
             for opened in self._opened:
                 opened.close()
 
-    @staticmethod
-    def _file_of(source: LayerSource, expert: int) -> int:
-        return next(source.pieces()).files[expert]
+    def file_of(self, key: ExpertKey) -> Path:
+        """Return the file in which an expert begins."""
+        return self.files[next(self.layers[key.layer].pieces()).files[key.expert]]
 
     def _buffer(self, num_bytes: int) -> np.ndarray:
         buffer = getattr(self._staging, "buffer", None)
@@ -256,8 +256,7 @@ class ExpertStore:
                 source.check(key.expert, record)
             except CheckpointError as error:
                 raise ExpertReadError(
-                    f"expert {key.expert} of {source.layout.name} in {self.files[self._file_of(source, key.expert)]}: "
-                    f"{error}"
+                    f"expert {key.expert} of {source.layout.name} in {self.file_of(key)}: {error}"
                 ) from error
         self._verified.add(key)
 
@@ -266,8 +265,7 @@ class ExpertStore:
         found = zlib.crc32(record[: source.layout.record_of(key.expert).num_bytes].data)
         if found != source.crc32[key.expert]:
             raise ExpertReadError(
-                f"expert {key.expert} of {source.layout.name} is corrupt in "
-                f"{self.files[self._file_of(source, key.expert)]}: "
+                f"expert {key.expert} of {source.layout.name} is corrupt in {self.file_of(key)}: "
                 f"checksum {found:08x}, expected {source.crc32[key.expert]:08x}. Write the file again "
                 "with moeflow pack."
             )

@@ -22,6 +22,7 @@ from moeflow.cli.quantize import add_quantize_command
 from moeflow.cli.serve import add_serve_command
 from moeflow.cli.tiers import add_tiers_command
 from moeflow.cli.trace import add_trace_commands
+from moeflow.cli.verify import add_verify_command
 from moeflow.errors import MoeflowError
 
 
@@ -70,5 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add_parallel_command(commands)
     add_place_command(commands)
     add_tiers_command(commands)
+    add_verify_command(commands)
     add_demo_model_command(commands)
     return parser

@@ -150,7 +150,8 @@ def _complete(
         _log.info("fetching %s of %s", format_bytes(sum(file.size for file in missing)), repository.what)
         once = {store.target(file): file for file in missing}  # two names may have one content
         jobs = [FileJob(file, store.partials, target, fresh=force) for target, file in once.items()]
-        transfer = Transfer(repository, jobs, progress)
+        there_bytes = sum(file.size for file in files) - sum(job.file.size for job in jobs)
+        transfer = Transfer(repository, jobs, progress, there_bytes)
         transfer.run()
         return transfer.fetched_bytes
 

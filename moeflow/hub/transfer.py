@@ -12,7 +12,7 @@ from pathlib import Path
 from moeflow.atomic_file import cannot_write
 from moeflow.errors import ModelSourceError, MoeflowError
 from moeflow.hub.client import CONNECTIONS
-from moeflow.hub.partial_file import PIECE_BYTES, PartialFile, new_digest
+from moeflow.hub.partial_file import PIECE_BYTES, PartialFile, bytes_there, new_digest
 from moeflow.hub.remote_file import ChangedError, IgnoresRangeError, RemoteFile, StoppedError
 from moeflow.hub.repository import Repository, RepositoryFile
 from moeflow.progress import ProgressCallback
@@ -54,16 +54,24 @@ class Transfer:
         repository: they are of it.
         jobs: the files, in the order in which they are fetched.
         progress: called with (bytes done, bytes in all) by the thread that runs it.
+        there_bytes: of files that are there: done from the beginning.
     """
 
-    def __init__(self, repository: Repository, jobs: list[FileJob], progress: ProgressCallback | None = None) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        jobs: list[FileJob],
+        progress: ProgressCallback | None = None,
+        there_bytes: int = 0,
+    ) -> None:
         self._repository, self._jobs = repository, jobs
         self._progress = progress or (lambda done, total: None)
         self._changed = threading.Condition()
         self._next_job = 0
         self._stop = repository.stop
         self._error: BaseException | None = None
-        self._done_bytes = 0
+        self._done_bytes = there_bytes + sum(bytes_there(job.partials, job.file) for job in jobs if not job.fresh)
+        self._total_bytes = there_bytes + sum(job.file.size for job in jobs)
         self.fetched_bytes = 0
 
     def run(self) -> None:
@@ -76,7 +84,7 @@ class Transfer:
         for number in range(CONNECTIONS):
             fetch = threading.Thread(target=self._guarded, args=(self._fetch_all,), daemon=True, name=f"fetch-{number}")
             work.append(fetch)
-        total = sum(job.file.size for job in self._jobs)
+        total = self._total_bytes
         try:
             for thread in work:
                 thread.start()
@@ -159,7 +167,6 @@ class Transfer:
             job.partial.restart()
         done = job.partial.done
         job.tasks.extend(piece for piece in range(job.partial.num_pieces) if piece not in done)
-        self._done_bytes += sum(end - begin for begin, end in map(job.partial.span, done))
 
     def _fetch(self, job: FileJob, piece: int | None, times_begun: int) -> None:
         partial, remote = job.partial, job.remote

@@ -55,6 +55,7 @@ def load_moe(
     step: str = "auto",
     cuda_graphs: bool = False,
     plan: str | Path | Plan | None = None,
+    integrity: str = "off",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -100,6 +101,9 @@ def load_moe(
         plan: a plan of `moeflow.fit`, or the file that `moeflow fit -o` wrote: how much every part of the process may
             take. A plan of another model or machine, or one that was changed, is refused, and so is what goes over one
             of its lines, by the line's name. It stands in place of `device`, `expert_memory` and `kv_memory`.
+        integrity: "sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a
+            second) the slot is compared with its source by checksum, in a thread of its own. What differs is named in a
+            warning and counted in stats()["integrity"]. The output stays the same.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
@@ -124,7 +128,7 @@ def load_moe(
         )
     options = LoadOptions(
         device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
-        cuda_graphs, plan, trace,
+        cuda_graphs, plan, integrity, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)

@@ -169,6 +169,16 @@ class LoadOptions:
             metavar="FILE",
         ),
     )
+    integrity: str = field(
+        default="off",
+        metadata=_about(
+            '"sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a second) '
+            "the slot is compared with its source by checksum, in a thread of its own. What differs is named in a "
+            'warning and counted in stats()["integrity"]. The output stays the same.',
+            flag='"sample" compares some experts in memory with the disk, and warns of what differs; off',
+            choices=("off", "sample"),
+        ),
+    )
     trace: str | Path | None = field(
         default=None,
         metadata=_about("a file to record into which experts every token is routed to; appended to where it exists."),
@@ -187,6 +197,11 @@ class LoadOptions:
         if self.cuda_graphs and on_cpu:
             raise ConfigError(
                 "cuda_graphs=True captures what a GPU is told to do, and this model runs on the CPU. Leave it False."
+            )
+        if self.cuda_graphs and self.integrity != "off":
+            raise ConfigError(
+                f"integrity={self.integrity!r} copies from the GPU at any time, and cuda_graphs=True cannot capture "
+                "beside that. Leave one of them out."
             )
         if self.miss != "copy" and on_cpu:
             raise ConfigError(

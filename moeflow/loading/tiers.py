@@ -23,6 +23,7 @@ from moeflow.offload.arena.device_governor import DeviceGovernor, DeviceMeter
 from moeflow.offload.arena.governor import Governor
 from moeflow.offload.arena.memory_governor import MemoryGovernor
 from moeflow.offload.arena.segmented_pool import SegmentedPool
+from moeflow.offload.copies.slot_sampler import SlotSampler
 from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
 from moeflow.offload.prediction_loop import PredictionLoop
 from moeflow.offload.runtime import ExpertRuntime
@@ -125,6 +126,7 @@ def build_runtime(
             governor=governor,
             prediction=_prediction(experts, predictor, tap, cache),
             misses=MissSplit() if options.miss == "cheapest" else None,
+            sampler=SlotSampler(store, pool, cache, streams) if options.integrity == "sample" else None,
         )
         if options.kv_memory != "auto":
             runtime.plan = {"key_value_bytes": parse_kv_memory(options.kv_memory)}

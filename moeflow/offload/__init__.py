@@ -1,5 +1,5 @@
 """Mechanism of offloading: slots, copies, streams, threads, residency, one lock. Does what `policy/` decides.
 
-Knows records and devices. Knows nothing of routers, arithmetic or transformers. `moe/`, `step/`, `loading/` and
-`expert_parallel/` import it.
+Knows records and devices. Knows nothing of routers, arithmetic or transformers. `moe/`, `step/`, `loading/`,
+`expert_parallel/` and `verify/` import it.
 """

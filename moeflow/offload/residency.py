@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from moeflow.core import ExpertKey, RecordLayout, Tier
 from moeflow.errors import ExpertReadError
 from moeflow.offload.arena.segmented_pool import SegmentedPool
+from moeflow.offload.copies.transfer import Transfer
 from moeflow.offload.slot_pool import Resident, SlotPool
 from moeflow.offload.stats import Stats
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfer import Transfer
 from moeflow.offload.transfers import Transfers
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.demand import Demand

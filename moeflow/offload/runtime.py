@@ -17,6 +17,7 @@ from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, records_of
 from moeflow.errors import ClosedModelError, ConfigError, ExpertReadError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
 from moeflow.offload.arena.governor import Governor
+from moeflow.offload.copies.slot_sampler import SlotSampler
 from moeflow.offload.fetch import ExpertFetch
 from moeflow.offload.host_compute import HostCompute, HostTokens
 from moeflow.offload.host_tier import HostTier
@@ -54,6 +55,7 @@ class ExpertRuntime:
         governor: moves the number of usable slots with the memory that is free ("auto").
         prediction: chooses prefetches; None for demand only.
         misses: chooses the experts that the CPU computes in the host tier; None where all are copied.
+        sampler: compares some slots with their source; None for none.
     """
 
     def __init__(
@@ -69,9 +71,9 @@ class ExpertRuntime:
         governor: Governor | None = None,
         prediction: PredictionLoop | None = None,
         misses: MissSplit | None = None,
+        sampler: SlotSampler | None = None,
     ) -> None:
-        self.store = store
-        self.cache = cache
+        self.store, self.cache = store, cache
         self.device = pool.device
         self.experts_per_layer = [source.layout.num_experts for source in store.layers]
         self.observers: list[RouteObserver] = []
@@ -80,14 +82,12 @@ class ExpertRuntime:
         self.most_tokens: int | None = None  # of which experts run at once; more come part by part
         self.plan: dict[str, Any] | Contract | None = None  # bytes by use, as divided while loading
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
-        self._budget_bytes = expert_budget_bytes
-        self._governor = governor
-        self.prediction = prediction
+        self.prediction, self._governor, self._budget_bytes = prediction, governor, expert_budget_bytes
         self._slot_bytes = pool.stride
         self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of one unit of the cache's limit
         self._caches = [cache] if host is None else [cache, host.cache]
         self._stats = Stats()
-        self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads)
+        self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads, sampler=sampler)
         self._host_compute = None
         self.computes_on_host = misses is not None  # some of the device's experts, on the CPU
         if misses is not None:
@@ -208,8 +208,7 @@ class ExpertRuntime:
             self._mend()
             self._torn = True
             if self._governor is not None:
-                limit = self._governor.slots(self.cache.used, self.cache.limit, now=not continues)
-                self._residency.set_limit(limit)
+                self._residency.set_limit(self._governor.slots(self.cache.used, self.cache.limit, now=not continues))
             if self.prediction is not None:
                 self.prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
                 self._residency.prefetch()
@@ -321,6 +320,7 @@ class ExpertRuntime:
                 prediction=None if self.prediction is None else self.prediction.stats(),
                 step=(self.step or self.trusting or PythonSteps()).as_dict(),
                 io=ReadStats(**self.store.stats(), threads=self._transfers.num_threads),
+                integrity=None if (sampler := self._transfers.sampler) is None else sampler.as_dict(),
             )
 
     def reset_stats(self) -> None:

@@ -197,6 +197,7 @@ class RuntimeStats(Counters):
         miss: bandwidths that decide where a miss is computed, as averaged until now; None where it is always copied.
         prediction: None without a predictor.
         io: reads from disk.
+        integrity: what was found where slots are compared with their source; None where they are not.
         step: what runs decode steps, why not natively where they never will, and how many ran so; see `StepDecoding`.
     """
 
@@ -212,6 +213,7 @@ class RuntimeStats(Counters):
     prediction: PredictionStats | None
     io: ReadStats
     step: dict[str, Any] = field(metadata=_NOW)
+    integrity: dict[str, Any] | None = field(default=None, metadata=_NOW)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as one dict that `json.dumps` takes."""

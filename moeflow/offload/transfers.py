@@ -15,11 +15,12 @@ import numpy as np
 from moeflow.checkpoint.reading.parts import one_by_one
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import ExpertKey, Tier
+from moeflow.offload.copies.read_threads import ReadingThreads
+from moeflow.offload.copies.slot_sampler import SlotSampler
+from moeflow.offload.copies.transfer import Transfer, Work
 from moeflow.offload.host_tier import HostTier
-from moeflow.offload.read_threads import ReadingThreads
 from moeflow.offload.slot_pool import SlotPool
 from moeflow.offload.streams import Streams
-from moeflow.offload.transfer import Transfer, Work
 
 _log = logging.getLogger(__name__)
 _PART_BYTES = 1 << 20  # of a read, behind which a copy to a device begins
@@ -35,6 +36,7 @@ class Transfers:
         streams: the order between copies and compute.
         host: the pinned tier, or None where device and host memory are one.
         num_threads: experts read from disk at a time; parts of them are read beside each other.
+        sampler: compares some of the copies with their source; None for none.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Transfers:
         *,
         host: HostTier | None = None,
         num_threads: int = 4,
+        sampler: SlotSampler | None = None,
     ) -> None:
+        self.sampler = sampler
         self.max_in_flight = 2 * num_threads if host is None else min(2 * num_threads, host.pool.num_slots)
         self.num_threads = num_threads
         self._store = store
@@ -95,6 +99,8 @@ class Transfers:
             prefetch: let every demanded copy go first.
         """
         assert key not in self._in_flight, f"a copy of {key} is in flight already"
+        if self.sampler is not None:
+            self.sampler.begin_write(slot)
         num_bytes = self._store.layers[key.layer].layout.record_of(key.expert).num_bytes
         if self._host is None:
             transfer = Transfer(key, slot, Tier.DISK, None, prefetch=prefetch)
@@ -141,7 +147,7 @@ class Transfers:
     @property
     def reading_here(self) -> bool:
         """Whether the calling thread is one that reads."""
-        return self._threads.here
+        return self._threads.here or (self.sampler is not None and self.sampler.here)
 
     def prefetches(self) -> list[ExpertKey]:
         """List the experts whose prefetch is in flight."""
@@ -175,6 +181,8 @@ class Transfers:
         for waiting in self._in_flight.values():
             waiting.take_work()
         self._threads.stop()
+        if self.sampler is not None:
+            self.sampler.stop()
         self._streams.finish()
         self._in_flight.clear()
         self._copying.clear()
@@ -183,6 +191,8 @@ class Transfers:
     def after_fork(self) -> None:
         """Begin anew in the child of a fork: what was in flight ends there with an ExpertReadError."""
         self._threads.after_fork(self._in_flight.values())
+        if self.sampler is not None:
+            self.sampler.after_fork()
 
     def abandon(self) -> None:
         """Let running copies end and forget them all, settled or not; be ready again."""
@@ -195,6 +205,8 @@ class Transfers:
         if transfer.error is None:
             self._copying.append(transfer)
             self._end_copies()
+            if self.sampler is not None:
+                self.sampler.copied(transfer)
         if self._host is not None:
             cache = self._host.cache
             if transfer.source is Tier.DISK:

@@ -21,9 +21,10 @@ from helpers.watched_pool import WatchedPool
 from moeflow.core import PAGE_BYTES, ExpertKey
 from moeflow.errors import ExpertReadError
 from moeflow.moe.split_compute import TokensOnHost
-from moeflow.offload import read_threads, streams, transfers
+from moeflow.offload import streams, transfers
 from moeflow.offload.arena import device_governor
 from moeflow.offload.arena.device_governor import DeviceGovernor, DeviceMemory
+from moeflow.offload.copies import read_threads
 from moeflow.offload.prediction_loop import PredictionLoop, RouterOutput
 from moeflow.offload.slot_pool import Resident
 from moeflow.offload.trusting.device_table import DeviceTable

@@ -105,8 +105,12 @@ class GivenSplit(MissSplit):
 def build(
     path, num_slots, policy="lfru", host_slots=0, streams=None, misses=None, host_pool=None, *,
     store_class=ExpertStore, predicting=None, layout=SHORT, pool_class=SlotPool, governor=None,
+    sampling=None,
 ):  # fmt: skip
-    """Build a runtime; `streams` and `governor` are made from the pool, `predicting` makes a loop from the cache."""
+    """Build a runtime; `streams` and `governor` are made from the pool, `predicting` makes a loop from the cache.
+
+    `sampling` makes a sampler from the store, the pool, the cache and the streams.
+    """
     size = layout.size
     record = RecordLayout.pack([("w", "F32", (size,))])
     layers = []
@@ -127,7 +131,7 @@ def build(
     prediction = None if predicting is None else predicting(cache)
     return ExpertRuntime(
         store, pool, cache, streams, host=host, num_threads=2, prediction=prediction, misses=misses,
-        governor=governor and governor(pool),
+        governor=governor and governor(pool), sampler=sampling and sampling(store, pool, cache, streams),
     )  # fmt: skip
 
 

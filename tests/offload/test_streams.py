@@ -17,7 +17,7 @@ from helpers.race_detector import RaceDetector
 from helpers.stepped_threads import SteppedThreads
 from moeflow import offload
 from moeflow.offload import streams
-from moeflow.offload.read_threads import ReadingThreads
+from moeflow.offload.copies.read_threads import ReadingThreads
 from moeflow.offload.residency import Residency
 from moeflow.offload.streams import CudaStreams, HostStreams
 from moeflow.offload.trusting.downloads import Downloads

@@ -2,5 +2,5 @@
 lossless dense weights.
 
 Knows nothing of experts' places, budgets or requests. `hf/`, `moe/`, `step/`, `trace/`, `calibration/`, `loading/`,
-`engine/`, `chat/`, `batch/` and `server/` import it.
+`engine/`, `verify/`, `chat/`, `batch/` and `server/` import it.
 """

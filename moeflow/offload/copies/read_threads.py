@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 
 from moeflow.checkpoint.reading.parts import Part
 from moeflow.errors import ExpertReadError, MoeflowError
-from moeflow.offload.transfer import Transfer, Work
+from moeflow.offload.copies.transfer import Transfer, Work
 
 _HELPERS = 3  # for each thread: with four threads, 16 reads may be in flight
 

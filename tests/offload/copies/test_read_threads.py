@@ -9,9 +9,9 @@ import pytest
 from helpers.expert_runtimes import PAGES, build, fetch, write_experts
 from moeflow.checkpoint.reading.parts import Part
 from moeflow.core import ExpertKey, Tier
-from moeflow.offload import read_threads
-from moeflow.offload.read_threads import ReadingThreads
-from moeflow.offload.transfer import Transfer
+from moeflow.offload.copies import read_threads
+from moeflow.offload.copies.read_threads import ReadingThreads
+from moeflow.offload.copies.transfer import Transfer
 
 
 @pytest.fixture
