@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from moeflow.engine.engine import Engine
     from moeflow.engine.sampling_params import SamplingParams
     from moeflow.errors import MoeflowError
+    from moeflow.fit.fit import fit
     from moeflow.loading.load_moe import load_moe
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "MoeflowError", "SamplingParams", "__version__", "load_moe"]
+__all__ = ["Engine", "MoeflowError", "SamplingParams", "__version__", "fit", "load_moe"]
 
 _HOMES = {
     "Engine": "moeflow.engine.engine",
     "MoeflowError": "moeflow.errors",
     "SamplingParams": "moeflow.engine.sampling_params",
+    "fit": "moeflow.fit.fit",
     "load_moe": "moeflow.loading.load_moe",
 }
 

@@ -22,7 +22,7 @@ PAGE = _ROOT / "docs" / "api.md"
 _BEGINNING = """\
 # The public names
 
-`from moeflow import load_moe, Engine, SamplingParams, MoeflowError` and
+`from moeflow import load_moe, fit, Engine, SamplingParams, MoeflowError` and
 `from moeflow.server import create_app, ServerSettings`. These names and the objects that they return are
 public; everything else may move. `python scripts/write_api_docs.py` writes this page from the docstrings.
 [loading.md](loading.md) has the options of `load_moe` as a table and explains the counters.
@@ -41,6 +41,8 @@ _NAMES = (
     ('model.moeflow.stats()["decode"]["decisions"]', "moeflow.offload.stats", "Decisions", ()),
     ('model.moeflow.stats()["prediction"]', "moeflow.offload.stats", "PredictionStats", ()),
     ('model.moeflow.stats()["io"]', "moeflow.offload.stats", "ReadStats", ()),
+    ("fit", "moeflow.fit.fit", "fit", ()),
+    ("Plan", "moeflow.fit.plan", "Plan", None),
     ("Engine", "moeflow.engine.engine", "Engine", None),
     ("SamplingParams", "moeflow.engine.sampling_params", "SamplingParams", ()),
     ("Completion", "moeflow.engine.request", "Completion", ()),

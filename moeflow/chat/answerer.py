@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from moeflow.chat.answer import Answer, AnswerStream, stream_answer
 from moeflow.errors import ConfigError, MoeflowError, UnsupportedModelError
+from moeflow.fit.contract import Contract
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,9 @@ def _make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     if forward.other_settings(model):
         return None
     context = forward.context_positions(model) or _MOST_POSITIONS
-    kept = max(_LEAST_KEPT_BYTES, context * forward.key_value_bytes_per_position(model))
+    kept: int | str = max(_LEAST_KEPT_BYTES, context * forward.key_value_bytes_per_position(model))
+    if isinstance(getattr(getattr(model, "moeflow", None), "plan", None), Contract):
+        kept = "auto"  # what the plan has
     try:
         return engine_for(model, tokenizer, max_batch_size=1, max_step_tokens=context, kv_memory=kept)
     except (ConfigError, UnsupportedModelError):  # what is wrong with the settings, `generate` tells as well

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 from moeflow.chat.answer import Answer, checkpoint_params
 from moeflow.chat.answerer import Answerer
 from moeflow.chat.conversation import Conversation
-from moeflow.chat.figures import answer_figures, stats_line, stats_table
+from moeflow.chat.figures import answer_figures, plan_lines, stats_line, stats_table
 from moeflow.chat.screen import Screen, echo_off, write_pieces
 from moeflow.chat.terminal import prompt_session
 from moeflow.engine.sampling_params import SamplingParams
@@ -203,6 +203,8 @@ def run_prompt(
         print(json.dumps(answer_figures(before, after, answer), ensure_ascii=stdout.isatty()), file=stdout)
     else:
         print(stats_line(before, after, answer), file=stderr)
+        if (kept := plan_lines(after)) is not None:
+            print(kept, file=stderr)
     return 0
 
 
@@ -249,7 +251,10 @@ def run_chat(
     if not tokenizer.chat_template:
         screen.note(_NO_TEMPLATE)
     chat = Chat(stdin, model, tokenizer, screen, Conversation(system), params or checkpoint_params(model))
-    return chat.run(prompt_session(stdin, stdout, list(chat.commands)))
+    code = chat.run(prompt_session(stdin, stdout, list(chat.commands)))
+    if (kept := plan_lines(_snapshot(model))) is not None:
+        screen.note(kept)
+    return code
 
 
 def read_prompt(stdin: TextIO) -> str:

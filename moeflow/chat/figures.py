@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from moeflow.fit.contract import Contract, summary
 from moeflow.formatting import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -63,6 +64,17 @@ def stats_line(before: RuntimeStats | None, after: RuntimeStats | None, answer: 
     elif answer.stopped == "length":
         parts.append("length limit reached")
     return " · ".join(parts)
+
+
+def plan_lines(stats: RuntimeStats | None) -> str | None:
+    """Write planned against actual, line by line; None for a model that was not loaded by a plan.
+
+    Args:
+        stats: `model.moeflow.snapshot()` at the end of a chat.
+    """
+    if stats is None or not isinstance(stats.plan, Contract):
+        return None
+    return summary(stats.plan.told(stats.memory, stats.prefill, stats.decode))
 
 
 def stats_table(stats: RuntimeStats) -> Table:

@@ -68,7 +68,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from moeflow.chat.answer import checkpoint_params
     from moeflow.chat.answerer import Answerer
     from moeflow.chat.chat import read_prompt
-    from moeflow.chat.figures import answer_figures, stats_line
+    from moeflow.chat.figures import answer_figures, plan_lines, stats_line
     from moeflow.chat.screen import write_pieces
     from moeflow.hf.encoding import check_text, encode_text
 
@@ -92,6 +92,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(json.dumps(answer_figures(before, after, stream.answer), ensure_ascii=sys.stdout.isatty()))
     else:
         print(stats_line(before, after, stream.answer), file=sys.stderr)
+        if (kept := plan_lines(after)) is not None:
+            print(kept, file=sys.stderr)
     return 0
 
 

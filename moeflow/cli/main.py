@@ -12,6 +12,7 @@ from moeflow.cli.batch import add_batch_command
 from moeflow.cli.chat import add_chat_commands
 from moeflow.cli.doctor import add_doctor_command
 from moeflow.cli.download import add_download_command
+from moeflow.cli.fit import add_fit_command
 from moeflow.cli.info import add_info_command
 from moeflow.cli.models import add_demo_model_command, add_pack_command
 from moeflow.cli.parallel import add_parallel_command
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add_info_command(commands)
     add_doctor_command(commands)
     add_download_command(commands)
+    add_fit_command(commands)
     add_pack_command(commands)
     add_batch_command(commands)
     add_serve_command(commands)

@@ -43,14 +43,20 @@ _IN_FILES = ("json_schema", "grammar")
 _TYPES = {"int": int, "float": float, "int | None": int}
 
 
-def add_loading_options(parser: argparse.ArgumentParser, *, as_json: bool = True) -> None:
+def add_loading_options(
+    parser: argparse.ArgumentParser, *, as_json: bool = True, leave_out: Collection[str] = ()
+) -> None:
     """Add the flags of load_moe to a command.
 
     Args:
         parser: of the command.
         as_json: whether it has --json as well.
+        leave_out: options without a flag.
     """
+    parser.set_defaults(loading_flags=[option.name for option in flag_options() if option.name not in leave_out])
     for option in flag_options():
+        if option.name in leave_out:
+            continue
         flag, text = f"--{option.name.replace('_', '-')}", option.metadata["flag"].replace("%", "%%")
         if isinstance(option.default, bool):
             parser.add_argument(flag, action="store_true", help=text)
@@ -94,7 +100,7 @@ def load_model(
         from moeflow.loading.load_moe import load_moe
 
         logging.disable_progress_bar()
-        flags = {option.name: getattr(arguments, option.name) for option in flag_options()}
+        flags = {name: getattr(arguments, name) for name in arguments.loading_flags}
         if flags["predictor"] == "none":
             flags["predictor"] = None
         tell("loading the weights that stay in memory")

@@ -37,7 +37,7 @@ def add_parallel_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     )
     parallel.add_argument("--plan", metavar="PLAN", help="written by moeflow place; without it, equal parts in order")
     parallel.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens of an answer (64)")
-    add_loading_options(parallel)
+    add_loading_options(parallel, leave_out=("plan",))  # its --plan is of experts on ranks
     parallel.set_defaults(run=_parallel)
 
 

@@ -4,6 +4,7 @@ Knows tensors and slots. Knows nothing of requests.
 """
 
 import hashlib
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from moeflow.engine.kv_cache.slots import SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
+from moeflow.fit.contract import Contract
 from moeflow.hf.fingerprint import weights_fingerprint
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.step_rows import StepRows
@@ -81,6 +83,9 @@ class ModelRunner:
             most_kept_bytes=most_kept(kv_memory, model),
             most_new=most_new,
         )
+        if isinstance(contract := getattr(runtime, "plan", None), Contract):
+            behind = weakref.ref(self.memory)
+            contract.watch("key_values", lambda: getattr(behind(), "peak_bytes", None))
         self.num_retries = 0
 
     def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int, priority: int = 0) -> Sequence:

@@ -14,6 +14,10 @@ from moeflow.checkpoint.float_source import float_sources
 from moeflow.checkpoint.lossless_source import LEAVE_OUT, any_lossless, lossless_sources
 from moeflow.checkpoint.quantized_source import quantize_sources
 from moeflow.errors import ConfigError
+from moeflow.fit.contract import Contract, plan_of
+from moeflow.fit.formats import kernel_of
+from moeflow.fit.memory import staging_bytes
+from moeflow.fit.plan import Plan
 from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.model_folder import ModelFolder
@@ -50,6 +54,7 @@ def load_moe(
     prune: float = 0.0,
     step: str = "auto",
     cuda_graphs: bool = False,
+    plan: str | Path | Plan | None = None,
     integrity: str = "off",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
@@ -93,6 +98,9 @@ def load_moe(
             while no expert is missed, else in pieces between the layers' experts. Keys and values stay where they are,
             with room for up to twice the positions, so that last bits differ from those without; they are the same at
             every budget. CUDA only; not yet measured on a GPU.
+        plan: a plan of `moeflow.fit`, or the file that `moeflow fit -o` wrote: how much every part of the process may
+            take. A plan of another model or machine, or one that was changed, is refused, and so is what goes over one
+            of its lines, by the line's name. It stands in place of `device`, `expert_memory` and `kv_memory`.
         integrity: "sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a
             second) the slot is compared with its source by checksum, in a thread of its own. What differs is named in a
             warning and counted in stats()["integrity"]. The output stays the same.
@@ -113,14 +121,21 @@ def load_moe(
         ModelSourceError: no such folder or hub id.
         TraceError: the trace is of another model, damaged, or cannot be written.
     """
+    contract = None if plan is None else Contract(plan_of(plan))
+    if contract is not None:
+        device, expert_memory, kv_memory = contract.options(
+            device=device, expert_memory=expert_memory, kv_memory=kv_memory
+        )
     options = LoadOptions(
         device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
-        cuda_graphs, integrity, trace,
+        cuda_graphs, plan, integrity, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
     folder = ModelFolder.of_hf_options(model, hf_options)
     refuse_unknown(hf_options)
+    if contract is not None:
+        contract.check_model(folder.path)
     on_cpu = options.torch_device.type == "cpu"
     if not on_cpu:
         can_use_triton(options.torch_device)  # which tells before a long load why not
@@ -129,7 +144,7 @@ def load_moe(
         loaded, info, experts = pretrained.load_without_experts(
             folder.checkpoint,
             folder.config,
-            partial(_find_experts, folder, options),
+            partial(_find_experts, folder, options, contract),
             dtype=folder.dtype if options.torch_dtype == "auto" else options.torch_dtype,
             **placement,
             **hf_options,
@@ -139,11 +154,16 @@ def load_moe(
         speed_up_dense(loaded)
     if on_cpu and any_lossless(experts.layers):
         compress_dense(loaded)
+    if contract is not None:
+        contract.charge("dense", _dense_bytes(loaded))
     bytes_per_position = forward.key_value_bytes_per_position(loaded)
     gpu = None if on_cpu else Gpu.of(loaded, GpuMemory(options.torch_device), options, bytes_per_position)
     predicting = build_predictor(predictor, loaded, experts.layers, experts.size.num_experts_per_tok)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     runtime = build_runtime(experts, options, predicting, tap, bytes_per_position=bytes_per_position, gpu=gpu)
+    if contract is not None:
+        runtime.plan = contract
+        contract.charge("experts", runtime.snapshot().memory["expert_budget_bytes"])
     try:
         attach_runtime(loaded, runtime)
         if prune:
@@ -160,7 +180,15 @@ def load_moe(
     return (loaded, info) if want_info else loaded
 
 
-def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedModel) -> Experts:
+def _dense_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the weights that are in memory, tied ones once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _find_experts(
+    folder: ModelFolder, options: LoadOptions, contract: Contract | None, empty: PreTrainedModel
+) -> Experts:
     """Find the experts of an empty model, and refuse a budget that is too small for them."""
     stored = layers = folder.layers(empty)
     if options.weight_format is not None:
@@ -180,4 +208,7 @@ def _find_experts(folder: ModelFolder, options: LoadOptions, empty: PreTrainedMo
     )
     if options.expert_memory != "auto":
         size.slots_for(parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes))
+    if contract is not None:
+        contract.check_stored(kernel_of([source.layout for source in layers]))
+        contract.charge("pinned", staging_bytes(size.slot_bytes))
     return Experts(folder.expert_files, folder.expert_stamps, layers, size)

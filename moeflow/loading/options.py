@@ -16,6 +16,8 @@ from moeflow.memory_size import MemorySize, parse_kv_memory, parse_memory
 if TYPE_CHECKING:
     import torch
 
+    from moeflow.fit.plan import Plan
+
 _MEMORY_FLAG = 'bytes, "6GiB", "600MB", "25%" of all experts, or "auto"'
 
 
@@ -155,6 +157,16 @@ class LoadOptions:
             "room for up to twice the positions, so that last bits differ from those without; they are the same at "
             "every budget. CUDA only; not yet measured on a GPU.",
             flag="replay decode steps as CUDA graphs, in pieces where experts are missed; CUDA only",
+        ),
+    )
+    plan: "str | Path | Plan | None" = field(
+        default=None,
+        metadata=_about(
+            "a plan of `moeflow.fit`, or the file that `moeflow fit -o` wrote: how much every part of the process may "
+            "take. A plan of another model or machine, or one that was changed, is refused, and so is what goes over "
+            "one of its lines, by the line's name. It stands in place of `device`, `expert_memory` and `kv_memory`.",
+            flag="a plan that moeflow fit -o wrote, in place of sizes of memory",
+            metavar="FILE",
         ),
     )
     integrity: str = field(

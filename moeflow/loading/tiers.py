@@ -12,6 +12,7 @@ from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError
+from moeflow.fit.memory import READ_THREADS, auto_budget
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.device_plan import DevicePlan
@@ -34,10 +35,7 @@ from moeflow.policy.prefetch import Prefetcher
 from moeflow.policy.prefetch_ledger import PrefetchLedger
 from moeflow.predictors.protocol import Predictor
 
-# "auto" leaves these bytes at first to everything that is not an expert: tokenizer, kernels' code, activations, slack.
-_RESERVE_BYTES = 192 << 20
 _RESERVE_POSITIONS = 2048  # of key-value cache
-_READ_THREADS = 4
 
 
 class Experts(NamedTuple):
@@ -123,7 +121,7 @@ def build_runtime(
             cache,
             streams,
             host=host,
-            num_threads=_READ_THREADS,
+            num_threads=READ_THREADS,
             expert_budget_bytes=None if governor else budget,
             governor=governor,
             prediction=_prediction(experts, predictor, tap, cache),
@@ -159,9 +157,10 @@ def _budget_bytes(experts: Experts, options: LoadOptions, bytes_per_position: in
     key_values = _RESERVE_POSITIONS * bytes_per_position
     if options.kv_memory != "auto":
         key_values = parse_kv_memory(options.kv_memory)
-    reserve = _RESERVE_BYTES + _READ_THREADS * size.slot_bytes + key_values
     free = hardware.available_memory_bytes()
-    budget = min(max(free - reserve, 0), size.all_bytes)
+    budget, reserve = auto_budget(
+        free, slot_bytes=size.slot_bytes, all_bytes=size.all_bytes, key_value_bytes=key_values
+    )
     if budget < size.min_bytes:
         raise BudgetError(
             f"{free:,} bytes of memory are free here, {reserve:,} of them are kept for activations and the key-value "
@@ -182,7 +181,7 @@ def _prediction(
 
 def _host_tier(size: ExpertsSize, options: LoadOptions, policy: str, num_transient: int, num_slots: int) -> HostTier:
     """Build the pinned tier beside this many slots on the device."""
-    least = min(2 * _READ_THREADS, size.num_experts)
+    least = min(2 * READ_THREADS, size.num_experts)
     wanted = size.host_slots_for(
         options.host_memory,
         free_bytes=hardware.available_memory_bytes(),

@@ -1,4 +1,5 @@
 """What a machine can do: a profile of measured speeds, its file in the cache folder, and its measuring.
 
-Knows the processor, memory, disks and kernels. Knows nothing of models. `loading/`, `doctor/` and `cli/` import it.
+Knows the processor, memory, disks and kernels. Knows nothing of models. `fit/`, `loading/`, `doctor/` and
+`cli/` import it.
 """

@@ -26,7 +26,7 @@ from moeflow.offload.residency import Residency
 from moeflow.offload.resident_table import ResidentTable
 from moeflow.offload.route_observer import RouteObserver
 from moeflow.offload.slot_pool import Resident, SlotPool
-from moeflow.offload.stats import PythonSteps, ReadStats, RuntimeStats, Stats, memory_stats
+from moeflow.offload.stats import Contract, PythonSteps, ReadStats, RuntimeStats, Stats, memory_stats
 from moeflow.offload.streams import Streams
 from moeflow.offload.transfers import Parts, Transfers
 from moeflow.offload.trusting.device_table import DeviceTable
@@ -80,7 +80,7 @@ class ExpertRuntime:
         self.turns = Turns()  # of the model's passes
         self.step_of: Callable[[], Any] = lambda: None  # returns `step`
         self.most_tokens: int | None = None  # of which experts run at once; more come part by part
-        self.plan: dict[str, Any] | None = None  # bytes by use, as divided while loading
+        self.plan: dict[str, Any] | Contract | None = None  # bytes by use, as divided while loading
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self.prediction, self._governor, self._budget_bytes = prediction, governor, expert_budget_bytes
         self._slot_bytes = pool.stride

@@ -3,9 +3,10 @@
 Knows numbers. Knows nothing of tiers, threads or models.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from moeflow.core import ExpertKey
 from moeflow.hardware import process_memory_bytes
@@ -78,6 +79,8 @@ class PhaseStats(Counters):
         stall_s: seconds in which compute waited for a copy.
         compute_s: seconds in the experts' arithmetic.
         predict_s: seconds in the predictor and in planning what to prefetch.
+        timed_s: seconds from the beginning of passes to that of the decode steps right behind them.
+        timed_tokens: tokens of those passes.
         decisions: what was done about the demands.
     """
 
@@ -92,6 +95,8 @@ class PhaseStats(Counters):
     stall_s: float = 0.0
     compute_s: float = 0.0
     predict_s: float = 0.0
+    timed_s: float = 0.0
+    timed_tokens: int = 0
     decisions: Decisions = field(default_factory=Decisions)
 
     @property
@@ -99,6 +104,11 @@ class PhaseStats(Counters):
         """Share of the demands that were resident; None where nothing was demanded."""
         demands = self.hits + self.misses
         return self.hits / demands if demands else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens a second of the passes whose time is known; None where there is none."""
+        return self.timed_tokens / self.timed_s if self.timed_s > 0 else None
 
     def copy(self) -> "PhaseStats":
         """Return a snapshot, which later passes do not change."""
@@ -160,6 +170,16 @@ class ReadStats(Counters):
     threads: int = field(metadata=_NOW)
 
 
+class Contract(Protocol):
+    """The plan that a model was loaded by."""
+
+    def get(self, name: str, default: int) -> int:
+        """Return bytes that an engine asks for: "key_value_bytes"."""
+
+    def told(self, memory: dict[str, int], prefill: PhaseStats, decode: PhaseStats) -> dict[str, Any]:
+        """Return what was planned and what is."""
+
+
 @dataclass
 class RuntimeStats(Counters):
     """What a runtime's `stats()` says, as numbers.
@@ -172,7 +192,8 @@ class RuntimeStats(Counters):
         prefill: counters of passes that continue nothing.
         decode: counters of passes that continue a key-value cache.
         memory: bytes now and at most, by name.
-        plan: bytes by use, as divided while loading: all uses of a GPU; on the CPU at most keys and values.
+        plan: bytes by use, as divided while loading: all uses of a GPU; on the CPU at most keys and values. Where a
+            model was loaded by a plan, its contract, which tells planned and actual.
         miss: bandwidths that decide where a miss is computed, as averaged until now; None where it is always copied.
         prediction: None without a predictor.
         io: reads from disk.
@@ -187,7 +208,7 @@ class RuntimeStats(Counters):
     prefill: PhaseStats
     decode: PhaseStats
     memory: dict[str, int] = field(metadata=_NOW)
-    plan: dict[str, Any] | None = field(metadata=_NOW)
+    plan: "dict[str, Any] | Contract | None" = field(metadata=_NOW)
     miss: dict[str, float | None] | None = field(metadata=_NOW)
     prediction: PredictionStats | None
     io: ReadStats
@@ -197,6 +218,8 @@ class RuntimeStats(Counters):
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as one dict that `json.dumps` takes."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.plan is not None and not isinstance(self.plan, dict):
+            values["plan"] = self.plan.told(self.memory, self.prefill, self.decode)
         prediction = None if self.prediction is None else self.prediction.as_dict()
         phases = {"prefill": self.prefill.as_dict(), "decode": self.decode.as_dict()}
         return values | phases | {"prediction": prediction, "io": asdict(self.io)}
@@ -241,12 +264,19 @@ class Stats:
         self.prefill = PhaseStats()
         self.decode = PhaseStats()
         self.now = self.prefill
+        self._begun_s: float | None = None  # when the last pass did, of `_begun_tokens` tokens
+        self._begun_tokens = 0
 
     def begin_forward(self, num_sequences: int, num_positions: int, *, continues: bool) -> None:
         """Count a pass of [num_sequences, num_positions] new tokens; one that continues a key-value cache is decode."""
+        begins_s, num_tokens = time.perf_counter(), num_sequences * num_positions
+        if continues and num_positions == 1 and self._begun_s is not None:  # else somebody may have waited between
+            self.now.timed_s += begins_s - self._begun_s
+            self.now.timed_tokens += self._begun_tokens
+        self._begun_s, self._begun_tokens = begins_s, num_tokens
         self.now = self.decode if continues else self.prefill
         self.now.forwards += 1
-        self.now.tokens += num_sequences * num_positions
+        self.now.tokens += num_tokens
 
     def copy(self) -> tuple[PhaseStats, PhaseStats]:
         """Return a snapshot of both phases."""
@@ -255,4 +285,4 @@ class Stats:
     def restore(self, counted: tuple[PhaseStats, PhaseStats]) -> None:
         """Go back to a snapshot; the next pass says which phase it counts in."""
         self.prefill, self.decode = counted
-        self.now = self.prefill
+        self.now, self._begun_s = self.prefill, None

@@ -15,8 +15,8 @@ SIDE_PACKAGES = ("kernels", "placement", "predictors")
 # A room imports only from rooms earlier in this order. The three side packages share one place.
 ORDER = (
     "root", "side_packages", "machine", "checkpoint", "hub", "hf", "policy", "offload", "moe", "step", "trace",
-    "replay", "calibration", "loading", "engine", "expert_parallel", "convert", "verify", "demo", "chat", "batch",
-    "server", "doctor", "cli", "__main__",
+    "replay", "calibration", "fit", "loading", "engine", "expert_parallel", "convert", "verify", "demo", "chat",
+    "batch", "server", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 

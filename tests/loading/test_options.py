@@ -41,6 +41,7 @@ def test_flags_are_the_options_that_have_one():
     add_loading_options(parser)
     flags = vars(parser.parse_args([]))
     assert flags.pop("json") is False
+    assert flags.pop("loading_flags") == [option.name for option in flag_options()]
     assert flags == {option.name: option.default for option in flag_options()}
     assert [option.name for option in OPTIONS if option not in flag_options()] == ["kv_memory", "trace"]
     for option in flag_options():

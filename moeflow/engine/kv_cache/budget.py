@@ -3,6 +3,7 @@
 Knows options and plans. Knows nothing of slots or sequences.
 """
 
+from moeflow.fit.contract import Contract
 from moeflow.hardware import memory_limit_bytes
 from moeflow.memory_size import MemorySize, parse_kv_memory
 
@@ -28,8 +29,12 @@ def kv_budget(kv_memory: MemorySize, model: object) -> int:
 
     Raises:
         ConfigError: it is no size.
+        BudgetError: the model was loaded by a plan, which has less for keys and values.
     """
-    if kv_memory != "auto":
-        return parse_kv_memory(kv_memory)
     plan = getattr(getattr(model, "moeflow", None), "plan", None) or {}
+    if kv_memory != "auto":
+        wanted = parse_kv_memory(kv_memory)
+        if isinstance(plan, Contract):
+            plan.charge("key_values", wanted)
+        return wanted
     return int(plan.get("key_value_bytes", _AUTO_BYTES))

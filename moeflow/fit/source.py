@@ -1,0 +1,40 @@
+"""Where a model's headers come from: a folder, a copy of the hub's on this machine, or the hub itself.
+
+Knows places. Knows nothing of sizes or speeds.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moeflow.fit.sizes import ModelSizes, sizes_of
+from moeflow.paths import cache_folder
+
+
+@contextmanager
+def model_source(model: str | Path, tell: Callable[[str], None]) -> Iterator[tuple[ModelSizes, Path]]:
+    """Yield a model's sizes, and the folder whose disk it would be read from.
+
+    Args:
+        model: a folder or a hub id; of an id, headers and small files are fetched, and are gone afterwards.
+        tell: called before something that takes long.
+
+    Raises:
+        ModelSourceError: neither, or the hub does not give it; the message says why.
+    """
+    folder = Path(model)
+    if folder.is_dir() or not _may_be_id(str(model)):
+        yield sizes_of(folder), folder
+        return
+    from moeflow.hub.headers import remote_checkpoint
+    from moeflow.hub.repository import Repository
+
+    tell(f"reading the headers of {model} from the hub")
+    repository = Repository(str(model))
+    checkpoint = remote_checkpoint(repository)
+    yield sizes_of(checkpoint.folder, checkpoint), cache_folder()
+
+
+def _may_be_id(text: str) -> bool:
+    """Whether a text could name a model of the hub."""
+    return text.count("/") <= 1 and text[:1] not in (".", "/", "~", "") and "\\" not in text
