@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from moeflow.errors import ModelSourceError, MoeflowError
 from moeflow.formatting import format_bytes, format_seconds
 from moeflow.progress import ProgressCallback
 
@@ -54,16 +56,52 @@ def fetch_progress(id: str) -> Iterator[ProgressCallback]:
 def fetched(source: str | Path) -> Path:
     """Return the folder of a model; what is missing of a hub id is fetched, with its progress shown.
 
+    Before a model's first fetch, what it takes here and how fast it would run is told on standard error.
+
     Args:
         source: a hub id or a folder.
 
     Raises:
-        ModelSourceError: neither a folder nor an id that the hub or its cache has.
+        ModelSourceError: neither a folder nor an id that the hub or its cache has, or the user wants no model that
+            does not fit.
     """
     from moeflow.hf.pretrained import resolve_folder
 
+    if _is_not_here(str(source)):
+        _tell_fit(str(source))
     with fetch_progress(str(source)) as progress:
         return resolve_folder(source, progress=progress)
+
+
+def _is_not_here(id: str) -> bool:
+    """Whether nothing of a hub id is in the cache, and the hub may be asked."""
+    from huggingface_hub import constants
+
+    from moeflow.hub.stores import CacheStore
+
+    return not constants.HF_HUB_OFFLINE and not Path(id).exists() and CacheStore(id).cached(None) is None
+
+
+def _tell_fit(id: str) -> None:
+    """Tell what a model takes on this machine; ask on a terminal whether to fetch one that does not fit."""
+    from moeflow.cli.fit import advice
+    from moeflow.fit.fit import survey
+
+    def tell(text: str) -> None:
+        print(f"moeflow: {text}", file=sys.stderr)
+
+    try:
+        found = survey(id, tell=tell)
+    except ModelSourceError:
+        return  # fetching tells it
+    except MoeflowError as error:
+        tell(f"what {id} takes is not known before it is here: {error}")
+        return
+    tell(advice(found))
+    if found.recommended is None and sys.stdin.isatty() and sys.stderr.isatty():
+        print("Fetch it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise ModelSourceError(f"{id} was not fetched. moeflow download {id} fetches it without asking.")
 
 
 def _download(arguments: argparse.Namespace) -> int:
