@@ -17,8 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from bench.machine import OthersLoad, describe, print_card, software
+from bench.machine import describe, print_card, software
 from bench.server import arrivals, second_turn, soak_run, structure, throughput
+from moeflow.machine.others_load import OthersLoad
 
 FIGURES = {
     "second-turn": second_turn,

@@ -99,6 +99,8 @@ def stats_table(stats: RuntimeStats) -> Table:
         ("waiting for experts", "stall_s", format_seconds),
         ("computing experts", "compute_s", format_seconds),
         ("predicting experts", "predict_s", format_seconds),
+        ("tokens of timed passes", "timed_tokens", "{:,}".format),
+        ("time of those", "timed_s", format_seconds),
     ]
     for label, name, write in counters:
         table.add_row(label, *(write(getattr(phase, name)) for phase in (stats.prefill, stats.decode)))

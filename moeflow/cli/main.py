@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("moeflow: interrupted", file=sys.stderr)
+        exec("")  # an interrupt inside an exec() of text, as of a dataclass, would end CPython with the signal itself
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; the interpreter would complain once more

@@ -16,8 +16,9 @@ from helpers.hub_server import COMMIT, ID, Fault, hub
 from helpers.paths import ROOT
 from moeflow.errors import ModelSourceError
 from moeflow.hub.download import download, fetch_model
-from moeflow.hub.partial_file import PIECE_BYTES, PartialFile
+from moeflow.hub.partial_file import PIECE_BYTES, PartialFile, bytes_there
 from moeflow.hub.repository import Repository
+from moeflow.hub.stores import FolderStore
 
 BLOCK_BYTES = 8 << 20
 LARGE = "model-1.safetensors"
@@ -105,12 +106,15 @@ def test_control_c_ends_it_in_one_line_and_the_next_run_goes_on(server, tmp_path
     assert came.wait(60)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.splitlines()[-1] == "moeflow: interrupted"
     assert LARGE not in whole(server, tmp_path / "to")
+    store, repository = FolderStore(tmp_path / "to"), Repository(ID)
+    kept = sum(bytes_there(store.partials, file) for file in repository.wanted_files)
+    small = sum(file.size for file in repository.wanted_files if store.has(file, repository.commit))
     server.fault, server.on_sent = lambda request: None, lambda total: None
     done = fetch_model(ID, tmp_path / "to")
-    assert done.fetched_bytes < 12_000_000
+    assert done.fetched_bytes == done.num_bytes - kept - small
 
 
 @pytest.mark.slow

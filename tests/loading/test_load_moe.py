@@ -257,12 +257,12 @@ def open_shards(folder):
 @pytest.mark.slow
 def test_close_and_garbage_collection_leave_no_thread_file_or_slot(mixtral_folder):
     gc.collect()
-    before = len(readers())
+    before, files_before = len(readers()), len(open_shards(mixtral_folder))
     for close in (True, False):
         model = load_moe(mixtral_folder, expert_memory="50%")
         logits(model)
         assert len(readers()) > before
-        assert open_shards(mixtral_folder)
+        assert len(open_shards(mixtral_folder)) > files_before
         arena = weakref.ref(model.moeflow._residency.pool.bytes)
         if close:
             with model.moeflow:
@@ -271,7 +271,7 @@ def test_close_and_garbage_collection_leave_no_thread_file_or_slot(mixtral_folde
             del model
         gc.collect()
         assert len(readers()) == before
-        assert not open_shards(mixtral_folder)
+        assert len(open_shards(mixtral_folder)) == files_before
         assert arena() is None
 
 

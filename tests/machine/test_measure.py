@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moeflow.errors import ConfigError, MoeflowError
-from moeflow.loading import tiers
+from moeflow.fit.memory import READ_THREADS
 from moeflow.machine.identity import disk_of, hardware, usable_cores
 from moeflow.machine.measure import measure_profile
 from moeflow.machine.measuring.disk import EXPERT_BYTES, IN_FLIGHT, disk_read
@@ -55,7 +55,7 @@ def test_no_time_to_measure_in_is_refused(seconds):
 
 
 def test_reads_in_flight_are_those_of_the_runtime():
-    assert IN_FLIGHT == tiers._READ_THREADS
+    assert IN_FLIGHT == READ_THREADS
 
 
 def test_a_models_file_is_read_and_nothing_is_written(tmp_path):

@@ -57,7 +57,10 @@ def test_each_wait_and_each_event_that_is_taken_out_is_noticed(experts_files):
     with lost.installed():
         for seed in range(40):
             assert noticed(experts_files, seed) == []
-        assert lost.unreached("streams.") == []  # all that the rooms ask of streams, these runs have asked
+        # All that the rooms ask of streams, these runs have asked, but for the comparison of slots with their source,
+        # which reads and never writes: tests/offload/copies/test_slot_sampler.py.
+        asked_elsewhere = {site.file for site in lost.unreached("streams.")}
+        assert asked_elsewhere <= {"slot_sampler.py"}
         lines, first = inspect.getsourcelines(CudaStreams._leave_copy_stream)  # test_streams_of_two_cards strikes there
         elsewhere = [site for site in lost.unreached("cuda") if site.file == "streams.py"]
         assert [site for site in elsewhere if not first <= site.line < first + len(lines)] == []

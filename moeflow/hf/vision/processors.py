@@ -48,7 +48,7 @@ def load_processor(model: str | Path) -> tuple[Any, str]:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, ProcessorMixin) and _VIDEO in found.get_attributes():
             try:
-                return _with_images(without_videos(found).from_pretrained(model))
+                return _with_images(without_videos(found).from_pretrained(model, trust_remote_code=False))
             except Exception as error:
                 reason = one_line(error)
     return None, f"transformers {transformers.__version__} cannot load its processor ({reason})"
