@@ -13,6 +13,8 @@ from moeflow.cli.main import main
 from moeflow.machine.profile import MachineProfile
 from moeflow.machine.store import kept_profile
 
+pytestmark = pytest.mark.torch  # without torch the doctor rightly says that moeflow does not work
+
 
 def doctor(*arguments, **environment):
     return subprocess.run(
