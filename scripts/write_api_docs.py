@@ -118,7 +118,11 @@ def _describe(node: _Definition, members: tuple[str, ...] | None) -> Iterator[st
 def _field(node: ast.AnnAssign) -> str:
     """Return a dataclass's field as code, its default where that is plain."""
     if isinstance(node.value, ast.Call):
-        return f"{ast.unparse(node.target)}: {ast.unparse(node.annotation)}"
+        kind = node.annotation
+        is_text = isinstance(kind, ast.Constant) and isinstance(
+            kind.value, str
+        )  # a name that is imported for types alone
+        return f"{ast.unparse(node.target)}: {kind.value if is_text else ast.unparse(kind)}"
     return ast.unparse(node).replace("'", '"')  # a list of fields is Python, which ruff formats
 
 
