@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from moeflow.checkpoint.headers import TensorEntry
 from moeflow.checkpoint.layer_source import Conversion, Convert, LayerSource, PieceTable
 from moeflow.checkpoint.pieces import Feeding, piece_tables
-from moeflow.checkpoint.prequantized import QuantizationScheme, StoredMatrix, find_matrices, stand_ins
-from moeflow.checkpoint.prequantized_records import place_matrix, quantized_record
+from moeflow.checkpoint.prequantized.records import place_matrix, quantized_record
+from moeflow.checkpoint.prequantized.scheme import QuantizationScheme, StoredMatrix, find_matrices, stand_ins
 from moeflow.core import LayerLayout, MatrixSpec, RecordLayout, TensorSpec
 from moeflow.dtypes import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
 from moeflow.errors import CheckpointError, UnsupportedModelError

@@ -20,8 +20,8 @@ from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.hf import pretrained
-from moeflow.hf.config_file import check_counts, load_config
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
+from moeflow.hf.files.config import check_counts, load_config
 from moeflow.hf.wall import one_line, wall
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")

@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 
 from moeflow.checkpoint.headers import Checkpoint
-from moeflow.checkpoint.prequantized import StoredMatrix, find_matrices
+from moeflow.checkpoint.prequantized.scheme import StoredMatrix, find_matrices
 from moeflow.dtypes import parse_dtype
 from moeflow.errors import CheckpointError, ConfigError, ModelSourceError, MoeflowError, UnsupportedModelError
 from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
-from moeflow.hf.generation_file import check_generation_file
+from moeflow.hf.files.generation import check_generation_file
 from moeflow.hf.quantizer import WithoutExperts, quantization_scheme
 from moeflow.hf.version import parts_of_transformers
 from moeflow.hf.wall import one_line, wall

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from moeflow.checkpoint.prequantized import QuantizationScheme, read_scheme
-from moeflow.checkpoint.prequantized_values import values
+from moeflow.checkpoint.prequantized.scheme import QuantizationScheme, read_scheme
+from moeflow.checkpoint.prequantized.values import values
 from moeflow.hf.experts_interface import IMPLEMENTATION
 from moeflow.hf.version import parts_of_transformers
 

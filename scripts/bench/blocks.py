@@ -83,8 +83,8 @@ class Block:
         """Overwrite all layers with those of a checkpoint in this very layout."""
         from moeflow.checkpoint.headers import open_checkpoint
         from moeflow.checkpoint.store import ExpertStore
-        from moeflow.hf.config_file import load_config
         from moeflow.hf.expert_sources import map_experts
+        from moeflow.hf.files.config import load_config
         from moeflow.hf.pretrained import empty_model
 
         checkpoint = open_checkpoint(folder)

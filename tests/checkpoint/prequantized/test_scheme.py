@@ -25,11 +25,11 @@ from helpers.prequantized_models import (
 )
 from moeflow import load_moe
 from moeflow.checkpoint.headers import open_checkpoint
-from moeflow.checkpoint.prequantized import QuantizationScheme, read_scheme
-from moeflow.checkpoint.prequantized_values import in_format, values
+from moeflow.checkpoint.prequantized.scheme import QuantizationScheme, read_scheme
+from moeflow.checkpoint.prequantized.values import in_format, values
 from moeflow.convert.pack import pack_model
-from moeflow.hf.config_file import load_config
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts
+from moeflow.hf.files.config import load_config
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format

@@ -12,8 +12,8 @@ import torch
 from moeflow.checkpoint.headers import TensorEntry
 from moeflow.checkpoint.layer_source import Conversion, Convert, PieceTable
 from moeflow.checkpoint.pieces import Feeding, piece_tables, source_order
-from moeflow.checkpoint.prequantized import BLOCK, QuantizationScheme, StoredMatrix
-from moeflow.checkpoint.prequantized_values import in_format
+from moeflow.checkpoint.prequantized.scheme import BLOCK, QuantizationScheme, StoredMatrix
+from moeflow.checkpoint.prequantized.values import in_format
 from moeflow.core import MatrixSpec, RecordLayout, TensorSpec
 from moeflow.dtypes import TORCH_DTYPES
 from moeflow.errors import CheckpointError, ExpertReadError, UnsupportedModelError

@@ -8,7 +8,7 @@ import torch
 
 from moeflow import load_moe
 from moeflow.errors import CheckpointError, ConfigError, MoeflowError, UnsupportedModelError
-from moeflow.hf.config_file import load_config
+from moeflow.hf.files.config import load_config
 from moeflow.loading.describe import describe_model
 
 

@@ -10,7 +10,7 @@ from helpers.small_tokenizers import letter_tokenizer
 from moeflow import load_moe
 from moeflow.chat.answer import checkpoint_params, stream_answer
 from moeflow.errors import ConfigError
-from moeflow.hf.generation_file import check_generation_file
+from moeflow.hf.files.generation import check_generation_file
 
 
 @pytest.fixture

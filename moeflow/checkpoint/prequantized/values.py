@@ -7,7 +7,7 @@ Knows tensors of one matrix. Knows nothing of files, models or transformers.
 
 import torch
 
-from moeflow.checkpoint.prequantized import BLOCK, QuantizationScheme
+from moeflow.checkpoint.prequantized.scheme import BLOCK, QuantizationScheme
 from moeflow.core import align_up
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format
