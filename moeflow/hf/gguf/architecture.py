@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+Tensors = Mapping[str, Callable[[], torch.Tensor]]  # name in the file -> reads its values as float32
+
 
 class Change(Protocol):
     """What happens to a tensor between the file and the model.
@@ -64,17 +66,20 @@ class Architecture(NamedTuple):
     Args:
         name: `general.architecture` in the file.
         model_type: of transformers' config.
-        config: (the file's metadata, the names of its tensors) -> the fields of config.json, `model_type` and
-            `architectures` with them. Raises KeyError for a key that the metadata lacks.
+        config: (the file's metadata, its tensors) -> the fields of config.json, `model_type` and `architectures` with
+            them. Of the tensors, each name has a function that reads the values as float32: some hold factors of
+            positions, which config.json has. Raises KeyError for a key that the metadata lacks.
         metadata: a config of transformers -> the file's metadata without `general.*` and `tokenizer.*`; keys have the
             architecture's name in front. None where moeflow does not write the architecture.
         rules: a config -> rules. Of several rules for one parameter the first counts whose tensors are all there.
         ignored: patterns (re.fullmatch) of tensors that no parameter needs.
+        extra: a config -> tensors of the file that hold no parameter, by name: the factors of positions.
     """
 
     name: str
     model_type: str
-    config: Callable[[Mapping[str, Any], set[str]], dict[str, Any]]
+    config: Callable[[Mapping[str, Any], Tensors], dict[str, Any]]
     metadata: Callable[[Any], dict[str, Any]] | None
     rules: Callable[[Any], list[Rule]]
-    ignored: tuple[str, ...] = (r"rope_freqs\.weight",)
+    ignored: tuple[str, ...] = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight")
+    extra: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}

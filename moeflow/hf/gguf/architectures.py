@@ -1,0 +1,47 @@
+"""The architectures of GGUF that moeflow reads and writes, by the name in the file.
+
+Knows the families' files. Knows nothing of tensors.
+"""
+
+from typing import Any
+
+from moeflow.errors import UnsupportedModelError
+from moeflow.hf.gguf.architecture import Architecture
+from moeflow.hf.gguf.families import qwen
+
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (qwen.QWEN3MOE,)}
+
+
+def find_architecture(name: str) -> Architecture:
+    """Return the architecture that a file names.
+
+    Args:
+        name: `general.architecture`.
+
+    Raises:
+        UnsupportedModelError: moeflow does not know it.
+    """
+    if name not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"no reader for GGUF files of the architecture {name!r}; moeflow reads {', '.join(sorted(ARCHITECTURES))}. "
+            "Take the model's folder of safetensors instead."
+        )
+    return ARCHITECTURES[name]
+
+
+def architecture_of(config: Any) -> Architecture:
+    """Return the architecture that a config of transformers is written as.
+
+    Args:
+        config: the model's.
+
+    Raises:
+        UnsupportedModelError: moeflow does not write it.
+    """
+    found = [entry for entry in ARCHITECTURES.values() if entry.model_type == config.model_type and entry.metadata]
+    if not found:
+        known = sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.metadata})
+        raise UnsupportedModelError(
+            f"moeflow writes no GGUF files of {config.model_type} models; it writes {', '.join(known)}."
+        )
+    return found[0]
