@@ -71,7 +71,11 @@ bool supported(const char *name) {
 void ask(const Matrix &m, bool is_rounded, Rows &rows) {
     const bool has_zeros = m.format == UINT4 || m.format == UINT3 || m.format == UINT2;
     if (has_zeros) rows.sums[m.group_size / 64] = 0;
-    if (is_rounded && m.format > FLOAT16 && m.format < FP8) rows.is_rounded = 1;
+    switch (m.format) { /* blocks with minima */
+    case BLOCKS_Q4_0: case BLOCKS_Q4_1: case BLOCKS_Q5_1: case BLOCKS_Q4_K: case BLOCKS_Q5_K: rows.sums[0] = 0; break;
+    case BLOCKS_Q2_K: rows.sums[SUMS_OF_16] = 0;
+    }
+    if (is_rounded && m.format > FLOAT16 && m.format != FP8 && m.format != LOSSLESS) rows.is_rounded = 1;
 }
 Rows no_rows(int num_features) {
     Rows rows{};
@@ -84,11 +88,11 @@ Rows no_rows(int num_features) {
 bool lay_out(Rows &rows) {
     rows.stride = 4 * rows.padded;
     bool is_asked = rows.is_rounded;
-    for (int slot = 0; slot < 3; ++slot) {
+    for (int slot = 0; slot < NUM_SUMS; ++slot) {
         if (rows.sums[slot] < 0) continue;
         is_asked = true;
         rows.sums[slot] = rows.stride;
-        rows.stride += 4 * arithmetic->lanes * (rows.padded / (32 << slot));
+        rows.stride += 4 * arithmetic->lanes * (rows.padded / GROUP_OF_SUMS[slot]);
     }
     if (rows.is_rounded) {
         rows.codes = rows.stride, rows.deltas = rows.stride + 2 * rows.padded;

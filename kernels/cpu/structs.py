@@ -22,7 +22,10 @@ from moeflow.kernels.quantization.formats import (
 )
 
 # In the order of the enums in _cpu.h.
-_FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8", "lossless")
+_FORMATS = (
+    "float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8", "lossless",
+    "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "ggml_mxfp4",
+)  # fmt: skip
 _KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _GATES = ("none", "concatenated", "interleaved")
 
