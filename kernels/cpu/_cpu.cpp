@@ -395,6 +395,24 @@ EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const 
                                num_threads);
 }
 
+/* Rows of a matrix [N, K] in GGML's blocks to out [count, K]; -1: there is no such row. */
+EXPORTED int moeflow_cpu_block_rows(const Matrix *matrix, const int64_t *ids, int64_t count, char *out, int format) {
+    constexpr int AT_ONCE = 2048;
+    const Matrix &m = *matrix;
+    if (m.format < BLOCKS_Q8_0 || m.format >= NUM_FORMATS || !is_count(count)) return NO_FIT;
+    if (count && (!m.codes || !ids || !out)) return NO_FIT;
+    for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= m.num_rows) return -1;
+        for (int k = 0; k < m.in_features; k += AT_ONCE) {
+            float values[AT_ONCE];
+            const int now = least(AT_ONCE, m.in_features - k);
+            arithmetic->unpack(m, nullptr, ids[i], k, now, values);
+            arithmetic->store(values, out + (i * m.in_features + k) * bytes_of(format), now, format);
+        }
+    }
+    return DONE;
+}
+
 /* transformers' RMSNorm of rows [T, H]; sum_lanes: floats in the vectors that torch's sums use here. */
 EXPORTED int moeflow_cpu_rms_norm(const char *x, int64_t stride_bytes, const void *weight, float eps,
                                   int64_t num_tokens, int64_t num_features, char *out, int format, int sum_lanes) {

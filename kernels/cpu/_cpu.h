@@ -160,6 +160,7 @@ int moeflow_cpu_combine(const float *outputs, const void *weights, int weights_f
 int moeflow_cpu_linears(const Matrix *matrices, int num_matrices, const char *record, const char *x, int format,
                         int64_t stride_bytes, int64_t num_tokens, void *const *outs, int activation_bits,
                         int num_threads);
+int moeflow_cpu_block_rows(const Matrix *matrix, const int64_t *ids, int64_t count, char *out, int format);
 int moeflow_lossless_rows(const uint8_t *codes, const uint16_t *tops, const uint8_t *escapes, int64_t room,
                           int64_t num_rows, int64_t in_features, const int64_t *ids, int64_t count, uint16_t *out);
 int moeflow_cpu_rms_norm(const char *x, int64_t stride_bytes, const void *weight, float eps, int64_t num_tokens,

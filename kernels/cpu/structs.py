@@ -176,6 +176,19 @@ def lossless_matrix(places: tuple[int, int, int, int], bias_format: int, shape: 
     return Matrix(*places, _FORMATS.index("lossless"), bias_format, *shape, padded, padded, 0, room)
 
 
+@lru_cache(maxsize=8192)
+def block_matrix(
+    address: int, bias: int, format: str, bias_format: int, num_rows: int, in_features: int
+) -> Matrix | None:
+    """Describe a matrix [N, K] in a block format of GGML, K a multiple of its block; None where no kernel knows it."""
+    if format not in _FORMATS or max(num_rows, in_features) > _MOST_FEATURES:
+        return None
+    number, spec = _FORMATS.index(format), find_format(format)
+    return Matrix(
+        address, -1, -1, bias, number, bias_format, num_rows, in_features, spec.group_size, in_features
+    )  # fmt: skip
+
+
 def _parts_of(name, spec) -> tuple[str, str, str]:
     """Return the names of a matrix's scale, zero and bias; of its tops and escapes where it is lossless."""
     first, second = ("top", "escapes") if spec.kind == "lossless" else ("scale", "zero")
