@@ -19,7 +19,7 @@ _NO_ROW = -1  # of the library's answers
 
 
 def block_linear(
-    x: torch.Tensor, blocks: torch.Tensor, format: str, bias: torch.Tensor | None, activation_bits: int = 0
+    x: torch.Tensor, blocks: torch.Tensor, format: str, bias: torch.Tensor | None, activation_bits: int | None = None
 ) -> torch.Tensor | None:
     """Multiply with a stored matrix.
 
@@ -28,7 +28,7 @@ def block_linear(
         blocks: uint8 [N, bytes of a row].
         format: of the blocks.
         bias: [N] or None.
-        activation_bits: as `run_experts` has it.
+        activation_bits: as `run_experts` has it; None: 16 where x is of half precision, as for experts, else 0.
 
     Returns:
         [..., N], contiguous, of the dtype of x: summed in float32 and rounded once. None where no kernel takes these
@@ -41,7 +41,9 @@ def block_linear(
     if spec is None or spec.kind != "ggml" or not (x.is_cpu and x.dtype in DTYPES and x.dim() and x.numel()):
         return None
     num_rows, in_features = len(blocks) if blocks.dim() else 0, x.shape[-1]
-    if not num_rows or in_features % spec.group_size or not _is_matrix(blocks, spec.tensors("", (num_rows, in_features))):
+    if not num_rows or in_features % spec.group_size:
+        return None
+    if not _is_matrix(blocks, spec.tensors("", (num_rows, in_features))):
         return None
     if bias is not None and not (is_plain(bias) and bias.dtype in DTYPES and bias.shape == (num_rows,)):
         return None
@@ -52,6 +54,8 @@ def block_linear(
     if matrix is None:
         return None
     out = x.new_empty(*x.shape[:-1], num_rows)
+    if activation_bits is None:
+        activation_bits = 0 if x.dtype is torch.float32 else 16
     multiply(ctypes.addressof(matrix), x, out, activation_bits)
     return out
 

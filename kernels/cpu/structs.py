@@ -176,17 +176,21 @@ def lossless_matrix(places: tuple[int, int, int, int], bias_format: int, shape: 
     return Matrix(*places, _FORMATS.index("lossless"), bias_format, *shape, padded, padded, 0, room)
 
 
+def block_number(format: str) -> int | None:
+    """Return a block format's number in the library; None where no kernel knows it."""
+    return _FORMATS.index(format) if format in _FORMATS and find_format(format).kind == "ggml" else None
+
+
 @lru_cache(maxsize=8192)
 def block_matrix(
     address: int, bias: int, format: str, bias_format: int, num_rows: int, in_features: int
 ) -> Matrix | None:
     """Describe a matrix [N, K] in a block format of GGML, K a multiple of its block; None where no kernel knows it."""
-    if format not in _FORMATS or max(num_rows, in_features) > _MOST_FEATURES:
+    number = block_number(format)
+    if number is None or max(num_rows, in_features) > _MOST_FEATURES:
         return None
-    number, spec = _FORMATS.index(format), find_format(format)
-    return Matrix(
-        address, -1, -1, bias, number, bias_format, num_rows, in_features, spec.group_size, in_features
-    )  # fmt: skip
+    block = find_format(format).group_size
+    return Matrix(address, -1, -1, bias, number, bias_format, num_rows, in_features, block, in_features)
 
 
 def _parts_of(name, spec) -> tuple[str, str, str]:

@@ -38,8 +38,10 @@ def use(name):
 
 
 class Expert:
-    """One expert of random bytes, its tensors, and what it computes in float64; `form` is also that of its second matrix
-    where `down_form` is not given."""
+    """One expert of random bytes, its tensors, and what it computes in float64.
+
+    The second matrix is in `down_form` where that is given, else in `form` too.
+    """
 
     def __init__(self, seed, form, shape, activation=SILU, *, has_bias=False, is_transposed=False, down_form=None):
         generator = torch.Generator().manual_seed(seed)
