@@ -224,6 +224,8 @@ def holds_matrix(record: RecordLayout, name: str, spec: WeightFormat, shape: tup
         spec: its format.
         shape: [N, K].
     """
+    if spec.kind == "ggml" and shape[1] % spec.group_size:
+        return False
     tensors = {tensor.name: tensor for tensor in record.tensors}
     wanted = {part: DTYPE_BYTES[dtype] * math.prod(sizes) for part, dtype, sizes in spec.tensors(name, shape)}
     bias = tensors.get(f"{name}_bias")

@@ -1,8 +1,8 @@
 """Values of GGML's blocks, in plain torch: the bits of `gguf.quants.dequantize`.
 
-A block of `quantization/ggml.py` is codes with one scale in half precision (d), and one minimum (m) in some types. Codes
-of 4 bits and fewer lie in planes: a byte has one code each of neighbouring stretches, from its low bits up. Blocks of
-256 values have a small whole scale (s) and minimum for every 16 or 32 of them:
+A block of `quantization/ggml.py` is codes with one scale in half precision (d), and one minimum (m) in some. Codes of 4
+bits and fewer lie in planes: a byte has one code each of neighbouring stretches, from its low bits up. Blocks of 256
+values have a small whole scale (s) and minimum for every 16 or 32 of them:
 
 | types | a value |
 |---|---|

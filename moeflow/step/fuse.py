@@ -45,8 +45,8 @@ class _Body:
             if one.kind == "linear" and len(one.outputs) == 1 and all(map(self._is_fixed, one.inputs[1:])):
                 x, weight = one.inputs[:2]
                 is_blocks = "formats" in one.attributes
-                key = (x.buffer, x.offset, x.dtype, math.prod(x.sizes), x.sizes[0], weight.dtype, is_blocks)
-                key += (len(one.inputs),)
+                size = (x.dtype, math.prod(x.sizes), x.sizes[0])
+                key = (x.buffer, x.offset, *size, weight.dtype, is_blocks, len(one.inputs))
                 groups.setdefault(key, []).append(number)
         joined: dict[int, Instruction | None] = {}
         for numbers in groups.values():

@@ -33,8 +33,16 @@ _UNDERSCORED = {
 }  # that check what they get
 _OF_OURS = {
     f"moeflow.{name}.default"
-    for name in ("linear", "rms_norm")
-    + ("lossless_linear", "lossless_rows", "lossless_weight", "block_linear", "block_rows", "block_weight")
+    for name in (
+        "linear",
+        "rms_norm",
+        "lossless_linear",
+        "lossless_rows",
+        "lossless_weight",
+        "block_linear",
+        "block_rows",
+        "block_weight",
+    )
 }
 
 
