@@ -38,9 +38,15 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         UnsupportedModelError: moeflow does not write it.
     """
-    found = [entry for entry in ARCHITECTURES.values() if entry.model_type == config.model_type and entry.metadata]
+    found = [
+        entry
+        for entry in ARCHITECTURES.values()
+        if config.model_type in (entry.model_type, *entry.variants) and entry.metadata
+    ]
     if not found:
-        known = sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.metadata})
+        known = sorted(
+            {kind for entry in ARCHITECTURES.values() if entry.metadata for kind in (entry.model_type, *entry.variants)}
+        )
         raise UnsupportedModelError(
             f"moeflow writes no GGUF files of {config.model_type} models; it writes {', '.join(known)}."
         )
