@@ -7,9 +7,21 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture
-from moeflow.hf.gguf.families import qwen
+from moeflow.hf.gguf.families import gpt_oss, llama, others, qwen
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (qwen.QWEN3MOE,)}
+_ALL = (
+    llama.LLAMA,
+    llama.GRANITEMOE,
+    qwen.QWEN2MOE,
+    qwen.QWEN3MOE,
+    gpt_oss.GPT_OSS,
+    others.OLMOE,
+    others.PHIMOE,
+    others.MINIMAX_M2,
+    others.ERNIE4_5_MOE,
+    others.HUNYUAN_MOE,
+)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _ALL}
 
 
 def find_architecture(name: str) -> Architecture:
