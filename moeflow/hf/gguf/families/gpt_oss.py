@@ -33,6 +33,7 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
 
 
 def _metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "swiglu_alpha", 1.702)
     k.refuse(config, "swiglu_limit", 7.0)
     k.refuse(config, "attention_bias", True)

@@ -4,6 +4,7 @@ Knows keys and fields. Knows nothing of tensors' values.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from moeflow.errors import UnsupportedModelError
@@ -53,8 +54,6 @@ def decoder_config(keys: Keys, tensors: Tensors, *, truncates: bool = True) -> d
     """Return the fields that any decoder has: sizes, heads, norms, rope, vocabulary, special ids."""
     heads = keys.one("attention.head_count")
     head_size = keys.get("attention.key_length", keys["embedding_length"] // heads)
-    if keys.get("attention.value_length", head_size) != head_size:
-        raise UnsupportedModelError(f"values have {keys['attention.value_length']} dimensions, keys {head_size}.")
     metadata = keys.metadata
     config = {
         "hidden_size": keys["embedding_length"],
@@ -87,11 +86,15 @@ def experts_config(keys: Keys, *, count: str, used: str, width: str | None = Non
         width: the field of an expert's width, where it is not the dense MLP's.
 
     Raises:
-        UnsupportedModelError: the file scales the experts' weights, or routes in groups, and the family does not.
+        UnsupportedModelError: the file scales the experts' weights, routes in groups, or has values of another size than keys,
+            and the family does not.
     """
     for key, usual in (("expert_weights_scale", (0, 1)), ("expert_group_count", (0, 1))):
         if keys.get(key, 0) not in usual:
             raise UnsupportedModelError(f"{key} is {keys[key]}, which this architecture has not in transformers.")
+    head_size = keys.get("attention.key_length", keys["embedding_length"] // keys.one("attention.head_count"))
+    if keys.get("attention.value_length", head_size) != head_size:
+        raise UnsupportedModelError(f"values have {keys['attention.value_length']} dimensions, keys {head_size}.")
     config = {count: keys["expert_count"], used: keys.one("expert_used_count")}
     return config | ({} if width is None else {width: keys.one("expert_feed_forward_length")})
 
@@ -102,7 +105,12 @@ def head_size_of(config: Any) -> int:
 
 
 def decoder_metadata(
-    config: Any, name: str, more: dict[str, Any], *, factors: tuple[str, ...] = (), truncates: bool = True
+    config: Any,
+    name: str,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    factors: tuple[str, ...] = (),
+    truncates: bool = True,
 ) -> dict[str, Any]:
     """Return the keys of what `decoder_config` reads.
 
@@ -117,8 +125,6 @@ def decoder_metadata(
         UnsupportedModelError: llama.cpp would compute something else.
     """
     head_size = head_size_of(config)
-    if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act is {config.hidden_act!r}; llama.cpp computes silu for this family.")
     keys = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -134,7 +140,7 @@ def decoder_metadata(
         keys["feed_forward_length"] = config.intermediate_size
     if getattr(config, "rms_norm_eps", None) is not None:
         keys["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
-    return {f"{name}.{key}": value for key, value in (keys | more).items()}
+    return {f"{name}.{key}": value for key, value in {**keys, **more}.items()}
 
 
 def refuse(config: Any, field: str, *usual: Any) -> None:

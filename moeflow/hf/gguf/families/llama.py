@@ -9,7 +9,7 @@ from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
 from moeflow.hf.gguf.changes import Joined
 from moeflow.hf.gguf.families import keys as k
 from moeflow.hf.gguf.families.rope import rope_tensors
-from moeflow.hf.gguf.families.rules import LAYER, attention, ends, experts, renamed
+from moeflow.hf.gguf.families.rules import KEY_IN_PAIRS, LAYER, QUERY_IN_PAIRS, attention, ends, experts, renamed
 
 _FACTORS = ("longrope", "llama3")
 _GRANITE_SCALES = {  # field -> key
@@ -33,6 +33,7 @@ def _mixtral_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, 
 
 def _mixtral_metadata(config: Any) -> dict[str, Any]:
     k.refuse_window(config)
+    k.refuse(config, "hidden_act", "silu")
     more = {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
     return k.decoder_metadata(config, "llama", more, factors=_FACTORS)
 
@@ -41,7 +42,7 @@ def _mixtral_rules(config: Any) -> list[Rule]:
     return [
         *ends(),
         *renamed("input_layernorm", "attn_norm"),
-        *attention(permuted=True),
+        *attention(QUERY_IN_PAIRS, KEY_IN_PAIRS),
         *renamed("post_attention_layernorm", "ffn_norm"),
         *renamed("mlp.gate", "ffn_gate_inp"),
         *experts("mlp.experts"),
@@ -65,6 +66,7 @@ def _granite_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, 
 
 
 def _granite_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "hidden_act", "silu")
     more = {key: float(getattr(config, field)) for field, key in _GRANITE_SCALES.items()}
     more |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
     if getattr(config, "shared_intermediate_size", 0):
@@ -77,7 +79,7 @@ def _granite_rules(config: Any) -> list[Rule]:
     return [
         *ends(),
         *renamed("input_layernorm", "attn_norm"),
-        *attention(permuted=True),
+        *attention(QUERY_IN_PAIRS, KEY_IN_PAIRS),
         *renamed("post_attention_layernorm", "ffn_norm"),
         *renamed("block_sparse_moe.router", "ffn_gate_inp"),
         *experts("block_sparse_moe.experts"),
@@ -101,6 +103,6 @@ GRANITEMOE = Architecture(
     _granite_config,
     _granite_metadata,
     _granite_rules,
-    variants=("granitemoeshared",),
+    also=("granitemoeshared",),
     extra=_factors,
 )

@@ -37,6 +37,7 @@ def _olmoe_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
 
 
 def _olmoe_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "norm_topk_prob", False)
     k.refuse(config, "clip_qkv", None)
     k.refuse(config, "attention_bias", False)
@@ -63,6 +64,7 @@ def _phimoe_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, A
 
 def _phimoe_metadata(config: Any) -> dict[str, Any]:
     k.refuse_window(config)
+    k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "attention_bias", True)  # llama.cpp wants the tensors
     k.refuse(config, "lm_head_bias", True)
     more = {
@@ -90,6 +92,7 @@ def _minimax_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, 
 
 
 def _minimax_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "hidden_act", "silu")
     more = {
         "expert_feed_forward_length": config.intermediate_size,
         "expert_count": config.num_local_experts,
@@ -122,6 +125,7 @@ def _ernie_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
 
 
 def _ernie_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "moe_layer_interval", 1)
     k.refuse(config, "moe_layer_end_index", config.num_hidden_layers - 1)
     k.refuse(config, "use_bias", False)
@@ -164,6 +168,7 @@ def _hunyuan_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, 
 
 def _hunyuan_metadata(config: Any) -> dict[str, Any]:
     top_k = config.moe_topk if isinstance(config.moe_topk, int) else config.moe_topk[0]
+    k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "moe_topk", top_k, [top_k] * config.num_hidden_layers)
     k.refuse(config, "attention_bias", False)
     more = {

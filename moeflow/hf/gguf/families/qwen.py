@@ -24,6 +24,7 @@ def _qwen2_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
 
 
 def _qwen2_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "norm_topk_prob", False)
     k.refuse(config, "sliding_window", None, 0)
     k.refuse_dense_layers(config)
@@ -57,6 +58,7 @@ def _qwen3_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
 
 
 def _qwen3_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "norm_topk_prob", True)
     k.refuse(config, "sliding_window", None, 0)
     k.refuse(config, "attention_bias", False)

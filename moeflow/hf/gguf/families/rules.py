@@ -11,12 +11,14 @@ from moeflow.hf.gguf.families.keys import head_size_of
 
 LAYER = "model.layers.{layer}"
 SAME = Same()
+QUERY_IN_PAIRS = PermuteForRope(lambda config: config.num_attention_heads)
+KEY_IN_PAIRS = PermuteForRope(lambda config: config.num_key_value_heads)
 
 
-def renamed(parameter: str, tensor: str, change: Change = SAME) -> list[Rule]:
+def renamed(parameter: str, tensor: str, change: Change = SAME, *, layer: str = LAYER) -> list[Rule]:
     """Return the rules of a layer's module with a weight and a bias: `self_attn.q_proj` is `attn_q`."""
     return [
-        Rule(f"{LAYER}.{parameter}.{kind}", (f"blk.{{layer}}.{tensor}.{kind}",), change) for kind in ("weight", "bias")
+        Rule(f"{layer}.{parameter}.{kind}", (f"blk.{{layer}}.{tensor}.{kind}",), change) for kind in ("weight", "bias")
     ]
 
 
@@ -29,20 +31,26 @@ def ends() -> list[Rule]:
     ]
 
 
-def attention(*, permuted: bool = False, norms: tuple[str, str] = ("q_norm", "k_norm")) -> list[Rule]:
+def attention(
+    query: Change = SAME,
+    key: Change = SAME,
+    *,
+    output: str = "o_proj",
+    norms: tuple[str, str] = ("q_norm", "k_norm"),
+) -> list[Rule]:
     """Return the rules of an attention: q, k and v apart or in one tensor, norms of q and k where a model has them.
 
     Args:
-        permuted: whether llama.cpp turns neighbours, for which its converter permutes the rows of q and k.
-        norms: the modules' names.
+        query: of the rows of q: `QUERY_IN_PAIRS` where llama.cpp turns neighbours.
+        key: of the rows of k; likewise `KEY_IN_PAIRS`.
+        output: the name of the last projection.
+        norms: the names of the norms of q and k.
     """
-    query = PermuteForRope(lambda config: config.num_attention_heads) if permuted else SAME
-    key = PermuteForRope(lambda config: config.num_key_value_heads) if permuted else SAME
     rules = [
         *renamed("self_attn.q_proj", "attn_q", query),
         *renamed("self_attn.k_proj", "attn_k", key),
         *renamed("self_attn.v_proj", "attn_v"),
-        *renamed("self_attn.o_proj", "attn_output"),
+        *renamed(f"self_attn.{output}", "attn_output"),
         *renamed(f"self_attn.{norms[0]}", "attn_q_norm"),
         *renamed(f"self_attn.{norms[1]}", "attn_k_norm"),
     ]
