@@ -13,6 +13,7 @@ from moeflow.cli.chat import add_chat_commands
 from moeflow.cli.doctor import add_doctor_command
 from moeflow.cli.download import add_download_command
 from moeflow.cli.fit import add_fit_command
+from moeflow.cli.gguf import add_gguf_command
 from moeflow.cli.info import add_info_command
 from moeflow.cli.models import add_demo_model_command, add_pack_command
 from moeflow.cli.parallel import add_parallel_command
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_download_command(commands)
     add_fit_command(commands)
     add_pack_command(commands)
+    add_gguf_command(commands)
     add_batch_command(commands)
     add_serve_command(commands)
     add_quantize_command(commands)

@@ -81,11 +81,6 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[str, ExpertsModule]]:
     return found
 
 
-def expert_names(model: torch.nn.Module) -> set[str]:
-    """Return the names of the parameters of routed experts."""
-    return {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
-
-
 def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the arguments of an experts module, as its hooks get them: hidden_states, top_k_index, top_k_weights."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
@@ -166,7 +161,7 @@ def conversions(model: PreTrainedModel) -> tuple[list, list]:
 
 
 def collect_expert_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> dict[str, Feeding]:
-    """Group a checkpoint's tensors by the expert parameter they feed, by transformers' own conversion mapping.
+    """Group a checkpoint's tensors by the expert parameter they feed.
 
     Args:
         model: the empty model, experts still on it.
@@ -175,8 +170,26 @@ def collect_expert_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntr
     Returns:
         {parameter: its tensors}.
     """
+    return collect_tensors(model, tensors, expert_parameters(model))
+
+
+def expert_parameters(model: PreTrainedModel) -> set[str]:
+    """Return the names of the routed experts' parameters."""
+    return {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
+
+
+def collect_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntry], wanted: set[str]) -> dict[str, Feeding]:
+    """Group a checkpoint's tensors by the parameter they feed, by transformers' own conversion mapping.
+
+    Args:
+        model: the empty model, experts still on it.
+        tensors: the checkpoint's tensors by their names in the checkpoint.
+        wanted: the parameters; what feeds others is left out.
+
+    Returns:
+        {parameter: its tensors}.
+    """
     parameters = model.state_dict()
-    names = expert_names(model)
     renamings, converters = conversions(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     collected: dict[str, Feeding] = {}
@@ -189,13 +202,13 @@ def collect_expert_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntr
         if converter is not None and len(converter.target_patterns) > 1:
             first = converter.target_patterns[0]
             targets = [renamed.replace(first, target) for target in converter.target_patterns]
-        if not names.intersection(targets):
+        if not wanted.intersection(targets):
             continue
         for place, target in enumerate(targets):
             feeding = collected.setdefault(target, Feeding(converter, {}, place))
             feeding.groups.setdefault(pattern or key, []).append((key, tensors[key]))
-    for name, stored in model.all_tied_weights_keys.items():  # experts of two places are stored once
-        if name not in collected and stored in collected:
+    for name, stored in model.all_tied_weights_keys.items():  # what has two places is stored once
+        if name in wanted and name not in collected and stored in collected:
             collected[name] = collected[stored]
     return collected
 

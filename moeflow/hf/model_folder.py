@@ -22,7 +22,7 @@ from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.hf import pretrained
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
-from moeflow.hf.experts_interface import expert_names, experts_modules
+from moeflow.hf.experts_interface import expert_parameters, experts_modules
 from moeflow.hf.files.config import check_counts, load_config
 from moeflow.hf.gguf.architectures import find_architecture
 from moeflow.hf.gguf.dense_weights import DenseWeights
@@ -199,7 +199,7 @@ class ModelFolder:
             return set()
         if self.gguf is None:
             return expert_tensor_names(empty, self.checkpoint.tensors)
-        fed, names = self._fed(empty), expert_names(empty)
+        fed, names = self._fed(empty), expert_parameters(empty)
         counts = {path: module.num_experts for path, module in experts_modules(empty)}
         return {
             tensor
@@ -222,7 +222,7 @@ class ModelFolder:
             return None
         empty = self.empty_model()
         return DenseWeights(
-            self.gguf, self.config, self._fed(empty), expert_names(empty), dtype, keeps_blocks=keeps_blocks
+            self.gguf, self.config, self._fed(empty), expert_parameters(empty), dtype, keeps_blocks=keeps_blocks
         )
 
     def _fed(self, empty: PreTrainedModel) -> dict[str, Fed]:

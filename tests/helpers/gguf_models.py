@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from moeflow.hf.experts_interface import expert_names
+from moeflow.hf.experts_interface import expert_parameters
 from moeflow.hf.gguf.architectures import find_architecture
 from moeflow.hf.gguf.feeding import Fed, feed
 
@@ -69,7 +69,7 @@ def write_model(
         add.get(type(value), writer.add_array)(key, value)
     _add_words(writer, config.vocab_size)
     state = model.state_dict()
-    experts = expert_names(model)
+    experts = expert_parameters(model)
     for name, fed in feed(known, config, list(state), _Everything()).items():
         is_expert = name in experts
         made = _cut(state[name], fed) if is_expert else fed.rule.change.write(state[name], config)

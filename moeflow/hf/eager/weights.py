@@ -61,6 +61,10 @@ class EagerWeights:
         """
         return {name.rpartition(".")[2]: self._parameter(name, expert) for name in self._names[layer]}
 
+    def parameter(self, layer: int, name: str, expert: int) -> torch.Tensor:
+        """Return one parameter of an expert, as the module has it; otherwise as `read`."""
+        return self._parameter(next(full for full in self._names[layer] if full.rpartition(".")[2] == name), expert)
+
     def close(self) -> None:
         """Forget the files, which close with their last reader."""
         self._opened.clear()
