@@ -74,6 +74,7 @@ class Architecture(NamedTuple):
         rules: a config -> rules. Of several rules for one parameter the first counts whose tensors are all there.
         ignored: patterns (re.fullmatch) of tensors that no parameter needs.
         extra: a config -> tensors of the file that hold no parameter, by name: the factors of positions.
+        also: other model types of transformers that are written as this architecture.
     """
 
     name: str
@@ -83,3 +84,4 @@ class Architecture(NamedTuple):
     rules: Callable[[Any], list[Rule]]
     ignored: tuple[str, ...] = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight")
     extra: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    also: tuple[str, ...] = ()

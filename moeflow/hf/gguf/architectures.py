@@ -7,9 +7,23 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture
-from moeflow.hf.gguf.families import qwen
+from moeflow.hf.gguf.families import deepseek, delta_net, glm, mamba, qwen, short_conv, sliding
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (qwen.QWEN3MOE,)}
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        qwen.QWEN3MOE,
+        deepseek.DEEPSEEK2,
+        glm.GLM4MOE,
+        glm.DOTS1,
+        sliding.EXAONE_MOE,
+        sliding.AFMOE,
+        delta_net.QWEN3NEXT,
+        delta_net.QWEN35MOE,
+        short_conv.LFM2MOE,
+        mamba.NEMOTRON_H_MOE,
+    )
+}
 
 
 def find_architecture(name: str) -> Architecture:
@@ -38,9 +52,10 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         UnsupportedModelError: moeflow does not write it.
     """
-    found = [entry for entry in ARCHITECTURES.values() if entry.model_type == config.model_type and entry.metadata]
+    written = [entry for entry in ARCHITECTURES.values() if entry.metadata]
+    found = [entry for entry in written if config.model_type in (entry.model_type, *entry.also)]
     if not found:
-        known = sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.metadata})
+        known = sorted({model_type for entry in written for model_type in (entry.model_type, *entry.also)})
         raise UnsupportedModelError(
             f"moeflow writes no GGUF files of {config.model_type} models; it writes {', '.join(known)}."
         )
