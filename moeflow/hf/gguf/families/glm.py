@@ -39,12 +39,16 @@ def _dots1_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
     keys = Keys(metadata, "dots1")
     sigmoid_scores(keys)
     needs_bias(tensors)
-    return decoder_config(keys, tensors) | router_config(keys) | {
-        "model_type": "dots1",
-        "architectures": ["Dots1ForCausalLM"],
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "sliding_window": None,
-    }
+    return (
+        decoder_config(keys, tensors)
+        | router_config(keys)
+        | {
+            "model_type": "dots1",
+            "architectures": ["Dots1ForCausalLM"],
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "sliding_window": None,
+        }
+    )
 
 
 def _dots1_metadata(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""K-EXAONE and Trinity (AFMoE): layers with a window and positions among layers without either. Knows names and keys."""
+"""K-EXAONE and Trinity (AFMoE): layers with a window and positions, others without either. Knows names and keys."""
 
 from collections.abc import Mapping
 from typing import Any
