@@ -170,14 +170,16 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def tiny_config(name: str, **changed: Any) -> transformers.PreTrainedConfig:
+    """Return the config of a model of `MODELS`."""
+    _, family, fields = MODELS[name]
+    kind = "TextConfig" if family == "Qwen3_5Moe" else "Config"
+    return getattr(transformers, f"{family}{kind}")(**{**_COMMON, **fields, **changed})
+
+
 def tiny_model(name: str, **changed: Any) -> transformers.PreTrainedModel:
     """Return a model of `MODELS` with random parameters, float32 and of few digits: one more or less is exact."""
-    _, family, fields = MODELS[name]
-    config_class = getattr(transformers, f"{family}Config", None) or getattr(transformers, f"{family}TextConfig")
-    if family == "Qwen3_5Moe":
-        config_class = transformers.Qwen3_5MoeTextConfig
-    config = config_class(**{**_COMMON, **fields, **changed})
-    return fill(getattr(transformers, f"{family}ForCausalLM")(config))
+    return fill(getattr(transformers, f"{MODELS[name][1]}ForCausalLM")(tiny_config(name, **changed)))
 
 
 def fill(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
