@@ -81,6 +81,11 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[str, ExpertsModule]]:
     return found
 
 
+def expert_names(model: torch.nn.Module) -> set[str]:
+    """Return the names of the parameters of routed experts."""
+    return {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
+
+
 def experts_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the arguments of an experts module, as its hooks get them: hidden_states, top_k_index, top_k_weights."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
@@ -171,7 +176,7 @@ def collect_expert_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntr
         {parameter: its tensors}.
     """
     parameters = model.state_dict()
-    expert_names = {f"{path}.{name}" for path, module in experts_modules(model) for name in module._parameters}
+    names = expert_names(model)
     renamings, converters = conversions(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     collected: dict[str, Feeding] = {}
@@ -184,7 +189,7 @@ def collect_expert_tensors(model: PreTrainedModel, tensors: dict[str, TensorEntr
         if converter is not None and len(converter.target_patterns) > 1:
             first = converter.target_patterns[0]
             targets = [renamed.replace(first, target) for target in converter.target_patterns]
-        if not expert_names.intersection(targets):
+        if not names.intersection(targets):
             continue
         for place, target in enumerate(targets):
             feeding = collected.setdefault(target, Feeding(converter, {}, place))

@@ -150,7 +150,8 @@ class BoundProgram:
             operands = coalesce(operands)
         elif instruction.kind == "linear":
             count = len(instruction.outputs)
-            whole = [count, 3 if instruction.inputs[1].dtype in STORED else 1]
+            formats = about.get("formats", ())
+            whole = [count, 3 if instruction.inputs[1].dtype in STORED and not formats else 1, packed_formats(formats)]
         elif instruction.kind in ("rms_norm", "add_norm"):
             real = [about["eps"]]
         elif instruction.kind == "experts":

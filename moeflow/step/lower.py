@@ -137,6 +137,14 @@ class _Lowering(Operations):
         self._emit("linear", (self._operand(outputs[0]),), tuple(inputs))
         return True
 
+    def _block_linear(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        x, blocks, form, *bias = args
+        if x.dtype not in DTYPES or not has_kernel(form):
+            return False
+        inputs = [self._contiguous(x), *(self._operand(part) for part in (blocks, *bias) if part is not None)]
+        self._emit("linear", (self._operand(outputs[0]),), tuple(inputs), {"formats": [form]})
+        return True
+
     def _lossless_rows(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
         ids, *parts = args[:4]
         self._emit("rows", (self._operand(outputs[0]),), (self._contiguous(ids), *map(self._operand, parts)))

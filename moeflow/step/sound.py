@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from moeflow.dtypes import TORCH_DTYPES
 from moeflow.hf.passes.own_modules import OwnCall
 from moeflow.kernels.cpu.step import MAX_DIMS
-from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, lossless_format
+from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, find_format, lossless_format
 from moeflow.step.program import DTYPES, POINTWISE, REDUCTIONS, STORED, Instruction, Operand, Program
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,7 +164,7 @@ def _check_torch(program: Program, one: Instruction, weights: Mapping[str, torch
 def _linear(one: Instruction) -> bool:
     (out,), (x, weight, *bias) = one.outputs, one.inputs
     if weight.dtype in STORED:
-        return _lossless_linear(one)
+        return _block_linear(one) if "formats" in one.attributes else _lossless_linear(one)
     rows, features = weight.sizes
     return (
         x.sizes[-1] == features
@@ -193,6 +193,23 @@ def _lossless_linear(one: Instruction) -> bool:
         _is_lossless((codes, tops, escapes), rows, features)
         and out.sizes == (*x.sizes[:-1], rows)
         and x.dtype == out.dtype == torch.bfloat16
+        and len(bias) <= 1
+        and all(one.sizes == (rows,) and one.dtype in _FLOATS for one in bias)
+    )
+
+
+def _block_linear(one: Instruction) -> bool:
+    (out,), (x, blocks, *bias), (name,) = one.outputs, one.inputs, one.attributes["formats"]
+    if len(blocks.sizes) != 2 or blocks.dtype != torch.uint8 or not has_kernel(name):
+        return False
+    rows, features = blocks.sizes[0], x.sizes[-1]
+    ((_, _, wanted),) = find_format(name).tensors("", (rows, features))
+    return (
+        blocks.sizes == wanted
+        and min(rows, features) > 0
+        and out.sizes == (*x.sizes[:-1], rows)
+        and x.dtype == out.dtype
+        and x.dtype in _FLOATS
         and len(bias) <= 1
         and all(one.sizes == (rows,) and one.dtype in _FLOATS for one in bias)
     )
