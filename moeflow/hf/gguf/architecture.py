@@ -73,8 +73,8 @@ class Architecture(NamedTuple):
             architecture's name in front. None where moeflow does not write the architecture.
         rules: a config -> rules. Of several rules for one parameter the first counts whose tensors are all there.
         ignored: patterns (re.fullmatch) of tensors that no parameter needs.
+        variants: other model types that are written under this name.
         extra: a config -> tensors of the file that hold no parameter, by name: the factors of positions.
-        also: other model types of transformers that are written as this architecture.
     """
 
     name: str
@@ -83,5 +83,5 @@ class Architecture(NamedTuple):
     metadata: Callable[[Any], dict[str, Any]] | None
     rules: Callable[[Any], list[Rule]]
     ignored: tuple[str, ...] = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight")
+    variants: tuple[str, ...] = ()
     extra: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
-    also: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What llama.cpp's converter does to tensors besides renaming them, and back. Each change is its own inverse's pair.
+"""What llama.cpp's converter does to tensors besides renaming them, and back. `write` is the inverse of `read`.
 
 Knows shapes. Knows nothing of names, files or blocks.
 """
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from moeflow.hf.gguf.architecture import Change
 
 Count = Callable[[Any], int]  # of a config
 
@@ -106,16 +108,16 @@ class RowsOf:
     Args:
         part: which of the parts, counted from 0.
         parts: a config -> rows of each.
+        change: of the part.
     """
 
-    moves_rows = True
-
-    def __init__(self, part: int, parts: Callable[[Any], list[int]]) -> None:
-        self._part, self._parts = part, parts
+    def __init__(self, part: int, parts: Callable[[Any], list[int]], change: Change) -> None:
+        self._part, self._parts, self._change = part, parts, change
+        self.moves_rows = change.moves_rows
 
     def read(self, tensors: list[torch.Tensor], config: Any) -> torch.Tensor:
         (found,) = tensors
-        return found.split(self._parts(config))[self._part]
+        return self._change.read([found.split(self._parts(config))[self._part]], config)
 
     def write(self, parameter: torch.Tensor, config: Any) -> list[torch.Tensor]:
         raise NotImplementedError("rows of a tensor are written with the tensor's other rows")
