@@ -5,17 +5,9 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
-from moeflow.hf.gguf.families.keys import Keys, decoder_config, decoder_metadata, rope_config
-from moeflow.hf.gguf.families.routers import (
-    SIGMOID,
-    SOFTMAX,
-    needs_bias,
-    refuse,
-    router_config,
-    router_metadata,
-    router_rules,
-    scores_of,
-)
+from moeflow.hf.gguf.families import keys as k
+from moeflow.hf.gguf.families.rope import rope_config
+from moeflow.hf.gguf.families.routers import needs_bias, router_config, router_metadata, router_rules, scores_of
 from moeflow.hf.gguf.families.rules import LAYER, ends, renamed
 from moeflow.hf.gguf.latent_changes import LatentHeads
 
@@ -25,13 +17,13 @@ MSCALE = 0.1
 
 
 def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    keys = Keys(metadata, NAME)
+    keys = k.Keys(metadata, NAME)
     if keys.get("attention.temperature_scale"):
         raise UnsupportedModelError("the file scales queries by their positions (attention.temperature_scale).")
     rotated = keys["rope.dimension_count"]
     # files older than the split of attn_kv_b have the lengths of heads under the plain names
     key_length = keys.get("attention.key_length_mla", keys["attention.key_length"])
-    config = decoder_config(keys, tensors) | router_config(keys)
+    config = k.decoder_config(_as_decoder(keys, rotated), tensors) | router_config(keys)
     config |= {
         "num_key_value_heads": config["num_attention_heads"],
         "rope_parameters": _rope_config(keys, tensors, rotated),
@@ -42,13 +34,21 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         "v_head_dim": keys.get("attention.value_length_mla", keys["attention.value_length"]),
     }
     del config["head_dim"]  # transformers computes it
-    return config | (_third(tensors) if _scores(keys, tensors, config) == SIGMOID else _second(config, tensors))
+    return config | (_third(tensors) if _scores(keys, tensors, config) == k.SIGMOID else _second(config, tensors))
 
 
-def _scores(keys: Keys, tensors: Tensors, config: dict[str, Any]) -> int:
+def _as_decoder(keys: k.Keys, rotated: int) -> k.Keys:
+    """Return the keys with the lengths of heads, and the scales of positions, that any decoder has."""
+    heads = {"key_length": rotated, "value_length": rotated, "head_count_kv": keys["attention.head_count"]}
+    dropped = f"{NAME}.rope.scaling."
+    others = {key: value for key, value in keys.metadata.items() if not key.startswith(dropped)}
+    return k.Keys(others | {f"{NAME}.attention.{key}": value for key, value in heads.items()}, NAME)
+
+
+def _scores(keys: k.Keys, tensors: Tensors, config: dict[str, Any]) -> int:
     """Return the scoring function as llama.cpp takes it: the first files of GLM-4.7-Flash lack the key as well."""
     is_flash = config["num_hidden_layers"] in (47, 48) and config["vocab_size"] == 154880
-    return scores_of(keys, SIGMOID if is_flash else SOFTMAX)
+    return scores_of(keys, k.SIGMOID if is_flash else k.SOFTMAX)
 
 
 def _third(tensors: Tensors) -> dict[str, Any]:
@@ -73,28 +73,31 @@ def _second(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def _rope_config(keys: Keys, tensors: Tensors, rotated: int) -> dict[str, Any]:
-    rope = rope_config(keys, tensors, rotated)
-    if rope["rope_type"] != "yarn":
+def _rope_config(keys: k.Keys, tensors: Tensors, rotated: int) -> dict[str, Any]:
+    multiplier = f"{NAME}.rope.scaling.yarn_log_multiplier"
+    others = {key: value for key, value in keys.metadata.items() if key != multiplier}
+    rope = rope_config(k.Keys(others, NAME), tensors, rotated)
+    if rope["rope_type"] == "default":
         return rope
-    factor = keys.get("rope.scaling.yarn_log_multiplier")
-    if not factor:
-        raise UnsupportedModelError("the file scales positions by yarn without rope.scaling.yarn_log_multiplier.")
-    # llama.cpp has one number for both; it divides attention's scale out of the angles' in this architecture
-    mscale = round(factor / MSCALE, 6)
-    rope |= {"mscale": mscale, "mscale_all_dim": mscale}
-    for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if (value := keys.get(f"rope.scaling.{key}")) is not None:
-            rope[name] = value
-    return rope
+    if rope["rope_type"] != "yarn":
+        raise UnsupportedModelError(
+            f"positions are scaled ({rope['rope_type']}); in this architecture moeflow reads yarn."
+        )
+    if "attention_factor" in rope or not keys.metadata.get(multiplier):
+        raise UnsupportedModelError(
+            "yarn in this architecture has rope.scaling.yarn_log_multiplier and no rope.scaling.attn_factor; the file "
+            f"has {keys.metadata.get(multiplier)} and {keys.get('rope.scaling.attn_factor')}."
+        )
+    # one number for both: llama.cpp computes this architecture as if mscale were mscale_all_dim
+    mscale = round(keys.metadata[multiplier] / MSCALE, 6)
+    return rope | {"mscale": mscale, "mscale_all_dim": mscale}
 
 
 def _metadata(config: Any) -> dict[str, Any]:
-    is_third = config.model_type != "deepseek_v2"
-    refuse(attention_bias=config.attention_bias, mlp_bias=getattr(config, "mlp_bias", False))
-    if is_third and not config.rope_interleave:
-        raise UnsupportedModelError("a GGUF file of this architecture cannot say rope_interleave=False.")
-    keys: dict[str, Any] = {
+    k.refuse(config, "attention_bias", False)
+    k.refuse(config, "mlp_bias", False)
+    k.refuse(config, "rope_interleave", True)
+    more = router_metadata(config) | {
         # attention as llama.cpp runs it: one head of keys, the latent; the model's own lengths are the `_mla` ones
         "attention.head_count_kv": 1,
         "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
@@ -102,33 +105,35 @@ def _metadata(config: Any) -> dict[str, Any]:
         "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
         "attention.value_length_mla": config.v_head_dim,
         "attention.kv_lora_rank": config.kv_lora_rank,
-        "rope.dimension_count": config.qk_rope_head_dim,
-        **_rope_metadata(config.rope_parameters),
     }
     if config.q_lora_rank is not None:
-        keys["attention.q_lora_rank"] = config.q_lora_rank
-    if not is_third:
-        refuse(norm_topk_prob=config.norm_topk_prob)
-        keys["expert_gating_func"] = SOFTMAX
+        more["attention.q_lora_rank"] = config.q_lora_rank
+    if config.model_type == "deepseek_v2":
+        k.refuse(config, "norm_topk_prob", False, None)
+        more["expert_gating_func"] = k.SOFTMAX
         if config.topk_method == "greedy":
-            keys |= {"expert_group_count": 1, "expert_group_used_count": 1}
-    written = {f"{NAME}.{key}": value for key, value in keys.items()}
-    return decoder_metadata(config, NAME) | router_metadata(config, NAME) | written
-
-
-def _rope_metadata(rope: dict[str, Any]) -> dict[str, Any]:
-    if rope.get("rope_type", "default") != "yarn":
-        return {}
-    if not rope.get("mscale_all_dim") or rope.get("mscale") != rope["mscale_all_dim"] or rope.get("attention_factor"):
+            more |= {"expert_group_count": 1, "expert_group_used_count": 1}
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind == "yarn":
+        more["rope.scaling.yarn_log_multiplier"] = MSCALE * _both_scales(config.rope_parameters)
+    elif kind != "default":
         raise UnsupportedModelError(
-            "a GGUF file of this architecture scales positions by yarn with mscale and mscale_all_dim alike; "
-            f"the config has {rope.get('mscale')} and {rope.get('mscale_all_dim')}."
+            f"positions are scaled ({kind}); llama.cpp scales this architecture's by yarn alone."
         )
-    keys = {"rope.scaling.yarn_log_multiplier": MSCALE * rope["mscale_all_dim"]}
-    for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if rope.get(name) is not None:
-            keys[f"rope.scaling.{key}"] = float(rope[name])
+    keys = k.decoder_metadata(config, NAME, more)
+    keys.pop(f"{NAME}.rope.scaling.attn_factor", None)  # llama.cpp knows it of this architecture
     return keys
+
+
+def _both_scales(rope: Mapping[str, Any]) -> float:
+    """Return yarn's scale of the angles, which must be that of attention."""
+    scale = rope.get("mscale_all_dim")
+    if not scale or rope.get("mscale") != scale or rope.get("attention_factor"):
+        raise UnsupportedModelError(
+            "llama.cpp's yarn for this architecture has mscale and mscale_all_dim alike, and no attention_factor; "
+            f"the config has {rope.get('mscale')}, {scale} and {rope.get('attention_factor')}."
+        )
+    return scale
 
 
 def _rules(config: Any) -> list[Rule]:
@@ -156,6 +161,5 @@ DEEPSEEK2 = Architecture(
     _config,
     _metadata,
     _rules,
-    ignored=(r"blk\.\d+\.nextn\..*",),
-    also=("deepseek_v2",),
+    variants=("deepseek_v2",),
 )

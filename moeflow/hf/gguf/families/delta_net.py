@@ -6,8 +6,7 @@ from typing import Any
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
 from moeflow.hf.gguf.changes import LogNegate, PlusOne, Squeeze
-from moeflow.hf.gguf.families.keys import Keys, decoder_config, decoder_metadata
-from moeflow.hf.gguf.families.routers import refuse
+from moeflow.hf.gguf.families import keys as k
 from moeflow.hf.gguf.families.rules import LAYER, ends, experts, gated_mlp, renamed
 from moeflow.hf.gguf.linear_changes import GroupedProjections, InTurn, ValueHeadColumns, ValueHeadRows
 
@@ -17,8 +16,8 @@ SECTIONS = [11, 11, 10]  # of the rotated dimensions, where a config does not sa
 
 
 def _config(metadata: Mapping[str, Any], tensors: Tensors, name: str) -> dict[str, Any]:
-    keys = Keys(metadata, name)
-    config = decoder_config(keys, tensors)
+    keys = k.Keys(metadata, name)
+    config = k.decoder_config(keys, tensors)
     config["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # transformers' default is another
     value_heads = keys["ssm.time_step_rank"]
     return config | {
@@ -36,7 +35,7 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors, name: str) -> dict[st
     }
 
 
-def _layer_types(keys: Keys, layers: int) -> list[str]:
+def _layer_types(keys: k.Keys, layers: int) -> list[str]:
     """Return which layers are linear: listed in newer files, every one but each fourth or so in the others."""
     linear = keys.get("attention.recurrent_layers")
     if linear is None:
@@ -46,13 +45,13 @@ def _layer_types(keys: Keys, layers: int) -> list[str]:
 
 
 def _metadata(config: Any, name: str) -> dict[str, Any]:
-    refuse(attention_bias=config.attention_bias)
+    k.refuse(config, "attention_bias", False)
     if config.linear_key_head_dim != config.linear_value_head_dim:
         raise UnsupportedModelError(
             f"a GGUF file of {name} has linear heads of one size; the config has keys of "
             f"{config.linear_key_head_dim} and values of {config.linear_value_head_dim}."
         )
-    keys = {
+    more = {
         "ssm.conv_kernel": config.linear_conv_kernel_dim,
         "ssm.state_size": config.linear_key_head_dim,
         "ssm.group_count": config.linear_num_key_heads,
@@ -64,7 +63,7 @@ def _metadata(config: Any, name: str) -> dict[str, Any]:
         "expert_used_count": config.num_experts_per_tok,
         **_layer_keys(config.layer_types),
     }
-    return decoder_metadata(config, name) | {f"{name}.{key}": value for key, value in keys.items()}
+    return k.decoder_metadata(config, name, more)
 
 
 def _layer_keys(kinds: list[str]) -> dict[str, Any]:
@@ -86,15 +85,14 @@ def _qwen3_next_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[st
 
 
 def _qwen3_next_metadata(config: Any) -> dict[str, Any]:
-    refuse(mlp_only_layers=config.mlp_only_layers, decoder_sparse_step=config.decoder_sparse_step - 1)
-    if not config.norm_topk_prob:
-        raise UnsupportedModelError("a GGUF file of qwen3next cannot say norm_topk_prob=False.")
+    k.refuse_dense_layers(config)
+    k.refuse(config, "norm_topk_prob", True)
     return _metadata(config, "qwen3next")
 
 
 def _qwen35_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     config = _config(metadata, tensors, "qwen35moe")
-    sections = Keys(metadata, "qwen35moe")["rope.dimension_sections"]
+    sections = k.Keys(metadata, "qwen35moe")["rope.dimension_sections"]
     config["rope_parameters"] |= {"mrope_section": [size for size in sections if size], "mrope_interleaved": True}
     return config | {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
 
@@ -159,6 +157,4 @@ def _query_and_key_rows(config: Any) -> int:
 
 
 QWEN3NEXT = Architecture("qwen3next", "qwen3_next", _qwen3_next_config, _qwen3_next_metadata, _qwen3_next_rules)
-QWEN35MOE = Architecture(
-    "qwen35moe", "qwen3_5_moe_text", _qwen35_config, _qwen35_metadata, _qwen35_rules, ignored=(r"blk\.\d+\.nextn\..*",)
-)
+QWEN35MOE = Architecture("qwen35moe", "qwen3_5_moe_text", _qwen35_config, _qwen35_metadata, _qwen35_rules)

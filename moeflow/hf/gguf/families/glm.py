@@ -5,18 +5,18 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
-from moeflow.hf.gguf.families.keys import Keys, decoder_config, decoder_metadata
+from moeflow.hf.gguf.families import keys as k
 from moeflow.hf.gguf.families.routers import needs_bias, router_config, router_metadata, router_rules, sigmoid_scores
 from moeflow.hf.gguf.families.rules import attention, ends, renamed
 
 
 def _glm4_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    keys = Keys(metadata, "glm4moe")
+    keys = k.Keys(metadata, "glm4moe")
     sigmoid_scores(keys)
     needs_bias(tensors)
     if any(keys.get("rope.dimension_sections", [])):
         raise UnsupportedModelError("the file is of a model that sees (rope.dimension_sections); moeflow reads text.")
-    config = decoder_config(keys, tensors) | router_config(keys)
+    config = k.decoder_config(keys, tensors) | router_config(keys)
     config["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # transformers' default is another
     return config | {
         "model_type": "glm4_moe",
@@ -28,7 +28,7 @@ def _glm4_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any
 
 
 def _glm4_metadata(config: Any) -> dict[str, Any]:
-    return decoder_metadata(config, "glm4moe") | router_metadata(config, "glm4moe")
+    return k.decoder_metadata(config, "glm4moe", router_metadata(config))
 
 
 def _glm4_rules(config: Any) -> list[Rule]:
@@ -36,11 +36,11 @@ def _glm4_rules(config: Any) -> list[Rule]:
 
 
 def _dots1_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    keys = Keys(metadata, "dots1")
+    keys = k.Keys(metadata, "dots1")
     sigmoid_scores(keys)
     needs_bias(tensors)
     return (
-        decoder_config(keys, tensors)
+        k.decoder_config(keys, tensors)
         | router_config(keys)
         | {
             "model_type": "dots1",
@@ -59,7 +59,7 @@ def _dots1_metadata(config: Any) -> dict[str, Any]:
             f"a GGUF file of dots1 has as many heads of keys as of queries; the config has "
             f"{config.num_key_value_heads} and {config.num_attention_heads}."
         )
-    return decoder_metadata(config, "dots1") | router_metadata(config, "dots1")
+    return k.decoder_metadata(config, "dots1", router_metadata(config))
 
 
 def _dots1_rules(config: Any) -> list[Rule]:
@@ -76,7 +76,5 @@ def _rules(second_norm: str) -> list[Rule]:
     ]
 
 
-GLM4MOE = Architecture(
-    "glm4moe", "glm4_moe", _glm4_config, _glm4_metadata, _glm4_rules, ignored=(r"blk\.\d+\.nextn\..*",)
-)
+GLM4MOE = Architecture("glm4moe", "glm4_moe", _glm4_config, _glm4_metadata, _glm4_rules)
 DOTS1 = Architecture("dots1", "dots1", _dots1_config, _dots1_metadata, _dots1_rules)

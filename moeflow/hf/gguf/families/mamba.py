@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
 from moeflow.hf.gguf.changes import LogNegate, Squeeze
-from moeflow.hf.gguf.families.keys import Keys
-from moeflow.hf.gguf.families.routers import needs_bias, refuse
+from moeflow.hf.gguf.families import keys as k
+from moeflow.hf.gguf.families.routers import needs_bias
 from moeflow.hf.gguf.families.rules import LAYER, renamed
 from moeflow.hf.gguf.linear_changes import InTurn, Reshaped
 
@@ -15,7 +16,7 @@ STATE, FULL, EXPERTS = "linear_attention", "full_attention", "moe"
 
 
 def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    keys = Keys(metadata, NAME)
+    keys = k.Keys(metadata, NAME)
     needs_bias(tensors)
     layers = keys["block_count"] - keys.get("nextn_predict_layers", 0)
     key_heads, widths = keys["attention.head_count_kv"], keys["feed_forward_length"]
@@ -59,13 +60,13 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
 
 
 def _metadata(config: Any) -> dict[str, Any]:
-    refuse(
-        use_bias=config.use_bias,
-        mlp_bias=config.mlp_bias,
-        attention_bias=config.attention_bias,
-        sliding_window=config.sliding_window,
-        dense_layers=config.layers_block_type.count("mlp"),
-    )
+    for field in ("use_bias", "mlp_bias", "attention_bias"):
+        k.refuse(config, field, False)
+    k.refuse_window(config)
+    k.refuse(config, "mlp_hidden_act", "relu2")
+    k.refuse(config, "mamba_hidden_act", "silu")
+    if "mlp" in config.layers_block_type:
+        raise UnsupportedModelError(f"a GGUF file of {NAME} has no layers of a dense MLP; the config has some.")
     kinds = config.layers_block_type
     keys = {
         "block_count": len(kinds),
@@ -128,4 +129,4 @@ def _rules(config: Any) -> list[Rule]:
     ]
 
 
-NEMOTRON_H_MOE = Architecture(NAME, "nemotron_h", _config, _metadata, _rules, ignored=(r"blk\.\d+\.nextn\..*",))
+NEMOTRON_H_MOE = Architecture(NAME, "nemotron_h", _config, _metadata, _rules)

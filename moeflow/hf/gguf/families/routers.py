@@ -7,10 +7,9 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Rule, Tensors
-from moeflow.hf.gguf.families.keys import Keys
+from moeflow.hf.gguf.families.keys import SIGMOID, SOFTMAX, Keys
 from moeflow.hf.gguf.families.rules import LAYER, experts, gated_mlp, renamed
 
-SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of the functions that make scores
 SCORES = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
 
 
@@ -48,9 +47,9 @@ def router_config(keys: Keys) -> dict[str, Any]:
     }
 
 
-def router_metadata(config: Any, name: str) -> dict[str, Any]:
-    """Return the keys that `router_config` reads."""
-    keys = {
+def router_metadata(config: Any) -> dict[str, Any]:
+    """Return the keys that `router_config` reads, without the architecture's name in front."""
+    return {
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_count": config.n_routed_experts,
         "expert_shared_count": config.n_shared_experts,
@@ -62,7 +61,6 @@ def router_metadata(config: Any, name: str) -> dict[str, Any]:
         "expert_group_count": config.n_group or 1,
         "expert_group_used_count": config.topk_group or 1,
     }
-    return {f"{name}.{key}": value for key, value in keys.items()}
 
 
 def router_rules(bias: str = "mlp.gate.e_score_correction_bias", gate: str = "mlp.gate") -> list[Rule]:
@@ -80,9 +78,3 @@ def needs_bias(tensors: Tensors) -> None:
     """Refuse a file without the correction of scores that its model adds."""
     if not any(name.endswith("exp_probs_b.bias") for name in tensors):
         raise UnsupportedModelError("the file's experts are scored by sigmoid without exp_probs_b; moeflow needs it.")
-
-
-def refuse(**found: Any) -> None:
-    """Raise UnsupportedModelError, naming them, if any of these fields of a config is set: GGUF has no place for it."""
-    if wrong := [f"{name}={value!r}" for name, value in found.items() if value]:
-        raise UnsupportedModelError(f"a GGUF file of this architecture cannot say {', '.join(wrong)}.")

@@ -3,23 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
 from moeflow.hf.gguf.changes import Squeeze
-from moeflow.hf.gguf.families.keys import Keys, decoder_config, decoder_metadata
-from moeflow.hf.gguf.families.routers import SIGMOID, needs_bias, refuse, sigmoid_scores
+from moeflow.hf.gguf.families import keys as k
+from moeflow.hf.gguf.families.routers import needs_bias, sigmoid_scores
 from moeflow.hf.gguf.families.rules import LAYER, experts, renamed
 
 NAME = "lfm2moe"
 
 
 def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    keys = Keys(metadata, NAME)
+    keys = k.Keys(metadata, NAME)
     sigmoid_scores(keys)
     needs_bias(tensors)
     key_heads = keys["attention.head_count_kv"]  # of each layer; a convolution has none
     uniform = {**metadata, f"{NAME}.attention.head_count_kv": max(key_heads)}
-    config = decoder_config(Keys(uniform, NAME), tensors)
+    config = k.decoder_config(k.Keys(uniform, NAME), tensors)
     del config["head_dim"]  # transformers divides the width by the heads
     return config | {
         "model_type": "lfm2_moe",
@@ -40,14 +39,12 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
 
 
 def _metadata(config: Any) -> dict[str, Any]:
-    refuse(conv_bias=config.conv_bias)
-    if not config.norm_topk_prob or config.routed_scaling_factor != 1 or not config.use_expert_bias:
-        raise UnsupportedModelError(
-            "a GGUF file of lfm2moe has use_expert_bias, norm_topk_prob and a routed_scaling_factor of 1; the config "
-            f"has {config.use_expert_bias}, {config.norm_topk_prob} and {config.routed_scaling_factor}."
-        )
+    k.refuse(config, "conv_bias", False)
+    k.refuse(config, "norm_topk_prob", True)
+    k.refuse(config, "routed_scaling_factor", 1)
+    k.refuse(config, "use_expert_bias", True)
     heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
-    keys = {
+    more = {
         "attention.head_count_kv": heads,
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
         "shortconv.l_cache": config.conv_L_cache,
@@ -55,9 +52,9 @@ def _metadata(config: Any) -> dict[str, Any]:
         "expert_count": config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
         "leading_dense_block_count": config.num_dense_layers,
-        "expert_gating_func": SIGMOID,
+        "expert_gating_func": k.SIGMOID,
     }
-    return decoder_metadata(config, NAME) | {f"{NAME}.{key}": value for key, value in keys.items()}
+    return k.decoder_metadata(config, NAME, more)
 
 
 def _rules(config: Any) -> list[Rule]:

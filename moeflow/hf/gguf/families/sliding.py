@@ -5,11 +5,9 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
-from moeflow.hf.gguf.families.keys import Keys, decoder_config, decoder_metadata
+from moeflow.hf.gguf.families import keys as k
 from moeflow.hf.gguf.families.routers import (
-    SIGMOID,
     needs_bias,
-    refuse,
     router_config,
     router_rules,
     sigmoid_scores,
@@ -21,10 +19,10 @@ PERIOD = 4  # llama.cpp has no other for AFMoE: every fourth layer has no window
 
 
 def _exaone_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    keys = Keys(metadata, "exaone-moe")
+    keys = k.Keys(metadata, "exaone-moe")
     sigmoid_scores(keys)
     needs_bias(tensors)
-    config = decoder_config(keys, tensors) | router_config(keys)
+    config = k.decoder_config(keys, tensors) | router_config(keys)
     layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
     pattern = keys["attention.sliding_window_pattern"][:layers]
     return config | {
@@ -44,7 +42,7 @@ def _exaone_metadata(config: Any) -> dict[str, Any]:
         raise UnsupportedModelError("a GGUF file of exaone-moe has its dense layers first; the config has others.")
     if not config.sliding_window:
         raise UnsupportedModelError("a GGUF file of exaone-moe has a window; the config has none.")
-    router = {
+    more = {
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_shared_feed_forward_length": config.moe_intermediate_size * config.num_shared_experts,
         "expert_count": config.num_experts,
@@ -52,14 +50,14 @@ def _exaone_metadata(config: Any) -> dict[str, Any]:
         "expert_used_count": config.num_experts_per_tok,
         "expert_group_count": config.n_group,
         "expert_group_used_count": config.topk_group,
-        "expert_gating_func": SIGMOID,
+        "expert_gating_func": k.SIGMOID,
         "expert_weights_norm": config.norm_topk_prob,
         "expert_weights_scale": float(config.routed_scaling_factor),
         "leading_dense_block_count": dense,
         "attention.sliding_window": config.sliding_window,
         "attention.sliding_window_pattern": [kind == WINDOW for kind in config.layer_types],
     }
-    return decoder_metadata(config, "exaone-moe") | {f"exaone-moe.{key}": value for key, value in router.items()}
+    return k.decoder_metadata(config, "exaone-moe", more)
 
 
 def _exaone_rules(config: Any) -> list[Rule]:
@@ -73,14 +71,14 @@ def _exaone_rules(config: Any) -> list[Rule]:
 
 
 def _afmoe_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    keys = Keys(metadata, "afmoe")
+    keys = k.Keys(metadata, "afmoe")
     sigmoid_scores(keys)
     needs_bias(tensors)
     if not keys.get("expert_weights_norm", False):
         raise UnsupportedModelError("the file's scores are not normalised; transformers' AFMoE always does.")
     if (period := keys.get("attention.sliding_window_pattern", PERIOD)) != PERIOD:
         raise UnsupportedModelError(f"the file's layers without a window come every {period}; moeflow reads {PERIOD}.")
-    config = decoder_config(keys, tensors)
+    config = k.decoder_config(keys, tensors)
     return config | {
         "model_type": "afmoe",
         "architectures": ["AfmoeForCausalLM"],
@@ -99,24 +97,21 @@ def _afmoe_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
 
 
 def _afmoe_metadata(config: Any) -> dict[str, Any]:
-    refuse(attention_bias=config.attention_bias)
-    if not config.mup_enabled or list(config.layer_types) != _periodic(config.num_hidden_layers):
-        raise UnsupportedModelError(
-            f"a GGUF file of afmoe has mup_enabled and every {PERIOD}th layer with full attention; the config has "
-            f"mup_enabled={config.mup_enabled} and layer_types={config.layer_types}."
-        )
-    router = {
+    k.refuse(config, "attention_bias", False)
+    k.refuse(config, "mup_enabled", True)
+    k.refuse(config, "layer_types", _periodic(config.num_hidden_layers))
+    more = {
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_count": config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
         "expert_shared_count": config.num_shared_experts,
         "leading_dense_block_count": config.num_dense_layers,
-        "expert_gating_func": SIGMOID,
+        "expert_gating_func": k.SIGMOID,
         "expert_weights_norm": True,
         "expert_weights_scale": float(config.route_scale),
         "attention.sliding_window": config.sliding_window,
     }
-    return decoder_metadata(config, "afmoe") | {f"afmoe.{key}": value for key, value in router.items()}
+    return k.decoder_metadata(config, "afmoe", more)
 
 
 def _periodic(layers: int) -> list[str]:
@@ -136,7 +131,5 @@ def _afmoe_rules(config: Any) -> list[Rule]:
     ]
 
 
-EXAONE_MOE = Architecture(
-    "exaone-moe", "exaone_moe", _exaone_config, _exaone_metadata, _exaone_rules, ignored=(r"blk\.\d+\.nextn\..*",)
-)
+EXAONE_MOE = Architecture("exaone-moe", "exaone_moe", _exaone_config, _exaone_metadata, _exaone_rules)
 AFMOE = Architecture("afmoe", "afmoe", _afmoe_config, _afmoe_metadata, _afmoe_rules)
