@@ -59,7 +59,11 @@ def feed(architecture: Architecture, config: Any, parameters: Collection[str], h
                 found[name] = fed
     used = {tensor for fed in found.values() for tensor in fed.tensors}
     numbered = [re.compile(re.escape(name).replace(re.escape(_EXPERT), r"\d+")) for name in used if _EXPERT in name]
-    ignored = [re.compile(pattern) for pattern in architecture.ignored]
+    # Blocks after the layers that predict further tokens: models of transformers have none.
+    further = {name.split(".nextn.")[0] for name in held if ".nextn." in name}
+    ignored = [
+        re.compile(pattern) for pattern in (*architecture.ignored, *(re.escape(block) + r"\..*" for block in further))
+    ]
     for name in held:
         if name not in used and not any(pattern.fullmatch(name) for pattern in (*numbered, *ignored)):
             raise CheckpointError(
