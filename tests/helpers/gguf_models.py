@@ -97,7 +97,7 @@ def _add_words(writer: gguf.GGUFWriter, count: int) -> None:
     alphabet = list(dict.fromkeys(bytes_to_unicode().values()))
     words = [*alphabet, *(f"<{number}>" for number in range(count))][:count]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
     kinds = [gguf.TokenType.NORMAL if number < len(alphabet) else gguf.TokenType.CONTROL for number in range(count)]
     writer.add_token_types(kinds)

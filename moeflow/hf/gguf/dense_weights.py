@@ -4,23 +4,19 @@ Knows rules and tensors of the file. Knows nothing of experts.
 """
 
 import math
-import os
 import re
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from moeflow.checkpoint.gguf.file import GgufFile
-from moeflow.checkpoint.headers import TensorEntry
-from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import CheckpointError
 from moeflow.hf.gguf.block_modules import keep_in_blocks
 from moeflow.hf.gguf.feeding import Fed
+from moeflow.hf.gguf.values import read_bytes, read_values
 from moeflow.kernels.quantization.ggml import BLOCK_TYPES
-from moeflow.kernels.quantization.ggml_values import block_values
 
 _KEPT = (torch.nn.Linear, torch.nn.Embedding)
 
@@ -125,8 +121,8 @@ class DenseWeights:
         """Read the blocks of the weights that were taken off into their modules."""
         for name, paths in self._taken:
             fed = self._fed[name]
-            blocks = [self._read(self._file.tensors[tensor]) for tensor in fed.tensors]
-            blocks = fed.rule.change.read(blocks, self._config).contiguous()
+            parts = [read_bytes(self._file, tensor) for tensor in fed.tensors]
+            blocks = fed.rule.change.read(parts, self._config).contiguous()
             (dtype,) = {self._file.tensors[tensor].dtype for tensor in fed.tensors}
             for path in paths:
                 keep_in_blocks(loaded.get_submodule(path), blocks, BLOCK_TYPES[dtype].format, self._dtype)
@@ -134,35 +130,8 @@ class DenseWeights:
     def values(self, name: str) -> torch.Tensor:
         """Read one parameter's values, in the model's dtype."""
         fed = self._fed[name]
-        parts = []
-        for tensor in fed.tensors:
-            entry = self._file.tensors[tensor]
-            raw = self._read(entry)
-            is_float = entry.dtype in FLOAT_DTYPES
-            parts.append(
-                raw.view(FLOAT_DTYPES[entry.dtype]) if is_float else block_values(raw, BLOCK_TYPES[entry.dtype].format)
-            )
-            parts[-1] = parts[-1].view(entry.shape)
+        parts = [read_values(self._file, tensor) for tensor in fed.tensors]
         return fed.rule.change.read(parts, self._config).to(self._dtype)
-
-    def _read(self, entry: TensorEntry) -> torch.Tensor:
-        """Read a tensor's bytes, [rows of it, bytes]."""
-        raw = np.empty(entry.num_bytes, np.uint8)
-        path = self._file.files[entry.file]
-        try:
-            with open(path, "rb", buffering=0) as handle:
-                handle.seek(entry.begin)
-                view, done = memoryview(raw), 0
-                while done < len(view):
-                    count = handle.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(f"{path} is shorter than its header says. Download it again.")
-                    done += count
-                os.posix_fadvise(handle.fileno(), entry.begin, entry.num_bytes, os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        rows = math.prod(entry.shape[:-1])
-        return torch.from_numpy(raw).view(rows, -1)
 
 
 class _Lazy:

@@ -13,15 +13,14 @@ from transformers import PreTrainedModel
 from moeflow.checkpoint.headers import TensorEntry
 from moeflow.checkpoint.layer_source import Conversion, Convert, LayerSource, PieceTable
 from moeflow.checkpoint.prequantized.records import quantized_record
-from moeflow.core import MatrixSpec, RecordLayout, TensorSpec
-from moeflow.dtypes import FLOAT_DTYPES, TORCH_DTYPES
+from moeflow.core import MatrixSpec, TensorSpec
+from moeflow.dtypes import TORCH_DTYPES
 from moeflow.errors import CheckpointError
 from moeflow.hf.expert_sources import map_layouts
 from moeflow.hf.experts_interface import experts_modules
 from moeflow.hf.gguf.feeding import Fed
-from moeflow.kernels.quantization.formats import find_format
+from moeflow.hf.gguf.values import values_of
 from moeflow.kernels.quantization.ggml import BLOCK_TYPES
-from moeflow.kernels.quantization.ggml_values import block_values
 
 _MIXED = "float32"
 
@@ -111,7 +110,7 @@ class _Parts:
             rows = []
             for table, piece in zip(self.tables, pieces, strict=True):
                 raw = torch.from_numpy(piece).view(table.shape[0], -1)
-                rows.append(raw if is_same else _values(raw, table.dtype_of(expert)))
+                rows.append(raw if is_same else values_of(raw, table.dtype_of(expert), spec.name))
             if not is_same:
                 out = out.view(TORCH_DTYPES[spec.dtype])
             out = out.view(sum(len(part) for part in rows), -1)
@@ -122,13 +121,6 @@ class _Parts:
                 torch.cat(rows, out=out) if rows[0].dtype == out.dtype else out.copy_(torch.cat(rows))
 
         return convert
-
-
-def _values(raw: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return the values of rows of bytes."""
-    if dtype in FLOAT_DTYPES:
-        return raw.view(FLOAT_DTYPES[dtype])
-    return block_values(raw, BLOCK_TYPES[dtype].format)
 
 
 def _parts(
@@ -177,8 +169,3 @@ def _of_each(name: str, entries: list[TensorEntry]) -> PieceTable:
     if len(set(types)) == 1:
         return PieceTable(first.dtype, first.shape, first.num_bytes, files, begins)
     return PieceTable(first.dtype, first.shape, max(sizes), files, begins, sizes, types)
-
-
-def holds_blocks(record: RecordLayout) -> bool:
-    """Whether a record has matrices in GGML's blocks."""
-    return any(find_format(matrix.format).kind == "ggml" for matrix in record.matrices)

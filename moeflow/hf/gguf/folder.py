@@ -24,6 +24,7 @@ from moeflow.file_lock import exclusive
 from moeflow.hf.files.config import read_object
 from moeflow.hf.gguf.architectures import find_architecture
 from moeflow.hf.gguf.tokenizer import build_tokenizer
+from moeflow.hf.gguf.values import readers
 from moeflow.hf.gguf.vocabulary import end_ids, field, read_vocabulary
 from moeflow.hf.wall import one_line, wall
 from moeflow.paths import cache_folder
@@ -91,6 +92,26 @@ def gguf_folder(file: Path, *, config: Path | None = None) -> Path:
     except OSError as error:
         raise ConfigError(_cannot_write(folder, error.strerror or str(error))) from error
     return folder
+
+
+def open_gguf_of(folder: Path) -> GgufFile | None:
+    """Return the GGUF file that a folder of `gguf_folder` stands for; None for any other folder.
+
+    Raises:
+        CheckpointError: the file is gone, is damaged, or has another size than when the folder was made.
+    """
+    path = folder / GGUF_FILE
+    if not path.is_file():
+        return None
+    told = read_object(path)
+    try:
+        files, sizes = [Path(file) for file in told["files"]], list(told["sizes"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: delete {folder}, and give the GGUF file again.") from error
+    found = open_gguf(files[0])
+    if found.files != files or [stamp.num_bytes for stamp in found.stamps] != sizes:
+        raise CheckpointError(f"{files[0]} is another file than {folder} was made for. Give the GGUF file itself.")
+    return found
 
 
 class _Own(NamedTuple):
@@ -168,7 +189,7 @@ def _config(file: Path, found: GgufFile, given: _Own | None) -> dict[str, Any]:
     if given is not None:
         return _without_quantization(read_object(given.path))
     try:
-        fields = architecture.config(found.metadata, set(found.tensors))
+        fields = architecture.config(found.metadata, readers(found))
     except KeyError as error:
         raise CheckpointError(
             f"{file}: the metadata of an architecture {architecture.name} must have {error.args[0]}, and it is not "
