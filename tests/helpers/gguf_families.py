@@ -169,10 +169,7 @@ class ReadBack:
             found = [self.tensors[one] for one in names]
             if name not in experts:
                 return rule.change.read(found, model.config)
-            if rule.interleaves and len(found) > 1:
-                value = torch.stack(found, 2).flatten(1, 2)
-            else:
-                value = torch.cat(found, 1)
+            value = torch.stack(found, 2).flatten(1, 2) if rule.interleaves and len(found) > 1 else torch.cat(found, 1)
             turned = experts[name].is_transposed and value.dim() == 3
             return value.transpose(1, 2) if turned else value
         raise AssertionError(f"no rule makes {name} of the file's tensors")
@@ -196,5 +193,6 @@ def load_back(file: Path, architecture: Architecture) -> tuple[transformers.PreT
     state = {name: back.parameter(name, rules, empty) for name in empty.state_dict() if name not in tied}
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     missing, unexpected = model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
-    assert set(missing) <= tied and not unexpected
+    assert set(missing) <= tied
+    assert not unexpected
     return model.eval(), back
