@@ -162,12 +162,13 @@ class Bench:
         """Make the GGUF file; return why llama.cpp cannot run, if so."""
         if importlib.util.find_spec("llama_cpp") is None:
             return "not installed"
-        from bench.gguf_export import ExportError, export_gguf
+        from bench.gguf_file import gguf_of
+        from moeflow.errors import MoeflowError
 
         say("writing the GGUF file for llama.cpp, unless it is there")
         try:
-            self.gguf = export_gguf(self.args.model, self.args.work)
-        except (ExportError, OSError) as error:
+            self.gguf = gguf_of(self.args.model, self.args.work)
+        except (MoeflowError, OSError) as error:
             return f"no GGUF: {error}"
         return None
 

@@ -112,7 +112,9 @@ def run_case(arguments: argparse.Namespace, model: Path, case: str, threads: int
         jobs.append((sys.executable, {"name": name, "engine": "moeflow", "options": options}))
     if arguments.llama_python:
         experts = FORMATS[quantization]
-        gguf = export(arguments.llama_python, model, arguments.work, experts)
+        from bench.gguf_file import gguf_of
+
+        gguf = str(gguf_of(model, arguments.work, experts))
         jobs.append((arguments.llama_python, {"name": f"llama.cpp {experts}", "engine": "llama", "gguf": gguf}))
     workers = []
     for python, job in jobs:
@@ -130,13 +132,6 @@ def run_case(arguments: argparse.Namespace, model: Path, case: str, threads: int
     native = next(worker for worker in workers if worker.name == "moeflow native step")
     return {"case": case, "threads": threads, "bytes": native.ready["bytes"],
             "instruction_set": native.ready["instruction_set"], "answers": answers}  # fmt: skip
-
-
-def export(python: str, model: Path, work: Path, experts: str) -> str:
-    """Return the path of the model as llama.cpp reads it."""
-    command = [python, str(HERE / "bench" / "gguf_export.py"), str(model), str(work), "--experts", experts]
-    environment = dict(os.environ, PYTHONPATH=str(HERE.parent))
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout.strip()
 
 
 def print_case(result: dict) -> None:

@@ -1,4 +1,5 @@
-"""Routed experts as transformers itself loads and runs them, one expert at a time: what others are compared with.
+"""Weights as transformers itself loads them, one parameter or expert at a time, and experts as it runs them.
 
-Knows transformers' conversions and its modules' own forward. Knows nothing of runtimes. `verify/` imports it.
+Others are compared with them, or written of them. Knows transformers' conversions and its modules' own forward. Knows
+nothing of runtimes. `verify/` and `convert/` import it.
 """

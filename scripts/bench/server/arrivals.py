@@ -119,11 +119,12 @@ def sides(arguments: argparse.Namespace, skipped: dict[str, str]) -> dict[str, S
     if arguments.llama_python is None:
         skipped[name] = "give --llama-python, a Python that has llama-cpp-python[server]"
     else:
-        from bench.gguf_export import ExportError, export_gguf
+        from bench.gguf_file import gguf_of
+        from moeflow.errors import MoeflowError
 
         try:
-            gguf = export_gguf(arguments.model, arguments.work)
-        except ExportError as error:
+            gguf = gguf_of(arguments.model, arguments.work)
+        except MoeflowError as error:
             skipped[name] = str(error)
         else:
             found[name] = llama_server(arguments.llama_python, gguf, arguments.threads, 1024)

@@ -86,8 +86,8 @@ def experts_config(keys: Keys, *, count: str, used: str, width: str | None = Non
         width: the field of an expert's width, where it is not the dense MLP's.
 
     Raises:
-        UnsupportedModelError: the file scales the experts' weights, routes in groups, or has values of another size than keys,
-            and the family does not.
+        UnsupportedModelError: the file scales the experts' weights, routes in groups, or has values of another size
+            than keys, and the family does not.
     """
     for key, usual in (("expert_weights_scale", (0, 1)), ("expert_group_count", (0, 1))):
         if keys.get(key, 0) not in usual:
