@@ -62,11 +62,11 @@ def architecture_of(config: Any) -> Architecture:
     found = [
         entry
         for entry in ARCHITECTURES.values()
-        if config.model_type in (entry.model_type, *entry.variants) and entry.metadata
+        if config.model_type in (entry.model_type, *entry.also) and entry.metadata
     ]
     if not found:
         known = sorted(
-            {kind for entry in ARCHITECTURES.values() if entry.metadata for kind in (entry.model_type, *entry.variants)}
+            {kind for entry in ARCHITECTURES.values() if entry.metadata for kind in (entry.model_type, *entry.also)}
         )
         raise UnsupportedModelError(
             f"moeflow writes no GGUF files of {config.model_type} models; it writes {', '.join(known)}."

@@ -5,11 +5,11 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
+from moeflow.hf.gguf.changes import LatentHeads
 from moeflow.hf.gguf.families import keys as k
 from moeflow.hf.gguf.families.rope import rope_config
 from moeflow.hf.gguf.families.routers import needs_bias, router_config, router_metadata, router_rules, scores_of
 from moeflow.hf.gguf.families.rules import LAYER, ends, renamed
-from moeflow.hf.gguf.latent_changes import LatentHeads
 
 NAME = "deepseek2"
 # llama.cpp's converter multiplies mscale_all_dim by it, in this architecture alone
@@ -161,5 +161,5 @@ DEEPSEEK2 = Architecture(
     _config,
     _metadata,
     _rules,
-    variants=("deepseek_v2",),
+    also=("deepseek_v2",),
 )

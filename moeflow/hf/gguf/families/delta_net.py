@@ -5,10 +5,17 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
-from moeflow.hf.gguf.changes import LogNegate, PlusOne, Squeeze
+from moeflow.hf.gguf.changes import (
+    GroupedProjections,
+    InTurn,
+    LogNegate,
+    PlusOne,
+    Squeeze,
+    ValueHeadColumns,
+    ValueHeadRows,
+)
 from moeflow.hf.gguf.families import keys as k
 from moeflow.hf.gguf.families.rules import LAYER, ends, experts, gated_mlp, renamed
-from moeflow.hf.gguf.linear_changes import GroupedProjections, InTurn, ValueHeadColumns, ValueHeadRows
 
 LINEAR, FULL = "linear_attention", "full_attention"
 DELTA = f"{LAYER}.linear_attn"

@@ -5,11 +5,10 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture, Rule, Tensors
-from moeflow.hf.gguf.changes import LogNegate, Squeeze
+from moeflow.hf.gguf.changes import InTurn, LogNegate, Reshaped, Squeeze
 from moeflow.hf.gguf.families import keys as k
 from moeflow.hf.gguf.families.routers import needs_bias
 from moeflow.hf.gguf.families.rules import LAYER, renamed
-from moeflow.hf.gguf.linear_changes import InTurn, Reshaped
 
 NAME = "nemotron_h_moe"
 STATE, FULL, EXPERTS = "linear_attention", "full_attention", "moe"

@@ -24,14 +24,16 @@ def _exaone_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, A
     needs_bias(tensors)
     config = k.decoder_config(keys, tensors) | router_config(keys)
     layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
-    pattern = keys["attention.sliding_window_pattern"][:layers]
+    pattern = keys["attention.sliding_window_pattern"]
+    if not isinstance(pattern, list):
+        raise UnsupportedModelError(f"the file says which layers have a window by {pattern!r}; moeflow reads a list.")
     return config | {
         "model_type": "exaone_moe",
         "architectures": ["ExaoneMoeForCausalLM"],
         "num_experts": config.pop("n_routed_experts"),
         "num_shared_experts": config.pop("n_shared_experts"),
         "sliding_window": keys["attention.sliding_window"],
-        "layer_types": [WINDOW if has_window else FULL for has_window in pattern],
+        "layer_types": [WINDOW if has_window else FULL for has_window in pattern[:layers]],
         "mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(layers)],
     }
 
