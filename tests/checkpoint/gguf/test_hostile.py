@@ -93,9 +93,9 @@ def check_as_gguf_reads_it(file, found):
 def test_damaged_files_are_refused_or_read(tmp_path, real, base, flipped, numbers, cut, doubled):
     data = bytearray(real[base])
     for place, bits in flipped:
-        data[place] ^= bits
+        data[place % len(data)] ^= bits
     for place, form, number in numbers:
-        struct.pack_into(form, data, place, number % (1 << 8 * struct.calcsize(form)))
+        struct.pack_into(form, data, place % (len(data) - 8), number % (1 << 8 * struct.calcsize(form)))
     if doubled is not None:
         data[doubled[0] : doubled[0]] = data[doubled[0] : sum(doubled)]
     names = ["w.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
