@@ -16,7 +16,7 @@ from pathlib import Path
 
 FORMATS = (
     "float32", "bfloat16", "int8", "int8-g64", "int4-g32", "int4-g64", "int4-g128", "int3-g64", "int2-g64", "int1-g64",
-    "mxfp4", "fp8", "bf16-lossless",
+    "mxfp4", "fp8", "bf16-lossless", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q4_0", "iq4_xs", "ggml_mxfp4",
 )  # fmt: skip
 PARTS = ("gemv", "block", "gemm")
 FIGURES = (  # to reach: name, key of a result, at least
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.shape, arguments.working_set_mb, arguments.rounds, arguments.tokens = "256x192", 1, 2, "1,3,32"
+        arguments.shape, arguments.working_set_mb, arguments.rounds, arguments.tokens = "256x256", 1, 2, "1,3,32"
 
     import torch
 

@@ -71,7 +71,11 @@ bool supported(const char *name) {
 void ask(const Matrix &m, bool is_rounded, Rows &rows) {
     const bool has_zeros = m.format == UINT4 || m.format == UINT3 || m.format == UINT2;
     if (has_zeros) rows.sums[m.group_size / 64] = 0;
-    if (is_rounded && m.format > FLOAT16 && m.format < FP8) rows.is_rounded = 1;
+    switch (m.format) { /* blocks with minima */
+    case BLOCKS_Q4_0: case BLOCKS_Q4_1: case BLOCKS_Q5_1: case BLOCKS_Q4_K: case BLOCKS_Q5_K: rows.sums[0] = 0; break;
+    case BLOCKS_Q2_K: rows.sums[SUMS_OF_16] = 0;
+    }
+    if (is_rounded && m.format > FLOAT16 && m.format != FP8 && m.format != LOSSLESS) rows.is_rounded = 1;
 }
 Rows no_rows(int num_features) {
     Rows rows{};
@@ -84,11 +88,11 @@ Rows no_rows(int num_features) {
 bool lay_out(Rows &rows) {
     rows.stride = 4 * rows.padded;
     bool is_asked = rows.is_rounded;
-    for (int slot = 0; slot < 3; ++slot) {
+    for (int slot = 0; slot < NUM_SUMS; ++slot) {
         if (rows.sums[slot] < 0) continue;
         is_asked = true;
         rows.sums[slot] = rows.stride;
-        rows.stride += 4 * arithmetic->lanes * (rows.padded / (32 << slot));
+        rows.stride += 4 * arithmetic->lanes * (rows.padded / GROUP_OF_SUMS[slot]);
     }
     if (rows.is_rounded) {
         rows.codes = rows.stride, rows.deltas = rows.stride + 2 * rows.padded;
@@ -389,6 +393,24 @@ EXPORTED int moeflow_cpu_linear(const Matrix *matrix, const char *record, const 
                                 int num_threads) {
     return moeflow_cpu_linears(matrix, 1, record, x, format, stride_bytes, num_tokens, &out, activation_bits,
                                num_threads);
+}
+
+/* Rows of a matrix [N, K] in GGML's blocks to out [count, K]; -1: there is no such row. */
+EXPORTED int moeflow_cpu_block_rows(const Matrix *matrix, const int64_t *ids, int64_t count, char *out, int format) {
+    constexpr int AT_ONCE = 2048;
+    const Matrix &m = *matrix;
+    if (m.format < BLOCKS_Q8_0 || m.format >= NUM_FORMATS || !is_count(count)) return NO_FIT;
+    if (count && (!m.codes || !ids || !out)) return NO_FIT;
+    for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= m.num_rows) return -1;
+        for (int k = 0; k < m.in_features; k += AT_ONCE) {
+            float values[AT_ONCE];
+            const int now = least(AT_ONCE, m.in_features - k);
+            arithmetic->unpack(m, nullptr, ids[i], k, now, values);
+            arithmetic->store(values, out + (i * m.in_features + k) * bytes_of(format), now, format);
+        }
+    }
+    return DONE;
 }
 
 /* transformers' RMSNorm of rows [T, H]; sum_lanes: floats in the vectors that torch's sums use here. */

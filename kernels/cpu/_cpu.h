@@ -20,7 +20,12 @@
 namespace moeflow {
 
 /* In the order of _FORMATS in structs.py. */
-enum Format { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT4, UINT3, UINT2, SIGN1, MXFP4, FP8, LOSSLESS, NUM_FORMATS };
+enum Format {
+    FLOAT32, BFLOAT16, FLOAT16, INT8, UINT4, UINT3, UINT2, SIGN1, MXFP4, FP8, LOSSLESS, /* and GGML's blocks: */
+    BLOCKS_Q8_0, BLOCKS_Q4_0, BLOCKS_Q4_1, BLOCKS_Q5_0, BLOCKS_Q5_1, BLOCKS_Q2_K, BLOCKS_Q3_K,
+    BLOCKS_Q4_K, BLOCKS_Q5_K, BLOCKS_Q6_K, BLOCKS_IQ4_NL, BLOCKS_IQ4_XS, BLOCKS_MXFP4,
+    NUM_FORMATS
+};
 /* In the order of _KINDS in structs.py. */
 enum Kind { SILU, GELU, GELU_TANH, RELU, RELU2 };
 enum Gate { NO_GATE, CONCATENATED, INTERLEAVED };
@@ -60,10 +65,11 @@ struct Expert {
 
 /* Rows of activations as the kernels read them: float32, padded with zeros to a multiple of 128; then, where a format
  * asks for it, sums over every group and the values rounded to int16 in blocks of 128. Offsets in bytes within a row. */
+constexpr int NUM_SUMS = 4, SUMS_OF_16 = 3, GROUP_OF_SUMS[NUM_SUMS] = {32, 64, 128, 16};
 struct Rows {
     char *data;
     int64_t stride;
-    int64_t sums[3]; /* of groups of 32, 64, 128; -1: no format needs them */
+    int64_t sums[NUM_SUMS]; /* of groups as GROUP_OF_SUMS has them; -1: no format needs them */
     int64_t codes, deltas;
     int32_t num_features, padded;
     int32_t is_rounded; /* whether codes and deltas are there, and sums are theirs */
@@ -125,6 +131,8 @@ struct Arithmetic {
     void (*combine)(const float *outputs, const float *weights, int top_k, int num_features, void *out, int format);
     void (*linear)(const Matrix &matrix, const char *record, const Rows &input, int num_tokens, void *out, int format,
                    int first, int count, char *scratch);
+    /* Values k to k + count of a row of GGML's blocks as floats: k and count are multiples of a block. */
+    void (*unpack)(const Matrix &matrix, const char *record, int64_t row, int k, int count, float *to);
     void (*rms_norm)(const void *x, const void *weight, float eps, int count, void *out, int format,
                      int sum_lanes, char *scratch);
     /* Of a step: rounding; a = op(a, b) elementwise; and positions first to first + count of a head group's attention, as
@@ -152,6 +160,7 @@ int moeflow_cpu_combine(const float *outputs, const void *weights, int weights_f
 int moeflow_cpu_linears(const Matrix *matrices, int num_matrices, const char *record, const char *x, int format,
                         int64_t stride_bytes, int64_t num_tokens, void *const *outs, int activation_bits,
                         int num_threads);
+int moeflow_cpu_block_rows(const Matrix *matrix, const int64_t *ids, int64_t count, char *out, int format);
 int moeflow_lossless_rows(const uint8_t *codes, const uint16_t *tops, const uint8_t *escapes, int64_t room,
                           int64_t num_rows, int64_t in_features, const int64_t *ids, int64_t count, uint16_t *out);
 int moeflow_cpu_rms_norm(const char *x, int64_t stride_bytes, const void *weight, float eps, int64_t num_tokens,

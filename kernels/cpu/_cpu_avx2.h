@@ -100,6 +100,44 @@ struct Avx2 {
         return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
     }
 
+    /* Of GGML's blocks: bytes as they are, of which each half is a plane, bits spread out, fields at another place. */
+    static Bytes bytes_at(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+    static Bytes pairs(const uint8_t *p) {
+        const __m128i both = _mm_loadu_si128((const __m128i *)p);
+        return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15));
+    }
+    static Bytes bits(const uint8_t *p, int value) { return _mm256_and_si256(is_set(p), _mm256_set1_epi8((char)value)); }
+    static Bytes moved(Bytes b, int left, int mask) {
+        if (left > 0) b = _mm256_slli_epi16(b, left);
+        if (left < 0) b = _mm256_srli_epi16(b, -left);
+        return _mm256_and_si256(b, _mm256_set1_epi8((char)mask));
+    }
+    static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+    static Bytes minus(Bytes b, int value) { return _mm256_sub_epi8(b, _mm256_set1_epi8((char)value)); }
+    static Bytes look_up(const int8_t (&table)[16], Bytes b) {
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), b);
+    }
+    /* The low or the high halves of 32 bytes. */
+    static void nibbles(const uint8_t *p, bool is_high, V (&v)[4]) {
+        for (int i = 0; i < 4; ++i) {
+            const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i)));
+            v[i] = to_float(is_high ? _mm256_srli_epi32(both, 4) : _mm256_and_si256(both, _mm256_set1_epi32(15)));
+        }
+    }
+    static Words words4(const uint8_t *p, bool is_high) {
+        Words words;
+        for (int i = 0; i < 2; ++i) {
+            const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p + i));
+            words.v[i] = is_high ? _mm256_srli_epi16(both, 4) : _mm256_and_si256(both, _mm256_set1_epi16(15));
+        }
+        return words;
+    }
+    /* Words times one scale for the first 16 and another for the rest, each given twice in 32 bits. */
+    static Words scaled(const Words &w, int32_t first, int32_t second) {
+        return {{_mm256_mullo_epi16(w.v[0], _mm256_set1_epi32(first)),
+                 _mm256_mullo_epi16(w.v[1], _mm256_set1_epi32(second))}};
+    }
+
     static Bytes bytes_one() { return _mm256_set1_epi8(1); }
 
     static Words words(Bytes b) {
@@ -120,6 +158,7 @@ struct Avx2 {
         const __m256i high = _mm256_madd_epi16(w.v[1], _mm256_loadu_si256((const __m256i *)x + 1));
         return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
     }
+    static I dot_scaled(I sum, const Words &w, const int16_t *x) { return dot(sum, w, x); }
     /* Whole floats to int16. */
     static void store_words(int16_t *p, V v) {
         const __m256i wide = _mm256_cvtps_epi32(v);

@@ -64,6 +64,20 @@ struct Avx512 {
     static Bytes bytes_sign(const uint8_t *p) { return Avx2::bytes_sign(p); }
     static Bytes bytes_mxfp4(const uint8_t *p) { return Avx2::bytes_mxfp4(p); }
     static Bytes bytes_one() { return Avx2::bytes_one(); }
+    static Bytes bytes_at(const uint8_t *p) { return Avx2::bytes_at(p); }
+    static Bytes pairs(const uint8_t *p) { return Avx2::pairs(p); }
+    static Bytes bits(const uint8_t *p, int value) { return Avx2::bits(p, value); }
+    static Bytes moved(Bytes b, int left, int mask) { return Avx2::moved(b, left, mask); }
+    static Bytes either(Bytes a, Bytes b) { return Avx2::either(a, b); }
+    static Bytes minus(Bytes b, int value) { return Avx2::minus(b, value); }
+    static Bytes look_up(const int8_t (&table)[16], Bytes b) { return Avx2::look_up(table, b); }
+    static void nibbles(const uint8_t *p, bool is_high, V (&v)[2]) {
+        const __m512 floats = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int i = 0; i < 2; ++i) {
+            const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p + i));
+            v[i] = _mm512_permutexvar_ps(is_high ? _mm512_srli_epi32(both, 4) : both, floats);
+        }
+    }
 
     static Words words(Bytes b) { return _mm512_cvtepi8_epi16(b); }
     static Words words8(const uint8_t *p) { return words(_mm256_loadu_si256((const __m256i *)p)); }
@@ -71,10 +85,19 @@ struct Avx512 {
         const Avx2::Words halves = Avx2::words4(p);
         return _mm512_inserti64x4(_mm512_castsi256_si512(halves.v[0]), halves.v[1], 1);
     }
+    static Words words4(const uint8_t *p, bool is_high) {
+        const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+        return is_high ? _mm512_srli_epi16(both, 4) : _mm512_and_si512(both, _mm512_set1_epi16(15));
+    }
+    static Words scaled(Words w, int32_t first, int32_t second) {
+        const __m256i high = _mm256_set1_epi32(second);
+        return _mm512_mullo_epi16(w, _mm512_inserti64x4(_mm512_set1_epi32(first), high, 1));
+    }
     static I none() { return _mm512_setzero_si512(); }
     static I dot(I sum, Words w, const int16_t *x) {
         return _mm512_dpwssd_epi32(sum, w, _mm512_loadu_si512((const void *)x));
     }
+    static I dot_scaled(I sum, Words w, const int16_t *x) { return dot(sum, w, x); }
     static void store_words(int16_t *p, V v) {
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
     }

@@ -18,7 +18,8 @@ constexpr int64_t AHEAD_BYTES = 1024, AHEAD_BLOCKS = 64, AHEAD_GRID_BYTES = 128;
 constexpr int ROUNDED_TOGETHER = 128;
 constexpr float ROUNDED_MOST = 32767;
 
-inline int sums_slot(int group_size) { return group_size / 64; } /* of 32, 64 and 128: 0, 1 and 2 */
+/* Of groups of 32, 64, 128 and 16. */
+inline constexpr int sums_slot(int group_size) { return group_size == 16 ? SUMS_OF_16 : group_size / 64; }
 
 template <class T> inline T least(T a, T b) { return a < b ? a : b; }
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -27,6 +28,7 @@ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 #include "_cpu_few_tokens.h"
 #include "_cpu_many_tokens.h"
 #include "_cpu_lossless.h"
+#include "_cpu_ggml.h"
 #include "_cpu_activations.h"
 #include "_cpu_step.h"
 #include "_cpu_step_latent.h"
@@ -84,6 +86,16 @@ inline void product_of_codes(const Matrix &m, const char *record, int first, int
     few_tokens<CodeTile<S, F<S>, false>>(m, record, first, count, input, x, num_tokens, y, stride);
 }
 
+template <class S, template <class> class F>
+inline void product_of_blocks(const Matrix &m, const char *record, int first, int count, const Rows &input,
+                              const float *const *x, int num_tokens, bool is_many, float *y, int stride,
+                              float *scratch) {
+    if (is_many) many_tokens<S, BlockUnpack<S, F<S>>>(m, record, first, count, x, num_tokens, y, stride, scratch);
+    else if (input.is_rounded)
+        few_tokens<BlockTile<S, F<S>, true>>(m, record, first, count, input, x, num_tokens, y, stride);
+    else few_tokens<BlockTile<S, F<S>, false>>(m, record, first, count, input, x, num_tokens, y, stride);
+}
+
 template <class S>
 __attribute__((noinline)) void product(const Matrix &m, const char *record, int first, int count, const Rows &input,
                     const float *const *x, int num_tokens, int total, float *y, int stride, float *scratch) {
@@ -104,6 +116,19 @@ __attribute__((noinline)) void product(const Matrix &m, const char *record, int 
         if (is_many) many_tokens<S, LosslessUnpack<S>>(m, record, first, count, x, num_tokens, y, stride, scratch);
         else few_tokens<LosslessTile<S>>(m, record, first, count, input, x, num_tokens, y, stride);
         break;
+    case BLOCKS_Q8_0: product_of_blocks<S, Q8_0>(ARGUMENTS); break;
+    case BLOCKS_Q4_0: product_of_blocks<S, Q4_0>(ARGUMENTS); break;
+    case BLOCKS_Q4_1: product_of_blocks<S, Q4_1>(ARGUMENTS); break;
+    case BLOCKS_Q5_0: product_of_blocks<S, Q5_0>(ARGUMENTS); break;
+    case BLOCKS_Q5_1: product_of_blocks<S, Q5_1>(ARGUMENTS); break;
+    case BLOCKS_Q2_K: product_of_blocks<S, Q2K>(ARGUMENTS); break;
+    case BLOCKS_Q3_K: product_of_blocks<S, Q3K>(ARGUMENTS); break;
+    case BLOCKS_Q4_K: product_of_blocks<S, Q4K>(ARGUMENTS); break;
+    case BLOCKS_Q5_K: product_of_blocks<S, Q5K>(ARGUMENTS); break;
+    case BLOCKS_Q6_K: product_of_blocks<S, Q6K>(ARGUMENTS); break;
+    case BLOCKS_IQ4_NL: product_of_blocks<S, Iq4Nl>(ARGUMENTS); break;
+    case BLOCKS_IQ4_XS: product_of_blocks<S, Iq4Xs>(ARGUMENTS); break;
+    case BLOCKS_MXFP4: product_of_blocks<S, GgmlMxfp4>(ARGUMENTS); break;
     }
 #undef ARGUMENTS
     if (m.bias < 0) return;
@@ -136,12 +161,12 @@ template <class S> struct Steps {
         char *data = rows.data + row * rows.stride;
         float *x = (float *)data;
         if (rows.is_rounded) round_row(x, rows.padded, (int16_t *)(data + rows.codes), (float *)(data + rows.deltas));
-        for (int slot = 0; slot < 3; ++slot) {
+        for (int slot = 0; slot < NUM_SUMS; ++slot) {
             if (rows.sums[slot] < 0) continue;
             float *sums = (float *)(data + rows.sums[slot]);
-            if (!rows.is_rounded) sum_groups(x, rows.padded, 32 << slot, sums);
+            if (!rows.is_rounded) sum_groups(x, rows.padded, GROUP_OF_SUMS[slot], sums);
             else sum_rounded((const int16_t *)(data + rows.codes), (const float *)(data + rows.deltas), rows.padded,
-                             32 << slot, sums);
+                             GROUP_OF_SUMS[slot], sums);
         }
     }
     static void round_row(const float *x, int padded, int16_t *codes, float *deltas) {
@@ -168,10 +193,21 @@ template <class S> struct Steps {
         }
     }
     static void sum_rounded(const int16_t *codes, const float *deltas, int padded, int group_size, float *sums) {
+        if (group_size == 16) return sum_rounded_halves(codes, deltas, padded, sums);
         const auto ones = S::words(S::bytes_one());
         for (int k = 0; k < padded; k += group_size, sums += S::LANES) {
             auto sum = S::none();
             for (int i = 0; i < group_size; i += 32) sum = S::dot(sum, ones, codes + k + i);
+            S::store(sums, S::mul(S::to_float(sum), S::all(deltas[k / ROUNDED_TOGETHER])));
+        }
+    }
+    /* Of groups of 16, each in those lanes into which a product of 32 words puts it. */
+    static void sum_rounded_halves(const int16_t *codes, const float *deltas, int padded, float *sums) {
+        alignas(32) int8_t ones[48] = {};
+        memset(ones + 16, 1, 16);
+        for (int k = 0; k < padded; k += 16, sums += S::LANES) {
+            const auto words = S::words8((const uint8_t *)ones + (k % 32 ? 0 : 16));
+            const auto sum = S::dot(S::none(), words, codes + k / 32 * 32);
             S::store(sums, S::mul(S::to_float(sum), S::all(deltas[k / ROUNDED_TOGETHER])));
         }
     }
@@ -268,6 +304,24 @@ template <class S> struct Steps {
         }
     }
 
+    static void unpack(const Matrix &m, const char *record, int64_t row, int k, int count, float *to) {
+        switch (m.format) {
+        case BLOCKS_Q8_0: BlockUnpack<S, Q8_0<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q4_0: BlockUnpack<S, Q4_0<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q4_1: BlockUnpack<S, Q4_1<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q5_0: BlockUnpack<S, Q5_0<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q5_1: BlockUnpack<S, Q5_1<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q2_K: BlockUnpack<S, Q2K<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q3_K: BlockUnpack<S, Q3K<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q4_K: BlockUnpack<S, Q4K<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q5_K: BlockUnpack<S, Q5K<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_Q6_K: BlockUnpack<S, Q6K<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_IQ4_NL: BlockUnpack<S, Iq4Nl<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_IQ4_XS: BlockUnpack<S, Iq4Xs<S>>::run(m, record, row, k, count, to); break;
+        case BLOCKS_MXFP4: BlockUnpack<S, GgmlMxfp4<S>>::run(m, record, row, k, count, to); break;
+        }
+    }
+
     /* torch's order of a sum along a row, in vectors of sum_lanes: four chains, each cascaded every 2^power steps. */
     static void add_row(const float *x, int lanes, int count, float *total) {
         float chains[4][4][16] = {}; /* level, chain, lane */
@@ -325,6 +379,6 @@ template <class S> struct Steps {
 template <class S> constexpr Arithmetic arithmetic(const char *name) {
     using A = Steps<S>;
     return {name, S::LANES, A::convert, A::prepare, A::hidden, A::down, A::down_token, A::combine,
-            A::linear, A::rms_norm, StepArithmetic<S>::store, StepArithmetic<S>::pointwise, StepArithmetic<S>::attend_any,
+            A::linear, A::unpack, A::rms_norm, StepArithmetic<S>::store, StepArithmetic<S>::pointwise, StepArithmetic<S>::attend_any,
             LatentArithmetic<S>::attend_any, LatentArithmetic<S>::absorb_any, LatentArithmetic<S>::expand_any};
 }

@@ -149,6 +149,48 @@ struct Portable {
         return b;
     }
 
+    static Bytes bytes_at(const uint8_t *p) { return bytes8(p); }
+    static Bytes pairs(const uint8_t *p) { return bytes4(p); }
+    static Bytes bits(const uint8_t *p, int value) {
+        Bytes b;
+        for (int i = 0; i < 32; ++i) b.v[i] = (p[i / 8] >> (i % 8)) & 1 ? (int8_t)value : 0;
+        return b;
+    }
+    static Bytes moved(const Bytes &b, int left, int mask) {
+        Bytes to;
+        for (int i = 0; i < 32; ++i) {
+            const uint8_t byte = (uint8_t)b.v[i];
+            to.v[i] = (int8_t)((left > 0 ? byte << left : byte >> -left) & mask);
+        }
+        return to;
+    }
+    static Bytes either(const Bytes &a, const Bytes &b) {
+        Bytes to;
+        for (int i = 0; i < 32; ++i) to.v[i] = a.v[i] | b.v[i];
+        return to;
+    }
+    static Bytes minus(const Bytes &b, int value) {
+        Bytes to;
+        for (int i = 0; i < 32; ++i) to.v[i] = (int8_t)(b.v[i] - value);
+        return to;
+    }
+    static Bytes look_up(const int8_t (&table)[16], const Bytes &b) {
+        Bytes to;
+        for (int i = 0; i < 32; ++i) to.v[i] = table[b.v[i]];
+        return to;
+    }
+    static void nibbles(const uint8_t *p, bool is_high, V (&v)[8]) {
+        widen(moved(bytes_at(p), is_high ? -4 : 0, 15), v);
+    }
+    static Words words4(const uint8_t *p, bool is_high) { return moved(bytes_at(p), is_high ? -4 : 0, 15); }
+    struct Scaled {
+        Bytes words;
+        int16_t scales[2]; /* of 16 words each */
+    };
+    static Scaled scaled(const Words &w, int32_t first, int32_t second) {
+        return {w, {(int16_t)first, (int16_t)second}};
+    }
+
     static Bytes bytes_one() {
         Bytes b;
         memset(b.v, 1, 32);
@@ -162,6 +204,14 @@ struct Portable {
     static I dot(I sum, const Words &w, const int16_t *x) {
         for (int i = 0; i < LANES; ++i)
             for (int j = 0; j < 8; ++j) sum[i] += w.v[8 * i + j] * x[8 * i + j];
+        return sum;
+    }
+    static I dot_scaled(I sum, const Scaled &w, const int16_t *x) {
+        for (int i = 0; i < LANES; ++i) {
+            int32_t lane = 0;
+            for (int j = 0; j < 8; ++j) lane += w.words.v[8 * i + j] * x[8 * i + j];
+            sum[i] += lane * w.scales[i / 2];
+        }
         return sum;
     }
     static V to_float(I v) { return V{(float)v[0], (float)v[1], (float)v[2], (float)v[3]}; }

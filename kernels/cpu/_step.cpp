@@ -213,10 +213,23 @@ bool scatter(const Instruction &it) {
     return true;
 }
 
-/* out[i] = table[ids[i]], whole rows. tensors: out, ids, and the table: its floats, or codes, tops and escapes. */
+/* A matrix [num_rows, features] in GGML's blocks, where an instruction names their format. */
+Matrix blocks_of(const Tensor &table, int format, int64_t features) {
+    Matrix m{};
+    m.codes = (int64_t)table.data, m.scale = m.zero = m.bias = -1, m.format = format;
+    m.num_rows = (int32_t)table.sizes[0], m.in_features = m.padded = (int32_t)features;
+    return m;
+}
+
+/* out[i] = table[ids[i]], whole rows. whole: the format of blocks. tensors: out, ids, and the table: its floats, its
+ * blocks, or codes, tops and escapes. */
 bool rows_of_table(const Instruction &it) {
     const Tensor &out = it.tensors[0], &ids = it.tensors[1], &table = it.tensors[2];
     const RowsOf rows(out);
+    if (it.whole[0]) {
+        const Matrix m = blocks_of(table, (int)it.whole[0], rows.length);
+        return !moeflow_cpu_block_rows(&m, (const int64_t *)ids.data, rows.count, (char *)out.data, (int)out.dtype);
+    }
     if (it.num_tensors == 5)
         return !moeflow_lossless_rows((const uint8_t *)table.data, (const uint16_t *)it.tensors[3].data,
                                       (const uint8_t *)it.tensors[4].data, it.tensors[4].sizes[0] / 5, table.sizes[0],
@@ -231,7 +244,8 @@ bool rows_of_table(const Instruction &it) {
 
 /* ---- Matrices and experts ---- */
 
-/* whole: matrices, and tensors that each has: its floats, or codes, tops and escapes. tensors: an out, x, the matrices,
+/* whole: matrices; tensors that each has: its floats or blocks, or codes, tops and escapes; and the formats of blocks,
+ * a byte each. Activations of half precision are rounded where they meet blocks, as blocks.py does. tensors: an out, x, the matrices,
  * part by part, their biases if there are any, and the further outs. */
 bool linear(const Instruction &it, const StepState &state) {
     const Tensor &x = it.tensors[1];
@@ -243,15 +257,12 @@ bool linear(const Instruction &it, const StepState &state) {
     if (count < 1 || count > LINEARS_AT_ONCE) return false;
     for (int i = 0; i < count; ++i) {
         const Tensor &weight = it.tensors[2 + i];
-        Matrix &m = matrices[i];
-        m.codes = (int64_t)weight.data, m.scale = m.zero = m.bias = -1;
-        m.format = (int32_t)weight.dtype;
+        Matrix &m = matrices[i] = blocks_of(weight, (int)(it.whole[2] >> 8 * i & 255), rows.length);
+        if (!it.whole[2]) m.format = (int32_t)weight.dtype, m.group_size = m.padded;
         if (has_bias) {
             const Tensor &bias = it.tensors[2 + parts * count + i];
             m.bias = (int64_t)bias.data, m.bias_format = (int32_t)bias.dtype;
         }
-        m.num_rows = (int32_t)weight.sizes[0];
-        m.in_features = m.group_size = m.padded = (int32_t)rows.length;
         if (parts == 3) {
             const Tensor &escapes = it.tensors[2 + 2 * count + i];
             m.format = LOSSLESS;
@@ -262,9 +273,10 @@ bool linear(const Instruction &it, const StepState &state) {
         outs[i] = it.tensors[i ? it.num_tensors - count + i : 0].data;
     }
     const bool is_of_rows = x.sizes[0] == state.num_rows;
+    const int activation_bits = it.whole[2] && x.dtype != STEP_FLOAT32 ? 16 : 0;
     return !moeflow_cpu_linears(matrices, count, nullptr, x.data, (int)x.dtype, rows.length * width(x.dtype),
-                                is_of_rows ? rows.count / state.num_rows * state.num_live : rows.count, outs, 0,
-                                (int)state.num_threads);
+                                is_of_rows ? rows.count / state.num_rows * state.num_live : rows.count, outs,
+                                activation_bits, (int)state.num_threads);
 }
 
 bool norm_of(const Tensor &out, const Tensor &x, const Tensor &weight, double eps) {

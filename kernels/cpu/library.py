@@ -86,6 +86,7 @@ def library() -> Library | None:
     free.moeflow_lossless_encode.restype = long
     free.moeflow_lossless_decode.argtypes = [pointer, pointer, pointer, long, long, long, pointer]
     free.moeflow_lossless_rows.argtypes = [pointer, pointer, pointer, long, long, long, pointer, long, pointer]
+    free.moeflow_cpu_block_rows.argtypes = [pointer, pointer, long, pointer, c_int]
     free.moeflow_cpu_read.argtypes = [pointer, long, c_int]
     free.moeflow_cpu_read.restype = c_uint64
     _share_threads(held)

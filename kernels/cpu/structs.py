@@ -22,7 +22,10 @@ from moeflow.kernels.quantization.formats import (
 )
 
 # In the order of the enums in _cpu.h.
-_FORMATS = ("float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8", "lossless")
+_FORMATS = (
+    "float32", "bfloat16", "float16", "int8", "uint4", "uint3", "uint2", "sign1", "mxfp4", "fp8", "lossless",
+    "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "ggml_mxfp4",
+)  # fmt: skip
 _KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _GATES = ("none", "concatenated", "interleaved")
 
@@ -171,6 +174,23 @@ def lossless_matrix(places: tuple[int, int, int, int], bias_format: int, shape: 
     """
     padded = lossless_format(room).padded(shape[1])
     return Matrix(*places, _FORMATS.index("lossless"), bias_format, *shape, padded, padded, 0, room)
+
+
+def block_number(format: str) -> int | None:
+    """Return a block format's number in the library; None where no kernel knows it."""
+    return _FORMATS.index(format) if format in _FORMATS and find_format(format).kind == "ggml" else None
+
+
+@lru_cache(maxsize=8192)
+def block_matrix(
+    address: int, bias: int, format: str, bias_format: int, num_rows: int, in_features: int
+) -> Matrix | None:
+    """Describe a matrix [N, K] in a block format of GGML, K a multiple of its block; None where no kernel knows it."""
+    number = block_number(format)
+    if number is None or max(num_rows, in_features) > _MOST_FEATURES:
+        return None
+    block = find_format(format).group_size
+    return Matrix(address, -1, -1, bias, number, bias_format, num_rows, in_features, block, in_features)
 
 
 def _parts_of(name, spec) -> tuple[str, str, str]:

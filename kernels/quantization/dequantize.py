@@ -6,6 +6,7 @@ Knows formats. Knows nothing of how codes were chosen, nor of models.
 import torch
 
 from moeflow.kernels.quantization.formats import FP8_BLOCK, WeightFormat
+from moeflow.kernels.quantization.ggml_values import block_values
 from moeflow.kernels.quantization.lossless import decode_lossless
 from moeflow.kernels.quantization.packing import unpack_codes
 
@@ -29,7 +30,8 @@ def dequantize(
         name: of the matrix.
         spec: its format.
         shape: [N, K], without padding.
-        dtype: of the result; in float64 the values are exact, else they are computed in float32.
+        dtype: of the result; in float64 the values are exact, else they are computed in float32. Those of GGML's
+            blocks are always computed in float32, as GGML defines them.
 
     Returns:
         [N, K].
@@ -38,6 +40,8 @@ def dequantize(
     codes = tensors[name]
     if spec.kind == "float":
         return codes.to(dtype)
+    if spec.kind == "ggml":
+        return block_values(codes, spec.name).to(dtype)
     if spec.kind == "lossless":
         return decode_lossless(codes, tensors[f"{name}_top"], tensors[f"{name}_escapes"], spec, shape).to(dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32

@@ -44,6 +44,11 @@ One format loses nothing. `bf16-lossless-E` holds bfloat16 values in 12 bits and
 
 Padding has rest 0 and code 0.
 
+The block formats of GGML, `q8_0` to `iq4_xs`, keep the bytes of GGUF files, which moeflow reads and does not write:
+
+- `name`: uint8 [N, K / V * B], where a block of V values of a row is B bytes (`quantization/ggml.py`) and has codes,
+  scales and minima in it. K is a multiple of V. Values are those of `quantization/ggml_values.py`.
+
 Knows names, sizes and shapes. Knows nothing of tensors, files or models.
 """
 
@@ -52,6 +57,7 @@ from typing import NamedTuple
 
 from moeflow.core import DTYPE_BYTES, RecordLayout, align_up
 from moeflow.errors import ConfigError
+from moeflow.kernels.quantization.ggml import BLOCK_TYPES
 
 BLOCK = 32  # values packed together
 LOSSLESS_BLOCK = 64
@@ -63,12 +69,13 @@ class WeightFormat(NamedTuple):
 
     Args:
         name: as users write it.
-        kind: what a code means: "float", "int" (symmetric integers), "uint" (asymmetric), "sign", "mxfp4", "fp8" or
-            "lossless".
+        kind: what a code means: "float", "int" (symmetric integers), "uint" (asymmetric), "sign", "mxfp4", "fp8",
+            "lossless" or "ggml".
         bits: bits of one code.
-        group_size: neighbours in a row that share a scale; 0 for a whole row. Unused in a float format.
+        group_size: neighbours in a row that share a scale, or a block; 0 for a whole row. Unused in a float format.
         dtype: safetensors dtype name of the codes.
         num_escapes: E, for how many a lossless format has room.
+        block_bytes: bytes of a block of GGML's.
     """
 
     name: str
@@ -77,6 +84,7 @@ class WeightFormat(NamedTuple):
     group_size: int = 0
     dtype: str = "U8"
     num_escapes: int = 0
+    block_bytes: int = 0
 
     @property
     def has_zeros(self) -> bool:
@@ -102,10 +110,20 @@ class WeightFormat(NamedTuple):
 
         Returns:
             (name, safetensors dtype name, shape) in the order in which they lie in a record.
+
+        Raises:
+            ConfigError: K is no multiple of a block of GGML's.
         """
         num_rows, in_features = shape
         if self.kind == "float":
             return [(name, self.dtype, (num_rows, in_features))]
+        if self.kind == "ggml":
+            if in_features % self.group_size:
+                raise ConfigError(
+                    f"rows of {in_features} values do not divide into blocks of {self.name}. Allowed: multiples of "
+                    f"{self.group_size}."
+                )
+            return [(name, self.dtype, (num_rows, in_features // self.group_size * self.block_bytes))]
         found: list[tuple[str, str, tuple[int, ...]]] = [
             (name, self.dtype, (num_rows, self.padded(in_features) * self.bits // 8))
         ]
@@ -126,6 +144,20 @@ class WeightFormat(NamedTuple):
 
 _GROUPS = (32, 64, 128)
 _DEFAULT_GROUP = 64
+_NARROW_BITS = {"ggml_mxfp4": 4, "ggml_nvfp4": 4}  # where no digit of the name says it
+
+
+def _block_formats() -> dict[str, WeightFormat]:
+    """Return the formats of GGML's blocks by their names."""
+    found = {}
+    for kind in BLOCK_TYPES.values():
+        if kind.format and kind.block_values > 1:
+            bits = _NARROW_BITS.get(kind.format) or int(next(filter(str.isdigit, kind.format)))
+            found[kind.format] = WeightFormat(
+                kind.format, "ggml", bits, kind.block_values, block_bytes=kind.block_bytes
+            )
+    return found
+
 
 FORMATS: dict[str, WeightFormat] = {
     "float64": WeightFormat("float64", "float", 64, dtype="F64"),
@@ -138,6 +170,7 @@ FORMATS: dict[str, WeightFormat] = {
     **{f"int1-g{group}": WeightFormat(f"int1-g{group}", "sign", 1, group) for group in _GROUPS},
     "mxfp4": WeightFormat("mxfp4", "mxfp4", 4, BLOCK),
     "fp8": WeightFormat("fp8", "fp8", 8, FP8_BLOCK),
+    **_block_formats(),
 }
 # Formats that a quantiser can write; the others are read from published checkpoints.
 WRITABLE = tuple(name for name, spec in FORMATS.items() if spec.kind in ("int", "uint", "sign"))
@@ -191,6 +224,8 @@ def holds_matrix(record: RecordLayout, name: str, spec: WeightFormat, shape: tup
         spec: its format.
         shape: [N, K].
     """
+    if spec.kind == "ggml" and shape[1] % spec.group_size:
+        return False
     tensors = {tensor.name: tensor for tensor in record.tensors}
     wanted = {part: DTYPE_BYTES[dtype] * math.prod(sizes) for part, dtype, sizes in spec.tensors(name, shape)}
     bias = tensors.get(f"{name}_bias")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from moeflow.checkpoint.reading.file_stamp import FileStamp, check_stamps
+from moeflow.checkpoint.reading.file_stamp import FileStamp, check_unchanged
 from moeflow.checkpoint.weight_index import WeightIndex, read_weight_index
 from moeflow.core import DTYPE_BYTES
 from moeflow.errors import CheckpointError, ModelSourceError
@@ -64,10 +64,7 @@ class Checkpoint(NamedTuple):
         Raises:
             CheckpointError: one is another file now, was written to, or is gone; the message names it.
         """
-        try:
-            check_stamps(self.files, self.stamps, [FileStamp.of(file) for file in self.files])
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} is gone since its header was read. Run it again.") from None
+        check_unchanged(self.files, self.stamps)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

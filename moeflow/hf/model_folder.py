@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moeflow.checkpoint.gguf.file import GgufFile
 from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.lossless_source import with_checks
@@ -21,7 +22,13 @@ from moeflow.dtypes import FLOAT_DTYPES
 from moeflow.errors import ConfigError
 from moeflow.hf import pretrained
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
+from moeflow.hf.experts_interface import expert_parameters, experts_modules
 from moeflow.hf.files.config import check_counts, load_config
+from moeflow.hf.gguf.architectures import find_architecture
+from moeflow.hf.gguf.dense_weights import DenseWeights
+from moeflow.hf.gguf.expert_sources import map_blocks
+from moeflow.hf.gguf.feeding import Fed, feed
+from moeflow.hf.gguf.folder import open_gguf_of
 from moeflow.hf.wall import one_line, wall
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -100,7 +107,18 @@ class ModelFolder:
         Raises:
             CheckpointError: weights are missing, truncated or corrupt.
         """
-        return open_checkpoint(self.path)
+        if self.gguf is None:
+            return open_checkpoint(self.path)
+        return Checkpoint(self.path, self.gguf.files, self.gguf.tensors, self.gguf.stamps, None)
+
+    @cached_property
+    def gguf(self) -> GgufFile | None:
+        """The GGUF file that the folder stands for; None where its weights are safetensors.
+
+        Raises:
+            CheckpointError: the file is missing, truncated or corrupt.
+        """
+        return open_gguf_of(self.path)
 
     @cached_property
     def packed(self) -> bool:
@@ -171,11 +189,50 @@ class ModelFolder:
         if self.packed:
             _ = self.expert_stamps
             return with_checks(read_packed(self.path, map_layouts(empty)))
+        if self.gguf is not None:
+            return map_blocks(empty, self.gguf.tensors, self._fed(empty))
         return map_experts(empty, self.checkpoint.tensors)
 
     def feeding(self, empty: PreTrainedModel) -> set[str]:
         """Return the names of the checkpoint's tensors that feed routed experts; a packed folder has none."""
-        return set() if self.packed else expert_tensor_names(empty, self.checkpoint.tensors)
+        if self.packed:
+            return set()
+        if self.gguf is None:
+            return expert_tensor_names(empty, self.checkpoint.tensors)
+        fed, names = self._fed(empty), expert_parameters(empty)
+        counts = {path: module.num_experts for path, module in experts_modules(empty)}
+        return {
+            tensor
+            for name in names & fed.keys()
+            for expert in range(counts[name.rpartition(".")[0]] if fed[name].is_per_expert else 1)
+            for tensor in fed[name].of_expert(expert)
+        }
+
+    def dense_weights(self, dtype: torch.dtype, *, keeps_blocks: bool) -> DenseWeights | None:
+        """Return the dense weights of a GGUF file; None where transformers reads them from safetensors.
+
+        Args:
+            dtype: of the model.
+            keeps_blocks: whether linears and embeddings stay in the file's blocks.
+
+        Raises:
+            CheckpointError: the file has a tensor that has no place in the model.
+        """
+        if self.gguf is None:
+            return None
+        empty = self.empty_model()
+        return DenseWeights(
+            self.gguf, self.config, self._fed(empty), expert_parameters(empty), dtype, keeps_blocks=keeps_blocks
+        )
+
+    def _fed(self, empty: PreTrainedModel) -> dict[str, Fed]:
+        """Return what feeds each parameter of the empty model in the GGUF file."""
+        assert self.gguf is not None, "asked only where there is one"
+        architecture = find_architecture(self.gguf.metadata["general.architecture"])
+        names = [name for name, _ in empty.named_parameters(remove_duplicate=False)]
+        persistent = empty.state_dict().keys()
+        names += [name for name, _ in empty.named_buffers() if name in persistent]
+        return feed(architecture, self.config, names, self.gguf.tensors)
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -6,7 +6,6 @@ Knows folders, configs and from_pretrained. Knows nothing of where an expert's b
 import copy
 import math
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,11 @@ from moeflow.checkpoint.headers import Checkpoint
 from moeflow.checkpoint.prequantized.scheme import StoredMatrix, find_matrices
 from moeflow.dtypes import parse_dtype
 from moeflow.errors import CheckpointError, ConfigError, ModelSourceError, MoeflowError, UnsupportedModelError
-from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
+from moeflow.hf.experts_interface import IMPLEMENTATION, conversions
 from moeflow.hf.files.generation import check_generation_file
-from moeflow.hf.quantizer import WithoutExperts, quantization_scheme
+from moeflow.hf.gguf.dense_weights import DenseWeights
+from moeflow.hf.gguf.resolve import gguf_folder_of, is_gguf
+from moeflow.hf.quantizer import WithoutExperts, check_quantised, quantization_scheme, take_experts_off
 from moeflow.hf.version import parts_of_transformers
 from moeflow.hf.wall import one_line, wall
 from moeflow.hub.download import fetch_model
@@ -34,6 +35,7 @@ with parts_of_transformers():
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoTokenizer,
+        GenerationConfig,
         PreTrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -49,7 +51,7 @@ def resolve_folder(model: str | Path, *, progress: ProgressCallback | None = Non
     """Return the local folder of `model`, fetching it from the hub when it is an id.
 
     Args:
-        model: a hub id or a folder.
+        model: a hub id, a folder, or a GGUF file (any of its splits); a folder of files stands for a GGUF file.
         progress: of a download, called with (bytes done, bytes in all).
         **hub_options: of the download: see `fetch_model`.
 
@@ -60,14 +62,14 @@ def resolve_folder(model: str | Path, *, progress: ProgressCallback | None = Non
         raise ModelSourceError(f"the model is {model!r:.80}. Give a folder with a checkpoint, or a hub id: org/name.")
     try:
         folder = Path(model).expanduser()
-        if folder.is_dir():
-            return folder
+        if folder.is_dir() or is_gguf(folder):
+            return gguf_folder_of(folder)
         is_path = folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
     except (OSError, RuntimeError, ValueError) as error:  # no such home, a name too long, a byte of zero, no permission
         raise ModelSourceError(f"{str(model)[:200]!r} cannot be opened as a folder ({one_line(error)}).") from error
     if is_path:
         raise ModelSourceError(
-            f"{model} is not a folder. Give a folder with a checkpoint, or a hub id such as org/name."
+            f"{model} is not a folder. Give a folder with a checkpoint, a GGUF file, or a hub id such as org/name."
         )
     try:
         return fetch_model(str(model), progress=progress, **hub_options).folder
@@ -169,7 +171,12 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def load_without_experts(
-    checkpoint: Checkpoint, config: PreTrainedConfig, on_empty: Callable[[PreTrainedModel], Found], **hf_options: Any
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    on_empty: Callable[[PreTrainedModel], Found],
+    *,
+    weights: DenseWeights | None = None,
+    **hf_options: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any], Found]:
     """Run `from_pretrained` for everything but the routed experts.
 
@@ -177,6 +184,7 @@ def load_without_experts(
         checkpoint: of the folder to load.
         config: of the model.
         on_empty: called with the empty model, experts still on it, before anything large is read.
+        weights: of a GGUF file, in place of the folder's; None where there is none.
         **hf_options: passed to from_pretrained.
 
     Returns:
@@ -201,9 +209,13 @@ def load_without_experts(
     def strip(empty: PreTrainedModel) -> None:
         try:
             check_sizes(empty, checkpoint)
-            _check_dense(empty, stored)
+            check_quantised(empty, stored)
+            if weights is not None:
+                weights.check(empty)
             found.append(on_empty(empty))
-            _take_experts_off(empty)
+            if weights is not None:
+                weights.take_off(empty)
+            take_experts_off(empty)
         except Exception as error:
             ours.append(error)
             raise
@@ -218,10 +230,16 @@ def load_without_experts(
             return CheckpointError(f"{folder} cannot be read ({one_line(error)}). Download the checkpoint again.")
         return _unloadable(config, sorted(hf_options.keys() - _ALWAYS), error)
 
+    source: Path | None = folder
+    if weights is not None:
+        cls, source = cls._model_mapping[type(config)] if hasattr(cls, "_model_mapping") else cls, None
+        hf_options = {"generation_config": _generation_config(folder)} | hf_options
+        hf_options = {name: value for name, value in hf_options.items() if name != "trust_remote_code"}
+        hf_options["state_dict"] = weights.state_dict(ours)
     loading = WithoutExperts(strip, scheme)
     with wall(tell, ours=ours):
         loaded, info = cls.from_pretrained(
-            folder,
+            source,
             config=config,
             quantization_config=loading,
             experts_implementation=IMPLEMENTATION,
@@ -229,6 +247,8 @@ def load_without_experts(
             output_loading_info=True,
             **hf_options,
         )
+    if weights is not None:
+        weights.fill(loaded)
     checkpoint.check_unchanged()  # transformers opened the files anew
     if loading.problems:
         raise CheckpointError(
@@ -239,6 +259,13 @@ def load_without_experts(
     # Our name stays out of the config, of which others may make a model; these experts never ask it.
     loaded.config._experts_implementation = None
     return loaded, info, found[0]
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the generation config of a folder; None where it has none."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder)
 
 
 def _incomplete(folder: Path, loaded: PreTrainedModel, missing: list[str]) -> CheckpointError | UnsupportedModelError:
@@ -267,7 +294,8 @@ def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
     remedy = "Its config.json is of another model: download it again."
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     wanted = sum(math.prod(tensor.shape) for tensor in (*empty.parameters(), *empty.buffers()))
-    held = sum(file.stat().st_size for file in checkpoint.folder.iterdir() if file.is_file())
+    files = {*checkpoint.files, *checkpoint.folder.iterdir()}  # a GGUF file lies elsewhere
+    held = sum(file.stat().st_size for file in files if file.is_file())
     if wanted > 8 * held + _SMALL:  # no format takes less than a bit for a value
         raise CheckpointError(
             f"{checkpoint.folder}: the config describes a model of {wanted:,} values, and the folder's files have "
@@ -283,51 +311,6 @@ def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder}: {name} is {list(parameter.shape)} by the config and {list(entry.shape)} in the "
                 f"checkpoint. {remedy}"
             )
-
-
-def _check_dense(model: PreTrainedModel, stored: dict[str, StoredMatrix]) -> None:
-    """Refuse quantised dense weights that cannot be loaded one by one, before anything large is read."""
-    if not stored:
-        return
-    parameters, renamings, converters = model.state_dict(), *conversions(model)
-    for name, matrix in stored.items():
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        parameter = parameters.get(target)
-        if parameter is None or parameter.dim() == 3:  # stacked experts
-            continue
-        if pattern is not None:
-            raise UnsupportedModelError(
-                f"{name} is quantised, and {type(model).__name__} has it in another form ({target}), into which "
-                "moeflow does not bring quantised dense weights. Use the model's float32 or bfloat16 checkpoint."
-            )
-        if tuple(parameter.shape) != matrix.shape:
-            raise CheckpointError(
-                f"{target} is {list(parameter.shape)}, the checkpoint's {name} {list(matrix.shape)} (out, in "
-                "features). Its config.json is of another model, or names another quantisation."
-            )
-
-
-def _take_experts_off(model: PreTrainedModel) -> None:
-    """Remove the routed experts' parameters from an empty model and keep the loader quiet about them."""
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    scheme = quantization_scheme(model.config)
-    if scheme is not None and scheme.method == "gptq":
-        ignored.add(r"\.bias$")  # some tools write a bias of zeros beside every matrix
-    for path, module in experts_modules(model):
-        tail = path.removeprefix(f"{model.base_model_prefix}.")
-        if scheme is not None:  # the pieces have other names than the parameters
-            ignored.add(r"(^|\.)" + re.escape(f"{tail}."))
-        for name in list(module._parameters):
-            # An attribute of the right shape without memory stays: some families' init code reads it.
-            stub: Any = module._parameters.pop(name)
-            if stub is not None:
-                stub._is_hf_initialized = True
-            module.__dict__[name] = stub
-            ignored.add(r"(^|\.)" + re.escape(f"{tail}.{name}") + "$")
-            for submodule in model.modules():
-                getattr(submodule, "all_tied_weights_keys", {}).pop(f"{path}.{name}", None)
-        module._is_hf_initialized = True
-    model._keys_to_ignore_on_load_unexpected = ignored
 
 
 def own_dense_weights(model: PreTrainedModel) -> None:

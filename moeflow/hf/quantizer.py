@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from moeflow.checkpoint.prequantized.scheme import QuantizationScheme, read_scheme
+from moeflow.checkpoint.prequantized.scheme import QuantizationScheme, StoredMatrix, read_scheme
 from moeflow.checkpoint.prequantized.values import values
-from moeflow.hf.experts_interface import IMPLEMENTATION
+from moeflow.errors import CheckpointError, UnsupportedModelError
+from moeflow.hf.experts_interface import IMPLEMENTATION, conversions, experts_modules
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
     from transformers import PreTrainedConfig, PreTrainedModel
-    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.core_model_loading import ConversionOps, WeightConverter, rename_source_key
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -158,3 +159,48 @@ def quantization_scheme(config: PreTrainedConfig, source: str = "the model") -> 
         if quantization is not None:
             return read_scheme(quantization if isinstance(quantization, dict) else quantization.to_dict(), source)
     return None
+
+
+def check_quantised(model: PreTrainedModel, stored: dict[str, StoredMatrix]) -> None:
+    """Refuse quantised dense weights that cannot be loaded one by one, before anything large is read."""
+    if not stored:
+        return
+    parameters, renamings, converters = model.state_dict(), *conversions(model)
+    for name, matrix in stored.items():
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        parameter = parameters.get(target)
+        if parameter is None or parameter.dim() == 3:  # stacked experts
+            continue
+        if pattern is not None:
+            raise UnsupportedModelError(
+                f"{name} is quantised, and {type(model).__name__} has it in another form ({target}), into which "
+                "moeflow does not bring quantised dense weights. Use the model's float32 or bfloat16 checkpoint."
+            )
+        if tuple(parameter.shape) != matrix.shape:
+            raise CheckpointError(
+                f"{target} is {list(parameter.shape)}, the checkpoint's {name} {list(matrix.shape)} (out, in "
+                "features). Its config.json is of another model, or names another quantisation."
+            )
+
+
+def take_experts_off(model: PreTrainedModel) -> None:
+    """Remove the routed experts' parameters from an empty model and keep the loader quiet about them."""
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    scheme = quantization_scheme(model.config)
+    if scheme is not None and scheme.method == "gptq":
+        ignored.add(r"\.bias$")  # some tools write a bias of zeros beside every matrix
+    for path, module in experts_modules(model):
+        tail = path.removeprefix(f"{model.base_model_prefix}.")
+        if scheme is not None:  # the pieces have other names than the parameters
+            ignored.add(r"(^|\.)" + re.escape(f"{tail}."))
+        for name in list(module._parameters):
+            # An attribute of the right shape without memory stays: some families' init code reads it.
+            stub: Any = module._parameters.pop(name)
+            if stub is not None:
+                stub._is_hf_initialized = True
+            module.__dict__[name] = stub
+            ignored.add(r"(^|\.)" + re.escape(f"{tail}.{name}") + "$")
+            for submodule in model.modules():
+                getattr(submodule, "all_tied_weights_keys", {}).pop(f"{path}.{name}", None)
+        module._is_hf_initialized = True
+    model._keys_to_ignore_on_load_unexpected = ignored

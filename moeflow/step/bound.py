@@ -10,6 +10,7 @@ from moeflow.core import align_up
 from moeflow.hf.passes.caches.growing_cache import KeptShape
 from moeflow.kernels.cpu.huge_pages import use_huge_pages
 from moeflow.kernels.cpu.step import MAX_DIMS, StepCode, instruction_words, tensor_words
+from moeflow.kernels.cpu.structs import block_number
 from moeflow.step.program import DTYPES, KINDS, POINTWISE, REDUCTIONS, STORED, Instruction, Operand, Program
 
 _ELSEWHERE = KINDS.index("torch")
@@ -150,7 +151,10 @@ class BoundProgram:
             operands = coalesce(operands)
         elif instruction.kind == "linear":
             count = len(instruction.outputs)
-            whole = [count, 3 if instruction.inputs[1].dtype in STORED else 1]
+            formats = _packed_formats(instruction)
+            whole = [count, 3 if instruction.inputs[1].dtype in STORED and not formats else 1, formats]
+        elif instruction.kind == "rows":
+            whole = [_packed_formats(instruction)]
         elif instruction.kind in ("rms_norm", "add_norm"):
             real = [about["eps"]]
         elif instruction.kind == "experts":
@@ -170,6 +174,12 @@ class BoundProgram:
         assert len(operand.sizes) <= MAX_DIMS, operand
         dtype = torch.bool if operand.dtype in STORED else operand.dtype  # bytes
         return tensor_words(address, DTYPES.index(dtype), operand.sizes, operand.strides)
+
+
+def _packed_formats(instruction: Instruction) -> int:
+    """Return the formats of matrices in blocks, a byte each; 0 where they are others."""
+    numbers = [block_number(name) for name in instruction.attributes.get("formats", ())]
+    return int.from_bytes(bytes(number or 0 for number in numbers), "little")
 
 
 def coalesce(operands: list[Operand]) -> list[Operand]:

@@ -44,7 +44,9 @@ class _Body:
         for number, one in enumerate(self._body):
             if one.kind == "linear" and len(one.outputs) == 1 and all(map(self._is_fixed, one.inputs[1:])):
                 x, weight = one.inputs[:2]
-                key = (x.buffer, x.offset, x.dtype, math.prod(x.sizes), x.sizes[0], weight.dtype, len(one.inputs))
+                is_blocks = "formats" in one.attributes
+                size = (x.dtype, math.prod(x.sizes), x.sizes[0])
+                key = (x.buffer, x.offset, *size, weight.dtype, is_blocks, len(one.inputs))
                 groups.setdefault(key, []).append(number)
         joined: dict[int, Instruction | None] = {}
         for numbers in groups.values():
@@ -54,7 +56,9 @@ class _Body:
                 joined.update(dict.fromkeys(together))
                 columns = zip(*(part.inputs[1:] for part in parts), strict=True)
                 inputs = (parts[0].inputs[0], *(operand for column in columns for operand in column))
-                joined[together[0]] = Instruction("linear", tuple(part.outputs[0] for part in parts), inputs)
+                formats = [name for part in parts for name in part.attributes.get("formats", ())]
+                about = {"formats": formats} if formats else {}
+                joined[together[0]] = Instruction("linear", tuple(part.outputs[0] for part in parts), inputs, about)
         return self._with(joined)
 
     # ---- A sum and its norm ----

@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 
 from moeflow.hf.passes.capture import CapturedStep
+from moeflow.kernels.cpu.structs import block_number
 from moeflow.step.elementwise import FILLED
 from moeflow.step.operations import Operations, id_of
 from moeflow.step.program import Operand, Program, Residual
@@ -140,6 +141,22 @@ class _Lowering(Operations):
     def _lossless_rows(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
         ids, *parts = args[:4]
         self._emit("rows", (self._operand(outputs[0]),), (self._contiguous(ids), *map(self._operand, parts)))
+        return True
+
+    def _block_linear(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        x, blocks, form, *bias = args
+        if block_number(form) is None:
+            return False
+        inputs = [self._contiguous(x), *(self._operand(part) for part in (blocks, *bias) if part is not None)]
+        self._emit("linear", (self._operand(outputs[0]),), tuple(inputs), {"formats": [form]})
+        return True
+
+    def _block_rows(self, outputs: list, args: list, kwargs: dict[str, Any]) -> bool:
+        ids, blocks, form = args[:3]
+        if block_number(form) is None:
+            return False
+        inputs = (self._contiguous(ids), self._operand(blocks))
+        self._emit("rows", (self._operand(outputs[0]),), inputs, {"formats": [form]})
         return True
 
     def _torch(self, node: Node, outputs: list, args: list, kwargs: dict[str, Any]) -> None:

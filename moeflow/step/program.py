@@ -23,7 +23,7 @@ POINTWISE = (
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 STORED = (torch.uint8, torch.uint16)
-"""Dtypes of what a lossless matrix is stored in; only `linear` and `rows` read them."""
+"""Dtypes of what a lossless matrix and GGML's blocks are stored in; only `linear` and `rows` read them."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 """Dtypes of tensors, in the order of StepDtype in _step.h."""
@@ -82,8 +82,8 @@ class Instruction:
         kind: of `KINDS`.
         outputs: tensors that it writes.
         inputs: tensors that it reads.
-        attributes: what else it needs; of a "torch" instruction, "op" and its arguments with operands among them;
-            of an "own" instruction, "call" and its number.
+        attributes: what else it needs; "formats" of matrices in GGML's blocks; of a "torch" instruction, "op" and its
+            arguments with operands among them; of an "own" instruction, "call" and its number.
     """
 
     kind: str

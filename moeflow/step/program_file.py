@@ -32,7 +32,17 @@ _UNDERSCORED = {
     "__xor__",
 }  # that check what they get
 _OF_OURS = {
-    f"moeflow.{name}.default" for name in ("linear", "rms_norm", "lossless_linear", "lossless_rows", "lossless_weight")
+    f"moeflow.{name}.default"
+    for name in (
+        "linear",
+        "rms_norm",
+        "lossless_linear",
+        "lossless_rows",
+        "lossless_weight",
+        "block_linear",
+        "block_rows",
+        "block_weight",
+    )
 }
 
 

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from moeflow.dtypes import TORCH_DTYPES
 from moeflow.hf.passes.own_modules import OwnCall
 from moeflow.kernels.cpu.step import MAX_DIMS
-from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, lossless_format
+from moeflow.kernels.cpu.structs import block_number
+from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, find_format, lossless_format
 from moeflow.step.program import DTYPES, POINTWISE, REDUCTIONS, STORED, Instruction, Operand, Program
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,6 +164,8 @@ def _check_torch(program: Program, one: Instruction, weights: Mapping[str, torch
 
 def _linear(one: Instruction) -> bool:
     (out,), (x, weight, *bias) = one.outputs, one.inputs
+    if "formats" in one.attributes:
+        return _block_linear(one)
     if weight.dtype in STORED:
         return _lossless_linear(one)
     rows, features = weight.sizes
@@ -193,6 +196,28 @@ def _lossless_linear(one: Instruction) -> bool:
         _is_lossless((codes, tops, escapes), rows, features)
         and out.sizes == (*x.sizes[:-1], rows)
         and x.dtype == out.dtype == torch.bfloat16
+        and len(bias) <= 1
+        and all(one.sizes == (rows,) and one.dtype in _FLOATS for one in bias)
+    )
+
+
+def _is_blocks(one: Instruction, table: Operand, features: int) -> bool:
+    """Whether a tensor is a matrix in the blocks that an instruction names."""
+    (form,) = one.attributes["formats"]
+    if block_number(form) is None or table.dtype != torch.uint8 or min(*table.sizes, features) < 1:
+        return False
+    spec, (rows, _) = find_format(form), table.sizes
+    return features % spec.group_size == 0 and spec.tensors("", (rows, features))[0][2] == table.sizes
+
+
+def _block_linear(one: Instruction) -> bool:
+    (out,), (x, blocks, *bias) = one.outputs, one.inputs
+    rows, features = blocks.sizes[0], x.sizes[-1]
+    return (
+        _is_blocks(one, blocks, features)
+        and out.sizes == (*x.sizes[:-1], rows)
+        and x.dtype == out.dtype
+        and x.dtype in _FLOATS
         and len(bias) <= 1
         and all(one.sizes == (rows,) and one.dtype in _FLOATS for one in bias)
     )
@@ -306,6 +331,9 @@ def _rows(one: Instruction) -> bool:
     (out,), (ids, table, *parts) = one.outputs, one.inputs
     if len(table.sizes) != 2 or ids.dtype != torch.int64:
         return False
+    if "formats" in one.attributes:
+        is_sound = not parts and _is_blocks(one, table, out.sizes[-1])
+        return is_sound and out.sizes[:-1] == ids.sizes and out.dtype in _FLOATS
     if parts:
         is_sound = len(parts) == 2 and _is_lossless((table, *parts), table.sizes[0], out.sizes[-1])
         return is_sound and out.sizes[:-1] == ids.sizes and out.dtype == torch.bfloat16

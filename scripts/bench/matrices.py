@@ -39,6 +39,9 @@ def random_matrix(spec: WeightFormat, shape: tuple[int, int], seed: int = 0) -> 
     """Return the stored tensors of a random matrix [N, K] of unit gain, under the name "weight"."""
     generator = torch.Generator().manual_seed(seed)
     gain = 1 / math.sqrt(shape[1])
+    if spec.kind == "ggml":  # bytes of which any two are a small half
+        ((name, _, size),) = spec.tensors("weight", shape)
+        return {name: torch.randint(0, 56, size, dtype=torch.uint8, generator=generator)}
     if spec.kind not in ("mxfp4", "fp8"):
         return quantize(torch.randn(shape, generator=generator) * gain, spec)
     tensors = {}

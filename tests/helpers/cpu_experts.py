@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.ggml_blocks import tame
 from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.cpu import library
@@ -37,9 +38,12 @@ def use(name):
 
 
 class Expert:
-    """One expert of random bytes, its tensors, and what it computes in float64."""
+    """One expert of random bytes, its tensors, and what it computes in float64.
 
-    def __init__(self, seed, form, shape, activation=SILU, *, has_bias=False, is_transposed=False):
+    The second matrix is in `down_form` where that is given, else in `form` too.
+    """
+
+    def __init__(self, seed, form, shape, activation=SILU, *, has_bias=False, is_transposed=False, down_form=None):
         generator = torch.Generator().manual_seed(seed)
         spec, (num_features, intermediate) = find_format(form), shape
         self.spec, self.activation = spec, activation
@@ -49,13 +53,16 @@ class Expert:
             "up_proj" if halves == 1 else "gate_up_proj": (halves * intermediate, num_features),
             "down_proj": (num_features, intermediate),
         }
+        self.specs = dict.fromkeys(shapes, spec)
+        self.specs["down_proj"] = find_format(down_form or form)
         tensors, matrices = [], []
         for name, (rows, columns) in shapes.items():
+            spec = self.specs[name]
             if spec.kind == "float":
                 tensors.append((name, spec.dtype, (columns, rows) if self.is_transposed else (rows, columns)))
             else:
                 tensors += spec.tensors(name, (rows, columns))
-                matrices.append(MatrixSpec(name, form, (rows, columns)))
+                matrices.append(MatrixSpec(name, spec.name, (rows, columns)))
             if has_bias:
                 tensors.append((f"{name}_bias", "BF16", (rows,)))
         self.record = RecordLayout.pack(tensors, tuple(matrices))
@@ -79,6 +86,8 @@ class Expert:
             values.copy_(random * (2**self.spec.bits - 1))
         elif values.dtype != torch.uint8:
             values.copy_((random - 0.5) * 0.2)
+        elif self.specs[name].kind == "ggml":
+            tame(values, self.specs[name], generator)
         elif self.spec.kind == "fp8":
             values[(values & 127) == 127] = 3  # not a number
         elif self.spec.kind == "int":
@@ -112,8 +121,8 @@ class Expert:
         return lambda x: x @ weight.T + (0 if bias is None else each(bias.double()))
 
     def weight(self, name):
-        if self.spec.kind != "float":
-            return dequantize(self.tensors, name, self.spec, self.shapes[name], torch.float64)
+        if self.specs[name].kind != "float":
+            return dequantize(self.tensors, name, self.specs[name], self.shapes[name], torch.float64)
         weight = self.tensors[name].double()
         return weight.T if self.is_transposed else weight
 

@@ -20,13 +20,23 @@ int moeflow_cpu_linear(const Matrix *, const char *, const char *, int, int64_t,
 int moeflow_cpu_rms_norm(const char *, int64_t, const void *, float, int64_t, int64_t, char *, int, int);
 }
 
-static const int BITS[NUM_FORMATS] = {32, 16, 16, 8, 4, 3, 2, 1, 4, 8};
+static const int BITS[BLOCKS_Q8_0] = {32, 16, 16, 8, 4, 3, 2, 1, 4, 8, 12};
+/* Values and bytes of a block, from BLOCKS_Q8_0 on. */
+static const int BLOCKS[NUM_FORMATS - BLOCKS_Q8_0][2] = {{32, 34},   {32, 18},   {32, 20},   {32, 22},   {32, 24},
+                                                         {256, 84},  {256, 110}, {256, 144}, {256, 176}, {256, 210},
+                                                         {32, 18},   {256, 136}, {32, 17}};
+
+/* The values of a block of GGML's, of which rows are multiples; 1 for other formats. */
+static int block_of(int format) { return format < BLOCKS_Q8_0 ? 1 : BLOCKS[format - BLOCKS_Q8_0][0]; }
+static int multiple(int n, int of) { return (n + of - 1) / of * of; }
 
 /* Appends a matrix's tensors to a record. */
 static Matrix add(std::vector<unsigned char> &record, int format, int rows, int columns, int group, bool transposed) {
     const bool is_float = format <= FLOAT16, has_zeros = format >= UINT4 && format <= UINT2;
+    const bool is_lossless = format == LOSSLESS, is_blocks = format >= BLOCKS_Q8_0;
     const int block = format == FP8 ? 128 : format == MXFP4 ? 32 : group;
-    const int unit = block > 32 ? block : 32, padded = is_float ? columns : (columns + unit - 1) / unit * unit;
+    const int unit = is_lossless ? 64 : block > 32 ? block : 32;
+    const int padded = is_float || is_blocks ? columns : multiple(columns, unit);
     const auto place = [&](size_t num_bytes) {
         const int64_t start = (int64_t)((record.size() + 3) / 4 * 4);
         record.resize(start + num_bytes);
@@ -34,10 +44,12 @@ static Matrix add(std::vector<unsigned char> &record, int format, int rows, int 
         return start;
     };
     Matrix m{};
-    m.codes = place((size_t)rows * padded * BITS[format] / 8);
     m.scale = m.zero = -1;
+    if (is_blocks) m.codes = place((size_t)rows * columns / block_of(format) * BLOCKS[format - BLOCKS_Q8_0][1]);
+    else m.codes = place((size_t)rows * padded * BITS[format] / 8);
     const int groups = is_float ? 0 : padded / (block ? block : padded);
-    if (!is_float)
+    if (is_lossless) m.scale = place((size_t)rows * 2), m.num_escapes = 0;
+    else if (!is_float && !is_blocks)
         m.scale = format == FP8     ? place((size_t)(rows + 127) / 128 * groups * 4)
                   : format == MXFP4 ? place((size_t)rows * groups)
                                     : place((size_t)rows * groups * 2);
@@ -53,10 +65,11 @@ int main() {
     for (const char *name : {"avx512", "avx2", "portable"}) {
         if (strcmp(moeflow_cpu_use(name), name)) continue;
         for (int format = 0; format < NUM_FORMATS; ++format)
-            for (const int features : {1, 31, 64, 77, 200, 530})
+            for (const int wanted : {1, 31, 64, 77, 200, 530})
                 for (const int tokens : {1, 3, 9, 101})
                     for (int variant = 0; variant < 4; ++variant) {
-                        const int inner = features * 2 / 3 + 1, gate = variant % 3, group = 32 << variant % 3;
+                        const int features = multiple(wanted, block_of(format));
+                        const int inner = multiple(features * 2 / 3 + 1, block_of(format)), gate = variant % 3, group = 32 << variant % 3;
                         std::vector<unsigned char> bytes;
                         Expert expert{};
                         const int size = format == INT8 && variant == 3 ? 0 : group;

@@ -23,7 +23,7 @@ from moeflow.kernels.triton import matrix
 from moeflow.kernels.triton.experts import TritonExperts, available
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-QUANTISED = [name for name, spec in FORMATS.items() if spec.kind != "float"]
+QUANTISED = [name for name, spec in FORMATS.items() if spec.kind not in ("float", "ggml")]
 FLOATS = ["float32", "bfloat16", "float16"]
 
 assert available(), "neither a GPU nor TRITON_INTERPRET=1"

@@ -15,7 +15,7 @@ from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import FORMATS
 
 FLOATS = ("float32", "bfloat16", "float16")
-CODED = tuple(name for name, spec in FORMATS.items() if spec.kind != "float")
+CODED = tuple(name for name, spec in FORMATS.items() if spec.kind not in ("float", "ggml"))
 OAI = Activation("swiglu_oai", "interleaved", 1.702, 7.0)
 ACTIVATIONS = (
     SILU,

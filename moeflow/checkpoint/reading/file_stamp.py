@@ -61,3 +61,20 @@ def check_stamps(files: list[Path], before: list[FileStamp], now: list[FileStamp
                 f"{file} changed on disk while it was opened ({stamp.change_to(found)}). Run it again when the files "
                 "no longer change."
             )
+
+
+def check_unchanged(files: list[Path], before: list[FileStamp]) -> None:
+    """Look at a model's files again and refuse those that changed.
+
+    Args:
+        files: their names.
+        before: [len(files)], when their headers were read.
+
+    Raises:
+        CheckpointError: one is another file, was written to, or is gone; the message names the first.
+    """
+    try:
+        now = [FileStamp.of(file) for file in files]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} is gone since its header was read. Run it again.") from None
+    check_stamps(files, before, now)

@@ -19,13 +19,14 @@ from moeflow.core import PAGE_BYTES, ExpertKey, RecordLayout, align_up
 from moeflow.doctor.finding import BROKEN, Finding
 from moeflow.doctor.model.shards import AGAIN, NONSENSE
 from moeflow.doctor.model.values import Bad, bad_values
-from moeflow.dtypes import tensors_of
+from moeflow.dtypes import TORCH_DTYPES, tensors_of
 from moeflow.errors import CheckpointError, ExpertReadError
 from moeflow.formatting import format_bytes
 from moeflow.kernels.quantization.dequantize import dequantize
 from moeflow.kernels.quantization.formats import find_format
 
 _THREADS = 4
+_DTYPES = {"lossless": "BF16", "ggml": "F32"}  # of kinds of formats that are looked at as values
 _PACK = "write it again with moeflow pack"
 
 
@@ -87,7 +88,7 @@ def bad_matrices(raw: np.ndarray, record: RecordLayout) -> Iterator[tuple[str, B
     formats = {matrix.name: find_format(matrix.format) for matrix in record.matrices}
     for spec in record.tensors:
         owner = formats.get(spec.name)
-        if owner is not None and owner.kind == "lossless":
+        if owner is not None and owner.kind in _DTYPES:
             continue  # looked at as values, below
         dtype = spec.dtype
         if owner is not None and owner.kind == "fp8":
@@ -97,9 +98,10 @@ def bad_matrices(raw: np.ndarray, record: RecordLayout) -> Iterator[tuple[str, B
         yield from _told(spec.name, raw[spec.offset : spec.offset + spec.num_bytes], dtype)
     tensors = tensors_of(torch.from_numpy(raw), record)
     for matrix in record.matrices:
-        if formats[matrix.name].kind == "lossless":
-            values = dequantize(tensors, matrix.name, formats[matrix.name], matrix.shape, torch.bfloat16)
-            yield from _told(matrix.name, values.contiguous().view(torch.uint8).flatten().numpy(), "BF16")
+        spec = formats[matrix.name]
+        if spec.kind in _DTYPES:
+            values = dequantize(tensors, matrix.name, spec, matrix.shape, TORCH_DTYPES[_DTYPES[spec.kind]])
+            yield from _told(matrix.name, values.contiguous().view(torch.uint8).flatten().numpy(), _DTYPES[spec.kind])
 
 
 def _told(name: str, raw: np.ndarray, dtype: str) -> Iterator[tuple[str, Bad]]:

@@ -7,23 +7,30 @@ from typing import Any
 
 from moeflow.errors import UnsupportedModelError
 from moeflow.hf.gguf.architecture import Architecture
-from moeflow.hf.gguf.families import gpt_oss, llama, others, qwen
+from moeflow.hf.gguf.families import deepseek, delta_net, glm, gpt_oss, llama, mamba, others, qwen, short_conv, sliding
 
-ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture
-    for architecture in (
-        llama.LLAMA,
-        llama.GRANITEMOE,
-        qwen.QWEN2MOE,
-        qwen.QWEN3MOE,
-        gpt_oss.GPT_OSS,
-        others.OLMOE,
-        others.PHIMOE,
-        others.MINIMAX_M2,
-        others.ERNIE4_5_MOE,
-        others.HUNYUAN_MOE,
-    )
-}
+_ALL = (
+    llama.LLAMA,
+    llama.GRANITEMOE,
+    qwen.QWEN2MOE,
+    qwen.QWEN3MOE,
+    gpt_oss.GPT_OSS,
+    others.OLMOE,
+    others.PHIMOE,
+    others.MINIMAX_M2,
+    others.ERNIE4_5_MOE,
+    others.HUNYUAN_MOE,
+    deepseek.DEEPSEEK2,
+    glm.GLM4MOE,
+    glm.DOTS1,
+    sliding.EXAONE_MOE,
+    sliding.AFMOE,
+    delta_net.QWEN3NEXT,
+    delta_net.QWEN35MOE,
+    short_conv.LFM2MOE,
+    mamba.NEMOTRON_H_MOE,
+)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _ALL}
 
 
 def find_architecture(name: str) -> Architecture:
@@ -52,10 +59,15 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         UnsupportedModelError: moeflow does not write it.
     """
-    written = [entry for entry in ARCHITECTURES.values() if entry.metadata]
-    found = [entry for entry in written if config.model_type in (entry.model_type, *entry.also)]
+    found = [
+        entry
+        for entry in ARCHITECTURES.values()
+        if config.model_type in (entry.model_type, *entry.also) and entry.metadata
+    ]
     if not found:
-        known = sorted({model_type for entry in written for model_type in (entry.model_type, *entry.also)})
+        known = sorted(
+            {kind for entry in ARCHITECTURES.values() if entry.metadata for kind in (entry.model_type, *entry.also)}
+        )
         raise UnsupportedModelError(
             f"moeflow writes no GGUF files of {config.model_type} models; it writes {', '.join(known)}."
         )

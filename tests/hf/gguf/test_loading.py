@@ -1,0 +1,93 @@
+"""GGUF files through load_moe: the values of their blocks, whatever the type, at every budget."""
+
+import pytest
+import torch
+import transformers
+
+from helpers.gguf_models import write_model
+from moeflow import load_moe
+
+VOCAB = 320
+PROMPT = torch.arange(5, 16)[None]
+
+
+def qwen3(**overrides):
+    """Return a tiny Qwen3 model of sizes that every type's blocks fit."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, num_experts=6, num_experts_per_tok=2, vocab_size=VOCAB,
+        mlp_only_layers=[], norm_topk_prob=True, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
+        **overrides,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+def blocks_of(kind, down=None, dense=None):
+    """Return a rule of types: experts' matrices in one, their down projections in another, dense ones in a third."""
+
+    def type_of(name, shape):
+        if len(shape) == 1 or "ffn_gate_inp" in name:
+            return "F32"
+        if "_exps" in name:
+            return down if down and "down" in name else kind
+        return dense or kind
+
+    return type_of
+
+
+def check(path, model, dtype="float32", **options):
+    """Load the file and compare logits with transformers; return the loaded model's first logits."""
+    loaded = load_moe(path, dtype=dtype, device="cpu", expert_memory="50%", **options)
+    with loaded.moeflow, torch.no_grad():
+        found = loaded(PROMPT).logits
+        single = torch.cat([loaded(PROMPT[:, :1]).logits, loaded(PROMPT[:, 1:2]).logits])
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        alone = torch.cat([model(PROMPT[:, :1]).logits, model(PROMPT[:, 1:2]).logits])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(single, alone, rtol=1e-3, atol=1e-4)
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+     "MXFP4", "IQ3_S"],
+)  # fmt: skip
+def test_every_type_gives_the_values_of_its_blocks(kind, tmp_path):
+    model = write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(), blocks_of(kind))
+    check(tmp_path / "model.gguf", model)
+
+
+def test_types_may_differ_between_matrices(tmp_path):
+    model = write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(), blocks_of("Q4_K", down="Q6_K", dense="Q8_0"))
+    check(tmp_path / "model.gguf", model)
+
+
+def test_gate_and_up_of_two_types_become_floats(tmp_path):
+    def type_of(name, shape):
+        return "Q5_K" if "ffn_up_exps" in name else blocks_of("Q4_K")(name, shape)
+
+    model = write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(), type_of)
+    check(tmp_path / "model.gguf", model)
+
+
+def test_tied_embeddings_are_held_once(tmp_path):
+    model = write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(tie_word_embeddings=True), blocks_of("Q6_K"))
+    check(tmp_path / "model.gguf", model)
+    with (loaded := load_moe(tmp_path / "model.gguf", device="cpu")).moeflow:
+        assert loaded.lm_head.blocks.data_ptr() == loaded.model.embed_tokens.blocks.data_ptr()
+
+
+def test_bits_are_the_same_at_every_budget_and_in_native_steps(tmp_path):
+    write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(), blocks_of("Q4_K", down="Q6_K"))
+    told = []
+    for budget in ("100%", "40%"):
+        loaded = load_moe(tmp_path / "model.gguf", dtype="bfloat16", device="cpu", expert_memory=budget)
+        with loaded.moeflow:
+            out = loaded.generate(
+                PROMPT, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        told.append(torch.cat(out.logits))
+    assert torch.equal(*told)
