@@ -8,6 +8,7 @@ difference of its logits from transformers' own, over the largest logit.
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -29,7 +30,10 @@ model.eval(ids)
 np.save(out, np.array(model.scores[: len(ids)]))
 """
 # What llama.cpp itself computes otherwise than the model; transformers is changed here to compute it so too.
-DEPARTURES = {"phimoe": "softmax over all experts, RMS norms"}
+DEPARTURES = {
+    "phimoe": "softmax over all experts, RMS norms",
+    "gpt-oss-yarn": "yarn's range in whole dimensions",
+}
 
 
 def main() -> None:
@@ -87,7 +91,11 @@ def check(family, folder: Path, llama_python: str | None) -> dict:
             return row
         if family.name.startswith("phimoe"):
             _as_llama_cpp_has_phi(model)
-            expected = model(ids, use_cache=False).logits[0]
+        if family.name == "gpt-oss-yarn":
+            config = copy.deepcopy(model.config)
+            config.rope_parameters["truncate"] = True
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        expected = model(ids, use_cache=False).logits[0]
     command = [llama_python, "-c", LLAMA, str(file), json.dumps(ids[0].tolist()), str(folder / "logits.npy")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 def test_a_file_is_written_and_told(folder, tmp_path, capsys):
     out = tmp_path / "model.gguf"
     assert main(["gguf", str(folder), "-o", str(out), "--type", "q8_0", "--pre", "qwen2"]) == 0
-    assert f"wrote {out}, {out.stat().st_size:,} bytes: 36 tensors, architecture qwen3moe" in capsys.readouterr().out
+    assert f"wrote {out}, {out.stat().st_size:,} bytes: 39 tensors, architecture qwen3moe" in capsys.readouterr().out
     back = ReadBack(out)
     assert back.metadata["general.architecture"] == "qwen3moe"
     assert back.metadata["tokenizer.ggml.pre"] == "qwen2"
@@ -33,7 +33,7 @@ def test_json_names_the_file(folder, tmp_path, capsys):
     assert found == {
         "file": str(out),
         "architecture": "qwen3moe",
-        "num_tensors": 36,
+        "num_tensors": 39,
         "num_bytes": out.stat().st_size,
     }
 

@@ -88,8 +88,8 @@ def gguf_families() -> dict[str, Family]:
             _family("qwen3moe", "Qwen3MoeForCausalLM", norm_topk_prob=True, head_dim=64),
             _family("qwen3moe-yarn", "Qwen3MoeForCausalLM", norm_topk_prob=True, rope_parameters=YARN),
             _family("gpt-oss", "GptOssForCausalLM", sliding_window=8),
-            _family("gpt-oss-yarn", "GptOssForCausalLM", sliding_window=8, rope_parameters=YARN),
-            _family("olmoe", "OlmoeForCausalLM"),
+            _family("gpt-oss-yarn", "GptOssForCausalLM", sliding_window=8, rope_parameters=YARN | {"truncate": False}),
+            _family("olmoe", "OlmoeForCausalLM", num_key_value_heads=4),
             _family("phimoe", "PhimoeForCausalLM", **phi),
             _family("phimoe-longrope", "PhimoeForCausalLM", rope_parameters=phi_rope, **phi),
             _family(

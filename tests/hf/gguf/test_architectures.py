@@ -27,8 +27,9 @@ def test_a_model_is_read_back_bit_for_bit(family, tmp_path):
     assert all(any(re.fullmatch(pattern, name) for pattern in architecture.ignored) for name in unused), unused
     ids = torch.randint(3, 259, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        logits = [one(ids, use_cache=False).logits for one in (model, loaded)]
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)  # numbers of the config are float32
+        wanted, own = (one(ids, use_cache=False).logits for one in (model, loaded))
+    rounded = family.name == "mixtral-llama3"  # a file has its factors, which transformers multiplies otherwise
+    assert (wanted - own).abs().max() <= (1e-5 * wanted.abs().max() if rounded else 0)
 
 
 def test_an_unknown_architecture_is_named():
@@ -59,6 +60,9 @@ def test_a_family_that_is_not_written_is_named():
         ("qwen3moe", "rope_parameters", LLAMA3),
         ("minimax-m2", "rope_parameters", LONG),
         ("mixtral", "rope_parameters", YARN | {"truncate": False}),
+        ("gpt-oss", "rope_parameters", YARN),
+        ("olmoe", "num_key_value_heads", 2),
+        ("qwen2moe", "head_dim", 64),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(name, field, value):

@@ -47,7 +47,7 @@ def _metadata(config: Any) -> dict[str, Any]:
         "expert_used_count": config.num_experts_per_tok,
         "attention.sliding_window": config.sliding_window,
     }
-    return k.decoder_metadata(config, "gpt-oss", more, truncates=config.rope_parameters.get("truncate", True))
+    return k.decoder_metadata(config, "gpt-oss", more, truncates=False)
 
 
 def _rules(config: Any) -> list[Rule]:

@@ -169,6 +169,16 @@ def refuse_window(config: Any) -> None:
         refuse(config, "sliding_window", None)
 
 
+def refuse_other_width(config: Any) -> None:
+    """Refuse a config whose heads together are not as wide as the model, which llama.cpp takes for granted here."""
+    width = config.num_attention_heads * head_size_of(config)
+    if width != config.hidden_size:
+        raise UnsupportedModelError(
+            f"attention heads are {width} wide together, and hidden_size is {config.hidden_size}; llama.cpp wants them "
+            f"the same in {config.model_type} models."
+        )
+
+
 def refuse_dense_layers(config: Any) -> None:
     """Refuse a config with layers without experts among the others, which llama.cpp does not have for the family."""
     refuse(config, "mlp_only_layers", [], None)

@@ -40,6 +40,8 @@ def _olmoe_metadata(config: Any) -> dict[str, Any]:
     k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "norm_topk_prob", False)
     k.refuse(config, "clip_qkv", None)
+    k.refuse(config, "num_key_value_heads", config.num_attention_heads)
+    k.refuse_other_width(config)
     k.refuse(config, "attention_bias", False)
     more = {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
     return k.decoder_metadata(config, "olmoe", more)
@@ -67,6 +69,7 @@ def _phimoe_metadata(config: Any) -> dict[str, Any]:
     k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "attention_bias", True)  # llama.cpp wants the tensors
     k.refuse(config, "lm_head_bias", True)
+    k.refuse_other_width(config)
     more = {
         "expert_count": config.num_local_experts,
         "expert_used_count": config.num_experts_per_tok,

@@ -26,6 +26,7 @@ def _qwen2_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
 def _qwen2_metadata(config: Any) -> dict[str, Any]:
     k.refuse(config, "hidden_act", "silu")
     k.refuse(config, "norm_topk_prob", False)
+    k.refuse_other_width(config)
     k.refuse(config, "sliding_window", None, 0)
     k.refuse_dense_layers(config)
     more = {

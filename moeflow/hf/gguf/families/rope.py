@@ -51,13 +51,13 @@ def rope_config(keys: _Keys, tensors: Tensors, head_size: int, *, truncates: boo
         return rope | _read_yarn(keys, factor, attention, truncates)
     if factors:
         short, long = (name if name in tensors else FREQUENCIES for name in (SHORT, LONG))
+        original = keys.get("rope.scaling.original_context_length", keys["context_length"])
         return rope | {
             "rope_type": "longrope",
+            "factor": keys["context_length"] / original,
             "short_factor": tensors[short]().tolist(),
             "long_factor": tensors[long]().tolist(),
-            "original_max_position_embeddings": keys.get(
-                "rope.scaling.original_context_length", keys["context_length"]
-            ),
+            "original_max_position_embeddings": original,
             "attention_factor": attention,
         }
     if attention != 1:
