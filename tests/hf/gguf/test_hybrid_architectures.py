@@ -97,7 +97,11 @@ def test_the_block_that_predicts_further_tokens_is_no_layer():
 
 
 UNREADABLE = {
-    "softmax with a correction": ("kimi-k2", {"deepseek2.expert_gating_func": 1}, "exp_probs_b"),
+    "softmax with a correction": (
+        "kimi-k2",
+        {"deepseek2.expert_gating_func": 1, "deepseek2.expert_weights_norm": False},
+        "exp_probs_b",
+    ),
     "another scoring function": ("kimi-k2", {"deepseek2.expert_gating_func": 4}, "function 4"),
     "softmax that is normalised": ("deepseek-v2", {"deepseek2.expert_weights_norm": True}, "normalised"),
     "sigmoid without a correction": ("deepseek-v2", {"deepseek2.expert_gating_func": 2}, "without exp_probs_b"),
@@ -107,7 +111,7 @@ UNREADABLE = {
         {"deepseek2.rope.scaling.yarn_log_multiplier": 0.0},
         "yarn_log_multiplier",
     ),
-    "longrope": ("glm4moe", {"glm4moe.rope.scaling.type": "longrope"}, "longrope"),
+    "positions scaled otherwise": ("kimi-k2", {"deepseek2.rope.scaling.factor": 2.0}, "linear"),
     "a model that sees": ("glm4moe", {"glm4moe.rope.dimension_sections": [8, 12, 12, 0]}, "sees"),
     "softmax in GLM": ("glm4moe", {"glm4moe.expert_gating_func": 1}, "softmax"),
     "another period": ("afmoe", {"afmoe.attention.sliding_window_pattern": 6}, "every 6"),
@@ -128,7 +132,7 @@ UNWRITABLE = {
     "two scales of yarn": (
         "deepseek-v3",
         {"rope_parameters": {**MODELS["deepseek-v3"][2]["rope_parameters"], "mscale": 0.5}},
-        "0.5 and 1.0",
+        "0.5, 1.0 and None",
     ),
     "heads of two sizes": ("qwen3next", {"linear_value_head_dim": 16}, "keys of 32 and values of 16"),
     "scores as they are": ("qwen3next", {"norm_topk_prob": False}, "norm_topk_prob"),
