@@ -154,7 +154,12 @@ class ModelFolder:
         return named if isinstance(named, torch.dtype) else torch.float32
 
     def links_out(self) -> dict[str, str]:
-        """Return the weights' files that are links out of the folder, with their targets; a hub cache's are its own."""
+        """Return the weights' files that are links out of the folder, with their targets; a hub cache's are its own.
+
+        A GGUF file has none: the folder only stands for it.
+        """
+        if self.gguf is not None:
+            return {}
         home = self.path.resolve()
         if home.parent.name == "snapshots":
             home = home.parent.parent  # snapshots link to blobs beside them
