@@ -11,6 +11,11 @@ VOCAB = 320
 PROMPT = torch.arange(5, 16)[None]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+
+
 def qwen3(**overrides):
     """Return a tiny Qwen3 model of sizes that every type's blocks fit."""
     torch.manual_seed(0)
