@@ -44,9 +44,9 @@ def gguf_folder(file: Path, *, config: Path | None = None) -> Path:
     """Return a model folder for transformers of a GGUF file, made now unless it lies in the cache from an earlier call.
 
     Files of the model's own win over what the metadata tells: config.json, generation_config.json, chat_template.jinja,
-    and tokenizer.json with its companions, each from `config` where it has it, else from beside the GGUF file. What they
-    lack the metadata tells: the special tokens where there is no tokenizer_config.json, the chat template where there
-    is none. What a config.json says of quantised weights is left out: it is of other files.
+    and tokenizer.json with its companions, each from `config` where it has it, else from beside the GGUF file. What
+    they lack the metadata tells: the special tokens where there is no tokenizer_config.json, the chat template where
+    there is none. What a config.json says of quantised weights is left out: it is of other files.
 
     Args:
         file: the GGUF file; of a model in several, any of them.
@@ -102,8 +102,8 @@ class _Own(NamedTuple):
 
 def _cannot_write(folder: Path, reason: str) -> str:
     return (
-        f"{folder} cannot be written: {reason}. moeflow keeps the config and tokenizer of a GGUF file there. Make room, or "
-        "name a folder of yours in MOEFLOW_CACHE."
+        f"{folder} cannot be written: {reason}. moeflow keeps the config and tokenizer of a GGUF file there. Make room, "
+        "or name a folder of yours in MOEFLOW_CACHE."
     )
 
 
@@ -171,8 +171,8 @@ def _config(file: Path, found: GgufFile, given: _Own | None) -> dict[str, Any]:
         fields = architecture.config(found.metadata, set(found.tensors))
     except KeyError as error:
         raise CheckpointError(
-            f"{file}: the metadata of an architecture {architecture.name} must have {error.args[0]}, and it is not there. "
-            "Download the file again, or give the folder of the model's own config.json (--config)."
+            f"{file}: the metadata of an architecture {architecture.name} must have {error.args[0]}, and it is not "
+            "there. Download the file again, or give the folder of the model's own config.json (--config)."
         ) from error
     return {**fields, "dtype": _dtype(found)}
 

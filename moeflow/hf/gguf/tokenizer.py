@@ -36,7 +36,7 @@ def build_tokenizer(metadata: Mapping[str, Any], own: Path | None = None) -> Pre
 
     Args:
         metadata: of the file.
-        own: the model's own tokenizer.json, in place of the file's tokens; special ones it has are named as in the file.
+        own: the model's own tokenizer.json, in place of the file's tokens. Special ones are named as the file has it.
 
     Raises:
         CheckpointError: a key is missing or wrong, or the tokens and merges do not fit each other.
@@ -74,7 +74,8 @@ def chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
     for name in strings(metadata, "tokenizer.chat_templates", []):
         if not re.fullmatch(r"\w[\w-]{0,63}", name):
             raise CheckpointError(
-                f"tokenizer.chat_templates holds the name {name!r:.80}; a name has letters, digits and '-' alone. {_REMEDY}"
+                f"tokenizer.chat_templates holds the name {name!r:.80}; a name has letters, digits and '-' alone. "
+                f"{_REMEDY}"
             )
         found[name] = field(metadata, f"{_TEMPLATE}.{name}", str)
     return found if found.keys() - {"default"} else found.get("default")
@@ -83,8 +84,8 @@ def chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
 def _of_metadata(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Tokenizer:
     if vocabulary.model not in ("gpt2", "llama", "gemma4"):
         raise UnsupportedModelError(
-            f"the file's tokenizer is of the kind {vocabulary.model!r} (tokenizer.ggml.model); moeflow reads gpt2, llama "
-            f"and gemma4. {_REMEDY}"
+            f"the file's tokenizer is of the kind {vocabulary.model!r} (tokenizer.ggml.model); moeflow reads gpt2, "
+            f"llama and gemma4. {_REMEDY}"
         )
     strings(metadata, "tokenizer.ggml.tokens")
     build = _byte_level if vocabulary.model == "gpt2" else _spaces_as_letters
@@ -132,6 +133,7 @@ def _spaces_as_letters(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> t
     if len(vocab) != len(spelled):
         raise CheckpointError(f"two tokens of the file are the same number of spaces. {_REMEDY}")
     unknown = vocabulary.special.get("unknown")
+    has_merges = bool(metadata.get("tokenizer.ggml.merges")) or not is_llama
     made = Tokenizer(
         models.BPE(
             vocab=vocab,
@@ -157,10 +159,6 @@ def _spelled(vocabulary: Vocabulary) -> dict[int, str]:
     if vocabulary.model == "gpt2":
         return vocabulary.tokens
     return {i: SPACE * len(word) if not word.strip(" ") else word for i, word in vocabulary.tokens.items()}
-
-
-def _has_merges(metadata: Mapping[str, Any]) -> bool:
-    return bool(metadata.get("tokenizer.ggml.merges"))
 
 
 def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -15,10 +15,12 @@ _REMEDY = "Download the file again, or give the folder of the model's own tokeni
 _DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}}
 # llama.cpp ends a text at tokens of these names, whatever the file says of them.
 _ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
-    "<\uff5cend\u2581of\u2581sentence\uff5c> [e~[".split()
-)
+    (
+        "</s>", "<eos>", "[EOS]", "[EOT]", "<EOT>", "_<EOT>", "[e~[", "<turn|>", "<|tool_response>", "<end_of_turn>",
+        "<end_of_utterance>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
+        "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    )
+)  # fmt: skip
 # A name that is no end where all of the others are there: gpt-oss's and Solar's parts of an answer, Gemma 4's text.
 _NO_ENDS = (
     ("<|end|>", {"<|return|>", "<|call|>"}),
@@ -97,7 +99,7 @@ def end_ids(vocabulary: Vocabulary) -> list[int]:
     known to end one: most files name only one end, and a model may write another.
     """
     ids = {word: i for i, word in vocabulary.tokens.items()}
-    ends = {ids[word] for word in _ENDS & ids.keys() if vocabulary.kinds[ids[word]] is not Kind.NORMAL}
+    ends = {ids[word] for word in _ENDS & set(ids) if vocabulary.kinds[ids[word]] is not Kind.NORMAL}
     ends |= {vocabulary.special[name] for name in ("eos", "eot", "eom") if name in vocabulary.special}
     words = {vocabulary.tokens[i] for i in ends}
     for word, others in _NO_ENDS:
