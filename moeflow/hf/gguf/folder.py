@@ -102,8 +102,8 @@ class _Own(NamedTuple):
 
 def _cannot_write(folder: Path, reason: str) -> str:
     return (
-        f"{folder} cannot be written: {reason}. moeflow keeps the config and tokenizer of a GGUF file there. Make room, "
-        "or name a folder of yours in MOEFLOW_CACHE."
+        f"{folder} cannot be written: {reason}. moeflow keeps a GGUF file's config and tokenizer there. Make room, or "
+        "name a folder of yours in MOEFLOW_CACHE."
     )
 
 

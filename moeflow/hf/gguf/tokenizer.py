@@ -137,9 +137,7 @@ def _spaces_as_letters(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> t
     made = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_scored_merges(vocabulary, metadata)
-            if is_llama and not _has_merges(metadata)
-            else _merges(metadata),
+            merges=_merges(metadata) if has_merges else _scored_merges(vocabulary, metadata),
             unk_token=None if unknown is None else spelled[unknown],
             byte_fallback=True,
             fuse_unk=True,
