@@ -25,7 +25,6 @@ SPACE = "\u2581"
 _REMEDY = "Put the model's own tokenizer.json beside the file, or give the folder it lies in (--config)."
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _TEMPLATE = "tokenizer.chat_template"
-_STRIPS_SPACES = re.compile(r"phi-?3", re.IGNORECASE)  # models whose special tokens eat the spaces behind them
 
 
 def build_tokenizer(metadata: Mapping[str, Any], own: Path | None = None) -> PreTrainedTokenizerFast:
@@ -90,7 +89,7 @@ def _of_metadata(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Tokeniz
     strings(metadata, "tokenizer.ggml.tokens")
     build = _byte_level if vocabulary.model == "gpt2" else _spaces_as_letters
     made, adds_bos = build(vocabulary, metadata)
-    _add_tokens(made, vocabulary, bool(_STRIPS_SPACES.search(str(metadata.get("general.name", "")))))
+    _add_tokens(made, vocabulary, strips=metadata.get("general.architecture") == "phimoe")
     _frame(made, vocabulary, metadata, adds_bos)
     return made
 
@@ -194,8 +193,11 @@ def _scored_merges(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> list[
     return [(left, right) for _, _, left, right in sorted(pairs)]
 
 
-def _add_tokens(made: Tokenizer, vocabulary: Vocabulary, strips: bool) -> None:
-    """Make tokens that text is searched for: special ones, and those that users defined, which are plain text."""
+def _add_tokens(made: Tokenizer, vocabulary: Vocabulary, *, strips: bool) -> None:
+    """Make tokens that text is searched for: special ones, and those that users defined, which are plain text.
+
+    `strips`: special ones eat the spaces behind them, as Phi 3's do, which no file says.
+    """
     special, plain = [], []
     for i, word in _spelled(vocabulary).items():
         kind = vocabulary.kinds[i]
