@@ -76,8 +76,8 @@ def varied_texts(count=300, special=(), seed=1):
     return texts[:count]
 
 
-def write_gguf(path, metadata, tensors=None, architecture="qwen3moe"):
-    """Write a GGUF file; ints are stored as 32 bits, lists by their first entry."""
+def write_gguf(path, metadata, tensors=None, architecture="qwen3moe", types=None):
+    """Write a GGUF file; ints are stored as 32 bits, and `types` names GGML's types of tensors that are blocks."""
     writer = gguf.GGUFWriter(path, architecture)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
@@ -86,7 +86,8 @@ def write_gguf(path, metadata, tensors=None, architecture="qwen3moe"):
         elif key != "general.architecture":
             add[type(value)](key, value)
     for name, values in (tensors or {}).items():
-        writer.add_tensor(name, values)
+        blocks = gguf.GGMLQuantizationType[types[name]] if types and name in types else None
+        writer.add_tensor(name, values, raw_dtype=blocks)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

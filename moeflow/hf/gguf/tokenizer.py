@@ -100,7 +100,7 @@ def _byte_level(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> tuple[To
     made = Tokenizer(
         models.BPE(
             vocab={word: i for i, word in vocabulary.tokens.items()},
-            merges=_merges(metadata),
+            merges=_merges(vocabulary, metadata),
             ignore_merges=split.whole_words,
         )
     )
@@ -136,7 +136,7 @@ def _spaces_as_letters(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> t
     made = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges(metadata) if has_merges else _scored_merges(vocabulary, metadata),
+            merges=_merges(vocabulary, metadata) if has_merges else _scored_merges(vocabulary, metadata),
             unk_token=None if unknown is None else spelled[unknown],
             byte_fallback=True,
             fuse_unk=True,
@@ -158,10 +158,15 @@ def _spelled(vocabulary: Vocabulary) -> dict[int, str]:
     return {i: SPACE * len(word) if not word.strip(" ") else word for i, word in vocabulary.tokens.items()}
 
 
-def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Read the merges: two pieces with a space between; the first letter may be a space itself."""
+def _merges(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Read the merges: two pieces with a space between; the first letter may be a space itself.
+
+    Only a vocabulary of single letters may lack them.
+    """
+    words = (word for i, word in vocabulary.tokens.items() if vocabulary.kinds[i] is Kind.NORMAL)
+    needs_none = all(len(word) == 1 for word in words)
     pairs = []
-    for merge in strings(metadata, "tokenizer.ggml.merges"):
+    for merge in strings(metadata, "tokenizer.ggml.merges", [] if needs_none else None):
         cut = merge.find(" ", 1)
         if cut < 0:
             raise CheckpointError(f"tokenizer.ggml.merges holds {merge!r:.80}, which is no pair. {_REMEDY}")

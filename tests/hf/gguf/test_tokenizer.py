@@ -112,7 +112,8 @@ def test_every_split_loses_no_letter(pre):
         ("kimi-k2", "日本語abc", ["日本語", "abc"]),
         ("afmoe", "12345678", ["12", "345", "678"]),
         ("deepseek-llm", "ab12\n日本", ["ab", "1", "2", "\n", "日本"]),
-        ("bailingmoe2", "a\n\nb", ["a", "\n", "\n", "b"]),
+        ("qwen2", "!\n\n", ["!\n\n"]),
+        ("seed-coder", "!\n\n", ["!", "\n\n"]),
     ],
 )
 def test_splits_have_the_marks_of_their_kind(pre, text, pieces):
