@@ -199,7 +199,7 @@ def test_a_folder_without_the_models_own_files_is_refused(file, tmp_path):
 def test_a_cache_that_cannot_be_written_is_told(file, tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "taken"))
-    with pytest.raises(ConfigError, match="cannot be written.*MOEFLOW_CACHE"):
+    with pytest.raises(ConfigError, match=r"cannot be written.*MOEFLOW_CACHE"):
         gguf_folder(file)
 
 
