@@ -16,6 +16,7 @@ WRITERS = {
     "moeflow.checkpoint.packed_writer",
     "moeflow.demo.model",
     "moeflow.demo.source",
+    "moeflow.hf.gguf.folder",
     "moeflow.hub.partial_file",
     "moeflow.hub.stores",
     "moeflow.trace.writer",

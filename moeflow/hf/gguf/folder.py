@@ -68,8 +68,8 @@ def gguf_folder(file: Path, *, config: Path | None = None) -> Path:
             f"{file} is a dense model ({name}, without {name}.expert_count), and moeflow runs mixtures of experts. Run "
             "it with llama.cpp, or with transformers: from_pretrained(folder, gguf_file=...)."
         )
-    given = _given_files(file, config)
-    folder = cache_folder() / "gguf" / f"{file.stem[:80]}-{_key(found, given)}"
+    given = _given_files(found.files[0].parent, config)
+    folder = cache_folder() / "gguf" / f"{found.files[0].stem[:80]}-{_key(found, given)}"
     if (folder / GGUF_FILE).is_file():
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
@@ -107,9 +107,9 @@ def _cannot_write(folder: Path, reason: str) -> str:
     )
 
 
-def _given_files(file: Path, config: Path | None) -> dict[str, _Own]:
+def _given_files(beside: Path, config: Path | None) -> dict[str, _Own]:
     """Return the model's own files by their names in a model folder."""
-    places = [file.parent]
+    places = [beside]
     if config is not None:
         if not any((config / name).is_file() for name in ("config.json", _TOKENIZER)):
             raise ConfigError(f"{config} has neither config.json nor {_TOKENIZER}. Give the folder of the model's own.")
@@ -120,9 +120,9 @@ def _given_files(file: Path, config: Path | None) -> dict[str, _Own]:
         if place is not None:
             found[name] = place / name
     if _TOKENIZER in found:
-        beside = found[_TOKENIZER].parent
-        names = [*_COMPANIONS, *(f"{_TEMPLATES}/{path.name}" for path in (beside / _TEMPLATES).glob("*.jinja"))]
-        found.update({name: beside / name for name in names if (beside / name).is_file()})
+        place = found[_TOKENIZER].parent
+        names = [*_COMPANIONS, *(f"{_TEMPLATES}/{path.name}" for path in (place / _TEMPLATES).glob("*.jinja"))]
+        found.update({name: place / name for name in names if (place / name).is_file()})
     return {name: _Own(path, _read(path)) for name, path in found.items()}
 
 
@@ -225,10 +225,17 @@ def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if ends:
         fields["eos_token_id"] = ends
     drawn = {
-        option: metadata[f"general.sampling.{name}"]
+        option: _number(metadata, f"general.sampling.{name}")
         for name, option in _SAMPLING.items()
         if f"general.sampling.{name}" in metadata
     }
-    if drawn:
-        fields |= {"do_sample": drawn.get("temperature", 1) > 0, **drawn}
-    return fields
+    if drawn.get("temperature", 1) <= 0:
+        return {**fields, "do_sample": False}
+    return {**fields, "do_sample": True, **drawn} if drawn else fields
+
+
+def _number(metadata: Mapping[str, Any], key: str) -> float:
+    value = metadata[key]
+    if type(value) not in (int, float):
+        raise CheckpointError(f"{key} is {value!r:.80}, which is no number. Download the file again.")
+    return value if isinstance(value, int) else float(f"{value:.6g}")  # stored in 32 bits: 0.6 is 0.60000002

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from moeflow.errors import CheckpointError, MoeflowError, UnsupportedModelError
-from moeflow.hf.gguf.splits import SPLITS, Split
+from moeflow.hf.gguf.text_splits import SPLITS, Split
 from moeflow.hf.gguf.vocabulary import Kind, Vocabulary, field, read_vocabulary, strings
 from moeflow.hf.wall import one_line, wall
 

@@ -126,11 +126,13 @@ def test_generation_ends_where_the_file_and_the_names_of_tokens_say(tmp_path):
     own = byte_tokenizer(additional_special_tokens=words).backend_tokenizer
     changed = tokenizer_metadata(own, "gpt-2", special={"eos": 259, "bos": 260, "padding": 259, "eot": 257})
     changed["tokenizer.ggml.merges"] = None
-    drawn = {"general.sampling.temp": 0.5, "general.sampling.top_k": 20}
+    drawn = {"general.sampling.temp": 0.6, "general.sampling.top_k": 20}
     folder = gguf_folder(written(tmp_path / "x.gguf", **changed, **drawn))
     told = {"eos_token_id": [259, 256, 257], "bos_token_id": 260, "pad_token_id": 259}  # "<|end|>" ends a part
-    drawn = {"do_sample": True, "temperature": 0.5, "top_k": 20}
+    drawn = {"do_sample": True, "temperature": 0.6, "top_k": 20}
     assert fields_of(folder, "generation_config.json") == told | drawn
+    greedy = gguf_folder(written(tmp_path / "x.gguf", **changed, **{"general.sampling.temp": 0.0}))
+    assert fields_of(greedy, "generation_config.json") == told | {"do_sample": False}
 
 
 def test_the_models_own_files_win_those_of_the_given_folder_first(file, tmp_path):

@@ -12,7 +12,7 @@ from helpers.gguf_tokenizers import KINDS, tokenizer_metadata, varied_texts
 from helpers.small_tokenizers import sentencepiece_tokenizer
 from moeflow.errors import CheckpointError, UnsupportedModelError
 from moeflow.hf.encoding import encode_messages
-from moeflow.hf.gguf.splits import SPLITS
+from moeflow.hf.gguf.text_splits import SPLITS
 from moeflow.hf.gguf.tokenizer import build_tokenizer
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<\uff5cUser\uff5c>"]
@@ -176,6 +176,16 @@ TEXTS = [*varied_texts(300, ["<s>", "</s>", "<think>", " name: a", '{"', "nana m
 
 def test_sentencepiece_ids_are_those_of_the_models_own_tokenizer(sentencepiece):
     assert_same(sentencepiece, build_tokenizer(scored(sentencepiece)), TEXTS)
+
+
+def test_runs_of_spaces_that_users_defined_are_merged_as_any_token():
+    own = Tokenizer(models.BPE({"<unk>": 0, "\u2581": 1, "\u2581\u2581": 2, "a": 3}, [("\u2581", "\u2581")]))
+    own.normalizer = normalizers.Replace(" ", "\u2581")
+    own.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
+    fields = tokenizer_metadata(own, "gemma4", model="gemma4", special={"unknown": 0})
+    assert fields["tokenizer.ggml.tokens"][2] == "  "
+    for text in ("a  a", "a   a", "    ", " a", "a \u2581\u2581 a"):
+        assert build_tokenizer(fields)(text)["input_ids"] == own.encode(text).ids
 
 
 def test_no_space_is_put_in_front_where_the_file_says_so(sentencepiece):
