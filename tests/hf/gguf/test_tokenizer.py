@@ -212,6 +212,7 @@ def test_the_better_score_is_merged_first(scores, ids):
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "a", "b", "c", "ab", "bc"],
         "tokenizer.ggml.token_type": [2, 1, 1, 1, 1, 1], "tokenizer.ggml.scores": [0.0] * 4 + scores,
         "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.bos_token_id": 2**32 - 1, "tokenizer.ggml.eos_token_id": 2**32 - 1,  # none, not 1 and 2
     }  # fmt: skip
     assert build_tokenizer(fields)("abc")["input_ids"] == ids
 
