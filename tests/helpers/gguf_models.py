@@ -93,15 +93,15 @@ def write_model(
 
 
 def _add_words(writer: gguf.GGUFWriter, count: int) -> None:
-    """Write a byte-level tokenizer of single bytes, filled up with words that no text has."""
-    alphabet = list(dict.fromkeys(bytes_to_unicode().values()))
+    """Write a byte-level tokenizer of single bytes and one pair, filled up with words that no text has."""
+    alphabet = [*dict.fromkeys(bytes_to_unicode().values()), "ab"]
     words = [*alphabet, *(f"<{number}>" for number in range(count))][:count]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
     kinds = [gguf.TokenType.NORMAL if number < len(alphabet) else gguf.TokenType.CONTROL for number in range(count)]
     writer.add_token_types(kinds)
-    writer.add_token_merges(["a b"] if count > 256 else [])
+    writer.add_token_merges(["a b"])
 
 
 def _cut(parameter: torch.Tensor, fed: Fed) -> list[torch.Tensor]:

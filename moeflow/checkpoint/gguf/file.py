@@ -105,7 +105,7 @@ def _check_architecture(file: Path, metadata: Mapping[str, Any]) -> None:
     found = metadata.get(ARCHITECTURE_KEY)
     if not isinstance(found, str) or not found:
         raise CheckpointError(
-            f"{file} has no text under the key {ARCHITECTURE_KEY!r}, which every model has. It is no model, or damaged: "
+            f"{file} has no text under the key {ARCHITECTURE_KEY!r}, which every model has. It is damaged or no model: "
             "download it again."
         )
 

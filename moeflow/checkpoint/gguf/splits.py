@@ -97,10 +97,14 @@ def check_belongs(file: Path, metadata: Mapping[str, Any], number: int, given: P
     """
     found = find_split(file, metadata)
     if found != split._replace(number=number):
-        says = (
-            f"split {found.number + 1} of {found.count} of {found.num_tensors:,} tensors" if found else "a whole file"
-        )
         raise CheckpointError(
-            f"{file} is {says} by its header, and {given.name} asks for split {number + 1} of {split.count} of "
-            f"{split.num_tensors:,} tensors. They do not belong together: download the splits of one model again."
+            f"{file} is {_described(found)} by its header, and {given.name} asks for "
+            f"{_described(split._replace(number=number))}. They do not belong together: download the splits of one "
+            "model again."
         )
+
+
+def _described(split: Split | None) -> str:
+    if split is None:
+        return "a whole file"
+    return f"split {split.number + 1} of {split.count} of a model of {split.num_tensors:,} tensors"

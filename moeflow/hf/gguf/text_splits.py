@@ -59,10 +59,6 @@ _SIGN_AND_LETTERS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
 )
 _DEEPSEEK = rf"{_SIGN_AND_LETTERS}[\r\n]*|{_SPACES}"
-_FAR_EAST = (
-    "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f"
-    "\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
-)
 _YOUTU = (
     "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f"
     f"\ufe30-\ufe4f]+|[\u3105-\u312f]+|{_HAN_KANA}"
@@ -90,9 +86,10 @@ _KINDS: tuple[tuple[str, Split], ...] = (
     ),
     ("olmo", Split((_GPT2,), composes=True)),
     (
-        "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
+        "smollm starcoder refact codeshell exaone minerva-7b mellum2",
         Split((r"\p{N}", _GPT2)),
     ),
+    ("command-r", Split((r"\p{N}", _GPT2), composes=True)),
     (
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
         Split((_LLAMA3,), whole_words=True, adds_bos=True),
@@ -105,7 +102,6 @@ _KINDS: tuple[tuple[str, Split], ...] = (
     ("laguna", Split((r"[^\n]+|[\n]+", _QWEN2))),
     ("tekken", Split((_TEKKEN,), whole_words=True, adds_bos=True)),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", Split((_GPT4O,))),
-    ("tiny_aya cohere2moe", Split((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O))),
     ("kimi-k2", Split((_KIMI,))),
     ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", Split((r"\p{N}{1,3}", _HAN_KANA, _DEEPSEEK))),
     (
@@ -125,6 +121,5 @@ _KINDS: tuple[tuple[str, Split], ...] = (
     ("seed-coder", Split((_SEED,))),
     ("exaone-moe", Split((_EXAONE_MOE,))),
     ("minicpm5", Split((r"\p{N}{1,3}", _LLAMA3.replace("{1,3}", "+")), whole_words=True)),
-    ("afmoe", Split((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _FAR_EAST, _DEEPSEEK))),
 )
 SPLITS: dict[str, Split] = {name: split for names, split in _KINDS for name in names.split()}

@@ -44,6 +44,7 @@ def real(tmp_path_factory):
 
 def read_or_refused(file):
     """Open a file and decode all its metadata; return it, None where it was refused."""
+    found, refusal = None, ""
     tracemalloc.start()
     try:
         found = open_gguf(file)
@@ -51,15 +52,17 @@ def read_or_refused(file):
             with contextlib.suppress(CheckpointError):
                 found.metadata[name]
     except CheckpointError as error:
-        assert len(str(error)) < 1000 + 2 * len(str(file))
-        assert file.parent.name in str(error)
-        return None
+        refusal = str(error)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 10e6
-    size = file.stat().st_size
-    assert all(0 < entry.begin and entry.begin + entry.num_bytes <= size for entry in found.tensors.values())
+    assert peak < 10e6
+    if found is None:
+        assert str(file.parent) in refusal
+        assert len(refusal) < 1000 + 2 * len(str(file))
+        return None
+    sizes = [split.stat().st_size for split in found.files]
+    assert all(24 < e.begin < e.begin + e.num_bytes <= sizes[e.file] for e in found.tensors.values())
     return found
 
 
@@ -83,18 +86,16 @@ def check_as_gguf_reads_it(file, found):
 @given(
     base=st.integers(0, 2),
     flipped=st.lists(st.tuples(st.integers(0, 700), st.integers(1, 255)), max_size=3),
-    numbers=st.lists(
-        st.tuples(st.integers(0, 700), st.sampled_from(["<I", "<Q"]), st.sampled_from(_ODD)), max_size=2
-    ),
+    numbers=st.lists(st.tuples(st.integers(0, 700), st.sampled_from(["<I", "<Q"]), st.sampled_from(_ODD)), max_size=2),
     cut=st.one_of(st.none(), st.none(), st.integers(0, 3000)),
     doubled=st.one_of(st.none(), st.none(), st.tuples(st.integers(0, 700), st.integers(1, 60))),
 )
 def test_damaged_files_are_refused_or_read(tmp_path, real, base, flipped, numbers, cut, doubled):
     data = bytearray(real[base])
     for place, bits in flipped:
-        data[place] ^= bits
+        data[place % len(data)] ^= bits
     for place, form, number in numbers:
-        struct.pack_into(form, data, place, number % (1 << 8 * struct.calcsize(form)))
+        struct.pack_into(form, data, place % (len(data) - 8), number % (1 << 8 * struct.calcsize(form)))
     if doubled is not None:
         data[doubled[0] : doubled[0]] = data[doubled[0] : sum(doubled)]
     names = ["w.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
@@ -139,8 +140,9 @@ def test_random_bytes_are_refused_or_read(tmp_path, counts, pieces, prefix):
 
 
 def many_texts():
-    """As many texts as a header has room for, in as many keys as are allowed together, and the most tensors."""
-    tensors = [tensor(f"{number:5d}" + "\U0001f642" * 14 + "abc", (1,), 24, 32 * number) for number in range(MAX_TENSORS)]
+    """The most tensors, of the longest names, and as many texts as a header then has room for."""
+    names = [f"{number:08d}{chr(0x1F642) * 14}" for number in range(MAX_TENSORS)]
+    tensors = [tensor(name, (1,), 24, 32 * number) for number, name in enumerate(names)]
     room = MAX_HEADER_BYTES - sum(map(len, tensors)) - 1000
     count = room // 10 // 8
     texts = [key(f"texts{number}", 9, array(8, count, bytes(8 * count))) for number in range(10)]

@@ -97,7 +97,11 @@ def test_splits_without_tensors_in_the_first_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "match"),
     [
-        (split(0), split(1, total=9), r"0000[12]-of-00002\.gguf is split [12] of 2 of [29] tensors by its header"),
+        (
+            split(0),
+            split(1, total=9),
+            r"0000[12]-of-00002\.gguf is split [12] of 2 of a model of [29] tensors by",
+        ),
         (split(0), header(tensors=[tensor("t1")]), r"00002-of-00002\.gguf (is a whole file by its header|)"),
         (split(0), split(1, keys=[ARCHITECTURE]), None),
         (

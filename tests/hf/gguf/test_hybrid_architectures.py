@@ -1,5 +1,6 @@
 """Latent, linear and windowed attention in GGUF: what is written is read back, and what cannot be said is refused."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -83,6 +84,28 @@ def test_rows_that_only_move_are_moved_as_blocks_as_well():
             assert torch.equal(rows, parameter[:, :5])
 
 
+def test_a_head_that_the_file_lacks_is_the_embedding_where_transformers_has_two_parameters():
+    model, architecture, metadata, tensors = parts_of("nemotron_h_moe")
+    del tensors["output.weight"]
+    read = as_model(architecture.config(metadata, tensors))
+    head = read_parameters(read, architecture, tensors)["lm_head.weight"]
+    assert torch.equal(head, model.get_input_embeddings().weight)
+
+
+def test_groups_of_softmax_scores_are_chosen_by_their_best_expert():
+    _, architecture, metadata, tensors = parts_of("deepseek-v2")
+    metadata |= {"deepseek2.expert_group_count": 4, "deepseek2.expert_group_used_count": 2}
+    config = architecture.config(metadata, tensors)
+    assert (config["topk_method"], config["n_group"], config["topk_group"]) == ("group_limited_greedy", 4, 2)
+
+
+def test_the_scale_of_yarn_is_that_of_attention():
+    _, architecture, metadata, tensors = parts_of("deepseek-v2")
+    stored = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in metadata.items()}
+    rope = architecture.config(stored, tensors)["rope_parameters"]
+    assert (rope["mscale"], rope["mscale_all_dim"]) == (0.707, 0.707)
+
+
 def test_layers_of_linear_attention_in_no_period_are_listed():
     kinds = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
     _, architecture, metadata, tensors = parts_of("qwen3next", layer_types=kinds)
@@ -97,7 +120,11 @@ def test_the_block_that_predicts_further_tokens_is_no_layer():
 
 
 UNREADABLE = {
-    "softmax with a correction": ("kimi-k2", {"deepseek2.expert_gating_func": 1}, "exp_probs_b"),
+    "softmax with a correction": (
+        "kimi-k2",
+        {"deepseek2.expert_gating_func": 1, "deepseek2.expert_weights_norm": False},
+        "exp_probs_b",
+    ),
     "another scoring function": ("kimi-k2", {"deepseek2.expert_gating_func": 4}, "function 4"),
     "softmax that is normalised": ("deepseek-v2", {"deepseek2.expert_weights_norm": True}, "normalised"),
     "sigmoid without a correction": ("deepseek-v2", {"deepseek2.expert_gating_func": 2}, "without exp_probs_b"),
@@ -107,7 +134,7 @@ UNREADABLE = {
         {"deepseek2.rope.scaling.yarn_log_multiplier": 0.0},
         "yarn_log_multiplier",
     ),
-    "longrope": ("glm4moe", {"glm4moe.rope.scaling.type": "longrope"}, "longrope"),
+    "positions scaled otherwise": ("kimi-k2", {"deepseek2.rope.scaling.factor": 2.0}, "linear"),
     "a model that sees": ("glm4moe", {"glm4moe.rope.dimension_sections": [8, 12, 12, 0]}, "sees"),
     "softmax in GLM": ("glm4moe", {"glm4moe.expert_gating_func": 1}, "softmax"),
     "another period": ("afmoe", {"afmoe.attention.sliding_window_pattern": 6}, "every 6"),
@@ -128,7 +155,7 @@ UNWRITABLE = {
     "two scales of yarn": (
         "deepseek-v3",
         {"rope_parameters": {**MODELS["deepseek-v3"][2]["rope_parameters"], "mscale": 0.5}},
-        "0.5 and 1.0",
+        "0.5, 1.0 and None",
     ),
     "heads of two sizes": ("qwen3next", {"linear_value_head_dim": 16}, "keys of 32 and values of 16"),
     "scores as they are": ("qwen3next", {"norm_topk_prob": False}, "norm_topk_prob"),
@@ -136,6 +163,10 @@ UNWRITABLE = {
     "biases of convolutions": ("lfm2moe", {"conv_bias": True}, "conv_bias"),
     "multiplied scores": ("lfm2moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor"),
     "embeddings as they are": ("afmoe", {"mup_enabled": False}, "mup_enabled"),
+    "groups by their best expert": ("deepseek-v2", {"topk_method": "group_limited_greedy"}, "topk_method"),
+    "a head that is the embedding": ("dots1", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    "an MLP between experts": ("nemotron_h_moe", {"layers_block_type": ["mlp", "moe"]}, "dense MLP"),
+    "convolutions without biases": ("nemotron_h_moe", {"use_conv_bias": False}, "use_conv_bias"),
     "fewer heads of keys": ("dots1", {"num_key_value_heads": 2}, "heads of keys"),
 }
 

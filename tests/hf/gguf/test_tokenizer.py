@@ -110,7 +110,6 @@ def test_every_split_loses_no_letter(pre):
         ("gpt-4o", "camelCase", ["camel", "Case"]),
         ("tekken", "camelCase's 12", ["camel", "Case", "'s", " ", "1", "2"]),
         ("kimi-k2", "日本語abc", ["日本語", "abc"]),
-        ("afmoe", "12345678", ["12", "345", "678"]),
         ("deepseek-llm", "ab12\n日本", ["ab", "1", "2", "\n", "日本"]),
         ("qwen2", "!\n\n", ["!\n\n"]),
         ("seed-coder", "!\n\n", ["!", "\n\n"]),
@@ -184,7 +183,7 @@ def test_runs_of_spaces_that_users_defined_are_merged_as_any_token():
     own.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
     fields = tokenizer_metadata(own, "gemma4", model="gemma4", special={"unknown": 0})
     assert fields["tokenizer.ggml.tokens"][2] == "  "
-    for text in ("a  a", "a   a", "    ", " a", "a \u2581\u2581 a"):
+    for text in ("a  a", "a   a", "    ", " a"):
         assert build_tokenizer(fields)(text)["input_ids"] == own.encode(text).ids
 
 
@@ -214,7 +213,7 @@ def test_scores_that_tell_nothing_are_refused(sentencepiece):
         build_tokenizer(fields)
 
 
-@pytest.mark.parametrize("pre", ["default", "chameleon", "some-new-one", None])
+@pytest.mark.parametrize("pre", ["default", "afmoe", "some-new-one", None])
 def test_an_unknown_split_is_refused_by_name(trained, pre):
     fields = tokenizer_metadata(trained(), pre)
     if pre is None:

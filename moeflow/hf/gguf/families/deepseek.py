@@ -110,9 +110,9 @@ def _metadata(config: Any) -> dict[str, Any]:
         more["attention.q_lora_rank"] = config.q_lora_rank
     if config.model_type == "deepseek_v2":
         k.refuse(config, "norm_topk_prob", False, None)
-        more["expert_gating_func"] = k.SOFTMAX
-        if config.topk_method == "greedy":
-            more |= {"expert_group_count": 1, "expert_group_used_count": 1}
+        # llama.cpp ranks groups by their two best experts, this model by the best one
+        k.refuse(config, "topk_method", "greedy")
+        more |= {"expert_gating_func": k.SOFTMAX, "expert_group_count": 1, "expert_group_used_count": 1}
     kind = config.rope_parameters.get("rope_type", "default")
     if kind == "yarn":
         more["rope.scaling.yarn_log_multiplier"] = MSCALE * _both_scales(config.rope_parameters)

@@ -52,6 +52,7 @@ def _dots1_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, An
 
 
 def _dots1_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "tie_word_embeddings", False)
     if "sliding_attention" in config.layer_types:
         raise UnsupportedModelError("a GGUF file of dots1 cannot say which layers attend to a window.")
     if config.num_key_value_heads != config.num_attention_heads:

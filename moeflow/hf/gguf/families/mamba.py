@@ -34,7 +34,7 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         "max_position_embeddings": keys["context_length"],
         "layer_norm_epsilon": keys["attention.layer_norm_rms_epsilon"],
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": "output.weight" not in tensors,
+        "tie_word_embeddings": False,  # transformers has two parameters in any case
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
@@ -49,7 +49,7 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         "num_experts_per_tok": keys["expert_used_count"],
         "moe_intermediate_size": keys["expert_feed_forward_length"],
         "moe_shared_expert_intermediate_size": keys["expert_shared_feed_forward_length"],
-        "moe_latent_size": keys.get("expert_latent_length"),
+        "moe_latent_size": keys.get("moe_latent_size"),
         "norm_topk_prob": keys.get("expert_weights_norm", False),
         "routed_scaling_factor": keys.get("expert_weights_scale", 0.0) or 1.0,
         "n_group": keys.get("expert_group_count", 0) or 1,
@@ -61,6 +61,8 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
 def _metadata(config: Any) -> dict[str, Any]:
     for field in ("use_bias", "mlp_bias", "attention_bias"):
         k.refuse(config, field, False)
+    k.refuse(config, "tie_word_embeddings", False)
+    k.refuse(config, "use_conv_bias", True)  # llama.cpp crashes without
     k.refuse_window(config)
     k.refuse(config, "mlp_hidden_act", "relu2")
     k.refuse(config, "mamba_hidden_act", "silu")
@@ -78,6 +80,7 @@ def _metadata(config: Any) -> dict[str, Any]:
         "attention.value_length": config.head_dim,
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
         "attention.layer_norm_rms_epsilon": float(config.layer_norm_epsilon),
+        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),  # llama.cpp wants it and does not use it
         "rope.scaling.finetuned": False,
         "feed_forward_length": [config.moe_intermediate_size if kind == EXPERTS else 0 for kind in kinds],
         "ssm.conv_kernel": config.conv_kernel,
@@ -96,7 +99,7 @@ def _metadata(config: Any) -> dict[str, Any]:
         "expert_group_used_count": config.topk_group,
     }
     if config.moe_latent_size is not None:
-        keys["expert_latent_length"] = config.moe_latent_size
+        keys["moe_latent_size"] = config.moe_latent_size
     return {f"{NAME}.{key}": value for key, value in keys.items()}
 
 
@@ -107,6 +110,7 @@ def _rules(config: Any) -> list[Rule]:
         Rule("model.embeddings.weight", ("token_embd.weight",)),
         Rule("model.norm_f.weight", ("output_norm.weight",)),
         Rule("lm_head.weight", ("output.weight",)),
+        Rule("lm_head.weight", ("token_embd.weight",)),
         *renamed("norm", "attn_norm"),
         *(rule for part in "qkv" for rule in renamed(f"mixer.{part}_proj", f"attn_{part}")),
         *renamed("mixer.o_proj", "attn_output"),

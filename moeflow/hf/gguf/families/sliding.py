@@ -39,6 +39,7 @@ def _exaone_config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, A
 
 
 def _exaone_metadata(config: Any) -> dict[str, Any]:
+    k.refuse(config, "tie_word_embeddings", False)
     dense = config.mlp_layer_types.count("dense")
     if "sparse" in config.mlp_layer_types[:dense]:
         raise UnsupportedModelError("a GGUF file of exaone-moe has its dense layers first; the config has others.")
