@@ -17,7 +17,7 @@ from moeflow.progress import ProgressCallback
 from moeflow.verify.bounds import output_bound, weights_bound
 from moeflow.verify.findings import Finding, LayerFigures
 from moeflow.verify.reference import ReferenceWeights
-from moeflow.verify.stored_weights import StoredWeights
+from moeflow.hf.eager.stored_weights import StoredWeights
 
 _DECODED = 4  # tokens of a layer that are run alone as well, as in decoding
 Values = dict[str, torch.Tensor]

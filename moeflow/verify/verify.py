@@ -18,7 +18,7 @@ from moeflow.progress import ProgressCallback
 from moeflow.verify.compare import Comparison
 from moeflow.verify.findings import Verified
 from moeflow.verify.reference import open_reference, reference_folder
-from moeflow.verify.stored_weights import StoredWeights
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.verify.text import token_rows
 
 
