@@ -21,7 +21,7 @@ from moeflow.convert.gguf_tokenizer import write_tokenizer
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes
 from moeflow.hf import experts_interface, pretrained, quantizer
-from moeflow.hf.eager.dense import DenseWeights
+from moeflow.hf.eager.dense import EagerDenseWeights
 from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.gguf.architecture import Architecture, Rule
@@ -107,6 +107,8 @@ def write_gguf(
             raise ConfigError(f"the type is {value!r}. Give one of {', '.join(known)}.")
     check_target(out, ConfigError)
     folder = ModelFolder(model)
+    if folder.gguf is not None:
+        raise ConfigError(f"{model} is a GGUF file already: moeflow writes one of a folder of safetensors alone.")
     architecture = architecture_of(folder.config)
     header = gguf.GGUFWriter(None, architecture.name)
     _write_metadata(header, folder, architecture, kinds["experts"])
@@ -168,7 +170,7 @@ def _plan(
 ) -> Iterator[_Tensor]:
     """Yield every tensor, in the model's order."""
     rules = architecture.rules(folder.config)
-    dense = DenseWeights(folder, empty)
+    dense = EagerDenseWeights(folder, empty)
     for name, values in architecture.extra(folder.config).items():
         yield _Tensor(name, tuple(values.shape), gguf.GGMLQuantizationType.F32, partial(iter, [values]))
     for name, shape in dense.shapes.items():
