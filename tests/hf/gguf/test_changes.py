@@ -14,12 +14,12 @@ from moeflow.hf.gguf.changes import Joined, LogNegate, PermuteForRope, PlusOne, 
 CONFIG = SimpleNamespace(heads=2, parts=[1, 3])
 
 
-@pytest.mark.parametrize("shape", [(8,), (8, 3)])
+@pytest.mark.parametrize("shape", [(12,), (12, 3)])
 def test_halves_become_pairs_in_each_head(shape):
-    rows = torch.arange(8.0).reshape(8, *(1 for _ in shape[1:])).expand(shape)
+    rows = torch.arange(12.0).reshape(12, *(1 for _ in shape[1:])).expand(shape)
     change = PermuteForRope(lambda config: config.heads)
     (written,) = change.write(rows, CONFIG)
-    assert written.reshape(8, -1)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert written.reshape(12, -1)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
     assert torch.equal(change.read([written], CONFIG), rows)
 
 
@@ -43,8 +43,8 @@ def test_a_dimension_that_a_file_holds_is_left():
 
 
 def test_rows_of_a_joined_tensor_are_changed_by_themselves():
-    change = RowsOf(1, lambda config: [4, 4], PermuteForRope(lambda config: 1))
-    assert change.read([torch.arange(8.0)], CONFIG).tolist() == [4, 6, 5, 7]
+    change = RowsOf(1, lambda config: [2, 6], PermuteForRope(lambda config: 1))
+    assert change.read([torch.arange(8.0)], CONFIG).tolist() == [2, 4, 6, 3, 5, 7]
     assert change.moves_rows
     assert RowsOf(0, lambda config: [4, 4], Same()).read([torch.arange(8.0)], CONFIG).tolist() == [0, 1, 2, 3]
 
