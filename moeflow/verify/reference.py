@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, quantizer
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.model_folder import ModelFolder
-from moeflow.hf.eager.stored_weights import StoredWeights
 
 
 class ReferenceWeights(Protocol):

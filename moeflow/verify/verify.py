@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeflow.hf import experts_interface
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.budget import ExpertsSize
@@ -18,7 +19,6 @@ from moeflow.progress import ProgressCallback
 from moeflow.verify.compare import Comparison
 from moeflow.verify.findings import Verified
 from moeflow.verify.reference import open_reference, reference_folder
-from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.verify.text import token_rows
 
 

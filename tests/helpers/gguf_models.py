@@ -1,4 +1,4 @@
-"""Tiny models as GGUF files in any of GGML's types, and the same models in transformers with the values of their blocks.
+"""Tiny models as GGUF files in any of GGML's types, and in transformers with the values of their blocks.
 
 The values are gguf's own, so that nothing here reads a block as moeflow does.
 """
@@ -70,7 +70,8 @@ def write_model(
     _add_words(writer, config.vocab_size)
     state = model.state_dict()
     experts = expert_parameters(model)
-    for name, fed in feed(known, config, list(state), _Everything()).items():
+    names = [name for name in state if name not in model.all_tied_weights_keys]
+    for name, fed in feed(known, config, names, _Everything()).items():
         is_expert = name in experts
         made = _cut(state[name], fed) if is_expert else fed.rule.change.write(state[name], config)
         read = []

@@ -78,7 +78,6 @@ def _metadata(config: Any) -> dict[str, Any]:
         "attention.head_count_kv": [config.num_key_value_heads if kind == FULL else 0 for kind in kinds],
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
         "attention.layer_norm_rms_epsilon": float(config.layer_norm_epsilon),
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),  # llama.cpp wants it and does not use it
         "rope.scaling.finetuned": False,
