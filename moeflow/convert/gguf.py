@@ -6,6 +6,7 @@ Knows folders and GGUF's tensors. Knows nothing of budgets.
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from moeflow.convert.gguf_tokenizer import write_tokenizer
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes
 from moeflow.hf import experts_interface, pretrained, quantizer
-from moeflow.hf.eager.dense import DenseWeights
+from moeflow.hf.eager.dense import EagerDenseWeights
 from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.gguf.architecture import Architecture, Rule
@@ -106,6 +107,8 @@ def write_gguf(
             raise ConfigError(f"the type is {value!r}. Give one of {', '.join(known)}.")
     check_target(out, ConfigError)
     folder = ModelFolder(model)
+    if folder.gguf is not None:
+        raise ConfigError(f"{model} is a GGUF file already: moeflow writes one of a folder of safetensors alone.")
     architecture = architecture_of(folder.config)
     header = gguf.GGUFWriter(None, architecture.name)
     _write_metadata(header, folder, architecture, kinds["experts"])
@@ -134,10 +137,10 @@ def _write_file(
             f"{out} would take {format_bytes(total)}, and its disk has {format_bytes(free)}. Give a file on another "
             "disk, or a smaller --type."
         )
-    with atomic_file(out) as partial:
-        _write(header, tensors, partial, total, progress)
+    with atomic_file(out) as arriving:
+        _write(header, tensors, arriving, total, progress)
         folder.checkpoint.check_unchanged()
-        return partial.stat().st_size
+        return arriving.stat().st_size
 
 
 def _write_metadata(header: "gguf.GGUFWriter", folder: ModelFolder, architecture: Architecture, kind: str) -> None:
@@ -167,9 +170,9 @@ def _plan(
 ) -> Iterator[_Tensor]:
     """Yield every tensor, in the model's order."""
     rules = architecture.rules(folder.config)
-    dense = DenseWeights(folder, empty)
+    dense = EagerDenseWeights(folder, empty)
     for name, values in architecture.extra(folder.config).items():
-        yield _Tensor(name, tuple(values.shape), gguf.GGMLQuantizationType.F32, lambda values=values: iter([values]))
+        yield _Tensor(name, tuple(values.shape), gguf.GGMLQuantizationType.F32, partial(iter, [values]))
     for name, shape in dense.shapes.items():
         rule = rule_of(rules, name)
         written = rule.change.write(torch.empty(shape, device="meta"), folder.config)
@@ -260,15 +263,15 @@ def _chunks(part: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from rows.split(max(1, _CHUNK // max(1, rows.shape[1])))
 
 
-def _encoded(values: torch.Tensor, tensor: _Tensor) -> memoryview:
+def _encoded(values: torch.Tensor, tensor: _Tensor) -> bytes:
     """Return rows of values as the file holds them."""
     types = gguf.GGMLQuantizationType
     if tensor.kind == types.BF16:
-        return memoryview(values.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).cast("B")
+        return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
     if tensor.kind == types.F16:
         half = values.to(torch.float16)
         if not torch.isfinite(half).all():
             raise ConfigError(f"{tensor.name} has values that float16 cannot hold. Give --type bf16 or q8_0.")
-        return memoryview(half.contiguous().numpy()).cast("B")
+        return half.contiguous().numpy().tobytes()
     full = values.float().contiguous().numpy()
-    return memoryview(full if tensor.kind == types.F32 else gguf.quantize(full, tensor.kind)).cast("B")
+    return (full if tensor.kind == types.F32 else gguf.quantize(full, tensor.kind)).tobytes()

@@ -167,6 +167,13 @@ def test_of_quantised_weights_the_values_are_written(quantised, tmp_path):
         assert all(torch.equal(back.tensors[tensor], expected[tensor]) for tensor in experts)
 
 
+def test_a_gguf_file_is_no_source(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+    write_gguf(folder, tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match="GGUF file already"):
+        write_gguf(tmp_path / "model.gguf", tmp_path / "again.gguf")
+
+
 def test_an_unknown_type_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"'q9'.*q8_0"):
         write_gguf(folder, tmp_path / "model.gguf", "q9")

@@ -18,7 +18,7 @@ from moeflow.hf.model_folder import ModelFolder
 from moeflow.hf.quantizer import quantization_scheme
 
 
-class DenseWeights:
+class EagerDenseWeights:
     """The parameters and saved buffers of a checkpoint outside its routed experts, in the dtypes of its files.
 
     A weight with two places in the model is listed once. Quantised ones become float32.
