@@ -1,8 +1,9 @@
 /* The block formats of GGML, whose values quantization/ggml_values.py specifies: a block of 32 or 256 codes of a row has
  * its scales and minima with it. Included by _cpu_kernels.h.
  *
- * The products of the codes that share a scale are summed in lanes, then scaled; a minimum is taken off every lane by the
- * sum of that lane's own activations. Blocks of a row follow one another in one chain.
+ * The products of the codes that share a scale are summed in lanes, then scaled. The minimum of a block of 32 is taken off
+ * every lane by the sum of that lane's own activations; of those of a block of 256 each lane takes one or more, by the
+ * sums of their groups. Blocks of a row follow one another in one chain.
  */
 
 constexpr int PART = 32; /* values that are unpacked together */
@@ -13,11 +14,14 @@ inline float e8m0_half(uint8_t exponent) { /* half of 2^(exponent - 127) */
     memcpy(&value, &bits, 4);
     return value;
 }
-inline uint32_t load_word(const uint8_t *p) {
-    uint32_t word;
-    memcpy(&word, p, 4);
+template <class Word = uint32_t> inline Word load_word(const uint8_t *p) {
+    Word word;
+    memcpy(&word, p, sizeof word);
     return word;
 }
+/* Of eight bytes in a word: the same byte eight times, and 32 less for bytes below 64. */
+constexpr uint64_t eight(uint8_t byte) { return 0x0101010101010101u * byte; }
+inline uint64_t less_32(uint64_t bytes) { return ((bytes | eight(128)) - eight(32)) ^ eight(128); }
 template <class S> inline float half_at(const uint8_t *p) {
     Float16 half;
     memcpy(&half, p, 2);
@@ -88,23 +92,26 @@ template <class S> struct Q2K : Blocks<S, Q2K<S>, 256, 84, 16, true> {
         return S::moved(S::bytes_at(p + 16 + 32 * half), -2 * i, 3);
     }
     static void grid(const uint8_t *p, Grid &grid) {
-        for (int i = 0; i < 16; ++i) grid.scales[i] = p[i] & 15, grid.minima[i] = p[i] >> 4;
+        for (int i = 0; i < 16; i += 8) {
+            const uint64_t both = load_word<uint64_t>(p + i), scales = both & eight(15), minima = both >> 4 & eight(15);
+            memcpy(grid.scales + i, &scales, 8), memcpy(grid.minima + i, &minima, 8);
+        }
         grid.unit = half_at<S>(p + 80), grid.unit_of_minima = -half_at<S>(p + 82);
     }
 };
 template <class S> struct Q3K : Blocks<S, Q3K<S>, 256, 110, 16, false> {
     static auto bytes(const uint8_t *p, int half, int i) {
         const auto low = S::moved(S::bytes_at(p + 32 + 32 * half), -2 * i, 3);
-        const auto high = S::moved(S::moved(S::bytes_at(p), -4 * half, 15), 2 - i, 4);
-        return S::minus(S::either(low, high), 4);
+        const auto bits = S::bytes_at(p);
+        return S::minus(S::either(low, half ? S::moved(bits, -2 - i, 4) : S::moved(bits, 2 - i, 4)), 4);
     }
     static void grid(const uint8_t *p, Grid &grid) {
-        const uint32_t low[2] = {load_word(p + 96), load_word(p + 100)}, high = load_word(p + 104);
-        for (int i = 0; i < 4; ++i) { /* of four scales each: nibbles of one word, and pairs of bits of another */
-            const uint32_t six = (low[i % 2] >> 4 * (i / 2) & 0x0f0f0f0fu) | (high >> 2 * i & 0x03030303u) << 4;
-            memcpy(grid.scales + 4 * i, &six, 4);
+        const uint64_t low = load_word<uint64_t>(p + 96), high = load_word(p + 104);
+        for (int i = 0; i < 2; ++i) { /* of eight scales each: nibbles of one word, and pairs of bits of another */
+            const uint64_t pairs = (high >> 4 * i | high >> (4 * i + 2) << 32) & eight(3);
+            const uint64_t scales = less_32((low >> 4 * i & eight(15)) | pairs << 4);
+            memcpy(grid.scales + 8 * i, &scales, 8);
         }
-        for (int i = 0; i < 16; ++i) grid.scales[i] = (int8_t)(grid.scales[i] - 32);
         grid.unit = half_at<S>(p + 108);
     }
 };
@@ -128,7 +135,8 @@ template <class S> struct Q4K : Blocks<S, Q4K<S>, 256, 144, 32, true> {
 template <class S> struct Q5K : Blocks<S, Q5K<S>, 256, 176, 32, true> {
     static auto bytes(const uint8_t *p, int half, int i) {
         const auto low = S::moved(S::bytes_at(p + 48 + 64 * half + i / 2 * 32), i % 2 ? -4 : 0, 15);
-        return S::either(low, S::moved(S::moved(S::bytes_at(p + 16), -4 * half, 15), 4 - i, 16));
+        const auto bits = S::bytes_at(p + 16);
+        return S::either(low, half ? S::moved(bits, -i, 16) : S::moved(bits, 4 - i, 16));
     }
     static void grid(const uint8_t *p, Grid &grid) { grid_of_six_bits<S>(p, grid); }
 };
@@ -145,10 +153,12 @@ template <class S> struct Q6K : Blocks<S, Q6K<S>, 256, 210, 16, false> {
 template <class S> struct Iq4Xs : Blocks<S, Iq4Xs<S>, 256, 136, 32, false> {
     static auto bytes(const uint8_t *p, int half, int i) { return S::look_up(IQ4, S::pairs(p + 8 + 64 * half + 16 * i)); }
     static void grid(const uint8_t *p, Grid &grid) {
-        const int high = p[2] | p[3] << 8;
-        for (int i = 0; i < 8; ++i)
-            grid.scales[i] = (int8_t)(((p[4 + i / 2] >> 4 * (i % 2) & 15) | (high >> 2 * i & 3) << 4) - 32);
-        memset(grid.scales + 8, 0, 8);
+        uint64_t low = load_word(p + 4), high = p[2] | (uint64_t)p[3] << 32; /* nibbles and pairs of bits, spread out */
+        low = (low | low << 16) & 0x0000ffff0000ffffu, low = (low | low << 8) & 0x00ff00ff00ff00ffu;
+        low = (low | low << 4) & eight(15);
+        high = (high | high << 12) & 0x000f000f000f000fu, high = (high | high << 6) & eight(3);
+        const uint64_t scales = less_32(low | high << 4);
+        memcpy(grid.scales, &scales, 8), memset(grid.scales + 8, 0, 8);
         grid.unit = half_at<S>(p);
     }
 };
@@ -177,7 +187,7 @@ template <class S, class F> struct Scales {
 template <class S, class F> struct WholeScales {
     static constexpr int COUNT = F::VALUES / F::GROUP;
     alignas(64) int32_t scales[COUNT];
-    alignas(64) float minima[COUNT];
+    alignas(64) float minima[16];
     float unit;
 
     void set(const uint8_t *p) {
@@ -192,23 +202,31 @@ template <class S, class F> struct WholeScales {
     }
 };
 
+/* Adds the minima of a block of a row, times sums of T tokens' activations. */
+template <class S, class F, int T, class By>
+inline void add_minima(const By &by, int64_t block, int64_t sums_at, const float *const *x, typename S::V (&sums)[T]) {
+    if constexpr (F::VALUES == PART) {
+        const auto minimum = S::all(by.minima[0]);
+        UNROLL for (int t = 0; t < T; ++t)
+            sums[t] = S::fma(minimum, S::load(x[t] + sums_at + block * S::LANES), sums[t]);
+    } else
+        UNROLL for (int i = 0; i < By::COUNT; i += S::LANES) {
+            const auto minima = S::load(by.minima + i);
+            UNROLL for (int t = 0; t < T; ++t)
+                sums[t] = S::fma(minima, S::load(x[t] + sums_at + block * SUMS_OF_256 + i), sums[t]);
+        }
+}
+
 /* One half of a block of a row and T tokens, of which values `k` and on meet it; a part is of the half. */
 template <class S, class F, int T> struct Meeting {
     using V = typename S::V;
     static constexpr int VECTORS = PART / S::LANES, GROUPS = PART / F::GROUP, OF_GROUP = VECTORS / GROUPS;
     const uint8_t *block;
     int half;
-    int64_t k, sums_at;
+    int64_t k;
     const float *const *x;
     const Rows &input;
 
-    template <class By> void add_minima(int part, const By &by, V (&sums)[T]) const {
-        UNROLL for (int g = 0; g < GROUPS; ++g) {
-            const V minimum = S::all(by.minima[(4 * half + part) * GROUPS + g]);
-            const int64_t at = sums_at + ((k + part * PART) / F::GROUP + g) * S::LANES;
-            UNROLL for (int t = 0; t < T; ++t) sums[t] = S::fma(minimum, S::load(x[t] + at), sums[t]);
-        }
-    }
     void add(int part, const Scales<S, F> &by, V (&sums)[T]) const {
         V v[VECTORS];
         F::floats(block, half, part, v);
@@ -222,7 +240,6 @@ template <class S, class F, int T> struct Meeting {
                 sums[t] = S::fma(scale, inner, sums[t]);
             }
         }
-        if constexpr (F::HAS_MINIMA) add_minima(part, by, sums);
     }
     const int16_t *rounded(int t, int part) const {
         return (const int16_t *)((const char *)x[t] + input.codes) + k + part * PART;
@@ -241,7 +258,6 @@ template <class S, class F, int T> struct Meeting {
                 if (part == 3) sums[t] = S::fma(inner[t], S::all(delta(t, part)), sums[t]);
             }
         }
-        if constexpr (F::HAS_MINIMA) add_minima(part, by, sums);
     }
     /* Rounded activations and groups of 16: scaled as whole numbers, of which two parts fit into 32 bits. */
     void add_rounded_pair(int part, const WholeScales<S, F> &by, V (&sums)[T]) const {
@@ -250,7 +266,6 @@ template <class S, class F, int T> struct Meeting {
         UNROLL for (int i = part; i < part + 2; ++i) {
             const auto words = S::scaled(F::words(block, half, i), by.scales[8 * half + 2 * i], by.scales[8 * half + 2 * i + 1]);
             UNROLL for (int t = 0; t < T; ++t) whole[t] = S::dot_scaled(whole[t], words, rounded(t, i));
-            if constexpr (F::HAS_MINIMA) add_minima(i, by, sums);
         }
         UNROLL for (int t = 0; t < T; ++t)
             sums[t] = S::fma(S::to_float(whole[t]), S::all(by.unit * delta(t, part)), sums[t]);
@@ -266,7 +281,8 @@ __attribute__((noinline)) void tile_blocks(const Matrix &m, const char *record, 
     constexpr int together = parts > 1 ? 2 : 1; /* parts that often share bytes */
     const int num_blocks = m.in_features / F::VALUES;
     const int64_t row_bytes = (int64_t)num_blocks * F::BYTES;
-    const int64_t sums_at = F::HAS_MINIMA ? input.sums[sums_slot(F::GROUP)] / 4 : 0;
+    constexpr int slot = F::VALUES == PART ? 0 : F::GROUP == 16 ? WHOLE_SUMS : WHOLE_SUMS + 1;
+    const int64_t sums_at = input.sums[slot] / 4;
     const uint8_t *w[R];
     V sums[R][T], inner[R][T];
     typename std::conditional<is_whole, WholeScales<S, F>, Scales<S, F>>::type by[R];
@@ -278,11 +294,14 @@ __attribute__((noinline)) void tile_blocks(const Matrix &m, const char *record, 
         const int64_t at = (int64_t)block * F::BYTES, ahead = ahead_of<R, F::AHEAD>(side, at, row_bytes);
         UNROLL for (int line = 0; line < F::BYTES; line += 64)
             UNROLL for (int r = 0; r < R; ++r) S::prefetch(w[r] + ahead + line);
-        UNROLL for (int r = 0; r < R; ++r) by[r].set(w[r] + at);
+        UNROLL for (int r = 0; r < R; ++r) {
+            by[r].set(w[r] + at);
+            if constexpr (F::HAS_MINIMA) add_minima<S, F, T>(by[r], block, sums_at, x, sums[r]);
+        }
         for (int half = 0; half < halves; ++half) {
             const int64_t k = (int64_t)block * F::VALUES + half * (F::VALUES / 2);
             const auto add = [&](int part, int r) {
-                const Meeting<S, F, T> meeting{w[r] + at, half, k, sums_at, x, input};
+                const Meeting<S, F, T> meeting{w[r] + at, half, k, x, input};
                 if constexpr (is_whole) meeting.add_rounded_pair(part, by[r], sums[r]);
                 else
                     UNROLL for (int i = part; i < part + together; ++i)
