@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moeflow.checkpoint.gguf.file import GGUF_FILE
 from moeflow.fit.sizes import ModelSizes, sizes_of
 from moeflow.paths import cache_folder
 
@@ -43,7 +44,9 @@ def model_source(model: str | Path, tell: Callable[[str], None]) -> Iterator[tup
 
 def _has_gguf(path: Path) -> bool:
     """Whether a path is a GGUF file, or a folder that may stand for one."""
-    return path.suffix.lower() == ".gguf" and path.is_file() or path.is_dir() and any(path.glob("*.gguf"))
+    if path.is_dir():
+        return (path / GGUF_FILE).is_file() or any(path.glob("*.gguf"))
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def _may_be_id(text: str) -> bool:
