@@ -122,7 +122,7 @@ def write_gguf(
 
 
 def _refuse_quantised(folder: ModelFolder) -> None:
-    why = "packed" if folder.packed else None
+    why = "packed" if folder.packed else "in a GGUF file already" if folder.gguf is not None else None
     if quantizer.quantization_scheme(folder.config) is not None:
         why = "quantised"
     if why:

@@ -120,6 +120,11 @@ class ModelFolder:
         """
         return open_gguf_of(self.path)
 
+    @property
+    def gguf_architecture(self) -> str | None:
+        """The architecture as the GGUF file names it; None without one."""
+        return None if self.gguf is None else self.gguf.metadata["general.architecture"]
+
     @cached_property
     def packed(self) -> bool:
         """Whether experts lie in a packed file."""
