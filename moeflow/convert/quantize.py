@@ -99,7 +99,7 @@ def _check_blocks(folder: ModelFolder, sources: list[LayerSource], requantize: b
     blocks = sorted(name for name in found if find_format(name).kind == "ggml")
     if blocks and not requantize:
         raise ConfigError(
-            f"the experts of {folder.path.name} are in {', '.join(blocks)} already: rounding them again loses more than "
+            f"the experts of {folder.name} are in {', '.join(blocks)} already: rounding them again loses more than "
             "quantising the model's float checkpoint, which is the better way. To do it nonetheless say --requantize "
             "(requantize=True)."
         )

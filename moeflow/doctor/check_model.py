@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.doctor.finding import BROKEN, Finding, works
-from moeflow.doctor.model.packed import check_packed, packed_bytes
 from moeflow.doctor.model.gguf import check_gguf
+from moeflow.doctor.model.packed import check_packed, packed_bytes
 from moeflow.doctor.model.shards import check_shards, check_values
 from moeflow.doctor.model.tokenizer import check_tokenizer
 from moeflow.doctor.model.trial import check_trial

@@ -17,7 +17,8 @@ def model_source(model: str | Path, tell: Callable[[str], None]) -> Iterator[tup
     """Yield a model's sizes, and the folder whose disk it would be read from.
 
     Args:
-        model: a folder, a GGUF file or a hub id; of an id, headers and small files are fetched, and are gone afterwards.
+        model: a folder, a GGUF file or a hub id; of an id, headers and small files are fetched, and are gone
+            afterwards.
         tell: called before something that takes long.
 
     Raises:

@@ -121,6 +121,11 @@ class ModelFolder:
         return open_gguf_of(self.path)
 
     @property
+    def name(self) -> str:
+        """What messages call the model: its GGUF file, or its folder."""
+        return str(self.path if self.gguf is None or self.packed else self.gguf.files[0])
+
+    @property
     def gguf_architecture(self) -> str | None:
         """The architecture as the GGUF file names it; None without one."""
         return None if self.gguf is None else self.gguf.metadata["general.architecture"]

@@ -26,8 +26,8 @@ def describe_model(model: str | Path) -> dict:
     Returns:
         Names and sizes: model_type, layers, moe_layers, experts, num_experts_per_tok, expert_bytes, experts_bytes,
         dense_bytes, gguf (of a GGUF file: "architecture", "files", and "types", the bytes of each of GGML's types among
-        "experts" and "dense"; else None), links_out (files that are links out of the folder, and where to), minimum_bytes, budgets (share,
-        slots, bytes, experts resident a layer), lossless (what `LosslessSaving` has, or None), machine.
+        "experts" and "dense"; else None), links_out (files that are links out of the folder, and where to),
+        minimum_bytes, budgets (share, slots, bytes, experts resident a layer), lossless (what `LosslessSaving` has, or None), machine.
 
     Raises:
         ModelSourceError, CheckpointError, ExpertReadError, UnsupportedModelError: as load_moe does.
@@ -81,9 +81,7 @@ def _gguf(folder: ModelFolder, feeding: set[str]) -> dict | None:
     return {
         "architecture": folder.gguf.metadata["general.architecture"],
         "files": len(folder.gguf.files),
-        "types": {
-            name: dict(sorted(held.items(), key=lambda item: -item[1])) for name, held in types.items() if held
-        },
+        "types": {name: dict(sorted(held.items(), key=lambda item: -item[1])) for name, held in types.items() if held},
     }
 
 

@@ -50,7 +50,8 @@ def reference_folder(model: str | Path, reference: str | Path | None) -> ModelFo
 
 
 def open_reference(folder: ModelFolder, model: PreTrainedModel, dtype: torch.dtype) -> ReferenceWeights:
-    """Open a folder's experts: by transformers' conversion, by the rules of a GGUF file's architecture, or, of packed and quantised ones, as moeflow reads them.
+    """Open a folder's experts: by transformers' conversion, by the rules of a GGUF file's architecture, or, of packed
+    and quantised ones, as moeflow reads them.
 
     Args:
         folder: to read.

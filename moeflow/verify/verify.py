@@ -67,8 +67,8 @@ def verify(
             comparison.close()
             weights.close()
     return Verified(
-        str(folder.path), str(other.path), isinstance(weights, EagerWeights | GgufWeights), str(loaded.dtype).removeprefix("torch."),
-        sum(map(len, rows)), comparison.bound, comparison.layers, comparison.findings,
+        folder.name, other.name, isinstance(weights, EagerWeights | GgufWeights),
+        str(loaded.dtype).removeprefix("torch."), sum(map(len, rows)), comparison.bound, comparison.layers, comparison.findings,
     )  # fmt: skip
 
 

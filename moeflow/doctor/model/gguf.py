@@ -37,7 +37,5 @@ def check_gguf(folder: Path, found: list[Finding]) -> Shards | None:
         types[entry.dtype.lower()] = types.get(entry.dtype.lower(), 0) + entry.num_bytes
     kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in sorted(types.items(), key=lambda one: -one[1]))
     names = ", ".join(path.name for path in file.files[:3]) + (" ..." if len(file.files) > 3 else "")
-    found.append(
-        Finding("GGUF", f"{names}: {len(file.tensors)} tensors of {kinds}: headers and sizes agree")
-    )
+    found.append(Finding("GGUF", f"{names}: {len(file.tensors)} tensors of {kinds}: headers and sizes agree"))
     return shards

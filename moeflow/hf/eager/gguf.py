@@ -1,4 +1,4 @@
-"""An expert's weights as a GGUF file tells them: whole tensors, their blocks by GGML's formulas, and the family's rules.
+"""An expert's weights as a GGUF file tells them: whole tensors, blocks by GGML's formulas, and the family's rules.
 
 moeflow's own way from file to slot (byte ranges of `gguf/expert_sources`) has no part in it, so that a fault there
 shows.
@@ -38,7 +38,7 @@ class GgufWeights:
         missing = [name for names in self._names for name in names if name not in self._fed]
         if missing:
             raise CheckpointError(
-                f"no tensor of {folder.path} feeds {missing[0]}. The file is incomplete: download it again."
+                f"no tensor of {folder.name} feeds {missing[0]}. The file is incomplete: download it again."
             )
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
