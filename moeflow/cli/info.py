@@ -23,7 +23,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 def add_info_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `info` to the parser's commands."""
     info = commands.add_parser("info", help="what a model is and what each budget buys; or this machine")
-    info.add_argument("model", nargs="?", help="hub id or folder; without it, this installation and machine")
+    info.add_argument("model", nargs="?", help="hub id, folder or GGUF file; without it, this installation and machine")
     info.add_argument("--step", action="store_true", help="load the model, and print the program of its decode step")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)

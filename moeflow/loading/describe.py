@@ -27,7 +27,8 @@ def describe_model(model: str | Path) -> dict:
         Names and sizes: model_type, layers, moe_layers, experts, num_experts_per_tok, expert_bytes, experts_bytes,
         dense_bytes, gguf (of a GGUF file: "architecture", "files", and "types", the bytes of each of GGML's types among
         "experts" and "dense"; else None), links_out (files that are links out of the folder, and where to),
-        minimum_bytes, budgets (share, slots, bytes, experts resident a layer), lossless (what `LosslessSaving` has, or None), machine.
+        minimum_bytes, budgets (share, slots, bytes, experts resident a layer), lossless (what `LosslessSaving` has, or
+        None), machine.
 
     Raises:
         ModelSourceError, CheckpointError, ExpertReadError, UnsupportedModelError: as load_moe does.

@@ -68,7 +68,8 @@ def verify(
             weights.close()
     return Verified(
         folder.name, other.name, isinstance(weights, EagerWeights | GgufWeights),
-        str(loaded.dtype).removeprefix("torch."), sum(map(len, rows)), comparison.bound, comparison.layers, comparison.findings,
+        str(loaded.dtype).removeprefix("torch."), sum(map(len, rows)), comparison.bound,
+        comparison.layers, comparison.findings,
     )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """Doctor reads all of a GGUF file: what its headers say, and the values of its blocks."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
+from moeflow.cli.main import main
 from moeflow.doctor.check_model import check_model
 from moeflow.doctor.finding import BROKEN, FINE, works
 from moeflow.hf.gguf.resolve import gguf_folder_of
@@ -44,3 +46,11 @@ def test_a_file_that_ends_early_is_told(file):
         handle.truncate(file.stat().st_size - 100)
     (bad,) = [one for one in check(folder) if one.name == "GGUF"]
     assert bad.level == BROKEN
+
+
+def test_the_command_looks_at_the_disk_of_the_file(file, capsys):
+    for model in (file, file.parent):
+        assert main(["doctor", str(model), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["findings"]
+        (disk,) = [one for one in found if one["name"] == "model's disk"]
+        assert disk["found"].startswith(f"{file.parent} on ")

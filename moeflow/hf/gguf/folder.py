@@ -113,6 +113,13 @@ def open_gguf_of(folder: Path) -> GgufFile | None:
     return found
 
 
+def weights_folder(folder: Path) -> Path:
+    """Return the folder that a model's weights lie in: that of its GGUF file, where the folder only stands for one."""
+    path = folder / GGUF_FILE
+    files = read_object(path).get("files") if path.is_file() else None
+    return (folder / str(files[0])).parent if isinstance(files, list) and files else folder
+
+
 class _Own(NamedTuple):
     """A file of the model's own."""
 
