@@ -72,8 +72,9 @@ void ask(const Matrix &m, bool is_rounded, Rows &rows) {
     const bool has_zeros = m.format == UINT4 || m.format == UINT3 || m.format == UINT2;
     if (has_zeros) rows.sums[m.group_size / 64] = 0;
     switch (m.format) { /* blocks with minima */
-    case BLOCKS_Q4_0: case BLOCKS_Q4_1: case BLOCKS_Q5_1: case BLOCKS_Q4_K: case BLOCKS_Q5_K: rows.sums[0] = 0; break;
-    case BLOCKS_Q2_K: rows.sums[SUMS_OF_16] = 0;
+    case BLOCKS_Q4_0: case BLOCKS_Q4_1: case BLOCKS_Q5_1: rows.sums[0] = 0; break;
+    case BLOCKS_Q2_K: rows.sums[WHOLE_SUMS] = 0; break;
+    case BLOCKS_Q4_K: case BLOCKS_Q5_K: rows.sums[WHOLE_SUMS + 1] = 0;
     }
     if (is_rounded && m.format > FLOAT16 && m.format != FP8 && m.format != LOSSLESS) rows.is_rounded = 1;
 }
@@ -92,7 +93,8 @@ bool lay_out(Rows &rows) {
         if (rows.sums[slot] < 0) continue;
         is_asked = true;
         rows.sums[slot] = rows.stride;
-        rows.stride += 4 * arithmetic->lanes * (rows.padded / GROUP_OF_SUMS[slot]);
+        if (slot >= WHOLE_SUMS) rows.stride += 4 * SUMS_OF_256 * align(rows.padded, 256) / 256;
+        else rows.stride += 4 * arithmetic->lanes * (rows.padded / GROUP_OF_SUMS[slot]);
     }
     if (rows.is_rounded) {
         rows.codes = rows.stride, rows.deltas = rows.stride + 2 * rows.padded;

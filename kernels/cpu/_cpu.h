@@ -65,7 +65,9 @@ struct Expert {
 
 /* Rows of activations as the kernels read them: float32, padded with zeros to a multiple of 128; then, where a format
  * asks for it, sums over every group and the values rounded to int16 in blocks of 128. Offsets in bytes within a row. */
-constexpr int NUM_SUMS = 4, SUMS_OF_16 = 3, GROUP_OF_SUMS[NUM_SUMS] = {32, 64, 128, 16};
+constexpr int NUM_SUMS = 5, GROUP_OF_SUMS[NUM_SUMS] = {32, 64, 128, 16, 32};
+/* From here on each sum is one float, and those of 256 values have room for 16, with zeros where they are fewer. */
+constexpr int WHOLE_SUMS = 3, SUMS_OF_256 = 16;
 struct Rows {
     char *data;
     int64_t stride;

@@ -18,8 +18,7 @@ constexpr int64_t AHEAD_BYTES = 1024, AHEAD_BLOCKS = 64, AHEAD_GRID_BYTES = 128;
 constexpr int ROUNDED_TOGETHER = 128;
 constexpr float ROUNDED_MOST = 32767;
 
-/* Of groups of 32, 64, 128 and 16. */
-inline constexpr int sums_slot(int group_size) { return group_size == 16 ? SUMS_OF_16 : group_size / 64; }
+inline int sums_slot(int group_size) { return group_size / 64; } /* of 32, 64 and 128: 0, 1 and 2 */
 
 template <class T> inline T least(T a, T b) { return a < b ? a : b; }
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -164,7 +163,8 @@ template <class S> struct Steps {
         for (int slot = 0; slot < NUM_SUMS; ++slot) {
             if (rows.sums[slot] < 0) continue;
             float *sums = (float *)(data + rows.sums[slot]);
-            if (!rows.is_rounded) sum_groups(x, rows.padded, GROUP_OF_SUMS[slot], sums);
+            if (slot >= WHOLE_SUMS) sum_wholly(rows, data, GROUP_OF_SUMS[slot], sums);
+            else if (!rows.is_rounded) sum_groups(x, rows.padded, GROUP_OF_SUMS[slot], sums);
             else sum_rounded((const int16_t *)(data + rows.codes), (const float *)(data + rows.deltas), rows.padded,
                              GROUP_OF_SUMS[slot], sums);
         }
@@ -193,7 +193,6 @@ template <class S> struct Steps {
         }
     }
     static void sum_rounded(const int16_t *codes, const float *deltas, int padded, int group_size, float *sums) {
-        if (group_size == 16) return sum_rounded_halves(codes, deltas, padded, sums);
         const auto ones = S::words(S::bytes_one());
         for (int k = 0; k < padded; k += group_size, sums += S::LANES) {
             auto sum = S::none();
@@ -201,15 +200,24 @@ template <class S> struct Steps {
             S::store(sums, S::mul(S::to_float(sum), S::all(deltas[k / ROUNDED_TOGETHER])));
         }
     }
-    /* Of groups of 16, each in those lanes into which a product of 32 words puts it. */
-    static void sum_rounded_halves(const int16_t *codes, const float *deltas, int padded, float *sums) {
-        alignas(32) int8_t ones[48] = {};
-        memset(ones + 16, 1, 16);
-        for (int k = 0; k < padded; k += 16, sums += S::LANES) {
-            const auto words = S::words8((const uint8_t *)ones + (k % 32 ? 0 : 16));
-            const auto sum = S::dot(S::none(), words, codes + k / 32 * 32);
-            S::store(sums, S::mul(S::to_float(sum), S::all(deltas[k / ROUNDED_TOGETHER])));
-        }
+    /* Each group to one float. */
+    static void sum_wholly(const Rows &rows, const char *data, int group_size, float *sums) {
+        const float *x = (const float *)data, *deltas = (const float *)(data + rows.deltas);
+        const int16_t *codes = (const int16_t *)(data + rows.codes);
+        for (int k = 0; k < rows.num_features; k += 256, sums += SUMS_OF_256)
+            for (int i = 0; i < SUMS_OF_256; ++i) {
+                const int from = k + i * group_size;
+                if (from >= rows.num_features || i * group_size >= 256) sums[i] = 0;
+                else if (rows.is_rounded) {
+                    int32_t sum = 0;
+                    for (int j = 0; j < group_size; ++j) sum += codes[from + j];
+                    sums[i] = (float)sum * deltas[from / ROUNDED_TOGETHER];
+                } else {
+                    auto sum = S::load(x + from);
+                    for (int j = S::LANES; j < group_size; j += S::LANES) sum = S::add(sum, S::load(x + from + j));
+                    sums[i] = S::sum(sum);
+                }
+            }
     }
 
     static void hidden(const Segment &segment, const Rows &input, const Rows &hidden, int first, int count,

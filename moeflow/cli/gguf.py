@@ -4,15 +4,18 @@ import argparse
 import json
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
+EXPERT_KINDS = (*KINDS, "mxfp4")
 
 
 def add_gguf_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser's commands."""
     command = commands.add_parser("gguf", help="write a model as a GGUF file, as llama.cpp reads it")
-    command.add_argument("model", help="hub id or folder, weights in float32, bfloat16 or float16")
+    command.add_argument("model", help="hub id or folder, packed and quantised ones too")
     command.add_argument("-o", "--out", required=True, metavar="FILE", help="file to write; replaced when it is whole")
-    command.add_argument("--type", default="f16", choices=KINDS, help="of the matrices (f16); below f16 lossy")
-    command.add_argument("--experts", choices=KINDS, help="of the routed experts' matrices (that of --type)")
+    command.add_argument("--type", default="f16", choices=KINDS, help="of the matrices (f16)")
+    command.add_argument(
+        "--experts", choices=EXPERT_KINDS, help="of the routed experts' matrices (that of --type); mxfp4 for gpt-oss"
+    )
     command.add_argument(
         "--pre", metavar="NAME", help="llama.cpp's name of the way that the tokenizer cuts text (told from its file)"
     )

@@ -6,19 +6,23 @@ Knows folders and GGUF's tensors. Knows nothing of budgets.
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from moeflow.atomic_file import atomic_file, check_target
+from moeflow.checkpoint.store import ExpertStore
 from moeflow.convert.gguf_tokenizer import write_tokenizer
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes
 from moeflow.hf import experts_interface, pretrained, quantizer
-from moeflow.hf.eager.dense import DenseWeights
+from moeflow.hf.eager.dense import EagerDenseWeights
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.gguf.architecture import Architecture, Rule
 from moeflow.hf.gguf.architectures import architecture_of
@@ -33,6 +37,7 @@ KINDS = {  # option -> the file's type
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
+EXPERT_KINDS = KINDS | {"mxfp4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE}
 # Kept in float32, as llama.cpp's own converter does: routers, convolutions, everything of one dimension.
 _IN_FLOAT32 = ("_norm", "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv", "attn_sinks")
 _CHUNK = 1 << 24  # values that are converted at a time
@@ -82,31 +87,49 @@ def write_gguf(
     Memory stays near the largest dense weight, or expert. What a file cannot say is refused by name.
 
     Args:
-        model: a hub id or a folder in float32, bfloat16 or float16.
+        model: a hub id or a folder; of quantised weights, the values that they stand for are written.
         out: the file; one that is there is replaced when the new one is whole.
         kind: of the matrices, of `KINDS`; norms, biases and routers are in float32 always.
-        experts: of the routed experts' matrices; None: `kind`.
+        experts: of the routed experts' matrices, of `EXPERT_KINDS`; None: `kind`. mxfp4 loses nothing of gpt-oss.
         pre: llama.cpp's name of the way that the tokenizer cuts text; None to tell it from tokenizer.json.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ConfigError: an option, or the folder's form; the disk is too small; float16 cannot hold a value.
+        ConfigError: an option is wrong, the disk is too small, or float16 cannot hold a value.
         UnsupportedModelError: an architecture, a tokenizer or a field of the config that a GGUF file cannot have.
         CheckpointError: the checkpoint is incomplete, or changed meanwhile.
         MoeflowError: the file cannot be written.
     """
     out = Path(out)
     kinds = {"matrices": kind, "experts": experts or kind}
-    if unknown := [value for value in kinds.values() if value not in KINDS]:
-        raise ConfigError(f"the type is {unknown[0]!r}. Give one of {', '.join(KINDS)}.")
+    for value, known in ((kind, KINDS), (kinds["experts"], EXPERT_KINDS)):
+        if value not in known:
+            raise ConfigError(f"the type is {value!r}. Give one of {', '.join(known)}.")
     check_target(out, ConfigError)
     folder = ModelFolder(model)
-    _refuse_quantised(folder)
+    if folder.gguf is not None:
+        raise ConfigError(f"{model} is a GGUF file already: moeflow writes one of a folder of safetensors alone.")
     architecture = architecture_of(folder.config)
     header = gguf.GGUFWriter(None, architecture.name)
-    _write_metadata(header, folder, architecture, kind)
+    _write_metadata(header, folder, architecture, kinds["experts"])
     write_tokenizer(header, pretrained.load_tokenizer(folder.path), folder.config.vocab_size, pre)
-    tensors = list(_plan(folder, architecture, kinds))
+    empty = folder.empty_model()
+    experts_weights = _expert_weights(folder, empty)
+    try:
+        tensors = list(_plan(folder, empty, experts_weights, architecture, kinds))
+        size = _write_file(header, tensors, folder, out, progress)
+    finally:
+        experts_weights.close()
+    return Written(out, architecture.name, len(tensors), size)
+
+
+def _write_file(
+    header: "gguf.GGUFWriter",
+    tensors: list[_Tensor],
+    folder: ModelFolder,
+    out: Path,
+    progress: ProgressCallback | None,
+) -> int:
     total = sum(tensor.num_bytes for tensor in tensors)
     free = shutil.disk_usage(out.absolute().parent).free
     if total > free:
@@ -114,28 +137,16 @@ def write_gguf(
             f"{out} would take {format_bytes(total)}, and its disk has {format_bytes(free)}. Give a file on another "
             "disk, or a smaller --type."
         )
-    with atomic_file(out) as partial:
-        _write(header, tensors, partial, total, progress)
+    with atomic_file(out) as arriving:
+        _write(header, tensors, arriving, total, progress)
         folder.checkpoint.check_unchanged()
-        size = partial.stat().st_size
-    return Written(out, architecture.name, len(tensors), size)
-
-
-def _refuse_quantised(folder: ModelFolder) -> None:
-    why = "packed" if folder.packed else "in a GGUF file already" if folder.gguf is not None else None
-    if quantizer.quantization_scheme(folder.config) is not None:
-        why = "quantised"
-    if why:
-        raise ConfigError(
-            f"{folder.path} is {why}: a GGUF file is written from weights in float32, bfloat16 or float16. Give the "
-            "folder that it was made from."
-        )
+        return arriving.stat().st_size
 
 
 def _write_metadata(header: "gguf.GGUFWriter", folder: ModelFolder, architecture: Architecture, kind: str) -> None:
     assert architecture.metadata is not None, "an architecture that is written"
     header.add_name(folder.path.name)
-    header.add_file_type(KINDS[kind])
+    header.add_file_type(EXPERT_KINDS[kind])
     header.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in architecture.metadata(folder.config).items():
         if isinstance(value, bool):
@@ -150,13 +161,18 @@ def _write_metadata(header: "gguf.GGUFWriter", folder: ModelFolder, architecture
             header.add_array(key, value)
 
 
-def _plan(folder: ModelFolder, architecture: Architecture, kinds: dict[str, str]) -> Iterator[_Tensor]:
+def _plan(
+    folder: ModelFolder,
+    empty: PreTrainedModel,
+    weights: "EagerWeights | StoredWeights",
+    architecture: Architecture,
+    kinds: dict[str, str],
+) -> Iterator[_Tensor]:
     """Yield every tensor, in the model's order."""
-    empty = folder.empty_model()
     rules = architecture.rules(folder.config)
-    dense, weights = DenseWeights(folder, empty), EagerWeights(folder, torch.float32)
+    dense = EagerDenseWeights(folder, empty)
     for name, values in architecture.extra(folder.config).items():
-        yield _Tensor(name, tuple(values.shape), gguf.GGMLQuantizationType.F32, lambda values=values: iter([values]))
+        yield _Tensor(name, tuple(values.shape), gguf.GGMLQuantizationType.F32, partial(iter, [values]))
     for name, shape in dense.shapes.items():
         rule = rule_of(rules, name)
         written = rule.change.write(torch.empty(shape, device="meta"), folder.config)
@@ -167,7 +183,10 @@ def _plan(folder: ModelFolder, architecture: Architecture, kinds: dict[str, str]
 
             yield _Tensor(target, tuple(form.shape), _kind(target, form.shape, kinds["matrices"]), parts)
     for layer, (path, module) in enumerate(experts_interface.experts_modules(empty)):
-        for name, shape in weights.shapes(layer).items():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            shape = tuple(parameter.shape)
             rule = rule_of(rules, f"{path}.{name}")
             targets = tensor_names(rule, f"{path}.{name}")
             turned = len(shape) == 3 and bool(module.is_transposed)
@@ -183,6 +202,14 @@ def _plan(folder: ModelFolder, architecture: Architecture, kinds: dict[str, str]
 
                 full = (shape[0], *first)
                 yield _Tensor(target, full, _kind(target, full, kinds["experts"]), stack)
+
+
+def _expert_weights(folder: ModelFolder, empty: PreTrainedModel) -> "EagerWeights | StoredWeights":
+    """Open a folder's experts: by transformers' conversion, or, of packed and quantised ones, as moeflow reads them."""
+    if not folder.packed and quantizer.quantization_scheme(folder.config) is None:
+        return EagerWeights(folder, torch.float32)
+    store = ExpertStore(folder.expert_files, folder.layers(empty), stamps=folder.expert_stamps)
+    return StoredWeights(store, torch.float32, experts_interface.transposed(empty))
 
 
 def _of_expert(value: torch.Tensor, turned: bool, rule: Rule, place: int) -> torch.Tensor:
@@ -236,15 +263,15 @@ def _chunks(part: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from rows.split(max(1, _CHUNK // max(1, rows.shape[1])))
 
 
-def _encoded(values: torch.Tensor, tensor: _Tensor) -> memoryview:
+def _encoded(values: torch.Tensor, tensor: _Tensor) -> bytes:
     """Return rows of values as the file holds them."""
     types = gguf.GGMLQuantizationType
     if tensor.kind == types.BF16:
-        return memoryview(values.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).cast("B")
+        return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
     if tensor.kind == types.F16:
         half = values.to(torch.float16)
         if not torch.isfinite(half).all():
             raise ConfigError(f"{tensor.name} has values that float16 cannot hold. Give --type bf16 or q8_0.")
-        return memoryview(half.contiguous().numpy()).cast("B")
+        return half.contiguous().numpy().tobytes()
     full = values.float().contiguous().numpy()
-    return memoryview(full if tensor.kind == types.F32 else gguf.quantize(full, tensor.kind)).cast("B")
+    return (full if tensor.kind == types.F32 else gguf.quantize(full, tensor.kind)).tobytes()

@@ -9,19 +9,7 @@ from typing import Any
 import gguf
 
 from moeflow.errors import ConfigError, UnsupportedModelError
-
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
-_SPLITS = {  # the regular expression of tokenizer.json -> llama.cpp's name of a pre-tokenizer
-    rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
-    rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "dbrx",
-    _ENDINGS
-    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
-    "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED % times}{_ENDINGS}?" for times in (("*", "+"), ("+", "*")))
-    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "gpt-4o",
-}
+from moeflow.hf.gguf.text_splits import SPLITS
 
 
 def write_tokenizer(writer: "gguf.GGUFWriter", tokenizer: Any, vocabulary: int, pre: str | None = None) -> None:
@@ -59,9 +47,9 @@ def write_tokenizer(writer: "gguf.GGUFWriter", tokenizer: Any, vocabulary: int, 
     if kind == "llama":
         ranks = {merge.replace(" ", ""): rank for rank, merge in reversed(list(enumerate(merges)))}
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
-        writer.add_add_space_prefix("▁" in json.dumps(parts.get("normalizer"), ensure_ascii=False) and _prepends(parts))
+        writer.add_add_space_prefix(any(step.get("type") == "Prepend" for step in _normalizers(parts)))
     writer.add_token_types(types)
-    if kind == "gpt2" and merges:  # an empty array has no element type to write
+    if merges:  # an empty array has no element type to write; llama.cpp cuts by scores where it has them
         writer.add_token_merges(merges)
     _add_special(writer, tokenizer)
 
@@ -70,25 +58,36 @@ def _pre_tokenizer(parts: dict[str, Any]) -> str:
     """Return llama.cpp's name of the way that text is cut."""
     steps = parts.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        found = _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
-        if found is not None:
-            return "llama-bpe" if found == "dbrx" and parts["model"].get("ignore_merges") else found
+    regexes = tuple(regex for step in steps for regex in _regexes(step))
+    composes = any(step.get("type") == "NFC" for step in _normalizers(parts))
+    whole_words = bool(parts["model"].get("ignore_merges"))
+    found = [name for name, split in SPLITS.items() if (split.regexes, split.whole_words) == (regexes, whole_words)]
+    # llama.cpp composes no letters, whatever the name says; moeflow does, where the name is of such a model.
+    found.sort(key=lambda name: SPLITS[name].composes != composes)
+    if found:
+        return found[0]
+    kinds = " ".join(str(step.get("type")) for step in steps)
     raise ConfigError(
-        f"how tokenizer.json cuts text ({' '.join(map(str, kinds)) or 'not at all'}) has no name in llama.cpp that "
-        "moeflow knows. Give the name with --pre; llama.cpp's convert_hf_to_gguf.py lists them."
+        f"how tokenizer.json cuts text ({kinds}) has no name that moeflow knows. Give llama.cpp's with --pre; its "
+        "convert_hf_to_gguf.py lists them."
     )
 
 
-def _prepends(parts: dict[str, Any]) -> bool:
-    """Tell whether text gets a space in front."""
+def _regexes(step: dict[str, Any]) -> list[str]:
+    """Return what a step of a pre-tokenizer splits by."""
+    kind = step.get("type")
+    if kind == "Digits" and step.get("individual_digits"):
+        return [r"\p{N}"]
+    if kind == "Split" and step.get("behavior") == "Isolated":
+        return [step["pattern"].get("Regex", "")]
+    if kind == "ByteLevel":
+        return list(SPLITS["gpt-2"].regexes) if step.get("use_regex", True) else []
+    return [f"{kind}"]  # no regex of any name
+
+
+def _normalizers(parts: dict[str, Any]) -> list[dict[str, Any]]:
     normalizer = parts.get("normalizer") or {}
-    return any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+    return normalizer.get("normalizers", [normalizer])
 
 
 def _tokens(parts: dict[str, Any], tokenizer: Any, vocabulary: int) -> tuple[list[str], list[int]]:

@@ -223,11 +223,11 @@ class ModelFolder:
             for tensor in fed[name].of_expert(expert)
         }
 
-    def dense_weights(self, dtype: torch.dtype, *, keeps_blocks: bool) -> DenseWeights | None:
+    def dense_weights(self, dtype: Any, *, keeps_blocks: bool) -> DenseWeights | None:
         """Return the dense weights of a GGUF file; None where transformers reads them from safetensors.
 
         Args:
-            dtype: of the model.
+            dtype: as from_pretrained has it; where it names none or several, the model's own counts for blocks.
             keeps_blocks: whether linears and embeddings stay in the file's blocks.
 
         Raises:
@@ -236,8 +236,9 @@ class ModelFolder:
         if self.gguf is None:
             return None
         empty = self.empty_model()
+        of_blocks = dtype if isinstance(dtype, torch.dtype) else self.dtype
         return DenseWeights(
-            self.gguf, self.config, self.fed(empty), expert_parameters(empty), dtype, keeps_blocks=keeps_blocks
+            self.gguf, self.config, self.fed(empty), expert_parameters(empty), of_blocks, keeps_blocks=keeps_blocks
         )
 
     def fed(self, empty: PreTrainedModel) -> dict[str, Fed]:

@@ -140,14 +140,14 @@ def load_moe(
     if not on_cpu:
         can_use_triton(options.torch_device)  # which tells before a long load why not
     placement = {} if on_cpu else {"device_map": {"": options.torch_device}}
-    dtype = folder.dtype if options.torch_dtype == "auto" else options.torch_dtype
+    wanted = folder.dtype if options.torch_dtype == "auto" else options.torch_dtype
     with dense_weights_on(options.torch_device):
         loaded, info, experts = pretrained.load_without_experts(
             folder.checkpoint,
             folder.config,
             partial(_find_experts, folder, options, contract),
-            weights=folder.dense_weights(dtype, keeps_blocks=on_cpu),
-            dtype=dtype,
+            weights=folder.dense_weights(wanted, keeps_blocks=on_cpu),
+            dtype=wanted,
             **placement,
             **hf_options,
         )

@@ -12,6 +12,7 @@ import torch
 from moeflow.hf import experts_interface
 from moeflow.hf.eager.experts import run_expert
 from moeflow.hf.eager.gguf import GgufWeights
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.kernels.quantization.formats import find_format
@@ -19,7 +20,6 @@ from moeflow.progress import ProgressCallback
 from moeflow.verify.bounds import output_bound, weights_bound
 from moeflow.verify.findings import Finding, LayerFigures
 from moeflow.verify.reference import ReferenceWeights
-from moeflow.verify.stored_weights import StoredWeights
 
 _DECODED = 4  # tokens of a layer that are run alone as well, as in decoding
 Values = dict[str, torch.Tensor]

@@ -13,9 +13,9 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, quantizer
 from moeflow.hf.eager.gguf import GgufWeights
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.model_folder import ModelFolder
-from moeflow.verify.stored_weights import StoredWeights
 
 
 class ReferenceWeights(Protocol):

@@ -10,6 +10,7 @@ import torch
 
 from moeflow.hf import experts_interface
 from moeflow.hf.eager.gguf import GgufWeights
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.loading.budget import ExpertsSize
@@ -19,7 +20,6 @@ from moeflow.progress import ProgressCallback
 from moeflow.verify.compare import Comparison
 from moeflow.verify.findings import Verified
 from moeflow.verify.reference import open_reference, reference_folder
-from moeflow.verify.stored_weights import StoredWeights
 from moeflow.verify.text import token_rows
 
 

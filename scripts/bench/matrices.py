@@ -41,7 +41,10 @@ def random_matrix(spec: WeightFormat, shape: tuple[int, int], seed: int = 0) -> 
     gain = 1 / math.sqrt(shape[1])
     if spec.kind == "ggml":  # bytes of which any two are a small half
         ((name, _, size),) = spec.tensors("weight", shape)
-        return {name: torch.randint(0, 56, size, dtype=torch.uint8, generator=generator)}
+        blocks = torch.randint(0, 56, size, dtype=torch.uint8, generator=generator)
+        if spec.name == "ggml_mxfp4":
+            blocks[:, :: spec.block_bytes] += 64  # powers of two of a usual size
+        return {name: blocks}
     if spec.kind not in ("mxfp4", "fp8"):
         return quantize(torch.randn(shape, generator=generator) * gain, spec)
     tensors = {}

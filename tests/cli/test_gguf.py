@@ -5,7 +5,7 @@ import json
 import pytest
 
 from helpers.gguf_families import ReadBack, gguf_families, save_family
-from moeflow.cli.gguf import KINDS
+from moeflow.cli.gguf import EXPERT_KINDS, KINDS
 from moeflow.cli.main import main
 
 
@@ -46,4 +46,4 @@ def test_an_error_is_one_line(folder, tmp_path, capsys):
 def test_the_types_offered_are_those_written():
     from moeflow.convert import gguf
 
-    assert tuple(gguf.KINDS) == KINDS
+    assert (tuple(gguf.KINDS), tuple(gguf.EXPERT_KINDS)) == (KINDS, EXPERT_KINDS)

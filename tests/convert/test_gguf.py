@@ -10,11 +10,22 @@ import torch
 from helpers.families import FAMILIES
 from helpers.family_models import build_model
 from helpers.gguf_families import ReadBack, byte_tokenizer, gguf_families, save_family
+from helpers.prequantized_checkpoints import make, tiny_model
+from helpers.prequantized_models import CASES
 from moeflow.convert.gguf import KINDS, write_gguf
 from moeflow.convert.pack import pack_model
 from moeflow.errors import ConfigError, MoeflowError, UnsupportedModelError
 
 FAMILY = gguf_families()["mixtral"]
+
+
+def read(file):
+    """Bits of every tensor, and the metadata but for the name."""
+    back = ReadBack(file)
+    told = {key: value for key, value in back.metadata.items() if key != "general.name"}
+    return told, {name: values.numpy().tobytes() for name, values in back.tensors.items()}
+
+
 KEPT = ("attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "ffn_gate_inp.weight")
 
 
@@ -121,10 +132,46 @@ def test_a_folder_that_is_not_there_is_told_first(folder, tmp_path):
         write_gguf(folder, tmp_path / "none" / "model.gguf")
 
 
-def test_packed_folders_are_refused(folder, tmp_path):
+def test_packed_folders_give_the_same_file(folder, tmp_path):
     packed = pack_model(folder, tmp_path / "packed").folder
-    with pytest.raises(ConfigError, match="packed"):
-        write_gguf(packed, tmp_path / "model.gguf")
+    for source, name in ((folder, "a"), (packed, "b")):
+        write_gguf(source, tmp_path / name)
+    assert read(tmp_path / "a") == read(tmp_path / "b")
+
+
+@pytest.fixture(scope="module", params=["mxfp4, gpt-oss", "fp8, qwen3", "gptq, mixtral", "awq, qwen3"])
+def quantised(request, tmp_path_factory):
+    """A quantised checkpoint and its plain twin, with tokenizers."""
+    case = CASES[request.param]
+    model = tiny_model(case.family, **case.sizes)
+    model.config.norm_topk_prob = True
+    made = make(tmp_path_factory.mktemp("quantised"), model, case.quantization, case.quantise, case.is_quantised)
+    for folder in made[:2]:
+        byte_tokenizer().save_pretrained(folder)
+    return request.param, *made[:2]
+
+
+def test_of_quantised_weights_the_values_are_written(quantised, tmp_path):
+    name, native, plain = quantised
+    for folder in (native, plain):
+        write_gguf(folder, tmp_path / folder.name, "f32")
+    found, expected = (ReadBack(tmp_path / folder.name).tensors for folder in (native, plain))
+    assert found.keys() == expected.keys()
+    for tensor, values in expected.items():
+        torch.testing.assert_close(found[tensor], values, rtol=1e-6, atol=1e-7)
+    if name.startswith("mxfp4"):
+        write_gguf(native, tmp_path / "mxfp4", "bf16", experts="mxfp4")
+        back = ReadBack(tmp_path / "mxfp4")
+        experts = [tensor for tensor in expected if tensor.endswith("_exps.weight")]
+        assert {back.kinds[tensor] for tensor in experts} == {"MXFP4"}
+        assert all(torch.equal(back.tensors[tensor], expected[tensor]) for tensor in experts)
+
+
+def test_a_gguf_file_is_no_source(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+    write_gguf(folder, tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match="GGUF file already"):
+        write_gguf(tmp_path / "model.gguf", tmp_path / "again.gguf")
 
 
 def test_an_unknown_type_is_refused(folder, tmp_path):

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.gguf_families import byte_tokenizer
 from moeflow.convert.gguf_tokenizer import write_tokenizer
 from moeflow.errors import ConfigError, UnsupportedModelError
+from moeflow.hf.gguf.tokenizer import build_tokenizer
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -82,13 +83,19 @@ def test_the_chat_template_is_written():
     [
         ((pre_tokenizers.ByteLevel(False),), "gpt-2"),
         ((pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)), "smollm"),
-        (split(QWEN2), "qwen2"),
+        (split(QWEN2), "deepseek-r1-qwen"),
         (split(LLAMA3), "dbrx"),
         (split(GPT_4O), "gpt-4o"),
     ],
 )
 def test_how_text_is_cut_is_named(steps, name):
     assert keys(cut_by(*steps))["ggml.pre"] == name
+
+
+def test_letters_that_are_composed_make_it_qwen2():
+    tokenizer = cut_by(*split(QWEN2))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert keys(tokenizer)["ggml.pre"] == "qwen2"
 
 
 def test_merges_that_whole_words_pass_by_make_it_llama_3():
@@ -117,10 +124,20 @@ def test_sentencepiece_tokens_get_scores_by_the_order_of_merges():
     assert types[:3] == [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     assert set(types[3:259]) == {gguf.TokenType.BYTE}
     assert scores[263] > scores[262] > scores[261]
-    assert "ggml.merges" not in found
+    assert found["ggml.merges"] == ["▁ hi", "h i"]
 
 
 def test_other_kinds_are_refused_by_name():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(UnsupportedModelError, match="WordLevel"):
         keys(tokenizer)
+
+
+def test_a_tokenizer_that_is_read_back_cuts_text_the_same():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    found = {f"tokenizer.{key}": value for key, value in keys(tokenizer).items()}
+    again = build_tokenizer(found | {"general.architecture": "llama"})
+    for text in ("he said: 12 345", "<|im_start|>user\nhé<tool>\t<|im_end|>", " 漢字 😀"):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (again.bos_token, again.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)

@@ -6,7 +6,7 @@ from moeflow.kernels.quantization.formats import FORMATS, WeightFormat
 
 _HALVES = {
     "q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
-    "tq1_0": (52,), "tq2_0": (64,), "ggml_mxfp4": (), "ggml_nvfp4": (),
+    "tq1_0": (52,), "tq2_0": (64,), "iq1_m": (), "ggml_mxfp4": (), "ggml_nvfp4": (),
 }  # fmt: skip
 """Where the halves of a block are; at its start where nothing is said."""
 
@@ -23,6 +23,8 @@ def tame(blocks: torch.Tensor, spec: WeightFormat, generator: torch.Generator) -
         halves = (torch.rand(len(each), 1, generator=generator) + 0.1) * 0.02 / 2**spec.bits
         halves *= torch.randint(0, 2, halves.shape, generator=generator) * 2 - 1
         each[:, at : at + 2] = halves.half().view(torch.uint8)
+    if spec.name == "iq1_m":  # whose half lies in the upper bits of four words
+        each[:, 55] = each[:, 55] & 15 | 16
     if spec.name == "ggml_mxfp4":
         each[:, 0] = torch.randint(116, 122, (len(each),), generator=generator)
 

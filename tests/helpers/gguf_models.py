@@ -1,4 +1,4 @@
-"""Tiny models as GGUF files in any of GGML's types, and the same models in transformers with the values of their blocks.
+"""Tiny models as GGUF files in any of GGML's types, and in transformers with the values of their blocks.
 
 The values are gguf's own, so that nothing here reads a block as moeflow does.
 """

@@ -170,6 +170,27 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def _another_form(name: str, **changed: Any) -> tuple[str, str, dict[str, Any]]:
+    architecture, family, fields = MODELS[name]
+    return architecture, family, {**fields, **changed}
+
+
+MODELS["glm4moe-plain"] = _another_form(
+    "glm4moe",
+    use_qk_norm=False,
+    attention_bias=False,
+    norm_topk_prob=False,
+    n_group=4,
+    topk_group=2,
+    tie_word_embeddings=True,
+    rope_parameters={**_YARN, "partial_rotary_factor": 0.5},
+)
+MODELS["qwen3next-listed"] = _another_form(
+    "qwen3next", layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"]
+)
+MODELS["nemotron_h_moe-latent"] = _another_form("nemotron_h_moe", moe_latent_size=32, n_group=4, topk_group=2)
+
+
 def tiny_config(name: str, **changed: Any) -> transformers.PreTrainedConfig:
     """Return the config of a model of `MODELS`."""
     _, family, fields = MODELS[name]

@@ -1,4 +1,4 @@
-"""Matrices in GGML's blocks as instructions of a native step: the bits of the calls, and what does not fit is refused."""
+"""Matrices in GGML's blocks in a native step: the bits of the calls, and what does not fit is refused."""
 
 import pytest
 import torch

@@ -9,9 +9,9 @@ from moeflow.convert.quantize import quantize_model
 from moeflow.core import ExpertKey
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.verify.cost import measure_cost
-from moeflow.verify.stored_weights import StoredWeights
 from moeflow.verify.verify import load_for_passes
 
 

@@ -7,9 +7,9 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.cli.main import main
 from moeflow.hf import experts_interface
 from moeflow.hf.eager.gguf import GgufWeights
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.verify.cost import measure_cost
-from moeflow.verify.stored_weights import StoredWeights
 from moeflow.verify.verify import verify
 
 ROWS = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()

@@ -16,11 +16,11 @@ from moeflow.convert.quantize import quantize_model
 from moeflow.core import ExpertKey
 from moeflow.errors import CheckpointError, ConfigError
 from moeflow.hf import experts_interface
+from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.verify.bounds import output_bound
 from moeflow.verify.compare import Comparison
-from moeflow.verify.stored_weights import StoredWeights
 from moeflow.verify.verify import load_for_passes, run_rows, verify
 
 KINDS = ("gpt_oss", "aria", "ernie4_5_vl_moe", "muse_spark", "nemotron_h", "inkling", "deepseek_v4", "zaya")

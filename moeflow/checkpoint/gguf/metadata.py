@@ -178,7 +178,9 @@ def _decoded(data: bytes, kind: int, begin: int) -> tuple[Any, int]:
 def _decoded_texts(data: bytes, begin: int, count: int) -> tuple[list[str], int]:
     texts, unpack = [], _LENGTH.unpack_from
     for _ in range(count):
-        end = begin + 8 + unpack(data, begin)[0]
-        texts.append(str(data[begin + 8 : end], "utf-8"))
+        (length,) = unpack(data, begin)
+        begin += _LENGTH.size
+        end = begin + length
+        texts.append(data[begin:end].decode())
         begin = end
     return texts, begin

@@ -98,10 +98,10 @@ def bad_matrices(raw: np.ndarray, record: RecordLayout) -> Iterator[tuple[str, B
         yield from _told(spec.name, raw[spec.offset : spec.offset + spec.num_bytes], dtype)
     tensors = tensors_of(torch.from_numpy(raw), record)
     for matrix in record.matrices:
-        spec = formats[matrix.name]
-        if spec.kind in _DTYPES:
-            values = dequantize(tensors, matrix.name, spec, matrix.shape, TORCH_DTYPES[_DTYPES[spec.kind]])
-            yield from _told(matrix.name, values.contiguous().view(torch.uint8).flatten().numpy(), _DTYPES[spec.kind])
+        form = formats[matrix.name]
+        if form.kind in _DTYPES:
+            values = dequantize(tensors, matrix.name, form, matrix.shape, TORCH_DTYPES[_DTYPES[form.kind]])
+            yield from _told(matrix.name, values.contiguous().view(torch.uint8).flatten().numpy(), _DTYPES[form.kind])
 
 
 def _told(name: str, raw: np.ndarray, dtype: str) -> Iterator[tuple[str, Bad]]:

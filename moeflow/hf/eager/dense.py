@@ -10,29 +10,37 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from moeflow.checkpoint.prequantized.scheme import StoredMatrix, find_matrices, stand_ins
+from moeflow.checkpoint.prequantized.values import values
 from moeflow.errors import CheckpointError
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
+from moeflow.hf.quantizer import quantization_scheme
 
 
-class DenseWeights:
+class EagerDenseWeights:
     """The parameters and saved buffers of a checkpoint outside its routed experts, in the dtypes of its files.
 
-    A weight with two places in the model is listed once.
+    A weight with two places in the model is listed once. Quantised ones become float32.
 
     Args:
-        folder: not quantised.
+        folder: with a checkpoint; packed ones too.
         model: the empty model of the folder, experts still on it.
 
     Raises:
-        CheckpointError: one has no tensor in the checkpoint.
+        CheckpointError: one has no tensor in the checkpoint, or lacks a piece of a quantised one.
     """
 
     def __init__(self, folder: ModelFolder, model: PreTrainedModel) -> None:
-        self._folder, self._model = folder, model
+        self._folder, self._model, tensors = folder, model, folder.checkpoint.tensors
+        self._scheme = quantization_scheme(folder.config, str(folder.path))
+        self._stored: dict[str, StoredMatrix] = {}
+        if self._scheme is not None:
+            self._stored = find_matrices(tensors, self._scheme)
+            tensors = stand_ins(tensors, self._stored)
         tied = set(model.all_tied_weights_keys) | experts_interface.expert_parameters(model)
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-        self._collected = experts_interface.collect_tensors(model, folder.checkpoint.tensors, set(self.shapes))
+        self._collected = experts_interface.collect_tensors(model, tensors, set(self.shapes))
         self._opened: dict[int, safe_open] = {}
         missing = [name for name in self.shapes if name not in self._collected]
         if missing:
@@ -60,6 +68,18 @@ class DenseWeights:
         return found[0] if isinstance(found, list) else found
 
     def _tensor(self, key: str, file: int) -> torch.Tensor:
+        matrix = self._stored.get(key)
+        if matrix is None:
+            return self._read(key, file)
+        assert self._scheme is not None, "a quantised matrix is of a scheme"
+        pieces = {ending: self._read(name, entry.file) for ending, (name, entry) in matrix.pieces.items()}
+        rows, columns = matrix.shape
+        try:
+            return values(pieces, self._scheme, (rows, columns), torch.float32)
+        except ValueError as error:
+            raise CheckpointError(f"{key} cannot be used: {error} Download the checkpoint again.") from error
+
+    def _read(self, key: str, file: int) -> torch.Tensor:
         if file not in self._opened:
             self._opened[file] = safe_open(self._folder.checkpoint.files[file], framework="pt")
         return self._opened[file].get_tensor(key)

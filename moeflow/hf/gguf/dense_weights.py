@@ -128,10 +128,10 @@ class DenseWeights:
                 keep_in_blocks(loaded.get_submodule(path), blocks, BLOCK_TYPES[dtype].format, self._dtype)
 
     def values(self, name: str) -> torch.Tensor:
-        """Read one parameter's values, in the model's dtype."""
+        """Read one parameter's values, in the file's precision: transformers rounds them as its model asks."""
         fed = self._fed[name]
         parts = [read_values(self._file, tensor) for tensor in fed.tensors]
-        return fed.rule.change.read(parts, self._config).to(self._dtype)
+        return fed.rule.change.read(parts, self._config)
 
 
 class _Lazy:

@@ -209,7 +209,7 @@ def _add_tokens(made: Tokenizer, vocabulary: Vocabulary, *, strips: bool) -> Non
         if kind in (Kind.CONTROL, Kind.UNKNOWN):
             after = strips and word not in ("<unk>", "<s>", "<|endoftext|>")
             special.append(AddedToken(word, normalized=False, special=True, rstrip=after))
-        elif kind is Kind.USER_DEFINED and word == vocabulary.tokens[i]:
+        elif kind is Kind.USER_DEFINED:
             plain.append(AddedToken(word, normalized=False, special=False))
     made.add_special_tokens(special)
     made.add_tokens(plain)

@@ -1,13 +1,15 @@
 """Headers of GGUF files: every way in which one can be bad is refused by name."""
 
+import io
 import os
 import struct
+from pathlib import Path
 
 import pytest
 
 from helpers.gguf_files import ARCHITECTURE, array, header, key, tensor, text
 from moeflow.checkpoint.gguf.file import open_gguf
-from moeflow.checkpoint.gguf.header_bytes import MAX_HEADER_BYTES
+from moeflow.checkpoint.gguf.header_bytes import MAX_HEADER_BYTES, HeaderBytes
 from moeflow.errors import CheckpointError
 
 U32, STRING, ARRAY = 4, 8, 9
@@ -169,3 +171,9 @@ def test_a_path_that_is_no_file_is_named(tmp_path):
             open_gguf(tmp_path / name)
     with pytest.raises(CheckpointError, match="is not a file"):
         open_gguf(tmp_path)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused():
+    reader = HeaderBytes(Path("m.gguf"), io.BytesIO(bytes(10)), 100)
+    with pytest.raises(CheckpointError, match=r"m\.gguf became shorter while it was read"):
+        reader.load(20)

@@ -77,7 +77,7 @@ def check_as_gguf_reads_it(file, found):
 
 @pytest.mark.slow
 @settings(
-    max_examples=1500,
+    max_examples=400,
     deadline=None,
     database=None,
     derandomize=True,

@@ -164,6 +164,10 @@ def test_a_tokenizer_of_the_models_own_wins_and_lacks_nothing(tmp_path):
     own.chat_template = "own"
     own.save_pretrained(tmp_path / "own")
     assert AutoTokenizer.from_pretrained(gguf_folder(file, config=tmp_path / "own")).chat_template == "own"
+    (tmp_path / "own" / "chat_template.jinja").unlink()
+    config = tmp_path / "own" / "tokenizer_config.json"  # as older versions of transformers have it
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "inside"}))
+    assert AutoTokenizer.from_pretrained(gguf_folder(file, config=tmp_path / "own")).chat_template == "inside"
     (tmp_path / "chat_template.jinja").write_text("beside")
     assert AutoTokenizer.from_pretrained(gguf_folder(file)).chat_template == "beside"
 

@@ -1,13 +1,17 @@
 """Latent, linear and windowed attention in GGUF: what is written is read back, and what cannot be said is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
 from helpers.hybrid_gguf import MODELS, read_file, read_parameters, tiny_config, tiny_model, write_file, write_tensors
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import CheckpointError, UnsupportedModelError
 from moeflow.hf.gguf.architectures import architecture_of, find_architecture
+from moeflow.hf.gguf.changes import GroupedProjections, LatentHeads, ValueHeadColumns, ValueHeadRows
+from moeflow.hf.gguf.feeding import feed
 
 TOKENS = torch.arange(16)[None] * 7 % 256
 
@@ -113,10 +117,45 @@ def test_layers_of_linear_attention_in_no_period_are_listed():
     assert architecture.config(metadata, tensors)["layer_types"] == kinds
 
 
-def test_the_block_that_predicts_further_tokens_is_no_layer():
-    _, architecture, metadata, tensors = parts_of("glm4moe")
+def test_the_block_that_predicts_further_tokens_is_no_layer_and_feeds_nothing():
+    model, architecture, metadata, tensors = parts_of("glm4moe")
     metadata |= {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
     assert architecture.config(metadata, tensors)["num_hidden_layers"] == 3
+
+    names = list(model.state_dict())
+    block = {*tensors, "blk.3.attn_q.weight", "blk.3.nextn.eh_proj.weight"}
+    assert feed(architecture, model.config, names, block).keys() == set(names)
+    with pytest.raises(CheckpointError, match=r"blk\.3\.attn_q"):
+        feed(architecture, model.config, names, block - {"blk.3.nextn.eh_proj.weight"})
+
+
+def test_value_heads_take_turns_in_the_file():
+    config = SimpleNamespace(linear_num_key_heads=2, linear_num_value_heads=6, linear_value_head_dim=2)
+    heads = torch.arange(6)  # 0, 1, 2 share the first key head
+    assert ValueHeadRows(whole=False).write(heads, config)[0].tolist() == [0, 3, 1, 4, 2, 5]
+    rows = torch.arange(13)[:, None]  # one row of something else, then two of each head
+    turns = [0, 1, 2, 7, 8, 3, 4, 9, 10, 5, 6, 11, 12]
+    assert ValueHeadRows(whole=True, after=lambda config: 1).write(rows, config)[0][:, 0].tolist() == turns
+    columns = ValueHeadColumns().write(torch.arange(12)[None], config)[0]
+    assert columns[0].tolist() == [number - 1 for number in turns[1:]]
+
+
+def test_projections_of_a_key_head_are_apart_in_the_file():
+    config = SimpleNamespace(
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=1, linear_value_head_dim=1
+    )
+    rows = torch.arange(12)[:, None]  # of each key head: a query, a key, two values, two gates
+    mixed, gates = GroupedProjections().write(rows, config)
+    assert mixed[:, 0].tolist() == [0, 6, 1, 7, 2, 3, 8, 9]
+    assert gates[:, 0].tolist() == [4, 5, 10, 11]
+
+
+def test_keys_of_a_latent_are_transposed_in_the_file():
+    config = SimpleNamespace(num_attention_heads=2, kv_lora_rank=3, qk_nope_head_dim=2, v_head_dim=1)
+    both = torch.arange(18).reshape(6, 3)  # of each head: two rows of keys, one of values
+    keys, values = LatentHeads().write(both, config)
+    assert keys.tolist() == [[[0, 3], [1, 4], [2, 5]], [[9, 12], [10, 13], [11, 14]]]
+    assert values.tolist() == [[[6, 7, 8]], [[15, 16, 17]]]
 
 
 UNREADABLE = {

@@ -11,6 +11,11 @@ VOCAB = 320
 PROMPT = torch.arange(5, 16)[None]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+
+
 def qwen3(**overrides):
     """Return a tiny Qwen3 model of sizes that every type's blocks fit."""
     torch.manual_seed(0)
@@ -91,3 +96,26 @@ def test_bits_are_the_same_at_every_budget_and_in_native_steps(tmp_path):
             )
         told.append(torch.cat(out.logits))
     assert torch.equal(*told)
+
+
+def test_floats_are_rounded_as_transformers_rounds_them(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, q_lora_rank=64,
+        kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, first_k_dense_replace=1,
+        vocab_size=VOCAB, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    gate = model.model.layers[1].mlp.gate
+    gate.e_score_correction_bias.normal_()
+    write_model(tmp_path / "model.gguf", "deepseek2", model, blocks_of("F32"))
+    model.save_pretrained(tmp_path / "own")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.bfloat16)
+    loaded = load_moe(tmp_path / "model.gguf", dtype="bfloat16", device="cpu")
+    with loaded.moeflow:
+        found = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+        wanted = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
+        assert found["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+        for name, value in found.items():
+            assert torch.equal(value, wanted[name]), name

@@ -183,7 +183,7 @@ def test_runs_of_spaces_that_users_defined_are_merged_as_any_token():
     own.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
     fields = tokenizer_metadata(own, "gemma4", model="gemma4", special={"unknown": 0})
     assert fields["tokenizer.ggml.tokens"][2] == "  "
-    for text in ("a  a", "a   a", "    ", " a"):
+    for text in ("a  a", "a   a", "    ", " a", "a \u2581\u2581 a"):
         assert build_tokenizer(fields)(text)["input_ids"] == own.encode(text).ids
 
 
@@ -204,6 +204,17 @@ def test_gemma_4_has_merges_and_leaves_the_beginning_to_its_template(sentencepie
     special = {"bos": 1, "eos": 2, "unknown": 0}
     fields = tokenizer_metadata(own, "gemma4", model="gemma4", special=special, add_bos_token=True)
     assert_same(own, build_tokenizer(fields), TEXTS)
+
+
+@pytest.mark.parametrize(("scores", "ids"), [([-1.0, -2.0], [4, 3]), ([-2.0, -1.0], [1, 5])])
+def test_the_better_score_is_merged_first(scores, ids):
+    fields = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "a", "b", "c", "ab", "bc"],
+        "tokenizer.ggml.token_type": [2, 1, 1, 1, 1, 1], "tokenizer.ggml.scores": [0.0] * 4 + scores,
+        "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.bos_token_id": 2**32 - 1, "tokenizer.ggml.eos_token_id": 2**32 - 1,  # none, not 1 and 2
+    }  # fmt: skip
+    assert build_tokenizer(fields)("abc")["input_ids"] == ids
 
 
 def test_scores_that_tell_nothing_are_refused(sentencepiece):

@@ -40,8 +40,8 @@ def _config(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
 def _as_decoder(keys: k.Keys, rotated: int) -> k.Keys:
     """Return the keys with the lengths of heads, and the scales of positions, that any decoder has."""
     heads = {"key_length": rotated, "value_length": rotated, "head_count_kv": keys["attention.head_count"]}
-    dropped = f"{NAME}.rope.scaling."
-    others = {key: value for key, value in keys.metadata.items() if not key.startswith(dropped)}
+    dropped = (f"{NAME}.rope.scaling.", "tokenizer.ggml.merges", "tokenizer.ggml.scores")  # the last two take long
+    others = {key: keys.metadata[key] for key in keys.metadata if not key.startswith(dropped)}
     return k.Keys(others | {f"{NAME}.attention.{key}": value for key, value in heads.items()}, NAME)
 
 

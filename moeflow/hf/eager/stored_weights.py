@@ -48,6 +48,10 @@ class StoredWeights:
             return {name: value.to(self._dtype) for name, value in parameters_of(torch.from_numpy(raw), record).items()}
         return self._decoded(tensors_of(torch.from_numpy(raw), record), record, self._transposed[layer])
 
+    def parameter(self, layer: int, name: str, expert: int) -> torch.Tensor:
+        """Return one parameter of an expert, as the module has it; otherwise as `read`."""
+        return self.read(layer, expert)[name]
+
     def close(self) -> None:
         """Close the files."""
         self._store.close()
