@@ -150,10 +150,12 @@ def _fill(
                     shutil.copyfile(file, partial / file.name)
         tensors = {name: checkpoint.tensors[name] for name in dense}
         if architecture is None:
-            _write_dense(checkpoint, tensors, *_safetensors_head(tensors), partial / SINGLE_FILE, report)
+            head, begins = _safetensors_head(tensors)
+            _write_dense(checkpoint, tensors, head, begins, partial / SINGLE_FILE, report)
         else:
             file = partial / DENSE_GGUF
-            _write_dense(checkpoint, tensors, *gguf_head(architecture, tensors), file, report)
+            head, begins = gguf_head(architecture, tensors)
+            _write_dense(checkpoint, tensors, head, begins, file, report)
             told = {"version": 1, "files": [file.name], "sizes": [file.stat().st_size]}
             (partial / GGUF_FILE).write_text(json.dumps(told, indent=2) + "\n")
         _write_experts(open_store, layouts, partial / PACKED_FILE, keys, offsets, journal, report)
