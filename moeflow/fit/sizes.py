@@ -69,6 +69,7 @@ class ModelSizes:
         dtype: safetensors name of the model's dtype.
         published: what experts are stored in.
         num_shards: files of the checkpoint.
+        dense_matrix_values: of the matrices that every token reads; 0 where they are all in the model's dtype.
     """
 
     config: ConfigFacts
@@ -79,6 +80,7 @@ class ModelSizes:
     dtype: str
     published: StoredAs
     num_shards: int
+    dense_matrix_values: int = 0
 
     @cached_property
     def num_experts(self) -> int:
@@ -164,9 +166,7 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
         )
     sizes = {name: _in_memory(entry, dtype) for name, entry in dense.items()}
     tied = not any(_HEAD.fullmatch(name) for name in dense)
-    read = sum(
-        size for name, size in sizes.items() if len(dense[name].shape) > 1 and (tied or not _EMBEDDING.search(name))
-    )
+    read = [name for name in dense if len(dense[name].shape) > 1 and (tied or not _EMBEDDING.search(name))]
     published = (
         published_as(kernel_of(layouts), bits=mean_bits(layouts)) if packed else _published(found, config, dtype)
     )
@@ -174,11 +174,12 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
         config=config,
         layers=tuple(layers),
         dense_bytes=sum(sizes.values()),
-        dense_matrix_bytes=read,
+        dense_matrix_bytes=sum(sizes[name] for name in read),
         dense_file_bytes=sum(entry.num_bytes for entry in dense.values()),
         dtype=dtype,
         published=published,
         num_shards=len(checkpoint.files),
+        dense_matrix_values=sum(math.prod(dense[name].shape) for name in read) if "token_embd.weight" in dense else 0,
     )
 
 

@@ -144,6 +144,8 @@ class SpeedModel:
 
     @property
     def _dense_weights(self) -> float:
+        if self._sizes.dense_matrix_values:
+            return self._sizes.dense_matrix_values
         bits = 8 * self._sizes.dense_matrix_bytes
         return bits / {"F64": 64, "F32": 32}.get(self._sizes.dtype, 16)
 
