@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("repeatable", derandomize=True)  # a suite that is green stays green
 settings.load_profile("repeatable")
 
-_MODEL_FIXTURES = {"mixtral", "mixtral_folder", "speaking_folder"}
+_MODEL_FIXTURES = {"gguf_file", "mixtral", "mixtral_folder", "speaking_folder"}
 _HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers")))
 
 # A shell's background jobs ignore Ctrl-C, and so would every command that a test starts and interrupts.
@@ -74,6 +74,14 @@ def _own_cache_folder(tmp_path_factory) -> Iterator[None]:
         del os.environ["MOEFLOW_CACHE"]
     else:
         os.environ["MOEFLOW_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory) -> Path:
+    """A small model in a GGUF file, in a folder of its own with a chat template."""
+    from helpers.small_gguf import write_small
+
+    return write_small(tmp_path_factory.mktemp("gguf"))[0]
 
 
 @pytest.fixture(scope="session")

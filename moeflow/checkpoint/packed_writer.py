@@ -25,7 +25,9 @@ import numpy as np
 
 from moeflow import __version__
 from moeflow.atomic_file import sync_file, sync_folder
-from moeflow.checkpoint.headers import SINGLE_FILE, Checkpoint
+from moeflow.checkpoint.gguf.file import GGUF_FILE
+from moeflow.checkpoint.gguf.writing import head as gguf_head
+from moeflow.checkpoint.headers import SINGLE_FILE, Checkpoint, TensorEntry
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.pack_journal import JOURNAL, PackJournal, is_of_run
 from moeflow.checkpoint.packed_file import PACKED_FILE, header_bytes, record_offsets, stride
@@ -38,6 +40,7 @@ from moeflow.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
+DENSE_GGUF = "dense.gguf"
 _COPIED_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _READS_IN_FLIGHT = 4
 _COPY_CHUNK_BYTES = 16 << 20
@@ -61,6 +64,7 @@ def write_packed(
     *,
     packed: tuple[Path, FileStamp] | None = None,
     settings: str = "",
+    architecture: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Path:
     """Write a folder of records and of all tensors that feed no expert.
@@ -72,6 +76,8 @@ def write_packed(
         out: the folder to write.
         packed: the packed file that the layers lie in, and its stamp when its header was read; None where they lie in
             the checkpoint's own files.
+        architecture: of the GGUF file that the checkpoint's tensors lie in, as it names it; dense ones go into a GGUF
+            file again. None for safetensors.
         settings: everything else that decides the records' bytes; a partial folder of other settings is not continued.
         progress: called with (bytes written, bytes in all).
 
@@ -91,7 +97,7 @@ def write_packed(
             run = _run_name(checkpoint, files, [source.layout for source in layers], settings)
             if not os.path.lexists(out):
                 store = partial_of(ExpertStore, files, layers, stamps=stamps)
-                _fill(partial, run, checkpoint, layers, store, feeding, progress)
+                _fill(partial, run, checkpoint, layers, store, feeding, architecture, progress)
                 os.rename(partial, out)
                 sync_folder(out.parent)
             elif not is_of_run(out, run):
@@ -118,6 +124,7 @@ def _fill(
     layers: list[LayerSource],
     open_store: Callable[[], ExpertStore],
     feeding: set[str],
+    architecture: str | None,
     progress: ProgressCallback | None,
 ) -> None:
     """Write everything into the partial folder, or what an earlier run of the same name left undone."""
@@ -141,7 +148,16 @@ def _fill(
             for file in checkpoint.folder.glob(pattern):
                 if not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, partial / file.name)
-        _write_dense(checkpoint, dense, partial / SINGLE_FILE, report)
+        tensors = {name: checkpoint.tensors[name] for name in dense}
+        if architecture is None:
+            head, begins = _safetensors_head(tensors)
+            _write_dense(checkpoint, tensors, head, begins, partial / SINGLE_FILE, report)
+        else:
+            file = partial / DENSE_GGUF
+            head, begins = gguf_head(architecture, tensors)
+            _write_dense(checkpoint, tensors, head, begins, file, report)
+            told = {"version": 1, "files": [file.name], "sizes": [file.stat().st_size]}
+            (partial / GGUF_FILE).write_text(json.dumps(told, indent=2) + "\n")
         _write_experts(open_store, layouts, partial / PACKED_FILE, keys, offsets, journal, report)
     for file in partial.iterdir():
         sync_file(file)
@@ -179,23 +195,35 @@ def _check_space(partial: Path, total: int, *, fresh: bool) -> None:
         )
 
 
-def _write_dense(checkpoint: Checkpoint, names: list[str], file: Path, report: _Report) -> None:
-    """Copy tensors, bytes as they are, into one safetensors file."""
+def _safetensors_head(tensors: dict[str, TensorEntry]) -> tuple[bytes, dict[str, int]]:
+    """Return all that comes before the first tensor of a safetensors file, and where each tensor begins."""
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in names:
-        entry = checkpoint.tensors[name]
+    begins, position = {}, 0
+    for name, entry in tensors.items():
         offsets = [position, position + entry.num_bytes]
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        position = offsets[1]
+        begins[name], position = position, offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(align_up(len(text), 8))
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}
+
+
+def _write_dense(
+    checkpoint: Checkpoint,
+    tensors: dict[str, TensorEntry],
+    head: bytes,
+    begins: dict[str, int],
+    file: Path,
+    report: _Report,
+) -> None:
+    """Copy tensors, bytes as they are, into one file behind its head."""
     with ExitStack() as stack:
         handles = [stack.enter_context(open(source, "rb")) for source in checkpoint.files]
         target = stack.enter_context(open(file, "wb"))
-        target.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            entry = checkpoint.tensors[name]
+        target.write(head)
+        for name, entry in tensors.items():
+            target.write(bytes(begins[name] - target.tell()))
             source, left = handles[entry.file], entry.num_bytes
             source.seek(entry.begin)
             while left:

@@ -23,7 +23,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 def add_info_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `info` to the parser's commands."""
     info = commands.add_parser("info", help="what a model is and what each budget buys; or this machine")
-    info.add_argument("model", nargs="?", help="hub id or folder; without it, this installation and machine")
+    info.add_argument("model", nargs="?", help="hub id, folder or GGUF file; without it, this installation and machine")
     info.add_argument("--step", action="store_true", help="load the model, and print the program of its decode step")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
@@ -129,6 +129,7 @@ def model_text(about: dict[str, Any]) -> "Group":
     largest = max(expert) if isinstance(expert, list) else expert
     for name, value in (
         ("model", f"{about['model']} ({about['model_type']}{', packed' if about['packed'] else ''})"),
+        *_gguf_rows(about["gguf"]),
         ("layers", f"{about['layers']}, of which {about['moe_layers']} have routed experts"),
         (
             "experts",
@@ -151,6 +152,18 @@ def model_text(about: dict[str, Any]) -> "Group":
         per_layer = f"{row['resident_experts_per_layer']:g}" if row["runs"] else "too small"
         budgets.add_row(f"{row['share_percent']:g}%", format_bytes(row["bytes"]), str(row["slots"]), per_layer)
     return Group(facts, "", budgets)
+
+
+def _gguf_rows(gguf: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the rows about a GGUF file; none where the model is not in one."""
+    if gguf is None:
+        return []
+    files = f", in {gguf['files']} files" if gguf["files"] > 1 else ""
+    types = "; ".join(
+        f"{part}: {', '.join(f'{kind} {format_bytes(size)}' for kind, size in held.items())}"
+        for part, held in gguf["types"].items()
+    )
+    return [("GGUF", f"architecture {gguf['architecture']}{files}"), ("types", types)]
 
 
 def _lossless_row(saving: dict[str, Any] | None) -> list[tuple[str, str]]:

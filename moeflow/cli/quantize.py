@@ -17,7 +17,7 @@ GROUPS = (32, 64, 128)
 def add_quantize_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser's commands."""
     quantize = commands.add_parser("quantize", help="write a folder whose experts are quantised; lossy")
-    quantize.add_argument("model", help="hub id or folder, experts in float32, bfloat16 or float16")
+    quantize.add_argument("model", help="hub id, folder or GGUF file, experts in float32, bfloat16 or float16")
     quantize.add_argument("out", help="folder to write; a killed run is continued by the next")
     width = quantize.add_mutually_exclusive_group(required=True)
     width.add_argument("--bits", type=int, choices=WIDTHS, help="of every expert's weights")
@@ -35,6 +35,9 @@ def add_quantize_command(commands: "argparse._SubParsersAction[argparse.Argument
         "--calibration",
         metavar="FILE",
         help="text that --average-bits and gptq learn from; without it, texts that every machine has",
+    )
+    quantize.add_argument(
+        "--requantize", action="store_true", help="round experts that a GGUF file has in few bits already a second time"
     )
     quantize.add_argument("--json", action="store_true", help="print one JSON object")
     quantize.set_defaults(run=_quantize)
@@ -56,7 +59,13 @@ def _quantize(arguments: argparse.Namespace) -> int:
     inputs = _record(arguments, text) if arguments.method == "gptq" else None
     with bytes_progress(f"quantising {arguments.model}") as progress:
         written = quantize_model(
-            arguments.model, arguments.out, formats, method=arguments.method, calibration=inputs, progress=progress
+            arguments.model,
+            arguments.out,
+            formats,
+            method=arguments.method,
+            calibration=inputs,
+            requantize=arguments.requantize,
+            progress=progress,
         )
     about |= {
         "folder": str(written.folder),

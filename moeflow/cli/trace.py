@@ -28,7 +28,7 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     record = below.add_parser(
         "record", help="answer prompts and write which experts each token took; a killed run is continued"
     )
-    record.add_argument("model", help="hub id or folder")
+    record.add_argument("model", help="hub id, folder or GGUF file")
     record.add_argument(
         "--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl with prompts or messages"
     )

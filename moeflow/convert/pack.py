@@ -85,6 +85,7 @@ def pack_model(
         out,
         packed=folder.packed_file,
         settings="" if why_floats else "lossless",
+        architecture=folder.gguf_architecture,
         progress=progress,
     )
     sizes = (_weight_bytes(ModelFolder(out)), _weight_bytes(folder))

@@ -7,12 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from moeflow.checkpoint.float_source import value_sources
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_writer import check_output, write_packed
 from moeflow.checkpoint.quantized_source import Calibration, quantize_sources, writable_format
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
+from moeflow.kernels.quantization.formats import find_format
 from moeflow.progress import ProgressCallback
 
 METHODS = ("hqq", "rtn", "gptq")
@@ -41,6 +43,7 @@ def quantize_model(
     *,
     method: str = "hqq",
     calibration: Calibration | None = None,
+    requantize: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Written:
     """Write `model` as a packed folder whose experts are quantised; load_moe(out) reads it. Lossy.
@@ -51,6 +54,8 @@ def quantize_model(
         formats: a format's name, or one for every expert, [num_layers][num_experts].
         method: "hqq" (zeros optimised, no data), "rtn" (round to nearest), or "gptq" (needs calibration).
         calibration: inputs of experts, for "gptq": see `moeflow.calibration.expert_inputs`.
+        requantize: whether experts in the blocks of a GGUF file may be quantised: their values are rounded a second
+            time.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -65,12 +70,13 @@ def quantize_model(
     folder, out = ModelFolder(model), Path(out)
     check_output(out)
     empty = folder.empty_model()
-    sources = folder.layers(empty)
+    sources, transposed = folder.layers(empty), experts_interface.transposed(empty)
+    if folder.gguf is not None:
+        _check_blocks(folder, sources, requantize)
+        sources = value_sources(sources, transposed)
     if isinstance(formats, str):
         formats = [[writable_format(formats).name] * source.layout.num_experts for source in sources]
-    layers = quantize_sources(
-        sources, formats, experts_interface.transposed(empty), method=method, calibration=calibration
-    )
+    layers = quantize_sources(sources, formats, transposed, method=method, calibration=calibration)
     settings = method if calibration is None else f"{method} {calibration.fingerprint}"
     write_packed(
         folder.checkpoint,
@@ -79,11 +85,24 @@ def quantize_model(
         out,
         packed=folder.packed_file,
         settings=settings,
+        architecture=folder.gguf_architecture,
         progress=progress,
     )
     num_bytes, num_weights = _size(layers)
     counts = Counter(name for names in formats for name in names)
     return Written(out, num_bytes, 8 * num_bytes / num_weights, dict(counts))
+
+
+def _check_blocks(folder: ModelFolder, sources: list[LayerSource], requantize: bool) -> None:
+    """Refuse experts in a GGUF file's blocks unless they may be rounded again."""
+    found = {matrix.format for source in sources for matrix in source.layout.record.matrices}
+    blocks = sorted(name for name in found if find_format(name).kind == "ggml")
+    if blocks and not requantize:
+        raise ConfigError(
+            f"the experts of {folder.name} are in {', '.join(blocks)} already: rounding them again loses more than "
+            "quantising the model's float checkpoint, which is the better way. To do it nonetheless say --requantize "
+            "(requantize=True)."
+        )
 
 
 def _size(layers: list[LayerSource]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.doctor.finding import BROKEN, Finding, works
+from moeflow.doctor.model.gguf import check_gguf
 from moeflow.doctor.model.packed import check_packed, packed_bytes
 from moeflow.doctor.model.shards import check_shards, check_values
 from moeflow.doctor.model.tokenizer import check_tokenizer
@@ -31,7 +32,7 @@ def check_model(folder: Path, progress: ShareCallback) -> list[Finding]:
     """
     found: list[Finding] = []
     config = _check_config(folder, found)
-    shards = check_shards(folder, found)
+    shards = check_gguf(folder, found) or check_shards(folder, found)
     count = _Count(shards.num_bytes + packed_bytes(folder), progress)
     check_values(shards, found, count.add)
     if packed_bytes(folder):

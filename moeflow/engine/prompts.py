@@ -4,9 +4,7 @@ Knows the tokenizer, the vocabulary and the context. Knows nothing of passes.
 """
 
 from dataclasses import replace
-from typing import cast
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.sampling_params import SamplingParams
@@ -31,7 +29,7 @@ class Prompts:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
+        self._vocab_size = forward.vocab_size(model)
         self.context = forward.context_positions(model)
         self._stop = forward.stop_strings(model)
         if self._stop and tokenizer is None:

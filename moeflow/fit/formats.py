@@ -55,26 +55,46 @@ class StoredAs:
         return self.rank == 0
 
 
-def published_as(kernel: str, *, bits: float = 0.0) -> StoredAs:
+def published_as(kernel: str, *, bits: float = 0.0, label: str = "") -> StoredAs:
     """Return the way in which a model lies on the disk.
 
     Args:
         kernel: the format, as a machine's profile names it.
         bits: of a weight, for a packed folder; else 0.
+        label: in place of the kernel's name.
     """
-    label = f"{bits:.1f} bits, mixed" if kernel == MIXED else kernel
+    label = f"{bits:.1f} bits, mixed" if kernel == MIXED else label or kernel
     return StoredAs(f"{PUBLISHED} ({label})", kernel, 0, bits, is_packed=bits > 0, is_published=True)
 
 
 def kernel_of(layouts: list[LayerLayout]) -> str:
-    """Return what experts are stored in, as a machine's profile names it; "mixed" for several widths."""
+    """Return what experts are stored in, as a machine's profile names it; "mixed" for several widths.
+
+    Of GGML's blocks, of which a file has several types, it is the one with most bytes.
+    """
     records = [record for layout in layouts for record in layout.records]
     kinds = {matrix.format for record in records for matrix in record.matrices}
     if not kinds:
         return KERNELS[records[0].tensors[0].dtype]
+    if any(find_format(kind).kind in ("ggml", "float") for kind in kinds):
+        return most_of(_bytes_of_formats(layouts))
     if any(kind.startswith(LOSSLESS) for kind in kinds):
         return LOSSLESS
     return kinds.pop() if len(kinds) == 1 else MIXED
+
+
+def most_of(held: dict[str, int]) -> str:
+    """Return the format with most bytes, as a machine's profile names it."""
+    name = max(held, key=lambda one: (held[one], one))
+    return KERNELS.get(find_format(name).dtype, name)
+
+
+def _bytes_of_formats(layouts: list[LayerLayout]) -> dict[str, int]:
+    held: dict[str, int] = {}
+    for layout in layouts:
+        for matrix in (one for e in range(layout.num_experts) for one in layout.record_of(e).matrices):
+            held[matrix.format] = held.get(matrix.format, 0) + find_format(matrix.format).num_bytes(matrix.shape)
+    return held
 
 
 def other_formats(published: StoredAs) -> list[StoredAs]:

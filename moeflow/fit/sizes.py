@@ -15,13 +15,18 @@ from moeflow.checkpoint.packed_file import PACKED_FILE, packed_layers
 from moeflow.core import DTYPE_BYTES, PAGE_BYTES, TENSOR_ALIGNMENT_BYTES, LayerLayout, align_up
 from moeflow.errors import UnsupportedModelError
 from moeflow.fit.config_facts import Attention, ConfigFacts, read_config
-from moeflow.fit.formats import KERNELS, LOSSLESS_SHARE, StoredAs, kernel_of, mean_bits, published_as
+from moeflow.fit.formats import KERNELS, LOSSLESS_SHARE, StoredAs, kernel_of, mean_bits, most_of, published_as
 from moeflow.kernels.quantization.formats import LOSSLESS
+from moeflow.kernels.quantization.ggml import BLOCK_TYPES
 
 _PER_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(.*\.experts)\.([^0-9].*)|(.*)\.((?:input|output)_linear\.weight)")
-_LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
-_EMBEDDING = re.compile(r"(embed_tokens|word_embeddings|wte|embedding)\.weight$")
+_GGUF_PER_EXPERT = re.compile(r"(blk\.\d+)\.ffn_\w+\.(\d+)\.weight")
+_GGUF_STACKED = re.compile(r"(blk\.\d+)\.ffn_\w+_exps\.\w+")
+_LAYER = re.compile(r"(.*?\b(?:layers|blk)\.)(\d+)\.")
+_EMBEDDING = re.compile(r"(embed_tokens|word_embeddings|wte|embedding|token_embd)\.weight$")
+_HEAD = re.compile(r".*lm_head\.weight|output\.weight")
+_BLOCKS = {name for name, kind in BLOCK_TYPES.items() if kind.block_values > 1}
 WINDOW_MARGIN = 32  # positions that the engine keeps before a window
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
@@ -64,6 +69,7 @@ class ModelSizes:
         dtype: safetensors name of the model's dtype.
         published: what experts are stored in.
         num_shards: files of the checkpoint.
+        dense_matrix_values: of the matrices that every token reads; 0 where they are all in the model's dtype.
     """
 
     config: ConfigFacts
@@ -74,6 +80,7 @@ class ModelSizes:
     dtype: str
     published: StoredAs
     num_shards: int
+    dense_matrix_values: int = 0
 
     @cached_property
     def num_experts(self) -> int:
@@ -151,17 +158,15 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
     found, dense = _split(checkpoint.tensors, config)
     packed = (folder / PACKED_FILE).is_file()
     layouts = [source.layout for source in packed_layers(folder)] if packed else []
-    layers = _packed_layers(layouts) if packed else [_layer(parts, dtype) for parts in found.values()]
+    layers = _packed_layers(layouts) if packed else [_layer(name, parts, dtype) for name, parts in found.items()]
     if not layers:
         raise UnsupportedModelError(
             f"no tensor of {folder} is of routed experts: it is a dense model, or one that moeflow does not know by "
             "its names. Only mixture-of-experts models are planned."
         )
     sizes = {name: _in_memory(entry, dtype) for name, entry in dense.items()}
-    tied = not any(name.endswith("lm_head.weight") for name in dense)
-    read = sum(
-        size for name, size in sizes.items() if len(dense[name].shape) > 1 and (tied or not _EMBEDDING.search(name))
-    )
+    tied = not any(_HEAD.fullmatch(name) for name in dense)
+    read = [name for name in dense if len(dense[name].shape) > 1 and (tied or not _EMBEDDING.search(name))]
     published = (
         published_as(kernel_of(layouts), bits=mean_bits(layouts)) if packed else _published(found, config, dtype)
     )
@@ -169,11 +174,12 @@ def sizes_of(folder: Path, checkpoint: Checkpoint | None = None) -> ModelSizes:
         config=config,
         layers=tuple(layers),
         dense_bytes=sum(sizes.values()),
-        dense_matrix_bytes=read,
+        dense_matrix_bytes=sum(sizes[name] for name in read),
         dense_file_bytes=sum(entry.num_bytes for entry in dense.values()),
         dtype=dtype,
         published=published,
         num_shards=len(checkpoint.files),
+        dense_matrix_values=sum(math.prod(dense[name].shape) for name in read) if "token_embd.weight" in dense else 0,
     )
 
 
@@ -205,9 +211,12 @@ def _split(tensors: dict[str, TensorEntry], config: ConfigFacts) -> tuple[Parts,
 
 def _place(name: str, entry: TensorEntry, config: ConfigFacts) -> tuple[str, int] | None:
     """Return the layer of an expert's tensor and the expert's number, -1 for one of all experts."""
-    match = _PER_EXPERT.fullmatch(name)
+    match = _PER_EXPERT.fullmatch(name) or _GGUF_PER_EXPERT.fullmatch(name)
     if match is not None:
         return match[1], int(match[2])
+    match = _GGUF_STACKED.fullmatch(name)
+    if match is not None and len(entry.shape) > 1:
+        return match[1], -1
     match = _STACKED.fullmatch(name)
     if match is None or not entry.shape or len(entry.shape) < 2:
         return None
@@ -217,7 +226,8 @@ def _place(name: str, entry: TensorEntry, config: ConfigFacts) -> tuple[str, int
     return (match[1], -1) if entry.shape[0] % count == 0 else None
 
 
-def _layer(experts: dict[int, list[TensorEntry]], dtype: str) -> LayerExperts:
+def _layer(name: str, experts: dict[int, list[TensorEntry]], dtype: str) -> LayerExperts:
+    is_gguf = name.startswith("blk.")
     stacked = experts.get(-1)
     if stacked is not None:
         count = min(entry.shape[0] for entry in stacked)
@@ -231,7 +241,9 @@ def _layer(experts: dict[int, list[TensorEntry]], dtype: str) -> LayerExperts:
     else:
         count, entries = len(experts), next(iter(experts.values()))
     slots = (
-        [_slot_bytes(entries, dtype)] if stacked is not None else [_slot_bytes(one, dtype) for one in experts.values()]
+        [_slot_bytes(entries, dtype, is_gguf)]
+        if stacked is not None
+        else [_slot_bytes(one, dtype, is_gguf) for one in experts.values()]
     )
     return LayerExperts(
         num_experts=count,
@@ -243,9 +255,12 @@ def _layer(experts: dict[int, list[TensorEntry]], dtype: str) -> LayerExperts:
     )
 
 
-def _slot_bytes(entries: list[TensorEntry], dtype: str) -> int:
-    """Return the bytes of an expert's slot: its tensors one behind the other, in whole pages."""
-    is_coded = _is_coded(entries)
+def _slot_bytes(entries: list[TensorEntry], dtype: str, is_gguf: bool) -> int:
+    """Return the bytes of an expert's slot: its tensors one behind the other, in whole pages.
+
+    Those of a GGUF file stay in their types, whether blocks or floats.
+    """
+    is_coded = is_gguf or _is_coded(entries)
     return align_up(
         sum(
             align_up(entry.num_bytes if is_coded else _in_memory(entry, dtype), TENSOR_ALIGNMENT_BYTES)
@@ -276,12 +291,26 @@ def _in_memory(entry: TensorEntry, dtype: str) -> int:
     if entry.dtype in _FLOATS or entry.dtype.startswith("F8"):
         is_kept = entry.dtype == dtype
         return entry.num_bytes if is_kept else math.prod(entry.shape) * DTYPE_BYTES[dtype]
+    if entry.dtype in _BLOCKS and len(entry.shape) != 2:  # only matrices stay in blocks
+        return math.prod(entry.shape) * DTYPE_BYTES[dtype]
     return entry.num_bytes
 
 
 def _published(found: Parts, config: ConfigFacts, dtype: str) -> StoredAs:
     """Return what experts are stored in that lie in the checkpoint's own tensors."""
+    if next(iter(found), "").startswith("blk."):
+        return _published_blocks(found)
     coded = {entry.dtype for parts in found.values() for entry in next(iter(parts.values()))} - set(_FLOATS)
     if not coded and not config.is_quantized:
         return published_as(KERNELS[dtype])
     return published_as("fp8" if any(name.startswith("F8") for name in coded) else "mxfp4")
+
+
+def _published_blocks(found: Parts) -> StoredAs:
+    """Return what the experts of a GGUF file are stored in: its types, and the kernel of the one with most bytes."""
+    held: dict[str, int] = {}
+    for parts in found.values():
+        for entry in (entry for entries in parts.values() for entry in entries if len(entry.shape) > 1):
+            name = BLOCK_TYPES[entry.dtype].format
+            held[name] = held.get(name, 0) + entry.num_bytes
+    return published_as(most_of(held), label=", ".join(sorted(held, key=lambda name: -held[name])))

@@ -10,17 +10,21 @@ from typing import NamedTuple
 from moeflow.fit.formats import StoredAs
 from moeflow.fit.hit_curves import Range
 from moeflow.fit.sizes import ModelSizes
+from moeflow.kernels.quantization.formats import FORMATS
 from moeflow.machine.profile import MachineProfile
 
 READS_IN_FLIGHT = 4
 MISS_LAYER_S = 150e-6  # of the runtime's Python for a layer that misses: out of the native program and back
 _WIDE = 1.25  # how far beyond the range of hit rates speeds may lie
 _MANY_TOKENS = 16  # of an expert, from which its kernel is bound by arithmetic
+# Of the bits of GGML's blocks.
+_OF_BITS = {8: "int8-g64", 6: "int8-g64", 5: "int4-g64", 4: "int4-g64", 3: "int3-g64", 2: "int2-g64", 1: "int2-g64"}
 # Formats in whose place another is taken, where a profile has not measured them.
 _NEAREST = {
     "mixed": "int3-g64", "bf16-lossless": "bf16", "float16": "bf16", "float64": "float32", "float32": "bf16",
     "fp8": "int8", "mxfp4": "int4-g64", "int4-g64": "int4", "int3-g64": "int4-g64", "int2-g64": "int3-g64",
     "int8": "int8-g64", "int8-g64": "int8",
+    **{name: _OF_BITS[spec.bits] for name, spec in FORMATS.items() if spec.kind == "ggml"},
 }  # fmt: skip
 # Narrow formats are bound by arithmetic: bytes a second over those of the format in whose place they stand.
 _SLOWER = {"int3-g64": 0.5, "int2-g64": 0.45, "int1-g64": 0.25}
@@ -140,6 +144,8 @@ class SpeedModel:
 
     @property
     def _dense_weights(self) -> float:
+        if self._sizes.dense_matrix_values:
+            return self._sizes.dense_matrix_values
         bits = 8 * self._sizes.dense_matrix_bytes
         return bits / {"F64": 64, "F32": 32}.get(self._sizes.dtype, 16)
 

@@ -120,6 +120,16 @@ class ModelFolder:
         """
         return open_gguf_of(self.path)
 
+    @property
+    def name(self) -> str:
+        """What messages call the model: its GGUF file, or its folder."""
+        return str(self.path if self.gguf is None or self.packed else self.gguf.files[0])
+
+    @property
+    def gguf_architecture(self) -> str | None:
+        """The architecture as the GGUF file names it; None without one."""
+        return None if self.gguf is None else self.gguf.metadata["general.architecture"]
+
     @cached_property
     def packed(self) -> bool:
         """Whether experts lie in a packed file."""
@@ -195,7 +205,7 @@ class ModelFolder:
             _ = self.expert_stamps
             return with_checks(read_packed(self.path, map_layouts(empty)))
         if self.gguf is not None:
-            return map_blocks(empty, self.gguf.tensors, self._fed(empty))
+            return map_blocks(empty, self.gguf.tensors, self.fed(empty))
         return map_experts(empty, self.checkpoint.tensors)
 
     def feeding(self, empty: PreTrainedModel) -> set[str]:
@@ -204,7 +214,7 @@ class ModelFolder:
             return set()
         if self.gguf is None:
             return expert_tensor_names(empty, self.checkpoint.tensors)
-        fed, names = self._fed(empty), expert_parameters(empty)
+        fed, names = self.fed(empty), expert_parameters(empty)
         counts = {path: module.num_experts for path, module in experts_modules(empty)}
         return {
             tensor
@@ -228,11 +238,11 @@ class ModelFolder:
         empty = self.empty_model()
         of_blocks = dtype if isinstance(dtype, torch.dtype) else self.dtype
         return DenseWeights(
-            self.gguf, self.config, self._fed(empty), expert_parameters(empty), of_blocks, keeps_blocks=keeps_blocks
+            self.gguf, self.config, self.fed(empty), expert_parameters(empty), of_blocks, keeps_blocks=keeps_blocks
         )
 
-    def _fed(self, empty: PreTrainedModel) -> dict[str, Fed]:
-        """Return what feeds each parameter of the empty model in the GGUF file."""
+    def fed(self, empty: PreTrainedModel) -> dict[str, Fed]:
+        """Return what feeds each parameter of the empty model in the GGUF file, where the folder stands for one."""
         assert self.gguf is not None, "asked only where there is one"
         architecture = find_architecture(self.gguf.metadata["general.architecture"])
         names = [name for name, _ in empty.named_parameters(remove_duplicate=False)]

@@ -249,6 +249,7 @@ def load_without_experts(
         )
     if weights is not None:
         weights.fill(loaded)
+        loaded.config.name_or_path = loaded.name_or_path = str(folder)  # which transformers was not told
     checkpoint.check_unchanged()  # transformers opened the files anew
     if loading.problems:
         raise CheckpointError(

@@ -187,6 +187,11 @@ def _refuse_without_weights(repository: Repository, files: list[RepositoryFile])
     if any(file.name.endswith(_WEIGHTS) for file in files):
         return
     other = sorted(file.name for file in repository.files if file.name.endswith(_OTHER_WEIGHTS))
+    if any(name.endswith(".gguf") for name in other):
+        raise ModelSourceError(
+            f"{repository.what} has no safetensors weights, but GGUF files, which are not fetched by the name of their "
+            "repository. Download one of them, all of its splits, and give its path as the model."
+        )
     if other:
         raise ModelSourceError(
             f"{repository.what} has no safetensors weights, only others ({brief(other[0])}). Take a "

@@ -25,8 +25,10 @@ def describe_model(model: str | Path) -> dict:
 
     Returns:
         Names and sizes: model_type, layers, moe_layers, experts, num_experts_per_tok, expert_bytes, experts_bytes,
-        dense_bytes, links_out (files that are links out of the folder, and where to), minimum_bytes, budgets (share,
-        slots, bytes, experts resident a layer), lossless (what `LosslessSaving` has, or None), machine.
+        dense_bytes, gguf (of a GGUF file: "architecture", "files", and "types", the bytes of each of GGML's types among
+        "experts" and "dense"; else None), links_out (files that are links out of the folder, and where to),
+        minimum_bytes, budgets (share, slots, bytes, experts resident a layer), lossless (what `LosslessSaving` has, or
+        None), machine.
 
     Raises:
         ModelSourceError, CheckpointError, ExpertReadError, UnsupportedModelError: as load_moe does.
@@ -56,6 +58,7 @@ def describe_model(model: str | Path) -> dict:
         "expert_bytes": record_bytes[0] if len(record_bytes) == 1 else record_bytes,
         "experts_bytes": size.all_bytes,
         "dense_bytes": dense,
+        "gguf": _gguf(folder, feeding),
         "lossless": None if saving is None else saving._asdict(),
         "links_out": folder.links_out(),
         "minimum_bytes": size.min_bytes,
@@ -65,6 +68,21 @@ def describe_model(model: str | Path) -> dict:
             "memory_limit_bytes": hardware.memory_limit_bytes(),
             "gpus": gpu_names(),
         },
+    }
+
+
+def _gguf(folder: ModelFolder, feeding: set[str]) -> dict | None:
+    """Return what a GGUF file stores its tensors in; of a packed folder only dense ones lie in it."""
+    if folder.gguf is None:
+        return None
+    types: dict[str, dict[str, int]] = {"experts": {}, "dense": {}}
+    for name, entry in folder.gguf.tensors.items():
+        held, kind = types["experts" if name in feeding else "dense"], entry.dtype.lower()
+        held[kind] = held.get(kind, 0) + entry.num_bytes
+    return {
+        "architecture": folder.gguf.metadata["general.architecture"],
+        "files": len(folder.gguf.files),
+        "types": {name: dict(sorted(held.items(), key=lambda item: -item[1])) for name, held in types.items() if held},
     }
 
 

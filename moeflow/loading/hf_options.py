@@ -45,7 +45,7 @@ _REFUSED = {
     "quantization_config": "a quantised checkpoint is read as it is; quantization= quantises another's experts",
     "experts_implementation": "load_moe is an experts implementation itself",
     "state_dict": "weights are read from the checkpoint only",
-    "gguf_file": "GGUF checkpoints are not supported: use safetensors",
+    "gguf_file": "give the GGUF file itself as the model: load_moe(file)",
     "variant": "experts and dense weights would come from different files",
     "subfolder": "give that folder as the model",
     "torch_dtype": "it is called dtype",

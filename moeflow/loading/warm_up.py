@@ -5,12 +5,13 @@ Knows passes and counters of memory. Knows nothing of budgets.
 
 import inspect
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from moeflow.hf import experts_interface
+from moeflow.hf.passes.forward import vocab_size
 from moeflow.loading.gpu_memory import GpuMemory
 
 _log = logging.getLogger(__name__)
@@ -65,8 +66,7 @@ def warm_up(model: PreTrainedModel, memory: GpuMemory, context: int) -> WarmUp:
 @torch.no_grad()
 def _pass(model: PreTrainedModel, context: int) -> None:
     random = torch.Generator().manual_seed(0)  # of its own: the user's numbers stay as they are
-    embeddings: Any = model.get_input_embeddings()
-    tokens = torch.randint(len(embeddings.weight), (1, context), generator=random)
+    tokens = torch.randint(vocab_size(model), (1, context), generator=random)
     is_cut = "logits_to_keep" in inspect.signature(model.forward).parameters
     model(input_ids=tokens.to(model.device), use_cache=False, **({"logits_to_keep": 1} if is_cut else {}))
 

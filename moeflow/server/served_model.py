@@ -5,7 +5,7 @@ Knows the model's facts and its tokenizer. Knows nothing of HTTP but its errors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from moeflow.chat.answer import checkpoint_params
@@ -21,7 +21,6 @@ from moeflow.server.reading.tools import Tools
 from moeflow.server.wire.errors import RETRY_S, HttpError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeflow.engine.sampling_params import SamplingParams
@@ -58,7 +57,7 @@ class ServedModel:
         processor: Any,
         no_images: str,
     ) -> None:
-        from moeflow.hf.passes.forward import context_positions, end_tokens
+        from moeflow.hf.passes.forward import context_positions, end_tokens, vocab_size
 
         self._model = model
         self._settings = settings
@@ -72,7 +71,7 @@ class ServedModel:
         self.context = min(limit for limit in limits if limit is not None)
         self._end_tokens = end_tokens(model, tokenizer)
         self._writes_tools = writes_tools(tokenizer)
-        self.vocab_size = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
+        self.vocab_size = vocab_size(model)
 
     def check_name(self, name: object) -> None:
         """Refuse a request for another model; none at all is taken.

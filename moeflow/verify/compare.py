@@ -11,9 +11,11 @@ import torch
 
 from moeflow.hf import experts_interface
 from moeflow.hf.eager.experts import run_expert
+from moeflow.hf.eager.gguf import GgufWeights
 from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.hf.passes.residual import ResidualTap
+from moeflow.kernels.quantization.formats import find_format
 from moeflow.progress import ProgressCallback
 from moeflow.verify.bounds import output_bound, weights_bound
 from moeflow.verify.findings import Finding, LayerFigures
@@ -21,6 +23,7 @@ from moeflow.verify.reference import ReferenceWeights
 
 _DECODED = 4  # tokens of a layer that are run alone as well, as in decoding
 Values = dict[str, torch.Tensor]
+Forms = dict[str, str | None]
 
 
 class Comparison:
@@ -72,9 +75,19 @@ class Comparison:
 
         return compare
 
-    def values(self, layer: int, expert: int) -> tuple[Values, Values, str | None]:
-        """Return an expert's values as stored, as they should be, and the weight format between them."""
-        return self._own.read(layer, expert), self._reference.read(layer, expert), self._own.form(layer, expert)
+    def values(self, layer: int, expert: int) -> tuple[Values, Values, Forms]:
+        """Return an expert's values as stored, as they should be, and the weight formats between them.
+
+        Where the reference is a GGUF file its blocks are what the values should be: nothing was rounded.
+        """
+        own, wanted = self._own.read(layer, expert), self._reference.read(layer, expert)
+        forms = {name: self._own.form(layer, expert, name) for name in wanted}
+        if isinstance(self._reference, GgufWeights):
+            forms = {
+                name: None if form is not None and find_format(form).kind == "ggml" else form
+                for name, form in forms.items()
+            }
+        return own, wanted, forms
 
     def path(self, layer: int) -> str:
         """Return the name of a layer's experts module."""
@@ -150,9 +163,10 @@ class _Layer:
 
     def _values(self, expert: int, token: int) -> tuple[Values, float]:
         """Return what transformers' code runs with, and the change by the weight format; compare the weights."""
-        own, wanted, form = self._whole.values(self._layer, expert)
+        own, wanted, forms = self._whole.values(self._layer, expert)
         largest = 0.0
         for name, value in wanted.items():
+            form = forms[name]
             figures = _compare_exactly(own[name], value) if form is None else _compare_rounded(own[name], value, form)
             largest = max(largest, figures[0] if form is not None else 0.0)
             if not figures[0] <= figures[1] or figures[2]:
@@ -160,7 +174,7 @@ class _Layer:
                 self._whole.found(self._layer, token, expert, "weights", (*figures[:2], told))
                 self._told.add(expert)
                 break
-        return (wanted if form is None else own), largest
+        return _run_with(own, wanted, forms), largest
 
     def _eager(self, values: Values, tokens: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
         hidden_states, _, top_k_weights = self._routed
@@ -194,9 +208,9 @@ class _Layer:
         for rank, expert in enumerate(top_k_index[0].tolist()):
             if not 0 <= expert < self._module.num_experts:
                 continue
-            own, wanted, form = self._whole.values(self._layer, expert)
+            values = _run_with(*self._whole.values(self._layer, expert))
             rank_of = torch.tensor([rank], device=hidden_states.device)
-            part = self._eager(wanted if form is None else own, where, rank_of)
+            part = self._eager(values, where, rank_of)
             one = top_k_index[:, rank : rank + 1], top_k_weights[:, rank : rank + 1]
             output = self._module._moeflow.run(hidden_states, *one)
             difference = float(_relative(output - part, part.float().norm(dim=-1)))
@@ -209,6 +223,11 @@ class _Layer:
         if residual is None:
             return None
         return float(_relative(output - expected, (residual + expected).float().norm(dim=-1)).max())
+
+
+def _run_with(own: Values, wanted: Values, forms: Forms) -> Values:
+    """Return what transformers' code runs with: the stored values of what was rounded, the reference's of all else."""
+    return {name: value if forms[name] is None else own[name] for name, value in wanted.items()}
 
 
 def _relative(difference: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

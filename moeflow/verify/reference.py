@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moeflow.checkpoint.store import ExpertStore
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, quantizer
+from moeflow.hf.eager.gguf import GgufWeights
 from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.model_folder import ModelFolder
@@ -49,7 +50,8 @@ def reference_folder(model: str | Path, reference: str | Path | None) -> ModelFo
 
 
 def open_reference(folder: ModelFolder, model: PreTrainedModel, dtype: torch.dtype) -> ReferenceWeights:
-    """Open a folder's experts: by transformers' conversion, or, of packed and quantised ones, as moeflow reads them.
+    """Open a folder's experts: by transformers' conversion, by the rules of a GGUF file's architecture, or, of packed
+    and quantised ones, as moeflow reads them.
 
     Args:
         folder: to read.
@@ -62,6 +64,8 @@ def open_reference(folder: ModelFolder, model: PreTrainedModel, dtype: torch.dty
     """
     empty = folder.empty_model()
     check_same_experts(folder, empty, model)
+    if not folder.packed and folder.gguf is not None:
+        return GgufWeights(folder, empty, dtype)
     if not folder.packed and quantizer.quantization_scheme(folder.config) is None:
         return EagerWeights(folder, dtype)
     store = ExpertStore(folder.expert_files, folder.layers(empty), stamps=folder.expert_stamps)

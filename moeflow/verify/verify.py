@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeflow.hf import experts_interface
+from moeflow.hf.eager.gguf import GgufWeights
 from moeflow.hf.eager.stored_weights import StoredWeights
 from moeflow.hf.eager.weights import EagerWeights
 from moeflow.hf.model_folder import ModelFolder
@@ -66,8 +67,9 @@ def verify(
             comparison.close()
             weights.close()
     return Verified(
-        str(folder.path), str(other.path), isinstance(weights, EagerWeights), str(loaded.dtype).removeprefix("torch."),
-        sum(map(len, rows)), comparison.bound, comparison.layers, comparison.findings,
+        folder.name, other.name, isinstance(weights, EagerWeights | GgufWeights),
+        str(loaded.dtype).removeprefix("torch."), sum(map(len, rows)), comparison.bound,
+        comparison.layers, comparison.findings,
     )  # fmt: skip
 
 

@@ -232,6 +232,13 @@ def test_a_partial_file_with_wrong_bytes_begins_again(server, tmp_path, caplog):
     whole(server, to)
 
 
+def test_gguf_files_of_a_repository_are_told_what_to_do_with(server, files):
+    del files[LARGE], files["model-2.safetensors"]
+    files["model-q4_k_m.gguf"] = b"GGUF"
+    with pytest.raises(ModelSourceError, match="but GGUF files, .* Download one of them, all of its splits"):
+        download(ID)
+
+
 def test_other_weights_are_refused_before_anything_is_fetched(server, files):
     del files[LARGE], files["model-2.safetensors"]
     with pytest.raises(ModelSourceError, match=r"no safetensors weights, only others \(pytorch_model.bin\)"):

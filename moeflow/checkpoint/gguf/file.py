@@ -14,6 +14,7 @@ from moeflow.checkpoint.reading.file_stamp import FileStamp, check_unchanged
 from moeflow.errors import CheckpointError
 from moeflow.formatting import brief
 
+GGUF_FILE = "gguf.json"  # in a folder that stands for a GGUF file: {"version", "files", "sizes"}
 ARCHITECTURE_KEY = "general.architecture"
 
 

@@ -17,7 +17,7 @@ from moeflow.paths import cache_folder
 
 _LITTLE_BYTES = 2 << 30
 _NETWORK = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "drvfs", "vboxsf", "ceph")
-_WEIGHTS = ("*.moeflow", "*.safetensors")
+_WEIGHTS = ("*.moeflow", "*.safetensors", "*.gguf")
 
 
 def check_cache_folder() -> Iterator[Finding]:
@@ -40,12 +40,12 @@ def check_model_disk(folder: Path) -> Iterator[Finding]:
     """Look at the disk of a model.
 
     Args:
-        folder: of the model.
+        folder: that the model's weights lie in.
     """
     name, found = "model's disk", f"{folder} on {disk_of(folder)}"
     file = next((file for form in _WEIGHTS for file in sorted(folder.glob(form))), None)
     if file is None:
-        yield Finding(name, found, BROKEN, "there are no safetensors weights", "give the folder of a model")
+        yield Finding(name, found, BROKEN, "there are no weights", "give the folder of a model")
         return
     try:
         with open(file, "rb", buffering=0) as opened:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from moeflow.checkpoint.headers import INDEX_FILE, SINGLE_FILE, TensorEntry, read_header
 from moeflow.checkpoint.weight_index import read_weight_index
@@ -22,12 +23,15 @@ from moeflow.doctor.finding import BROKEN, HARMFUL, Finding
 from moeflow.doctor.model.values import Bad, bad_values
 from moeflow.errors import CheckpointError
 from moeflow.formatting import brief, format_bytes
+from moeflow.kernels.quantization.ggml import BLOCK_TYPES
+from moeflow.kernels.quantization.ggml_values import block_values
 
 NONSENSE = "what is computed from it is NaN, and so is the answer"
 AGAIN = "download the file again; if it is so at its source, the model was saved so"
 _DOWNLOAD = "download it again: moeflow download continues where files are whole"
 _THREADS, _PIECE_BYTES = 4, 1 << 23
-_LAYER, _EXPERT = re.compile(r"\b(?:layers|h|blocks)\.(\d+)\."), re.compile(r"\bexperts\.(\d+)\.")
+_BLOCK_VALUES = 1 << 20  # of GGML's blocks that are looked at together
+_LAYER, _EXPERT = re.compile(r"\b(?:layers|h|blocks|blk)\.(\d+)\."), re.compile(r"\bexperts\.(\d+)\.")
 
 
 class Shards(NamedTuple):
@@ -130,7 +134,7 @@ def check_values(shards: Shards, found: list[Finding], progress: Callable[[int],
             for some in threads.map(look, shards.tensors.items()):
                 found.extend(some)
     if len(found) == before and shards.tensors:
-        found.append(Finding("values", f"{format_bytes(shards.num_bytes)} of shards: neither NaN nor infinity"))
+        found.append(Finding("values", f"{format_bytes(shards.num_bytes)} of tensors: neither NaN nor infinity"))
 
 
 def place_of(name: str, expert: int | None = None) -> str:
@@ -146,12 +150,30 @@ def place_of(name: str, expert: int | None = None) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _values(raw: np.ndarray, dtype: str) -> tuple[np.ndarray, str]:
+    """Return bytes whose values can be told, with their dtype: those of GGML's blocks in float32."""
+    kind = BLOCK_TYPES.get(dtype)
+    if kind is None or kind.block_values == 1 or not kind.format:
+        return raw, dtype
+    values = block_values(torch.from_numpy(raw), kind.format)
+    return values.view(torch.uint8).numpy(), "F32"
+
+
+def _piece_bytes(dtype: str) -> int:
+    """Return the bytes that are looked at together: whole values, and whole blocks."""
+    kind = BLOCK_TYPES.get(dtype)
+    if kind is None or kind.block_values == 1:
+        return _PIECE_BYTES
+    return _BLOCK_VALUES // kind.block_values * kind.block_bytes
+
+
 def _pieces(
     opened: list[int], entry: TensorEntry, piece: np.ndarray, progress: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     """Read a tensor piece by piece into one memory."""
-    for begin in range(0, entry.num_bytes, _PIECE_BYTES):
-        raw, done = piece[: min(_PIECE_BYTES, entry.num_bytes - begin)], 0
+    size = _piece_bytes(entry.dtype)
+    for begin in range(0, entry.num_bytes, size):
+        raw, done = piece[: min(size, entry.num_bytes - begin)], 0
         while done < len(raw):
             count = os.preadv(opened[entry.file], [raw.data[done:]], entry.begin + begin + done)
             if not count:
@@ -163,12 +185,12 @@ def _pieces(
 
 def _findings(file: str, name: str, entry: TensorEntry, pieces: Iterator[np.ndarray]) -> Iterator[Finding]:
     dtype = "F8_E8M0" if entry.dtype == "U8" and name.endswith("_scales") else entry.dtype  # of gpt-oss
-    stacked = "experts." in name and len(entry.shape) >= 3
+    stacked = ("experts." in name or "_exps." in name) and len(entry.shape) >= 3
     of_each = math.prod(entry.shape[1:]) if stacked else 0
     counts: tuple[Counter[int | None], Counter[int | None]] = Counter(), Counter()
     first = 0
     for raw in pieces:
-        for places, count in zip(bad_values(raw, dtype), counts, strict=True):
+        for places, count in zip(bad_values(*_values(raw, dtype)), counts, strict=True):
             if len(places):
                 count.update(((places + first) // of_each).tolist() if stacked else {None: len(places)})
         first += len(raw) * math.prod(entry.shape) // max(entry.num_bytes, 1)

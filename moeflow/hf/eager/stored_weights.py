@@ -23,10 +23,17 @@ class StoredWeights:
     def __init__(self, store: ExpertStore, dtype: torch.dtype, transposed: list[bool]) -> None:
         self._store, self._dtype, self._transposed = store, dtype, transposed
 
-    def form(self, layer: int, expert: int) -> str | None:
-        """Return the weight format that an expert's values were rounded to; None where every bit was kept."""
+    def form(self, layer: int, expert: int, name: str) -> str | None:
+        """Return the weight format that a parameter's values were rounded to; None where every bit was kept.
+
+        Args:
+            layer: number among the MoE layers.
+            expert: its number.
+            name: of the parameter, as the module has it.
+        """
         record = self._record(layer, expert)
-        return None if is_lossless(record) or not record.matrices else record.matrices[0].format
+        form = next((matrix.format for matrix in record.matrices if matrix.name == name), None)
+        return None if form is None or is_lossless(record) or find_format(form).kind == "float" else form
 
     def file(self, layer: int, expert: int) -> str:
         """Return the file that an expert begins in."""
@@ -37,7 +44,7 @@ class StoredWeights:
         record = self._record(layer, expert)
         raw = np.empty(align_up(record.num_bytes, PAGE_BYTES), np.uint8)
         self._store.read(ExpertKey(layer, expert), raw)
-        if self.form(layer, expert) is None:
+        if is_lossless(record) or not record.matrices:
             return {name: value.to(self._dtype) for name, value in parameters_of(torch.from_numpy(raw), record).items()}
         return self._decoded(tensors_of(torch.from_numpy(raw), record), record, self._transposed[layer])
 

@@ -56,6 +56,30 @@ def _(blocks: torch.Tensor, format: str, in_features: int, dtype: torch.dtype) -
     return blocks.new_empty(blocks.shape[0], in_features, dtype=dtype)
 
 
+_FIXED = (
+    "is kept in the blocks of its GGUF file, which cannot be changed. To change weights, or to merge an adapter into "
+    "them, load a float checkpoint of the model."
+)
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_DATA = {torch.Tensor.data.__get__, torch.Tensor.detach}  # type: ignore[attr-defined]
+
+
+class _Read(torch.Tensor):
+    """A weight that was unpacked for who asked: what would change it in place is refused, for it would be lost."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+        if args and isinstance(args[0], cls) and (function == _SET_DATA or (in_place and name != "requires_grad_")):
+            raise ConfigError(f"a weight {_FIXED}")
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            return found.as_subclass(cls if function in _DATA else torch.Tensor)
+        return found
+
+
 class _Stored(torch.nn.Module):
     """A module whose weight [N, K] is unpacked where it is asked for; state dicts have it as others have."""
 
@@ -70,17 +94,25 @@ class _Stored(torch.nn.Module):
     def _unpacked(self) -> torch.Tensor:
         return torch.ops.moeflow.block_weight(self.blocks, self.format, self._num_columns, self.dtype)
 
-    weight: Any = property(_unpacked)  # [N, K], in memory of its own
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow `.to()`, `.float()` and their like: blocks stay, and the dtype that is computed in changes."""
+        self.__dict__["dtype"] = fn(torch.empty(0, dtype=self.dtype, device=self.blocks.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def _read(self) -> torch.Tensor:
+        found = self._unpacked()
+        return found if torch.compiler.is_compiling() else found.as_subclass(_Read)
+
+    weight: Any = property(_read)  # [N, K], in memory of its own
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
+        destination[f"{prefix}weight"] = self._unpacked()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        raise ConfigError(
-            f"{prefix}weight is kept in the blocks of its GGUF file, which cannot be changed. To change weights load "
-            "a float checkpoint of the model."
-        )
+        if f"{prefix}weight" in state_dict:
+            raise ConfigError(f"{prefix}weight {_FIXED}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class BlockLinear(_Stored, torch.nn.Linear):
@@ -100,7 +132,7 @@ class BlockLinear(_Stored, torch.nn.Linear):
             out = block_linear(x, self.blocks, self.format, self.bias)
             if out is not None:
                 return out
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self._unpacked(), self.bias)
 
 
 class BlockEmbedding(_Stored, torch.nn.Embedding):

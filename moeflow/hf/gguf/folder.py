@@ -18,7 +18,7 @@ import transformers
 
 from moeflow import __version__
 from moeflow.atomic_file import sync_file, sync_folder, write_atomically
-from moeflow.checkpoint.gguf.file import GgufFile, open_gguf
+from moeflow.checkpoint.gguf.file import GGUF_FILE, GgufFile, open_gguf
 from moeflow.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeflow.file_lock import exclusive
 from moeflow.hf.files.config import read_object
@@ -29,7 +29,6 @@ from moeflow.hf.gguf.vocabulary import end_ids, field, read_vocabulary
 from moeflow.hf.wall import one_line, wall
 from moeflow.paths import cache_folder
 
-GGUF_FILE = "gguf.json"  # {"version", "files", "sizes"}
 _LAYOUT = 1  # raise it when folders of an older moeflow must not be used again
 _TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
@@ -105,13 +104,20 @@ def open_gguf_of(folder: Path) -> GgufFile | None:
         return None
     told = read_object(path)
     try:
-        files, sizes = [Path(file) for file in told["files"]], list(told["sizes"])
+        files, sizes = [folder / file for file in told["files"]], list(told["sizes"])  # relative where it was packed
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: delete {folder}, and give the GGUF file again.") from error
     found = open_gguf(files[0])
     if found.files != files or [stamp.num_bytes for stamp in found.stamps] != sizes:
         raise CheckpointError(f"{files[0]} is another file than {folder} was made for. Give the GGUF file itself.")
     return found
+
+
+def weights_folder(folder: Path) -> Path:
+    """Return the folder that a model's weights lie in: that of its GGUF file, where the folder only stands for one."""
+    path = folder / GGUF_FILE
+    files = read_object(path).get("files") if path.is_file() else None
+    return (folder / str(files[0])).parent if isinstance(files, list) and files else folder
 
 
 class _Own(NamedTuple):

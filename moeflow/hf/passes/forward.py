@@ -116,6 +116,13 @@ def check_key_value_cache(model: PreTrainedModel) -> None:
         )
 
 
+def vocab_size(model: PreTrainedModel) -> int:
+    """Return how many token ids a model knows. A matrix that is kept in blocks is not unpacked for it."""
+    embeddings: Any = model.get_input_embeddings()
+    found = getattr(embeddings, "num_embeddings", None)
+    return len(embeddings.weight) if found is None else found
+
+
 def context_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions the model was made for; None where its config does not say.
 

@@ -27,7 +27,7 @@ IN_FLIGHT = 4  # experts that the runtime reads at a time
 _LEAST_FILE = 1 << 26
 _PIECE_BYTES = 1 << 24
 _WRITING = 0.25  # of the time
-_MODEL_FILES = ("*.moeflow", "*.safetensors")
+_MODEL_FILES = ("*.moeflow", "*.safetensors", "*.gguf")
 
 
 def disk_read(folder: Path, seconds: float, most_bytes: int = 1 << 29) -> tuple[dict[int, float], dict[int, float]]:
