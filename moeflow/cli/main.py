@@ -16,6 +16,7 @@ from moeflow.cli.fit import add_fit_command
 from moeflow.cli.gguf import add_gguf_command
 from moeflow.cli.info import add_info_command
 from moeflow.cli.models import add_demo_model_command, add_pack_command
+from moeflow.cli.options import resolve_model
 from moeflow.cli.parallel import add_parallel_command
 from moeflow.cli.place import add_place_command
 from moeflow.cli.predictor import add_predictor_commands
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer or a name that this terminal has no letters for
     try:
+        resolve_model(arguments)
         return arguments.run(arguments)
     except MoeflowError as error:
         print(f"moeflow: {error}", file=sys.stderr)
