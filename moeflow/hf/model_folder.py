@@ -75,8 +75,8 @@ class ModelFolder:
 
         Args:
             model: a hub id or a folder.
-            hf_options: of from_pretrained; `config`, `gguf_file`, and those that are values of the config, are taken out, and
-                `trust_remote_code` is set to False where it is left open.
+            hf_options: of from_pretrained; `config`, `gguf_file` and those that are values of the config are taken out,
+                and `trust_remote_code` is set to False where it is left open.
         """
         # Where it is left open, transformers asks on standard input, and a piped prompt would answer.
         hf_options["trust_remote_code"] = bool(hf_options.get("trust_remote_code"))

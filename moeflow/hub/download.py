@@ -177,9 +177,9 @@ def _drop_old_partials(partials: Path, files: list[RepositoryFile]) -> None:
             _log.warning("%s has other content in this revision than when it was begun: it begins again.", name)
             journal.with_suffix(".partial").unlink(missing_ok=True)
             journal.unlink()
-    for partial in partials.glob("*.partial"):
-        if not journal_of(partial).is_file():
-            partial.unlink()
+    for left in partials.glob("*.partial"):
+        if not journal_of(left).is_file():
+            left.unlink()
 
 
 def _check_room(

@@ -107,8 +107,9 @@ def load_moe(
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `gguf_file` (of the hub's repository or the folder, the GGUF file to load), `config` (beside a GGUF file, a
-            folder or hub id too, whose config and tokenizer win over the file's own), `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
-            `disable_mmap` and `output_loading_info`. Others are refused, each with what to use instead.
+            folder or hub id too, whose config and tokenizer win over the file's own), `trust_remote_code`,
+            `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`, `disable_mmap` and
+            `output_loading_info`. Others are refused, each with what to use instead.
 
     Returns:
         The transformers model, of the class that its config names, in eval mode, with `model.moeflow` (an
