@@ -6,13 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeflow.cli.options import (
-    add_loading_options,
-    add_model_argument,
-    add_sampling_options,
-    given_sampling,
-    load_model,
-)
+from moeflow.cli.model_argument import add_model_argument
+from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 

@@ -8,14 +8,8 @@ import json
 import sys
 
 from moeflow.chat.answer import MAX_NEW_TOKENS
-from moeflow.cli.options import (
-    add_loading_options,
-    add_model_argument,
-    add_sampling_options,
-    given_sampling,
-    load_model,
-    prepare_step,
-)
+from moeflow.cli.model_argument import add_model_argument
+from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model, prepare_step
 from moeflow.errors import ConfigError, MoeflowError
 
 

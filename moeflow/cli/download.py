@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from moeflow.errors import ModelSourceError, MoeflowError
+from moeflow.errors import ConfigError, ModelSourceError, MoeflowError
 from moeflow.formatting import format_bytes, format_seconds
 from moeflow.progress import ProgressCallback
 
@@ -74,6 +74,30 @@ def fetched(source: str | Path, *, gguf_file: str | None = None, config: str | N
         _tell_fit(str(source))
     with fetch_progress(str(source)) as progress:
         return resolve_folder(source, gguf_file=gguf_file, config=config, progress=progress)
+
+
+def resolve_model(arguments: argparse.Namespace) -> None:
+    """Put the folder in place of a command's model where flags say which of its files are meant.
+
+    Args:
+        arguments: of any command; those without the flags of `add_model_argument` stay as they are.
+
+    Raises:
+        ConfigError: flags without a model, or --config beside a model that is no GGUF file.
+        ModelSourceError: see `fetched`.
+    """
+    gguf_file, config = getattr(arguments, "gguf_file", None), getattr(arguments, "config", None)
+    if "model" not in arguments or (gguf_file is None and config is None):
+        return
+    if arguments.model is None:
+        raise ConfigError("--gguf-file and --config are about a model: name it.")
+    folder = fetched(arguments.model, gguf_file=gguf_file, config=config)
+    if config is not None and not (folder / "gguf.json").is_file():
+        raise ConfigError(
+            f"--config is for GGUF files, and {arguments.model} is none: its config.json lies in its folder. Leave "
+            "--config out."
+        )
+    arguments.model = str(folder)
 
 
 def _is_not_here(id: str) -> bool:

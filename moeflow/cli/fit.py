@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from moeflow.cli.options import add_model_argument
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.formatting import format_bytes
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow import __version__
 from moeflow.c_library import built_library
-from moeflow.cli.options import add_model_argument
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes
 

@@ -11,12 +11,11 @@ from moeflow import __version__
 from moeflow.cli.batch import add_batch_command
 from moeflow.cli.chat import add_chat_commands
 from moeflow.cli.doctor import add_doctor_command
-from moeflow.cli.download import add_download_command
+from moeflow.cli.download import add_download_command, resolve_model
 from moeflow.cli.fit import add_fit_command
 from moeflow.cli.gguf import add_gguf_command
 from moeflow.cli.info import add_info_command
 from moeflow.cli.models import add_demo_model_command, add_pack_command
-from moeflow.cli.options import resolve_model
 from moeflow.cli.parallel import add_parallel_command
 from moeflow.cli.place import add_place_command
 from moeflow.cli.predictor import add_predictor_commands

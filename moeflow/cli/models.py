@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from moeflow.cli.options import add_model_argument
+from moeflow.cli.model_argument import add_model_argument
 
 if TYPE_CHECKING:
     from moeflow.convert.pack import Packed

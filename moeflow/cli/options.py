@@ -43,45 +43,6 @@ _IN_FILES = ("json_schema", "grammar")
 _TYPES = {"int": int, "float": float, "int | None": int}
 
 
-def add_model_argument(parser: argparse.ArgumentParser, about: str = "", *, optional: bool = False) -> None:
-    """Add the model to a command, with the flags that say which of its files are meant.
-
-    Args:
-        parser: of the command.
-        about: the model, for the help; goes on behind "hub id, folder or GGUF file".
-        optional: whether it may be left out.
-    """
-    parser.add_argument("model", nargs="?" if optional else None, help=f"hub id, folder or GGUF file{about}")
-    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take, of a hub id or folder with several")
-    parser.add_argument(
-        "--config", metavar="MODEL", help="folder or hub id whose config and tokenizer win over a GGUF file's own"
-    )
-
-
-def resolve_model(arguments: argparse.Namespace) -> None:
-    """Put the folder in place of a command's model where flags say which of its files are meant.
-
-    Args:
-        arguments: of any command; those without the flags of `add_model_argument` stay as they are.
-
-    Raises:
-        ConfigError: flags without a model, or --config beside a model that is no GGUF file.
-        ModelSourceError: see `fetched`.
-    """
-    gguf_file, config = getattr(arguments, "gguf_file", None), getattr(arguments, "config", None)
-    if "model" not in arguments or (gguf_file is None and config is None):
-        return
-    if arguments.model is None:
-        raise ConfigError("--gguf-file and --config are about a model: name it.")
-    folder = fetched(arguments.model, gguf_file=gguf_file, config=config)
-    if config is not None and not (folder / "gguf.json").is_file():
-        raise ConfigError(
-            f"--config is for GGUF files, and {arguments.model} is none: its config.json lies in its folder. Leave "
-            "--config out."
-        )
-    arguments.model = str(folder)
-
-
 def add_loading_options(
     parser: argparse.ArgumentParser, *, as_json: bool = True, leave_out: Collection[str] = ()
 ) -> None:

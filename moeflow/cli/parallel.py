@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from moeflow.cli.options import add_loading_options, add_model_argument, load_model
+from moeflow.cli.model_argument import add_model_argument
+from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.prompts import Prompt, read_prompts
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes, format_percent

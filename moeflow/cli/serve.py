@@ -15,7 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moeflow.cli.chat import ensure_demo_model
-from moeflow.cli.options import add_loading_options, add_model_argument, load_model, prepare_step
+from moeflow.cli.model_argument import add_model_argument
+from moeflow.cli.options import add_loading_options, load_model, prepare_step
 from moeflow.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from moeflow.atomic_file import check_target
-from moeflow.cli.options import add_loading_options, add_model_argument, load_model
+from moeflow.cli.model_argument import add_model_argument
+from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.prompts import Prompt, read_prompts
 from moeflow.cli.replay import add_replay_commands
 from moeflow.errors import MoeflowError, TraceError

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from moeflow.cli.options import add_model_argument
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.errors import ConfigError
 
 

@@ -72,11 +72,12 @@ def resolve_folder(
         raise ModelSourceError(f"the model is {model!r:.80}. Give a folder with a checkpoint, or a hub id: org/name.")
     try:
         folder = Path(model).expanduser()
-        if folder.is_dir() or is_gguf(folder):
-            return gguf_folder_of(folder, gguf_file, config, **hub_options)
+        is_here = folder.is_dir() or is_gguf(folder)
         is_path = folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
     except (OSError, RuntimeError, ValueError) as error:  # no such home, a name too long, a byte of zero, no permission
         raise ModelSourceError(f"{str(model)[:200]!r} cannot be opened as a folder ({one_line(error)}).") from error
+    if is_here:
+        return gguf_folder_of(folder, gguf_file, config, **hub_options)
     if is_path:
         raise ModelSourceError(
             f"{model} is not a folder. Give a folder with a checkpoint, a GGUF file, or a hub id such as org/name."

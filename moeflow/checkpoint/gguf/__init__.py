@@ -1,4 +1,4 @@
 """GGUF files: their headers, read without trust, and the places of their tensors, over all splits.
 
-Knows bytes on disk. Knows nothing of models or torch. `hf/` imports it.
+Knows bytes on disk. Knows nothing of models or torch. `hf/` and `hub/` import it.
 """

@@ -78,9 +78,7 @@ def test_several_models_are_listed_and_one_is_taken(model, tmp_path):
     shutil.copy(model / "mmproj-m.gguf", tmp_path)
     assert torch.equal(logits(tmp_path), logits(model / "m-F32.gguf"))
     shutil.copy(model / "Q8_0/m-Q8_0.gguf", tmp_path / "b.gguf")
-    with pytest.raises(
-        ModelSourceError, match=r"holds 2 GGUF models: a.gguf \(.* KiB\), b.gguf \(.* KiB\)\. Choose one"
-    ):
+    with pytest.raises(ModelSourceError, match=r"2 GGUF models: a.gguf \(302 KiB\), b.gguf \(86 KiB\)\. Choose"):
         load_moe(tmp_path)
     with pytest.raises(ModelSourceError, match=r"has no GGUF file 'c.gguf'. It has a.gguf"):
         load_moe(tmp_path, gguf_file="c.gguf")
