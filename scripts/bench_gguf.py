@@ -203,8 +203,9 @@ class Bench:
         }  # fmt: skip
         self._print(f"decode, {name}: llama.cpp's time / ours {ranged(row['ratio'], 1, 4, 2)} (goal {GOALS['decode']})")
         for engine in times:
-            self._print(f"  {engine:10} {ranged(row['token_s'][engine], 1e3, 8, 2)} ms a token, "
-                        f"{ranged(row['share_of_bandwidth'][engine], 100, 5, 1)} % of the memory's bandwidth")  # fmt: skip
+            share = ranged(row["share_of_bandwidth"][engine], 100, 5, 1)
+            taken = ranged(row["token_s"][engine], 1e3, 8, 2)
+            self._print(f"  {engine:10} {taken} ms a token, {share} % of the memory's bandwidth")
         return row
 
     def capped(self) -> dict:
