@@ -209,7 +209,7 @@ class Bench:
         return row
 
     def capped(self) -> dict:
-        """Decode in a memory cgroup of half of the file's size, llama.cpp through its memory mapping."""
+        """Decode in a memory cgroup of half of the file's size, llama.cpp from its memory mapping alone."""
         rows = {}
         for case in self.arguments.capped:
             file = self.file("q4_k_m" if case == "large" else "f16", case)
@@ -222,6 +222,7 @@ class Bench:
                     say(f"capped, {name}: {side}, turn {turn + 1} of {self.arguments.rounds}")
                     drop_page_cache([file])
                     job = {**self._job(side, engine, file), "task": "decode", "budget": "auto", "options": {}}
+                    job["mapped"] = True  # llama.cpp computes from the file's pages, without a repacked copy
                     try:
                         runs[side].append(self._run(python, job, limit))
                     except CgroupUnavailable as error:

@@ -302,6 +302,15 @@ def _hf_generate(model, job: dict) -> Callable:
 def load_llama(job: dict) -> Engine:
     import llama_cpp
 
+    if job.get("mapped"):  # repacked weights are a copy in memory, which no limit can page out
+        defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+        def without_repacking():
+            options = defaults()
+            options.use_extra_bufts = False
+            return options
+
+        llama_cpp.llama_cpp.llama_model_default_params = without_repacking
     cores = job.get("threads") or len(os.sched_getaffinity(0))
     model = llama_cpp.Llama(
         job["gguf"],
