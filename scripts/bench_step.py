@@ -8,57 +8,18 @@ the kernels' own reader measures before each turn. llama.cpp is left out without
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from bench.fine_grained import cut_experts
 from bench.machine import describe, print_card, software
 from bench.rounds import quotients, ranged, spread
+from bench.worker import Worker
 
-HERE = Path(__file__).parent
 PROMPT = "The history of the steam engine begins long before the railways. In the first century,"
 MATRICES = ("linear", "experts")
 FORMATS = {"": "f16", "int8": "q8_0", "int4-g64": "q4_0"}
-
-
-class Worker:
-    """One engine in a process of its own.
-
-    Args:
-        python: that runs it.
-        job: of step_worker.py.
-    """
-
-    def __init__(self, python: str, job: dict) -> None:
-        environment = dict(os.environ, OMP_NUM_THREADS=str(job["threads"]))
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [python, str(HERE / "bench" / "step_worker.py"), json.dumps(job)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
-        self.name = job["name"]
-        self.ready = self._answer()
-
-    def decode(self, num_tokens: int) -> dict:
-        """Return the worker's answer to one request."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{num_tokens}\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def end(self) -> None:
-        """Wait until the process is gone."""
-        self._process.communicate()
-
-    def _answer(self) -> dict:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}; run its job by hand to see why")
-        return json.loads(line)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
@@ -34,7 +35,7 @@ def add_batch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    batch.add_argument("model", help="hub id or folder")
+    add_model_argument(batch)
     batch.add_argument("--input", required=True, metavar="FILE", help="requests, one JSON object a line")
     batch.add_argument("--output", required=True, metavar="FILE", help="answers, appended; what is there is not redone")
     batch.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")

@@ -8,6 +8,7 @@ import json
 import sys
 
 from moeflow.chat.answer import MAX_NEW_TOKENS
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model, prepare_step
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -15,7 +16,7 @@ from moeflow.errors import ConfigError, MoeflowError
 def add_chat_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `chat` and `generate` to the parser's commands."""
     chat = commands.add_parser("chat", help="chat in the terminal, or answer one piped prompt")
-    chat.add_argument("model", nargs="?", help="hub id or folder; without it the demo model, built on first use")
+    add_model_argument(chat, "; without it the demo model, built on first use", optional=True)
     chat.add_argument("--system", help="system prompt")
     _add_sampling(chat)
     add_loading_options(chat)
@@ -24,7 +25,7 @@ def add_chat_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     chat.set_defaults(run=_chat)
 
     generate = commands.add_parser("generate", help="continue a text as it is, without a chat template")
-    generate.add_argument("model", help="hub id or folder")
+    add_model_argument(generate)
     generate.add_argument("prompt", nargs="?", help="the text; without it, standard input")
     _add_sampling(generate)
     add_loading_options(generate)

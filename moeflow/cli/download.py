@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from moeflow.errors import ModelSourceError, MoeflowError
+from moeflow.errors import ConfigError, ModelSourceError, MoeflowError
 from moeflow.formatting import format_bytes, format_seconds
 from moeflow.progress import ProgressCallback
 
@@ -17,6 +17,7 @@ def add_download_command(commands: "argparse._SubParsersAction[argparse.Argument
     download = commands.add_parser("download", help="fetch a model from the hub; a run that was ended goes on")
     download.add_argument("id", help="on the hub: org/name")
     download.add_argument("--to", metavar="FOLDER", help="folder for the files (the hub's cache, where load_moe looks)")
+    download.add_argument("--gguf-file", metavar="NAME", help="of a repository with GGUF files, the one to fetch")
     download.add_argument("--revision", metavar="R", help="branch, tag or commit (the default branch)")
     download.add_argument("--force", action="store_true", help="fetch files again that are there")
     download.add_argument(
@@ -53,13 +54,15 @@ def fetch_progress(id: str) -> Iterator[ProgressCallback]:
         yield show
 
 
-def fetched(source: str | Path) -> Path:
+def fetched(source: str | Path, *, gguf_file: str | None = None, config: str | None = None) -> Path:
     """Return the folder of a model; what is missing of a hub id is fetched, with its progress shown.
 
     Before a model's first fetch, what it takes here and how fast it would run is told on standard error.
 
     Args:
-        source: a hub id or a folder.
+        source: a hub id, a folder or a GGUF file.
+        gguf_file: name of the GGUF file to take, of a repository or folder with several.
+        config: folder or hub id whose config and tokenizer win over a GGUF file's own.
 
     Raises:
         ModelSourceError: neither a folder nor an id that the hub or its cache has, or the user wants no model that
@@ -67,10 +70,34 @@ def fetched(source: str | Path) -> Path:
     """
     from moeflow.hf.pretrained import resolve_folder
 
-    if _is_not_here(str(source)):
+    if gguf_file is None and _is_not_here(str(source)):
         _tell_fit(str(source))
     with fetch_progress(str(source)) as progress:
-        return resolve_folder(source, progress=progress)
+        return resolve_folder(source, gguf_file=gguf_file, config=config, progress=progress)
+
+
+def resolve_model(arguments: argparse.Namespace) -> None:
+    """Put the folder in place of a command's model where flags say which of its files are meant.
+
+    Args:
+        arguments: of any command; those without the flags of `add_model_argument` stay as they are.
+
+    Raises:
+        ConfigError: flags without a model, or --config beside a model that is no GGUF file.
+        ModelSourceError: see `fetched`.
+    """
+    gguf_file, config = getattr(arguments, "gguf_file", None), getattr(arguments, "config", None)
+    if "model" not in arguments or (gguf_file is None and config is None):
+        return
+    if arguments.model is None:
+        raise ConfigError("--gguf-file and --config are about a model: name it.")
+    folder = fetched(arguments.model, gguf_file=gguf_file, config=config)
+    if config is not None and not (folder / "gguf.json").is_file():
+        raise ConfigError(
+            f"--config is for GGUF files, and {arguments.model} is none: its config.json lies in its folder. Leave "
+            "--config out."
+        )
+    arguments.model = str(folder)
 
 
 def _is_not_here(id: str) -> bool:
@@ -111,6 +138,7 @@ def _download(arguments: argparse.Namespace) -> int:
         done = fetch_model(
             arguments.id,
             arguments.to,
+            gguf_file=arguments.gguf_file,
             revision=arguments.revision,
             force_download=arguments.force,
             patience_s=arguments.patience,
@@ -125,5 +153,8 @@ def _download(arguments: argparse.Namespace) -> int:
         took = f"fetched {format_bytes(done.fetched_bytes)} in {format_seconds(done.seconds)}, {rate}"
     else:
         took = "all of it was there"
-    print(f"{done.folder}: {size}; {took}. load_moe({str(done.folder) if arguments.to else arguments.id!r})")
+    loaded = repr(str(done.folder) if arguments.to else arguments.id)
+    if arguments.gguf_file is not None:
+        loaded += f", gguf_file={arguments.gguf_file!r}"
+    print(f"{done.folder}: {size}; {took}. load_moe({loaded})")
     return 0

@@ -9,6 +9,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _WRITES = {
 def add_fit_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `fit` to the parser's commands."""
     fit = commands.add_parser("fit", help="what a model takes here and how fast it runs, before it is downloaded")
-    fit.add_argument("model", help="hub id, folder or GGUF file; only headers are read")
+    add_model_argument(fit, "; only headers are read")
     fit.add_argument("--context", type=int, metavar="N", help="positions of a sequence, prompt and answer (4096)")
     fit.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (1)")
     fit.add_argument("--device", default="auto", help='"auto" or "cpu"; plans are made for the CPU only')

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow import __version__
 from moeflow.c_library import built_library
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.errors import ConfigError
 from moeflow.formatting import format_bytes
 
@@ -23,7 +24,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 def add_info_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `info` to the parser's commands."""
     info = commands.add_parser("info", help="what a model is and what each budget buys; or this machine")
-    info.add_argument("model", nargs="?", help="hub id, folder or GGUF file; without it, this installation and machine")
+    add_model_argument(info, "; without it, this installation and machine", optional=True)
     info.add_argument("--step", action="store_true", help="load the model, and print the program of its decode step")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)

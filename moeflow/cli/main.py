@@ -11,7 +11,7 @@ from moeflow import __version__
 from moeflow.cli.batch import add_batch_command
 from moeflow.cli.chat import add_chat_commands
 from moeflow.cli.doctor import add_doctor_command
-from moeflow.cli.download import add_download_command
+from moeflow.cli.download import add_download_command, resolve_model
 from moeflow.cli.fit import add_fit_command
 from moeflow.cli.gguf import add_gguf_command
 from moeflow.cli.info import add_info_command
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer or a name that this terminal has no letters for
     try:
+        resolve_model(arguments)
         return arguments.run(arguments)
     except MoeflowError as error:
         print(f"moeflow: {error}", file=sys.stderr)

@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from moeflow.cli.model_argument import add_model_argument
+
 if TYPE_CHECKING:
     from moeflow.convert.pack import Packed
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 def add_pack_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `pack` to the parser's commands."""
     pack = commands.add_parser("pack", help="write a folder whose experts are one aligned, checksummed read each")
-    pack.add_argument("model", help="hub id, folder or GGUF file")
+    add_model_argument(pack)
     pack.add_argument("out", help="folder to write; a killed run is continued by the next")
     pack.add_argument(
         "--lossless",

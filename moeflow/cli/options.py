@@ -96,10 +96,11 @@ def load_model(
         tell("importing torch and transformers")
         from transformers.utils import logging
 
-        from moeflow.hf.pretrained import load_tokenizer
+        from moeflow.hf.pretrained import load_tokenizer, resolve_folder
         from moeflow.loading.load_moe import load_moe
 
         logging.disable_progress_bar()
+        source = resolve_folder(source)  # of a folder with a GGUF file, too
         flags = {name: getattr(arguments, name) for name in arguments.loading_flags}
         if flags["predictor"] == "none":
             flags["predictor"] = None

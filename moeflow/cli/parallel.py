@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.prompts import Prompt, read_prompts
 from moeflow.errors import ConfigError
@@ -28,7 +29,7 @@ _LAUNCH = "torchrun --nproc-per-node 2 -m moeflow parallel MODEL PROMPT --plan P
 def add_parallel_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser's commands."""
     parallel = commands.add_parser("parallel", help=f"spread the experts over several processes: {_LAUNCH}")
-    parallel.add_argument("model", help="hub id or folder, the same for every process")
+    add_model_argument(parallel, ", the same for every process")
     parallel.add_argument("prompt", nargs="?", help="a text to continue, greedily and without a chat template")
     parallel.add_argument(
         "--prompts",

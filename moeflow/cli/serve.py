@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moeflow.cli.chat import ensure_demo_model
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.cli.options import add_loading_options, load_model, prepare_step
 from moeflow.errors import ConfigError
 
@@ -62,7 +63,7 @@ def add_serve_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    serve.add_argument("model", nargs="?", help="hub id or folder; without it the demo model, built on first use")
+    add_model_argument(serve, "; without it the demo model, built on first use", optional=True)
     for flag, text, options in _FLAGS:
         serve.add_argument(flag, help=text, **options)
     add_loading_options(serve, as_json=False)

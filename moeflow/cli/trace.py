@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from moeflow.atomic_file import check_target
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.cli.options import add_loading_options, load_model
 from moeflow.cli.prompts import Prompt, read_prompts
 from moeflow.cli.replay import add_replay_commands
@@ -28,7 +29,7 @@ def add_trace_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     record = below.add_parser(
         "record", help="answer prompts and write which experts each token took; a killed run is continued"
     )
-    record.add_argument("model", help="hub id, folder or GGUF file")
+    add_model_argument(record)
     record.add_argument(
         "--prompts", required=True, metavar="FILE", help="text, one prompt a line, or .jsonl with prompts or messages"
     )

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from moeflow.cli.model_argument import add_model_argument
 from moeflow.errors import ConfigError
 
 
@@ -12,7 +13,7 @@ def add_verify_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     verify = commands.add_parser(
         "verify", help="compare experts with transformers' own, layer by layer; exit 1 where one differs"
     )
-    verify.add_argument("model", help="hub id, folder or GGUF file, packed and quantised ones too")
+    add_model_argument(verify, ", packed and quantised ones too")
     other = verify.add_mutually_exclusive_group()
     other.add_argument(
         "--reference", metavar="FOLDER", help="the folder that the experts should be those of; without it the model's"

@@ -46,15 +46,26 @@ class ModelFolder:
     Args:
         model: a hub id or a folder.
         config: in place of the folder's own.
+        gguf_file: name of a GGUF file in it, or of any of its splits.
+        own_files: of a GGUF file: a folder or hub id whose config.json and tokenizer.json win over what the file tells.
         **hub_options: for the download of a hub id.
 
     Raises:
         ModelSourceError: no such folder or hub id.
     """
 
-    def __init__(self, model: str | Path, *, config: PreTrainedConfig | None = None, **hub_options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        gguf_file: str | None = None,
+        own_files: str | Path | None = None,
+        **hub_options: Any,
+    ) -> None:
         # Absolute, so that a later chdir does not move it; links stay, as transformers sees them.
-        self.path = pretrained.resolve_folder(model, **hub_options).absolute()
+        found = pretrained.resolve_folder(model, gguf_file=gguf_file, config=own_files, **hub_options)
+        self.path = found.absolute()
         if config is not None:
             self.config = config
 
@@ -64,14 +75,18 @@ class ModelFolder:
 
         Args:
             model: a hub id or a folder.
-            hf_options: of from_pretrained; `config`, and those that are values of the config, are taken out, and
-                `trust_remote_code` is set to False where it is left open.
+            hf_options: of from_pretrained; `config`, `gguf_file` and those that are values of the config are taken out,
+                and `trust_remote_code` is set to False where it is left open.
         """
         # Where it is left open, transformers asks on standard input, and a piped prompt would answer.
         hf_options["trust_remote_code"] = bool(hf_options.get("trust_remote_code"))
-        folder = cls(model, **{name: hf_options[name] for name in _HUB_OPTIONS if name in hf_options})
+        config, gguf_file = hf_options.pop("config", None), hf_options.pop("gguf_file", None)
+        hub_options = {name: hf_options[name] for name in _HUB_OPTIONS if name in hf_options}
+        own_files = config if isinstance(config, (str, Path)) else None
+        folder = cls(model, gguf_file=gguf_file, own_files=own_files, **hub_options)
         _refuse_adapter(folder.path)
-        config = hf_options.pop("config", None)
+        if own_files is not None and folder.gguf is not None:
+            config = None  # its files are in the folder
         if config is None or isinstance(config, (str, Path)):
             trusted = hf_options["trust_remote_code"]
             config = load_config(Path(config or folder.path), trust_remote_code=trusted)

@@ -47,34 +47,46 @@ _ALWAYS = {"dtype", "trust_remote_code", "device_map"}  # options that load_moe 
 _SMALL = 1 << 28  # values of tables (of rotary embeddings ...) that no file holds
 
 
-def resolve_folder(model: str | Path, *, progress: ProgressCallback | None = None, **hub_options: Any) -> Path:
+def resolve_folder(
+    model: str | Path,
+    *,
+    gguf_file: str | None = None,
+    config: str | Path | None = None,
+    progress: ProgressCallback | None = None,
+    **hub_options: Any,
+) -> Path:
     """Return the local folder of `model`, fetching it from the hub when it is an id.
 
     Args:
         model: a hub id, a folder, or a GGUF file (any of its splits); a folder of files stands for a GGUF file.
+        gguf_file: name of a GGUF file of the folder or the repository, or of any of its splits.
+        config: of a GGUF file: a folder or a hub id whose config.json and tokenizer.json win over the file's metadata.
         progress: of a download, called with (bytes done, bytes in all).
         **hub_options: of the download: see `fetch_model`.
 
     Raises:
-        ModelSourceError: neither a folder nor an id the hub (or its local cache) can serve.
+        ModelSourceError: neither a folder nor an id the hub (or its local cache) can serve; no such GGUF file, or
+            several and none chosen.
     """
     if not isinstance(model, (str, os.PathLike)) or not str(model):
         raise ModelSourceError(f"the model is {model!r:.80}. Give a folder with a checkpoint, or a hub id: org/name.")
     try:
         folder = Path(model).expanduser()
-        if folder.is_dir() or is_gguf(folder):
-            return gguf_folder_of(folder)
+        is_here = folder.is_dir() or is_gguf(folder)
         is_path = folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
     except (OSError, RuntimeError, ValueError) as error:  # no such home, a name too long, a byte of zero, no permission
         raise ModelSourceError(f"{str(model)[:200]!r} cannot be opened as a folder ({one_line(error)}).") from error
+    if is_here:
+        return gguf_folder_of(folder, gguf_file, config, **hub_options)
     if is_path:
         raise ModelSourceError(
             f"{model} is not a folder. Give a folder with a checkpoint, a GGUF file, or a hub id such as org/name."
         )
     try:
-        return fetch_model(str(model), progress=progress, **hub_options).folder
+        folder = fetch_model(str(model), gguf_file=gguf_file, progress=progress, **hub_options).folder
     except ModelSourceError as error:
         raise ModelSourceError(f"{model} is not a folder here, and not from the hub: {error}") from error
+    return folder if gguf_file is None else gguf_folder_of(folder, gguf_file, config, **hub_options)
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -6,19 +6,22 @@ Knows the order of the steps. Knows nothing of HTTP or of layouts.
 import logging
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from moeflow.atomic_file import cannot_write
+from moeflow.checkpoint.gguf.names import ENDING
 from moeflow.checkpoint.headers import INDEX_FILE
 from moeflow.checkpoint.weight_index import read_weight_index
 from moeflow.errors import ModelSourceError, MoeflowError
 from moeflow.file_lock import exclusive
-from moeflow.formatting import brief, format_bytes
+from moeflow.formatting import format_bytes
 from moeflow.hub.partial_file import bytes_there, journal_of, name_in_journal
 from moeflow.hub.patience import PATIENCE_S
 from moeflow.hub.refusals import RevisionGoneError
 from moeflow.hub.repository import Repository, RepositoryFile
+from moeflow.hub.selection import WEIGHTS, find_gguf, refuse_others, select_files, sizes_in
 from moeflow.hub.stores import CacheStore, FolderStore
 from moeflow.hub.transfer import FileJob, Transfer
 from moeflow.progress import ProgressCallback
@@ -26,8 +29,6 @@ from moeflow.progress import ProgressCallback
 _log = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 << 20  # for links, journals and what else writes to the disk
-_WEIGHTS = (".safetensors", ".moeflow")
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 class Fetched(NamedTuple):
@@ -51,7 +52,12 @@ class Fetched(NamedTuple):
 
 
 def download(
-    id: str, to: str | Path | None = None, revision: str | None = None, progress: ProgressCallback | None = None
+    id: str,
+    to: str | Path | None = None,
+    revision: str | None = None,
+    progress: ProgressCallback | None = None,
+    *,
+    gguf_file: str | None = None,
 ) -> Path:
     """Fetch a model's files from the hub and return their folder.
 
@@ -60,17 +66,20 @@ def download(
         to: folder for the files; None for the hub's cache.
         revision: a branch, tag or commit; None for the default branch.
         progress: called with (bytes done, bytes in all).
+        gguf_file: name of a GGUF file of the repository, or of one of its splits: of the weights it alone is fetched.
 
     Raises:
         ModelSourceError: see `fetch_model`.
     """
-    return fetch_model(id, to, revision=revision, progress=progress).folder
+    return fetch_model(id, to, gguf_file=gguf_file, revision=revision, progress=progress).folder
 
 
 def fetch_model(
     id: str,
     to: str | Path | None = None,
     *,
+    gguf_file: str | None = None,
+    weights: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -84,6 +93,8 @@ def fetch_model(
     Args:
         id: on the hub: org/name.
         to: folder for the files; None for the hub's cache.
+        gguf_file: name of a GGUF file of the repository, or of one of its splits: of the weights it alone is fetched.
+        weights: whether any are fetched; without them, all that is beside them.
         revision: a branch, tag or commit; None for the default branch.
         token: see `Repository`.
         cache_dir: the hub's cache; None for the user's own.
@@ -93,29 +104,30 @@ def fetch_model(
         progress: called with (bytes done, bytes in all) where something is fetched.
 
     Raises:
-        ModelSourceError: no network, no such repository or revision, refused; no room on the disk, or it cannot be
-            written; the server sends other bytes than the repository lists. Nothing lies under a final name then that
-            is not whole.
+        ModelSourceError: no network, no such repository, revision or file, refused; no safetensors, and no GGUF file
+            chosen; no room on the disk, or it cannot be written; the server sends other bytes than the repository
+            lists. Nothing lies under a final name then that is not whole.
     """
     from huggingface_hub import constants
 
     begin_s = time.monotonic()
     store = CacheStore(id, cache_dir) if to is None else FolderStore(to)
     offline = local_files_only or constants.HF_HUB_OFFLINE
+    from_cache = partial(_from_cache, store, id, revision, gguf_file, weights)
     if offline:
         why = "local_files_only is set" if local_files_only else "HF_HUB_OFFLINE is set"
-        return _from_cache(store, id, revision, f"{why}, so that the network is not asked")
+        return from_cache(f"{why}, so that the network is not asked")
     repository = Repository(id, revision, token, patience_s=patience_s)
     try:
-        commit, files = repository.commit, repository.wanted_files
+        commit = repository.commit
     except RevisionGoneError:
         raise
     except ModelSourceError as error:
         if force_download or not isinstance(store, CacheStore) or store.cached(revision) is None:
             raise
         _log.warning("%s The model is taken from the cache.", error)
-        return _from_cache(store, id, revision, str(error))
-    _refuse_without_weights(repository, files)
+        return from_cache(str(error))
+    files = select_files(repository, gguf_file, weights=weights)
     try:
         fetched = _complete(store, repository, files, force_download, progress)
         folder = store.finish(files, commit, revision)
@@ -142,7 +154,7 @@ def _complete(
     ):
         # The weights come last: a config that cannot be used is seen before.
         missing = [file for file in files if force or not store.has(file, commit)]
-        missing.sort(key=lambda file: (file.name.endswith(_WEIGHTS), file.name))
+        missing.sort(key=lambda file: (file.name.endswith(WEIGHTS), file.name))
         if not missing:
             return 0
         _drop_old_partials(store.partials, files)
@@ -165,9 +177,9 @@ def _drop_old_partials(partials: Path, files: list[RepositoryFile]) -> None:
             _log.warning("%s has other content in this revision than when it was begun: it begins again.", name)
             journal.with_suffix(".partial").unlink(missing_ok=True)
             journal.unlink()
-    for partial in partials.glob("*.partial"):
-        if not journal_of(partial).is_file():
-            partial.unlink()
+    for left in partials.glob("*.partial"):
+        if not journal_of(left).is_file():
+            left.unlink()
 
 
 def _check_room(
@@ -183,24 +195,10 @@ def _check_room(
         )
 
 
-def _refuse_without_weights(repository: Repository, files: list[RepositoryFile]) -> None:
-    if any(file.name.endswith(_WEIGHTS) for file in files):
-        return
-    other = sorted(file.name for file in repository.files if file.name.endswith(_OTHER_WEIGHTS))
-    if any(name.endswith(".gguf") for name in other):
-        raise ModelSourceError(
-            f"{repository.what} has no safetensors weights, but GGUF files, which are not fetched by the name of their "
-            "repository. Download one of them, all of its splits, and give its path as the model."
-        )
-    if other:
-        raise ModelSourceError(
-            f"{repository.what} has no safetensors weights, only others ({brief(other[0])}). Take a "
-            "repository that has them, or convert it once where you trust it."
-        )
-
-
-def _from_cache(store: CacheStore | FolderStore, id: str, revision: str | None, why: str) -> Fetched:
-    """Return the cache's folder for a revision, where it lacks no shard."""
+def _from_cache(
+    store: CacheStore | FolderStore, id: str, revision: str | None, gguf_file: str | None, weights: bool, why: str
+) -> Fetched:
+    """Return the cache's folder for a revision, where it lacks no file of the weights."""
     found = store.cached(revision) if isinstance(store, CacheStore) else None
     what = id if revision is None else f"{id} at revision {revision}"
     if found is None:
@@ -208,7 +206,16 @@ def _from_cache(store: CacheStore | FolderStore, id: str, revision: str | None, 
             f"{what} is not in the hub's cache, and {why}. Fetch it where there is a network: moeflow download {id}."
         )
     folder, commit = found
-    if (folder / INDEX_FILE).is_file():
+    sizes = sizes_in(folder)
+    if gguf_file is not None:
+        try:
+            find_gguf(f"{what} in the hub's cache", sizes, gguf_file)
+        except ModelSourceError as error:
+            raise ModelSourceError(
+                f"{error} No other can be fetched now ({why}): moeflow download {id} --gguf-file NAME, where there is "
+                "a network."
+            ) from None
+    elif weights and (folder / INDEX_FILE).is_file():
         try:
             shards = read_weight_index(folder / INDEX_FILE).shards
         except MoeflowError:
@@ -219,5 +226,6 @@ def _from_cache(store: CacheStore | FolderStore, id: str, revision: str | None, 
                 f"{what} lacks {len(missing)} of {len(shards)} shards in the hub's cache, and {why}. Fetch the rest "
                 f"where there is a network: moeflow download {id}."
             )
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return Fetched(folder, commit, len(files), sum(path.stat().st_size for path in files), 0, 0.0)
+    elif weights and not any(name.endswith(WEIGHTS) and not name.endswith(ENDING) for name in sizes):
+        refuse_others(f"{what} in the hub's cache", sizes)
+    return Fetched(folder, commit, len(sizes), sum(sizes.values()), 0, 0.0)

@@ -62,7 +62,7 @@ def load_moe(
     """Load a mixture-of-experts model with its routed experts left on disk until a token needs them.
 
     Args:
-        model: a hub id, a checkpoint folder, or a folder written by `moeflow pack`.
+        model: a hub id, a checkpoint folder, a folder written by `moeflow pack`, or a GGUF file.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         expert_memory: bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or
@@ -106,8 +106,10 @@ def load_moe(
             warning and counted in stats()["integrity"]. The output stays the same.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
-            `config`, `trust_remote_code`, `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`,
-            `disable_mmap` and `output_loading_info`. Others are refused, each with what to use instead.
+            `gguf_file` (of the hub's repository or the folder, the GGUF file to load), `config` (beside a GGUF file, a
+            folder or hub id too, whose config and tokenizer win over the file's own), `trust_remote_code`,
+            `attn_implementation`, `generation_config`, `ignore_mismatched_sizes`, `disable_mmap` and
+            `output_loading_info`. Others are refused, each with what to use instead.
 
     Returns:
         The transformers model, of the class that its config names, in eval mode, with `model.moeflow` (an

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeflow.checkpoint.headers import Checkpoint
+from moeflow.checkpoint.headers import Checkpoint, open_checkpoint
 from moeflow.core import PAGE_BYTES, ExpertKey, align_up
-from moeflow.hardware import process_memory_bytes
 
 READ_THREADS = 4
 # Engines round differently: another first token is right when the reference holds it this close to its best.
@@ -61,6 +60,24 @@ class ModelSize(NamedTuple):
     @property
     def token_bytes(self) -> int:
         return self.expert_bytes * self.num_experts_per_tok * self.num_layers
+
+
+def step_bytes(model: str, runtime) -> int:
+    """Return the bytes of weights that a decode step reads: some experts of each layer, and what is dense.
+
+    Args:
+        model: folder of a checkpoint, or a GGUF file.
+        runtime: of the loaded model.
+    """
+    records = sum(source.layout.record.num_bytes for source in runtime.store.layers)
+    if not model.endswith(".gguf"):
+        size = ModelSize.of(open_checkpoint(Path(model)))
+        return records * size.num_experts_per_tok + size.dense_bytes
+    from bench.gguf_models import dense_bytes
+    from moeflow.hf.model_folder import ModelFolder
+
+    folder = ModelFolder(model)
+    return records * folder.config.num_experts_per_tok + dense_bytes(folder.gguf, of_a_step=True)
 
 
 def plain_bandwidth(
@@ -151,6 +168,8 @@ def work(job: dict) -> dict:
         result["repeats"].append(_generate(engine, job))
         if time.perf_counter() - begin > job["seconds"]:
             break
+    from moeflow.hardware import process_memory_bytes
+
     result["peak_bytes"] = process_memory_bytes()[1]
     if engine.runtime is not None:
         stats = engine.runtime.stats()
@@ -283,6 +302,15 @@ def _hf_generate(model, job: dict) -> Callable:
 def load_llama(job: dict) -> Engine:
     import llama_cpp
 
+    if job.get("mapped"):  # repacked weights are a copy in memory, which no limit can page out
+        defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+        def without_repacking():
+            options = defaults()
+            options.use_extra_bufts = False
+            return options
+
+        llama_cpp.llama_cpp.llama_model_default_params = without_repacking
     cores = job.get("threads") or len(os.sched_getaffinity(0))
     model = llama_cpp.Llama(
         job["gguf"],

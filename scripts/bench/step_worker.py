@@ -61,7 +61,6 @@ def main() -> None:
     """Load, warm up, answer until the input ends."""
     job = json.loads(sys.argv[1])
     from bench import engines
-    from moeflow.checkpoint.headers import open_checkpoint
 
     if job["engine"] != "llama":
         import torch
@@ -81,9 +80,7 @@ def main() -> None:
         from moeflow.kernels.cpu.library import instruction_set
 
         ready["instruction_set"] = instruction_set()
-        size = engines.ModelSize.of(open_checkpoint(Path(job["model"])))
-        records = sum(source.layout.record.num_bytes for source in engine.runtime.store.layers)
-        ready["bytes"] = records * size.num_experts_per_tok + size.dense_bytes
+        ready["bytes"] = engines.step_bytes(job["model"], engine.runtime)
         step = engine.runtime.stats()["step"]
         if job["options"]["step"] == "auto":
             if step["mode"] != "native":
