@@ -195,6 +195,11 @@ def _split(tensors: dict[str, TensorEntry], config: ConfigFacts) -> tuple[Parts,
         if place is None:
             dense[name] = entry
         else:
+            other = tensors.get(
+                name.replace("ffn_gate", "ffn_up") if "ffn_gate" in name else name.replace("_up", "_gate")
+            )
+            if name.startswith("blk.") and other is not None and other.dtype != entry.dtype:
+                entry = entry._replace(dtype="F32")  # gate and up of two types become floats as they are read
             found.setdefault(place[0], {}).setdefault(place[1], []).append(entry)
     # Layers beyond the decoder's, as for predicting several tokens at once, are never loaded.
     stems = {match[1] for layer in found if (match := _LAYER.match(f"{layer}."))}
@@ -260,10 +265,13 @@ def _slot_bytes(entries: list[TensorEntry], dtype: str, is_gguf: bool) -> int:
 
     Those of a GGUF file stay in their types, whether blocks or floats.
     """
-    is_coded = is_gguf or _is_coded(entries)
+    is_coded = _is_coded(entries)
     return align_up(
         sum(
-            align_up(entry.num_bytes if is_coded else _in_memory(entry, dtype), TENSOR_ALIGNMENT_BYTES)
+            align_up(
+                _as_read(entry) if is_gguf else entry.num_bytes if is_coded else _in_memory(entry, dtype),
+                TENSOR_ALIGNMENT_BYTES,
+            )
             for entry in entries
         ),
         PAGE_BYTES,
@@ -306,11 +314,16 @@ def _published(found: Parts, config: ConfigFacts, dtype: str) -> StoredAs:
     return published_as("fp8" if any(name.startswith("F8") for name in coded) else "mxfp4")
 
 
+def _as_read(entry: TensorEntry) -> int:
+    """Return the bytes of an expert's tensor of a GGUF file in a slot."""
+    return DTYPE_BYTES["F32"] * math.prod(entry.shape) if entry.dtype == "F32" else entry.num_bytes
+
+
 def _published_blocks(found: Parts) -> StoredAs:
     """Return what the experts of a GGUF file are stored in: its types, and the kernel of the one with most bytes."""
     held: dict[str, int] = {}
     for parts in found.values():
         for entry in (entry for entries in parts.values() for entry in entries if len(entry.shape) > 1):
             name = BLOCK_TYPES[entry.dtype].format
-            held[name] = held.get(name, 0) + entry.num_bytes
+            held[name] = held.get(name, 0) + _as_read(entry)
     return published_as(most_of(held), label=", ".join(sorted(held, key=lambda name: -held[name])))

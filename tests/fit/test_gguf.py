@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
+from helpers.gguf_models import write_model
 from helpers.machine_profiles import small_profile
+from helpers.small_gguf import small_model, type_of
 from moeflow import load_moe
 from moeflow.checkpoint.gguf.file import GGUF_FILE
 from moeflow.cli.main import main
 from moeflow.fit.fit import survey
+from moeflow.fit.formats import kernel_of
 from moeflow.fit.source import model_source
 from moeflow.hf import experts_interface
 from moeflow.hf.gguf.resolve import gguf_folder_of
@@ -32,6 +35,20 @@ def test_sizes_are_those_of_the_model_that_is_loaded(gguf_file):
         size.num_experts, size.num_experts_per_tok, size.slot_bytes, size.all_bytes,
     )  # fmt: skip
     assert form.name == "as published (q4_k, q6_k)"
+    assert sizes.file_bytes(form) == sum(entry.num_bytes for entry in folder.checkpoint.tensors.values())
+
+
+def test_gate_and_up_of_two_types_take_the_bytes_of_floats(tmp_path):
+    def mixed(name, shape):
+        return "Q5_K" if "ffn_up_exps" in name else type_of(name, shape)
+
+    write_model(tmp_path / "mixed.gguf", "qwen3moe", small_model(), mixed)
+    with model_source(tmp_path / "mixed.gguf", print) as (sizes, _):
+        form = sizes.published
+    folder = ModelFolder(tmp_path / "mixed.gguf")
+    layouts = [source.layout for source in folder.layers(folder.empty_model())]
+    assert sizes.experts_bytes(form) == ExpertsSize.of(layouts, 2).all_bytes
+    assert form.kernel == kernel_of(layouts) == "float32"
     assert sizes.file_bytes(form) == sum(entry.num_bytes for entry in folder.checkpoint.tensors.values())
 
 
