@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from moeflow.checkpoint.float_source import float_sources
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.lossless_source import LEAVE_OUT, lossless_sources
@@ -64,6 +66,9 @@ def pack_model(
     check_output(out)
     empty = folder.empty_model()
     found = folder.layers(empty)
+    if folder.gguf is not None and not folder.packed:
+        exact = folder.layers(folder.empty_model(torch.float32))  # with biases as the file has them
+        found = exact if all(source.layout.record.matrices for source in exact) else found
     if lossless is False:
         layers, why_floats = float_sources(found), "lossless is off."
     else:

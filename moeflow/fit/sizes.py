@@ -195,9 +195,8 @@ def _split(tensors: dict[str, TensorEntry], config: ConfigFacts) -> tuple[Parts,
         if place is None:
             dense[name] = entry
         else:
-            other = tensors.get(
-                name.replace("ffn_gate", "ffn_up") if "ffn_gate" in name else name.replace("_up", "_gate")
-            )
+            partner = name.replace("ffn_gate", "ffn_up") if "ffn_gate" in name else name.replace("ffn_up", "ffn_gate")
+            other = tensors.get(partner)
             if name.startswith("blk.") and other is not None and other.dtype != entry.dtype:
                 entry = entry._replace(dtype="F32")  # gate and up of two types become floats as they are read
             found.setdefault(place[0], {}).setdefault(place[1], []).append(entry)

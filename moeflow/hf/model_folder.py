@@ -195,14 +195,17 @@ class ModelFolder:
             if not target.is_relative_to(home)
         }
 
-    def empty_model(self) -> PreTrainedModel:
+    def empty_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Build the model on the meta device, with experts and without any weight.
+
+        Args:
+            dtype: of it; None for the model's.
 
         Raises:
             ConfigError: a field of the config is wrong.
             CheckpointError: the config describes another model than the files hold.
         """
-        empty = pretrained.empty_model(self.config, self.dtype)
+        empty = pretrained.empty_model(self.config, dtype or self.dtype)
         pretrained.check_sizes(empty, self.checkpoint)
         return empty
 
