@@ -142,6 +142,9 @@ class Bench:
                   "threads": arguments.threads, "budget": "100%"}  # fmt: skip
         sides = {"llama.cpp": (arguments.llama_python, {"engine": "llama"})}
         sides |= {dtype: (sys.executable, {"engine": "moeflow", "dtype": dtype}) for dtype in arguments.dtypes}
+        exact = {"gguf": str(self.file("f16")), "model": str(self.file("f16")), "windows": windows[:1]}
+        sides["llama.cpp f16"] = (arguments.llama_python, {"engine": "llama", **exact})
+        sides["f16"] = (sys.executable, {"engine": "moeflow", "dtype": "float32", **exact})
         found, losses = {}, {}
         for name, (python, job) in sides.items():
             say(f"logits: {name}")
@@ -151,6 +154,8 @@ class Bench:
                 found[name] = np.load(target).astype(np.float64)
             finally:
                 target.unlink(missing_ok=True)
+        control = float(np.linalg.norm(found["f16"] - found["llama.cpp f16"]) / np.linalg.norm(found["llama.cpp f16"]))
+        self._print(f"logits of the F16 file, where llama.cpp rounds no activations to 8 bits: {control:.2e}")
         theirs = found["llama.cpp"]
         rows = {"llama.cpp": {"perplexity": float(np.exp(np.mean(losses["llama.cpp"])))}}
         for dtype in arguments.dtypes:
@@ -164,7 +169,7 @@ class Bench:
                 f"{GOALS['relative_norm']:.0e}), the best token is the same at {best:.1%}; perplexity {value:.3f} and "
                 f"{rows['llama.cpp']['perplexity']:.3f}, {change:+.2%} (goal {GOALS['perplexity']:.1%})"
             )
-        return {"windows": len(windows) - 1, "window": arguments.window, "sides": rows}
+        return {"windows": len(windows) - 1, "window": arguments.window, "sides": rows, "f16_relative_norm": control}
 
     def decode(self) -> dict:
         """Let a native step and llama.cpp take turns, everything in memory."""

@@ -52,7 +52,7 @@ def decode(job: dict) -> dict:
     if engine.runtime is not None:
         stats = engine.runtime.stats()
         answer |= {"budget_bytes": stats["memory"]["expert_budget_bytes"], "hit_rate": stats["decode"]["hit_rate"],
-                   "step": stats["step"]["mode"]}  # fmt: skip
+                   "step": stats["step"]["mode"], "step_reason": stats["step"]["reason"]}  # fmt: skip
     return answer
 
 
