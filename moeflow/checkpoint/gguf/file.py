@@ -87,7 +87,7 @@ def _joined(path: Path, stamp: FileStamp, header: GgufHeader, split: Split) -> G
         _check_total(file, len(tensors), split)
     if len(tensors) != split.num_tensors:
         raise CheckpointError(
-            f"{path}: its {split.count} splits have {len(tensors):,} tensors, and {split.num_tensors:,} by their "
+            f"{path}: its {split.num_splits} splits have {len(tensors):,} tensors, and {split.num_tensors:,} by their "
             "headers. They do not belong together: download the splits of one model again."
         )
     return GgufFile(files, stamps, first, tensors)

@@ -19,12 +19,12 @@ class Split(NamedTuple):
 
     Args:
         number: of the split, from 0.
-        count: of splits.
+        num_splits: of the model.
         num_tensors: in all splits.
     """
 
     number: int
-    count: int
+    num_splits: int
     num_tensors: int
 
 
@@ -37,12 +37,12 @@ def find_split(file: Path, metadata: Mapping[str, Any]) -> Split | None:
     if "split.count" not in metadata:
         return None
     split = Split(*(_count(file, metadata, key) for key in ("split.no", "split.count", "split.tensors.count")))
-    if split.count > MAX_SPLITS or split.number >= max(split.count, 1):
+    if split.num_splits > MAX_SPLITS or split.number >= max(split.num_splits, 1):
         raise CheckpointError(
-            f"{file}: its header says that it is split number {split.number} (from 0) of {split.count:,}, which cannot "
+            f"{file}: its header says that it is split number {split.number} (from 0) of {split.num_splits:,}, which cannot "
             f"be; at most {MAX_SPLITS:,} are allowed. Download it again, and from a source that you trust."
         )
-    return split if split.count > 1 else None
+    return split if split.num_splits > 1 else None
 
 
 def _count(file: Path, metadata: Mapping[str, Any], key: str) -> int:
@@ -67,16 +67,16 @@ def split_files(file: Path, split: Split) -> list[Path]:
     """
     match = _NAME.fullmatch(file.name)
     if match is None or (int(match[2]) - 1, int(match[3])) != split[:2]:
-        ending = f"-{split.number + 1:05d}-of-{split.count:05d}.gguf"
+        ending = f"-{split.number + 1:05d}-of-{split.num_splits:05d}.gguf"
         raise CheckpointError(
-            f"{file} is split {split.number + 1} of {split.count} by its header, and its name does not end in "
+            f"{file} is split {split.number + 1} of {split.num_splits} by its header, and its name does not end in "
             f"{ending}. Give the splits their names back, so that the others are found."
         )
-    files = [file.with_name(f"{match[1]}-{number + 1:05d}-of-{match[3]}.gguf") for number in range(split.count)]
+    files = [file.with_name(f"{match[1]}-{number + 1:05d}-of-{match[3]}.gguf") for number in range(split.num_splits)]
     missing = [found for found in files if not found.is_file()]
     if missing:
         raise CheckpointError(
-            f"{file}: {len(missing)} of {split.count} splits are missing beside it, the first is {missing[0].name}. "
+            f"{file}: {len(missing)} of {split.num_splits} splits are missing beside it, the first is {missing[0].name}. "
             "Download them into the same folder."
         )
     return files
@@ -107,4 +107,4 @@ def check_belongs(file: Path, metadata: Mapping[str, Any], number: int, given: P
 def _described(split: Split | None) -> str:
     if split is None:
         return "a whole file"
-    return f"split {split.number + 1} of {split.count} of a model of {split.num_tensors:,} tensors"
+    return f"split {split.number + 1} of {split.num_splits} of a model of {split.num_tensors:,} tensors"

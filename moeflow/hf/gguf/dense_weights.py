@@ -152,7 +152,7 @@ class _Lazy:
 
 def _take_weight(model: PreTrainedModel, path: str) -> None:
     """Take a module's weight off an empty model; an attribute of its shape without memory stays."""
-    module = model.get_submodule(path)
+    module: Any = model.get_submodule(path)
     stub: Any = module._parameters.pop("weight")
     stub._is_hf_initialized = True
     module.__dict__["weight"] = stub

@@ -5,6 +5,7 @@ Knows places and types. Knows nothing of models.
 
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,11 @@ from moeflow.kernels.quantization.ggml_values import block_values
 
 def readers(file: GgufFile) -> Tensors:
     """Return what reads each tensor's values as float32, by name."""
-    return {name: lambda name=name: read_values(file, name).float() for name in file.tensors}
+    return {name: partial(_floats, file, name) for name in file.tensors}
+
+
+def _floats(file: GgufFile, name: str) -> torch.Tensor:
+    return read_values(file, name).float()
 
 
 def read_values(file: GgufFile, name: str) -> torch.Tensor:
@@ -71,7 +76,7 @@ def read_bytes(file: GgufFile, name: str) -> torch.Tensor:
     try:
         with open(path, "rb", buffering=0) as handle:
             handle.seek(entry.begin)
-            view, done = memoryview(raw), 0
+            view, done = raw.data, 0
             while done < len(view):
                 count = handle.readinto(view[done:])
                 if not count:
