@@ -83,7 +83,7 @@ def lines(found: dict) -> list[str]:
         f"{found['clients']} clients, {found['tokens']} tokens each",
         f"over HTTP: {ranged(found['http_tokens_per_s'], 1, 0, 1)} tok/s",
         f"Engine.generate: {ranged(found['generate_tokens_per_s'], 1, 0, 1)} tok/s",
-        f"ratio {found['ratio']:.3f}, goal at least {found['goal']}; {ranged(found['by_order']['http'], 1, 0, 3)} where HTTP "
-        f"goes first, {ranged(found['by_order']['generate'], 1, 0, 3)} where Engine.generate does",
+        f"ratio {found['ratio']:.3f}, goal at least {found['goal']}",
+        *(f"  where {first} goes first: {ranged(ratio, 1, 0, 3)}" for first, ratio in found["by_order"].items()),
         f"event loop {ranged(found['loop_ms_per_token'], 1, 0, 3)} ms a token, goal below {found['goal_ms']}",
     ]
