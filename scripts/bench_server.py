@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=default_demo_path(), metavar="FOLDER", help="a checkpoint (the demo model)")
     add("--memory", default="25%", help="expert_memory of moeflow (25%%)")
     add("--threads", type=int, default=_threads(), metavar="N", help="of each engine's arithmetic (OMP_NUM_THREADS)")
-    add("--rounds", type=int, default=3, metavar="N", help="measured turns of second-turn and throughput (3)")
+    add("--rounds", type=int, default=4, metavar="N", help="measured turns of second-turn and throughput (4)")
     add("--conversation", type=int, default=1000, metavar="N", help="tokens of a first turn (1000)")
     add("--clients", type=int, default=16, metavar="N", help="at once, of throughput (16)")
     add("--tokens", type=int, default=48, metavar="N", help="of each of their answers (48)")
@@ -93,6 +93,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--work", type=Path, default=cache_folder() / "bench", metavar="FOLDER", help="for the GGUF file")
     add("--soak-requests", type=int, default=1000, metavar="N", help="of soak (1000)")
     arguments = parser.parse_args(argv)
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2: each side goes first once")
     for name in ("threads", "rounds", "conversation", "clients", "tokens", "answers", "arrivals", "soak_requests"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

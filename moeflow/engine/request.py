@@ -34,6 +34,7 @@ class Completion(NamedTuple):
         logprobs: (logprob, [(token id, logprob)]) of each token; None where not asked for.
         prompt_logprobs: the same of each token of the prompt, None of the first; None where not asked for.
         cached_tokens: tokens of the prompt that were not computed, since others had computed them.
+        stop: the stop string that ended it; None where something else did.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Completion(NamedTuple):
     logprobs: list[TokenLogprob] | None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
+    stop: str | None = None
 
 
 class StepOutput(NamedTuple):
@@ -211,6 +213,7 @@ class Request:
             self.logprobs,
             self.prompt_logprobs,
             sequence.num_cached or 0,
+            self.stops.found if self.stops is not None and reason == "stop" else None,
         )
         return rest, completion
 

@@ -57,7 +57,7 @@ class StopStrings:
         *,
         skip_special_tokens: bool = True,
     ) -> None:
-        self.stopped = False
+        self.found: str | None = None  # the stop string that ended the answer
         self._shown = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._written = Detokenizer(tokenizer, skip_special_tokens=False)
         self._stop = tuple(stop)
@@ -77,23 +77,23 @@ class StopStrings:
         Returns:
             The text that is now safe to show, and whether a stop string has ended the answer; later tokens add nothing.
         """
-        if self.stopped:
+        if self.found is not None:
             return "", True
         shown = self._shown.push([token_id]) if visible else ""
         if not self._stop:
             return shown, False
         self._read_prompt()
         self._add(self._written.push([token_id]), shown)
-        return self._release(self._written.pending.rstrip(_UNFINISHED)), self.stopped
+        return self._release(self._written.pending.rstrip(_UNFINISHED)), self.found is not None
 
     def finish(self) -> str:
         """Return the rest of the text, where no stop string ended it before."""
-        if self.stopped:
+        if self.found is not None:
             return ""
         if not self._stop:
             return self._shown.finish()
         text = self._release(self._written.pending)
-        if not self.stopped:
+        if self.found is None:
             text += "".join(unit.shown for unit in self._held) + self._open.shown + self._shown.finish()
         self._held, self._open = [], _Unit("", "")
         return text
@@ -125,11 +125,12 @@ class StopStrings:
         begins = [(written.find(stop, max(0, self._num_prompt - len(stop) + 1)), stop) for stop in self._stop]
         found = [(begin + len(stop), begin) for begin, stop in begins if begin >= 0]
         if found:
-            self.stopped = True
+            end, begin = min(found)
+            self.found = written[begin:end]
             self._held.append(
                 _Unit(self._open.written + self._written.pending, self._open.shown + self._shown.finish())
             )
-            text = self._take(min(found)[1])
+            text = self._take(begin)
             self._held, self._open = [], _Unit("", "")
             return text
         begin = max(0, len(written) - self._longest + 1)

@@ -34,7 +34,7 @@ BYTES = TOKENIZERS["byte level"]
 
 
 def in_pieces(tokenizer, token_ids, stop=()):
-    """Return the pieces of text and whether a stop string ended them."""
+    """Return the pieces of text and the stop string that ended them, or None."""
     strings = StopStrings(tokenizer, stop)
     pieces = []
     for token_id in token_ids:
@@ -42,16 +42,17 @@ def in_pieces(tokenizer, token_ids, stop=()):
         pieces.append(piece)
         if stopped:
             break
-    return [*pieces, strings.finish()], strings.stopped
+    return [*pieces, strings.finish()], strings.found
 
 
 def cut(text, stop):
-    """Return the text before the stop string that is complete first."""
+    """Return the text before the stop string that is complete first, and that string."""
     for end in range(1, len(text) + 1):
         ending = [each for each in stop if text[:end].endswith(each)]
         if ending:
-            return text[: end - max(map(len, ending))], True
-    return text, False
+            found = max(ending, key=len)
+            return text[: end - len(found)], found
+    return text, None
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -60,8 +61,8 @@ def cut(text, stop):
 def test_the_pieces_are_the_text_before_the_stop_string_that_is_complete_first(name, text, stop):
     tokenizer = TOKENIZERS[name]
     token_ids = tokenizer(text)["input_ids"]
-    pieces, stopped = in_pieces(tokenizer, token_ids, stop)
-    assert ("".join(pieces), stopped) == cut(tokenizer.decode(token_ids), stop)
+    pieces, found = in_pieces(tokenizer, token_ids, stop)
+    assert ("".join(pieces), found) == cut(tokenizer.decode(token_ids), stop)
     assert not any("\ufffd" in piece for piece in pieces)
 
 
@@ -96,7 +97,7 @@ def test_text_is_shown_as_soon_as_it_can_be_no_stop_string():
 
 
 def test_held_text_comes_out_at_the_end():
-    assert in_pieces(BYTES, BYTES("abEN")["input_ids"], ("END",)) == (["a", "b", "", "", "EN"], False)
+    assert in_pieces(BYTES, BYTES("abEN")["input_ids"], ("END",)) == (["a", "b", "", "", "EN"], None)
 
 
 def test_a_stop_string_in_half_a_character_at_the_end_is_found():
@@ -106,8 +107,8 @@ def test_a_stop_string_in_half_a_character_at_the_end_is_found():
 
 def test_special_tokens_have_no_text_and_stand_between_the_characters_of_a_stop_string():
     token_ids = [*BYTES("aE")["input_ids"], BYTES.eos_token_id, *BYTES("ND")["input_ids"]]
-    pieces, stopped = in_pieces(BYTES, token_ids, ("END",))
-    assert ("".join(pieces), stopped) == ("aEND", False)
+    pieces, found = in_pieces(BYTES, token_ids, ("END",))
+    assert ("".join(pieces), found) == ("aEND", None)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +117,8 @@ def test_special_tokens_have_no_text_and_stand_between_the_characters_of_a_stop_
 )
 def test_stop_strings_are_found_in_special_tokens_as_they_are_written(stop, text):
     token_ids = BYTES(f"ab{END}cd{END}{END}e")["input_ids"]
-    pieces, stopped = in_pieces(BYTES, token_ids, (stop, "never" + END))
-    assert ("".join(pieces), stopped) == (text, True)
+    pieces, found = in_pieces(BYTES, token_ids, (stop, "never" + END))
+    assert ("".join(pieces), found) == (text, stop)
 
 
 def test_text_before_a_special_token_is_shown_though_the_token_may_begin_a_stop_string():

@@ -119,6 +119,8 @@ def _reason(completion: Completion, *, calls: int) -> tuple[str, str | None]:
         return "tool_use", None
     if completion.finish_reason == "length":
         return "max_tokens", None
+    if completion.stop is not None:
+        return "stop_sequence", completion.stop
     return "end_turn", None
 
 

@@ -36,6 +36,14 @@ def test_an_answer_and_its_stream_are_the_same(asked):
     assert asked.messages.create(messages=user("think"), model="tiny", max_tokens=1).stop_reason == "max_tokens"
 
 
+def test_a_stop_sequence_is_named(asked):
+    found = asked.messages.create(messages=user("think"), stop_sequences=["zz", "ll"], **OPTIONS)
+    assert (found.content[-1].text, found.stop_reason, found.stop_sequence) == ("He", "stop_sequence", "ll")
+    with asked.messages.stream(messages=user("think"), stop_sequences=["ll"], **OPTIONS) as stream:
+        found = stream.get_final_message()
+    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", "ll")
+
+
 def test_a_call_and_its_result_make_a_round_trip(asked):
     first = asked.messages.create(messages=user("call"), tools=[TOOL], **OPTIONS)
     text, call = first.content
