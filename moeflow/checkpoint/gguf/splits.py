@@ -39,8 +39,8 @@ def find_split(file: Path, metadata: Mapping[str, Any]) -> Split | None:
     split = Split(*(_count(file, metadata, key) for key in ("split.no", "split.count", "split.tensors.count")))
     if split.num_splits > MAX_SPLITS or split.number >= max(split.num_splits, 1):
         raise CheckpointError(
-            f"{file}: its header says that it is split number {split.number} (from 0) of {split.num_splits:,}, which cannot "
-            f"be; at most {MAX_SPLITS:,} are allowed. Download it again, and from a source that you trust."
+            f"{file}: its header says that it is split number {split.number} (from 0) of {split.num_splits:,}, which "
+            f"cannot be; at most {MAX_SPLITS:,} are allowed. Download it again, and from a source that you trust."
         )
     return split if split.num_splits > 1 else None
 
@@ -76,8 +76,8 @@ def split_files(file: Path, split: Split) -> list[Path]:
     missing = [found for found in files if not found.is_file()]
     if missing:
         raise CheckpointError(
-            f"{file}: {len(missing)} of {split.num_splits} splits are missing beside it, the first is {missing[0].name}. "
-            "Download them into the same folder."
+            f"{file}: {len(missing)} of {split.num_splits} splits are missing beside it, the first is "
+            f"{missing[0].name}. Download them into the same folder."
         )
     return files
 
