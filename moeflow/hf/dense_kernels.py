@@ -106,6 +106,81 @@ def _norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self._transformers_forward(x)
 
 
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_DATA = {torch.Tensor.data.__get__, torch.Tensor.detach}  # type: ignore[attr-defined]
+
+
+class _Read(torch.Tensor):
+    """A weight that was unpacked for who asked: what would change it in place is refused, for it would be lost."""
+
+    fixed: str
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+        if args and isinstance(args[0], cls) and (function == _SET_DATA or (in_place and name != "requires_grad_")):
+            raise ConfigError(f"a weight {args[0].fixed}")
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        if not isinstance(found, torch.Tensor):
+            return found
+        return _read(found, args[0].fixed) if function in _DATA else found.as_subclass(torch.Tensor)
+
+
+def _read(weight: torch.Tensor, fixed: str) -> torch.Tensor:
+    found = weight.as_subclass(_Read)
+    found.fixed = fixed
+    return found
+
+
+class StoredWeight(torch.nn.Module):
+    """A module whose weight [N, K] is kept in another form, and unpacked where it is asked for.
+
+    State dicts have the weight as others have it.
+
+    Attributes:
+        dtype: that the module computes in.
+        kept_in: what the weight is kept in, and `instead` what to do to change it, for errors.
+    """
+
+    dtype: torch.dtype
+    kept_in: str
+    instead: str
+
+    def unpacked(self) -> torch.Tensor:
+        """Return the weight in memory of its own, [N, K], in the module's dtype."""
+        raise NotImplementedError
+
+    @property
+    def _fixed(self) -> str:
+        return (
+            f"is kept in {self.kept_in}, which cannot be changed. To change weights, or to merge an adapter into them, "
+            f"{self.instead}."
+        )
+
+    def _weight(self) -> torch.Tensor:
+        found = self.unpacked()
+        return found if torch.compiler.is_compiling() else _read(found, self._fixed)
+
+    weight: Any = property(_weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow `.to()`, `.float()` and their like: what is kept stays, and the dtype that is computed in changes."""
+        device = next(self.buffers()).device
+        self.__dict__["dtype"] = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.unpacked()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            raise ConfigError(f"{prefix}weight {self._fixed}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 @torch.no_grad()
 def speed_up_dense(model: torch.nn.Module) -> None:
     """Give a model on the CPU moeflow's linears and norms; other modules stay as they are.

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moeflow.core import align_up
-from moeflow.errors import ConfigError
-from moeflow.hf.dense_kernels import MAX_TOKENS, FewTokensLinear
+from moeflow.hf.dense_kernels import MAX_TOKENS, FewTokensLinear, StoredWeight
 from moeflow.kernels.cpu.checks import is_plain, refusal
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.lossless import count_escapes, decode, encode, lossless_linear, lossless_rows
@@ -61,31 +60,22 @@ def _(codes: torch.Tensor, tops: Any, escapes: Any, in_features: int) -> torch.T
     return codes.new_empty(codes.shape[0], in_features, dtype=torch.bfloat16)
 
 
-class _Stored(torch.nn.Module):
-    """A module whose weight [N, K] is unpacked where it is asked for; state dicts have it as others have."""
+class _Stored(StoredWeight):
+    """A module whose weight [N, K] is kept in the lossless format."""
 
     codes: torch.Tensor
     tops: torch.Tensor
     escapes: torch.Tensor
+    kept_in = "the lossless format"
+    instead = "load the model without quantization='lossless'"
 
     @property
     def _num_columns(self) -> int:
         raise NotImplementedError
 
-    def _unpacked(self) -> torch.Tensor:
-        return torch.ops.moeflow.lossless_weight(self.codes, self.tops, self.escapes, self._num_columns)
-
-    weight: Any = property(_unpacked)  # [N, K], in memory of its own
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        raise ConfigError(
-            f"{prefix}weight is kept in the lossless format, which cannot be changed. To change weights load the model "
-            "without quantization='lossless'."
-        )
+    def unpacked(self) -> torch.Tensor:
+        found = torch.ops.moeflow.lossless_weight(self.codes, self.tops, self.escapes, self._num_columns)
+        return found.to(self.dtype)
 
 
 class LosslessLinear(_Stored, torch.nn.Linear):
@@ -105,7 +95,7 @@ class LosslessLinear(_Stored, torch.nn.Linear):
             out = lossless_linear(x, self.codes, self.tops, self.escapes, self.bias)
             if out is not None:
                 return out
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.unpacked(), self.bias)
 
 
 class LosslessEmbedding(_Stored, torch.nn.Embedding):
@@ -117,7 +107,8 @@ class LosslessEmbedding(_Stored, torch.nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of ids, [..., K]."""
-        return torch.ops.moeflow.lossless_rows(ids, self.codes, self.tops, self.escapes, self.embedding_dim)
+        rows = torch.ops.moeflow.lossless_rows(ids, self.codes, self.tops, self.escapes, self.embedding_dim)
+        return rows.to(self.dtype)
 
 
 @torch.no_grad()
@@ -187,4 +178,5 @@ def _compress(weight: torch.Tensor, modules: list[torch.nn.Module]) -> int:
         module.__class__ = LosslessEmbedding if isinstance(module, torch.nn.Embedding) else LosslessLinear
         for name, part in (("codes", codes), ("tops", tops), ("escapes", escapes)):
             module.register_buffer(name, part, persistent=False)
+        module.__dict__["dtype"] = torch.bfloat16
     return before - spec.num_bytes(shape)

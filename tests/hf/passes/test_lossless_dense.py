@@ -116,6 +116,25 @@ def test_a_state_dict_has_the_weights_and_loading_one_is_refused():
         stored.load_state_dict(found)
 
 
+def test_a_weight_that_was_read_cannot_be_changed_and_other_keys_are_loaded():
+    stored = _linear()
+    compress_dense(stored)
+    linear = stored[0]
+    for change in (lambda: linear.weight.add_(1), lambda: linear.weight.data.mul_(2)):
+        with torch.no_grad(), pytest.raises(ConfigError, match="kept in the lossless format"):
+            change()
+    bias = torch.ones_like(linear.bias)
+    linear.load_state_dict({"bias": bias}, strict=False)
+    assert torch.equal(linear.bias, bias)
+
+
+def test_another_dtype_is_followed():
+    plain, stored = _linear(), _linear()
+    compress_dense(stored)
+    x = torch.randn(3, 190)
+    assert torch.equal(stored.float()(x), torch.nn.functional.linear(x, plain[0].weight.float(), plain[0].bias.float()))
+
+
 def test_what_does_not_gain_or_is_used_otherwise_stays():
     def stays(holder):
         speed_up_dense(holder)
