@@ -281,7 +281,8 @@ def stream_answer(
     def describe(begin_s: float) -> Answer:
         num_new_tokens = len(streamer.token_ids)
         decode_s = streamer.times_s[-1] - streamer.times_s[0]
-        if streamer.token_ids[-1] in ends or streamer.stops.found is not None or (grammar is not None and grammar.complete):
+        is_complete = streamer.stops.found is not None or (grammar is not None and grammar.complete)
+        if streamer.token_ids[-1] in ends or is_complete:
             stopped = "eos"
         else:
             stopped = "length" if num_new_tokens >= params.max_new_tokens else "user"
