@@ -33,7 +33,7 @@ from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
 from moeflow.memory_size import MemorySize, parse_memory
-from moeflow.moe.choose_compute import can_use_triton, computes_lossless
+from moeflow.moe.choose_compute import can_use_triton, computes_lossless, tell_slow_blocks
 from moeflow.offload.trusting.capture import CudaCapture
 from moeflow.step.decoding import StepDecoding
 from moeflow.trace.recorder import attach_recorder
@@ -215,4 +215,5 @@ def _find_experts(
     if contract is not None:
         contract.check_stored(kernel_of([source.layout for source in layers]))
         contract.charge("pinned", staging_bytes(size.slot_bytes))
+    tell_slow_blocks({record for source in layers for record in source.layout.records}, options.torch_device)
     return Experts(folder.expert_files, folder.expert_stamps, layers, size)

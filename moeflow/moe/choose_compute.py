@@ -1,6 +1,7 @@
 """Chooses the kernels that run a layer's experts, once, from module, records and device."""
 
 import logging
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -10,7 +11,8 @@ from moeflow.hf import experts_interface
 from moeflow.hf.experts_interface import ExpertsModule
 from moeflow.kernels.activations import recognise
 from moeflow.kernels.cpu.library import instruction_set
-from moeflow.kernels.cpu.structs import DTYPES
+from moeflow.kernels.cpu.structs import DTYPES, block_number
+from moeflow.kernels.quantization.formats import find_format
 from moeflow.kernels.triton.probe import why_not
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
@@ -79,3 +81,22 @@ def computes_lossless(device: torch.device) -> bool:
             remedy,
         )
     return found
+
+
+def tell_slow_blocks(records: Iterable[RecordLayout], device: torch.device) -> None:
+    """Say once which experts in GGML's blocks have no kernel on a device.
+
+    Args:
+        records: the distinct ones of a model.
+        device: where experts are computed.
+    """
+    formats = {matrix.format for record in records for matrix in record.matrices}
+    blocks = {name for name in formats if find_format(name).kind == "ggml"}
+    slow = {name for name in blocks if device.type != "cpu" or block_number(name) is None}
+    if slow:
+        _log.warning(
+            "no kernel computes experts in %s on %s: torch unpacks them for every use, which is slow. A file in q4_k "
+            "or q8_0 is fast on a CPU.",
+            ", ".join(sorted(slow)),
+            device,
+        )

@@ -65,6 +65,15 @@ def test_every_type_gives_the_values_of_its_blocks(kind, tmp_path):
     check(tmp_path / "model.gguf", model)
 
 
+def test_a_type_without_a_kernel_is_said_to_be_slow(tmp_path, caplog):
+    for kind, said in (("IQ3_S", ["iq3_s"]), ("Q4_K", [])):
+        write_model(tmp_path / f"{kind}.gguf", "qwen3moe", qwen3(), blocks_of(kind))
+        caplog.clear()
+        load_moe(tmp_path / f"{kind}.gguf", device="cpu").moeflow.close()
+        told = [record.getMessage() for record in caplog.records if "which is slow" in record.getMessage()]
+        assert [text.split()[5] for text in told] == said
+
+
 def test_types_may_differ_between_matrices(tmp_path):
     model = write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(), blocks_of("Q4_K", down="Q6_K", dense="Q8_0"))
     check(tmp_path / "model.gguf", model)
