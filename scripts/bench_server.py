@@ -93,8 +93,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--work", type=Path, default=cache_folder() / "bench", metavar="FOLDER", help="for the GGUF file")
     add("--soak-requests", type=int, default=1000, metavar="N", help="of soak (1000)")
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2: each side goes first once")
     for name in ("threads", "rounds", "conversation", "clients", "tokens", "answers", "arrivals", "soak_requests"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -19,6 +19,7 @@ from moeflow.checkpoint.prequantized.scheme import StoredMatrix, find_matrices
 from moeflow.dtypes import parse_dtype
 from moeflow.errors import CheckpointError, ConfigError, ModelSourceError, MoeflowError, UnsupportedModelError
 from moeflow.hf.experts_interface import IMPLEMENTATION, conversions
+from moeflow.hf.files.config import read_object
 from moeflow.hf.files.generation import check_generation_file
 from moeflow.hf.gguf.dense_weights import DenseWeights
 from moeflow.hf.gguf.resolve import gguf_folder_of, is_gguf
@@ -276,9 +277,8 @@ def load_without_experts(
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
     """Return the generation config of a folder; None where it has none."""
-    if not (folder / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(folder)
+    path = folder / "generation_config.json"
+    return GenerationConfig.from_dict(read_object(path)) if path.is_file() else None
 
 
 def _incomplete(folder: Path, loaded: PreTrainedModel, missing: list[str]) -> CheckpointError | UnsupportedModelError:

@@ -16,7 +16,7 @@ from moeflow.server.settings import ServerSettings
 from moeflow.server.wire.listener import TOO_MANY
 
 _LEAVING_S = 1.0  # in which a client that is turned away may send the rest of its request
-_MOST_LEAVING = 64  # clients that may do so at once
+_MOST_LEAVING = 64  # clients that may do so at once; one more ends the one that came first
 
 
 def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
@@ -26,7 +26,7 @@ def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
     """
     most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = min(settings.max_connections, max(1, most_files // 2))
-    leaving: set[asyncio.Protocol] = set()
+    leaving: dict[asyncio.Protocol, asyncio.Transport] = {}  # in the order in which they were turned away
 
     class LimitedProtocol(H11Protocol):
         """One connection."""
@@ -46,19 +46,18 @@ def limited_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
         def _turn_away(self, transport: asyncio.Transport) -> None:
             """Say why, and let the client end: one whose request is cut off may lose the answer."""
             transport.write(TOO_MANY)
-            if len(leaving) < _MOST_LEAVING:
-                transport.write_eof()
-                leaving.add(self)
-                self._until_headers = self.loop.call_later(_LEAVING_S, transport.abort)
-            else:
-                transport.close()
+            transport.write_eof()
+            if len(leaving) >= _MOST_LEAVING:
+                leaving.pop(next(iter(leaving))).abort()
+            leaving[self] = transport
+            self._until_headers = self.loop.call_later(_LEAVING_S, transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
             _stop(self._until_headers)
             self._until_headers = None
             _stop(self._until_read)
             self._until_read = None
-            leaving.discard(self)
+            leaving.pop(self, None)
             if self.transport is not None:
                 super().connection_lost(exc)
 

@@ -4,7 +4,6 @@ Knows what is measured and printed.
 """
 
 import argparse
-import math
 import statistics
 import time
 
@@ -21,7 +20,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     """Return tokens a second of both, their ratio, and the event loop's time a token.
 
     What runs second finds another disk and another cache than what runs first, so that a ratio is the geometric mean of
-    both orders' medians.
+    both orders' medians. Neither side predicts: each would switch prediction off, or not, by its own timing.
     """
     import torch
 
@@ -37,13 +36,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     rates: dict[str, list[float]] = {"http": [], "generate": []}
     quotient: dict[str, list[float]] = {"http": [], "generate": []}  # of both rates, by the side that went first
-    loop_ms = []
-    model = load_moe(arguments.model, expert_memory=arguments.memory, device="cpu")
+    loop_ms, outside = [], []
+    model = load_moe(arguments.model, expert_memory=arguments.memory, device="cpu", predictor=None)
     prepare_step(model)
     with (
         model.moeflow,
         Engine(model, tokenizer) as engine,
-        moeflow_server(arguments.model, arguments.memory, arguments.threads) as server,
+        moeflow_server(arguments.model, arguments.memory, arguments.threads, "--predictor", "none") as server,
     ):
         for turn in range(arguments.rounds + 1):
             prompts = pieces[turn * clients : (turn + 1) * clients]
@@ -51,15 +50,18 @@ def measure(arguments: argparse.Namespace) -> dict:
             found = {}
             order = ("http", "generate") if turn % 2 else ("generate", "http")
             for side in order:
-                cpu_s = server.stats()["http"]["cpu_s"]
+                before = server.stats()
                 begin_s = time.perf_counter()
                 if side == "http":
                     ask_all(server.url, TEXT, bodies)
                 else:
                     engine.generate(prompts, params)
-                found[side] = clients * tokens / (time.perf_counter() - begin_s)
+                took_s = time.perf_counter() - begin_s
+                found[side] = clients * tokens / took_s
                 if side == "http" and turn:
-                    loop_ms.append(1000 * (server.stats()["http"]["cpu_s"] - cpu_s) / (clients * tokens))
+                    after = server.stats()
+                    loop_ms.append(1000 * (after["http"]["cpu_s"] - before["http"]["cpu_s"]) / (clients * tokens))
+                    outside.append(1 - (after["engine"]["step_s"] - before["engine"]["step_s"]) / took_s)
             if turn:  # the first one warms up
                 quotient[order[0]].append(found["http"] / found["generate"])
                 for side, rate in found.items():
@@ -69,10 +71,11 @@ def measure(arguments: argparse.Namespace) -> dict:
         "tokens": tokens,
         "http_tokens_per_s": spread(rates["http"]),
         "generate_tokens_per_s": spread(rates["generate"]),
-        "ratio": math.sqrt(math.prod(map(statistics.median, quotient.values()))),
-        "by_order": {first: spread(found) for first, found in quotient.items()},
+        "ratio": statistics.geometric_mean(statistics.median(found) for found in quotient.values() if found),
+        "by_order": {first: spread(found) for first, found in quotient.items() if found},
         "goal": GOAL,
         "loop_ms_per_token": spread(loop_ms),
+        "outside_steps": spread(outside),
         "goal_ms": GOAL_MS,
     }
 
@@ -85,5 +88,6 @@ def lines(found: dict) -> list[str]:
         f"Engine.generate: {ranged(found['generate_tokens_per_s'], 1, 0, 1)} tok/s",
         f"ratio {found['ratio']:.3f}, goal at least {found['goal']}",
         *(f"  where {first} goes first: {ranged(ratio, 1, 0, 3)}" for first, ratio in found["by_order"].items()),
+        f"of the time over HTTP {ranged(found['outside_steps'], 100, 0, 2)} % lie outside the engine's steps",
         f"event loop {ranged(found['loop_ms_per_token'], 1, 0, 3)} ms a token, goal below {found['goal_ms']}",
     ]

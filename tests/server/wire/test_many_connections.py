@@ -5,7 +5,7 @@ import os
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import openai
 import pytest
@@ -108,9 +108,12 @@ def test_of_ten_thousand_those_beyond_the_limit_are_told_so_and_the_others_held(
         until(lambda: num_files(client) <= before)
 
 
-def test_a_client_that_is_turned_away_while_it_sends_is_not_cut_off(small):
-    with serving(small, max_connections=1) as client:
+@pytest.mark.parametrize("before", [0, 100])
+def test_a_client_that_is_turned_away_while_it_sends_is_not_cut_off(small, before):
+    with serving(small, max_connections=1) as client, ExitStack() as silent:
         assert client.get("/health").status_code == 200  # this one is kept alive
+        for _ in range(before):  # more than may leave in peace at once
+            silent.enter_context(raw_socket(client))
         with raw_socket(client) as late:
             answer = late.makefile("rb")
             assert answer.readline().startswith(b"HTTP/1.1 503")
