@@ -93,7 +93,7 @@ def test_a_figure_has_its_baseline_and_the_last_line_is_json(folder, capsys):
     assert turn["ratio"]["median"] == pytest.approx(turn["second_s"]["median"] / turn["first_s"]["median"])
     speed = found["throughput"]
     rates = speed["http_tokens_per_s"]["median"], speed["generate_tokens_per_s"]["median"]
-    assert speed["ratio"]["median"] == pytest.approx(rates[0] / rates[1])
+    assert speed["ratio"] == pytest.approx(rates[0] / rates[1])
     assert speed["loop_ms_per_token"]["median"] > 0
 
 
