@@ -5,7 +5,7 @@ Knows folders and GGUF's tensors. Knows nothing of budgets.
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +148,17 @@ def _write_metadata(header: "gguf.GGUFWriter", folder: ModelFolder, architecture
     header.add_name(folder.path.name)
     header.add_file_type(EXPERT_KINDS[kind])
     header.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in architecture.metadata(folder.config).items():
+    add_keys(header, architecture.metadata(folder.config))
+
+
+def add_keys(header: "gguf.GGUFWriter", keys: Mapping[str, Any]) -> None:
+    """Add keys of metadata, each as the type that its value has.
+
+    Args:
+        header: of the file that is written.
+        keys: truth values, whole numbers (uint32), floats (float32), texts, and lists of one of these.
+    """
+    for key, value in keys.items():
         if isinstance(value, bool):
             header.add_bool(key, value)
         elif isinstance(value, int):

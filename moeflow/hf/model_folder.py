@@ -19,7 +19,7 @@ from moeflow.checkpoint.lossless_source import with_checks
 from moeflow.checkpoint.packed_file import PACKED_FILE, packed_dtype, read_packed
 from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.dtypes import FLOAT_DTYPES
-from moeflow.errors import ConfigError
+from moeflow.errors import ConfigError, UnsupportedModelError
 from moeflow.hf import pretrained
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts, map_layouts
 from moeflow.hf.experts_interface import expert_parameters, experts_modules
@@ -30,6 +30,7 @@ from moeflow.hf.gguf.expert_sources import map_blocks
 from moeflow.hf.gguf.feeding import Fed, feed
 from moeflow.hf.gguf.folder import open_gguf_of
 from moeflow.hf.wall import one_line, wall
+from moeflow.kernels.quantization.ggml import BLOCK_TYPES
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -262,6 +263,12 @@ class ModelFolder:
     def fed(self, empty: PreTrainedModel) -> dict[str, Fed]:
         """Return what feeds each parameter of the empty model in the GGUF file, where the folder stands for one."""
         assert self.gguf is not None, "asked only where there is one"
+        for name, entry in self.gguf.tensors.items():
+            if not BLOCK_TYPES[entry.dtype].format:
+                raise UnsupportedModelError(
+                    f"{self.gguf.files[entry.file]}: {name} is stored as {entry.dtype}, which moeflow does not read. "
+                    "Use another file of the model: docs/gguf.md lists the types."
+                )
         architecture = find_architecture(self.gguf.metadata["general.architecture"])
         names = [name for name, _ in empty.named_parameters(remove_duplicate=False)]
         persistent = empty.state_dict().keys()

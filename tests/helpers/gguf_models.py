@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from moeflow.convert.gguf import add_keys
 from moeflow.hf.experts_interface import expert_parameters
 from moeflow.hf.gguf.architectures import find_architecture
 from moeflow.hf.gguf.feeding import Fed, feed
@@ -64,9 +65,7 @@ def write_model(
     known, rng, config = find_architecture(architecture), np.random.default_rng(seed), model.config
     assert known.metadata is not None, architecture
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in known.metadata(config).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key, value)
+    add_keys(writer, known.metadata(config))
     _add_words(writer, config.vocab_size)
     state = model.state_dict()
     experts = expert_parameters(model)

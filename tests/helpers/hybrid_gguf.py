@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import transformers
 
+from moeflow.convert.gguf import add_keys
 from moeflow.hf.gguf.architecture import Architecture, Rule, Same
 
 VOCABULARY = 288
@@ -222,17 +223,7 @@ def write_file(model: transformers.PreTrainedModel, architecture: Architecture, 
     """Write a GGUF file in float32 with a vocabulary of bytes."""
     assert architecture.metadata
     writer = gguf.GGUFWriter(path, architecture.name)
-    for key, value in architecture.metadata(model.config).items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+    add_keys(writer, architecture.metadata(model.config))
     _add_vocabulary(writer, model.config)
     for name, tensor in write_tensors(model, architecture).items():
         writer.add_tensor(name, tensor.contiguous().numpy())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from moeflow.checkpoint.gguf.header import MAX_TENSORS, GgufHeader, read_header
 from moeflow.checkpoint.gguf.splits import Split, check_belongs, find_split, split_files
 from moeflow.checkpoint.headers import TensorEntry
-from moeflow.checkpoint.reading.file_stamp import FileStamp, check_unchanged
+from moeflow.checkpoint.reading.file_stamp import FileStamp
 from moeflow.errors import CheckpointError
 from moeflow.formatting import brief
 
@@ -34,14 +34,6 @@ class GgufFile(NamedTuple):
     stamps: list[FileStamp]
     metadata: Mapping[str, Any]
     tensors: dict[str, TensorEntry]
-
-    def check_unchanged(self) -> None:
-        """Refuse files that changed since their headers were read.
-
-        Raises:
-            CheckpointError: one is another file now, was written to, or is gone; the message names it.
-        """
-        check_unchanged(self.files, self.stamps)
 
 
 def open_gguf(path: Path) -> GgufFile:

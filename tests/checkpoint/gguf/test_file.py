@@ -21,6 +21,7 @@ from helpers.gguf_files import (
     write_gguf,
 )
 from moeflow.checkpoint.gguf.file import open_gguf
+from moeflow.checkpoint.reading.file_stamp import check_unchanged
 from moeflow.errors import CheckpointError
 
 KINDS = gguf.GGUFValueType
@@ -145,14 +146,14 @@ def test_a_found_file_can_be_sent_to_another_process(tmp_path):
 def test_a_file_that_changes_is_refused(tmp_path):
     (file,) = write_gguf(tmp_path / "m.gguf", {"a": np.ones(4, np.float32)})
     found = open_gguf(file)
-    found.check_unchanged()
+    check_unchanged(found.files, found.stamps)
     with open(file, "ab") as handle:
         handle.write(b"x")
     with pytest.raises(CheckpointError, match=r"m\.gguf changed on disk"):
-        found.check_unchanged()
+        check_unchanged(found.files, found.stamps)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"m\.gguf is gone"):
-        found.check_unchanged()
+        check_unchanged(found.files, found.stamps)
 
 
 _OPEN = """

@@ -17,6 +17,7 @@ from helpers.gguf_files import (
     write_gguf,
 )
 from moeflow.checkpoint.gguf.file import open_gguf
+from moeflow.checkpoint.reading.file_stamp import check_unchanged
 from moeflow.errors import CheckpointError
 
 TENSORS = {f"blk.{n}.weight": np.full((2, 4), n, np.float32) for n in range(5)}
@@ -57,10 +58,10 @@ def test_any_split_opens_all(files, given):
 
 def test_a_split_that_changes_is_refused(files):
     found = open_gguf(files[1])
-    found.check_unchanged()
+    check_unchanged(found.files, found.stamps)
     files[2].write_bytes(files[2].read_bytes() + b"x")
     with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf changed on disk"):
-        found.check_unchanged()
+        check_unchanged(found.files, found.stamps)
 
 
 def test_missing_splits_are_named(files):

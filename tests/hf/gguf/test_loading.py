@@ -6,6 +6,8 @@ import transformers
 
 from helpers.gguf_models import write_model
 from moeflow import load_moe
+from moeflow.errors import UnsupportedModelError
+from moeflow.hf.model_folder import ModelFolder
 
 VOCAB = 320
 PROMPT = torch.arange(5, 16)[None]
@@ -128,3 +130,15 @@ def test_floats_are_rounded_as_transformers_rounds_them(tmp_path):
         assert found["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
         for name, value in found.items():
             assert torch.equal(value, wanted[name]), name
+
+
+def test_a_type_that_is_not_read_is_refused_by_its_tensor(tmp_path):
+    write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(), blocks_of("Q8_0"))
+    for name in ("blk.1.ffn_down_exps.weight", "blk.0.attn_q.weight"):
+        folder = ModelFolder(tmp_path / "model.gguf")
+        tensors = {**folder.gguf.tensors, name: folder.gguf.tensors[name]._replace(dtype="Q8_K")}
+        folder.gguf = folder.gguf._replace(tensors=tensors)
+        with pytest.raises(UnsupportedModelError, match=f"{name} is stored as Q8_K"):
+            folder.layers(folder.empty_model())
+        with pytest.raises(UnsupportedModelError, match=f"{name} is stored as Q8_K"):
+            folder.dense_weights(torch.float32, keeps_blocks=True)
