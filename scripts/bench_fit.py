@@ -5,8 +5,11 @@
 Rows are of the demo model and of the same with every expert cut in two (32 experts a layer, top-4), in bfloat16,
 lossless, int8 and int4, at 12.5, 25, 50 and 100 % of the experts, in a memory cgroup of 1000 MB and without one. The
 folders are written below --work once, and each is run once before anything is measured, so that its decode step lies on
-the disk as a program. Then the plan of every row is made and a process loads the model by it. A 671B model's headers,
-163 sparse shards, are planned last. The last line printed is one JSON object.
+the disk as a program. Hit rates are those that `moeflow fit` takes: of the demo model its measured curve, which other
+texts gave; of the cut one, which is like no model that was measured, a trace of answers to other prompts. Then the plan
+of every row is made and a process loads the model by it. It answers twice: prefill is that of the first prompt, for
+which nothing is resident, decoding that of the second answer, when the cache is warm. A 671B model's headers, 163
+sparse shards, are planned last. The last line printed is one JSON object.
 """
 
 import argparse
@@ -24,7 +27,12 @@ FORMATS = ("bf16", "lossless", "int8", "int4")
 SHARES = (0.125, 0.25, 0.5, 1.0)
 PROMPT_TOKENS, CONTEXT = 256, 512
 LIMITS = {"peak": (-0.03, 0.10), "decode": (-0.25, 0.25), "prefill": (-0.35, 0.35)}  # planned / measured - 1
-_SKIPPED_TOKENS = 4  # of decoding: the program is read from the disk, and pages are touched for the first time
+_SKIPPED_TOKENS = 4  # of decoding: what the prompt left is not what an answer wants
+_OTHER_PROMPTS = (
+    "List five reasons why people keep bees, and explain each in a sentence.",
+    "def quicksort(items):",
+    "Once upon a time a lighthouse keeper found a letter in a bottle. It said:",
+)
 _TEXT = (
     "A river begins as rain on high ground. It gathers in hollows, finds the lowest way through stone and soil, and on "
     "its way it is given names by the people who live beside it. Towns grow where it can be crossed, mills where it "
@@ -38,7 +46,7 @@ from moeflow.hardware import process_memory_bytes
 from moeflow.hf.pretrained import load_tokenizer
 
 folder, plan, num_prompt, num_new, text = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-ids = torch.tensor([(load_tokenizer(folder)(text * 8)["input_ids"] * num_prompt)[:num_prompt]])
+tokens = (load_tokenizer(folder)(text * 8)["input_ids"] * num_prompt)
 options = {"expert_memory": "25%", "device": "cpu"} if plan == "-" else {"plan": plan}
 times = []
 
@@ -48,19 +56,39 @@ class Clock:
 
 model = moeflow.load_moe(folder, **options)
 with model.moeflow:
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_new, min_new_tokens=num_new,
-                   do_sample=False, streamer=Clock())
+    def answer(begin):
+        times.clear()
+        ids = torch.tensor([tokens[begin : begin + num_prompt]])
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_new, min_new_tokens=num_new,
+                       do_sample=False, streamer=Clock())
+    answer(0)
+    prefill = num_prompt / (times[1] - times[0])
+    model.moeflow.reset_stats()
+    answer(num_prompt // 2)
     stats = model.moeflow.stats()
     skipped = min(1 + SKIPPED, len(times) - 2)
     print(json.dumps({
         "peak_bytes": process_memory_bytes()[1],
-        "prefill_tok_s": num_prompt / (times[1] - times[0]),
+        "prefill_tok_s": prefill,
         "decode_tok_s": (len(times) - 1 - skipped) / (times[-1] - times[skipped]),
         "hit_rate": stats["decode"]["hit_rate"],
         "step": stats["step"]["mode"],
+        "prediction": stats["prediction"]["reason"],
         "plan": stats["plan"],
     }))
 """.replace("SKIPPED", str(_SKIPPED_TOKENS))
+_TRACE = """
+import sys
+import moeflow
+from moeflow.hf.pretrained import load_tokenizer
+
+folder, file, *prompts = sys.argv[1:]
+model, tokenizer = moeflow.load_moe(folder, device="cpu", predictor=None, trace=file), load_tokenizer(folder)
+with model.moeflow:
+    for prompt in prompts:
+        model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=96, min_new_tokens=96, do_sample=True)
+print("{}")
+"""
 _FIT = """
 import sys, time
 begin = time.perf_counter()
@@ -117,17 +145,35 @@ def run(command: list[str], cap: int | None = None, timeout_s: float = 600) -> d
     return json.loads(ended.stdout.strip().splitlines()[-1]) | {"cgroup_peak_bytes": ended.peak_bytes}
 
 
-def measure(row, folder: Path, profile, num_new: int, work: Path) -> dict:
+def curves(demo: Path, fine: Path, work: Path) -> dict:
+    """Return the hit rates of both models: the demo model's measured ones, and those of a trace of the cut one."""
+    from moeflow.fit.hit_curves import curve_for, curve_of_trace
+    from moeflow.fit.sizes import sizes_of
+
+    found = {}
+    for model, folder in (("demo", demo), ("fine", fine)):
+        sizes = sizes_of(folder)
+        num_experts = max(layer.num_experts for layer in sizes.layers)
+        if model == "demo":
+            found[model] = curve_for(num_experts, sizes.top_k)
+            continue
+        file = work / "fine.trace"
+        if not file.exists():
+            traced = run([sys.executable, "-c", _TRACE, str(folder), str(file), *_OTHER_PROMPTS])
+            assert "error" not in traced, traced["error"]
+        found[model] = curve_of_trace(file, of=(len(sizes.layers), num_experts, sizes.top_k))
+    return found
+
+
+def measure(row, folder: Path, profile, curve, num_new: int, work: Path) -> dict:
     """Plan one row and run it."""
     from moeflow.fit.fit import Survey
-    from moeflow.fit.hit_curves import curve_for
     from moeflow.fit.rows import Wish, row_maker
     from moeflow.fit.sizes import sizes_of
 
     model, form, share, cap = row
     sizes = sizes_of(folder)
     wish = Wish(CONTEXT, 1, cap or 16_000_000_000)
-    curve = curve_for(max(layer.num_experts for layer in sizes.layers), sizes.top_k)
     made = row_maker(sizes, sizes.published, wish, profile, curve)(
         int(share * sizes.experts_bytes(sizes.published)), f"{share:.1%}"
     )
@@ -151,16 +197,11 @@ def measure(row, folder: Path, profile, num_new: int, work: Path) -> dict:
 
 def large(profile, repeats: int = 3) -> dict:
     """Plan a 671B model by the headers of 163 sparse shards, in processes of their own."""
-    from helpers.large_checkpoint import write_large_checkpoint
+    from helpers.large_checkpoint import LARGE_CONFIG, write_large_checkpoint
 
-    config = {
-        "model_type": "deepseek_v3", "num_hidden_layers": 61, "n_routed_experts": 256, "num_experts_per_tok": 8,
-        "hidden_size": 7168, "vocab_size": 129280, "torch_dtype": "bfloat16", "kv_lora_rank": 512,
-        "qk_rope_head_dim": 64, "num_attention_heads": 128, "max_position_embeddings": 163840,
-    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         write_large_checkpoint(Path(folder))
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "config.json").write_text(json.dumps(LARGE_CONFIG))
         command = [sys.executable, "-c", _FIT, folder, json.dumps(profile.to_dict())]
         runs = [run(command) for _ in range(repeats)]
     return {name: max(one[name] for one in runs) for name in ("seconds", "peak_bytes")}
@@ -183,6 +224,7 @@ def main(argv=None) -> int:
     for folder in dict.fromkeys(found[model, form] for model, form, *_ in rows):
         first = run([sys.executable, "-c", _CHILD, str(folder), "-", "64", "8", _TEXT])
         assert "error" not in first, first["error"]
+    rates = curves(found["demo", "bf16"], found["fine", "bf16"], arguments.work)
     profile = measure_profile(arguments.work, seconds=arguments.seconds)
     card = describe("moeflow", "torch", "transformers") | {"machine": profile.hardware}
     print(f"{card['machine']}, load {card['load']:.1f}; planned / measured - 1 in brackets\n")
@@ -190,7 +232,7 @@ def main(argv=None) -> int:
     print("|---|---|---|---|---|---|---|---|")
     results = []
     for row in rows:
-        results.append(facts := measure(row, found[row[:2]], profile, arguments.tokens, arguments.work))
+        results.append(facts := measure(row, found[row[:2]], profile, rates[row[0]], arguments.tokens, arguments.work))
         print(_line(facts), flush=True)
     about = large(profile)
     print(f"\n671B, 163 shards: {about['seconds']:.2f} s, {about['peak_bytes'] / 1e6:.0f} MB (limits 3 s, 100 MB)")

@@ -38,6 +38,8 @@ def profile_text(profile: MachineProfile) -> str:
     rows = [
         ("measured on", profile.hardware),
         ("memory, read", _by_number(profile.memory_read, "threads")),
+        ("memory, first written", _rate(profile.memory_touch)),
+        *((f"an expert's first {name}", _rate(rate)) for name, rate in profile.first_check.items()),
         ("disk", profile.disk),
         ("disk, four experts at a time", _by_size(profile.disk_read)),
         ("disk, one expert at a time", _by_size(profile.disk_read_alone)),

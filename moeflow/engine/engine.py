@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moeflow.engine.kv_cache.budget import step_tokens
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
 from moeflow.engine.regrouping.step_groups import StepGroups
@@ -40,7 +41,8 @@ class Engine:
         model: of `load_moe`, or any transformers causal LM whose cache holds keys and values only.
         tokenizer: the model's; None where prompts are token ids and no text is wanted.
         max_batch_size: the largest number of sequences that run at once.
-        max_step_tokens: most tokens in one pass; prompts are cut to fit beside the tokens of those that decode.
+        max_step_tokens: most tokens in one pass; prompts are cut to fit beside the tokens of those that decode. Fewer
+            where the model was loaded by a plan with shorter passes.
         kv_memory: most bytes of all sequences' keys and values, taken as they come and grow: a number, "2GiB", or
             "auto" (what `load_moe` kept for them, else 2 GiB; never more than max_batch_size sequences of the whole
             context take).
@@ -73,7 +75,10 @@ class Engine:
         jump_forward: bool = True,
     ) -> None:
         self._scheduler = Scheduler(
-            max_batch_size, max_step_tokens, share_prefixes=share_prefixes, max_waiting=max_waiting
+            max_batch_size,
+            step_tokens(max_step_tokens, max_batch_size, model),
+            share_prefixes=share_prefixes,
+            max_waiting=max_waiting,
         )
         observers = getattr(getattr(model, "moeflow", None), "observers", ())
         if any(isinstance(observer, TraceRecorder) for observer in observers):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from moeflow import hardware
 from moeflow.errors import BudgetError, ConfigError
 from moeflow.fit.config_facts import read_config
+from moeflow.fit.memory import pass_tokens
 from moeflow.fit.plan import Plan
 from moeflow.formatting import format_bytes
 from moeflow.machine.identity import hardware as machine_name
@@ -29,6 +30,22 @@ class Phase(Protocol):
     @property
     def hit_rate(self) -> float | None:
         """Share of the demands that were resident."""
+
+
+class Pass(Protocol):
+    """What a contract looks at of a pass of the model."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows."""
+
+    @property
+    def num_positions(self) -> int:
+        """New tokens of each row."""
+
+    @property
+    def cache(self) -> object:
+        """Where keys and values of a whole answer grow; None where an engine has them in its own line."""
 
 
 class Contract:
@@ -131,6 +148,42 @@ class Contract:
                 "more: moeflow fit with a larger --context, --batch or --memory."
             )
         self._charged[line] = num_bytes
+
+    @property
+    def pass_tokens(self) -> int:
+        """The most tokens of one pass."""
+        return pass_tokens(self.plan.context, self.plan.batch)
+
+    def check_pass(self, begun: Pass) -> None:
+        """Refuse a pass that is longer, or whose sequences are, than planned. Nothing is computed then.
+
+        Args:
+            begun: the pass.
+
+        Raises:
+            BudgetError: names the line that it would go over.
+        """
+        plan, tokens = self.plan, begun.num_sequences * begun.num_positions
+        if tokens > self.pass_tokens:
+            raise BudgetError(
+                f"activations: a pass of {tokens:,} tokens is asked for, and the plan has room for "
+                f"{self.pass_tokens:,}. Give a shorter prompt or fewer at once, or make a plan with more: moeflow fit "
+                "--context."
+            )
+        cache: Any = begun.cache
+        if not hasattr(cache, "get_seq_length") or hasattr(cache, "describe_pass"):  # an engine's is charged as a whole
+            return
+        try:
+            length = cache.get_seq_length()
+        except ValueError:  # it keeps no positions
+            return
+        positions, most = begun.num_sequences * (length + begun.num_positions), plan.context * plan.batch
+        if positions > most:
+            raise BudgetError(
+                f"key_values: {positions:,} positions would be kept, and the plan has {most:,} ({plan.batch} x "
+                f"{plan.context:,}). Ask for fewer new tokens, or make a plan with more: moeflow fit "
+                "--context, --batch."
+            )
 
     def watch(self, line: str, read: Callable[[], int | None]) -> None:
         """Have a line's bytes read when they are told.

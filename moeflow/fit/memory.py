@@ -54,6 +54,16 @@ def staging_bytes(slot_bytes: int) -> int:
     return READ_THREADS * align_up(slot_bytes, _STAGING_ALIGNMENT)
 
 
+def pass_tokens(context: int, batch: int) -> int:
+    """Return the tokens of the longest pass: a prompt of one sequence, or a step of several.
+
+    Args:
+        context: positions of a sequence.
+        batch: sequences at once.
+    """
+    return context if batch == 1 else min(context * batch, MOST_STEP_TOKENS)
+
+
 def memory_lines(
     sizes: ModelSizes,
     form: StoredAs,
@@ -74,7 +84,7 @@ def memory_lines(
         process_bytes: of a process without weights, as measured; the constant where that is less.
     """
     config, slot = sizes.config, sizes.slot_bytes(form)
-    tokens = context if batch == 1 else min(context * batch, MOST_STEP_TOKENS)
+    tokens = pass_tokens(context, batch)
     widest = max(max(shape[-2:], default=0) for layer in sizes.layers for shape in layer.shapes)
     per_token = 4 * (_HIDDEN_COPIES * config.hidden_size + 2 * sizes.top_k * (config.hidden_size + widest))
     return {

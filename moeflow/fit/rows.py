@@ -134,7 +134,6 @@ def row_maker(
 ) -> Callable[[int, str], Row]:
     """Return what makes the row of a format from the bytes that experts may take and the budget's name."""
     model, all_bytes = SpeedModel(sizes, form, profile), sizes.experts_bytes(form)
-    prefill = model.prefill_tok_s(wish.prompt_tokens)
 
     def make(expert_bytes: int, budget: str) -> Row:
         share = min(expert_bytes / all_bytes, 1.0)
@@ -158,7 +157,7 @@ def row_maker(
             ),
             memory_bytes=wish.memory_bytes,
             hit_rate=rates,
-            prefill_tok_s=prefill,
+            prefill_tok_s=model.prefill_tok_s(wish.prompt_tokens, expert_bytes),
             decode_tok_s=model.decode_tok_s(rates, batch=wish.batch, context=wish.context // 2),
             bound=max(parts, key=lambda name: parts[name]),
         )

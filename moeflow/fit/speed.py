@@ -11,12 +11,11 @@ from moeflow.fit.formats import StoredAs
 from moeflow.fit.hit_curves import Range
 from moeflow.fit.sizes import ModelSizes
 from moeflow.kernels.quantization.formats import FORMATS
-from moeflow.machine.profile import MachineProfile
+from moeflow.machine.profile import MANY_TOKENS, MachineProfile
 
 READS_IN_FLIGHT = 4
 MISS_LAYER_S = 150e-6  # of the runtime's Python for a layer that misses: out of the native program and back
 _WIDE = 1.25  # how far beyond the range of hit rates speeds may lie
-_MANY_TOKENS = 16  # of an expert, from which its kernel is bound by arithmetic
 # Of the bits of GGML's blocks.
 _OF_BITS = {8: "int8-g64", 6: "int8-g64", 5: "int4-g64", 4: "int4-g64", 3: "int3-g64", 2: "int2-g64", 1: "int2-g64"}
 # Formats in whose place another is taken, where a profile has not measured them.
@@ -109,20 +108,23 @@ class SpeedModel:
             total += share * compute
         return scale * total
 
-    def prefill_s(self, tokens: int) -> float:
+    def prefill_s(self, tokens: int, expert_bytes: float = 0) -> float:
         """Return the seconds of a first prompt: nothing is resident, and every expert that it demands is read.
 
         Args:
             tokens: of the prompt.
+            expert_bytes: that experts may take: memory that is written for the first time.
         """
         sizes, profile = self._sizes, self._profile
-        flops = self._rate(profile.kernel_flops)
-        experts = 0.0
+        experts = demanded = 0.0
         for layer in sizes.layers:
             load = self._load(layer.num_experts, layer, tokens)
-            compute = max(load.num_experts * load.compute_s, 2 * tokens * sizes.top_k * layer.num_weights() / flops)
+            compute = load.num_experts * load.compute_s
             read = self._read_s(load, max(round(load.num_experts), 1))
-            experts += max(compute, read + compute / max(load.num_experts, 1)) + MISS_LAYER_S
+            experts += max(compute, read + load.compute_s) + MISS_LAYER_S
+            demanded += load.num_experts * load.read_bytes
+        touched = min(demanded, expert_bytes) / profile.memory_touch
+        checked = demanded * self._first_check_s / profile.threads
         dense = max(
             2 * tokens * self._dense_weights / profile.dense_flops,
             sizes.dense_read_bytes(self._form) / profile.dense_read,
@@ -130,17 +132,24 @@ class SpeedModel:
         values = sum(sizes.config.attention.values)
         attention = 2 * tokens * tokens * values / profile.dense_flops
         fixed = sizes.config.num_layers * profile.layer_s["python"] + profile.step_s.get("python", 0.0)
-        return experts + dense + attention + fixed
+        return experts + touched + checked + dense + attention + fixed
 
     def decode_tok_s(self, hit_rate: Range, *, batch: int = 1, context: int = 0) -> Range:
         """Return tokens a second of all sequences together: low, expected, high."""
         low, mid, high = (batch / self.decode_s(rate, batch=batch, context=context) for rate in hit_rate)
         return Range(low / _WIDE, mid, high * _WIDE)
 
-    def prefill_tok_s(self, tokens: int) -> Range:
-        """Return tokens a second of a first prompt: low, expected, high."""
-        rate = tokens / self.prefill_s(tokens)
+    def prefill_tok_s(self, tokens: int, expert_bytes: float = 0) -> Range:
+        """Return tokens a second of a first prompt: low, expected, high; arguments as of `prefill_s`."""
+        rate = tokens / self.prefill_s(tokens, expert_bytes)
         return Range(rate / _WIDE, rate, rate * _WIDE)
+
+    @property
+    def _first_check_s(self) -> float:
+        """Seconds of a core for a byte of an expert that is read for the first time."""
+        rates, form = self._profile.first_check, self._form
+        names = ["checksum"] * form.is_packed + ["lossless"] * (form.kernel == "bf16-lossless")
+        return sum(1 / rates[name] for name in names if name in rates)
 
     @property
     def _dense_weights(self) -> float:
@@ -154,10 +163,19 @@ class SpeedModel:
         each = tokens * self._sizes.top_k / count
         in_memory = layer.memory_bytes if self._form.is_published else self._form.slot_bytes(layer.shapes)
         stored = layer.stored_bytes if self._form.is_published else in_memory
-        rates = self._kernel
-        wanted = min(each, _MANY_TOKENS)
-        compute = in_memory / _between(rates, wanted)
+        compute = self._expert_s(in_memory, layer.num_weights(), each)
         return Load(count, compute, stored, layer.pieces if self._form.is_published else 1)
+
+    def _expert_s(self, num_bytes: float, num_weights: float, tokens: float) -> float:
+        """Return the seconds of an expert in memory with so many tokens: between measured ones, a straight line."""
+        many_s = 2 * MANY_TOKENS * num_weights / self._rate(self._profile.kernel_flops)
+        times = {count: num_bytes / rate for count, rate in sorted(self._kernel.items())} | {MANY_TOKENS: many_s}
+        if tokens >= MANY_TOKENS:
+            return many_s * tokens / MANY_TOKENS
+        for (left, few_s), (right, more_s) in itertools.pairwise(times.items()):
+            if tokens <= right:
+                return few_s + max(tokens - left, 0) / (right - left) * (more_s - few_s)
+        raise AssertionError("more tokens were told above")
 
     def _read_s(self, load: Load, misses: int) -> float:
         """Return the seconds of reading this many experts beside each other."""

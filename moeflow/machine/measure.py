@@ -13,7 +13,7 @@ from moeflow.machine.store import keep_profile
 from moeflow.paths import cache_folder
 from moeflow.progress import ShareCallback
 
-_SHARES = {"memory": 0.08, "disk": 0.27, "experts": 0.37, "dense": 0.06, "layers": 0.16, "copies": 0.06}
+_SHARES = {"memory": 0.08, "disk": 0.27, "experts": 0.35, "checks": 0.02, "dense": 0.06, "layers": 0.16, "copies": 0.06}
 
 
 def _tell_nothing(share: float, text: str) -> None:
@@ -56,13 +56,15 @@ def measure_profile(
     from moeflow.machine.measuring.copies import copies
     from moeflow.machine.measuring.dense import dense_speeds
     from moeflow.machine.measuring.disk import disk_read
-    from moeflow.machine.measuring.experts import expert_speeds
+    from moeflow.machine.measuring.experts import check_speeds, expert_speeds
     from moeflow.machine.measuring.layers import layer_times
-    from moeflow.machine.measuring.memory import memory_read
+    from moeflow.machine.measuring.memory import memory_read, memory_touch
 
+    touch = memory_touch()  # before anything else takes memory that is fresh
     memory = memory_read(max(usable_cores(), torch.get_num_threads()), begin("memory", "reading memory"))
     disk, alone = disk_read(place, begin("disk", f"reading the disk of {place}"))
     kernel_read, kernel_flops = expert_speeds(begin("experts", "running experts in each format"))
+    checks = check_speeds(begin("checks", "checking experts"))
     dense_read, dense_flops = dense_speeds(begin("dense", "multiplying with dense matrices"))
     layers = layer_times(begin("layers", "decoding with tiny models"))
     copied = copies(begin("copies", "copying to the GPU"))
@@ -70,6 +72,8 @@ def measure_profile(
         hardware=hardware(),
         threads=torch.get_num_threads(),
         memory_read=memory,
+        memory_touch=touch,
+        first_check=checks,
         disk=disk_of(place),
         disk_read=disk,
         disk_read_alone=alone,

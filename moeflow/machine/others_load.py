@@ -24,10 +24,11 @@ class OthersLoad:
 
     @staticmethod
     def _seconds() -> tuple[float, float, float] | None:
-        """Return wall seconds, busy seconds of all cores, and those of this process."""
+        """Return wall seconds, busy seconds of all cores, and those of this process and its children."""
         try:
             ticks = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
         except OSError:
             return None
         busy = sum(ticks) - ticks[3] - ticks[4]  # without idling and waiting for disks
-        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
+        own = time.process_time() + sum(os.times()[2:4])  # and of children that have ended
+        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), own

@@ -11,7 +11,8 @@ from typing import Any
 from moeflow.errors import ConfigError
 from moeflow.formatting import brief
 
-FORMAT = 1
+FORMAT = 2
+MANY_TOKENS = 256  # of an expert, at which `kernel_flops` is measured
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,14 @@ class MachineProfile:
         hardware: what was measured: processor, cores, memory, instruction set, GPUs, limits, moeflow's version.
         threads: of torch and the kernels, in all figures but memory_read's.
         memory_read: threads -> bytes a second that kernels read from memory.
+        memory_touch: bytes a second at which fresh memory is first written, as the experts' slots are taken.
+        first_check: "checksum", "lossless" -> bytes a second of one core that compares a packed expert with its checksum,
+            and looks for codes that name no value, when it reads the expert for the first time.
         disk: the file system that was read: its mount point, type and device.
         disk_read: bytes of an expert -> bytes a second, past the page cache, as many in flight as the runtime has.
         disk_read_alone: the same with one in flight.
-        kernel_read: weight format -> tokens of an expert (1, 4, 16) -> bytes of weights a second, experts in memory.
-        kernel_flops: weight format -> FLOP a second of experts with many tokens.
+        kernel_read: weight format -> tokens of an expert (1, 4, 16, 64) -> bytes of weights a second, from memory.
+        kernel_flops: weight format -> FLOP a second of experts with `MANY_TOKENS`.
         dense_read: bytes a second of the matrices that are not experts, at one token.
         dense_flops: FLOP a second of the same, at many tokens.
         layer_s: "native", "python" -> seconds that a layer of a decode step takes beside its weights; no "native"
@@ -42,6 +46,8 @@ class MachineProfile:
     hardware: str
     threads: int
     memory_read: dict[int, float]
+    memory_touch: float
+    first_check: dict[str, float]
     disk: str
     disk_read: dict[int, float]
     disk_read_alone: dict[int, float]
@@ -79,6 +85,8 @@ class MachineProfile:
                 hardware=_text(found["hardware"]),
                 threads=_count(found["threads"]),
                 memory_read=_by_number(found["memory_read"]),
+                memory_touch=_rate(found["memory_touch"]),
+                first_check=_by_name(found["first_check"]),
                 disk=_text(found["disk"]),
                 disk_read=_by_number(found["disk_read"]),
                 disk_read_alone=_by_number(found["disk_read_alone"]),

@@ -191,6 +191,8 @@ class PredictionLoop:
         misses, net_s = stats.misses, self.prefetcher.ledger.net_s
         before_misses, before_net_s = self._before
         self._before = (misses, net_s)
+        if self.prefetcher.everything_fits:
+            return self._switch.rest()
         return self._switch.step(step_s, misses - before_misses, net_s - before_net_s)
 
     def _begin_prefill(self, token_ids: torch.Tensor | None, num_sequences: int) -> None:

@@ -88,11 +88,9 @@ class ExpertRuntime:
         self._caches = [cache] if host is None else [cache, host.cache]
         self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads, sampler=sampler)
-        self._host_compute = None
         self.computes_on_host = misses is not None  # some of the device's experts, on the CPU
-        if misses is not None:
-            assert host is not None, "without a host tier no expert lies anywhere else"
-            self._host_compute = HostCompute(misses, host, self._transfers)
+        assert misses is None or host is not None, "without a host tier no expert lies anywhere else"
+        self._host_compute = None if misses is None or host is None else HostCompute(misses, host, self._transfers)
         prefetcher = None if prediction is None else prediction.prefetcher
         self.resident_table = ResidentTable(cache, pool, self._stats, self.experts_per_layer)
         self.trusting: Trusting | None = None  # decode steps that ask for nothing, where kernels find experts
@@ -179,7 +177,9 @@ class ExpertRuntime:
         torch.set_num_threads(1)  # the others did not come along, and OpenMP would wait for them for ever
 
     def begin_pass(self, begun: "ForwardPass") -> None:
-        """Begin a pass that transformers describes, and tell the observers; raises as `begin_forward` does."""
+        """Begin a pass that transformers describes, and tell the observers; raises as `begin_forward` and a plan do."""
+        if self.plan is not None and not isinstance(self.plan, dict):
+            self.plan.check_pass(begun)
         self.begin_forward(*begun[:2], continues=begun.continues, token_ids=begun.token_ids)
         for observer in self.observers:
             observer.begin_pass(begun)

@@ -6,12 +6,15 @@ Knows numbers. Knows nothing of tiers, threads or models.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from moeflow.core import ExpertKey
 from moeflow.hardware import process_memory_bytes
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.prefetch_ledger import PrefetchCounts
+
+if TYPE_CHECKING:
+    from moeflow.hf.passes.forward import ForwardPass
 
 _Own = TypeVar("_Own", bound="Counters")
 _NOW = {"now": True}  # metadata of a field that says how things are now and counts nothing
@@ -172,6 +175,9 @@ class ReadStats(Counters):
 
 class Contract(Protocol):
     """The plan that a model was loaded by."""
+
+    def check_pass(self, begun: "ForwardPass") -> None:
+        """Refuse a pass that is longer, or whose sequences are, than planned."""
 
     def get(self, name: str, default: int) -> int:
         """Return bytes that an engine asks for: "key_value_bytes"."""

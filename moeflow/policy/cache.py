@@ -233,6 +233,11 @@ class ExpertCache:
         """Return how often the experts in these slots were demanded, all together."""
         return sum(self.uses(key) for slot in slots if (key := self._key_of[slot]) is not None)
 
+    def has_room_for(self, num_experts: int) -> bool:
+        """Whether so many experts, which are all that there are, have room at once."""
+        units = num_experts if self.sizes is None else sum(map(sum, self.sizes))
+        return units <= self.limit and num_experts <= self.num_slots
+
     def size(self, key: ExpertKey) -> int:
         """Return how many units of the limit an expert takes."""
         return 1 if self.sizes is None else self.sizes[key.layer][key.expert]

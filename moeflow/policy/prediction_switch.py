@@ -10,6 +10,7 @@ _BLOCK_STEPS = 12  # measured in one mode before the other
 _SETTLE_STEPS = 3  # after a change of mode, not measured: the cache still holds the other mode's choices
 _MIN_HOLD_STEPS, _MAX_HOLD_STEPS = 192, 6144  # between two trials, doubled each time the same mode wins
 _MIN_GAIN_SHARE = 0.02  # of a step's time; a smaller gain is no reason to predict
+_NOTHING_MISSED, _ALL_FITS = "nothing is missed", "every expert has room"
 _QUIET_STEPS = 8  # without a miss, after which there is nothing to save
 
 
@@ -44,10 +45,8 @@ class PredictionSwitch:
         """
         self._quiet = 0 if num_misses or saved_s > 0 else self._quiet + 1
         if self._quiet >= _QUIET_STEPS:
-            self._choose(False, "nothing is missed")
-            self._trial, self._steps_left, self._times = {}, 2 * _BLOCK_STEPS, []
-            return self.on
-        if self.reason == "nothing is missed":
+            return self._off(_NOTHING_MISSED)
+        if self.reason in (_NOTHING_MISSED, _ALL_FITS):
             self._choose(True, "misses have begun")
         if step_s is None:
             return self.on
@@ -58,6 +57,19 @@ class PredictionSwitch:
         self._steps_left -= 1
         if self._steps_left <= 0:
             self._next_phase()
+        return self.on
+
+    def rest(self) -> bool:
+        """Choose for a step while every expert has room: a step that predicts costs more than each one's first use.
+
+        Returns:
+            Whether to predict: False.
+        """
+        return self._off(_ALL_FITS)
+
+    def _off(self, reason: str) -> bool:
+        self._choose(False, reason)
+        self._trial, self._steps_left, self._times = {}, 2 * _BLOCK_STEPS, []
         return self.on
 
     def _next_phase(self) -> None:

@@ -56,6 +56,11 @@ class Prefetcher:
         self._queue: list[tuple[ExpertKey, int]] = []
         self._planned = True  # whether the queue follows from the latest prediction
 
+    @property
+    def everything_fits(self) -> bool:
+        """Whether every expert has room, so that each is missed once at most."""
+        return self._cache.has_room_for(self.predictor.num_layers * self.predictor.num_experts)
+
     def begin(self, num_sequences: int) -> None:
         """Begin new sequences. Predictions that need only `observe` start here."""
         self.predictor.begin(num_sequences)

@@ -11,7 +11,7 @@ import torch
 
 from helpers.paths import ROOT
 from helpers.plans import small_plan
-from moeflow import Engine, hardware, load_moe
+from moeflow import Engine, SamplingParams, hardware, load_moe
 from moeflow.convert.quantize import quantize_model
 from moeflow.errors import BudgetError, ConfigError
 from moeflow.fit.contract import Contract, summary
@@ -71,6 +71,35 @@ def test_an_engine_takes_the_keys_and_values_of_the_plan_and_no_more(mixtral_fol
             assert model.moeflow.stats()["plan"]["lines"]["key_values"]["actual_bytes"] == 0
         with pytest.raises(BudgetError, match=r"key_values: 2,097,152,000 bytes are needed, and the plan has 49,152"):
             Engine(model, kv_memory="2000MiB")
+
+
+@pytest.mark.parametrize("step", ["python", "auto"])
+def test_generate_is_refused_what_the_plan_has_no_room_for_and_goes_on_afterwards(step, mixtral_folder, plan):
+    """The plan has one sequence of 64 positions."""
+    model = load_moe(mixtral_folder, plan=plan, predictor=None, step=step)
+    with model.moeflow:
+        right = model.generate(torch.arange(1, 9)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        with pytest.raises(BudgetError, match=r"^activations: a pass of 65 tokens is asked for, .* room for 64"):
+            model.generate(torch.arange(1, 66)[None], max_new_tokens=1)
+        with pytest.raises(BudgetError, match=r"^activations: a pass of 80 tokens"):
+            model.generate(torch.ones(5, 16, dtype=torch.long), max_new_tokens=1)
+        with pytest.raises(
+            BudgetError, match=r"^key_values: 65 positions would be kept, and the plan has 64 \(1 x 64\)"
+        ):
+            model.generate(torch.arange(1, 61)[None], max_new_tokens=8, min_new_tokens=8)
+        with pytest.raises(BudgetError, match=r"^key_values: 66 positions would be kept"):
+            model.generate(torch.ones(6, 8, dtype=torch.long), max_new_tokens=8, min_new_tokens=8)
+        assert model.generate(torch.arange(1, 61)[None], max_new_tokens=5, min_new_tokens=5).shape == (1, 65)
+        again = model.generate(torch.arange(1, 9)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert torch.equal(again, right)
+
+
+def test_an_engine_makes_passes_no_longer_than_planned(mixtral_folder, plan):
+    model = load_moe(mixtral_folder, plan=plan, predictor=None, step="python")
+    with model.moeflow, Engine(model, kv_memory=plan.lines["key_values"], max_batch_size=2) as engine:
+        done = engine.generate([list(range(1, 41)), list(range(41, 81))], SamplingParams(max_new_tokens=4))
+        assert {one.finish_reason for one in done} <= {"length", "stop"}
+        assert engine.stats()["passes"] > 4
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def model(sizes: ModelSizes | None = None, **figures) -> SpeedModel:
         "dense_flops": _FAST, "layer_s": {"native": 1e-12, "python": 1e-12},
         "step_s": {"native": 1e-12, "python": 1e-12},
         "disk_read": {1: _FAST}, "disk_read_alone": {1: _FAST}, "memory_read": {1: _FAST},
+        "memory_touch": _FAST, "first_check": {"checksum": _FAST},
     }  # fmt: skip
     sizes = sizes or sizes_for()
     return SpeedModel(sizes, sizes.published, small_profile(**free | figures))

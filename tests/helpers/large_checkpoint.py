@@ -3,6 +3,12 @@
 import json
 import struct
 
+LARGE_CONFIG = {
+    "model_type": "deepseek_v3", "num_hidden_layers": 61, "n_routed_experts": 256, "num_experts_per_tok": 8,
+    "hidden_size": 7168, "vocab_size": 129280, "torch_dtype": "bfloat16", "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64, "num_attention_heads": 128, "max_position_embeddings": 163840,
+}  # fmt: skip
+
 
 def write_large_checkpoint(folder, *, num_layers=61, num_experts=256, hidden=7168, intermediate=2048, num_shards=163):
     """Write a sparse checkpoint with DeepSeek-V3's experts: real headers, no data on disk."""

@@ -38,7 +38,8 @@ def test_every_figure_is_measured_and_kept(tmp_path, monkeypatch):
     figures = [
         *profile.memory_read.values(), *profile.disk_read.values(), *profile.disk_read_alone.values(),
         *(rate for rates in profile.kernel_read.values() for rate in rates.values()), *profile.kernel_flops.values(),
-        profile.dense_read, profile.dense_flops, *profile.layer_s.values(), *profile.step_s.values(),
+        profile.memory_touch, *profile.first_check.values(), profile.dense_read, profile.dense_flops,
+        *profile.layer_s.values(), *profile.step_s.values(),
     ]  # fmt: skip
     assert all(0 < figure < math.inf for figure in figures)
     assert 1 << 26 < profile.process_bytes < 1 << 32

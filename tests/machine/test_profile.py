@@ -30,7 +30,7 @@ def test_json_gives_the_same_profile_back():
         ("kernel_read", {"bf16": 3.0}),
         ("layer_s", {"native": None}),
         ("hardware", None),
-        ("format", 2),
+        ("format", 1),
     ],
 )
 def test_a_figure_that_is_no_figure_is_refused(figure, value):

@@ -27,6 +27,13 @@ def test_off_where_nothing_is_missed_and_on_again_when_misses_begin():
     assert switch.reason == "misses have begun"
 
 
+def test_off_from_the_first_step_while_every_expert_has_room_and_on_when_none_has():
+    switch = PredictionSwitch()
+    assert not any(switch.rest() for _ in range(3))
+    assert switch.reason == "every expert has room"
+    assert run(switch, 1, 1.0, 1.0, misses=1) == [True]
+
+
 def test_what_prefetch_prevents_counts_as_missed():
     """Without a single miss because everything was prefetched, prediction stays on but for the trials."""
     switch, modes = PredictionSwitch(), [True]

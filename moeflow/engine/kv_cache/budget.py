@@ -1,4 +1,4 @@
-"""The budget of keys and values, by what was asked for and planned.
+"""The budget of keys and values and the length of a pass, by what was asked for and planned.
 
 Knows options and plans. Knows nothing of slots or sequences.
 """
@@ -38,3 +38,16 @@ def kv_budget(kv_memory: MemorySize, model: object) -> int:
             plan.charge("key_values", wanted)
         return wanted
     return int(plan.get("key_value_bytes", _AUTO_BYTES))
+
+
+def step_tokens(max_step_tokens: int, max_batch_size: int, model: object) -> int:
+    """Return the most tokens of one pass: what was asked for, or less where the model was loaded by a plan.
+
+    Args:
+        max_step_tokens: that was asked for.
+        max_batch_size: sequences that may decode at once, each with a token.
+        model: that runs the passes.
+    """
+    plan = getattr(getattr(model, "moeflow", None), "plan", None)
+    planned = max(plan.pass_tokens, max_batch_size) if isinstance(plan, Contract) else max_step_tokens
+    return min(max_step_tokens, planned)

@@ -4,6 +4,7 @@ Knows kernels and formats. Knows nothing of models or caches.
 """
 
 import math
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.dtypes import tensors_of
 from moeflow.kernels.activations import Activation
+from moeflow.kernels.cpu import lossless
 from moeflow.kernels.cpu import ops as cpu
 from moeflow.kernels.cpu.library import library
 from moeflow.kernels.cpu.structs import ExpertKernel
@@ -21,12 +23,13 @@ from moeflow.kernels.quantization.lossless import encode_lossless
 from moeflow.kernels.quantization.quantize import quantize
 from moeflow.machine.measuring.memory import beyond_cache_bytes
 from moeflow.machine.measuring.timing import median_seconds
+from moeflow.machine.profile import MANY_TOKENS
 
 MEASURED = {"bf16": "bfloat16", "int8": "int8", "int4-g64": "int4-g64", "bf16-lossless": LOSSLESS, "mxfp4": "mxfp4",
             "fp8": "fp8", "float32": "float32"}  # fmt: skip
-FEW_TOKENS = (1, 4, 16)
-_MANY_TOKENS = 256
+FEW_TOKENS = (1, 4, 16, 64)
 _TOP_K = 4  # experts of a call
+_CHECKED_BYTES = 4 << 20
 _FEATURES, _INTERMEDIATE = 1024, 768
 _SHAPES = {"gate_up_proj": (2 * _INTERMEDIATE, _FEATURES), "down_proj": (_FEATURES, _INTERMEDIATE)}
 _ACTIVATION = Activation("silu", "concatenated")
@@ -66,8 +69,8 @@ class Experts:
 
     def flops(self, seconds: float) -> float:
         """Return FLOP a second where an expert has many tokens."""
-        operations = 2 * _MANY_TOKENS * sum(math.prod(shape) for shape in _SHAPES.values())
-        return operations / median_seconds(self.call(_MANY_TOKENS, 1), seconds)
+        operations = 2 * MANY_TOKENS * sum(math.prod(shape) for shape in _SHAPES.values())
+        return operations / median_seconds(self.call(MANY_TOKENS, 1), seconds)
 
     def tokens(self, count: int) -> torch.Tensor:
         """Return random tokens [count, H], the same each time."""
@@ -132,6 +135,26 @@ def _stored(name: str, matrix: str, shape: tuple[int, int], seed: int) -> tuple[
     else:
         tensors[matrix][tensors[matrix] & 127 == 127] = 0  # not a number
     return spec, tensors
+
+
+def check_speeds(seconds: float) -> dict[str, float]:
+    """Measure what a packed expert is checked with when it is first read.
+
+    Args:
+        seconds: for all checks.
+
+    Returns:
+        "checksum", and where kernels are compiled "lossless" -> bytes a second on one core.
+    """
+    record = torch.randint(0, 256, (_CHECKED_BYTES,), dtype=torch.uint8).numpy()
+    found = {"checksum": record.nbytes / median_seconds(lambda: zlib.crc32(record.data), seconds / 2)}
+    if library() is not None:
+        shape = _SHAPES["gate_up_proj"]
+        spec, parts = _stored(LOSSLESS, "weight", shape, 0)
+        stored = tuple(parts.values())
+        check = median_seconds(lambda: lossless.decode(*stored, shape, None), seconds / 2)
+        found["lossless"] = spec.num_bytes(shape) / check
+    return found
 
 
 def expert_speeds(seconds: float, formats: tuple[str, ...] = tuple(MEASURED)) -> tuple[dict, dict[str, float]]:

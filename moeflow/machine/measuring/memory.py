@@ -1,8 +1,11 @@
-"""Bytes a second that the compiled kernels read from memory, for each number of threads.
+"""Bytes a second that the compiled kernels read from memory, for each number of threads, and that fresh memory takes.
 
 Knows torch's threads and the sizes of caches. Knows nothing of weights.
 """
 
+import contextlib
+import mmap
+import time
 from itertools import cycle
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from moeflow.kernels.cpu.library import library
 from moeflow.machine.measuring.timing import median_seconds
 
 _LEAST_BYTES, _MOST_BYTES = 32 << 20, 1 << 30
+_TOUCHED_BYTES = 256 << 20
+_PAGE_BYTES = 4096
 _PIECE_BYTES, _THREADS_BYTES = 16 << 20, 4 << 20  # of a reading: short, so that the system seldom interrupts it
 
 
@@ -55,6 +60,22 @@ def memory_read(most_threads: int, seconds: float) -> dict[int, float]:
     finally:
         torch.set_num_threads(before)
     return found
+
+
+def memory_touch() -> float:
+    """Return the bytes a second at which memory that nobody has used is first written, page by page, in huge pages.
+
+    It is measured once: the second time the system hands out what it has just got back.
+    """
+    size = min(_TOUCHED_BYTES, max(available_memory_bytes() // 8, _LEAST_BYTES))
+    with contextlib.closing(mmap.mmap(-1, size)) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        begin = time.perf_counter()
+        for place in range(0, size, _PAGE_BYTES):
+            memory[place] = 1
+        return size / (time.perf_counter() - begin)
 
 
 def _read_rate(block: torch.Tensor, num_threads: int, seconds: float) -> float:
