@@ -1,22 +1,24 @@
-"""Dense parts of a model on the CPU: linears and norms that run moeflow's own kernels while tokens are few.
+"""Dense parts of a model on the CPU: linears and norms that run moeflow's own kernels where torch's are slower.
 
 torch's kernels for one token reach a quarter to a half of the memory's bandwidth, and eager transformers spends more
-time between kernels than in them. The number of tokens alone decides which kernel runs, so bits do not depend on a
-budget. Every call is a torch.library op, so that torch.compile takes the model whole.
+time between kernels than in them. Many tokens in 16 bits go to torch only where it has instructions for them: without,
+its product is five times slower than these kernels. The number of tokens, the dtype and the processor alone decide
+which kernel runs, so bits do not depend on a budget. Every call is a torch.library op, so that torch.compile takes the
+model whole.
 """
 
 import inspect
+import sys
 from typing import Any
 
 import torch
 
 from moeflow.errors import ConfigError
+from moeflow.kernels.cpu.ahead import FEW_TOKENS, is_always_ahead
 from moeflow.kernels.cpu.checks import refusal, takes_linear, takes_norm
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.ops import linear, rms_norm
 from moeflow.kernels.cpu.structs import DTYPES
-
-MAX_TOKENS = 16  # up to here the row-by-row kernel is ahead of torch's matrix product
 
 _LIBRARY = torch.library.Library("moeflow", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -66,13 +68,13 @@ def _check_device(x: torch.Tensor, *weights: torch.Tensor | None) -> None:
             )
 
 
-def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _suits(x: torch.Tensor, weight: torch.Tensor, most: int = FEW_TOKENS) -> bool:
     """Whether so few tokens are multiplied here, in one dtype as torch asks, without gradients or autocast.
 
     A captured step takes all its linears and norms as single nodes.
     """
     return (
-        (torch.compiler.is_exporting() or 0 < x.numel() <= MAX_TOKENS * x.shape[-1])
+        (torch.compiler.is_exporting() or 0 < x.numel() <= most * x.shape[-1])
         and x.dtype == weight.dtype
         and (type(weight) in _PLAIN or torch.compiler.is_compiling())
         and not (torch.is_grad_enabled() and x.requires_grad)
@@ -81,11 +83,18 @@ def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 class FewTokensLinear(torch.nn.Linear):
-    """A torch linear that multiplies few tokens by moeflow's kernel."""
+    """A torch linear that multiplies few tokens by moeflow's kernel.
+
+    Attributes:
+        always_in: dtype of a weight that it multiplies so with any number of tokens; None for none.
+    """
+
+    always_in: torch.dtype | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if _suits(x, weight) and (bias is None or bias.dtype == weight.dtype):
+        most = sys.maxsize if weight.dtype == self.always_in else FEW_TOKENS
+        if _suits(x, weight, most) and (bias is None or bias.dtype == weight.dtype):
             if torch.compiler.is_compiling():
                 if takes_linear(x, weight, bias):
                     return torch.ops.moeflow.linear(x, weight, bias)
@@ -197,6 +206,7 @@ def speed_up_dense(model: torch.nn.Module) -> None:
             continue
         if type(module) is torch.nn.Linear:
             module.__class__ = FewTokensLinear
+            module.always_in = weight.dtype if is_always_ahead(weight.dtype) else None
         elif hasattr(module, "variance_epsilon") and _is_known_norm(module):
             kind = type(module)
             if kind not in norms:

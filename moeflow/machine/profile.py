@@ -24,7 +24,7 @@ class MachineProfile:
         threads: of torch and the kernels, in all figures but memory_read's.
         memory_read: threads -> bytes a second that kernels read from memory.
         memory_touch: bytes a second at which fresh memory is first written, as the experts' slots are taken.
-        first_check: "checksum", "lossless" -> bytes a second of one core that compares a packed expert with its checksum,
+        first_check: "checksum", "lossless" -> bytes a second of a core that compares a packed expert with its checksum,
             and looks for codes that name no value, when it reads the expert for the first time.
         disk: the file system that was read: its mount point, type and device.
         disk_read: bytes of an expert -> bytes a second, past the page cache, as many in flight as the runtime has.

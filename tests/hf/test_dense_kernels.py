@@ -1,11 +1,12 @@
-"""Linears and norms of the dense parts: moeflow's kernels while tokens are few, torch's products beyond."""
+"""Linears and norms of the dense parts: moeflow's kernels while tokens are few, the faster of two products beyond."""
 
 import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from moeflow import load_moe
-from moeflow.hf.dense_kernels import MAX_TOKENS, FewTokensLinear, linear, rms_norm, speed_up_dense
+from moeflow.hf.dense_kernels import FewTokensLinear, linear, rms_norm, speed_up_dense
+from moeflow.kernels.cpu.ahead import FEW_TOKENS, is_always_ahead
 from moeflow.kernels.cpu.library import instruction_set
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
@@ -20,13 +21,35 @@ def test_a_linear_of_few_tokens_is_the_exact_product_rounded_once(dtype, bias):
     speed_up_dense(fast)
     assert type(plain) is FewTokensLinear
     assert isinstance(plain, torch.nn.Linear)
-    for num_tokens in (1, 3, MAX_TOKENS):
+    for num_tokens in (1, 3, FEW_TOKENS):
         x = torch.randn(num_tokens, 67).to(dtype)
         exact = torch.nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
         with torch.no_grad():
             found = fast(x)
         error = (found.double() - exact).norm() / exact.norm()
         assert error < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_many_tokens_go_to_torch_only_where_it_is_ahead(dtype):
+    """Where torch has no instructions for 16 bits, a token has the same bits in a prompt as alone."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(67, 45).to(dtype)
+    of_torch = torch.nn.Linear.forward
+    speed_up_dense(torch.nn.Sequential(plain))
+    x = torch.randn(FEW_TOKENS + 20, 67).to(dtype)
+    with torch.no_grad():
+        found, alone = plain(x), torch.cat([plain(token[None]) for token in x])
+        expected = alone if is_always_ahead(dtype) else of_torch(plain, x)
+    assert torch.equal(found, expected)
+    assert dtype != torch.float32 or not is_always_ahead(dtype)
+
+
+@pytest.mark.skipif(instruction_set() == "portable", reason="portable code is not ahead of torch for many tokens")
+def test_who_multiplies_many_tokens_follows_torchs_instructions(monkeypatch):
+    for has_them in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has_them=has_them: has_them)
+        assert is_always_ahead(torch.bfloat16) != has_them
 
 
 def test_a_tokens_result_does_not_depend_on_the_tokens_beside_it():

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from moeflow.core import align_up
-from moeflow.hf.dense_kernels import MAX_TOKENS, FewTokensLinear, StoredWeight
+from moeflow.hf.dense_kernels import FewTokensLinear, StoredWeight
+from moeflow.kernels.cpu.ahead import FEW_TOKENS
 from moeflow.kernels.cpu.checks import is_plain, refusal
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.lossless import count_escapes, decode, encode, lossless_linear, lossless_rows
+from moeflow.kernels.cpu.ops import linear
 from moeflow.kernels.quantization.formats import MOST_LOSSLESS_VALUES, lossless_format
 
 _MOST_SIZE = 0.9  # of the bytes in bfloat16: a matrix that takes more stays
@@ -81,13 +83,15 @@ class _Stored(StoredWeight):
 class LosslessLinear(_Stored, torch.nn.Linear):
     """A linear whose weight is kept in the lossless format."""
 
+    always_in: torch.dtype | None = None  # as of `FewTokensLinear`, which it was
+
     @property
     def _num_columns(self) -> int:
         return self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., K] times the weight [N, K], and the bias."""
-        is_few = torch.compiler.is_exporting() or 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        is_few = torch.compiler.is_exporting() or 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
         is_plain = not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled("cpu")
         if is_few and is_plain and x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features:
             if torch.compiler.is_compiling():
@@ -95,7 +99,12 @@ class LosslessLinear(_Stored, torch.nn.Linear):
             out = lossless_linear(x, self.codes, self.tops, self.escapes, self.bias)
             if out is not None:
                 return out
-        return F.linear(x, self.unpacked(), self.bias)
+        weight = self.unpacked()
+        if is_plain and weight.dtype == self.always_in and not torch.compiler.is_compiling():
+            out = linear(x, weight, self.bias)  # as a linear that is not stored so
+            if out is not None:
+                return out
+        return F.linear(x, weight, self.bias)
 
 
 class LosslessEmbedding(_Stored, torch.nn.Embedding):

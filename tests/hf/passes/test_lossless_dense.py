@@ -8,12 +8,13 @@ import torch
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.errors import ConfigError
-from moeflow.hf.dense_kernels import MAX_TOKENS, FewTokensLinear, speed_up_dense
+from moeflow.hf.dense_kernels import FewTokensLinear, speed_up_dense
 from moeflow.hf.passes.lossless_dense import LosslessEmbedding, LosslessLinear, compress_dense
+from moeflow.kernels.cpu.ahead import FEW_TOKENS
 from moeflow.kernels.cpu.library import instruction_set
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
-PROMPT = torch.arange(3, 3 + 2 * MAX_TOKENS)[None]
+PROMPT = torch.arange(3, 3 + 2 * FEW_TOKENS)[None]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -79,7 +80,7 @@ def test_a_linear_gives_the_same_bits_in_less_memory(bias):
     after = sum(buffer.nbytes for buffer in stored.buffers())
     assert saved == before - after > 0.1 * before
     assert "0.weight" not in dict(stored.named_parameters())
-    for num_tokens in (0, 1, 3, MAX_TOKENS, MAX_TOKENS + 1, 100):
+    for num_tokens in (0, 1, 3, FEW_TOKENS, FEW_TOKENS + 1, 100):
         x = torch.randn(num_tokens, 190).bfloat16()
         with torch.no_grad():
             assert torch.equal(stored(x), plain(x))
