@@ -50,8 +50,9 @@ def profile_text(profile: MachineProfile) -> str:
         ("dense", f"{_rate(profile.dense_read)}, {profile.dense_flops / 1e9:.3g} GFLOP/s"),
         *(
             (f"a layer, {mode}", f"{profile.layer_s[mode] * 1e6:.3g} us, a step {profile.step_s[mode] * 1e6:.3g} us")
-            for mode in profile.layer_s
+            for mode in profile.step_s
         ),
+        ("a layer that misses", f"{profile.layer_s['missing'] * 1e6:.3g} us more, beside what it reads"),
         *((f"to the GPU, {name}", _rate(rate)) for name, rate in profile.copy.items()),
         ("a process without weights", format_bytes(profile.process_bytes)),
     ]

@@ -14,7 +14,6 @@ from moeflow.kernels.quantization.formats import FORMATS
 from moeflow.machine.profile import MANY_TOKENS, MachineProfile
 
 READS_IN_FLIGHT = 4
-MISS_LAYER_S = 150e-6  # of the runtime's Python for a layer that misses: out of the native program and back
 _WIDE = 1.25  # how far beyond the range of hit rates speeds may lie
 # Of the bits of GGML's blocks.
 _OF_BITS = {8: "int8-g64", 6: "int8-g64", 5: "int4-g64", 4: "int4-g64", 3: "int3-g64", 2: "int2-g64", 1: "int2-g64"}
@@ -62,6 +61,7 @@ class SpeedModel:
     def __init__(self, sizes: ModelSizes, form: StoredAs, profile: MachineProfile) -> None:
         self._sizes, self._form, self._profile = sizes, form, profile
         self._kernel = _kernel(form.kernel, profile)
+        self._miss_s = profile.layer_s["missing"]  # of the runtime's Python: out of the native program and back
 
     def decode_s(self, hit_rate: float, *, batch: int = 1, context: int = 0) -> float:
         """Return the seconds of a decode step.
@@ -104,7 +104,7 @@ class SpeedModel:
                 continue
             compute = count * load.compute_s
             if misses:
-                compute = max(compute, self._read_s(load, misses) + load.compute_s) + MISS_LAYER_S
+                compute = max(compute, self._read_s(load, misses) + load.compute_s) + self._miss_s
             total += share * compute
         return scale * total
 
@@ -121,7 +121,7 @@ class SpeedModel:
             load = self._load(layer.num_experts, layer, tokens)
             compute = load.num_experts * load.compute_s
             read = self._read_s(load, max(round(load.num_experts), 1))
-            experts += max(compute, read + load.compute_s) + MISS_LAYER_S
+            experts += max(compute, read + load.compute_s) + self._miss_s
             demanded += load.num_experts * load.read_bytes
         touched = min(demanded, expert_bytes) / profile.memory_touch
         checked = demanded * self._first_check_s / profile.threads

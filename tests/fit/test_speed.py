@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from helpers.fit_models import small_sizes
-from helpers.machine_profiles import small_profile
+from helpers.machine_profiles import MISS_LAYER_S, small_profile
 from helpers.small_traces import E, K, L, make_trace
 from moeflow.fit.sizes import ModelSizes
-from moeflow.fit.speed import MISS_LAYER_S, Load, SpeedModel, union
+from moeflow.fit.speed import Load, SpeedModel, union
 from moeflow.replay.link import LinkModel
 from moeflow.replay.machine import replay_machine
 
@@ -26,7 +26,7 @@ def model(sizes: ModelSizes | None = None, **figures) -> SpeedModel:
     """A model on a machine on which only what is given takes time."""
     free = {
         "kernel_read": {"bf16": {1: _FAST}}, "kernel_flops": {"bf16": _FAST}, "dense_read": _FAST,
-        "dense_flops": _FAST, "layer_s": {"native": 1e-12, "python": 1e-12},
+        "dense_flops": _FAST, "layer_s": {"native": 1e-12, "python": 1e-12, "missing": MISS_LAYER_S},
         "step_s": {"native": 1e-12, "python": 1e-12},
         "disk_read": {1: _FAST}, "disk_read_alone": {1: _FAST}, "memory_read": {1: _FAST},
         "memory_touch": _FAST, "first_check": {"checksum": _FAST},
@@ -42,7 +42,9 @@ def test_the_time_of_misses_is_that_of_the_replay_over_a_link(residency):
     link = LinkModel(_EXPERT_BYTES, bytes_per_s, layer_s)
     replayed = replay_machine(trace, residency, "lru", link)
     rate = {1: bytes_per_s}
-    made = model(layer_s={"native": layer_s, "python": layer_s}, disk_read=rate, disk_read_alone=rate)
+    made = model(
+        layer_s={"native": layer_s, "python": layer_s, "missing": MISS_LAYER_S}, disk_read=rate, disk_read_alone=rate
+    )
     fixed_s = miss_layers_s(L, K, replayed["hit_rate"])
     assert made.decode_s(replayed["hit_rate"]) - fixed_s == pytest.approx(1 / replayed["tokens_per_s"], rel=1e-6)
 
