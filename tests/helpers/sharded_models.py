@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 
 def reshard(source: Path, folder: Path, shard_of: Callable[[str], int]) -> Path:
-    """Write a checkpoint of one file again, in as many shards as `shard_of` names.
+    """Write a checkpoint again, in as many shards as `shard_of` names.
 
     Args:
         source: its folder.
@@ -18,8 +18,8 @@ def reshard(source: Path, folder: Path, shard_of: Callable[[str], int]) -> Path:
         shard_of: tells the shard of each tensor, from 0 up.
     """
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    tensors = load_file(source / "model.safetensors")
-    names = {name: f"model-{shard_of(name) + 1:05}.safetensors" for name in tensors}
+    tensors = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    names = {name: f"model-{shard_of(name) + 1:05}.safetensors" for name in sorted(tensors)}
     for shard in sorted(set(names.values())):
         held = {name: tensor for name, tensor in tensors.items() if names[name] == shard}
         save_file(held, folder / shard, {"format": "pt"})
