@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -18,18 +17,16 @@ from helpers.families import FAMILIES
 from helpers.family_models import build_model
 from helpers.forks import in_child
 from helpers.full_disk import with_full_disk
-from helpers.hub_server import ID, Fault, hub, lead_to
+from helpers.hub_server import ID, Fault
 from helpers.kill_points import kill_at_each_line
 from helpers.paths import ROOT
-from helpers.prequantized_checkpoints import fp8_quantiser, is_linear, make, tiny_model
-from helpers.prequantized_models import FP8
 from helpers.sharded_models import reshard, straddling
 from helpers.small_models import tiny_mixtral
+from helpers.written_folders import content, names_in, on_disk
 from moeflow import load_moe
 from moeflow.checkpoint import pack_journal, packed_writer
 from moeflow.checkpoint.packed_file import PACKED_FILE
 from moeflow.checkpoint.writing import dense_file
-from moeflow.cli.main import main
 from moeflow.convert.download_quantized import download_quantized
 from moeflow.convert.quantize import quantize_model
 from moeflow.errors import ConfigError, ModelSourceError, MoeflowError
@@ -37,65 +34,6 @@ from moeflow.hub import passing_shards
 
 MB = 1 << 20
 FIVE = [f"model-{number:05}.safetensors" for number in range(1, 6)]
-
-
-def by_layer(name):
-    found = re.search(r"layers\.(\d+)\.", name)
-    return int(found[1]) if found else 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, mixtral_folder):
-    """A checkpoint whose five shards share experts."""
-    return reshard(mixtral_folder, tmp_path_factory.mktemp("straddling") / "model", straddling)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A checkpoint of 38 MB in five shards, a layer in each of four."""
-    folder = tmp_path_factory.mktemp("large")
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
-    tiny_mixtral(**sizes).to(torch.bfloat16).save_pretrained(folder / "one")
-    return reshard(folder / "one", folder / "model", by_layer)
-
-
-@pytest.fixture(scope="module")
-def expected(model, large, tmp_path_factory):
-    """What quantising the folders writes: of the first int4 by the default method, of the second int8 by rounding."""
-    out = tmp_path_factory.mktemp("expected")
-    quantize_model(model, out / "model", "int4")
-    quantize_model(large, out / "large", "int8", method="rtn")
-    return {name: content(out / name) for name in ("model", "large")}
-
-
-@pytest.fixture
-def serve(monkeypatch, tmp_path):
-    """Serve a folder as the hub's model until the test ends."""
-    served = []
-
-    def begin(folder):
-        files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-        served.append(hub(files))
-        found = served[-1].__enter__()
-        lead_to(found, monkeypatch, tmp_path / "cache")
-        return found
-
-    yield begin
-    for one in served:
-        one.__exit__(None, None, None)
-
-
-def content(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def on_disk(folder):
-    """Bytes that everything in a folder takes."""
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_it_writes_what_quantising_the_folder_writes_and_leaves_nothing_else(model, expected, serve, tmp_path):
@@ -332,67 +270,6 @@ def test_a_second_process_is_refused(model, expected, serve, tmp_path):
     download_quantized(ID, tmp_path / "out", "int4", progress=progress)
     assert told == [1]
     assert content(tmp_path / "out") == expected["model"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--quantize", "int4"], "name it with --to"),
-        (["--quantize", "int4", "--to", "out", "--gguf-file", "a.gguf"], "--quantize is for safetensors"),
-        (["--quantize", "int4", "--to", "out", "--force"], "--force fetches again what is there"),
-        (["--quantize", "int5", "--to", "out"], "not a weight format"),
-        (["--quantize", "mxfp4", "--to", "out"], "cannot be quantised to mxfp4"),
-        (["--quantize", "lossless", "--to", "out"], "moeflow download, moeflow pack"),
-        (["--quantize", "int4", "--to", "there"], "there exists"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_asked_for(
-    model, serve, tmp_path, monkeypatch, capsys, arguments, said
-):
-    server = serve(model)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").mkdir()
-    assert main(["download", ID, *arguments]) == 1
-    assert said in capsys.readouterr().err
-    assert not server.requests
-    assert names_in(tmp_path) == ["there"]
-
-
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        ({"model-Q4_K_M.gguf": b"GGUF"}, r"has GGUF files alone.*--gguf-file NAME, of model-Q4_K_M\.gguf"),
-        ({"model.safetensors": b"x", PACKED_FILE: b"x"}, r"one packed file.*moeflow download, moeflow quantize"),
-        ({"pytorch_model.bin": b"x"}, "no safetensors weights, only others"),
-    ],
-)
-def test_repositories_without_shards_of_floats_are_refused(serve, tmp_path, files, said):
-    (tmp_path / "repository").mkdir()
-    for name, data in {"config.json": b"{}", **files}.items():
-        (tmp_path / "repository" / name).write_bytes(data)
-    server = serve(tmp_path / "repository")
-    with pytest.raises(ModelSourceError, match=said):
-        download_quantized(ID, tmp_path / "out", "int4")
-    assert server.sent() == 0
-    assert names_in(tmp_path) == ["repository"]
-
-
-def test_experts_that_are_quantised_already_are_refused_from_their_headers(serve, tmp_path):
-    quantised, _, _ = make(tmp_path, tiny_model("mixtral", 128, 256), FP8, fp8_quantiser(), is_linear)
-    server = serve(quantised)
-    with pytest.raises(ConfigError, match="already"):
-        download_quantized(ID, tmp_path / "out", "int4")
-    assert not (tmp_path / "out.download").exists()
-    assert max(request.end for request in server.requests if request.name.endswith(".safetensors")) <= 64 << 10
-
-
-def test_a_folder_in_the_way_is_left_alone(model, serve, tmp_path):
-    serve(model)
-    (tmp_path / "out.download").mkdir()
-    (tmp_path / "out.download" / "mine").touch()
-    with pytest.raises(ModelSourceError, match=r"out\.download is in the way"):
-        download_quantized(ID, tmp_path / "out", "int4")
-    assert names_in(tmp_path / "out.download") == ["mine"]
 
 
 @pytest.mark.slow
