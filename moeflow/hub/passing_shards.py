@@ -153,7 +153,9 @@ class PassingShards:
         shutil.rmtree(self._work)
 
     def tell(self) -> None:
-        """Call the progress."""
+        """Call the progress, from when it is known what comes."""
+        if not self.planned:
+            return
         total = sum(file.size for file in self._shards)
         left = sum(self._shards[number].size for number in self._pending)
         self._progress(min(total, total - left + self._came_bytes), total)
