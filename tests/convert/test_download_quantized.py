@@ -275,14 +275,8 @@ def test_a_second_process_is_refused(model, expected, serve, tmp_path):
 @pytest.mark.slow
 def test_control_c_ends_the_command_in_one_line_and_the_next_run_tells_what_it_wrote(model, expected, serve, tmp_path):
     server = serve(model)
-    held, came = threading.Event(), threading.Event()
-
-    def fault(request):
-        if request.host == "other" and request.begin == 0 and request.name == FIVE[4] and came.is_set():
-            held.wait(60)
-        return None
-
-    server.fault = fault
+    came = threading.Event()
+    server.fault = lambda request: Fault(drop_after=0) if came.is_set() and request.host == "other" else None
     server.on_sent = lambda total: came.set() if total > 1_000_000 else None
     command = [sys.executable, "-m", "moeflow", "download", ID, "--quantize", "int4", "--to", str(tmp_path / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.url}
@@ -290,7 +284,7 @@ def test_control_c_ends_the_command_in_one_line_and_the_next_run_tells_what_it_w
     assert came.wait(60)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    held.set()
+    server.fault, server.on_sent = lambda request: None, lambda total: None
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "moeflow: interrupted"
     assert "fetching org/model: " in said
