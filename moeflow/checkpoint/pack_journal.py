@@ -1,14 +1,15 @@
-"""The journal of a pack run: which records of the file beside it are done, and of which run they are.
+"""The journal of a pack run: which tensors and records of the files beside it are done, and of which run they are.
 
-Each line is written after its record. What a journal says is believed only where the bytes on disk agree.
+Each line is written after what it stands for. What a journal says is believed only where the bytes on disk agree.
 
-Knows files. Knows nothing of what records hold.
+Knows files. Knows nothing of what is in them.
 """
 
 import os
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,11 +21,11 @@ _READ_BYTES = 16 << 20
 
 
 class PackJournal:
-    """Checksums of the records in a partial folder, in file order, under the run they belong to.
+    """Checksums of the parts of a partial folder, in the order of writing, under the run they belong to.
 
     Args:
         folder: the partial folder; it is made where it does not exist.
-        run: names everything that decides the records' bytes.
+        run: names everything that decides the parts' bytes.
 
     Raises:
         ConfigError: the folder holds files and no journal: another program's.
@@ -40,30 +41,31 @@ class PackJournal:
                 f"{folder} holds something that moeflow pack did not write. Remove it or choose another folder."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.sums = self._read()  # of each record that is done
+        self.sums = self._read()  # of each part that is done
 
-    def keep_intact(self, file: Path, records: list[tuple[int, int]], on_record: Callable[[int], None]) -> None:
-        """Keep the records whose bytes agree, up to the first that does not, and nothing else; then open to append.
+    def keep_intact(self, places: list[tuple[Path, int, int]], on_part: Callable[[int], None]) -> None:
+        """Keep the parts whose bytes agree, up to the first that does not, and nothing else; then open to append.
 
         Args:
-            file: holds the records.
-            records: (offset, bytes) of every record, in file order.
-            on_record: called with the number of each record that agrees.
+            places: (file, offset, bytes) of every part, in the order of writing.
+            on_part: called with the number of each part that agrees.
 
         Raises:
             OSError: the folder cannot be read or written.
         """
-        kept = 0
-        if self.sums and file.is_file():
-            with open(file, "rb") as handle:
-                for value, (offset, num_bytes) in zip(self.sums, records, strict=False):
-                    handle.seek(offset)
-                    if _checksum(handle, num_bytes) != value:
-                        break
-                    on_record(kept)
-                    kept += 1
+        kept, files = 0, {file for file, _, _ in places}
+        with ExitStack() as stack:
+            handles = {file: stack.enter_context(open(file, "rb")) for file in files if self.sums and file.is_file()}
+            for value, (file, offset, num_bytes) in zip(self.sums, places, strict=False):
+                if file not in handles:
+                    break
+                handles[file].seek(offset)
+                if _checksum(handles[file], num_bytes) != value:
+                    break
+                on_part(kept)
+                kept += 1
         for other in self.folder.iterdir():  # the journal stays: it says whose the folder is
-            if other.name != JOURNAL and not (kept and other == file):
+            if other.name != JOURNAL and not (kept and other in files):
                 shutil.rmtree(other) if other.is_dir() and not other.is_symlink() else other.unlink()
         self._file = open(self.folder / JOURNAL, "r+b" if self.sums else "wb", buffering=0)  # noqa: SIM115
         self.sums = self.sums[:kept]
@@ -75,7 +77,7 @@ class PackJournal:
             self._file.write(self._head)
 
     def add(self, value: int) -> None:
-        """Note the next record, which is in the file.
+        """Note the next part, which is in its file.
 
         Raises:
             OSError: the disk is full or failed.
@@ -83,6 +85,15 @@ class PackJournal:
         assert self._file is not None, "keep_intact opens the journal"
         self._file.write(f"{value:08x}\n".encode())
         self.sums.append(value)
+
+    def sync(self) -> None:
+        """Wait until it is on the disk.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
+        assert self._file is not None, "keep_intact opens the journal"
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; it stays."""

@@ -19,6 +19,13 @@ def add_download_command(commands: "argparse._SubParsersAction[argparse.Argument
     download.add_argument("--to", metavar="FOLDER", help="folder for the files (the hub's cache, where load_moe looks)")
     download.add_argument("--gguf-file", metavar="NAME", help="of a repository with GGUF files, the one to fetch")
     download.add_argument("--revision", metavar="R", help="branch, tag or commit (the default branch)")
+    download.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help="write the folder --to with its experts in int8, int4, int3, int2, int1 or int4-g128 and the like, as "
+        "`moeflow quantize` does; each shard is packed and dropped, so that the disk needs room for what is written "
+        "and for a few shards",
+    )
     download.add_argument("--force", action="store_true", help="fetch files again that are there")
     download.add_argument(
         "--patience",
@@ -134,6 +141,8 @@ def _tell_fit(id: str) -> None:
 def _download(arguments: argparse.Namespace) -> int:
     from moeflow.hub.download import fetch_model
 
+    if arguments.quantize is not None:
+        return _download_quantized(arguments)
     with fetch_progress(arguments.id) as progress:
         done = fetch_model(
             arguments.id,
@@ -157,4 +166,35 @@ def _download(arguments: argparse.Namespace) -> int:
     if arguments.gguf_file is not None:
         loaded += f", gguf_file={arguments.gguf_file!r}"
     print(f"{done.folder}: {size}; {took}. load_moe({loaded})")
+    return 0
+
+
+def _download_quantized(arguments: argparse.Namespace) -> int:
+    from moeflow.cli.quantize import figures_of, line_of
+    from moeflow.convert.download_quantized import download_quantized
+
+    if arguments.to is None:
+        raise ConfigError("--quantize writes a folder: name it with --to.")
+    if arguments.gguf_file is not None:
+        raise ConfigError(
+            "--quantize is for safetensors, and the weights of a GGUF file were rounded before. Leave --quantize out "
+            "to fetch the file as it is, or leave --gguf-file out."
+        )
+    if arguments.force:
+        raise ConfigError("--force fetches again what is there, and --quantize keeps nothing there. Leave one out.")
+    with fetch_progress(arguments.id) as progress:
+        done = download_quantized(
+            arguments.id,
+            arguments.to,
+            arguments.quantize,
+            revision=arguments.revision,
+            patience_s=arguments.patience,
+            progress=progress,
+        )
+    if arguments.json:
+        about = {"id": arguments.id, "commit": done.commit, "fetched_bytes": done.fetched_bytes}
+        print(json.dumps({**about, "seconds": done.seconds, **figures_of(done.written)}))
+        return 0
+    print(f"fetched {format_bytes(done.fetched_bytes)} in {format_seconds(done.seconds)}, commit {done.commit[:12]}")
+    print(line_of(done.written))
     return 0

@@ -9,6 +9,7 @@ from moeflow.errors import ConfigError
 if TYPE_CHECKING:
     from moeflow.calibration.expert_inputs import ExpertInputs
     from moeflow.convert.mixed_precision import MixedPrecision
+    from moeflow.convert.quantize import Written
 
 WIDTHS = (1, 2, 3, 4, 8)
 GROUPS = (32, 64, 128)
@@ -67,24 +68,34 @@ def _quantize(arguments: argparse.Namespace) -> int:
             requantize=arguments.requantize,
             progress=progress,
         )
-    about |= {
+    if arguments.json:
+        print(json.dumps(about | figures_of(written)))
+    else:
+        print(line_of(written))
+        if "gap" in about:
+            print(f"no other choice is better by more than {about['gap']:.2%} of the estimated loss (LP bound)")
+    return 0
+
+
+def figures_of(written: "Written") -> dict[str, Any]:
+    """Return what --json tells of a quantised folder."""
+    return {
         "folder": str(written.folder),
         "bytes": sum(file.stat().st_size for file in written.folder.iterdir()),
         "expert_bytes": written.expert_bytes,
         "bits_per_weight": round(written.bits_per_weight, 3),
         "formats": written.formats,
     }
-    if arguments.json:
-        print(json.dumps(about))
-    else:
-        kinds = ", ".join(f"{count} experts in {name}" for name, count in sorted(written.formats.items()))
-        print(
-            f"wrote {written.folder}, {about['bytes']:,} bytes: {kinds}, {written.bits_per_weight:.2f} bits a weight "
-            f"with scales. load_moe({str(written.folder)!r})"
-        )
-        if "gap" in about:
-            print(f"no other choice is better by more than {about['gap']:.2%} of the estimated loss (LP bound)")
-    return 0
+
+
+def line_of(written: "Written") -> str:
+    """Return what is told of a quantised folder."""
+    kinds = ", ".join(f"{count} experts in {name}" for name, count in sorted(written.formats.items()))
+    num_bytes = figures_of(written)["bytes"]
+    return (
+        f"wrote {written.folder}, {num_bytes:,} bytes: {kinds}, {written.bits_per_weight:.2f} bits a weight with "
+        f"scales. load_moe({str(written.folder)!r})"
+    )
 
 
 def _calibration_text(arguments: argparse.Namespace) -> str | None:

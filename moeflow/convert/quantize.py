@@ -11,6 +11,7 @@ from moeflow.checkpoint.float_source import value_sources
 from moeflow.checkpoint.layer_source import LayerSource
 from moeflow.checkpoint.packed_writer import check_output, write_packed
 from moeflow.checkpoint.quantized_source import Calibration, quantize_sources, writable_format
+from moeflow.checkpoint.writing.shards import Shards
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface
 from moeflow.hf.model_folder import ModelFolder
@@ -63,12 +64,49 @@ def quantize_model(
         CheckpointError: weights that are no numbers; names the expert.
         MoeflowError: the disk failed; `OUT.partial` continues on the next run.
     """
+    check_method(method, calibration)
+    folder, out = ModelFolder(model), Path(out)
+    check_output(out)
+    return quantize_folder(
+        folder, out, formats, method=method, calibration=calibration, requantize=requantize, progress=progress
+    )
+
+
+def check_method(method: str, calibration: Calibration | None = None) -> None:
+    """Refuse a method that is unknown, or lacks what it learns from.
+
+    Raises:
+        ConfigError: it is.
+    """
     if method not in METHODS:
         raise ConfigError(f"method={method!r} is unknown. Allowed: {', '.join(METHODS)}.")
     if method == "gptq" and calibration is None:
         raise ConfigError('method="gptq" learns from what experts see: give a calibration, or use "hqq".')
-    folder, out = ModelFolder(model), Path(out)
-    check_output(out)
+
+
+def quantize_folder(
+    folder: ModelFolder,
+    out: Path,
+    formats: str | list[list[str]],
+    *,
+    method: str,
+    calibration: Calibration | None = None,
+    requantize: bool = False,
+    shards: Shards | None = None,
+    progress: ProgressCallback | None = None,
+) -> Written:
+    """Write an opened model as `quantize_model` does, which see.
+
+    Args:
+        folder: the model.
+        out: see `quantize_model`, as for all the others.
+        formats: one for all experts, or one for each.
+        method: how codes are chosen.
+        calibration: for "gptq".
+        requantize: whether rounded experts may be rounded again.
+        shards: brings the model's shards; None where they are on this disk.
+        progress: called with (bytes written, bytes in all).
+    """
     empty = folder.empty_model()
     sources, transposed = folder.layers(empty), experts_interface.transposed(empty)
     if folder.gguf is not None:
@@ -84,6 +122,7 @@ def quantize_model(
         folder.feeding(empty),
         out,
         packed=folder.packed_file,
+        shards=shards,
         settings=settings,
         architecture=folder.gguf_architecture,
         progress=progress,

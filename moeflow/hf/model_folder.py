@@ -47,6 +47,7 @@ class ModelFolder:
     Args:
         model: a hub id or a folder.
         config: in place of the folder's own.
+        checkpoint: its headers, where the weights are not in the folder.
         gguf_file: name of a GGUF file in it, or of any of its splits.
         own_files: of a GGUF file: a folder or hub id whose config.json and tokenizer.json win over what the file tells.
         **hub_options: for the download of a hub id.
@@ -60,6 +61,7 @@ class ModelFolder:
         model: str | Path,
         *,
         config: PreTrainedConfig | None = None,
+        checkpoint: Checkpoint | None = None,
         gguf_file: str | None = None,
         own_files: str | Path | None = None,
         **hub_options: Any,
@@ -69,6 +71,8 @@ class ModelFolder:
         self.path = found.absolute()
         if config is not None:
             self.config = config
+        if checkpoint is not None:
+            self.checkpoint = checkpoint
 
     @classmethod
     def of_hf_options(cls, model: str | Path, hf_options: dict[str, Any]) -> "ModelFolder":

@@ -307,8 +307,8 @@ def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
     remedy = "Its config.json is of another model: download it again."
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     wanted = sum(math.prod(tensor.shape) for tensor in (*empty.parameters(), *empty.buffers()))
-    files = {*checkpoint.files, *checkpoint.folder.iterdir()}  # a GGUF file lies elsewhere
-    held = sum(file.stat().st_size for file in files if file.is_file())
+    held = sum(entry.num_bytes for entry in checkpoint.tensors.values())  # wherever their files are
+    held += sum(file.stat().st_size for file in {*checkpoint.folder.iterdir()} - {*checkpoint.files} if file.is_file())
     if wanted > 8 * held + _SMALL:  # no format takes less than a bit for a value
         raise CheckpointError(
             f"{checkpoint.folder}: the config describes a model of {wanted:,} values, and the folder's files have "

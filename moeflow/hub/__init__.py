@@ -1,5 +1,5 @@
 """The hub: files of a repository, their transfer by ranges, the folders they go to, and headers of weights over HTTP.
 
 Knows HTTP, files and headers of checkpoints. Knows nothing of torch, transformers or what a model computes. `hf/`,
-`fit/` and `cli/` import it.
+`fit/`, `convert/` and `cli/` import it.
 """

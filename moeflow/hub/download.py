@@ -28,7 +28,7 @@ from moeflow.progress import ProgressCallback
 
 _log = logging.getLogger(__name__)
 
-_SPARE_BYTES = 64 << 20  # for links, journals and what else writes to the disk
+SPARE_BYTES = 64 << 20  # for links, journals and what else writes to the disk
 
 
 class Fetched(NamedTuple):
@@ -129,7 +129,7 @@ def fetch_model(
         return from_cache(str(error))
     files = select_files(repository, gguf_file, weights=weights)
     try:
-        fetched = _complete(store, repository, files, force_download, progress)
+        fetched = complete(store, repository, files, force_download, progress)
         folder = store.finish(files, commit, revision)
     except OSError as error:
         raise ModelSourceError(cannot_write(error.filename or store.folder, error)) from error
@@ -137,14 +137,26 @@ def fetch_model(
     return Fetched(folder, commit, len(files), num_bytes, fetched, time.monotonic() - begin_s)
 
 
-def _complete(
+def complete(
     store: CacheStore | FolderStore,
     repository: Repository,
     files: list[RepositoryFile],
-    force: bool,
-    progress: ProgressCallback | None,
+    force: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> int:
-    """Fetch the files that a store lacks, while no other process does; return how many bytes came."""
+    """Fetch the files that a store lacks, while no other process does; return how many bytes came.
+
+    Args:
+        store: where they go.
+        repository: they are of it.
+        files: that are wanted.
+        force: whether those that are there are fetched, too.
+        progress: called with (bytes done, bytes in all) where something is fetched.
+
+    Raises:
+        ModelSourceError: one cannot be had, or there is no room.
+        OSError: the disk cannot be written.
+    """
     commit = repository.commit
     if not force and all(store.has(file, commit) for file in files):
         return 0  # a cache that is only read, too
@@ -186,7 +198,7 @@ def _check_room(
     store: CacheStore | FolderStore, repository: Repository, missing: list[RepositoryFile], force: bool
 ) -> None:
     there = 0 if force else sum(bytes_there(store.partials, file) for file in missing)
-    need = sum(file.size for file in missing) - there + _SPARE_BYTES
+    need = sum(file.size for file in missing) - there + SPARE_BYTES
     free = shutil.disk_usage(store.lock.parent).free
     if need > free:
         raise ModelSourceError(

@@ -16,7 +16,6 @@ from moeflow.checkpoint.headers import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
-    TensorEntry,
     header_entries,
     header_length,
     joined_headers,
@@ -36,33 +35,25 @@ Given = TypeVar("Given")
 Found = TypeVar("Found")
 
 
-def remote_checkpoint(repository: Repository) -> Checkpoint:
-    """Read the headers of a repository's shards, and its small files into a temporary folder.
+def remote_checkpoint(repository: Repository, folder: Path | None = None, heads: Path | None = None) -> Checkpoint:
+    """Read the headers of a repository's shards.
 
     Args:
         repository: on the hub.
+        folder: holds all files beside the weights. None: they are fetched into a temporary folder, the index, the
+            configs and what else has at most 4 MB; it lives as long as the repository.
+        heads: folder that keeps the headers: those that are there are not fetched again.
 
     Returns:
-        Its tables, as `open_checkpoint` gives them. `folder` holds the index, the configs and what else has at most
-        4 MB, and lives as long as the repository; the shards in `files` are not there, and `stamps` is empty.
+        Its tables, as `open_checkpoint` gives them for the folder; the shards in `files` are not there, and `stamps` is
+        empty.
 
     Raises:
         ModelSourceError: see `Repository.files`.
         CheckpointError: no safetensors weights, or a shard is missing, truncated or corrupt.
     """
     files = {file.name: file for file in repository.wanted_files}
-    folder = Path(tempfile.mkdtemp(prefix="moeflow-hub-"))
-    weakref.finalize(repository, shutil.rmtree, folder, ignore_errors=True)
-    small = [
-        file
-        for file in files.values()
-        if not file.name.endswith(_WEIGHTS) and (file.size <= _SMALL_BYTES or file.name == INDEX_FILE)
-    ]
-    small.sort(key=lambda file: -file.size)
-    contents = _at_once(lambda file: repository.read(file.name, 0, file.size), small)
-    for file, content in zip(small, contents, strict=True):
-        (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / file.name, content)
+    folder = folder or _fetch_small(repository)
     index = WeightIndex([SINGLE_FILE], {}, None)
     if SINGLE_FILE not in files:
         if INDEX_FILE not in files:
@@ -80,18 +71,61 @@ def remote_checkpoint(repository: Repository) -> Checkpoint:
     guesses = dict.fromkeys(index.shards, 8)
     for tensor, shard in index.weight_map.items():
         guesses[shard] += len(tensor) + _ENTRY_BYTES
-    shards = [(number, files[shard], guesses[shard]) for number, shard in enumerate(index.shards)]
-    return joined_headers(folder, index, _at_once(lambda shard: _header(repository, *shard), shards), [])
+    shards = [(files[shard], guesses[shard]) for shard in index.shards]
+    found = _at_once(lambda shard: _head(repository, *shard, heads), shards)
+    entries = (
+        header_entries(_what(repository, file), head[8:], file.size, number)
+        for number, ((file, _), head) in enumerate(zip(shards, found, strict=True))
+    )
+    return joined_headers(folder, index, entries, [])
 
 
-def _header(repository: Repository, number: int, file: RepositoryFile, guess: int) -> dict[str, TensorEntry]:
-    """Read a shard's header: in one request where it is not longer than guessed."""
-    name = Path(f"{repository.id}/{file.name}")
+def head_file(heads: Path, file: RepositoryFile) -> Path:
+    """Return where the header of a shard is kept, with the 8 bytes before it.
+
+    Args:
+        heads: folder that keeps the headers.
+        file: the shard.
+    """
+    return heads / f"{file.etag}.head"
+
+
+def _fetch_small(repository: Repository) -> Path:
+    """Fetch the index, the configs and what else is small into a folder that lives as long as the repository."""
+    files = {file.name: file for file in repository.wanted_files}
+    folder = Path(tempfile.mkdtemp(prefix="moeflow-hub-"))
+    weakref.finalize(repository, shutil.rmtree, folder, ignore_errors=True)
+    small = [
+        file
+        for file in files.values()
+        if not file.name.endswith(_WEIGHTS) and (file.size <= _SMALL_BYTES or file.name == INDEX_FILE)
+    ]
+    small.sort(key=lambda file: -file.size)
+    contents = _at_once(lambda file: repository.read(file.name, 0, file.size), small)
+    for file, content in zip(small, contents, strict=True):
+        (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / file.name, content)
+    return folder
+
+
+def _head(repository: Repository, file: RepositoryFile, guess: int, heads: Path | None) -> bytes:
+    """Read a shard up to the end of its header: in one request where it is not longer than guessed."""
+    kept = None if heads is None else head_file(heads, file)
+    if kept is not None and kept.is_file():
+        return kept.read_bytes()
     text = repository.read(file.name, 0, max(guess, _GUESS_BYTES))
-    end = 8 + header_length(name, text[:8], file.size)
+    end = 8 + header_length(_what(repository, file), text[:8], file.size)
     if end > len(text):
         text += repository.read(file.name, len(text), end - len(text))
-    return header_entries(name, text[8:end], file.size, number)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, text[:end])
+    return text[:end]
+
+
+def _what(repository: Repository, file: RepositoryFile) -> Path:
+    """Return what errors call a shard."""
+    return Path(f"{repository.id}/{file.name}")
 
 
 def _at_once(call: Callable[[Given], Found], given: list[Given]) -> Iterable[Found]:

@@ -64,7 +64,6 @@ class Repository:
 
         self.id, self.revision = id, revision
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.stop = threading.Event()  # ends reads
         self._token = token if isinstance(token, str) else None if token is False else get_token()
         self._patience_s = patience_s
         self.client = HubClient(self.endpoint, self._token, f"moeflow/{__version__}")
@@ -106,15 +105,16 @@ class Repository:
         found = filter_repo_objects(named, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
         return [named[name] for name in found]
 
-    def remote(self, file: RepositoryFile) -> RemoteFile:
+    def remote(self, file: RepositoryFile, stop: threading.Event | None = None) -> RemoteFile:
         """Return a file at its server.
 
         Args:
             file: one of `files`.
+            stop: ends its reads; None where nothing does.
         """
         url = f"{self.endpoint}/{self.id}/resolve/{self.commit}/{quote(file.name)}"
         what = f"{file.name} of {self.id}"
-        return RemoteFile(self.client, url, what, file.size, file.sha256, self._patience_s, self.stop)
+        return RemoteFile(self.client, url, what, file.size, file.sha256, self._patience_s, stop or threading.Event())
 
     def read(self, name: str, begin: int, length: int) -> bytes:
         """Read bytes of a file.
@@ -170,7 +170,7 @@ class Repository:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
         api = HfApi(endpoint=self.endpoint, token=self._token or False)
-        patience = Patience(self.what, min(_ASK_S, self._patience_s), self.stop)
+        patience = Patience(self.what, min(_ASK_S, self._patience_s), threading.Event())
         while True:
             try:
                 return api.model_info(self.id, revision=self.revision, files_metadata=True, timeout=10)

@@ -68,7 +68,7 @@ class Transfer:
         self._progress = progress or (lambda done, total: None)
         self._changed = threading.Condition()
         self._next_job = 0
-        self._stop = repository.stop
+        self._stop = threading.Event()
         self._error: BaseException | None = None
         self._done_bytes = there_bytes + sum(bytes_there(job.partials, job.file) for job in jobs if not job.fresh)
         self._total_bytes = there_bytes + sum(job.file.size for job in jobs)
@@ -79,6 +79,7 @@ class Transfer:
 
         Raises:
             ModelSourceError: one could not be fetched or written. What was fetched stays, and the next run goes on.
+            StoppedError: `stop` was called before all were there.
         """
         work = [threading.Thread(target=self._guarded, args=(self._check_all,), daemon=True, name="moeflow-check")]
         for number in range(CONNECTIONS):
@@ -89,11 +90,11 @@ class Transfer:
             for thread in work:
                 thread.start()
             with self._changed:
-                while self._error is None and not self._jobs[-1].complete:
+                while not self._stop.is_set() and not self._jobs[-1].complete:
                     self._progress(self._done_bytes, total)
                     self._changed.wait(_SHOW_EVERY_S)
         finally:
-            self._end()
+            self.stop()
             for thread in work:
                 if thread.ident is not None:
                     thread.join()
@@ -103,9 +104,12 @@ class Transfer:
             self._repository.client.close()
         if self._error is not None:
             raise self._error
+        if not self._jobs[-1].complete:
+            raise StoppedError
         self._progress(total, total)
 
-    def _end(self) -> None:
+    def stop(self) -> None:
+        """End it, from any thread; what was fetched stays."""
         self._stop.set()
         self._repository.client.abort()
         with self._changed:
@@ -126,7 +130,7 @@ class Transfer:
             with self._changed:
                 if self._error is None and not (self._stop.is_set() and not isinstance(error, MoeflowError)):
                     self._error = error
-            self._end()
+            self.stop()
 
     # Fetching
 
@@ -162,7 +166,7 @@ class Transfer:
     def _open(self, job: FileJob) -> None:
         job.partials.mkdir(parents=True, exist_ok=True)
         job.partial = PartialFile(job.partials, job.file)
-        job.remote = self._repository.remote(job.file)
+        job.remote = self._repository.remote(job.file, self._stop)
         if job.fresh:
             job.partial.restart()
         done = job.partial.done

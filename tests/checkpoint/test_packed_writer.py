@@ -17,11 +17,12 @@ from moeflow.checkpoint.layer_source import LayerSource, PieceTable
 from moeflow.checkpoint.pack_journal import JOURNAL
 from moeflow.checkpoint.packed_file import PACKED_FILE
 from moeflow.checkpoint.packed_writer import check_output, write_packed
+from moeflow.checkpoint.writing import dense_file
 from moeflow.core import LayerLayout, RecordLayout
 from moeflow.errors import ConfigError, MoeflowError
 
 LAYERS, EXPERTS, BYTES = 2, 4, 5000
-WRITER = (packed_writer, pack_journal, atomic_file, file_lock)
+WRITER = (packed_writer, pack_journal, dense_file, atomic_file, file_lock)
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(mixtral_folder, tmp_path):
     assert run.returncode == -signal.SIGKILL
     assert not out.exists()
     journal = (tmp_path / "out.partial" / "experts.journal").read_text().split()
-    assert 1 < len(journal) < 25
+    assert 1 < len(journal) < 1 + 24 + 24  # the run's name, dense tensors and experts
     quantize_model(mixtral_folder, out, "int4")
     assert (out / PACKED_FILE).read_bytes() == (tmp_path / "whole" / PACKED_FILE).read_bytes()
 

@@ -131,6 +131,18 @@ def hub(files: dict, **options):
         served.close()
 
 
+def lead_to(served: Hub, monkeypatch, cache: Path) -> None:
+    """Let huggingface_hub and moeflow ask a hub, in this process, with a cache of its own."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128

@@ -10,12 +10,13 @@ from types import ModuleType
 from helpers.forks import in_child
 
 
-def kill_at_each_line(call: Callable[[], object], *modules: ModuleType) -> Iterator[str]:
+def kill_at_each_line(call: Callable[[], object], *modules: ModuleType, every: int = 1) -> Iterator[str]:
     """Run `call` in a child of a fork for each line of these modules, killed before the line's first and last time.
 
     Args:
         call: writes something; it begins at the same state each time: the user of the iterator restores it.
         modules: whose lines count.
+        every: of the lines, one in so many is tried.
 
     Yields:
         "file.py:line" after each kill.
@@ -36,7 +37,7 @@ def kill_at_each_line(call: Callable[[], object], *modules: ModuleType) -> Itera
         told.seek(0)
         lines = told.read().decode().split("\n")
     yield "not killed"
-    for place in dict.fromkeys(lines):
+    for place in list(dict.fromkeys(lines))[::every]:
         times = [number for number, line in enumerate(lines) if line == place]
         for number in sorted({times[0], times[-1]}):
             assert in_child(lambda number=number: _killed(call, files, number)) == -signal.SIGKILL, place

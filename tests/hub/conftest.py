@@ -3,9 +3,8 @@
 import random
 
 import pytest
-from huggingface_hub import constants
 
-from helpers.hub_server import hub
+from helpers.hub_server import hub, lead_to
 
 SMALL = {
     "config.json": b'{"model_type": "mixtral"}',
@@ -32,10 +31,5 @@ def files():
 def server(files, monkeypatch, tmp_path):
     """The hub; in this process huggingface_hub and moeflow ask it, with a cache of its own."""
     with hub(files) as served:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        lead_to(served, monkeypatch, tmp_path / "cache")
         yield served
