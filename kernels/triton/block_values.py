@@ -4,9 +4,11 @@ A product of scales and a code has at most 24 bits, so that float32 holds it exa
 subtraction of a minimum, or not.
 
 Rows of most types begin at even addresses and no better ones. Codes are loaded as bytes, which Triton joins where the
-constants of a matrix prove more: 16 at once of q4_k and q5_k, 8 of iq4_xs, 4 of q2_k, 2 of the others. Halves and words
-lie at multiples of their size. Capitals are compile-time constants (`MatrixPlan.constants`); `at` are the pointers to
-blocks [R, B], `here` tells which of them are there, `part` [1, B] which 32 of a block's 256 values are meant.
+constants of a matrix prove more: 16 at once of q4_k and q5_k, 8 of iq4_xs and q5_1, 4 of q2_k and q4_1, 1 of
+ggml_mxfp4, 2 of the others. Halves and words lie at multiples of their size.
+
+Capitals are compile-time constants (`MatrixPlan.constants`); `at` are the pointers to blocks [R, B], `here` tells which
+of them are there, `part` [1, B] which 32 of a block's 256 values are meant.
 """
 
 import triton
