@@ -14,6 +14,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from bench.matrices import fill_blocks
 from moeflow.core import PAGE_BYTES, MatrixSpec, RecordLayout, align_up
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.expert_mlp import combine
@@ -33,6 +34,12 @@ DEFAULT_FORMATS = [
     "int1-g64",
     "mxfp4",
     "fp8",
+    "q8_0",
+    "q6_k",
+    "q5_k",
+    "q4_k",
+    "q4_0",
+    "ggml_mxfp4",
 ]
 SILU = Activation("silu", "concatenated")
 
@@ -75,7 +82,9 @@ class Layer:
         largest = {"int": 128, "fp8": 448}.get(self.spec.kind, 2 ** (self.spec.bits - 1))
         for slot in self.arena:
             view = self._views(slot)[tensor.name]
-            if tensor.dtype != "U8":
+            if self.spec.kind == "ggml":
+                fill_blocks(view, self.spec)
+            elif tensor.dtype != "U8":
                 view.normal_(0, 0.05 / (1 if self.spec.kind == "float" else largest))
                 if tensor.name.endswith("_zero"):
                     view.fill_(largest - 0.5)
@@ -227,6 +236,8 @@ def main(argv=None) -> int:
         return 2
     if args.check:
         args.hidden, args.intermediate, args.experts, args.top_k = 64, 32, 4, 2
+        if any(find_format(name).group_size > 128 for name in args.formats):  # rows are whole blocks
+            args.hidden, args.intermediate = 256, 256
         args.decode_tokens, args.prefill_tokens = [1], [5]
     rows = bench(args)
     print(json.dumps({"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter", **rows}))

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from moeflow.kernels.triton.activation import activate, rows_of_features
+from moeflow.kernels.triton.block_values import load_blocks
 from moeflow.kernels.triton.dequantize import (
     load_bias,
     load_codes,
@@ -128,6 +129,7 @@ def multiply_row(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
     PLANES: tl.constexpr,
     DTYPE: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
@@ -163,6 +165,9 @@ def multiply_row(
             codes = load_lossless(
                 record, rows, blocks, tops, N, K, PADDED_K, CODES_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS
             )
+            words = codes
+        elif BLOCK_BYTES > 0:
+            codes = load_blocks(record, rows, blocks, N, K, KIND, GROUP, BLOCK_BYTES, CODES_AT)
             words = codes
         else:
             codes, words = load_codes(
@@ -207,6 +212,7 @@ def _multiply_pairs(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
     PLANES: tl.constexpr,
     DTYPE: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
@@ -241,8 +247,8 @@ def _multiply_pairs(
             row = pair // pairs_per_row
         sums = multiply_row(
             record_at(arena, location), inputs + row.to(tl.int64) * K, rows,
-            N, K, PADDED_K, KIND, BITS, GROUP, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT, SCALE_AT, ZERO_AT, BIAS_AT,
-            BIAS_DTYPE, TOP_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS, BLOCK_ROWS, BLOCKS,
+            N, K, PADDED_K, KIND, BITS, GROUP, BLOCK_BYTES, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT, SCALE_AT, ZERO_AT,
+            BIAS_AT, BIAS_DTYPE, TOP_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS, BLOCK_ROWS, BLOCKS,
         )  # fmt: skip
     if GATE == "none":
         result = activate(sums, sums, ACT, GATE, ALPHA, GATE_LIMIT, ACTIVATED_LIMIT, UP_LIMIT, UP_OFFSET)

@@ -89,13 +89,13 @@ def run_values(codes, words, zeros, PLANE: tl.constexpr, KIND: tl.constexpr, BIT
     """Return one run of every loaded block as numbers, not yet scaled.
 
     Args:
-        codes: from `load_codes`; likewise words.
+        codes: from `load_codes`; likewise words. Floats are the numbers themselves.
         zeros: [R, B] float32, of asymmetric formats.
 
     Returns:
         [R, B, J] float32.
     """
-    if KIND == "float" or KIND == "lossless":
+    if codes.dtype.is_floating():
         values = codes.to(tl.float32)
     elif KIND == "int":
         values = codes.to(tl.int8, bitcast=True).to(tl.float32)

@@ -9,6 +9,10 @@ from moeflow.core import RecordLayout
 from moeflow.kernels.quantization.formats import BLOCK, FORMAT_OF_DTYPE, WeightFormat, find_format, holds_matrix
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+BLOCK_FORMATS = (
+    "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "ggml_mxfp4",
+)  # fmt: skip
+"""Those of GGML's blocks that the kernels read."""
 
 # Blocks by kind and bits: rows of the matrix a program takes, blocks of 32 in features a step takes. One entry a
 # format, never tuned at run time: the order in which products are summed, and so every bit, depends on it.
@@ -23,6 +27,7 @@ _DECODE_BLOCKS = {
     ("uint", 3): (16, 16),
     ("uint", 2): (16, 16),
     ("sign", 1): (16, 8),
+    **{("ggml", bits): (8, 16) for bits in (8, 6, 5, 4, 3, 2)},
 }
 _PREFILL_BLOCKS = {
     ("float", 32): (64, 1),
@@ -35,6 +40,7 @@ _PREFILL_BLOCKS = {
     ("uint", 3): (64, 4),
     ("uint", 2): (64, 4),
     ("sign", 1): (64, 2),
+    **{("ggml", bits): (64, 2) for bits in (8, 6, 5, 4, 3, 2)},
 }
 # Likewise of the second matrix, whose programs take a token's experts one after another: fewer rows, more programs.
 _DOWN_BLOCKS = {
@@ -48,6 +54,7 @@ _DOWN_BLOCKS = {
     ("uint", 3): (4, 32),
     ("uint", 2): (4, 32),
     ("sign", 1): (4, 32),
+    **{("ggml", bits): (4, 16) for bits in (8, 6, 5, 4, 3, 2)},
 }
 # A matrix stored [in, out] is contiguous along its rows: a program takes as many as fill a cache line.
 _TRANSPOSED_DECODE_BLOCKS = (64, 2)
@@ -113,6 +120,8 @@ class MatrixPlan(NamedTuple):
             return None
         if (spec.kind, spec.bits) not in _DECODE_BLOCKS or min(num_rows, in_features) < 1:
             return None
+        if spec.kind == "ggml" and spec.name not in BLOCK_FORMATS:
+            return None
         if not holds_matrix(record, name, spec, (num_rows, in_features)):
             return None
         if spec.kind == "lossless":
@@ -123,7 +132,7 @@ class MatrixPlan(NamedTuple):
             return plan if bias is None else plan._replace(bias_at=bias.offset, bias_dtype=bias.dtype)
         plan = cls(
             num_rows, in_features, spec, is_transposed, codes.offset,
-            scale_at=-1 if spec.kind == "float" else tensors[f"{name}_scale"].offset,
+            scale_at=-1 if spec.kind in ("float", "ggml") else tensors[f"{name}_scale"].offset,
             zero_at=tensors[f"{name}_zero"].offset if spec.has_zeros else -1,
         )  # fmt: skip
         return plan if bias is None else plan._replace(bias_at=bias.offset, bias_dtype=bias.dtype)
@@ -134,9 +143,10 @@ class MatrixPlan(NamedTuple):
             "N": self.num_rows,
             "K": self.in_features,
             "PADDED_K": self.spec.padded(self.in_features),
-            "KIND": self.spec.kind,
+            "KIND": self.spec.name if self.spec.kind == "ggml" else self.spec.kind,
             "BITS": self.spec.bits,
             "GROUP": self.spec.group_size or self.spec.padded(self.in_features),
+            "BLOCK_BYTES": self.spec.block_bytes,
             "PLANES": self.num_planes,
             "DTYPE": self.spec.dtype,
             "IS_TRANSPOSED": self.is_transposed,

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from moeflow.kernels.triton.activation import activate, rows_of_features
+from moeflow.kernels.triton.block_values import load_blocks
 from moeflow.kernels.triton.decode import record_at
 from moeflow.kernels.triton.dequantize import (
     INTERPRETED,
@@ -119,6 +120,7 @@ def _multiply_groups(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
     PLANES: tl.constexpr,
     DTYPE: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
@@ -168,6 +170,9 @@ def _multiply_groups(
             codes = load_lossless(
                 record, rows, blocks, tops, N, K, PADDED_K, CODES_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS
             )
+            words = codes
+        elif BLOCK_BYTES > 0:
+            codes = load_blocks(record, rows, blocks, N, K, KIND, GROUP, BLOCK_BYTES, CODES_AT)
             words = codes
         else:
             codes, words = load_codes(

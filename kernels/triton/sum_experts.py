@@ -67,6 +67,7 @@ def _multiply_and_sum(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
     PLANES: tl.constexpr,
     DTYPE: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
@@ -92,8 +93,8 @@ def _multiply_and_sum(
         if location != -1:
             sums = multiply_row(
                 record_at(arena, location), inputs + pair.to(tl.int64) * K, rows,
-                N, K, PADDED_K, KIND, BITS, GROUP, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT, SCALE_AT, ZERO_AT, BIAS_AT,
-                BIAS_DTYPE, TOP_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS, BLOCK_ROWS, BLOCKS,
+                N, K, PADDED_K, KIND, BITS, GROUP, BLOCK_BYTES, PLANES, DTYPE, IS_TRANSPOSED, CODES_AT, SCALE_AT,
+                ZERO_AT, BIAS_AT, BIAS_DTYPE, TOP_AT, ESCAPES_AT, NUM_ESCAPES, SEARCH_STEPS, BLOCK_ROWS, BLOCKS,
             )  # fmt: skip
             total += tl.load(weights + pair).to(tl.float32) * sums
     tl.store(outputs + token.to(tl.int64) * N + rows, rounded(total, outputs.dtype.element_ty), mask=rows < N)

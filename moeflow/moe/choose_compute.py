@@ -13,6 +13,7 @@ from moeflow.kernels.activations import recognise
 from moeflow.kernels.cpu.library import instruction_set
 from moeflow.kernels.cpu.structs import DTYPES, block_number
 from moeflow.kernels.quantization.formats import find_format
+from moeflow.kernels.triton.matrix import BLOCK_FORMATS
 from moeflow.kernels.triton.probe import why_not
 from moeflow.moe.compute import ExpertCompute
 from moeflow.moe.cpu_compute import CpuCompute
@@ -92,11 +93,12 @@ def tell_slow_blocks(records: Iterable[RecordLayout], device: torch.device) -> N
     """
     formats = {matrix.format for record in records for matrix in record.matrices}
     blocks = {name for name in formats if find_format(name).kind == "ggml"}
-    slow = {name for name in blocks if device.type != "cpu" or block_number(name) is None}
+    known = BLOCK_FORMATS if device.type != "cpu" else [name for name in blocks if block_number(name) is not None]
+    slow = blocks.difference(known)
     if slow:
         _log.warning(
-            "no kernel computes experts in %s on %s: torch unpacks them for every use, which is slow. A file in q4_k "
-            "or q8_0 is fast on a CPU.",
+            "no kernel computes experts in %s on %s: torch unpacks them for every use, which is slow. There are "
+            "kernels for q4_k and q8_0.",
             ", ".join(sorted(slow)),
             device,
         )

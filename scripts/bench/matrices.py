@@ -39,11 +39,10 @@ def random_matrix(spec: WeightFormat, shape: tuple[int, int], seed: int = 0) -> 
     """Return the stored tensors of a random matrix [N, K] of unit gain, under the name "weight"."""
     generator = torch.Generator().manual_seed(seed)
     gain = 1 / math.sqrt(shape[1])
-    if spec.kind == "ggml":  # bytes of which any two are a small half
+    if spec.kind == "ggml":
         ((name, _, size),) = spec.tensors("weight", shape)
-        blocks = torch.randint(0, 56, size, dtype=torch.uint8, generator=generator)
-        if spec.name == "ggml_mxfp4":
-            blocks[:, :: spec.block_bytes] += 64  # powers of two of a usual size
+        blocks = torch.empty(size, dtype=torch.uint8)
+        fill_blocks(blocks, spec, generator)
         return {name: blocks}
     if spec.kind not in ("mxfp4", "fp8"):
         return quantize(torch.randn(shape, generator=generator) * gain, spec)
@@ -58,6 +57,13 @@ def random_matrix(spec: WeightFormat, shape: tuple[int, int], seed: int = 0) -> 
     else:
         tensors["weight"][tensors["weight"] & 127 == 127] = 0  # not a number
     return tensors
+
+
+def fill_blocks(blocks: torch.Tensor, spec: WeightFormat, generator: torch.Generator | None = None) -> None:
+    """Fill uint8 [N, bytes] with random blocks of GGML's, of whose bytes any two are a small half."""
+    blocks.random_(0, 56, generator=generator)
+    if spec.name == "ggml_mxfp4":
+        blocks[:, :: spec.block_bytes] += 64  # powers of two of a usual size
 
 
 def stored_matrix(name: str, shape: tuple[int, int]) -> tuple[WeightFormat, dict[str, torch.Tensor]]:

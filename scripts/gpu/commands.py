@@ -17,7 +17,7 @@ from gpu.worker import Tell, UnavailableError
 ROOT = Path(__file__).resolve().parents[2]
 CLAIMS, CUDA = "tests/helpers/triton_claims.py", "tests"
 _CHECK = [sys.executable, "scripts/bench_triton.py", "--check"]
-_FEW = ["--formats", "bfloat16", "int4-g64", "mxfp4", "fp8"]  # a sanitizer makes everything slow
+_FEW = ["--formats", "bfloat16", "int4-g64", "mxfp4", "fp8", "q4_k", "q6_k"]  # a sanitizer makes everything slow
 _LONG = 100  # failures that are named
 
 

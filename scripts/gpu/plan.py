@@ -84,7 +84,7 @@ STEPS = (
         models=True,
     ),
     Step("signals", "SIGINT at 150 random times in generate(), and an answer right after each", 30, 240, models=True),
-    Step("kernels", "scripts/bench_triton.py: bandwidth of each format", 30, 240, dry=({"formats": ["int4-g64"]},)),
+    Step("kernels", "scripts/bench_triton.py: bandwidth of each format", 30, 300, dry=({"formats": ["int4-g64"]},)),
     Step(
         "races",
         "TORCH_CUDA_SANITIZER=1 over the CUDA tests and the claims",

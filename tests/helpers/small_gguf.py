@@ -11,13 +11,14 @@ VOCAB = 320
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def small_model() -> transformers.Qwen3MoeForCausalLM:
-    """Return a model of two layers whose rows fit every type's blocks."""
+def small_model(**overrides: int) -> transformers.Qwen3MoeForCausalLM:
+    """Return a model of two layers whose rows fit every type's blocks; `overrides` of its config."""
     torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 256, "num_hidden_layers": 2, "num_experts": 6, **overrides}
     config = transformers.Qwen3MoeConfig(
-        hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, num_experts=6, num_experts_per_tok=2, vocab_size=VOCAB,
-        mlp_only_layers=[], norm_topk_prob=True, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
+        hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        num_experts_per_tok=2, vocab_size=VOCAB, mlp_only_layers=[], norm_topk_prob=True, max_position_embeddings=2048,
+        bos_token_id=None, eos_token_id=None, **sizes,
     )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(config).eval()
 

@@ -12,6 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.triton_blocks import (  # noqa: F401 - claims too
+    test_a_token_has_the_same_bits_alone_among_others_in_pairs_and_looked_up,
+    test_experts_in_blocks_are_those_of_their_values,
+    test_infinite_and_missing_scales_stay_in_their_expert,
+    test_long_rows_in_blocks_are_summed_in_several_steps,
+    test_matrices_of_an_expert_may_have_different_types,
+    test_types_without_a_kernel_are_declined,
+    test_values_of_any_bytes_have_the_bits_of_their_type,
+)
 from helpers.triton_experts import DEVICE, SILU, Experts, decode, error, group, locate, prefill, routed
 from helpers.triton_segments import test_records_may_lie_in_any_allocations  # noqa: F401 - a claim too
 from moeflow.core import MatrixSpec, RecordLayout
@@ -32,22 +41,10 @@ if DEVICE == "cpu":  # the interpreter is paid by the program: give each more ro
         table.update({key: (64, blocks) for key, (_, blocks) in table.items()})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *FLOATS,
-        "int8",
-        "int8-g32",
-        "int4-g32",
-        "int4-g64",
-        "int4-g128",
-        "int3-g64",
-        "int2-g64",
-        "int1-g64",
-        "mxfp4",
-        "fp8",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    *FLOATS, "int8", "int8-g32", "int4-g32", "int4-g64", "int4-g128", "int3-g64", "int2-g64", "int1-g64", "mxfp4",
+    "fp8",
+])  # fmt: skip
 def test_every_format_equals_its_dequantised_weights(name):
     experts = Experts(name, 60, 40)
     for run, dtype in ((decode, torch.float32), (prefill, torch.float32), (prefill, torch.bfloat16)):

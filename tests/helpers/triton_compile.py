@@ -23,13 +23,14 @@ from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.kernels.activations import ACTIVATIONS, Activation
 from moeflow.kernels.quantization.formats import find_format
 from moeflow.kernels.triton.experts import TritonExperts, find_plan
+from moeflow.kernels.triton.matrix import BLOCK_FORMATS
 
 MAX_KERNELS = 12  # that a model compiles for one record layout and dtype
 MAX_LOCAL_BYTES = 128  # of a thread: 32 registers that did not fit
 # Every kind and width of packed values; groups and their like are covered by the first of each.
 FORMATS = (
     "bfloat16", "float16", "float32", "bf16-lossless-4096", "int8", "int8-g32", "int4-g32", "int4-g64", "int4-g128",
-    "int3-g64", "int2-g64", "int1-g64", "mxfp4", "fp8",
+    "int3-g64", "int2-g64", "int1-g64", "mxfp4", "fp8", *BLOCK_FORMATS,
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 SILU = Activation("silu", "concatenated")

@@ -2,6 +2,7 @@
 
 import torch
 
+from helpers.ggml_blocks import tame
 from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.kernels.activations import Activation
 from moeflow.kernels.quantization.dequantize import dequantize
@@ -65,6 +66,8 @@ class Experts:
             spec = self.formats.get(f"{matrix}_proj")
             if part == "" and spec.kind != "float":
                 view.copy_(torch.randint(0, 256, view.shape, generator=generator))
+                if spec.kind == "ggml":
+                    tame(view, spec, generator)
                 if spec.kind == "fp8":
                     view[view & 0x7F == 0x7F] = 0x31
                     view[:, self.shapes[tensor.name][1] :] = 0x7F  # padding may be NaN

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.lossless_models import lossless_mixtral
+from helpers.small_gguf import write_small
 from moeflow import Engine, load_moe
 from moeflow.convert.pack import pack_model
 from moeflow.errors import BudgetError
@@ -132,3 +133,16 @@ def test_lossless_experts_give_the_bits_of_bfloat16(tmp_path, monkeypatch, has_t
     for budget in ("25%", "100%"):
         with (model := load_moe(tmp_path / "packed", device="cuda", expert_memory=budget, predictor=None)).moeflow:
             assert torch.equal(logits(model), expected)
+
+
+def test_experts_in_the_blocks_of_a_gguf_file_are_those_of_their_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+    file, model = write_small(tmp_path)
+    expected, found = logits(model), []
+    for budget in ("25%", "100%"):
+        with (loaded := load_moe(file, device="cuda", expert_memory=budget, dtype=torch.float32)).moeflow:
+            found.append(logits(loaded).cpu())
+            computes = loaded.model.layers[0].mlp.experts._moeflow._computes.values()
+            assert {type(compute).__name__ for compute in computes} == {"TritonCompute"}
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=float(1e-5 * expected.abs().max()))

@@ -8,10 +8,14 @@ import sys
 import pytest
 import torch
 
+from helpers.gguf_models import write_model
 from helpers.lossless_models import spoilt
+from helpers.small_gguf import small_model
 from helpers.small_models import tiny_mixtral
 from moeflow.convert.pack import pack_model
+from moeflow.core import MatrixSpec, RecordLayout
 from moeflow.kernels.cpu.library import instruction_set
+from moeflow.moe.choose_compute import tell_slow_blocks
 
 _LOGITS = """
 import json, sys
@@ -97,6 +101,37 @@ def test_tritons_kernels_give_the_bits_of_bfloat16_from_lossless_experts(lossles
     )
     assert kinds == ["TritonCompute"]
     assert torch.equal(found, expected)
+
+
+def small_types(name, shape):
+    """Return Q4_K for gate and up, Q8_0 for down: two kinds of blocks in an expert."""
+    return "F32" if len(shape) == 1 or "_exps" not in name else "Q4_K" if shape[-1] == 256 else "Q8_0"
+
+
+@pytest.mark.slow
+def test_tritons_kernels_compute_experts_from_the_blocks_of_a_gguf_file(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+    sizes = {"moe_intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 12}  # the interpreter is slow
+    model = write_model(tmp_path / "small.gguf", "qwen3moe", small_model(**sizes), small_types)
+    kinds, found = logits("triton", tmp_path / "small.gguf", TRITON_INTERPRET="1")
+    assert kinds == ["TritonCompute"]
+    with torch.no_grad():
+        output = model(torch.arange(1, 19).unsqueeze(0))
+        steps = [model(torch.tensor([[token]]), past_key_values=output.past_key_values).logits for token in (3, 5)]
+    expected = torch.cat([output.logits, *steps], 1).flatten()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_without_a_kernel_are_told_of_by_their_types(caplog, device):
+    matrices = [MatrixSpec("down_proj", name, (1, 256)) for name in ("q4_k", "iq2_xs", "tq1_0", "ggml_mxfp4", "int8")]
+    records = [RecordLayout((), 0, (matrix,)) for matrix in matrices]
+    tell_slow_blocks(records, torch.device(device))
+    assert f"no kernel computes experts in iq2_xs, tq1_0 on {device}:" in caplog.text
+    caplog.clear()
+    tell_slow_blocks(records[:1], torch.device(device))
+    assert not caplog.text
 
 
 _LOADED = """
