@@ -170,9 +170,9 @@ struct Avx2 {
         halves = _mm_insert_epi16(halves, bits[1], 1), halves = _mm_insert_epi16(halves, bits[2], 2);
         const __m128 four = _mm_cvtph_ps(_mm_insert_epi16(halves, bits[3], 3));
         _mm_storeu_ps(to, unit == 1 ? four : _mm_mul_ps(four, _mm_set1_ps(unit)));
-        in_memory(to);
+        if (unit != 1) in_memory(to); /* GCC would multiply each by itself */
     }
-    /* Loads that spread one of four floats are cheaper than shuffles, which GCC takes to spare a load. */
+    /* Loads that spread one of four floats are then cheaper than GCC's shuffles, which spare a load. */
     static void in_memory(float *p) { __asm__("" : "+m"(*(float(*)[4])p)); }
 
     static Bytes bytes_one() { return _mm256_set1_epi8(1); }
