@@ -16,7 +16,8 @@ from pathlib import Path
 
 FORMATS = (
     "float32", "bfloat16", "int8", "int8-g64", "int4-g32", "int4-g64", "int4-g128", "int3-g64", "int2-g64", "int1-g64",
-    "mxfp4", "fp8", "bf16-lossless", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q4_0", "iq4_xs", "ggml_mxfp4",
+    "mxfp4", "fp8", "bf16-lossless", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_0", "q4_0",
+    "iq4_xs", "ggml_mxfp4",
 )  # fmt: skip
 PARTS = ("gemv", "block", "gemm")
 FIGURES = (  # to reach: name, key of a result, at least

@@ -72,11 +72,16 @@ void ask(const Matrix &m, bool is_rounded, Rows &rows) {
     const bool has_zeros = m.format == UINT4 || m.format == UINT3 || m.format == UINT2;
     if (has_zeros) rows.sums[m.group_size / 64] = 0;
     switch (m.format) { /* blocks with minima */
-    case BLOCKS_Q4_0: case BLOCKS_Q4_1: case BLOCKS_Q5_1: rows.sums[0] = 0; break;
+    case BLOCKS_Q4_1: case BLOCKS_Q5_1: rows.sums[0] = 0; break;
     case BLOCKS_Q2_K: rows.sums[WHOLE_SUMS] = 0; break;
     case BLOCKS_Q4_K: case BLOCKS_Q5_K: rows.sums[WHOLE_SUMS + 1] = 0;
     }
-    if (is_rounded && m.format > FLOAT16 && m.format != FP8 && m.format != LOSSLESS) rows.is_rounded = 1;
+    if (!is_rounded || m.format <= FLOAT16 || m.format == FP8 || m.format == LOSSLESS) return;
+    rows.is_rounded = true;
+    switch (m.format) { /* blocks that are bytes in registers first */
+    case BLOCKS_Q4_0: case BLOCKS_Q5_0: case BLOCKS_Q2_K: case BLOCKS_Q3_K: case BLOCKS_Q5_K: case BLOCKS_Q6_K:
+    case BLOCKS_IQ4_NL: case BLOCKS_IQ4_XS: case BLOCKS_MXFP4: rows.is_split = arithmetic->has_split;
+    }
 }
 Rows no_rows(int num_features) {
     Rows rows{};
@@ -97,8 +102,9 @@ bool lay_out(Rows &rows) {
         else rows.stride += 4 * arithmetic->lanes * (rows.padded / GROUP_OF_SUMS[slot]);
     }
     if (rows.is_rounded) {
-        rows.codes = rows.stride, rows.deltas = rows.stride + 2 * rows.padded;
-        rows.stride += 2 * rows.padded + 4 * (rows.padded / 128);
+        rows.codes = rows.stride, rows.split = rows.codes + 2 * rows.padded;
+        rows.deltas = rows.is_split ? rows.split + 2 * rows.padded : rows.split;
+        rows.stride = rows.deltas + 4 * (rows.padded / 128);
     }
     /* Rows a power of two apart would meet in the same cache sets. */
     rows.stride = align(rows.stride, 128) + 64;

@@ -64,7 +64,8 @@ struct Expert {
 };
 
 /* Rows of activations as the kernels read them: float32, padded with zeros to a multiple of 128; then, where a format
- * asks for it, sums over every group and the values rounded to int16 in blocks of 128. Offsets in bytes within a row. */
+ * asks for it, sums over every group and the values rounded to int16 in blocks of 128, and these once more as an
+ * instruction set splits bytes into words. Offsets in bytes within a row. */
 constexpr int NUM_SUMS = 5, GROUP_OF_SUMS[NUM_SUMS] = {32, 64, 128, 16, 32};
 /* From here on each sum is one float, and those of 256 values have room for 16, with zeros where they are fewer. */
 constexpr int WHOLE_SUMS = 3, SUMS_OF_256 = 16;
@@ -72,9 +73,10 @@ struct Rows {
     char *data;
     int64_t stride;
     int64_t sums[NUM_SUMS]; /* of groups as GROUP_OF_SUMS has them; -1: no format needs them */
-    int64_t codes, deltas;
+    int64_t codes, split, deltas;
     int32_t num_features, padded;
-    int32_t is_rounded; /* whether codes and deltas are there, and sums are theirs */
+    bool is_rounded; /* whether codes and deltas are there, and sums are theirs */
+    bool is_split;   /* whether the codes are there in a second order, too */
 };
 
 /* The tokens one expert computes in one go: at most TOKENS_AT_ONCE. */
@@ -118,6 +120,7 @@ struct LatentHeads {
 struct Arithmetic {
     const char *name;
     int lanes; /* of a sum over a group */
+    bool has_split; /* whether codes in a second order are of use */
     /* Converts one row of activations to float32, padded. */
     void (*convert)(const void *from, int format, int count, float *to, int padded);
     /* Fills in what follows the float32 values. */

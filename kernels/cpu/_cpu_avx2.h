@@ -8,6 +8,10 @@ struct Avx2 {
     struct Words {         /* 32 codes in their order */
         __m256i v[2];
     };
+    static constexpr bool HAS_SPLIT = true;
+    struct Split { /* 32 codes: 0, 2, ..., 30 and 1, 3, ..., 31, for bytes in a register come apart so at less cost */
+        __m256i even, odd;
+    };
 
     static V zero() { return _mm256_setzero_ps(); }
     static V all(float x) { return _mm256_set1_ps(x); }
@@ -103,10 +107,13 @@ struct Avx2 {
     /* Of GGML's blocks: bytes as they are, of which each half is a plane, bits spread out, fields at another place. */
     static Bytes bytes_at(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
     static Bytes pairs(const uint8_t *p) {
-        const __m128i both = _mm_loadu_si128((const __m128i *)p);
-        return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15));
+        const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+        return _mm256_and_si256(_mm256_srlv_epi64(both, _mm256_setr_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
     }
     static Bytes bits(const uint8_t *p, int value) { return _mm256_and_si256(is_set(p), _mm256_set1_epi8((char)value)); }
+    static Bytes no_bits(const uint8_t *p, int value) { /* the value where a bit is not set */
+        return _mm256_andnot_si256(is_set(p), _mm256_set1_epi8((char)value));
+    }
     static Bytes moved(Bytes b, int left, int mask) {
         if (left > 0) b = _mm256_slli_epi16(b, left);
         if (left < 0) b = _mm256_srli_epi16(b, -left);
@@ -132,11 +139,41 @@ struct Avx2 {
         }
         return words;
     }
-    /* Words times one scale for the first 16 and another for the rest, each given twice in 32 bits. */
-    static Words scaled(const Words &w, int32_t first, int32_t second) {
-        return {{_mm256_mullo_epi16(w.v[0], _mm256_set1_epi32(first)),
-                 _mm256_mullo_epi16(w.v[1], _mm256_set1_epi32(second))}};
+    static Split split(Bytes b) {
+        return {_mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), _mm256_srai_epi16(b, 8)};
     }
+    static Split split_unsigned(Bytes b) {
+        return {_mm256_and_si256(b, _mm256_set1_epi16(255)), _mm256_srli_epi16(b, 8)};
+    }
+    /* Codes from -63 to 63, each 1 / SMALL_UNIT times as large: none is moved down, and a sum of 32 products still fits. */
+    static constexpr float SMALL_UNIT = 1 / 256.0f;
+    static Split split_small(Bytes b) {
+        return {_mm256_slli_epi16(b, 8), _mm256_and_si256(b, _mm256_set1_epi16((int16_t)0xff00))};
+    }
+    /* 32 rounded activations in that order. */
+    static void split_words(const int16_t *from, int16_t *to) {
+        __m256i even[2], odd[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256i both = _mm256_loadu_si256((const __m256i *)from + i);
+            even[i] = _mm256_srai_epi32(_mm256_slli_epi32(both, 16), 16), odd[i] = _mm256_srai_epi32(both, 16);
+        }
+        _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(_mm256_packs_epi32(even[0], even[1]), 0xd8));
+        _mm256_storeu_si256((__m256i *)to + 1, _mm256_permute4x64_epi64(_mm256_packs_epi32(odd[0], odd[1]), 0xd8));
+    }
+    /* One number for the first half of the lanes, another for the rest. */
+    static V two(float first, float second) { return _mm256_blend_ps(all(first), all(second), 0xf0); }
+    /* Four halves of as many blocks, times a number. */
+    template <int BYTES> static void four_halves(const uint8_t *p, float unit, float *to) {
+        uint16_t bits[4];
+        for (int i = 0; i < 4; ++i) memcpy(bits + i, p + i * BYTES, 2);
+        __m128i halves = _mm_insert_epi16(_mm_setzero_si128(), bits[0], 0);
+        halves = _mm_insert_epi16(halves, bits[1], 1), halves = _mm_insert_epi16(halves, bits[2], 2);
+        const __m128 four = _mm_cvtph_ps(_mm_insert_epi16(halves, bits[3], 3));
+        _mm_storeu_ps(to, unit == 1 ? four : _mm_mul_ps(four, _mm_set1_ps(unit)));
+        if (unit != 1) in_memory(to); /* GCC would multiply each by itself */
+    }
+    /* Loads that spread one of four floats are then cheaper than GCC's shuffles, which spare a load. */
+    static void in_memory(float *p) { __asm__("" : "+m"(*(float(*)[4])p)); }
 
     static Bytes bytes_one() { return _mm256_set1_epi8(1); }
 
@@ -158,7 +195,12 @@ struct Avx2 {
         const __m256i high = _mm256_madd_epi16(w.v[1], _mm256_loadu_si256((const __m256i *)x + 1));
         return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
     }
-    static I dot_scaled(I sum, const Words &w, const int16_t *x) { return dot(sum, w, x); }
+    /* The same of codes and activations that are split: lane l those of 4l to 4l + 3. */
+    static I dot(I sum, const Split &w, const int16_t *x) {
+        const __m256i even = _mm256_madd_epi16(w.even, _mm256_loadu_si256((const __m256i *)x));
+        const __m256i odd = _mm256_madd_epi16(w.odd, _mm256_loadu_si256((const __m256i *)x + 1));
+        return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+    }
     /* Whole floats to int16. */
     static void store_words(int16_t *p, V v) {
         const __m256i wide = _mm256_cvtps_epi32(v);

@@ -6,6 +6,7 @@ struct Avx512 {
     using Bytes = __m256i;
     using I = __m512i;
     using Words = __m512i; /* 32 codes in their order */
+    static constexpr bool HAS_SPLIT = false;
 
     static V zero() { return _mm512_setzero_ps(); }
     static V all(float x) { return _mm512_set1_ps(x); }
@@ -67,6 +68,7 @@ struct Avx512 {
     static Bytes bytes_at(const uint8_t *p) { return Avx2::bytes_at(p); }
     static Bytes pairs(const uint8_t *p) { return Avx2::pairs(p); }
     static Bytes bits(const uint8_t *p, int value) { return Avx2::bits(p, value); }
+    static Bytes no_bits(const uint8_t *p, int value) { return Avx2::no_bits(p, value); }
     static Bytes moved(Bytes b, int left, int mask) { return Avx2::moved(b, left, mask); }
     static Bytes either(Bytes a, Bytes b) { return Avx2::either(a, b); }
     static Bytes minus(Bytes b, int value) { return Avx2::minus(b, value); }
@@ -89,15 +91,19 @@ struct Avx512 {
         const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
         return is_high ? _mm512_srli_epi16(both, 4) : _mm512_and_si512(both, _mm512_set1_epi16(15));
     }
-    static Words scaled(Words w, int32_t first, int32_t second) {
-        const __m256i high = _mm256_set1_epi32(second);
-        return _mm512_mullo_epi16(w, _mm512_inserti64x4(_mm512_set1_epi32(first), high, 1));
+    static Words split(Bytes b) { return words(b); }
+    static Words split_unsigned(Bytes b) { return words(b); }
+    static constexpr float SMALL_UNIT = 1;
+    static Words split_small(Bytes b) { return words(b); }
+    static void split_words(const int16_t *, int16_t *) {}
+    static V two(float first, float second) { return _mm512_mask_blend_ps((__mmask16)0xff00, all(first), all(second)); }
+    template <int BYTES> static void four_halves(const uint8_t *p, float unit, float *to) {
+        Avx2::four_halves<BYTES>(p, unit, to);
     }
     static I none() { return _mm512_setzero_si512(); }
     static I dot(I sum, Words w, const int16_t *x) {
         return _mm512_dpwssd_epi32(sum, w, _mm512_loadu_si512((const void *)x));
     }
-    static I dot_scaled(I sum, Words w, const int16_t *x) { return dot(sum, w, x); }
     static void store_words(int16_t *p, V v) {
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
     }

@@ -27,6 +27,11 @@ template <class S> inline float half_at(const uint8_t *p) {
     memcpy(&half, p, 2);
     return S::value(&half);
 }
+/* One or four halves times a number, of which each follows the other after so many bytes. */
+template <class S, int BYTES, int COUNT> inline void halves_at(const uint8_t *p, float unit, float *to) {
+    if constexpr (COUNT == 1) to[0] = unit * half_at<S>(p);
+    else S::template four_halves<BYTES>(p, unit, to);
+}
 
 /* Codes that E2M1 stands for, doubled, and those of IQ4. */
 constexpr int8_t E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
@@ -39,51 +44,67 @@ struct Grid {
 };
 
 /* What every format of blocks says: VALUES and BYTES of a block, GROUP: values that share a scale. `bytes` are the codes
- * of part i of 4 of a half of a block, `floats` the same as floats, `words` as words. */
+ * of part i of 4 of a half of a block, `floats` the same as floats, `words` as words, in which 1 is 1 / UNIT: split where
+ * IS_SPLIT says so. Codes that have minima are not negative; IS_SMALL says that they lie between -63 and 63. */
 template <class S, class F, int VALUES_, int BYTES_, int GROUP_, bool HAS_MINIMA_> struct Blocks {
     static constexpr int VALUES = VALUES_, BYTES = BYTES_, GROUP = GROUP_;
     static constexpr bool HAS_MINIMA = HAS_MINIMA_;
     static constexpr int64_t AHEAD = 2048 * BYTES / VALUES; /* of prefetches */
     static void floats(const uint8_t *p, int half, int i, typename S::V (&v)[PART / S::LANES]) { S::widen(F::bytes(p, half, i), v); }
-    static auto words(const uint8_t *p, int half, int i) { return S::words(F::bytes(p, half, i)); }
+    static constexpr bool IS_SMALL = false, IS_SPLIT = S::HAS_SPLIT;
+    static constexpr float UNIT = 1;
+    static auto words(const uint8_t *p, int half, int i) {
+        if constexpr (HAS_MINIMA) return S::split_unsigned(F::bytes(p, half, i));
+        else if constexpr (F::IS_SMALL) return S::split_small(F::bytes(p, half, i));
+        else return S::split(F::bytes(p, half, i));
+    }
 };
-/* Blocks of 32: `scale`, and `minimum`, which is added. */
-template <class S, class F, int BYTES, bool HAS_MINIMA> using Small = Blocks<S, F, 32, BYTES, 32, HAS_MINIMA>;
-/* Of these, codes of four bits. */
-template <class S, class F, int BYTES, int AT> struct Nibbles : Small<S, F, BYTES, true> {
-    static void floats(const uint8_t *p, int, int, typename S::V (&v)[PART / S::LANES]) { S::nibbles(p + AT, v); }
-    static auto words(const uint8_t *p, int, int) { return S::words4(p + AT); }
-    static float scale(const uint8_t *p) { return half_at<S>(p); }
+/* Blocks of 32: the `scales` of COUNT blocks that follow one another, times a number, and `minima`, which are added. */
+template <class S, class F, int BYTES, bool HAS_MINIMA> struct OneScale : Blocks<S, F, 32, BYTES, 32, HAS_MINIMA> {
+    template <int COUNT> static void scales(const uint8_t *p, float unit, float *to) {
+        halves_at<S, BYTES, COUNT>(p, unit, to);
+    }
+    template <int COUNT> static void minima(const uint8_t *p, float *to) { halves_at<S, BYTES, COUNT>(p + 2, 1, to); }
 };
-template <class S> struct Q4_0 : Nibbles<S, Q4_0<S>, 18, 2> {
-    static float minimum(const uint8_t *p) { return -8 * half_at<S>(p); }
+template <class S> struct Q4_0 : OneScale<S, Q4_0<S>, 18, false> {
+    static constexpr bool IS_SMALL = true;
+    static constexpr float UNIT = S::SMALL_UNIT;
+    static void floats(const uint8_t *p, int, int, typename S::V (&v)[PART / S::LANES]) {
+        S::nibbles(p + 2, v);
+        UNROLL for (int i = 0; i < PART / S::LANES; ++i) v[i] = S::sub(v[i], S::all(8));
+    }
+    static auto bytes(const uint8_t *p, int, int) { return S::minus(S::pairs(p + 2), 8); }
 };
-template <class S> struct Q4_1 : Nibbles<S, Q4_1<S>, 20, 4> {
-    static float minimum(const uint8_t *p) { return half_at<S>(p + 2); }
+template <class S> struct Q4_1 : OneScale<S, Q4_1<S>, 20, true> {
+    static constexpr bool IS_SPLIT = false;
+    static void floats(const uint8_t *p, int, int, typename S::V (&v)[PART / S::LANES]) { S::nibbles(p + 4, v); }
+    static auto words(const uint8_t *p, int, int) { return S::words4(p + 4); }
 };
-template <class S> struct Q5_0 : Small<S, Q5_0<S>, 22, false> {
-    static auto bytes(const uint8_t *p, int, int) { return S::minus(S::either(S::pairs(p + 6), S::bits(p + 2, 16)), 16); }
-    static float scale(const uint8_t *p) { return half_at<S>(p); }
+template <class S> struct Q5_0 : OneScale<S, Q5_0<S>, 22, false> {
+    static constexpr bool IS_SMALL = true;
+    static constexpr float UNIT = S::SMALL_UNIT;
+    static auto bytes(const uint8_t *p, int, int) { return S::either(S::pairs(p + 6), S::no_bits(p + 2, 0xf0)); }
 };
-template <class S> struct Q5_1 : Small<S, Q5_1<S>, 24, true> {
+template <class S> struct Q5_1 : OneScale<S, Q5_1<S>, 24, true> {
+    static constexpr bool IS_SPLIT = false; /* its minima meet sums of lanes */
     static auto bytes(const uint8_t *p, int, int) { return S::either(S::pairs(p + 8), S::bits(p + 4, 16)); }
-    static float scale(const uint8_t *p) { return half_at<S>(p); }
-    static float minimum(const uint8_t *p) { return half_at<S>(p + 2); }
+    static auto words(const uint8_t *p, int half, int i) { return S::words(bytes(p, half, i)); }
 };
-template <class S> struct Q8_0 : Small<S, Q8_0<S>, 34, false> {
+template <class S> struct Q8_0 : OneScale<S, Q8_0<S>, 34, false> {
+    static constexpr bool IS_SPLIT = false;
     static void floats(const uint8_t *p, int, int, typename S::V (&v)[PART / S::LANES]) {
         UNROLL for (int i = 0; i < PART / S::LANES; ++i) v[i] = S::load((const int8_t *)p + 2 + i * S::LANES);
     }
     static auto words(const uint8_t *p, int, int) { return S::words8(p + 2); }
-    static float scale(const uint8_t *p) { return half_at<S>(p); }
 };
-template <class S> struct Iq4Nl : Small<S, Iq4Nl<S>, 18, false> {
+template <class S> struct Iq4Nl : OneScale<S, Iq4Nl<S>, 18, false> {
     static auto bytes(const uint8_t *p, int, int) { return S::look_up(IQ4, S::pairs(p + 2)); }
-    static float scale(const uint8_t *p) { return half_at<S>(p); }
 };
-template <class S> struct GgmlMxfp4 : Small<S, GgmlMxfp4<S>, 17, false> {
+template <class S> struct GgmlMxfp4 : OneScale<S, GgmlMxfp4<S>, 17, false> {
     static auto bytes(const uint8_t *p, int, int) { return S::look_up(E2M1, S::pairs(p + 1)); }
-    static float scale(const uint8_t *p) { return e8m0_half(p[0]); }
+    template <int COUNT> static void scales(const uint8_t *p, float unit, float *to) {
+        for (int i = 0; i < COUNT; ++i) to[i] = unit * e8m0_half(p[17 * i]);
+    }
 };
 
 /* Blocks of 256: `grid`. */
@@ -100,6 +121,8 @@ template <class S> struct Q2K : Blocks<S, Q2K<S>, 256, 84, 16, true> {
     }
 };
 template <class S> struct Q3K : Blocks<S, Q3K<S>, 256, 110, 16, false> {
+    static constexpr bool IS_SMALL = true;
+    static constexpr float UNIT = S::SMALL_UNIT;
     static auto bytes(const uint8_t *p, int half, int i) {
         const auto low = S::moved(S::bytes_at(p + 32 + 32 * half), -2 * i, 3);
         const auto bits = S::bytes_at(p);
@@ -117,15 +140,15 @@ template <class S> struct Q3K : Blocks<S, Q3K<S>, 256, 110, 16, false> {
 };
 /* Eight scales and minima of six bits in twelve bytes. */
 template <class S> inline void grid_of_six_bits(const uint8_t *p, Grid &grid) {
-    const uint32_t low = load_word(p + 4), middle = load_word(p + 8), both = load_word(p + 12);
-    const uint32_t six = 0x3f3f3f3fu, four = 0x0f0f0f0fu, two = 0x30303030u;
-    const uint64_t scales = (low & six) | (uint64_t)((both & four) | (low >> 2 & two)) << 32;
-    const uint64_t minima = (middle & six) | (uint64_t)((both >> 4 & four) | (middle >> 2 & two)) << 32;
+    const uint64_t first = load_word<uint64_t>(p + 4), both = load_word(p + 12); /* four scales and four minima in either */
+    const uint64_t low = first & eight(63), high = (first >> 2 & eight(48)) | ((both | both << 28) & eight(15));
+    const uint64_t scales = (low & 0xffffffffu) | high << 32, minima = low >> 32 | (high >> 32) << 32;
     memcpy(grid.scales, &scales, 8), memcpy(grid.minima, &minima, 8);
     memset(grid.scales + 8, 0, 8), memset(grid.minima + 8, 0, 8);
     grid.unit = half_at<S>(p), grid.unit_of_minima = -half_at<S>(p + 2);
 }
 template <class S> struct Q4K : Blocks<S, Q4K<S>, 256, 144, 32, true> {
+    static constexpr bool IS_SPLIT = false;
     static void floats(const uint8_t *p, int half, int i, typename S::V (&v)[PART / S::LANES]) {
         S::nibbles(p + 16 + 64 * half + i / 2 * 32, i % 2, v);
     }
@@ -141,6 +164,8 @@ template <class S> struct Q5K : Blocks<S, Q5K<S>, 256, 176, 32, true> {
     static void grid(const uint8_t *p, Grid &grid) { grid_of_six_bits<S>(p, grid); }
 };
 template <class S> struct Q6K : Blocks<S, Q6K<S>, 256, 210, 16, false> {
+    static constexpr bool IS_SMALL = true;
+    static constexpr float UNIT = S::SMALL_UNIT;
     static auto bytes(const uint8_t *p, int half, int i) {
         const auto low = S::moved(S::bytes_at(p + 64 * half + i % 2 * 32), i / 2 ? -4 : 0, 15);
         return S::minus(S::either(low, S::moved(S::bytes_at(p + 128 + 32 * half), 4 - 2 * i, 48)), 32);
@@ -163,63 +188,50 @@ template <class S> struct Iq4Xs : Blocks<S, Iq4Xs<S>, 256, 136, 32, false> {
     }
 };
 
-/* The scales of a block's groups as floats, and what is added to their values. */
-template <class S, class F> struct Scales {
-    static constexpr int COUNT = F::VALUES / F::GROUP;
-    alignas(64) float scales[COUNT == 1 ? 1 : 16], minima[COUNT == 1 ? 1 : 16];
+/* Of a block of 256 or of up to STEP_BLOCKS blocks of 32: the scales of its groups as floats, and what is added to their
+ * values. Rounded activations meet words. */
+template <class S, class F, bool IS_ROUNDED> struct Scales {
+    static constexpr bool IS_LARGE = F::VALUES > PART;
+    static constexpr int STEP_BLOCKS = IS_LARGE ? 1 : 4, COUNT = IS_LARGE ? F::VALUES / F::GROUP : STEP_BLOCKS;
+    static constexpr float UNIT = IS_ROUNDED ? F::UNIT : 1;
+    alignas(64) float scales[16], minima[16];
 
-    void set(const uint8_t *p) {
-        if constexpr (COUNT == 1) {
-            scales[0] = F::scale(p);
-            if constexpr (F::HAS_MINIMA) minima[0] = F::minimum(p);
-        } else {
+    template <int BLOCKS> void set(const uint8_t *p) {
+        if constexpr (IS_LARGE) {
             Grid grid;
             F::grid(p, grid);
-            times(grid.scales, grid.unit, scales);
+            times(grid.scales, grid.unit * UNIT, scales);
             if constexpr (F::HAS_MINIMA) times(grid.minima, grid.unit_of_minima, minima);
+        } else {
+            F::template scales<BLOCKS>(p, UNIT, scales);
+            if constexpr (F::HAS_MINIMA) F::template minima<BLOCKS>(p, minima);
         }
     }
     static void times(const int8_t *from, float unit, float *to) {
         for (int i = 0; i < COUNT; i += S::LANES) S::store(to + i, S::mul(S::load(from + i), S::all(unit)));
     }
 };
-/* The same for rounded activations: groups of 16 have whole scales, each twice in a word, and one unit. */
-template <class S, class F> struct WholeScales {
-    static constexpr int COUNT = F::VALUES / F::GROUP;
-    alignas(64) int32_t scales[COUNT];
-    alignas(64) float minima[16];
-    float unit;
 
-    void set(const uint8_t *p) {
-        Grid grid;
-        F::grid(p, grid);
-        for (int i = 0; i < COUNT; ++i) {
-            const uint32_t scale = (uint32_t)grid.scales[i] & 0xffffu;
-            scales[i] = (int32_t)(scale << 16 | scale);
-        }
-        unit = grid.unit;
-        if constexpr (F::HAS_MINIMA) Scales<S, F>::times(grid.minima, grid.unit_of_minima, minima);
-    }
-};
-
-/* Adds the minima of a block of a row, times sums of T tokens' activations. */
+/* Adds minima of a row, times sums of T tokens' activations: of block i of a step of which the first is `block`. */
 template <class S, class F, int T, class By>
-inline void add_minima(const By &by, int64_t block, int64_t sums_at, const float *const *x, typename S::V (&sums)[T]) {
-    if constexpr (F::VALUES == PART) {
-        const auto minimum = S::all(by.minima[0]);
-        UNROLL for (int t = 0; t < T; ++t)
-            sums[t] = S::fma(minimum, S::load(x[t] + sums_at + block * S::LANES), sums[t]);
-    } else
-        UNROLL for (int i = 0; i < By::COUNT; i += S::LANES) {
-            const auto minima = S::load(by.minima + i);
+inline void add_minima(const By &by, int64_t block, int i, int64_t sums_at, const float *const *x, typename S::V (&sums)[T]) {
+    if constexpr (By::IS_LARGE)
+        UNROLL for (int k = 0; k < By::COUNT; k += S::LANES) {
+            const auto minima = S::load(by.minima + k);
             UNROLL for (int t = 0; t < T; ++t)
-                sums[t] = S::fma(minima, S::load(x[t] + sums_at + block * SUMS_OF_256 + i), sums[t]);
+                sums[t] = S::fma(minima, S::load(x[t] + sums_at + block * SUMS_OF_256 + k), sums[t]);
         }
+    else {
+        const auto minimum = S::all(by.minima[i]);
+        UNROLL for (int t = 0; t < T; ++t)
+            sums[t] = S::fma(minimum, S::load(x[t] + sums_at + (block + i) * S::LANES), sums[t]);
+    }
 }
 
-/* One half of a block of a row and T tokens, of which values `k` and on meet it; a part is of the half. */
-template <class S, class F, int T> struct Meeting {
+/* 128 values of a row, from `k`, and T tokens: one half of a block of 256, or up to four blocks of 32. */
+template <class S, class F, bool IS_ROUNDED, int T> struct Meeting {
     using V = typename S::V;
+    using By = Scales<S, F, IS_ROUNDED>;
     static constexpr int VECTORS = PART / S::LANES, GROUPS = PART / F::GROUP, OF_GROUP = VECTORS / GROUPS;
     const uint8_t *block;
     int half;
@@ -227,9 +239,10 @@ template <class S, class F, int T> struct Meeting {
     const float *const *x;
     const Rows &input;
 
-    void add(int part, const Scales<S, F> &by, V (&sums)[T]) const {
+    const uint8_t *block_of(int part) const { return By::IS_LARGE ? block : block + part * F::BYTES; }
+    void add(int part, const By &by, V (&sums)[T]) const {
         V v[VECTORS];
-        F::floats(block, half, part, v);
+        F::floats(block_of(part), half, part, v);
         UNROLL for (int g = 0; g < GROUPS; ++g) {
             const V scale = S::all(by.scales[(4 * half + part) * GROUPS + g]);
             UNROLL for (int t = 0; t < T; ++t) {
@@ -241,34 +254,18 @@ template <class S, class F, int T> struct Meeting {
             }
         }
     }
-    const int16_t *rounded(int t, int part) const {
-        return (const int16_t *)((const char *)x[t] + input.codes) + k + part * PART;
-    }
-    float delta(int t, int part) const { return x[t][input.deltas / 4 + (k + part * PART) / ROUNDED_TOGETHER]; }
-    /* Rounded activations and groups of 32: scaled, then by the activations' own scale, of four parts in `inner`. */
-    void add_rounded(int part, const Scales<S, F> &by, V (&inner)[T], V (&sums)[T]) const {
-        const auto words = F::words(block, half, part);
-        constexpr int parts = F::VALUES / PART;
+    /* Rounded activations: whole sums, scaled, of all parts in `inner`, then by the activations' own scale. */
+    void add_rounded(int part, bool is_last, const By &by, V (&inner)[T], V (&sums)[T]) const {
+        const auto words = F::words(block_of(part), half, part);
+        const float *scales = by.scales + (4 * half + part) * GROUPS;
+        const V scale = GROUPS == 2 ? S::two(scales[0], scales[1]) : S::all(scales[0]);
         UNROLL for (int t = 0; t < T; ++t) {
-            const V whole = S::to_float(S::dot(S::none(), words, rounded(t, part)));
-            if constexpr (parts == 1) sums[t] = S::fma(whole, S::all(by.scales[0] * delta(t, part)), sums[t]);
-            else {
-                const V scale = S::all(by.scales[4 * half + part]);
-                inner[t] = part ? S::fma(whole, scale, inner[t]) : S::mul(whole, scale);
-                if (part == 3) sums[t] = S::fma(inner[t], S::all(delta(t, part)), sums[t]);
-            }
+            const int64_t codes_at = F::IS_SPLIT ? input.split : input.codes;
+            const auto codes = (const int16_t *)((const char *)x[t] + codes_at) + k + part * PART;
+            const V whole = S::to_float(S::dot(S::none(), words, codes));
+            inner[t] = part ? S::fma(whole, scale, inner[t]) : S::mul(whole, scale);
+            if (is_last) sums[t] = S::fma(inner[t], S::all(x[t][input.deltas / 4 + k / ROUNDED_TOGETHER]), sums[t]);
         }
-    }
-    /* Rounded activations and groups of 16: scaled as whole numbers, of which two parts fit into 32 bits. */
-    void add_rounded_pair(int part, const WholeScales<S, F> &by, V (&sums)[T]) const {
-        typename S::I whole[T];
-        UNROLL for (int t = 0; t < T; ++t) whole[t] = S::none();
-        UNROLL for (int i = part; i < part + 2; ++i) {
-            const auto words = S::scaled(F::words(block, half, i), by.scales[8 * half + 2 * i], by.scales[8 * half + 2 * i + 1]);
-            UNROLL for (int t = 0; t < T; ++t) whole[t] = S::dot_scaled(whole[t], words, rounded(t, i));
-        }
-        UNROLL for (int t = 0; t < T; ++t)
-            sums[t] = S::fma(S::to_float(whole[t]), S::all(by.unit * delta(t, part)), sums[t]);
     }
 };
 
@@ -276,37 +273,38 @@ template <class S, class F, bool IS_ROUNDED, int R, int T>
 __attribute__((noinline)) void tile_blocks(const Matrix &m, const char *record, const Side &side, const Rows &input,
                                            const float *const *x, float *y, int stride) {
     using V = typename S::V;
-    constexpr bool is_whole = IS_ROUNDED && F::GROUP == 16;
-    constexpr int halves = F::VALUES > PART ? 2 : 1, parts = F::VALUES / PART / halves;
-    constexpr int together = parts > 1 ? 2 : 1; /* parts that often share bytes */
+    using By = Scales<S, F, IS_ROUNDED>;
+    constexpr int halves = By::IS_LARGE ? 2 : 1, together = By::IS_LARGE ? 2 : 1; /* parts that often share bytes */
     const int num_blocks = m.in_features / F::VALUES;
     const int64_t row_bytes = (int64_t)num_blocks * F::BYTES;
-    constexpr int slot = F::VALUES == PART ? 0 : F::GROUP == 16 ? WHOLE_SUMS : WHOLE_SUMS + 1;
+    constexpr int slot = !By::IS_LARGE ? 0 : F::GROUP == 16 ? WHOLE_SUMS : WHOLE_SUMS + 1;
     const int64_t sums_at = input.sums[slot] / 4;
     const uint8_t *w[R];
     V sums[R][T], inner[R][T];
-    typename std::conditional<is_whole, WholeScales<S, F>, Scales<S, F>>::type by[R];
+    By by[R];
     UNROLL for (int r = 0; r < R; ++r) {
         w[r] = (const uint8_t *)record + m.codes + (side.row + r * side.step) * row_bytes;
         UNROLL for (int t = 0; t < T; ++t) sums[r][t] = S::zero();
     }
-    for (int block = 0; block < num_blocks; ++block) {
+    const auto step = [&](int block, auto count) {
+        constexpr int blocks = decltype(count)::value, parts = By::IS_LARGE ? 4 : blocks;
         const int64_t at = (int64_t)block * F::BYTES, ahead = ahead_of<R, F::AHEAD>(side, at, row_bytes);
-        UNROLL for (int line = 0; line < F::BYTES; line += 64)
+        UNROLL for (int line = 0; line < blocks * F::BYTES; line += 64)
             UNROLL for (int r = 0; r < R; ++r) S::prefetch(w[r] + ahead + line);
         UNROLL for (int r = 0; r < R; ++r) {
-            by[r].set(w[r] + at);
-            if constexpr (F::HAS_MINIMA) add_minima<S, F, T>(by[r], block, sums_at, x, sums[r]);
+            by[r].template set<blocks>(w[r] + at);
+            if constexpr (F::HAS_MINIMA && By::IS_LARGE) add_minima<S, F, T>(by[r], block, 0, sums_at, x, sums[r]);
         }
         for (int half = 0; half < halves; ++half) {
-            const int64_t k = (int64_t)block * F::VALUES + half * (F::VALUES / 2);
+            const int64_t k = (int64_t)block * F::VALUES + half * 128;
             const auto add = [&](int part, int r) {
-                const Meeting<S, F, T> meeting{w[r] + at, half, k, x, input};
-                if constexpr (is_whole) meeting.add_rounded_pair(part, by[r], sums[r]);
-                else
-                    UNROLL for (int i = part; i < part + together; ++i)
-                        if constexpr (IS_ROUNDED) meeting.add_rounded(i, by[r], inner[r], sums[r]);
-                        else meeting.add(i, by[r], sums[r]);
+                const Meeting<S, F, IS_ROUNDED, T> meeting{w[r] + at, half, k, x, input};
+                UNROLL for (int i = part; i < part + together; ++i) {
+                    if constexpr (F::HAS_MINIMA && !By::IS_LARGE)
+                        add_minima<S, F, T>(by[r], block, i, sums_at, x, sums[r]);
+                    if constexpr (IS_ROUNDED) meeting.add_rounded(i, i == parts - 1, by[r], inner[r], sums[r]);
+                    else meeting.add(i, by[r], sums[r]);
+                }
             };
             if constexpr (S::LANES > 4) {
                 UNROLL for (int part = 0; part < parts; part += together)
@@ -315,7 +313,12 @@ __attribute__((noinline)) void tile_blocks(const Matrix &m, const char *record, 
                 for (int part = 0; part < parts; part += together)
                     for (int r = 0; r < R; ++r) add(part, r);
         }
-    }
+    };
+    int block = 0;
+    for (; block + By::STEP_BLOCKS <= num_blocks; block += By::STEP_BLOCKS)
+        step(block, std::integral_constant<int, By::STEP_BLOCKS>());
+    if constexpr (!By::IS_LARGE)
+        for (; block < num_blocks; ++block) step(block, std::integral_constant<int, 1>());
     UNROLL for (int t = 0; t < T; ++t)
         UNROLL for (int r = 0; r < R; ++r) y[t * stride + r * side.step] = S::sum(sums[r][t]);
 }
@@ -340,9 +343,9 @@ template <class S, class F> struct BlockUnpack {
         using V = typename S::V;
         constexpr int vectors = PART / S::LANES, of_group = F::GROUP / S::LANES;
         const uint8_t *p = (const uint8_t *)record + m.codes + (row * m.in_features + k) / F::VALUES * F::BYTES;
-        Scales<S, F> by;
+        Scales<S, F, false> by;
         for (const float *end = to + count; to < end; p += F::BYTES) {
-            by.set(p);
+            by.template set<1>(p);
             for (int part = 0; part < F::VALUES / PART; ++part, to += PART) {
                 V v[vectors];
                 F::floats(p, part / 4, part % 4, v);

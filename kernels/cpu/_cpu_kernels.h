@@ -160,6 +160,9 @@ template <class S> struct Steps {
         char *data = rows.data + row * rows.stride;
         float *x = (float *)data;
         if (rows.is_rounded) round_row(x, rows.padded, (int16_t *)(data + rows.codes), (float *)(data + rows.deltas));
+        if (rows.is_split)
+            for (int k = 0; k < rows.padded; k += 32)
+                S::split_words((const int16_t *)(data + rows.codes) + k, (int16_t *)(data + rows.split) + k);
         for (int slot = 0; slot < NUM_SUMS; ++slot) {
             if (rows.sums[slot] < 0) continue;
             float *sums = (float *)(data + rows.sums[slot]);
@@ -386,7 +389,7 @@ template <class S> struct Steps {
 
 template <class S> constexpr Arithmetic arithmetic(const char *name) {
     using A = Steps<S>;
-    return {name, S::LANES, A::convert, A::prepare, A::hidden, A::down, A::down_token, A::combine,
+    return {name, S::LANES, S::HAS_SPLIT, A::convert, A::prepare, A::hidden, A::down, A::down_token, A::combine,
             A::linear, A::unpack, A::rms_norm, StepArithmetic<S>::store, StepArithmetic<S>::pointwise, StepArithmetic<S>::attend_any,
             LatentArithmetic<S>::attend_any, LatentArithmetic<S>::absorb_any, LatentArithmetic<S>::expand_any};
 }

@@ -8,6 +8,7 @@ struct Portable {
         int8_t v[32];
     };
     using Words = Bytes;
+    static constexpr bool HAS_SPLIT = false;
 
     static V zero() { return V{}; }
     static V all(float x) { return V{x, x, x, x}; }
@@ -156,6 +157,11 @@ struct Portable {
         for (int i = 0; i < 32; ++i) b.v[i] = (p[i / 8] >> (i % 8)) & 1 ? (int8_t)value : 0;
         return b;
     }
+    static Bytes no_bits(const uint8_t *p, int value) {
+        Bytes b = bits(p, value);
+        for (int i = 0; i < 32; ++i) b.v[i] ^= (int8_t)value;
+        return b;
+    }
     static Bytes moved(const Bytes &b, int left, int mask) {
         Bytes to;
         for (int i = 0; i < 32; ++i) {
@@ -183,12 +189,18 @@ struct Portable {
         widen(moved(bytes_at(p), is_high ? -4 : 0, 15), v);
     }
     static Words words4(const uint8_t *p, bool is_high) { return moved(bytes_at(p), is_high ? -4 : 0, 15); }
-    struct Scaled {
-        Bytes words;
-        int16_t scales[2]; /* of 16 words each */
-    };
-    static Scaled scaled(const Words &w, int32_t first, int32_t second) {
-        return {w, {(int16_t)first, (int16_t)second}};
+    static Words split(const Bytes &b) { return b; }
+    static Words split_unsigned(const Bytes &b) { return b; }
+    static constexpr float SMALL_UNIT = 1;
+    static Words split_small(const Bytes &b) { return b; }
+    static void split_words(const int16_t *, int16_t *) {}
+    static V two(float first, float second) { return V{first, first, second, second}; }
+    template <int BYTES> static void four_halves(const uint8_t *p, float unit, float *to) {
+        for (int i = 0; i < 4; ++i) {
+            Float16 half;
+            memcpy(&half, p + i * BYTES, 2);
+            to[i] = unit * value(&half);
+        }
     }
 
     static Bytes bytes_one() {
@@ -204,14 +216,6 @@ struct Portable {
     static I dot(I sum, const Words &w, const int16_t *x) {
         for (int i = 0; i < LANES; ++i)
             for (int j = 0; j < 8; ++j) sum[i] += w.v[8 * i + j] * x[8 * i + j];
-        return sum;
-    }
-    static I dot_scaled(I sum, const Scaled &w, const int16_t *x) {
-        for (int i = 0; i < LANES; ++i) {
-            int32_t lane = 0;
-            for (int j = 0; j < 8; ++j) lane += w.words.v[8 * i + j] * x[8 * i + j];
-            sum[i] += lane * w.scales[i / 2];
-        }
         return sum;
     }
     static V to_float(I v) { return V{(float)v[0], (float)v[1], (float)v[2], (float)v[3]}; }

@@ -44,8 +44,8 @@ class Pass(Protocol):
         """New tokens of each row."""
 
     @property
-    def cache(self) -> object:
-        """Where keys and values of a whole answer grow; None where an engine has them in its own line."""
+    def num_kept(self) -> int | None:
+        """Positions of each row before; None where an engine keeps them, whose memory is charged as a whole."""
 
 
 class Contract:
@@ -170,14 +170,9 @@ class Contract:
                 f"{self.pass_tokens:,}. Give a shorter prompt or fewer at once, or make a plan with more: moeflow fit "
                 "--context."
             )
-        cache: Any = begun.cache
-        if not hasattr(cache, "get_seq_length") or hasattr(cache, "describe_pass"):  # an engine's is charged as a whole
+        if begun.num_kept is None:
             return
-        try:
-            length = cache.get_seq_length()
-        except ValueError:  # it keeps no positions
-            return
-        positions, most = begun.num_sequences * (length + begun.num_positions), plan.context * plan.batch
+        positions, most = begun.num_sequences * (begun.num_kept + begun.num_positions), plan.context * plan.batch
         if positions > most:
             raise BudgetError(
                 f"key_values: {positions:,} positions would be kept, and the plan has {most:,} ({plan.batch} x "

@@ -85,6 +85,17 @@ def test_bits_do_not_depend_on_tokens_rows_or_threads(forced, threads, form, act
     assert torch.equal(block_linear(inputs(40, 512), blocks, form, None, activation_bits), many)
 
 
+@pytest.mark.parametrize("form", [form for form in WITH_KERNELS if FORMATS[form].group_size == 32])
+@pytest.mark.parametrize("in_features", [32, 96, 128, 576, 672])
+def test_rows_of_any_number_of_small_blocks_agree_with_the_oracle(forced, form, in_features):
+    blocks, x = random_matrix(form, (11, in_features)), inputs(4, in_features)
+    expected = x.double() @ block_values(blocks, form).double().T
+    for bits, bound in ((0, 2e-6), (16, 1e-4)):
+        found = block_linear(x, blocks, form, None, bits)
+        assert error(found, expected) < bound
+        assert torch.equal(torch.cat([block_linear(one.unsqueeze(0), blocks, form, None, bits) for one in x]), found)
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_results_are_rounded_once(forced, dtype):
     blocks, x = random_matrix("q4_k", SHAPE), inputs(3).to(dtype)

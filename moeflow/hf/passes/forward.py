@@ -52,6 +52,16 @@ class ForwardPass(NamedTuple):
     attention_mask: torch.Tensor | None = None
     cache: object = None
 
+    @property
+    def num_kept(self) -> int | None:
+        """Positions of each sequence that its cache keeps; None where there is none, or an engine has its own."""
+        if not hasattr(self.cache, "get_seq_length") or hasattr(self.cache, "describe_pass"):
+            return None
+        try:
+            return int(self.cache.get_seq_length())
+        except ValueError:  # it keeps no positions
+            return None
+
 
 def describe_pass(args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
     """Describe the pass that a model's forward is called for; None where it is given no tokens in rows.
