@@ -137,7 +137,8 @@ def headers(folder: Path, latency_s: float = 0.05) -> dict[str, float]:
         for _ in range(2):
             begin = time.perf_counter()
             own = environment(server.url) | {"MOEFLOW_CACHE": str(folder / "cache")}
-            subprocess.run(fit, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
+            done = subprocess.run(fit, capture_output=True, text=True, env=own)
+            assert done.returncode == 0, done.stderr
             fits.append(time.perf_counter() - begin)
     measured = {"headers_s": seconds, "headers_peak_bytes": peak, "headers_requests": num_requests}
     return {**measured, "first_fit_s": fits[0], "fit_s": fits[1]}

@@ -13,7 +13,16 @@ from moeflow.machine.store import keep_profile
 from moeflow.paths import cache_folder
 from moeflow.progress import ShareCallback
 
-_SHARES = {"memory": 0.08, "disk": 0.27, "experts": 0.35, "checks": 0.02, "dense": 0.06, "layers": 0.16, "copies": 0.06}
+_SHARES = {
+    "touch": 0.05,
+    "memory": 0.06,
+    "disk": 0.24,
+    "experts": 0.35,
+    "checks": 0.02,
+    "dense": 0.06,
+    "layers": 0.16,
+    "copies": 0.06,
+}
 
 
 def _tell_nothing(share: float, text: str) -> None:
@@ -40,7 +49,7 @@ def measure_profile(
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds={seconds!r} is no time to measure in. Give 20, or 4 for a quick profile.")
     place = cache_folder() if folder is None else Path(folder)
-    if folder is None:
+    if place == cache_folder():  # which may not be there yet
         place.mkdir(parents=True, exist_ok=True)
     others, done = OthersLoad(), 0.0
 
@@ -60,7 +69,7 @@ def measure_profile(
     from moeflow.machine.measuring.layers import layer_times
     from moeflow.machine.measuring.memory import memory_read, memory_touch
 
-    touch = memory_touch()  # before anything else takes memory that is fresh
+    touch = memory_touch(begin("touch", "taking memory"))  # before anything else takes memory that is fresh
     memory = memory_read(max(usable_cores(), torch.get_num_threads()), begin("memory", "reading memory"))
     disk, alone = disk_read(place, begin("disk", f"reading the disk of {place}"))
     kernel_read, kernel_flops = expert_speeds(begin("experts", "running experts in each format"))

@@ -17,6 +17,7 @@ from moeflow.machine.measure import measure_profile
 from moeflow.machine.measuring.disk import EXPERT_BYTES, IN_FLIGHT, disk_read
 from moeflow.machine.measuring.experts import FEW_TOKENS, MEASURED, Experts, expert_speeds
 from moeflow.machine.store import kept_profile
+from moeflow.paths import cache_folder
 
 SMALL_FILE = 1 << 26  # bytes that are written to be read
 
@@ -48,6 +49,13 @@ def test_every_figure_is_measured_and_kept(tmp_path, monkeypatch):
     assert told == sorted(told)
     assert (told[0], told[-1]) == (0, 1)
     assert not list(models.iterdir())
+
+
+@pytest.mark.slow
+def test_the_cache_folder_itself_may_be_measured_before_it_is_there(tmp_path, monkeypatch):
+    """As the first `moeflow fit ORG/NAME` on a machine does."""
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+    assert measure_profile(cache_folder(), seconds=0.1) == kept_profile(cache_folder())
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])

@@ -17,7 +17,6 @@ from moeflow.kernels.cpu.library import library
 from moeflow.machine.measuring.timing import median_seconds
 
 _LEAST_BYTES, _MOST_BYTES = 32 << 20, 1 << 30
-_TOUCHED_BYTES = 256 << 20
 _PAGE_BYTES = 4096
 _PIECE_BYTES, _THREADS_BYTES = 16 << 20, 4 << 20  # of a reading: short, so that the system seldom interrupts it
 
@@ -62,20 +61,27 @@ def memory_read(most_threads: int, seconds: float) -> dict[int, float]:
     return found
 
 
-def memory_touch() -> float:
+def memory_touch(seconds: float) -> float:
     """Return the bytes a second at which memory that nobody has used is first written, page by page, in huge pages.
 
-    It is measured once: the second time the system hands out what it has just got back.
+    What is written is held until the end: the system hands out faster what it has just got back.
+
+    Args:
+        seconds: to spend on it.
     """
-    size = min(_TOUCHED_BYTES, max(available_memory_bytes() // 8, _LEAST_BYTES))
+    size = min(_MOST_BYTES, max(available_memory_bytes() // 8, _LEAST_BYTES))
     with contextlib.closing(mmap.mmap(-1, size)) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
         begin = time.perf_counter()
-        for place in range(0, size, _PAGE_BYTES):
-            memory[place] = 1
-        return size / (time.perf_counter() - begin)
+        for end in range(_PIECE_BYTES, size + 1, _PIECE_BYTES):
+            for place in range(end - _PIECE_BYTES, end, _PAGE_BYTES):
+                memory[place] = 1
+            taken = time.perf_counter() - begin
+            if taken > seconds:
+                break
+        return end / taken
 
 
 def _read_rate(block: torch.Tensor, num_threads: int, seconds: float) -> float:
