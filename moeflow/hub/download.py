@@ -205,6 +205,13 @@ def _check_room(
             f"{repository.what} needs {format_bytes(need)} more in {store.folder}, and {format_bytes(free)} are free. "
             "Make room, or give a folder on another disk: --to FOLDER, or HF_HOME for the cache."
         )
+    copied = sum(file.size for file in missing if file.name.endswith(".safetensors"))
+    if need + copied > free:
+        _log.warning(
+            "%s will be free when %s is here: not enough for a packed or quantised copy of all of it beside it (up to "
+            "%s). moeflow download %s --quantize int4 --to FOLDER holds no more than a few shards at a time.",
+            format_bytes(free - need), repository.what, format_bytes(copied), repository.id,
+        )  # fmt: skip
 
 
 def _from_cache(

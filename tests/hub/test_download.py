@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from huggingface_hub import constants, snapshot_download
 from helpers.hub_server import COMMIT, ID, Fault, hub
 from helpers.paths import ROOT
 from moeflow.errors import ModelSourceError
+from moeflow.hub import download as download_module
 from moeflow.hub.download import download, fetch_model
 from moeflow.hub.partial_file import PIECE_BYTES, PartialFile, bytes_there
 from moeflow.hub.repository import Repository
@@ -134,6 +136,21 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(server, tmp_path
     with pytest.raises(ModelSourceError, match=r"needs 90949 TiB more in .* are free.*--to FOLDER"):
         download(ID, tmp_path / "to")
     assert server.sent() == 0
+
+
+def test_a_disk_without_room_for_a_packed_copy_beside_it_is_told(server, tmp_path, monkeypatch, caplog):
+    """Room for the files, and for no second copy of them; a real disk of that size cannot be had everywhere."""
+    size = sum(map(server.size, server.files))
+    usage = shutil.disk_usage(tmp_path)
+    free = size + download_module.SPARE_BYTES + 1000
+    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    download(ID, tmp_path / "to")
+    (told,) = (record.getMessage() for record in caplog.records if "--quantize" in record.getMessage())
+    assert "not enough for a packed or quantised copy" in told
+    caplog.clear()
+    free = 3 * size + download_module.SPARE_BYTES
+    download(ID, tmp_path / "again")
+    assert not caplog.records
 
 
 def test_the_cache_is_the_one_that_huggingface_hub_reads(server):
