@@ -88,6 +88,17 @@ def test_choosing_a_width_for_each_expert_needs_floats(file, tmp_path, capsys):
     assert "stored in q4_k already. Calibrate with the model's float checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_gptq_learns_from_the_values_of_blocks(file, tmp_path):
+    """Rounded to the same width, the values that it chooses change the logits no more than those nearest do."""
+    expected, changed = logits(file), {}
+    for method in ("gptq", "rtn"):
+        command = ["quantize", str(file), str(tmp_path / method), "--bits", "4", "--method", method, "--requantize"]
+        assert main(command) == 0
+        changed[method] = float((logits(tmp_path / method) - expected).norm() / expected.norm())
+    assert 0 < changed["gptq"] < 1.2 * changed["rtn"]
+
+
 def test_a_gguf_file_is_not_written_of_another(file, tmp_path, capsys):
     assert main(["gguf", str(file), "-o", str(tmp_path / "other.gguf")]) == 1
     assert "GGUF" in capsys.readouterr().err
