@@ -24,7 +24,7 @@ _BARE = f"{100 * (_TOP_K + 1.5) / (_MANY * _EXPERTS)}%"  # room for three expert
 def main(argv: list[str] | None = None) -> int:
     """Measure, and print {"layer_s": {mode: seconds}, "step_s": {mode: seconds}, "process_bytes": n}.
 
-    "missing" among the layers is what comes on top in a layer that misses.
+    "missing" among the layers is what comes on top for each expert that is missed.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4, help="for the steps of both models in both modes")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             if "missing" not in layer_s:  # in the mode that models run in
                 bare = _step(models[_MANY], step, arguments.seconds / 5, room=_BARE)
                 assert bare is not None, "it ran with all experts"
-                layer_s["missing"] = max((bare.seconds - bare.stall_s - many) / max(bare.layers_waited, 1), _CLOCK_S)
+                layer_s["missing"] = max((bare.seconds - bare.stall_s - many) / max(bare.misses, 1), _CLOCK_S)
     print(json.dumps({"layer_s": layer_s, "step_s": step_s, "process_bytes": process_bytes}))
     return 0
 
@@ -69,11 +69,11 @@ def _written(folder: Path, num_layers: int) -> Path:
 
 
 class _Step(NamedTuple):
-    """A decode step: its median seconds, those of them that it waited for reads, and how many of its layers did."""
+    """A decode step: its median seconds, those of them that it waited for reads, and how many experts it missed."""
 
     seconds: float
     stall_s: float
-    layers_waited: float
+    misses: float
 
 
 def _step(folder: Path, step: str, seconds: float, room: str = "100%") -> _Step | None:
@@ -93,7 +93,7 @@ def _step(folder: Path, step: str, seconds: float, room: str = "100%") -> _Step 
             return None
         decode = model.moeflow.stats()["decode"]
         steps = max(decode["forwards"], 1)
-        return _Step(clock.median_s(), decode["stall_s"] / steps, decode["decisions"]["layers_waited"] / steps)
+        return _Step(clock.median_s(), decode["stall_s"] / steps, decode["misses"] / steps)
 
 
 class _Clock:

@@ -52,7 +52,7 @@ def profile_text(profile: MachineProfile) -> str:
             (f"a layer, {mode}", f"{profile.layer_s[mode] * 1e6:.3g} us, a step {profile.step_s[mode] * 1e6:.3g} us")
             for mode in profile.step_s
         ),
-        ("a layer that misses", f"{profile.layer_s['missing'] * 1e6:.3g} us more, beside what it reads"),
+        ("an expert that is missed", f"{profile.layer_s['missing'] * 1e6:.3g} us beside its reading"),
         *((f"to the GPU, {name}", _rate(rate)) for name, rate in profile.copy.items()),
         ("a process without weights", format_bytes(profile.process_bytes)),
     ]

@@ -104,7 +104,7 @@ class SpeedModel:
                 continue
             compute = count * load.compute_s
             if misses:
-                compute = max(compute, self._read_s(load, misses) + load.compute_s) + self._miss_s
+                compute = max(compute, self._read_s(load, misses) + load.compute_s) + misses * self._miss_s
             total += share * compute
         return scale * total
 
@@ -121,7 +121,7 @@ class SpeedModel:
             load = self._load(layer.num_experts, layer, tokens)
             compute = load.num_experts * load.compute_s
             read = self._read_s(load, max(round(load.num_experts), 1))
-            experts += max(compute, read + load.compute_s) + self._miss_s
+            experts += max(compute, read + load.compute_s) + load.num_experts * self._miss_s
             demanded += load.num_experts * load.read_bytes
         touched = min(demanded, expert_bytes) / profile.memory_touch
         checked = demanded * self._first_check_s / profile.threads

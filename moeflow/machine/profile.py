@@ -34,7 +34,7 @@ class MachineProfile:
         dense_read: bytes a second of the matrices that are not experts, at one token.
         dense_flops: FLOP a second of the same, at many tokens.
         layer_s: "native", "python" -> seconds that a layer of a decode step takes beside its weights; no "native"
-            where no step runs natively. "missing": what comes on top in a layer that misses, beside what it reads.
+            where no step runs natively. "missing": what comes on top for an expert that is missed, beside its reading.
         step_s: the same of what a step takes once, whatever its layers.
         copy: "pinned", "pageable" -> bytes a second from memory to the GPU; empty without one.
         process_bytes: resident memory of a process that has loaded a model without weights.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers.fit_models import small_sizes
-from helpers.machine_profiles import MISS_LAYER_S, small_profile
+from helpers.machine_profiles import MISS_S, small_profile
 from helpers.small_traces import E, K, L, make_trace
 from moeflow.fit.sizes import ModelSizes
 from moeflow.fit.speed import Load, SpeedModel, union
@@ -26,7 +26,7 @@ def model(sizes: ModelSizes | None = None, **figures) -> SpeedModel:
     """A model on a machine on which only what is given takes time."""
     free = {
         "kernel_read": {"bf16": {1: _FAST}}, "kernel_flops": {"bf16": _FAST}, "dense_read": _FAST,
-        "dense_flops": _FAST, "layer_s": {"native": 1e-12, "python": 1e-12, "missing": MISS_LAYER_S},
+        "dense_flops": _FAST, "layer_s": {"native": 1e-12, "python": 1e-12, "missing": MISS_S},
         "step_s": {"native": 1e-12, "python": 1e-12},
         "disk_read": {1: _FAST}, "disk_read_alone": {1: _FAST}, "memory_read": {1: _FAST},
         "memory_touch": _FAST, "first_check": {"checksum": _FAST},
@@ -43,15 +43,15 @@ def test_the_time_of_misses_is_that_of_the_replay_over_a_link(residency):
     replayed = replay_machine(trace, residency, "lru", link)
     rate = {1: bytes_per_s}
     made = model(
-        layer_s={"native": layer_s, "python": layer_s, "missing": MISS_LAYER_S}, disk_read=rate, disk_read_alone=rate
+        layer_s={"native": layer_s, "python": layer_s, "missing": MISS_S}, disk_read=rate, disk_read_alone=rate
     )
-    fixed_s = miss_layers_s(L, K, replayed["hit_rate"])
+    fixed_s = misses_s(L, K, replayed["hit_rate"])
     assert made.decode_s(replayed["hit_rate"]) - fixed_s == pytest.approx(1 / replayed["tokens_per_s"], rel=1e-6)
 
 
-def miss_layers_s(layers: int, top_k: int, hit_rate: float) -> float:
-    """The runtime's own time in layers that miss, which a replay leaves out."""
-    return layers * (1 - hit_rate**top_k) * MISS_LAYER_S
+def misses_s(layers: int, top_k: int, hit_rate: float) -> float:
+    """The runtime's own time for experts that are missed, which a replay leaves out."""
+    return layers * top_k * (1 - hit_rate) * MISS_S
 
 
 def test_reads_of_a_layer_hide_behind_the_experts_that_are_there():
@@ -60,9 +60,9 @@ def test_reads_of_a_layer_hide_behind_the_experts_that_are_there():
     made = model(kernel_read=slow_kernel, disk_read=rate, disk_read_alone=rate)
     load = Load(2, 1e-2, _EXPERT_BYTES, 1)
     assert made.layer_s(load, 1.0) == pytest.approx(2e-2)
-    assert made.layer_s(load, 0.0) == pytest.approx(2e-2 + MISS_LAYER_S)  # 2 ms of reads, under 20 ms of computing
+    assert made.layer_s(load, 0.0) == pytest.approx(2e-2 + 2 * MISS_S)  # 2 ms of reads, under 20 ms of computing
     fast = Load(2, 1e-4, _EXPERT_BYTES, 1)
-    assert made.layer_s(fast, 0.0) == pytest.approx(2e-3 + 1e-4 + MISS_LAYER_S)  # the last is computed after its read
+    assert made.layer_s(fast, 0.0) == pytest.approx(2e-3 + 1e-4 + 2 * MISS_S)  # the last is computed after its read
 
 
 def test_misses_of_a_layer_are_distributed_and_not_only_averaged():
@@ -71,7 +71,7 @@ def test_misses_of_a_layer_are_distributed_and_not_only_averaged():
     rng = np.random.default_rng(0)
     misses = (rng.random((200_000, 4)) > 0.7).sum(1)
     times = [made.layer_s(load._replace(num_experts=4), 1.0)] + [
-        max(4e-4, count * 1e-3 + 1e-4) + MISS_LAYER_S for count in range(1, 5)
+        max(4e-4, count * 1e-3 + 1e-4) + count * MISS_S for count in range(1, 5)
     ]
     assert made.layer_s(load, 0.7) == pytest.approx(np.array(times)[misses].mean(), rel=5e-3)
 
@@ -91,7 +91,7 @@ def test_more_residency_is_never_slower_and_a_faster_disk_neither():
 
 def test_a_first_prompt_reads_each_expert_that_it_demands_once():
     made = model(disk_read={1: 1e9}, disk_read_alone={1: 1e9})
-    assert made.prefill_s(10_000) == pytest.approx(L * E * _EXPERT_BYTES / 1e9 + L * MISS_LAYER_S, rel=1e-3)
+    assert made.prefill_s(10_000) == pytest.approx(L * E * (_EXPERT_BYTES / 1e9 + MISS_S), rel=1e-3)
     assert union(E, K, 10_000) == pytest.approx(E)
     assert union(E, K, 1) == pytest.approx(K)
 
@@ -99,7 +99,7 @@ def test_a_first_prompt_reads_each_expert_that_it_demands_once():
 def test_a_long_prompt_is_bound_by_arithmetic():
     made = model(kernel_flops={"bf16": 1e12})
     flops = 2 * 5000 * L * K * 3 * 64 * 4096
-    assert made.prefill_s(5000) == pytest.approx(flops / 1e12 + L * MISS_LAYER_S, rel=1e-2)
+    assert made.prefill_s(5000) == pytest.approx(flops / 1e12 + L * E * MISS_S, rel=1e-2)
 
 
 def test_many_sequences_share_the_experts_that_they_demand():

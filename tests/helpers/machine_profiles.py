@@ -5,7 +5,7 @@ from typing import Any
 
 from moeflow.machine.profile import MachineProfile
 
-MISS_LAYER_S = 150e-6
+MISS_S = 150e-6
 
 _SMALL = MachineProfile(
     hardware="a processor, 2 cores",
@@ -20,7 +20,7 @@ _SMALL = MachineProfile(
     kernel_flops={"bf16": 50e9},
     dense_read=9e9,
     dense_flops=60e9,
-    layer_s={"native": 2e-5, "python": 3e-4, "missing": MISS_LAYER_S},
+    layer_s={"native": 2e-5, "python": 3e-4, "missing": MISS_S},
     step_s={"native": 2e-4, "python": 8e-4},
     process_bytes=400_000_000,
 )
