@@ -8,7 +8,9 @@ import sys
 import pytest
 
 import moeflow
+from bench.cgroup import CgroupUnavailable, run_process
 from helpers.hub_server import ID, hub
+from helpers.large_checkpoint import LARGE_CONFIG, write_large_checkpoint
 from helpers.machine_profiles import small_profile
 from helpers.paths import ROOT
 from moeflow.cli.fit import advice, commands_for, survey_table
@@ -95,6 +97,28 @@ def test_the_command_prints_a_table_a_sentence_and_the_lines_to_run(mixtral_fold
     about = json.loads(capsys.readouterr().out)
     assert about["rows"][about["recommended"]]["fits"]
     assert about["plan"]["lines"] == about["rows"][about["recommended"]]["lines"]
+
+
+def test_a_memory_cgroup_smaller_than_the_dense_weights_is_said_to_be_too_small(tmp_path):
+    """The limit is a real one; the checkpoint of 671B parameters is made of sparse files."""
+    write_large_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LARGE_CONFIG))
+    code = (
+        "import sys, json; from moeflow.fit.fit import survey; from moeflow.machine.profile import MachineProfile\n"
+        "found = survey(sys.argv[1], profile=MachineProfile.from_dict(json.loads(sys.argv[2])))\n"
+        "print(found.recommended, found.wish.memory_bytes, found.why_not(), sep='|')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), json.dumps(small_profile().to_dict())]
+    try:
+        run = run_process(command, limit_bytes=300_000_000, timeout_s=120)
+    except CgroupUnavailable as error:
+        pytest.skip(f"no memory cgroup here: {error}")
+    assert run.returncode == 0, run.stderr
+    recommended, memory_bytes, why = run.stdout.strip().split("|")
+    assert recommended == "None"
+    assert 0 < int(memory_bytes) <= 300_000_000
+    assert "does not fit in" in why
+    assert "weights that are never left on disk" in why
 
 
 def test_the_exit_code_is_1_where_nothing_fits_and_where_the_target_is_not_reached(mixtral_folder, profile, capsys):
