@@ -20,6 +20,7 @@ from moeflow.progress import ProgressCallback
 _log = logging.getLogger(__name__)
 
 _SHOW_EVERY_S = 0.1
+_MOST_PIECES = 8  # of one request, so that its latency is a small part of it
 _MOST_RESTARTS = 2  # of one file: its bytes are not what the repository lists
 
 
@@ -41,7 +42,7 @@ class FileJob:
         self.file, self.partials, self.target, self.fresh = file, partials, target, fresh
         self.partial: PartialFile | None = None
         self.remote: RemoteFile | None = None
-        self.tasks: deque[int | None] = deque()  # numbers of pieces; None is the whole file in one request
+        self.tasks: deque[int] = deque()  # numbers of the pieces that nobody fetches yet
         self.times_begun = 0
         self.whole = self.complete = False
         self.lock = threading.Lock()  # holds while bytes are written, so that none of before a restart come after it
@@ -136,9 +137,9 @@ class Transfer:
 
     def _fetch_all(self) -> None:
         while (task := self._take()) is not None:
-            job, piece, times_begun = task
+            job, pieces, times_begun = task
             try:
-                self._fetch(job, piece, times_begun)
+                self._fetch(job, pieces, times_begun)
             except _StaleError:
                 pass
             except ChangedError as error:
@@ -146,13 +147,13 @@ class Transfer:
             except IgnoresRangeError:
                 self._fetch_whole(job, times_begun)
 
-    def _take(self) -> tuple[FileJob, int | None, int] | None:
-        """Return the next piece, of the first file that has one; None when all is done."""
+    def _take(self) -> tuple[FileJob, range, int] | None:
+        """Return the next pieces in a row, of the first file that has any; None when all is done."""
         with self._changed:
             while not self._stop.is_set():
                 for job in self._jobs[: self._next_job]:
                     if job.tasks:
-                        return job, job.tasks.popleft(), job.times_begun
+                        return job, _next_run(job), job.times_begun
                 if self._next_job < len(self._jobs):
                     self._open(self._jobs[self._next_job])
                     self._next_job += 1
@@ -172,11 +173,12 @@ class Transfer:
         done = job.partial.done
         job.tasks.extend(piece for piece in range(job.partial.num_pieces) if piece not in done)
 
-    def _fetch(self, job: FileJob, piece: int | None, times_begun: int) -> None:
+    def _fetch(self, job: FileJob, pieces: range, times_begun: int) -> None:
+        """Fetch pieces by one request; each is done when its last byte is written."""
         partial, remote = job.partial, job.remote
         assert partial is not None, "a job whose tasks are taken is open"
         assert remote is not None, "a job whose tasks are taken is open"
-        begin, end = (0, job.file.size) if piece is None else partial.span(piece)
+        begin, end = partial.span(pieces[0])[0], partial.span(pieces[-1])[1]
 
         def take(offset: int, data: bytes) -> None:
             with job.lock:
@@ -187,18 +189,12 @@ class Transfer:
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, str(partial.path)) from error
                 self._count(len(data))
-                if piece is None:  # one request brings all pieces
-                    for number in range(offset // PIECE_BYTES, partial.num_pieces):
-                        if partial.span(number)[1] > offset + len(data):
-                            break
-                        self._finish(partial, number)
+                for piece in range(offset // PIECE_BYTES, pieces.stop):
+                    if partial.span(piece)[1] > offset + len(data):
+                        break
+                    self._finish(partial, piece)
 
-        remote.read(begin, end, take, whole=piece is None)
-        if piece is not None:
-            with job.lock:
-                if job.times_begun != times_begun:
-                    raise _StaleError
-                self._finish(partial, piece)
+        remote.read(begin, end, take, whole=job.whole)
 
     def _count(self, num_bytes: int) -> None:
         with self._changed:
@@ -244,7 +240,7 @@ class Transfer:
             self._done_bytes -= sum(end - begin for begin, end in map(job.partial.span, job.partial.done))
             job.partial.restart()
             job.remote.forget()
-            job.tasks = deque([None] if job.whole else range(job.partial.num_pieces))
+            job.tasks = deque(range(job.partial.num_pieces))
             self._changed.notify_all()
 
     # Checking
@@ -286,3 +282,14 @@ class Transfer:
         if self._stop.is_set():
             raise StoppedError
         self._changed.wait()
+
+
+def _next_run(job: FileJob) -> range:
+    """Take pieces of a file that follow one another: all of them where it comes whole, else few, fewer near the end."""
+    first = job.tasks.popleft()
+    most = len(job.tasks) + 1 if job.whole else min(_MOST_PIECES, len(job.tasks) // (4 * CONNECTIONS) + 1)
+    end = first + 1
+    while job.tasks and job.tasks[0] == end and end - first < most:
+        job.tasks.popleft()
+        end += 1
+    return range(first, end)

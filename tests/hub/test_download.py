@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from huggingface_hub import constants, snapshot_download
@@ -121,8 +122,19 @@ def test_control_c_ends_it_in_one_line_and_the_next_run_goes_on(server, tmp_path
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_is_told_and_what_was_fetched_is_kept(server, tmp_path):
-    process = start(server, "--to", tmp_path / "to", file_bytes=2 * PIECE_BYTES)
+    limit, store = 2 * PIECE_BYTES, FolderStore(tmp_path / "to")
+    (large,) = (file for file in Repository(ID).files if file.name == LARGE)
+
+    def later(request):
+        """Bytes that the disk has no room for come when a piece is there."""
+        begin = request.headers.get("range", "bytes=0-").partition("=")[2].partition("-")[0]
+        while request.name == LARGE and int(begin) >= limit and not bytes_there(store.partials, large):
+            time.sleep(0.01)
+
+    server.fault = later
+    process = start(server, "--to", tmp_path / "to", file_bytes=limit)
     _, said = process.communicate(timeout=60)
+    server.fault = lambda request: None
     assert process.returncode == 1
     assert len([line for line in said.splitlines() if line.startswith("moeflow: ")]) == 1
     assert "cannot be written: File too large. Make room" in said

@@ -63,6 +63,18 @@ def test_several_pieces_are_in_flight(server, tmp_path):
     assert sorted(pieces) == [(at, min(at + PIECE_BYTES, 9_000_000)) for at in range(0, 9_000_000, PIECE_BYTES)]
 
 
+def test_pieces_of_a_long_file_come_several_by_a_request(server, tmp_path):
+    """And fewer near the end, so that no connection is left with much."""
+    server.files[LARGE] = bytes(80 << 20)
+    done = fetch(server, tmp_path / "to")
+    assert server.sent() == done.fetched_bytes == done.num_bytes
+    spans = sorted((request.begin, request.end) for request in server.requests if large(request))
+    assert all(begin % PIECE_BYTES == 0 for begin, _ in spans)
+    assert spans[0][1] - spans[0][0] == 3 * PIECE_BYTES
+    assert spans[-1][1] - spans[-1][0] == PIECE_BYTES
+    assert len(spans) < 40
+
+
 @pytest.mark.parametrize("drop_after", [0, 1, 700_000])
 def test_a_connection_that_breaks_goes_on_at_the_byte(server, tmp_path, drop_after):
     server.fault = first(Fault(drop_after=drop_after), 8)
