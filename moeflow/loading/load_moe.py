@@ -3,6 +3,7 @@
 Knows the order of the steps. Knows nothing of how each is done.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -28,7 +28,7 @@ class SpeculationOptions:
         ConfigError: an option is not allowed.
     """
 
-    sources: tuple[str, ...] = SOURCES
+    sources: tuple[str, ...] = ("prompt_lookup",)
     most: int = 7
     gated: bool = True
     packed: bool = False

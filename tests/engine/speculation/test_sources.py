@@ -1,5 +1,7 @@
 """What sources propose: from a sequence's own text, from what the model said lately, and from another model."""
 
+import copy
+
 import pytest
 import torch
 
@@ -86,10 +88,6 @@ class TestDraftModel:
             DraftModel(model, 500)
 
     def test_another_tokenizer_is_refused_by_a_token_that_differs(self, speaking, tokenizer):
-        other = type(tokenizer).from_pretrained  # a copy with one token more
-        del other
-        import copy
-
         changed = copy.deepcopy(tokenizer)
         changed.add_tokens(["<other>"])
         with pytest.raises(ConfigError, match="'<other>' is token"):
