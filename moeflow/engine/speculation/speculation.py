@@ -164,7 +164,7 @@ class Speculation:
         if wanted and not self._drafted:
             self._num_dropped += 1
             if self._num_dropped >= _MOST_DROPPED:
-                self._reason = "steps with drafts do not run natively"
+                self._reason = "steps with drafts fail, or do not run natively"
             return
         self._num_dropped = 0
         self._steps["speculated" if num_drafted else "plain"] += 1

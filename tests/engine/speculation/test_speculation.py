@@ -240,8 +240,8 @@ def test_options_that_are_not_allowed_are_refused(mixtral, option):
 def test_native_steps_verify_drafts_and_experts_that_only_a_draft_needs_fail_nothing(tmp_path):
     tiny_mixtral().save_pretrained(tmp_path / "model")
     options = {"predictor": None, "step": "auto", "device": "cpu"}
-    with load_moe(tmp_path / "model", expert_memory="100%", **options).moeflow as runtime:
-        model = runtime.step._model()
+    model = load_moe(tmp_path / "model", expert_memory="100%", **options)
+    with model.moeflow:
         expected, _ = answer_all(model, params(temperature=0.8, seed=4), speculation=None, prompts=PROMPTS[:2])
         told = {tuple(one.prompt_ids): one.token_ids for one in expected}
         found, stats = answer_all(
