@@ -4,8 +4,8 @@
 
 Prompts are those of Spec-Bench's categories and HumanEval's, asked to be written again, under $MOEFLOW_TEST_DATA; where
 they are not there, one of each of a few kinds. A line says the tokens a second of gated and ungated speculation as
-ratios to none (median, least and most of the rounds), the share of proposed tokens that were accepted, and what a drafted
-token made of a step's time. Answers are checked to be the same. The last line is one JSON object.
+ratios to none (median, least and most of the rounds), the share of proposed tokens that were accepted, and what seven
+drafted tokens made of a step's time. Answers are checked to be the same. The last line is one JSON object.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def compare(model, tokenizer, prompts: list[str], num_tokens: int, rounds: int) 
     """Return the ratios of modes to "off", round by round, and what became of drafts."""
     params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
     engines = {
-        mode: Engine(model, tokenizer, max_batch_size=1, max_step_tokens=1 << 16, speculation=option, share_prefixes=False)
+        mode: Engine(
+            model, tokenizer, max_batch_size=1, max_step_tokens=1 << 16, speculation=option, share_prefixes=False
+        )
         for mode, option in MODES.items()
     }
     for engine in engines.values():
@@ -95,9 +97,7 @@ def main(argv=None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one short answer of each kind, once")
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("MOEFLOW_TEST_DATA", ROOT / "../shared/data"))
-    )
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MOEFLOW_TEST_DATA", ROOT / "../shared/data")))
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.tokens, arguments.prompts, arguments.rounds = 24, 1, 1
@@ -114,8 +114,8 @@ def main(argv=None) -> None:
                     ratios, counts = found["ratios"][mode], found[mode]["sources"].get("prompt_lookup", {})
                     share = counts.get("accepted", 0) / max(counts.get("proposed", 0), 1)
                     told.append(
-                        f"{mode} {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {share:.0%} accepted of "
-                        f"{counts.get('proposed', 0)}"
+                        f"{mode} {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {share:.0%} accepted "
+                        f"of {counts.get('proposed', 0)}"
                     )
                 growth = found["ungated"]["growth"].get("1+7")
                 told.append("no step with seven" if growth is None else f"seven drafted take {growth:.2f} steps")

@@ -144,8 +144,9 @@ class SpeculationGate:
 
     Every plain step earns a small share of its time. A step with drafts pays what it took beyond the time of plain
     steps for as many tokens, or is paid what it took less. Where the ledger is empty, speculation rests: at first for
-    128 plain steps, then for twice as many each time, unless a trial gained. So all steps together take at most
-    1.5 % longer than plain ones would, and three of these once.
+    128 plain steps, then for twice as many each time, unless a trial gained. No step may lose more than the ledger
+    holds, by what its rows are known to take. So all steps together take about 1.5 % longer at most than plain ones
+    would, and three of these once.
 
     Between steps with drafts, some plain ones are timed in turns, since drafts may have driven out experts that these
     need: what plain steps take is the lower of the two medians.
@@ -217,6 +218,7 @@ class SpeculationGate:
         if plain_s is None or not self.wants_drafts(num_sequences):
             return counts
         tokens = sorted(_reached(chances), reverse=True)[: self.most]
+        saved_s = _LOAN_STEPS * plain_s if self._saved_s is None else self._saved_s
         best, best_rate, expected = 0, (1 + _LEAST_GAIN) * num_sequences / plain_s, float(num_sequences)
         for number, (reached, _, _) in enumerate(tokens, 1):
             expected += reached
@@ -225,6 +227,8 @@ class SpeculationGate:
                 break
             if missed_s is not None:
                 step_s += missed_s(number)
+            if step_s - plain_s > saved_s:  # what it loses if no token is accepted
+                break
             if expected / step_s > best_rate:
                 best, best_rate = number, expected / step_s
         for _, row, _ in tokens[:best]:

@@ -1,5 +1,6 @@
 """The gate of speculation on a simulated clock: how long drafts are, and what they may cost."""
 
+import itertools
 import random
 
 import pytest
@@ -92,9 +93,9 @@ def test_it_is_off_by_itself_with_a_reason_and_tried_ever_more_rarely():
             offs.append(step)
             assert gate.reason == "slower than plain steps by the clock"
         was_on = gate.is_on
-    gaps = [after - before for before, after in zip(offs, offs[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(offs)]
     assert len(gaps) >= 2
-    assert all(after > 1.5 * before for before, after in zip(gaps, gaps[1:], strict=False)), gaps
+    assert all(after > 1.5 * before for before, after in itertools.pairwise(gaps)), gaps
 
 
 def test_the_more_the_union_grows_the_shorter_the_drafts():

@@ -56,7 +56,7 @@ class DraftModel:
         common = next((i for i, (a, b) in enumerate(zip(covered, ids, strict=False)) if a != b), len(covered))
         common = min(common, len(ids) - 1)
         if common < len(covered):
-            cache.crop(common)
+            cache.crop(common - len(covered))  # negative: so many positions go
         tokens: list[int] = []
         probabilities: list[float] = []
         new = ids[common:]
