@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 from moeflow.engine.sampling_params import SamplingParams
-from moeflow.engine.stop_strings import StopStrings
+from moeflow.engine.text.stop_strings import StopStrings
 from moeflow.errors import ConfigError, ForkedProcessError
 
 if TYPE_CHECKING:

@@ -23,12 +23,14 @@ from moeflow.engine.request import Completion, Outputs, Request, StepOutput
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.scheduler import Scheduler, check_priority
 from moeflow.engine.sequence import Piece
+from moeflow.engine.speculation.of_engine import speculation_for
+from moeflow.engine.speculation.options import SpeculationOption
 from moeflow.engine.whole_answers import WholeAnswers
 from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError, QueueFullError
 from moeflow.fork import tell_of_forks
 from moeflow.hf.passes import forward
 from moeflow.memory_size import MemorySize
-from moeflow.trace.recorder import TraceRecorder
+from moeflow.trace.recorder import check_no_trace
 from moeflow.turns import Turns, in_turn
 
 _DEFAULT_PARAMS = SamplingParams()
@@ -54,6 +56,8 @@ class Engine:
         regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
             the order of arrival. Outputs are the same.
         jump_forward: whether tokens that a grammar forces in a row take one pass together. Outputs are the same.
+        speculation: whether steps also compute tokens that may come next, where that pays: "auto" (as the model was
+            loaded), None, or a dict of `SpeculationOptions`' fields. Outputs are the same.
 
     Raises:
         ConfigError: a limit is no positive number, kv_memory no size, or the model's stop strings need a tokenizer.
@@ -73,6 +77,7 @@ class Engine:
         group_size: int | None = None,
         regrouping: bool = True,
         jump_forward: bool = True,
+        speculation: SpeculationOption = "auto",
     ) -> None:
         self._scheduler = Scheduler(
             max_batch_size,
@@ -80,15 +85,15 @@ class Engine:
             share_prefixes=share_prefixes,
             max_waiting=max_waiting,
         )
-        observers = getattr(getattr(model, "moeflow", None), "observers", ())
-        if any(isinstance(observer, TraceRecorder) for observer in observers):
-            raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
+        check_no_trace(model)
         self.model, self.tokenizer = model, tokenizer
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens = forward.end_tokens(model, tokenizer)
         self._jump_forward = jump_forward
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
         self._runner = self._make_runner(kv_memory, max_batch_size)
+        limit = self._scheduler.max_step_tokens * (self._groups is None)
+        self._speculation = speculation_for(speculation, model, tokenizer, self._runner, limit)
         self._memory = self._runner.memory
         self._memory.keeps = share_prefixes
         self._requests: dict[str, Request] = {}
@@ -147,8 +152,7 @@ class Engine:
         """
         self._check_open()
         check_priority(priority)
-        if id is None:
-            id = self._new_id()
+        id = self._new_id() if id is None else id
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
         if self._scheduler.full:
@@ -188,18 +192,19 @@ class Engine:
         for sequence, reason in list(self._memory.refused.items()):
             self._end(self._requests[sequence.id], [], "", "error", reason)
         if pieces:
+            pieces = self._speculation.extend(pieces)
             num_prompt = sum(len(piece.tokens) for piece in pieces if not piece.sequence.decoding)
             self._counts["steps"] += 1
             for passed in [pieces] if self._groups is None else self._groups.split(pieces):
                 self._counts["passes"] += 1
                 for computed in self._runner.run(passed):
                     self._advance(*computed)
-            step_s = time.perf_counter() - begin
-            self._step_s += step_s
+            self._step_s += (step_s := time.perf_counter() - begin)
             if num_prompt:
                 self._memory.speeds.saw_prefill(num_prompt, step_s)
             if self._groups is not None:
                 self._groups.finish(step_s)
+            self._speculation.finish(pieces, step_s)
 
     @in_turn
     def cancel(self, id: str) -> bool:
@@ -249,6 +254,7 @@ class Engine:
             "finished": dict(self._reasons),
             **self._memory.stats(),
             "regrouping": None if self._groups is None else asdict(self._groups.stats),
+            "speculation": self._speculation.stats(),
         }
 
     @in_turn
@@ -273,12 +279,7 @@ class Engine:
     @in_turn
     def check_integrity(self) -> None:
         """Assert that slots belong to running sequences, and that the bytes of all that is held are right."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        assert len(running) == len(self._memory), f"{len(self._memory)} slots for {len(running)} sequences"
-        for sequence in running:
-            assert self._memory[sequence.id].num_positions >= sequence.num_computed, f"{sequence.id} has another's slot"
-        of_requests = {request.sequence for request in self._requests.values()}
-        assert {*running, *waiting} == of_requests, "a request neither waits nor runs"
+        self._scheduler.check_integrity({request.sequence for request in self._requests.values()}, self._memory)
         self._memory.check_integrity()
 
     @in_turn
@@ -324,7 +325,8 @@ class Engine:
         sequence.num_computed += len(piece.tokens)
         if logits is None or not piece.samples:
             return
-        chosen = request.choose(logits[-1])
+        chosen = request.choose(logits := logits[-1 - len(piece.draft) :], piece.draft)
+        self._speculation.judge(piece, logits, chosen)
         self._counts["new_tokens"] += len(chosen.token_ids)
         if chosen.reason is None:
             self._outputs.put(request.output(chosen.token_ids, chosen.text))
@@ -334,10 +336,8 @@ class Engine:
     def _end(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None = None) -> None:
         """Take a request out of the schedule, keep what it has computed without an error, and report it."""
         sequence = request.sequence
-        if self._scheduler.remove(sequence) and reason != "error":
-            self._memory.keep(sequence)
-        else:
-            self._memory.free(sequence)
+        was_running = self._scheduler.remove(sequence)
+        (self._memory.keep if was_running and reason != "error" else self._memory.free)(sequence)
         self._report(request, token_ids, text, reason, error)
 
     def _report(self, request: Request, token_ids: list[int], text: str, reason: str, error: str | None) -> None:
@@ -345,5 +345,6 @@ class Engine:
         del self._requests[completion.id]
         if self._groups is not None:
             self._groups.forget(completion.id)
+        self._speculation.forget(completion.id)
         self._reasons[reason] += 1
         self._outputs.put(request.output(token_ids, text + rest, completion))

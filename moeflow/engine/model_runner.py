@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache.budget import kv_budget, most_kept
 from moeflow.engine.kv_cache.memory import KeyValueMemory
-from moeflow.engine.kv_cache.slots import SlotRows
+from moeflow.engine.kv_cache.slots import KeyValueSlot, SlotRows
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
@@ -33,8 +33,8 @@ class Computed(NamedTuple):
 
     Args:
         piece: what was to be computed.
-        logits: [rows, V] of its last token where the piece samples, of all its tokens where its prompt is scored; None
-            for none of these.
+        logits: [rows, V] of its last token where the piece samples and of the draft behind it, of all its tokens where
+            its prompt is scored; None for none of these.
         error: the reason where it could not be computed.
     """
 
@@ -56,6 +56,9 @@ class ModelRunner:
     Attributes:
         memory: where keys and values lie.
         num_retries: passes that failed, whose pieces then ran one by one.
+        was_native: whether the last pass was a native step.
+        packed_drafts: whether drafts are computed where no native step runs as well; logits then have other last bits
+            than those of single tokens.
 
     Raises:
         ConfigError: kv_memory is no size.
@@ -71,6 +74,8 @@ class ModelRunner:
         most_new: int | None = None,
     ) -> None:
         self._model = model
+        self.packed_drafts = False
+        self.was_native = False
         self._watching = watching
         runtime = getattr(model, "moeflow", None)
         self._turns = getattr(runtime, "turns", None) or Turns()
@@ -93,6 +98,16 @@ class ModelRunner:
         rotaries = self._cache.rotaries
         return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart, priority)
 
+    @property
+    def scales_by_length(self) -> bool:
+        """Whether positions of a sequence are scaled by its length, so that a token has its length's pass."""
+        return self._cache.rotaries.depend_on_length
+
+    def room_behind(self, sequence: Sequence) -> int:
+        """Return how many positions a running sequence's slot has room for behind all its tokens."""
+        slot = self.memory[sequence.id]
+        return max(0, min(slot.num_positions, slot.in_window[1]) - sequence.length)
+
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that differ where the model would compute other keys and values.
 
@@ -107,7 +122,8 @@ class ModelRunner:
     def run(self, pieces: list[Piece]) -> list[Computed]:
         """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail.
 
-        Each piece also runs alone where the model takes one length for a whole pass.
+        Each piece also runs alone where the model takes one length for a whole pass. Drafts are left out where they
+        could change anything: in a pass that runs again, and outside of native steps.
         """
         if len(pieces) == 1 or self._cache.shares_passes:
             try:
@@ -115,7 +131,7 @@ class ModelRunner:
             except _PASS_ERRORS:
                 self.num_retries += 1
         computed = []
-        for piece in pieces:
+        for piece in _undrafted(pieces):
             try:
                 computed += self._forward([piece])
             except _PASS_ERRORS as error:
@@ -128,42 +144,65 @@ class ModelRunner:
         positions: list[int] = []
         keep: list[int] = []
         rows: list[int] = []  # of each piece
-        for sequence, new, samples in pieces:
+        for sequence, own, samples, draft in pieces:
+            new = [*own, *draft]
+            assert not draft or len(draft) <= self.room_behind(sequence), f"{sequence.id} has no room for its draft"
             segment = Segment(self.memory[sequence.id], sequence.num_computed, len(new), sequence.call_length)
             segments.append(segment)
             tokens += new
             positions += range(segment.start, segment.end)
-            rows.append(len(new) if sequence.scored and not sequence.token_ids else int(samples))
+            rows.append(len(new) if sequence.scored and not sequence.token_ids else int(samples) + len(draft))
             keep += range(len(tokens) - rows[-1], len(tokens))
         input_ids, position_ids, places = (
             torch.tensor(values, dtype=torch.long, device=self._model.device)
             for values in (tokens, positions, keep or [len(tokens) - 1])
         )
 
-        def run_pass() -> torch.Tensor:
+        def run_pass() -> torch.Tensor | None:
             with torch.no_grad(), self._watching(pieces):
-                logits = self._step(segments, input_ids, position_ids)
+                logits = None
+                if all(len(piece.tokens) == 1 and piece.sequence.num_computed for piece in pieces):
+                    logits = self._step(segments, input_ids, position_ids)
+                self.was_native = logits is not None
                 if logits is not None:
                     return logits[places]
+                if not self.packed_drafts and any(piece.draft for piece in pieces):
+                    return None
                 with self._cache.running(self._model, segments):
                     return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
 
-        logits = self._turns.run(run_pass)[: sum(rows)].split(rows)
+        computed = self._turns.run(run_pass)
+        if computed is None:
+            return self._forward(_undrafted(pieces))
+        logits = computed[: sum(rows)].split(rows)
         return [Computed(piece, own if len(own) else None) for piece, own in zip(pieces, logits, strict=True)]
 
     def _step(
         self, segments: list[Segment], input_ids: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor | None:
-        """Run a pass as a native step and return the logits [S, V]; None where the model must run it itself."""
+        """Run a pass as a native step and return the logits [N, V]; None where the model must run it itself.
+
+        A step keeps the keys and values of all rows before any attends, and each row attends to the positions before
+        its own. So the tokens of a draft are rows that share a slot.
+        """
         step = getattr(getattr(self._model, "moeflow", None), "step", None)
-        slots = [segment.slot for segment in segments if segment.slot is not None]
-        starts = [segment.start for segment in segments if segment.num_new == 1 and segment.start]
-        if step is None or len(starts) < len(segments) or self._cache.rotaries.depend_on_length:
+        if step is None or self._cache.rotaries.depend_on_length:
             return None
+        slots: list[KeyValueSlot] = []
+        starts: list[int] = []
+        for segment in segments:
+            assert segment.slot is not None, "a sequence without a slot"
+            slots += [segment.slot] * segment.num_new
+            starts += range(segment.start, segment.end)
         rows = StepRows(SlotRows(slots, starts), input_ids[:, None], position_ids)
-        tokens = rows.input_ids if self._cache.goes_on(segments) else None
+        tokens = rows.input_ids if len(slots) == len(segments) and self._cache.goes_on(segments) else None
         logits = step.step(rows, forward.ForwardPass(len(slots), 1, True, tokens))
         if logits is None:
             return None
         self._cache.follow(segments)
         return logits[:, 0]
+
+
+def _undrafted(pieces: list[Piece]) -> list[Piece]:
+    """Return pieces without their drafts."""
+    return [piece._replace(draft=()) for piece in pieces]

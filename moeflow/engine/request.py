@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from moeflow.engine.sampling import Sampler
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Sequence
-from moeflow.engine.stop_strings import StopStrings
 from moeflow.engine.structure.grammars import grammars_of
+from moeflow.engine.text.stop_strings import StopStrings
 
 TokenLogprob = tuple[float | None, list[tuple[int, float]]]  # a token's, and (token id, logprob) of the likeliest
 
@@ -75,12 +75,16 @@ class Chosen(NamedTuple):
         text: the text that is now certain.
         reason: the finish reason, where the answer ends with them.
         error: the reason, for "error".
+        num_accepted: tokens of the draft that were chosen, and whose positions are computed so.
+        num_judged: tokens of the draft that were compared with a chosen one.
     """
 
     token_ids: list[int]
     text: str
     reason: str | None
     error: str | None = None
+    num_accepted: int = 0
+    num_judged: int = 0
 
 
 class Request:
@@ -144,21 +148,35 @@ class Request:
                 self.prompt_logprobs[begin] = logprob, list(zip(likeliest, their, strict=True))
                 begin += 1
 
-    def choose(self, logits: torch.Tensor) -> Chosen:
+    def choose(self, logits: torch.Tensor, draft: tuple[int, ...] = ()) -> Chosen:
         """Choose the next token and append it, and with it those that the grammar forces behind it.
 
+        While the chosen tokens are those of the draft, the next is chosen from the logits behind them. So each token is
+        chosen from the logits, and by the draws, by which it would be without a draft.
+
         Args:
-            logits: [V], of the last token.
+            logits: [1 + D, V], of the last token and of the draft behind it.
+            draft: [D] tokens that were computed as well.
         """
         num_tokens, num_letters = len(self.sequence.token_ids), len(self.text)
-        error = None
+        error, new = None, 0
         try:
-            reason = self._take(logits)
-            while reason is None and self._jumps_on():
-                reason = self._take(logits)
+            while True:
+                reason = self._take(logits[new])
+                while reason is None and self._jumps_on():
+                    reason = self._take(logits[new])
+                taken = self.sequence.token_ids[num_tokens:]
+                new = len(taken)
+                if reason is not None or taken != list(draft[:new]):
+                    break
         except RuntimeError as raised:
             reason, error = "error", f"no token could be chosen from the model's logits: {raised}"
-        return Chosen(self.sequence.token_ids[num_tokens:], self.text[num_letters:], reason, error)
+        taken = self.sequence.token_ids[num_tokens:]
+        judged = min(len(taken), len(draft))
+        accepted = next((i for i, pair in enumerate(zip(taken, draft, strict=False)) if pair[0] != pair[1]), None)
+        accepted = judged if accepted is None else accepted
+        self.sequence.num_computed += min(accepted, max(0, len(taken) - 1))  # the last chosen one is never computed
+        return Chosen(taken, self.text[num_letters:], reason, error, accepted, min(judged, accepted + 1))
 
     def _jumps_on(self) -> bool:
         """Tell whether the next token needs no logits, nor a pass of its own length."""

@@ -7,7 +7,7 @@ Source: Sarathi-Serve (Agrawal et al. 2024, section 4: chunked prefills, stall-f
 
 import bisect
 import itertools
-from typing import Protocol
+from typing import Any, Protocol
 
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Piece, Sequence
 from moeflow.errors import ConfigError
@@ -150,6 +150,13 @@ class Scheduler:
             left -= len(tokens)
             pieces.append(Piece(one, tokens, after[one] == one.length))
         return pieces
+
+    def check_integrity(self, under_way: set[Sequence], memory: Any) -> None:
+        """Assert that each sequence of a request waits or runs, and that those that run have their slots."""
+        assert len(self.running) == len(memory), f"{len(memory)} slots for {len(self.running)} sequences"
+        for one in self.running:
+            assert memory[one.id].num_positions >= one.num_computed, f"{one.id} has another's slot"
+        assert {*self.running, *self.waiting} == under_way, "a request neither waits nor runs"
 
     def _admit(self, memory: SequenceMemory) -> bool:
         """Let the next sequence run where there is room, and tell whether one does."""

@@ -98,6 +98,11 @@ class Sequence:
         ids = self.prompt_ids[begin:end] + self.token_ids[max(0, begin - size) : max(0, end - size)]
         return ids[:most]
 
+    def tokens_from(self, begin: int) -> list[int]:
+        """Return its tokens, prompt and answer, from a position on."""
+        size = len(self.prompt_ids)
+        return self.prompt_ids[begin:] + self.token_ids[max(0, begin - size) :]
+
     @property
     def num_positions(self) -> int:
         """Positions it may come to compute: the last new token is never computed."""
@@ -121,8 +126,10 @@ class Piece(NamedTuple):
         sequence: whose tokens.
         tokens: those at positions from `sequence.num_computed` on.
         samples: whether the last token's logits choose a new token.
+        draft: tokens that may follow: they are computed as well, and count as far as they are the ones chosen.
     """
 
     sequence: Sequence
     tokens: list[int]
     samples: bool
+    draft: tuple[int, ...] = ()

@@ -3,6 +3,7 @@
 Knows the order of the steps. Knows nothing of how each is done.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def load_moe(
     cuda_graphs: bool = False,
     plan: str | Path | Plan | None = None,
     integrity: str = "off",
+    speculation: str | Mapping[str, Any] | None = "auto",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -104,6 +106,9 @@ def load_moe(
         integrity: "sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a
             second) the slot is compared with its source by checksum, in a thread of its own. What differs is named in a
             warning and counted in stats()["integrity"]. The output stays the same.
+        speculation: drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may
+            come next, where that pays by the clock), "off" or None, or a dict of an engine's options. The tokens of
+            answers are the same.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `gguf_file` (of the hub's repository or the folder, the GGUF file to load), `config` (beside a GGUF file, a
@@ -130,7 +135,7 @@ def load_moe(
         )
     options = LoadOptions(
         device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
-        cuda_graphs, plan, integrity, trace,
+        cuda_graphs, plan, integrity, speculation, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -170,6 +175,7 @@ def load_moe(
         contract.charge("experts", runtime.snapshot().memory["expert_budget_bytes"])
     try:
         attach_runtime(loaded, runtime)
+        loaded._moeflow_speculation = options.speculation
         if prune:
             prune_experts(loaded, runtime, folder.path, prune)
         if options.cuda_graphs:

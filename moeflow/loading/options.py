@@ -4,6 +4,7 @@ Knows what is allowed. Knows nothing of models; torch is imported only where a d
 the command line reads this module for its help text.
 """
 
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -179,6 +180,15 @@ class LoadOptions:
             choices=("off", "sample"),
         ),
     )
+    speculation: "str | Mapping[str, Any] | None" = field(
+        default="auto",
+        metadata=_about(
+            'drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may come '
+            'next, where that pays by the clock), "off" or None, or a dict of an engine\'s options. The tokens of '
+            "answers are the same.",
+            flag='"auto" (steps also compute tokens that may come next, where that pays), or "off"',
+        ),
+    )
     trace: str | Path | None = field(
         default=None,
         metadata=_about("a file to record into which experts every token is routed to; appended to where it exists."),
@@ -212,6 +222,11 @@ class LoadOptions:
             raise ConfigError(
                 f"host_memory={self.host_memory!r} is the tier between the disk and a GPU, and this model runs on the "
                 "CPU. Put the memory into expert_memory."
+            )
+        if not isinstance(self.speculation, (Mapping, type(None))) and self.speculation not in ("auto", "off"):
+            raise ConfigError(
+                f'speculation={self.speculation!r:.80} is unknown. Allowed: "auto", "off", None, or a dict of an '
+                "engine's options."
             )
         for name, value in (("expert_memory", self.expert_memory), ("host_memory", self.host_memory)):
             if value != "auto":

@@ -183,7 +183,7 @@ class PredictionLoop:
                 self._pause()
             else:
                 self._guarded(self._begin_step, token_ids, num_sequences)
-        self._began = begin if decode else None
+        self._began = begin if decode and token_ids is not None else None
         stats.predict_s += time.perf_counter() - begin
 
     def _choose(self, now: float, stats: PhaseStats) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeflow.errors import ForkedProcessError, TraceError
+from moeflow.errors import ConfigError, ForkedProcessError, TraceError
 from moeflow.fork import tell_of_forks
 from moeflow.hf import experts_interface
 from moeflow.hf.fingerprint import model_fingerprint
@@ -256,6 +256,17 @@ class _Pass:
         self.phase = phase
         self.num_tokens = len(sequences) * num_positions
         self.seen: set[int] = set()
+
+
+def check_no_trace(model: Any) -> None:
+    """Refuse a model whose passes are recorded, for callers that mix sequences.
+
+    Raises:
+        ConfigError: it was loaded with trace=.
+    """
+    observers = getattr(getattr(model, "moeflow", None), "observers", ())
+    if any(isinstance(observer, TraceRecorder) for observer in observers):
+        raise ConfigError("a trace records whole batches of sequences, not an engine's steps: load without trace=.")
 
 
 def attach_recorder(model: Any, path: str | Path, *, lookahead: bool = False) -> TraceRecorder:

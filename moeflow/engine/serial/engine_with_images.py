@@ -78,6 +78,8 @@ class EngineWithImages:
 def _added(texts: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
     added = dict(texts)
     for name, value in texts.items():
+        if name == "speculation":  # answers about images have none
+            continue
         if isinstance(value, dict) and isinstance(images[name], dict):
             added[name] = _added(value, images[name])
         elif isinstance(value, (int, float)) and name not in _OF_TEXTS:

@@ -206,6 +206,11 @@ def other_settings(model: PreTrainedModel) -> list[str]:
     return sorted(name for name, value in given.items() if value not in (neutral[name], [], {}) and value is not False)
 
 
+def new_cache() -> Cache:
+    """Return an empty key-value cache that keeps all positions of every layer, so that it can be cut anywhere."""
+    return DynamicCache()
+
+
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """Return a key-value cache under the name that the model's forward has for it."""
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, StopStringCriteria
 
 from helpers.small_tokenizers import byte_tokenizer
-from moeflow.engine.detokenizer import Detokenizer
-from moeflow.engine.stop_strings import StopStrings
+from moeflow.engine.text.detokenizer import Detokenizer
+from moeflow.engine.text.stop_strings import StopStrings
 
 TEXT = st.text(alphabet="ab \n<é€漢😀", max_size=30)
 STOPS = st.lists(st.text(alphabet="ab \n<é😀", min_size=1, max_size=4), max_size=3).map(tuple)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from moeflow.engine.detokenizer import Detokenizer
+from moeflow.engine.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

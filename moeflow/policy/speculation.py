@@ -1,0 +1,295 @@
+"""The gate of speculation: how many drafted tokens a step verifies, from what they promise and what rows take.
+
+A step of n sequences and d drafted tokens gives n tokens and those that are accepted. It pays while (n + accepted) a
+second is more than n without drafts. More rows touch more experts, so that a step's time grows with d; what it grows by
+is measured, and experts that a draft would miss are added to it. A ledger bounds what a wrong guess may cost.
+
+Plain numbers; the caller has the clock. Sources: Leviathan et al. 2023 (expected accepted tokens), Liu et al. 2024,
+"SmartSpec" (goodput, and drafts out of a step's budget).
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+_DECAY = 0.98  # of what was counted of acceptance, with each judged token
+_PRIOR_WEIGHT = 4.0  # judged tokens that a source's own probability counts as
+_PLACES = 3  # of a draft's tokens that are counted apart; later ones count as the last
+_STEPS_OF = 8  # shares into which probabilities are parted
+
+_MOST_TIMES = 15  # of each number of rows, of which the median counts
+_LEAST_TIMES = 2
+_OLD_STEPS = 1024  # a number of rows that was not tried for so long is not known any more
+_EXPERTS_SHARE = 0.5  # of a step's time, before there are measurements
+_LEAST_GAIN = 0.02  # of the tokens a second
+
+_LEAST_PLAIN = 4  # plain steps before the first draft
+_LOAN_STEPS = 3.0  # that the ledger may lose at first, in times of a plain step
+_EARNED_SHARE = 0.015  # of a plain step's time that may be lost later
+_MOST_SAVED_STEPS = 30.0  # that the ledger holds at most, so that an old gain pays for no long loss
+_MIN_REST_STEPS, _MAX_REST_STEPS = 128, 8192  # doubled each time that a trial loses
+_TURN_STEPS = 192  # with drafts, behind which plain ones are timed again
+_PLAIN_TURN_STEPS, _SETTLE_STEPS = 8, 2
+
+
+def union_share(num_rows: int, num_experts: int, top_k: int) -> float:
+    """Return the share of a layer's experts that rows touch, if each row chose as any other and apart from them."""
+    return 1.0 - (1.0 - top_k / num_experts) ** num_rows
+
+
+class Acceptance:
+    """How often drafted tokens were the chosen ones, by their source, their place and how sure the source was."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Hashable, int, int], tuple[float, float]] = {}  # accepted, judged
+
+    def probability(self, source: Hashable, place: int, promised: float) -> float:
+        """Return how likely a token is accepted where those before it are.
+
+        Args:
+            source: what drafted it.
+            place: in its draft, from 0 on.
+            promised: how likely the source says that it is.
+        """
+        accepted, judged = self._counts.get(_kind(source, place, promised), (0.0, 0.0))
+        return (accepted + _PRIOR_WEIGHT * promised) / (judged + _PRIOR_WEIGHT)
+
+    def judge(self, source: Hashable, place: int, promised: float, *, accepted: bool) -> None:
+        """Count a token whose forerunners were accepted."""
+        kind = _kind(source, place, promised)
+        before, judged = self._counts.get(kind, (0.0, 0.0))
+        self._counts[kind] = _DECAY * before + accepted, _DECAY * judged + 1.0
+
+
+def _kind(source: Hashable, place: int, promised: float) -> tuple[Hashable, int, int]:
+    return source, min(place, _PLACES - 1), min(int(promised * _STEPS_OF), _STEPS_OF - 1)
+
+
+class StepTimes:
+    """What steps of some sequences and drafted tokens take.
+
+    Args:
+        num_experts: of a layer; None where the model has none that count.
+        top_k: of these, that a token takes.
+    """
+
+    def __init__(self, num_experts: int | None = None, top_k: int = 1) -> None:
+        self._num_experts, self._top_k = num_experts, top_k
+        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._tried: dict[tuple[int, int], int] = {}
+        self._now = 0
+
+    def add(self, num_sequences: int, num_drafted: int, step_s: float) -> None:
+        """Take in a step's seconds."""
+        key = num_sequences, num_drafted
+        self._now += 1
+        if self._now - self._tried.get(key, self._now) > _OLD_STEPS:
+            self._times.pop(key, None)
+        self._times.setdefault(key, deque(maxlen=_MOST_TIMES)).append(step_s)
+        self._tried[key] = self._now
+
+    def measured(self, num_sequences: int, num_drafted: int, least: int = _LEAST_TIMES) -> float | None:
+        """Return the median of steps like this; None where too few were seen lately."""
+        key = num_sequences, num_drafted
+        times = self._times.get(key, ())
+        if len(times) < least or self._now - self._tried[key] > _OLD_STEPS:
+            return None
+        return statistics.median(times)
+
+    def of(self, num_sequences: int, num_drafted: int) -> float | None:
+        """Return what such a step takes: measured, or from the nearest measured one and how many more experts it needs.
+
+        Returns:
+            Seconds; None where no step of so many sequences was measured.
+        """
+        for fewer in range(num_drafted, -1, -1):
+            known = self.measured(num_sequences, fewer)
+            if known is not None:
+                growth = self._growth(num_sequences + num_drafted) / self._growth(num_sequences + fewer)
+                return known * growth
+        return None
+
+    def growths(self) -> dict[str, float]:
+        """Return what drafted tokens made of steps' times, as "sequences+drafted": times that of a plain step."""
+        found = {}
+        for number, drafted in sorted(self._times):
+            step_s, plain_s = self.measured(number, drafted), self.measured(number, 0)
+            if drafted and step_s is not None and plain_s:
+                found[f"{number}+{drafted}"] = step_s / plain_s
+        return found
+
+    def _growth(self, num_rows: int) -> float:
+        """Return what a step of rows takes, in times of one row, before it was measured."""
+        union = float(num_rows)
+        if self._num_experts is not None:
+            union = union_share(num_rows, self._num_experts, self._top_k) * self._num_experts / self._top_k
+        return 1.0 + _EXPERTS_SHARE * (union - 1.0)
+
+
+class Gains(NamedTuple):
+    """What speculation has brought, in seconds.
+
+    Args:
+        gained_s: of steps that gave more than plain ones in their time.
+        lost_s: of those that gave less.
+    """
+
+    gained_s: float
+    lost_s: float
+
+
+class SpeculationGate:
+    """Chooses how many drafted tokens each step verifies, and keeps the ledger of what that brings.
+
+    Every plain step earns a small share of its time. A step with drafts pays what it took beyond the time of plain
+    steps for as many tokens, or is paid what it took less. Where the ledger is empty, speculation rests: at first for
+    128 plain steps, then for twice as many each time, unless a trial gained. No step may lose more than the ledger
+    holds, by what its rows are known to take. So all steps together take about 1.5 % longer at most than plain ones
+    would, and three of these once.
+
+    Between steps with drafts, some plain ones are timed in turns, since drafts may have driven out experts that these
+    need: what plain steps take is the lower of the two medians.
+
+    Args:
+        times: what steps take.
+        most: drafted tokens of one step.
+
+    Attributes:
+        reason: why the last step had drafts, or none.
+        gains: what it has brought.
+    """
+
+    def __init__(self, times: StepTimes, most: int) -> None:
+        self.times = times
+        self.most = most
+        self.reason = "starting"
+        self.gains = Gains(0.0, 0.0)
+        self._saved_s: float | None = None  # of the ledger; None before the loan
+        self._rest = _MIN_REST_STEPS  # the next one's length
+        self._resting = 0  # plain steps until the next trial
+        self._trial_gain_s = 0.0  # since the last rest
+        self._speculated = 0  # steps since the last plain turn
+        self._turn = 0  # plain steps that are left of one
+        self._settled: dict[int, deque[float]] = {}  # by sequences, seconds of plain steps in turns
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a step may have drafts now."""
+        return self._resting == 0
+
+    def wants_drafts(self, num_sequences: int) -> bool:
+        """Whether the next step may have drafts, and if not, note why."""
+        if self._resting:
+            return False
+        if self._turn:
+            self.reason = "plain steps are timed"
+            return False
+        if self.plain_s(num_sequences) is None:
+            self.reason = "plain steps are timed first"
+            return False
+        return True
+
+    def plain_s(self, num_sequences: int) -> float | None:
+        """Return what a step without drafts takes; None before a few were timed."""
+        lately = self.times.measured(num_sequences, 0, _LEAST_PLAIN)
+        settled = self._settled.get(num_sequences)
+        if lately is None or not settled:
+            return lately
+        return min(lately, statistics.median(settled))
+
+    def choose(
+        self, num_sequences: int, chances: list[list[float]], missed_s: Callable[[int], float] | None = None
+    ) -> list[int]:
+        """Choose how many tokens of each draft the next step verifies.
+
+        Args:
+            num_sequences: n.
+            chances: of each sequence, of each of its drafted tokens, the probability that it is accepted where those
+                before it are.
+            missed_s: seconds that a number of drafted tokens, the likeliest ones, waits for experts beyond those that
+                the measured steps waited for.
+
+        Returns:
+            [n] numbers of tokens.
+        """
+        counts = [0] * len(chances)
+        plain_s = self.plain_s(num_sequences)
+        if plain_s is None or not self.wants_drafts(num_sequences):
+            return counts
+        tokens = sorted(_reached(chances), reverse=True)[: self.most]
+        saved_s = _LOAN_STEPS * plain_s if self._saved_s is None else self._saved_s
+        best, best_rate, expected = 0, (1 + _LEAST_GAIN) * num_sequences / plain_s, float(num_sequences)
+        for number, (reached, _, _) in enumerate(tokens, 1):
+            expected += reached
+            step_s = self.times.of(num_sequences, number)
+            if step_s is None:
+                break
+            if missed_s is not None:
+                step_s += missed_s(number)
+            if step_s - plain_s > saved_s:  # what it loses if no token is accepted
+                break
+            if expected / step_s > best_rate:
+                best, best_rate = number, expected / step_s
+        for _, row, _ in tokens[:best]:
+            counts[-row] += 1
+        if tokens:
+            self.reason = "drafts pay" if best else "no draft would pay"
+        return counts
+
+    def finish(self, num_sequences: int, num_drafted: int, num_tokens: int, step_s: float) -> float:
+        """Take in a step and settle the ledger.
+
+        Args:
+            num_sequences: that decoded, nothing else was in the step.
+            num_drafted: tokens that it verified.
+            num_tokens: that it gave.
+            step_s: its seconds, with those of its drafts.
+
+        Returns:
+            Seconds gained; negative where plain steps would have been faster.
+        """
+        plain_s = self.plain_s(num_sequences)
+        self.times.add(num_sequences, num_drafted, step_s)
+        if not num_drafted:
+            self._finish_plain(num_sequences, step_s)
+            return 0.0
+        if plain_s is None:
+            return 0.0
+        gained_s = plain_s * num_tokens / num_sequences - step_s
+        gains = self.gains
+        self.gains = Gains(gains.gained_s + max(gained_s, 0.0), gains.lost_s + max(-gained_s, 0.0))
+        self._trial_gain_s += gained_s
+        saved_s = _LOAN_STEPS * plain_s if self._saved_s is None else self._saved_s
+        self._saved_s = min(saved_s + gained_s, _MOST_SAVED_STEPS * plain_s)
+        self._speculated += 1
+        if self._saved_s < 0:
+            if self._trial_gain_s > 0:
+                self._rest = _MIN_REST_STEPS
+            self._resting, self._rest = self._rest, min(2 * self._rest, _MAX_REST_STEPS)
+            self._trial_gain_s, self._speculated = 0.0, 0
+            self.reason = "slower than plain steps by the clock"
+        elif self._speculated >= _TURN_STEPS:
+            self._speculated, self._turn = 0, _PLAIN_TURN_STEPS + _SETTLE_STEPS
+            self._settled.pop(num_sequences, None)
+        return gained_s
+
+    def _finish_plain(self, num_sequences: int, step_s: float) -> None:
+        if self._saved_s is not None:
+            self._saved_s += _EARNED_SHARE * step_s
+        self._resting = max(0, self._resting - 1)
+        if self._turn:
+            self._turn -= 1
+            if self._turn < _PLAIN_TURN_STEPS:
+                self._settled.setdefault(num_sequences, deque(maxlen=_PLAIN_TURN_STEPS)).append(step_s)
+
+
+def _reached(chances: list[list[float]]) -> list[tuple[float, int, int]]:
+    """Return of each drafted token how likely all up to it are accepted, and (negated, to sort) whose and which."""
+    tokens = []
+    for row, own in enumerate(chances):
+        reached = 1.0
+        for place, chance in enumerate(own):
+            reached *= chance
+            tokens.append((reached, -row, -place))
+    return tokens
