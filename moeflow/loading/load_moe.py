@@ -57,7 +57,7 @@ def load_moe(
     cuda_graphs: bool = False,
     plan: str | Path | Plan | None = None,
     integrity: str = "off",
-    speculation: str | Mapping[str, Any] | None = "auto",
+    speculation: str | Mapping[str, Any] | None = "off",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -106,9 +106,9 @@ def load_moe(
         integrity: "sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a
             second) the slot is compared with its source by checksum, in a thread of its own. What differs is named in a
             warning and counted in stats()["integrity"]. The output stays the same.
-        speculation: drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may
-            come next, where that pays by the clock), "off" or None, or a dict of an engine's options. The tokens of
-            answers are the same.
+        speculation: drafts in engines on this model (chat, serve, batch): "off" or None, "auto" (steps also compute
+            tokens that may come next, where that pays by the clock), or a dict of an engine's options. The tokens of
+            answers are the same. Off until its gains are measured.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `gguf_file` (of the hub's repository or the folder, the GGUF file to load), `config` (beside a GGUF file, a

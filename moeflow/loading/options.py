@@ -181,12 +181,12 @@ class LoadOptions:
         ),
     )
     speculation: "str | Mapping[str, Any] | None" = field(
-        default="auto",
+        default="off",
         metadata=_about(
-            'drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may come '
-            'next, where that pays by the clock), "off" or None, or a dict of an engine\'s options. The tokens of '
-            "answers are the same.",
-            flag='"auto" (steps also compute tokens that may come next, where that pays), or "off"',
+            'drafts in engines on this model (chat, serve, batch): "off" or None, "auto" (steps also compute tokens '
+            "that may come next, where that pays by the clock), or a dict of an engine's options. The tokens of "
+            "answers are the same. Off until its gains are measured.",
+            flag='"auto": steps also compute tokens that may come next, where that pays; "off"',
         ),
     )
     trace: str | Path | None = field(

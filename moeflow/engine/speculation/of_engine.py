@@ -38,7 +38,7 @@ def speculation_for(
         ConfigError: the option is not allowed, or the draft model does not fit.
     """
     if option == "auto":
-        option = getattr(model, "_moeflow_speculation", "auto")
+        option = getattr(model, "_moeflow_speculation", "off")
     asked = speculation_options(option)
     options = asked or SpeculationOptions()
     reason = None

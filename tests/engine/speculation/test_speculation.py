@@ -211,8 +211,9 @@ def test_where_there_are_none_statistics_say_why(mixtral):
             return found["reason"]
 
     assert reason(Engine(mixtral, speculation=None)) == "not asked for"
-    assert "natively" in reason(Engine(mixtral))
-    assert "one sequence at a time" in reason(SerialEngine(mixtral))
+    assert reason(Engine(mixtral)) == "not asked for"
+    assert "natively" in reason(Engine(mixtral, speculation={"most": 7}))
+    assert "one sequence at a time" in reason(SerialEngine(mixtral, speculation={"most": 7}))
 
 
 @pytest.mark.parametrize(
