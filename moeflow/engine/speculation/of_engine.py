@@ -42,10 +42,10 @@ def speculation_for(
     asked = speculation_options(option)
     options = asked or SpeculationOptions()
     reason = None
-    if asked is None:
-        reason = "not asked for"
-    elif not isinstance(runner, ModelRunner):
+    if not isinstance(runner, ModelRunner):
         reason = "the model runs one sequence at a time"
+    elif asked is None:
+        reason = "not asked for"
     elif not max_step_tokens:
         reason = "steps are cut into groups"
     elif runner.scales_by_length:

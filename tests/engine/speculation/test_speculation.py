@@ -213,7 +213,7 @@ def test_where_there_are_none_statistics_say_why(mixtral):
     assert reason(Engine(mixtral, speculation=None)) == "not asked for"
     assert reason(Engine(mixtral)) == "not asked for"
     assert "natively" in reason(Engine(mixtral, speculation={"most": 7}))
-    assert "one sequence at a time" in reason(SerialEngine(mixtral, speculation={"most": 7}))
+    assert "one sequence at a time" in reason(SerialEngine(mixtral))
 
 
 @pytest.mark.parametrize(
