@@ -77,8 +77,8 @@ def fetched(source: str | Path, *, gguf_file: str | None = None, config: str | N
     """
     from moeflow.hf.pretrained import resolve_folder
 
-    if gguf_file is None and _is_not_here(str(source)):
-        _tell_fit(str(source))
+    if _is_not_here(str(source)):
+        _tell_fit(str(source), gguf_file)
     with fetch_progress(str(source)) as progress:
         return resolve_folder(source, gguf_file=gguf_file, config=config, progress=progress)
 
@@ -87,14 +87,16 @@ def resolve_model(arguments: argparse.Namespace) -> None:
     """Put the folder in place of a command's model where flags say which of its files are meant.
 
     Args:
-        arguments: of any command; those without the flags of `add_model_argument` stay as they are.
+        arguments: of any command; those without the flags of `add_model_argument` stay as they are, and so do those
+            of a command that reads headers alone and chooses among GGUF files itself.
 
     Raises:
         ConfigError: flags without a model, or --config beside a model that is no GGUF file.
         ModelSourceError: see `fetched`.
     """
     gguf_file, config = getattr(arguments, "gguf_file", None), getattr(arguments, "config", None)
-    if "model" not in arguments or (gguf_file is None and config is None):
+    only_headers = getattr(arguments, "reads_headers", False) and config is None
+    if "model" not in arguments or only_headers or (gguf_file is None and config is None):
         return
     if arguments.model is None:
         raise ConfigError("--gguf-file and --config are about a model: name it.")
@@ -116,7 +118,7 @@ def _is_not_here(id: str) -> bool:
     return not constants.HF_HUB_OFFLINE and not Path(id).exists() and CacheStore(id).cached(None) is None
 
 
-def _tell_fit(id: str) -> None:
+def _tell_fit(id: str, gguf_file: str | None) -> None:
     """Tell what a model takes on this machine; ask on a terminal whether to fetch one that does not fit."""
     from moeflow.cli.fit import advice
     from moeflow.fit.fit import survey
@@ -125,7 +127,7 @@ def _tell_fit(id: str) -> None:
         print(f"moeflow: {text}", file=sys.stderr)
 
     try:
-        found = survey(id, tell=tell)
+        found = survey(id, gguf_file=gguf_file, tell=tell)
     except ModelSourceError:
         return  # fetching tells it
     except MoeflowError as error:

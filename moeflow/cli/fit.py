@@ -42,7 +42,7 @@ def add_fit_command(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     fit.add_argument("--trace", metavar="FILE", help="a routing trace of the model, for its hit rates")
     fit.add_argument("-o", "--out", metavar="PLAN", help="write the recommended plan, for --plan of chat and others")
     fit.add_argument("--json", action="store_true", help="print one JSON object")
-    fit.set_defaults(run=_fit)
+    fit.set_defaults(run=_fit, reads_headers=True)
 
 
 def _fit(arguments: argparse.Namespace) -> int:
@@ -57,6 +57,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         disk=arguments.disk,
         target=arguments.target,
         trace=arguments.trace,
+        gguf_file=arguments.gguf_file,
         tell=lambda text: print(f"moeflow: {text}", file=sys.stderr),
     )
     row = found.recommended
@@ -152,21 +153,24 @@ def commands_for(found: "Survey", plan_file: str | None = None) -> list[str]:
     row = found.recommended
     assert row is not None, "a row was recommended"
     model, lines = found.model, []
+    flag = option = ""
+    if found.gguf_file is not None:
+        flag, option = f" --gguf-file {shlex.quote(found.gguf_file)}", f", gguf_file={found.gguf_file!r}"
     if not row.form.is_published:
         out = f"{model.rstrip('/').rpartition('/')[2]}-{row.form.kernel}"
-        lines.append(_WRITES[row.form.name].format(model=shlex.quote(model), out=shlex.quote(out)))
-        model = out
+        lines.append(_WRITES[row.form.name].format(model=f"{shlex.quote(model)}{flag}", out=shlex.quote(out)))
+        model, flag, option = out, "", ""
     if plan_file is not None:
         return [
             *lines,
-            f"moeflow chat {shlex.quote(model)} --plan {shlex.quote(plan_file)}",
-            f"load_moe({model!r}, plan={plan_file!r})",
+            f"moeflow chat {shlex.quote(model)}{flag} --plan {shlex.quote(plan_file)}",
+            f"load_moe({model!r}{option}, plan={plan_file!r})",
         ]
     experts, values = row.lines["experts"], row.lines["key_values"]
     return [
         *lines,
-        f"moeflow chat {shlex.quote(model)} --device cpu --expert-memory {experts}",
-        f"load_moe({model!r}, device='cpu', expert_memory={experts}, kv_memory={values})",
+        f"moeflow chat {shlex.quote(model)}{flag} --device cpu --expert-memory {experts}",
+        f"load_moe({model!r}{option}, device='cpu', expert_memory={experts}, kv_memory={values})",
     ]
 
 

@@ -39,6 +39,7 @@ class Survey:
         curve: hit rates, and whose.
         rows: all ways.
         recommended: the row to take; None where nothing fits.
+        gguf_file: the GGUF file that was chosen; None for none.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Survey:
     curve: HitCurve
     rows: list[Row]
     recommended: Row | None
+    gguf_file: str | None = None
 
     def plan(self, row: Row | None = None) -> Plan:
         """Return the plan of a row, by default of the recommended one.
@@ -104,6 +106,7 @@ def survey(
     disk: str | Path | None = None,
     target: float | None = None,
     trace: str | Path | None = None,
+    gguf_file: str | None = None,
     profile: MachineProfile | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Survey:
@@ -118,6 +121,7 @@ def survey(
         disk: as in `fit`.
         target: as in `fit`.
         trace: as in `fit`.
+        gguf_file: as in `fit`.
         profile: of the machine; kept or measured when None.
         tell: called with what takes long, before it.
     """
@@ -131,7 +135,7 @@ def survey(
             raise ConfigError(f"{name}={value!r:.40} is not a count. Give a whole number of 1 or more.")
     if target is not None and (isinstance(target, bool) or not 0 < target < float("inf")):
         raise ConfigError(f"target={target!r:.40} is no speed. Give tokens a second, above 0.")
-    with model_source(model, tell) as (sizes, folder):
+    with model_source(model, tell, gguf_file) as (sizes, folder):
         most = sizes.config.context
         wish = Wish(
             context=context or min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT),
@@ -148,7 +152,7 @@ def survey(
         held = hardware.process_memory_bytes()[0] + LOADING_BYTES
         profile = replace(profile, process_bytes=max(profile.process_bytes, held))
     rows = make_rows(sizes, wish, profile, curve)
-    return Survey(str(model), sizes, wish, profile, curve, rows, recommend(rows, wish))
+    return Survey(str(model), sizes, wish, profile, curve, rows, recommend(rows, wish), gguf_file)
 
 
 def fit(
@@ -161,6 +165,7 @@ def fit(
     disk: str | Path | None = None,
     target: float | None = None,
     trace: str | Path | None = None,
+    gguf_file: str | None = None,
 ) -> Plan:
     """Plan how a model runs on this machine, from its headers alone: memory by lines, and the speed to expect.
 
@@ -176,6 +181,7 @@ def fit(
         disk: a folder on the disk that experts will be read from; the model's own when None.
         target: tokens a second that decoding must reach.
         trace: a routing trace of the model, for its hit rates; those of the most similar measured model when None.
+        gguf_file: name of the GGUF file to take, of a hub id or of a folder with several.
 
     Returns:
         The recommended plan: of those that fit, the one that loses least and is fast enough.
@@ -187,8 +193,9 @@ def fit(
         TraceError: the trace is damaged, or of another model.
     """
     found = survey(
-        model, context=context, batch=batch, device=device, memory=memory, disk=disk, target=target, trace=trace
-    )
+        model, context=context, batch=batch, device=device, memory=memory, disk=disk, target=target, trace=trace,
+        gguf_file=gguf_file,
+    )  # fmt: skip
     if target is not None and found.recommended is not None and found.recommended.decode_tok_s.mid < target:
         raise BudgetError(out_of_reach(found))
     return found.plan()

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from helpers.gguf_models import write_model
+from helpers.hub_server import ID, hub, lead_to
 from helpers.machine_profiles import small_profile
 from helpers.small_gguf import small_model, type_of
 from moeflow import load_moe
 from moeflow.checkpoint.gguf.file import GGUF_FILE
+from moeflow.cli.fit import commands_for
 from moeflow.cli.main import main
+from moeflow.errors import ModelSourceError
 from moeflow.fit.fit import survey
 from moeflow.fit.formats import kernel_of
 from moeflow.fit.source import model_source
@@ -91,3 +94,39 @@ def test_the_small_folder_stands_for_its_file(gguf_file):
     with model_source(folder, print) as (sizes, disk):
         assert disk == gguf_file.parent
         assert sizes.published.kernel == "q4_k"
+
+
+def test_a_file_of_the_hub_is_planned_from_its_headers_and_leaves_nothing(gguf_file, tmp_path, monkeypatch):
+    profile = small_profile()
+    with hub({"small-Q4_K_M.gguf": gguf_file, "README.md": b"two"}) as served:
+        lead_to(served, monkeypatch, tmp_path / "hub")
+        monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))
+        found = survey(ID, gguf_file="small-Q4_K_M.gguf", memory="6GB", profile=profile)
+        with pytest.raises(ModelSourceError, match=r"no GGUF file 'other.gguf'. It has small-Q4_K_M.gguf"):
+            survey(ID, gguf_file="other.gguf", memory="6GB", profile=profile)
+    expected = survey(gguf_file, memory="6GB", profile=profile)
+    for row, right in zip(found.rows, expected.rows, strict=True):
+        assert row.lines | {"process": 0} == right.lines | {"process": 0}
+    assert not [path for path in (tmp_path / "cache" / "gguf").iterdir() if path.is_dir() and "Q4_K_M" in path.name]
+    chat, load = commands_for(found)
+    assert "chat org/model --gguf-file small-Q4_K_M.gguf --device cpu" in chat
+    assert "load_moe('org/model', gguf_file='small-Q4_K_M.gguf', device='cpu'" in load
+
+
+def test_the_command_fetches_no_tensor_of_a_hubs_file(gguf_file, tmp_path, monkeypatch, capsys):
+    (folder := tmp_path / "cache").mkdir()
+    monkeypatch.setenv("MOEFLOW_CACHE", str(folder))
+    keep_profile(small_profile(hardware=hardware(), disk=disk_of(folder)))
+    with hub({"small.gguf": gguf_file}) as served:
+        lead_to(served, monkeypatch, tmp_path / "hub")
+        assert main(["fit", ID, "--gguf-file", "small.gguf", "--memory", "6GB", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["model"] == ID
+    assert not list((tmp_path / "hub").rglob("*.gguf"))
+
+
+def test_one_of_several_files_of_a_folder_is_planned(gguf_file, tmp_path):
+    for name in ("one.gguf", "other.gguf"):
+        (tmp_path / name).write_bytes(gguf_file.read_bytes())
+    found = survey(tmp_path, gguf_file="other.gguf", memory="6GB", profile=small_profile())
+    assert "gguf_file='other.gguf'" in commands_for(found)[1]
