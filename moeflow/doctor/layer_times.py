@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="moeflow-") as folder:
         models = {count: _written(Path(folder) / str(count), count) for count in (_FEW, _MANY)}
         for mode, step in (("native", "auto"), ("python", "python")):
-            few, many = (_step(models[count], step, arguments.seconds / 5) for count in (_FEW, _MANY))
-            if few is None or many is None:
+            small, large = (_step(models[count], step, arguments.seconds / 5) for count in (_FEW, _MANY))
+            if small is None or large is None:
                 continue
-            few, many = few.seconds, many.seconds
+            few, many = small.seconds, large.seconds
             # Where others disturb so much that the larger model seems faster, all of its step counts as layers.
             layer_s[mode] = (many - few) / (_MANY - _FEW) if many > few else many / _MANY
             step_s[mode] = max(few - _FEW * layer_s[mode], _CLOCK_S)

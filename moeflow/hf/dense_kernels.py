@@ -206,7 +206,7 @@ def speed_up_dense(model: torch.nn.Module) -> None:
             continue
         if type(module) is torch.nn.Linear:
             module.__class__ = FewTokensLinear
-            module.always_in = weight.dtype if is_always_ahead(weight.dtype) else None
+            vars(module)["always_in"] = weight.dtype if is_always_ahead(weight.dtype) else None
         elif hasattr(module, "variance_epsilon") and _is_known_norm(module):
             kind = type(module)
             if kind not in norms:

@@ -175,7 +175,7 @@ def load_moe(
         contract.charge("experts", runtime.snapshot().memory["expert_budget_bytes"])
     try:
         attach_runtime(loaded, runtime)
-        loaded._moeflow_speculation = options.speculation
+        vars(loaded)["_moeflow_speculation"] = options.speculation
         if prune:
             prune_experts(loaded, runtime, folder.path, prune)
         if options.cuda_graphs:

@@ -151,8 +151,8 @@ def check_speeds(seconds: float) -> dict[str, float]:
     if library() is not None:
         shape = _SHAPES["gate_up_proj"]
         spec, parts = _stored(LOSSLESS, "weight", shape, 0)
-        stored = tuple(parts.values())
-        check = median_seconds(lambda: lossless.decode(*stored, shape, None), seconds / 2)
+        codes, tops, escapes = parts.values()
+        check = median_seconds(lambda: lossless.decode(codes, tops, escapes, shape, None), seconds / 2)
         found["lossless"] = spec.num_bytes(shape) / check
     return found
 
