@@ -14,7 +14,7 @@ LONG = list(range(100, 140))
 def run(pieces, memory=None):
     """Enter what a step computed, as the engine does, with token 7 as every answer."""
     ended = []
-    for sequence, tokens, samples in pieces:
+    for sequence, tokens, samples, _ in pieces:
         sequence.num_computed += len(tokens)
         if memory is not None:
             memory.have[sequence] += tokens
@@ -292,7 +292,7 @@ def test_every_token_is_computed_or_copied_once_and_all_end_whoever_gives_way(
         assert all(piece.tokens for piece in pieces)
         assert {sequence for sequence in scheduler.running if sequence.decoding} <= {piece.sequence for piece in pieces}
         assert set(memory.room) == set(scheduler.running)
-        for sequence, tokens, samples in pieces:
+        for sequence, tokens, samples, _ in pieces:
             assert (
                 memory.have[sequence] + tokens
                 == (sequence.prompt_ids + sequence.token_ids)[: sequence.num_computed + len(tokens)]
