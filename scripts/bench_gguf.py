@@ -197,16 +197,20 @@ class Bench:
             worker.end()
         times = {engine: [answer["token_s"] for answer in found] for engine, found in answers.items()}
         rates = [answer["read_bytes_per_s"] for answer in answers["moeflow"]]
+        kernels = [sum(answer["step"]["kinds_s"].values()) for answer in answers["moeflow"]]
         floor = [workers[0].ready["bytes"] / rate for rate in rates]
         row = {
             "step_bytes": workers[0].ready["bytes"], "instruction_set": workers[0].ready["instruction_set"],
             "token_s": {engine: spread(found) for engine, found in times.items()},
             "ratio": quotients(times["llama.cpp"], times["moeflow"]),
+            "kernels_ratio": quotients(times["llama.cpp"], kernels),
             "share_of_bandwidth": {engine: quotients(floor, found) for engine, found in times.items()},
             "read_bytes_per_s": spread(rates), "kinds_s": answers["moeflow"][-1]["step"]["kinds_s"],
             "same_tokens": _prefix(*(found[0]["tokens"] for found in answers.values())), "rounds": times,
         }  # fmt: skip
         self._print(f"decode, {name}: llama.cpp's time / ours {ranged(row['ratio'], 1, 4, 2)} (goal {GOALS['decode']})")
+        self._print(f"  llama.cpp's whole token / our kernels {ranged(row['kernels_ratio'], 1, 4, 2)}, the rest of a "
+                    f"token is generate's and the step's Python")  # fmt: skip
         for engine in times:
             share = ranged(row["share_of_bandwidth"][engine], 100, 5, 1)
             taken = ranged(row["token_s"][engine], 1e3, 8, 2)

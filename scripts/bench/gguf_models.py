@@ -1,7 +1,9 @@
 """GGUF files to measure, written once: a checkpoint's in llama.cpp's types, random ones, and values in safetensors.
 
 Random files have the tensors of a Qwen3 mixture of experts, in blocks with random codes and small scales: of use for
-times alone. Their routers are random too, so that every expert is as likely as any other.
+times alone. Their routers are random too, so that every expert is as likely as any other. What a layer adds to the
+stream is small beside it, as in a trained model: otherwise two experts that are nearly as likely, and one bit of
+difference in a norm, make other logits of the same model.
 """
 
 import json
@@ -11,7 +13,9 @@ import subprocess
 from pathlib import Path
 
 FILE_TYPES = {"q8_0": 7, "q4_k_m": 15}  # llama.cpp's numbers
+FORMAT = 2  # raise it when random files of an older writer must not be used again
 SCALES = {"Q4_K": {0: 1e-4, 2: 7.5e-4}, "Q6_K": {208: 1.6e-5}, "Q8_0": {0: 3e-4}}  # float16 in a block: byte, value
+TIMES = {"token_embd": 512, "ffn_down": 1 / 16, "attn_output": 1 / 16}  # of a tensor's scales
 WIDE = {"hidden_size": 2048, "moe_intermediate_size": 1024, "num_experts": 8, "num_hidden_layers": 4}
 LARGE = {**WIDE, "num_experts": 32, "num_hidden_layers": 20}
 _QUANTIZE = """
@@ -52,7 +56,7 @@ def random_gguf(work: Path, name: str, sizes: dict, kind: str, tokenizer_of: Pat
         kind: "q8_0", or "q4_k_m" (Q4_K, and Q6_K where llama.cpp's mix has it).
         tokenizer_of: a checkpoint's folder; the model has its vocabulary.
     """
-    target = work / f"random-{name}.{kind}.gguf"
+    target = work / f"random{FORMAT}-{name}.{kind}.gguf"
     if target.is_file():
         return target
     import gguf
@@ -94,7 +98,9 @@ def random_gguf(work: Path, name: str, sizes: dict, kind: str, tokenizer_of: Pat
             else:
                 is_six = any(part in tensor for part in ("ffn_down", "attn_v", "output.weight"))
                 block = "Q8_0" if kind == "q8_0" else "Q6_K" if is_six else "Q4_K"
-                writer.add_tensor(tensor, _blocks(block, shape, rng), raw_dtype=gguf.GGMLQuantizationType[block])
+                times = next((times for part, times in TIMES.items() if part in tensor), 1)
+                blocks = _blocks(block, shape, times, rng)
+                writer.add_tensor(tensor, blocks, raw_dtype=gguf.GGMLQuantizationType[block])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -110,14 +116,14 @@ class _All(set):
         return "{" not in str(name) and ".0.weight" not in str(name)  # stacked experts
 
 
-def _blocks(kind: str, shape: tuple[int, ...], rng):
+def _blocks(kind: str, shape: tuple[int, ...], times: float, rng):
     import gguf
     import numpy as np
 
     values, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // values, num_bytes), dtype=np.uint8)
     for place, scale in SCALES[kind].items():
-        blocks[..., place : place + 2] = np.array([scale], "<f2").view(np.uint8)
+        blocks[..., place : place + 2] = np.array([scale * times], "<f2").view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
 
 
