@@ -201,7 +201,7 @@ def speed_up_dense(model: torch.nn.Module) -> None:
         return
     norms: dict[type, type] = {}
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # a stored one is no parameter, and is not unpacked to be looked at
         if not isinstance(weight, torch.nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in DTYPES:
             continue
         if type(module) is torch.nn.Linear:

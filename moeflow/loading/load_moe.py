@@ -158,7 +158,8 @@ def load_moe(
             **placement,
             **hf_options,
         )
-    pretrained.own_dense_weights(loaded)
+    if folder.gguf is None:  # of a GGUF file they were read into memory, not mapped
+        pretrained.own_dense_weights(loaded)
     if on_cpu:
         speed_up_dense(loaded)
     if on_cpu and any_lossless(experts.layers):

@@ -7,7 +7,6 @@ import math
 import os
 from functools import partial
 
-import numpy as np
 import torch
 
 from moeflow.checkpoint.gguf.file import GgufFile
@@ -71,12 +70,12 @@ def read_bytes(file: GgufFile, name: str) -> torch.Tensor:
         CheckpointError: the file cannot be read, or is shorter than its header says.
     """
     entry = file.tensors[name]
-    raw = np.empty(entry.num_bytes, np.uint8)
+    raw = torch.empty(entry.num_bytes, dtype=torch.uint8)  # at an address that kernels are fast at
     path = file.files[entry.file]
     try:
         with open(path, "rb", buffering=0) as handle:
             handle.seek(entry.begin)
-            view, done = raw.data, 0
+            view, done = memoryview(raw.numpy()), 0
             while done < len(view):
                 count = handle.readinto(view[done:])
                 if not count:
@@ -86,4 +85,4 @@ def read_bytes(file: GgufFile, name: str) -> torch.Tensor:
                 os.posix_fadvise(handle.fileno(), entry.begin, entry.num_bytes, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    return torch.from_numpy(raw).view(math.prod(entry.shape[:-1]), -1)
+    return raw.view(math.prod(entry.shape[:-1]), -1)

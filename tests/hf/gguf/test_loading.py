@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.gguf_models import write_model
 from moeflow import load_moe
@@ -94,6 +95,25 @@ def test_tied_embeddings_are_held_once(tmp_path):
     check(tmp_path / "model.gguf", model)
     with (loaded := load_moe(tmp_path / "model.gguf", device="cpu")).moeflow:
         assert loaded.lm_head.blocks.data_ptr() == loaded.model.embed_tokens.blocks.data_ptr()
+
+
+def test_neither_loading_nor_a_token_copies_or_unpacks_a_matrix(tmp_path):
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            blocks = [one for one in args if isinstance(one, torch.Tensor) and one.dtype == torch.uint8]
+            if blocks and blocks[0].numel() > 1000:
+                seen.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    write_model(tmp_path / "model.gguf", "qwen3moe", qwen3(), blocks_of("Q4_K"))
+    with Watching():
+        model = load_moe(tmp_path / "model.gguf", device="cpu")
+    with model.moeflow:
+        assert not seen & {"block_weight", "clone", "_to_copy"}
+        with Watching():
+            model.generate(PROMPT, max_new_tokens=3, do_sample=False)
+    assert not seen & {"block_weight", "clone", "_to_copy"}
 
 
 def test_bits_are_the_same_at_every_budget_and_in_native_steps(tmp_path):

@@ -9,6 +9,7 @@ from transformers.models.mixtral import modeling_mixtral as family
 
 from helpers.paths import ROOT
 from helpers.small_models import tiny_mixtral
+from moeflow.hf.fingerprint import weights_fingerprint
 from moeflow.hf.passes.step_digest import step_digest
 
 
@@ -66,6 +67,16 @@ def test_a_change_of_the_model_changes_it(model, change):
     assert step_digest(model) == before
     change(model)
     assert step_digest(model) != before
+
+
+@pytest.mark.parametrize("digest", [step_digest, weights_fingerprint])
+def test_not_the_first_byte_of_blocks_alone_changes_it(model, digest):
+    model.register_buffer("blocks", torch.zeros(1024, 8 * 144, dtype=torch.uint8))  # rows of 8 blocks of Q4_K
+    found = {digest(model)}
+    for place in (1, 2, 17):
+        model.blocks.view(-1, 144)[:, place] = 1
+        found.add(digest(model))
+    assert len(found) == 4
 
 
 def test_patched_code_of_the_family_changes_it(model, monkeypatch):
