@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.forward import cache_argument, context_positions
-from moeflow.hf.passes.step_rows import StepRows
+from moeflow.hf.passes.step_rows import SpanRows, StepRows
 from moeflow.step.runner import StepRunner
 
 _PREFIX = (3, 7, 2, 5)
@@ -61,6 +61,28 @@ def difference(model: PreTrainedModel, runner: StepRunner) -> str | None:
         found = (made.float() - expected[live]).abs().amax((1, 2)) / expected.abs().max()
         differs[place[live], attempt, row[live, 0]] = found.nan_to_num(torch.inf)
     return _reason(differs, ladder, is_half)
+
+
+@torch.no_grad()
+def spans_agree(model: PreTrainedModel, runner: StepRunner) -> bool:
+    """Whether several tokens of one sequence see what rows that share its cache see: all before them, and no more.
+
+    Args:
+        model: that was captured.
+        runner: of its program of two rows or more.
+    """
+    cache, num_rows, own = GrowingCache.of_model(model), runner.num_rows, type(model).forward
+    assert cache is not None, "a program was compared"
+    own(model, input_ids=torch.tensor([_PREFIX]), use_cache=True, **cache_argument(model, cache))
+    span, mine = _TOKEN + torch.arange(num_rows)[None], copy.deepcopy(cache)
+    expected = own(model, input_ids=span, use_cache=True, **cache_argument(model, cache)).logits[0].float()
+    rows = StepRows(SpanRows(mine, num_rows), span.T, len(_PREFIX) + torch.arange(num_rows))
+    if not runner.takes(rows):
+        return False
+    differs = (runner.step(rows)[:, 0].float() - expected).abs().amax(1) / expected.abs().max()
+    is_half = runner.bound.logits.dtype is not torch.float32
+    found = differs[:-1].median() if is_half else differs.amax()  # the last one sees all in any case
+    return float(found.nan_to_num(torch.inf)) <= (_HALF_TOLERANCE if is_half else _TOLERANCE)
 
 
 def _reason(differs: torch.Tensor, ladder: list[int], is_half: bool) -> str | None:

@@ -20,7 +20,7 @@ from moeflow.hf.passes.decode_call import (
     run_calls_by,
 )
 from moeflow.hf.passes.forward import ForwardPass
-from moeflow.hf.passes.step_rows import StepRows
+from moeflow.hf.passes.step_rows import SpanRows, StepRows
 from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
@@ -127,10 +127,12 @@ class StepDecoding:
         call = None if model is None else decode_call(model, kwargs)
         if call is None:
             return None
-        rows = StepRows(call.cache, call.input_ids, call.positions, call.firsts)
-        begun = ForwardPass(len(call.input_ids), 1, True, call.input_ids, call.attention_mask, call.cache)
-        logits = self.step(rows, begun)
-        return None if logits is None else self._outputs.make(logits, call.cache)
+        begun = ForwardPass(*call.input_ids.shape, True, call.input_ids, call.attention_mask, call.cache)
+        logits = self.step(call.rows, begun)
+        if logits is None:
+            return None
+        logits = logits.view(*call.input_ids.shape, -1)
+        return self._outputs.make(logits[:, -call.num_logits :], call.cache)
 
     def step(self, rows: StepRows, begun: ForwardPass) -> torch.Tensor | None:
         """Run a step by its program, in the turn of the caller's pass.
@@ -157,6 +159,8 @@ class StepDecoding:
             return None  # a capture and its check would meet the other ranks in rounds that they do not run
         runner = self.programs.runner(model, size)
         if runner is None or not runner.takes(rows):
+            return None
+        if isinstance(rows.kept, SpanRows) and not self.programs.takes_spans(model, runner):
             return None
         self._runtime.begin_pass(begun)
         try:

@@ -13,7 +13,7 @@ from moeflow.kernels.cpu.library import instruction_set
 from moeflow.moe.experts import OffloadedExperts
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.bound import BoundProgram
-from moeflow.step.check import difference
+from moeflow.step.check import difference, spans_agree
 from moeflow.step.fuse import fuse
 from moeflow.step.lower import lower
 from moeflow.step.program import Program
@@ -47,6 +47,7 @@ class StepPrograms:
         self._runtime = runtime
         self._loaded = loaded
         self._runners: dict[int, StepRunner] = {}
+        self._takes_spans: bool | None = None
         self._own_code_ran = True  # since the last step
         self._told: set[str] = set()
 
@@ -70,6 +71,19 @@ class StepPrograms:
             self._prepare(model, num_rows)
         self._own_code_ran = False
         return self._runners.get(num_rows)
+
+    def takes_spans(self, model: PreTrainedModel, runner: StepRunner) -> bool:
+        """Whether several tokens of one sequence may be rows of a step: compared once with the model's own code."""
+        if self._takes_spans is None:
+            try:
+                with self._runtime.unwatched():
+                    self._takes_spans = spans_agree(model, runner)
+            except (MoeflowError, MemoryError):  # of the experts, or of the moment: the next call tries again
+                raise
+            except Exception as error:  # the model's own code takes no such call, or its own error tells why
+                _log.info("%s runs several tokens by its own code: %s", type(model).__name__, error)
+                self._takes_spans = False
+        return self._takes_spans
 
     def look_closer(self) -> None:
         """Note that the model's own code ran: the caller may have changed what does not change between two steps."""

@@ -23,6 +23,8 @@ LAST_HIDDEN[0, -1] = 0
 FOUR_DIMENSIONS = torch.zeros(1, 1, 1, LENGTH)
 FOUR_DIMENSIONS[..., 2] = -1e9
 NATIVE = {
+    "two tokens": {"input_ids": TOKEN.repeat(1, 2)},
+    "eight tokens": {"input_ids": TOKEN.repeat(1, 8)},
     "keep one": {"logits_to_keep": 1},
     "keep more than there are": {"logits_to_keep": 5},
     "position ahead": {"position_ids": torch.tensor([[100]])},
@@ -62,7 +64,7 @@ OWN = {
     "token without rows": {"input_ids": TOKEN[0]},
     "no token": {"input_ids": None},
     "empty tokens": {"input_ids": TOKEN[:, :0]},
-    "two tokens": {"input_ids": TOKEN.repeat(1, 2)},
+    "nine tokens": {"input_ids": TOKEN.repeat(1, 9)},
     "two sequences": {"input_ids": TOKEN.repeat(2, 1)},
     "hidden states": {"output_hidden_states": True},
     "routers": {"output_router_logits": True},
@@ -140,7 +142,7 @@ def test_arguments_by_position_and_outputs_as_tuples(pair):
         ({"cache_implementation": "dynamic"}, 7),
         ({"cache_implementation": "unknown"}, 0),
         ({"use_cache": False}, 0),
-        ({"prefill_chunk_size": 3}, 8),
+        ({"prefill_chunk_size": 3}, 9),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Calls of a model that ask for one new token a sequence after a growing cache, and the output that it returns."""
+"""Calls of a model that a step can answer: new tokens after a growing cache, and the output that it returns."""
 
 import dataclasses
 import inspect
@@ -12,22 +12,25 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from moeflow.hf.passes.caches.growing_cache import GrowingCache
+from moeflow.hf.passes.step_rows import SpanRows, StepRows
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the newer name first
 _ANSWERED = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", *_CACHE_NAMES}
 _NEVER = ("output_attentions", "output_hidden_states", "output_router_logits")
 _WHOLE = (torch.int64, torch.int32)
+_MOST_OF_ONE = 8  # tokens of one sequence that a step takes: so many rows have the bits that each has alone
 
 
 class DecodeCall(NamedTuple):
-    """A call for the next token of each of some sequences.
+    """A call with one new token of each of some sequences, or with several of one, as the verifying of a draft has.
 
     Args:
-        input_ids: [rows, 1].
-        positions: [rows], of the tokens, in the sequences without their padding where the caller says so.
-        firsts: [rows], the first position of the cache that is not padding.
+        input_ids: [sequences, tokens of each].
+        positions: [tokens], in the sequences without their padding where the caller says so.
+        firsts: [sequences], the first position of the cache that is not padding.
         cache: the positions before them.
         attention_mask: as given.
+        num_logits: the last tokens whose logits are wanted; 0 for all.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +38,14 @@ class DecodeCall(NamedTuple):
     firsts: torch.Tensor
     cache: GrowingCache
     attention_mask: torch.Tensor | None
+    num_logits: int
+
+    @property
+    def rows(self) -> StepRows:
+        """The call as a step: a row for each token."""
+        num_new = self.input_ids.shape[1]
+        kept = self.cache if num_new == 1 else SpanRows(self.cache, num_new)
+        return StepRows(kept, self.input_ids.reshape(-1, 1), self.positions, self.firsts.repeat(num_new))
 
 
 def has_growing_cache(kwargs: dict[str, Any]) -> bool:
@@ -53,7 +64,10 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         return None
     ids: Any = kwargs.get("input_ids")
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-    if type(cache) is not GrowingCache or not _is_whole(ids) or ids.dim() != 2 or ids.shape[1] != 1 or not cache.length:
+    if type(cache) is not GrowingCache or not _is_whole(ids) or ids.dim() != 2 or not cache.length:
+        return None
+    num_rows, num_new = ids.shape
+    if num_new != 1 and not (num_rows == 1 and 0 < num_new <= _MOST_OF_ONE):
         return None
     # `generate` gives vision models an empty dict of encoded images in its first step.
     if any(kwargs[name] is not None and kwargs[name] != {} for name in kwargs.keys() - _ANSWERED):
@@ -64,37 +78,37 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
         return None
     if kwargs.get("return_dict") is False or not config.return_dict or not (keep is None or _is_count(keep)):
         return None
-    length, num_rows = cache.length, len(ids)
+    length, total = cache.length, cache.length + num_new
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     firsts = torch.zeros(num_rows, dtype=torch.int64)
     if mask is not None:
-        if not isinstance(mask, torch.Tensor) or mask.shape != (num_rows, length + 1):
+        if not isinstance(mask, torch.Tensor) or mask.shape != (num_rows, total):
             return None
         seen = mask != 0
-        firsts = length + 1 - seen.sum(1)
-        if not bool((seen == (torch.arange(length + 1) >= firsts[:, None])).all()) or bool((firsts > length).any()):
+        firsts = total - seen.sum(1)
+        if not bool((seen == (torch.arange(total) >= firsts[:, None])).all()) or bool((firsts > length).any()):
             return None
     if positions is not None and not _is_whole(positions):
         return None
-    told = _positions(positions, num_rows, length)
-    return None if told is None else DecodeCall(ids, told, firsts, cache, mask)
+    told = _positions(positions, num_rows, num_new, length)
+    return None if told is None else DecodeCall(ids, told, firsts, cache, mask, keep or 0)
 
 
-def _positions(positions: torch.Tensor | None, num_rows: int, length: int) -> torch.Tensor | None:
-    """Return the positions [rows] of one token a row, which may be told once for each of three dimensions.
+def _positions(positions: torch.Tensor | None, num_rows: int, num_new: int, length: int) -> torch.Tensor | None:
+    """Return the positions [tokens], which may be told once for each of three dimensions.
 
     The first of four is that of the text alone, and models use it for masks. None where dimensions are unlike.
     """
     if positions is None:
-        return torch.full((num_rows,), length)
+        return torch.arange(length, length + num_new).repeat(num_rows)
     if positions.dim() == 3:
         told = positions[1:] if len(positions) == 4 else positions
         if not len(told) or not bool((told == told[0]).all()):
             return None
         positions = told[0]
-    if positions.dim() > 2 or positions.numel() not in (1, num_rows):
+    if positions.dim() > 2 or positions.numel() not in (num_new, num_rows * num_new):
         return None
-    return positions.reshape(-1).expand(num_rows)
+    return positions.reshape(-1).expand(num_rows * num_new)
 
 
 def may_decode() -> bool:
@@ -116,7 +130,7 @@ def _is_count(given: Any) -> bool:
 
 
 def refusal(kwargs: dict[str, Any]) -> str | None:
-    """Say why a call for one new token of each sequence is none for a program; None for other calls."""
+    """Say why a call for new tokens of each sequence is none for a program; None for other calls."""
     ids, cache = kwargs.get("input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
     if hasattr(cache, "describe_pass"):
         return None  # of the engine's passes, whose sequences have no one length
@@ -153,7 +167,7 @@ class OutputMaker:
                 self._kind, self._cache_name = type(output), found
 
     def make(self, logits: torch.Tensor, cache: GrowingCache) -> Any:
-        """Return an output of logits [rows, 1, V] and the cache."""
+        """Return an output of logits [sequences, tokens, V] and the cache."""
         assert self._kind is not None, "no output was seen"
         return self._kind(logits=logits, **{self._cache_name: cache})
 

@@ -5,11 +5,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from moeflow.hf.passes.caches.growing_cache import KeptShape
+from moeflow.hf.passes.caches.growing_cache import GrowingCache, KeptShape
 
 
 class KeptRows(Protocol):
-    """Where sequences keep their positions: a cache of `generate`, or slots of the engine."""
+    """Where sequences keep their positions: a cache of `generate`, for one token or several, or slots of the engine."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -31,6 +31,37 @@ class KeptRows(Protocol):
     def advance(self, layers: dict[int, KeptShape]) -> None:
         """Count the position that a step has written."""
         ...
+
+
+class SpanRows:
+    """Tokens of one sequence behind each other, as rows that share its cache: each attends to those before it too.
+
+    A step keeps the keys and values of all its rows before any attends.
+
+    Args:
+        cache: of the one sequence.
+        count: tokens.
+    """
+
+    def __init__(self, cache: GrowingCache, count: int) -> None:
+        self._cache, self._count = cache, count
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows], positions before each token."""
+        return self._cache.length + np.arange(self._count)
+
+    def fits(self, layers: dict[int, KeptShape], num_rows: int) -> bool:
+        """Whether these layers are kept of one sequence in these shapes, and the tokens are as many as the rows."""
+        return num_rows == self._count and self._cache.fits(layers, 1)
+
+    def table(self, layers: dict[int, KeptShape]) -> np.ndarray:
+        """Return where the sequence's keys and values lie, once for each row: [layers, rows, 3]."""
+        return self._cache.table(layers, self._count).repeat(self._count, axis=1)
+
+    def advance(self, layers: dict[int, KeptShape]) -> None:
+        """Count the positions that a step has written."""
+        self._cache.advance(layers, self._count)
 
 
 class StepRows(NamedTuple):

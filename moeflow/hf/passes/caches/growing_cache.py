@@ -155,10 +155,10 @@ class GrowingLayer(DynamicLayer):
             made.append(new)
         self._hold((made[0], made[1]), self.length)
 
-    def make_room(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the memory, with room for one more position."""
+    def make_room(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the memory, with room for so many more positions."""
         assert self._memory is not None
-        self._make_room(self.length + 1, *self._memory)
+        self._make_room(self.length + count, *self._memory)
         return self._memory
 
     def _make_room(self, end: int, *like: torch.Tensor) -> None:
@@ -291,11 +291,12 @@ class GrowingCache(DynamicCache):
             for layer, shape in ((self.layers[number], shape) for number, shape in layers.items())
         )
 
-    def table(self, layers: Iterable[int]) -> np.ndarray:
-        """Return where keys and values of these layers lie, with room for one more position.
+    def table(self, layers: Iterable[int], count: int = 1) -> np.ndarray:
+        """Return where keys and values of these layers lie, with room for more positions.
 
         Args:
             layers: their numbers; the cache fits them.
+            count: more positions.
 
         Returns:
             [layers, rows, 3] int64: addresses of keys and of values, and the positions that there is room for.
@@ -303,7 +304,7 @@ class GrowingCache(DynamicCache):
         growing: list[GrowingLayer] = [self.layers[number] for number in layers]  # type: ignore[misc]
         if not growing:
             return np.zeros((0, 1, 3), np.int64)
-        memories = [layer.make_room() for layer in growing]
+        memories = [layer.make_room(count) for layer in growing]
         places = [(keys.data_ptr(), values.data_ptr(), keys.shape[2]) for keys, values in memories]
         if places != self._places:
             rows = np.arange(memories[0][0].shape[0])
@@ -325,8 +326,8 @@ class GrowingCache(DynamicCache):
         known = (GrowingLayer, GrowingHybridLayer, *STATE_LAYERS)
         return {number for number, layer in enumerate(self.layers) if type(layer) not in known}
 
-    def advance(self, layers: Iterable[int]) -> None:
-        """Count the position that a step has written. No interrupt comes in between: no line of Python runs."""
+    def advance(self, layers: Iterable[int], count: int = 1) -> None:
+        """Count the positions that a step has written. No interrupt comes in between: no line of Python runs."""
         growing: list[Any] = [self.layers[number] for number in layers]
         if growing:
-            deque(map(setattr, growing, repeat("length"), repeat(growing[0].length + 1)), maxlen=0)
+            deque(map(setattr, growing, repeat("length"), repeat(growing[0].length + count)), maxlen=0)
