@@ -2,7 +2,7 @@
 
 A record is that head's codes, then a float16 scale for each group of 32 channels; 16 are left over where their number
 asks for it. So a position can be copied, cut off, shared and written alone, and whoever moves records need not know
-what is in them. `kernels/cpu/_cpu_kept.h` writes and reads the same bits.
+what is in them. `kernels/cpu/_step_kept.h` writes the same bits.
 
 Knows tensors. Knows nothing of slots, sequences or models.
 """
@@ -15,6 +15,7 @@ from moeflow.errors import ConfigError
 
 _GROUP = 32
 _LEAST = 16  # channels of the last group
+_MOST = 512  # channels of a head in the compiled library
 _SCALE_BYTES = 2
 
 
@@ -100,13 +101,13 @@ def format_named(name: str) -> KeyValueFormat | None:
 
 
 def check_features(form: KeyValueFormat, features: int) -> None:
-    """Refuse heads whose channels fill no groups.
+    """Refuse heads whose channels fill no groups, or too many.
 
     Raises:
-        ConfigError: the number of channels is no multiple of 16.
+        ConfigError: the number of channels is no multiple of 16, or beyond 512.
     """
-    if features % _LEAST:
+    if features % _LEAST or features > _MOST:
         raise ConfigError(
-            f'kv_format="{form.name}" is not possible: head size {features} is no multiple of {_LEAST}. Leave '
-            'kv_format="auto".'
+            f'kv_format="{form.name}" is not possible: head size {features} is no multiple of {_LEAST} up to {_MOST}. '
+            'Leave kv_format="auto".'
         )
