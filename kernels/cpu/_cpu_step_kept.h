@@ -2,27 +2,30 @@
  * share a head of keys and values share the loading of its codes. Included by _cpu_kernels.h. */
 
 template <class S> struct KeptInt8 : Int8<S> {
-    static constexpr int FORMAT = KEPT_INT8, OFFSET = 0; /* a code's bits minus the code */
+    static constexpr int BITS = 8, OFFSET = 0; /* what its bits say minus the code */
 };
 template <class S> struct KeptInt4 : Uint4<S> {
-    static constexpr int FORMAT = KEPT_INT4, OFFSET = 8;
+    static constexpr int BITS = 4, OFFSET = 8;
 };
 
+/* F: what values are kept in; keys have 8 bits. */
 template <class S, class F> struct KeptArithmetic {
     using V = typename S::V;
-    using I = typename S::I;
     using Step = StepArithmetic<S>;
+    using K = KeptInt8<S>;
     static constexpr int AT_ONCE = 64, VECTORS = KEPT_GROUP / S::LANES;
+    /* Heads that share codes as floats: their sums stay in registers, but halves of bytes take longer to turn again. */
+    static constexpr int SUMMED_HEADS = F::OFFSET ? 4 : VECTORS < 8 ? 8 / VECTORS : 1;
 
     /* Records of one head of keys or values. */
-    struct Records {
+    template <class R> struct Records {
         const uint8_t *data;
         int features, groups, codes;
         int64_t bytes;
 
         Records(const char *first, int64_t num_features, int64_t position)
-            : features((int)num_features), groups(kept_groups(features)), codes(code_bytes(features, F::FORMAT)),
-              bytes(record_bytes(features, F::FORMAT)) {
+            : features((int)num_features), groups(kept_groups(features)), codes(code_bytes(features, R::BITS)),
+              bytes(record_bytes(features, R::BITS)) {
             data = (const uint8_t *)first + position * bytes;
         }
         float scale(int64_t position, int group) const {
@@ -30,13 +33,13 @@ template <class S, class F> struct KeptArithmetic {
         }
         bool is_half(int group) const { return group * KEPT_GROUP + KEPT_GROUP > features; }
         const uint8_t *group(int64_t position, int group) const {
-            return data + position * bytes + group * F::BLOCK_BYTES;
+            return data + position * bytes + group * R::BLOCK_BYTES;
         }
         /* The 16 codes of a group that has no more, as those of a whole one. */
         void widen(int64_t position, int group, uint8_t *to) const {
             const uint8_t *from = this->group(position, group);
-            constexpr int HALF = F::BLOCK_BYTES / 2;
-            if (F::OFFSET)
+            constexpr int HALF = R::BLOCK_BYTES / 2;
+            if (R::OFFSET)
                 for (int i = 0; i < HALF; ++i) to[i] = from[i] & 15, to[HALF + i] = from[i] >> 4;
             else memcpy(to, from, HALF), memset(to + HALF, 0, HALF);
         }
@@ -44,45 +47,36 @@ template <class S, class F> struct KeptArithmetic {
 
     /* scores[h * AT_ONCE + t] = the product of H rounded queries, a stride apart, with position t. */
     template <int H>
-    static void score(const Records &keys, int64_t from, int count, const int16_t *queries, int stride, float *scores) {
+    static void score(const Records<K> &keys, int64_t from, int count, const int16_t *queries, int stride, float *scores) {
         const int whole = keys.features / KEPT_GROUP;
-        I starts[H][KEPT_GROUPS]; /* what the codes' offset makes of a product, taken away */
-        for (int g = 0; g < keys.groups; ++g)
-            for (int h = 0; h < H; ++h) {
-                starts[h][g] = S::none();
-                if (F::OFFSET) starts[h][g] = S::dot(S::none(), S::words(minus_offset()), queries + h * stride + 32 * g);
-            }
         for (int t = 0; t < count; ++t) {
             V sums[H];
             UNROLL for (int h = 0; h < H; ++h) sums[h] = S::zero();
-            for (int g = 0; g < whole; ++g) add(sums, starts, keys.group(from + t, g), keys, from + t, g, queries, stride);
+            for (int g = 0; g < whole; ++g) add(sums, keys.group(from + t, g), keys.scale(from + t, g), queries + 32 * g, stride);
             if (whole < keys.groups) {
                 uint8_t codes[32];
                 keys.widen(from + t, whole, codes);
-                add(sums, starts, codes, keys, from + t, whole, queries, stride);
+                add(sums, codes, keys.scale(from + t, whole), queries + 32 * whole, stride);
             }
-            UNROLL for (int h = 0; h < H; ++h) scores[h * AT_ONCE + t] = S::sum(sums[h]);
+            if constexpr (H == 4) {
+                float four[4];
+                S::sums(sums, four);
+                for (int h = 0; h < H; ++h) scores[h * AT_ONCE + t] = four[h];
+            } else
+                for (int h = 0; h < H; ++h) scores[h * AT_ONCE + t] = S::sum(sums[h]);
         }
     }
     template <int H>
-    static void add(V (&sums)[H], const I (&starts)[H][KEPT_GROUPS], const uint8_t *codes, const Records &keys,
-                    int64_t position, int g, const int16_t *queries, int stride) {
-        const auto words = F::words(codes);
-        const V scale = S::all(keys.scale(position, g));
-        UNROLL for (int h = 0; h < H; ++h) {
-            const I product = S::dot(starts[h][g], words, queries + h * stride + 32 * g);
-            sums[h] = S::fma(S::to_float(product), scale, sums[h]);
-        }
-    }
-    static typename S::Bytes minus_offset() {
-        int8_t bytes[32];
-        memset(bytes, -F::OFFSET, 32);
-        return S::bytes_at((const uint8_t *)bytes);
+    static void add(V (&sums)[H], const uint8_t *codes, float scale, const int16_t *queries, int stride) {
+        const auto words = K::words(codes);
+        const V unit = S::all(scale);
+        UNROLL for (int h = 0; h < H; ++h)
+            sums[h] = S::fma(S::to_float(S::dot(S::none(), words, queries + h * stride)), unit, sums[h]);
     }
 
     /* The sums of H heads, a stride apart, += weights[h * AT_ONCE + t] times the values of a group of each position. */
     template <int H>
-    static void accumulate(const Records &values, int64_t from, int count, int g, const float *weights, float *sums,
+    static void accumulate(const Records<F> &values, int64_t from, int count, int g, const float *weights, float *sums,
                            int64_t stride) {
         const bool is_half = values.is_half(g);
         float part[H][KEPT_GROUP] = {}; /* of half a group, in as many lanes as a whole one */
@@ -117,7 +111,7 @@ template <class S, class F> struct KeptArithmetic {
     }
 
     template <int H>
-    static void attend(const HeadGroup &group, const Records &keys, const Records &values, const float *value_scales,
+    static void attend(const HeadGroup &group, const Records<K> &keys, const Records<F> &values, const float *value_scales,
                        int64_t from, int count, int head, float *out) {
         const int stride = values.features + 2, query_stride = keys.groups * KEPT_GROUP;
         float scores[H * AT_ONCE] = {}, weights[H * AT_ONCE] = {};
@@ -138,12 +132,19 @@ template <class S, class F> struct KeptArithmetic {
             for (int h = 0; h < H; ++h)
                 for (int t = 0; t < AT_ONCE; t += S::LANES)
                     S::store(weights + h * AT_ONCE + t, S::mul(S::load(scores + h * AT_ONCE + t), S::load(scales + t)));
-            accumulate<H>(values, from, count, g, weights, out + head * stride + 2, stride);
+            float *sums = out + head * stride + 2;
+            constexpr int FEW = H < SUMMED_HEADS ? H : SUMMED_HEADS;
+            for (int h = 0; h + FEW <= H; h += FEW)
+                accumulate<FEW>(values, from, count, g, weights + h * AT_ONCE, sums + h * stride, stride);
+            if constexpr (H % FEW)
+                accumulate<H % FEW>(values, from, count, g, weights + (H - H % FEW) * AT_ONCE,
+                                    sums + (H - H % FEW) * stride, stride);
         }
     }
 
     static void run(const HeadGroup &group, int64_t first, int64_t count, float *out) {
-        const Records keys(group.keys, group.key_features, first), values(group.values, group.value_features, first);
+        const Records<K> keys(group.keys, group.key_features, first);
+        const Records<F> values(group.values, group.value_features, first);
         Step::begin(out, group.num_queries, values.features);
         float scales[KEPT_GROUPS * AT_ONCE] = {};
         for (int64_t from = 0; from < count; from += AT_ONCE) {

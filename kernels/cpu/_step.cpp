@@ -360,8 +360,8 @@ void attend(const Instruction &it, const StepState &state) {
     const int64_t rows = state.num_live, heads = q.sizes[1], features = q.sizes[3], groups = k.sizes[1];
     const int64_t out_features = v.sizes[3], queries = heads / groups, bytes = width(k.dtype);
     const int format = (int)state.kept_format;
-    const int64_t key_bytes = format ? record_bytes((int)features, format) : features * bytes;
-    const int64_t value_bytes = format ? record_bytes((int)out_features, format) : out_features * bytes;
+    const int64_t key_bytes = format ? record_bytes((int)features, 8) : features * bytes;
+    const int64_t value_bytes = format ? record_bytes((int)out_features, value_bits(format)) : out_features * bytes;
     const int64_t window = it.whole[1], chunk = it.whole[2], stride = out_features + 2;
     const KeptPositions *kept = state.kept + it.whole[0] * state.num_rows;
 
@@ -377,16 +377,16 @@ void attend(const Instruction &it, const StepState &state) {
         if (chunk && now / chunk * chunk > first) first = now / chunk * chunk;
         for (int64_t group = 0; group < groups; ++group) {
             const KeptPositions &to = kept[row];
-            const auto keep = [&](char *memory, const Tensor &t, int64_t count, int64_t kept_bytes) {
+            const auto keep = [&](char *memory, const Tensor &t, int64_t count, int64_t kept_bytes, int bits) {
                 Tensor target = t;
                 target.data = memory + (group * to.capacity + now) * kept_bytes;
                 const int64_t from = row * t.strides[0] + group * t.strides[1];
                 if (!format) return copy_exactly(target, 0, 1, t, from, t.strides[3], count);
                 float *x = memory_of(count);
                 load(t, from, t.strides[3], (int)count, x);
-                encode(x, (int)count, format, (uint8_t *)target.data);
+                encode(x, (int)count, bits, (uint8_t *)target.data);
             };
-            keep(to.keys, k, features, key_bytes), keep(to.values, v, out_features, value_bytes);
+            keep(to.keys, k, features, key_bytes, 8), keep(to.values, v, out_features, value_bytes, value_bits(format));
             for (int64_t from = first / POSITIONS_AT_ONCE * POSITIONS_AT_ONCE; from < length; from += POSITIONS_AT_ONCE) {
                 const int64_t begin = from > first ? from : first;
                 const int64_t end = from + POSITIONS_AT_ONCE < length ? from + POSITIONS_AT_ONCE : length;

@@ -48,8 +48,10 @@ enum KeptFormat { KEPT_AS_GIVEN, KEPT_INT8, KEPT_INT4 };
 constexpr int KEPT_GROUP = 32, KEPT_GROUPS = 16; /* channels of a scale, and scales of a head at most */
 
 inline int kept_groups(int features) { return (features + KEPT_GROUP - 1) / KEPT_GROUP; }
-inline int code_bytes(int features, int format) { return format == KEPT_INT8 ? features : features / 2; }
-inline int64_t record_bytes(int features, int format) { return code_bytes(features, format) + 2 * kept_groups(features); }
+inline int code_bytes(int features, int bits) { return features * bits / 8; }
+inline int64_t record_bytes(int features, int bits) { return code_bytes(features, bits) + 2 * kept_groups(features); }
+/* Bits of a value's code; keys have 8 in every format. */
+inline int value_bits(int format) { return format == KEPT_INT4 ? 4 : 8; }
 
 /* Keys and values of one sequence in one layer: [heads, capacity, features], or records of features. */
 struct KeptPositions {

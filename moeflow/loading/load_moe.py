@@ -110,8 +110,8 @@ def load_moe(
         speculation: drafts in engines on this model (chat, serve, batch): "off" or None, "auto" (steps also compute
             tokens that may come next, where that pays by the clock), or a dict of an engine's options. The tokens of
             answers are the same. Off until its gains are measured.
-        kv_format: in which engines on this model keep keys and values: "auto" (the model's dtype), "int8" or "int4",
-            half and a quarter of the bytes, which change answers a little.
+        kv_format: in which engines on this model keep keys and values: "auto" (the model's dtype), "int8" (a little
+            more than half of bfloat16's bytes), or "int4" (values in int4, keys in int8: two fifths). Both are lossy.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `gguf_file` (of the hub's repository or the folder, the GGUF file to load), `config` (beside a GGUF file, a

@@ -192,9 +192,9 @@ class LoadOptions:
     kv_format: str = field(
         default="auto",
         metadata=_about(
-            'in which engines on this model keep keys and values: "auto" (the model\'s dtype), "int8" or "int4", half '
-            "and a quarter of the bytes, which change answers a little.",
-            flag="engines keep keys and values in int8 or int4: fewer bytes, answers that differ a little (auto)",
+            'in which engines on this model keep keys and values: "auto" (the model\'s dtype), "int8" (a little more '
+            'than half of bfloat16\'s bytes), or "int4" (values in int4, keys in int8: two fifths). Both are lossy.',
+            flag="engines keep keys and values in int8, or values in int4 as well: fewer bytes, lossy (auto)",
             choices=("auto", "int8", "int4"),
         ),
     )

@@ -1,9 +1,9 @@
-"""Keys and values kept in int8 and int4: answers depend on no piece, memory, sharing, restart or draft; what is refused."""
+"""Keys and values kept in int8 and int4: answers depend on no piece, memory, sharing, restart or draft; refusals."""
 
 import pytest
 import torch
 
-from helpers.engine_requests import GREEDY, PROMPTS, answers, assert_empty, tokens
+from helpers.engine_requests import GREEDY, answers, assert_empty, tokens
 from helpers.families import FAMILIES
 from helpers.family_models import build_model
 from helpers.small_models import tiny_mixtral
@@ -19,11 +19,12 @@ from moeflow.kernels.cpu.library import instruction_set
 needs_library = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
 NAMES = list(FORMATS)
 HEADS, FEATURES, LAYERS = 2, 48, 3
-CLOSE = {"int8": 0.02, "int4": 0.4}  # of the greatest logit
+CLOSE = {"int8": 0.02, "int4": 0.2}  # of the greatest logit
 
 
 def position_bytes(name):
-    return LAYERS * 2 * HEADS * FORMATS[name].record_bytes(FEATURES)
+    form = FORMATS[name]
+    return LAYERS * HEADS * (form.key.record_bytes(FEATURES) + form.value.record_bytes(FEATURES))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def expected(exact):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{"max_step_tokens": 4}, {"max_step_tokens": 9, "share_prefixes": False}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"max_step_tokens": 4}, {"max_step_tokens": 9, "share_prefixes": False}], ids=str)
 def test_answers_are_the_same_whatever_pieces_batches_and_sharing(exact, expected, name, options):
     with Engine(exact, max_batch_size=4, kv_format=name, **options) as engine:
         for _ in range(2):
@@ -72,7 +73,10 @@ def test_answers_are_the_same_whatever_pieces_batches_and_sharing(exact, expecte
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_requests_that_grow_and_give_way_are_answered_as_alone(exact, name):
-    prompts, params = [tokens(5 + 3 * seed, seed) for seed in range(3)], SamplingParams(max_new_tokens=70, ignore_eos=True)
+    prompts, params = (
+        [tokens(5 + 3 * seed, seed) for seed in range(3)],
+        SamplingParams(max_new_tokens=70, ignore_eos=True),
+    )
     with Engine(exact, max_batch_size=1, kv_format=name) as engine:
         alone = answers(engine, prompts, params)
     tight = 160 * position_bytes(name)
@@ -146,7 +150,8 @@ def worst(found, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_close_to_those_of_the_models_dtype(name):
-    calm, made = tiny_mixtral(head_dim=FEATURES, initializer_range=0.08), {}  # larger weights spread every error
+    made = {}
+    calm = tiny_mixtral(head_dim=FEATURES, num_experts_per_tok=8, initializer_range=0.08)  # no route to be changed
     for one in ("auto", name):
         passes = Passes(calm, tokens(40, 1), kv_format=one)
         made[one] = torch.cat([passes.run(), passes.say(tokens(10, 2))])
@@ -164,7 +169,7 @@ def test_native_steps_read_and_write_the_same_records_as_the_models_own_code(nat
     slots = [passes.runner.memory["one"] for passes in (ours, own)]
     for layer in range(LAYERS):
         for mine, theirs in zip(*(slot.read(layer, 70) for slot in slots), strict=True):
-            assert (mine - theirs).abs().max() <= theirs.abs().max() / FORMATS[name].most * 1.01
+            assert (mine - theirs).abs().max() <= theirs.abs().max() / (7 if name == "int4" else 127)
 
 
 @needs_library

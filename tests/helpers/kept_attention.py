@@ -38,7 +38,7 @@ class KeptAttention:
         """Put what is kept into memory with room for three more positions."""
         self.memory = []
         for olds in self.olds:
-            kept = olds if self.form is None else [self.form.encode(old) for old in olds]
+            kept = olds if self.form is None else [one.encode(old) for one, old in zip(self.sides, olds, strict=True)]
             self.memory.append([torch.cat([one, one.new_zeros(len(one), 3, one.shape[2])], 1) for one in kept])
 
     def run(self, num_threads=1):
@@ -47,7 +47,10 @@ class KeptAttention:
         out = self.query.new_empty(rows, 1, self.query.shape[1], self.widths[1])
         tensors = [out, self.query, *self.new, *([] if self.sinks is None else [self.sinks])]
         words = [tensor_words(t.data_ptr(), DTYPES.index(t.dtype), tuple(t.shape), t.stride()) for t in tensors]
-        whole, real = [0, self.options["window"], self.options["chunk"]], [self.options[x] for x in ("scale", "soft_cap")]
+        whole, real = (
+            [0, self.options["window"], self.options["chunk"]],
+            [self.options[x] for x in ("scale", "soft_cap")],
+        )
         code = StepCode([instruction_words(KINDS.index("attend"), whole, real, words)])
         kept = np.array([[keys.data_ptr(), values.data_ptr(), keys.shape[1]] for keys, values in self.memory], np.int64)
         lengths, firsts, is_done = np.array(self.lengths, np.int64), np.zeros(rows, np.int64), np.zeros(1, np.int64)
@@ -63,10 +66,17 @@ class KeptAttention:
         twin = KeptAttention.__new__(KeptAttention)
         vars(twin).update(vars(self), form=None, query=self.query.float())
         twin.sinks = None if self.sinks is None else self.sinks.float()
-        twin.new = [self._decoded(one) for one in self.new]
-        twin.olds = [[self._decoded(old) for old in olds] for olds in self.olds]
+        twin.new = [*map(decoded, self.sides, self.new)]
+        twin.olds = [[*map(decoded, self.sides, olds)] for olds in self.olds]
         twin.room()
         return twin
 
-    def _decoded(self, tensor):
-        return self.form.decode(self.form.encode(tensor), tensor.shape[-1], torch.float32)
+    @property
+    def sides(self):
+        """The formats of keys and of values."""
+        return self.form.key, self.form.value
+
+
+def decoded(form, tensor):
+    """What a tensor's records stand for, in float32."""
+    return form.decode(form.encode(tensor), tensor.shape[-1], torch.float32)

@@ -1,4 +1,4 @@
-"""Attention over positions kept in int8 and int4: records have torch's bits, and sums are those of what they stand for."""
+"""Attention over positions kept in int8 and int4: records have torch's bits, sums are of what they stand for."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def forced(request):
     use("")
 
 
-@pytest.fixture(params=FORMATS.values(), ids=str)
+@pytest.fixture(params=FORMATS.values(), ids=lambda form: form.name)
 def form(request):
     return request.param
 
@@ -65,9 +65,9 @@ def test_a_new_position_has_the_bits_that_torch_writes(forced, form, features, d
     values[2] = torch.linspace(-1, 1, features)  # halves between codes
     values[3] = torch.arange(features) % 15 - 7.0
     step.run()
-    for (kept, both) in ((0, keys), (1, values)):
+    for kept, both in ((0, keys), (1, values)):
         found = torch.stack([memory[kept][:, 3] for memory in step.memory])
-        assert torch.equal(found, form.encode(both[:, :, 0]))
+        assert torch.equal(found, step.sides[kept].encode(both[:, :, 0]))
     written = [memory[0][:, 4:] for memory in step.memory]
     assert not any(one.any() for one in written), "nothing is written behind it"
 

@@ -20,66 +20,93 @@ _SCALE_BYTES = 2
 
 
 @dataclass(frozen=True)
-class KeyValueFormat:
+class RecordFormat:
     """A format of records.
 
     Args:
-        name: "int8" or "int4".
-        number: in the compiled library.
-        most: the largest code; the smallest is its negative.
+        bits: of a code, 8 or 4.
+        codes: the smallest and the largest one.
+        end: the code of the number that is the largest in size of its group.
     """
 
-    name: str
-    number: int
-    most: int
+    bits: int
+    codes: tuple[int, int]
+    end: int
+
+    def code_bytes(self, features: int) -> int:
+        """Return the bytes of a head's codes."""
+        return features * self.bits // 8
 
     def record_bytes(self, features: int) -> int:
         """Return the bytes of one head of one position."""
-        codes = features if self.most > 7 else features // 2
-        return codes + _SCALE_BYTES * -(-features // _GROUP)
+        return self.code_bytes(features) + _SCALE_BYTES * -(-features // _GROUP)
 
     def encode(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the records [..., record_bytes] of keys or values [..., features], uint8, on the same device.
 
-        A code is half a scale away from its number at most. A group with a number that is not finite, or whose scale is
-        beyond float16's range, is read as NaN.
+        A number is half a scale off at most, or a scale where the code beside the last one is not there. A group with a
+        number that is not finite, or whose scale is beyond float16's range, is read as NaN.
         """
         x = tensor.float()
         features = x.shape[-1]
         x = torch.nn.functional.pad(x, (0, -features % _GROUP)).unflatten(-1, (-1, _GROUP))
-        scales = (x.abs().amax(-1) * (1 / self.most)).half()
-        steps = scales.float()[..., None]
-        is_used = (steps > 0) & (steps < torch.inf)
-        codes = torch.where(is_used, (x * (1 / steps)).round().clamp(-self.most, self.most), 0)
+        largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))  # the first of equal ones
+        scales = (largest * (1 / self.end)).half()
+        steps = scales.float()
+        is_used = (steps != 0) & steps.isfinite()
+        codes = torch.where(is_used, (x * (1 / steps)).round().clamp(*self.codes), 0)
         codes = codes.to(torch.int8).flatten(-2)[..., :features]
-        if self.most == 7:
+        if self.bits == 4:
             codes = torch.cat([_pair(part) for part in codes.split(_GROUP, -1)], -1)
-        return torch.cat([codes.contiguous().view(torch.uint8), scales.contiguous().view(torch.uint8)], -1)
+        return torch.cat([_viewed(codes, torch.uint8), _viewed(scales[..., 0], torch.uint8)], -1)
 
     def decode(self, records: torch.Tensor, features: int, dtype: torch.dtype) -> torch.Tensor:
         """Return what records [..., record_bytes] stand for, [..., features], rounded to a dtype."""
-        num_codes = self.record_bytes(features) - _SCALE_BYTES * -(-features // _GROUP)
+        num_codes = self.code_bytes(features)
         stored, scales = records[..., :num_codes], records[..., num_codes:]
-        if self.most == 7:
+        if self.bits == 4:
             codes = torch.cat([_unpair(part) for part in stored.split(_GROUP // 2, -1)], -1)
         else:
             codes = stored.view(torch.int8)
-        steps = scales.contiguous().view(torch.float16).float().repeat_interleave(_GROUP, -1)[..., :features]
+        steps = _viewed(scales, torch.float16).float().repeat_interleave(_GROUP, -1)[..., :features]
         return codes.to(torch.float32).mul_(steps).to(dtype)
 
 
+@dataclass(frozen=True)
+class KeyValueFormat:
+    """A format of keys and values.
+
+    Args:
+        name: as the value of `kv_format`.
+        number: in the compiled library.
+        key: of keys' records.
+        value: of values' records.
+    """
+
+    name: str
+    number: int
+    key: RecordFormat
+    value: RecordFormat
+
+
+_INT8, _INT4 = RecordFormat(8, (-127, 127), 127), RecordFormat(4, (-8, 7), -8)
+FORMATS = {one.name: one for one in (KeyValueFormat("int8", 1, _INT8, _INT8), KeyValueFormat("int4", 2, _INT8, _INT4))}
+"""By name. In "int4" only values have 4 bits: keys of 4 bits cost too much (docs/kv_cache.md)."""
+
+
+def _viewed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the bytes of a tensor as another dtype's."""
+    return tensor.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def _pair(codes: torch.Tensor) -> torch.Tensor:
-    """Pack a group's codes, -7 to 7: the first half in the low four bits, the second in the high ones, each plus 8."""
+    """Pack a group's codes: the first half in the low four bits, the second in the high ones, each plus 8."""
     low, high = (codes + 8).chunk(2, -1)
     return low | high << 4
 
 
 def _unpair(stored: torch.Tensor) -> torch.Tensor:
     return torch.cat([(stored & 15).to(torch.int8), (stored >> 4).to(torch.int8)], -1) - 8
-
-
-FORMATS = {one.name: one for one in (KeyValueFormat("int8", 1, 127), KeyValueFormat("int4", 2, 7))}
-"""By name."""
 
 
 def kv_format_of(option: str | None, model: object) -> str:

@@ -38,7 +38,8 @@ class LayerShape(NamedTuple):
         """What lies in a slot: [heads, numbers] of keys and of values, and the numbers' dtype."""
         if self.form is None:
             return self.key, self.value, self.dtype
-        keys, values = ((heads, self.form.record_bytes(features)) for heads, features in (self.key, self.value))
+        keys = self.key[0], self.form.key.record_bytes(self.key[1])
+        values = self.value[0], self.form.value.record_bytes(self.value[1])
         return keys, values, torch.uint8
 
     @property
@@ -125,7 +126,7 @@ class KeyValueSlot:
         """Put keys and values, [1, heads, positions, features], from position `start` on."""
         form = self._form(layer)
         if form is not None:
-            keys, values = form.encode(keys), form.encode(values)
+            keys, values = form.key.encode(keys), form.value.encode(values)
         self._put(layer, start, keys, values)
 
     def _form(self, layer: int) -> KeyValueFormat | None:
@@ -149,8 +150,8 @@ class KeyValueSlot:
         form = self._form(layer)
         if form is not None:
             shape = self.layout[layer]
-            keys = form.decode(keys, shape.key[1], shape.dtype)
-            values = form.decode(values, shape.value[1], shape.dtype)
+            keys = form.key.decode(keys, shape.key[1], shape.dtype)
+            values = form.value.decode(values, shape.value[1], shape.dtype)
         return keys, values
 
     def _get(self, layer: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:

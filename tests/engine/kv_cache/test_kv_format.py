@@ -9,19 +9,20 @@ from moeflow.errors import ConfigError
 GROUP = 32
 
 
-@pytest.fixture(params=FORMATS.values(), ids=lambda form: form.name)
+@pytest.fixture(params=[FORMATS["int8"].key, FORMATS["int4"].value], ids=lambda form: f"{form.bits} bits")
 def form(request):
     return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features", [16, 64, 80])
-def test_a_number_is_half_a_scale_off_at_most(form, features, dtype):
+def test_a_number_is_half_a_scale_off_at_most_or_a_whole_one_at_the_end(form, features, dtype):
     x = (torch.randn(2, 3, 50, features) * torch.logspace(-2, 2, features)).to(dtype)
     found = form.decode(form.encode(x), features, torch.float32)
     for part, read in zip(x.float().split(GROUP, -1), found.split(GROUP, -1), strict=True):
         highest = part.abs().amax(-1, keepdim=True)
-        allowed = highest / form.most * 0.5 + highest * 2**-11  # float16 rounds the scale
+        missed = 1.0 if form.bits == 4 else 0.5  # of 4 bits, there is no code opposite to the end
+        allowed = highest / abs(form.end) * missed + highest * 2**-11  # float16 rounds the scale
         assert ((part - read).abs() <= allowed * (1 + 1e-3)).all()
 
 
@@ -50,10 +51,14 @@ def test_what_no_scale_can_hold_is_read_as_nan_and_the_next_group_is_whole(form,
 
 
 def test_records_take_the_bytes_that_the_documentation_says():
-    assert [FORMATS["int8"].record_bytes(features) for features in (16, 64, 80, 128)] == [18, 68, 86, 136]
+    features = (16, 64, 80, 128)
+    assert [FORMATS["int8"].key.record_bytes(count) for count in features] == [18, 68, 86, 136]
+    assert [FORMATS["int4"].value.record_bytes(count) for count in features] == [10, 36, 46, 72]
+    assert FORMATS["int4"].key == FORMATS["int8"].value == FORMATS["int8"].key
 
 
-def test_unknown_formats_and_heads_that_fill_no_groups_are_refused(form):
+def test_unknown_formats_and_heads_that_fill_no_groups_are_refused():
+    form = FORMATS["int4"]
     assert format_named("auto") is None
     assert format_named(form.name) is form
     with pytest.raises(ConfigError, match=r"kv_format='fp8' is unknown\. Allowed: auto, int8, int4"):

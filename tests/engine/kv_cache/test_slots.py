@@ -96,15 +96,16 @@ def test_a_slot_gives_up_positions_with_memory_of_their_own_and_copies_no_whole(
 
 
 def test_records_are_copied_as_they_are_and_read_as_the_numbers_that_they_stand_for():
-    form, given = FORMATS["int8"], [torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 48)]
+    form, given = FORMATS["int4"], [torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 48)]
     layout = {0: LayerShape((2, 16), (2, 48), torch.float32, CPU, form=form)}
     slot = KeyValueSlot.empty(layout, 6)
     slot.write(0, 0, *given)
-    expected = [form.decode(form.encode(one), one.shape[3], torch.float32) for one in given]
+    sides = zip((form.key, form.value), given, strict=True)
+    expected = [side.decode(side.encode(one), one.shape[3], torch.float32) for side, one in sides]
     moved = KeyValueSlot.empty(layout, 4)
     moved.copy_from(slot.part(1, 5), 4)
     moved.grow(9, 4)
-    assert slot.nbytes == 6 * layout[0].position_bytes == 6 * 2 * (18 + 52)
+    assert slot.nbytes == 6 * layout[0].position_bytes == 6 * 2 * (18 + 28)
     assert moved.keys[0].dtype == torch.uint8
     for found, moved_one, whole in zip(slot.read(0, 6), moved.read(0, 4), expected, strict=True):
         assert torch.equal(found, whole)
