@@ -105,6 +105,9 @@ struct HeadGroup {
     int64_t key_features, value_features;
     int num_queries, dtype;
     float scale, soft_cap; /* no cap: 0 */
+    int format;            /* KeptFormat; where it is one of records, queries are rounded to int16 with a scale each: */
+    const int16_t *rounded; /* [num_queries, key_features up to a multiple of KEPT_GROUP] */
+    const float *deltas;    /* [num_queries] */
 };
 
 /* The query heads of one sequence that share latents; see _step_latent.h. */

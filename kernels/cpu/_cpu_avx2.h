@@ -35,6 +35,11 @@ struct Avx2 {
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
     }
+    /* The sums of four vectors. */
+    static void sums(const V (&v)[4], float *to) {
+        const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    }
     static void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
     static V load(const BFloat16 *p) {

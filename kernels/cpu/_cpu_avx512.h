@@ -28,6 +28,12 @@ struct Avx512 {
     static float sum(V v) {
         return Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
     }
+    static void sums(const V (&v)[4], float *to) {
+        __m256 halves[4];
+        for (int i = 0; i < 4; ++i)
+            halves[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+        Avx2::sums(halves, to);
+    }
     static void prefetch(const void *p) { Avx2::prefetch(p); }
 
     static V load(const BFloat16 *p) {

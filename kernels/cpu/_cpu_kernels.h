@@ -30,6 +30,7 @@ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 #include "_cpu_ggml.h"
 #include "_cpu_activations.h"
 #include "_cpu_step.h"
+#include "_cpu_step_kept.h"
 #include "_cpu_step_latent.h"
 
 /* ---- Transposed floats [K, N]: each lane is an output, one chain over k ---- */
@@ -390,6 +391,6 @@ template <class S> struct Steps {
 template <class S> constexpr Arithmetic arithmetic(const char *name) {
     using A = Steps<S>;
     return {name, S::LANES, S::HAS_SPLIT, A::convert, A::prepare, A::hidden, A::down, A::down_token, A::combine,
-            A::linear, A::unpack, A::rms_norm, StepArithmetic<S>::store, StepArithmetic<S>::pointwise, StepArithmetic<S>::attend_any,
+            A::linear, A::unpack, A::rms_norm, StepArithmetic<S>::store, StepArithmetic<S>::pointwise, attend_any<S>,
             LatentArithmetic<S>::attend_any, LatentArithmetic<S>::absorb_any, LatentArithmetic<S>::expand_any};
 }

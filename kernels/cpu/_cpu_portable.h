@@ -52,6 +52,9 @@ struct Portable {
         return power;
     }
     static float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+    static void sums(const V (&v)[4], float *to) {
+        for (int i = 0; i < 4; ++i) to[i] = sum(v[i]);
+    }
     static void prefetch(const void *p) { __builtin_prefetch(p); }
 
     static float float_of(uint32_t bits) {

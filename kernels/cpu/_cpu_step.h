@@ -68,17 +68,13 @@ template <class S> struct StepArithmetic {
         const T *keys = (const T *)group.keys + first * group.key_features;
         const T *values = (const T *)group.values + first * group.value_features;
         const int features = (int)group.key_features, out_features = (int)group.value_features;
-        for (int h = 0; h < group.num_queries; ++h) {
-            float *most = out + h * (out_features + 2), *total = most + 1, *sum = most + 2;
-            *most = -INFINITY, *total = 0;
-            memset(sum, 0, sizeof(float) * out_features);
-        }
+        begin(out, group.num_queries, out_features);
         constexpr int AT_ONCE = 64;
         float scores[AT_ONCE] = {};
         for (int64_t from = 0; from < count; from += AT_ONCE) {
             const int now = (int)(count - from < AT_ONCE ? count - from : AT_ONCE);
             for (int h = 0; h < group.num_queries; ++h) {
-                float *most = out + h * (out_features + 2), *total = most + 1, *sum = most + 2;
+                float *most = out + h * (out_features + 2);
                 const float *query = group.queries + h * features;
                 float highest = *most;
                 for (int t = 0; t < now; ++t) {
@@ -87,26 +83,34 @@ template <class S> struct StepArithmetic {
                     scores[t] = score;
                     highest = score > highest ? score : highest;
                 }
-                if (highest > *most) {
-                    const float shrink = *most == -INFINITY ? 0 : expf(*most - highest);
-                    *total *= shrink;
-                    scale(sum, shrink, out_features);
-                    *most = highest;
-                }
-                for (int t = 0; t < now; t += S::LANES)
-                    S::store(scores + t, exponential<S>(S::sub(S::load(scores + t), S::all(highest))));
-                memset(scores + now, 0, sizeof(float) * (AT_ONCE - now));
-                V weights = S::zero();
-                for (int t = 0; t < now; t += S::LANES) weights = S::add(weights, S::load(scores + t));
-                *total += S::sum(weights);
-                accumulate_many(sum, scores, values + from * out_features, out_features, now);
+                weigh(scores, now, AT_ONCE, highest, most, out_features);
+                accumulate_many(most + 2, scores, values + from * out_features, out_features, now);
             }
         }
     }
-    static void attend_any(const HeadGroup &group, int64_t first, int64_t count, float *out) {
-        if (group.dtype == FLOAT32) attend<float>(group, first, count, out);
-        else if (group.dtype == BFLOAT16) attend<BFloat16>(group, first, count, out);
-        else attend<Float16>(group, first, count, out);
+    /* Partial results of no positions yet: the highest score, the sum of weights, the weighted sum of values. */
+    static void begin(float *out, int num_queries, int features) {
+        for (int h = 0; h < num_queries; ++h) {
+            float *most = out + h * (features + 2);
+            most[0] = -INFINITY, most[1] = 0;
+            memset(most + 2, 0, sizeof(float) * features);
+        }
+    }
+    /* Turns scores into weights, zeros behind them, and lets a partial result take their highest and their sum in. */
+    static void weigh(float *scores, int count, int room, float highest, float *most, int features) {
+        float *total = most + 1, *sum = most + 2;
+        if (highest > *most) {
+            const float shrink = *most == -INFINITY ? 0 : expf(*most - highest);
+            *total *= shrink;
+            scale(sum, shrink, features);
+            *most = highest;
+        }
+        for (int t = 0; t < count; t += S::LANES)
+            S::store(scores + t, exponential<S>(S::sub(S::load(scores + t), S::all(highest))));
+        memset(scores + count, 0, sizeof(float) * (room - count));
+        V weights = S::zero();
+        for (int t = 0; t < count; t += S::LANES) weights = S::add(weights, S::load(scores + t));
+        *total += S::sum(weights);
     }
 
     template <class T> static float dot(const float *a, const T *b, int n) {

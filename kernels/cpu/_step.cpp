@@ -345,6 +345,8 @@ Outcome experts(const Instruction &it, const StepState &state) {
     }
 }
 
+#include "_step_kept.h"
+
 /* ---- Attention of one new position a sequence ----
  * whole: number among the layers that keep positions, window, chunk (0: none); real: scale, soft cap (0: none).
  * tensors: out [rows, 1, heads, V], queries [rows, heads, 1, D], keys [rows, groups, 1, D], values, and sinks [heads]. */
@@ -357,6 +359,9 @@ void attend(const Instruction &it, const StepState &state) {
     const Arithmetic &arithmetic = chosen_arithmetic();
     const int64_t rows = state.num_live, heads = q.sizes[1], features = q.sizes[3], groups = k.sizes[1];
     const int64_t out_features = v.sizes[3], queries = heads / groups, bytes = width(k.dtype);
+    const int format = (int)state.kept_format;
+    const int64_t key_bytes = format ? record_bytes((int)features, 8) : features * bytes;
+    const int64_t value_bytes = format ? record_bytes((int)out_features, value_bits(format)) : out_features * bytes;
     const int64_t window = it.whole[1], chunk = it.whole[2], stride = out_features + 2;
     const KeptPositions *kept = state.kept + it.whole[0] * state.num_rows;
 
@@ -372,12 +377,16 @@ void attend(const Instruction &it, const StepState &state) {
         if (chunk && now / chunk * chunk > first) first = now / chunk * chunk;
         for (int64_t group = 0; group < groups; ++group) {
             const KeptPositions &to = kept[row];
-            const auto keep = [&](char *memory, const Tensor &t, int64_t count) {
+            const auto keep = [&](char *memory, const Tensor &t, int64_t count, int64_t kept_bytes, int bits) {
                 Tensor target = t;
-                target.data = memory + (group * to.capacity + now) * count * bytes;
-                copy_exactly(target, 0, 1, t, row * t.strides[0] + group * t.strides[1], t.strides[3], count);
+                target.data = memory + (group * to.capacity + now) * kept_bytes;
+                const int64_t from = row * t.strides[0] + group * t.strides[1];
+                if (!format) return copy_exactly(target, 0, 1, t, from, t.strides[3], count);
+                float *x = memory_of(count);
+                load(t, from, t.strides[3], (int)count, x);
+                encode(x, (int)count, bits, (uint8_t *)target.data);
             };
-            keep(to.keys, k, features), keep(to.values, v, out_features);
+            keep(to.keys, k, features, key_bytes, 8), keep(to.values, v, out_features, value_bytes, value_bits(format));
             for (int64_t from = first / POSITIONS_AT_ONCE * POSITIONS_AT_ONCE; from < length; from += POSITIONS_AT_ONCE) {
                 const int64_t begin = from > first ? from : first;
                 const int64_t end = from + POSITIONS_AT_ONCE < length ? from + POSITIONS_AT_ONCE : length;
@@ -394,20 +403,28 @@ void attend(const Instruction &it, const StepState &state) {
         for (int64_t h = 0; h < heads; ++h)
             load(q, row * q.strides[0] + h * q.strides[1], q.strides[3], (int)features,
                  query + (row * heads + h) * features);
+    const int64_t query_stride = kept_groups((int)features) * KEPT_GROUP;
+    if (format) round_queries(query, rows * heads, (int)features);
+    const int16_t *rounded = rounded_queries.data(); /* of this thread, which others read */
+    const float *deltas = query_deltas.data();
     const bool is_small = positions * heads * features < SERIAL_POSITIONS;
     in_parallel(is_small ? 1 : (int)state.num_threads, [&](Team &team) {
         team.share((int64_t)pieces.size(), [&](int64_t i, int) {
             const Piece &piece = pieces[i];
             const KeptPositions &at = kept[piece.row];
-            const HeadGroup group{at.keys + piece.group * at.capacity * features * bytes,
-                                  at.values + piece.group * at.capacity * out_features * bytes,
-                                  query + (piece.row * heads + piece.group * queries) * features,
+            const int64_t head = piece.row * heads + piece.group * queries;
+            const HeadGroup group{at.keys + piece.group * at.capacity * key_bytes,
+                                  at.values + piece.group * at.capacity * value_bytes,
+                                  query + head * features,
                                   features,
                                   out_features,
                                   (int)queries,
                                   (int)k.dtype,
                                   (float)it.real[0],
-                                  (float)it.real[1]};
+                                  (float)it.real[1],
+                                  format,
+                                  rounded + head * query_stride,
+                                  deltas + head};
             arithmetic.attend(group, piece.first, piece.count, partial + i * queries * stride);
         });
     });

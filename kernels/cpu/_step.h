@@ -43,7 +43,17 @@ struct StepLayer {
     int64_t num_experts, activation_bits;
 };
 
-/* Keys and values of one sequence in one layer: [heads, capacity, features]. */
+/* How keys and values are kept: as they are, or as records (_step_kept.h). In the order of kv_format.py. */
+enum KeptFormat { KEPT_AS_GIVEN, KEPT_INT8, KEPT_INT4 };
+constexpr int KEPT_GROUP = 32, KEPT_GROUPS = 16; /* channels of a scale, and scales of a head at most */
+
+inline int kept_groups(int features) { return (features + KEPT_GROUP - 1) / KEPT_GROUP; }
+inline int code_bytes(int features, int bits) { return features * bits / 8; }
+inline int64_t record_bytes(int features, int bits) { return code_bytes(features, bits) + 2 * kept_groups(features); }
+/* Bits of a value's code; keys have 8 in every format. */
+inline int value_bits(int format) { return format == KEPT_INT4 ? 4 : 8; }
+
+/* Keys and values of one sequence in one layer: [heads, capacity, features], or records of features. */
 struct KeptPositions {
     char *keys, *values;
     int64_t capacity;
@@ -59,6 +69,7 @@ struct StepState {
     int64_t num_threads;
     double *seconds;               /* [NUM_STEP_KINDS], or null */
     int64_t *is_done;              /* set to 1 behind the last instruction */
+    int64_t kept_format;           /* of what `kept` says */
 };
 
 } // namespace moeflow

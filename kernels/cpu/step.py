@@ -46,6 +46,7 @@ class StepState(ctypes.Structure):
         ("num_threads", c_int64),
         ("seconds", c_void_p),
         ("is_done", c_void_p),
+        ("kept_format", c_int64),
     ]
 
 

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.kv_cache.budget import step_tokens
+from moeflow.engine.kv_cache.kv_format import kv_format_of
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
 from moeflow.engine.regrouping.step_groups import StepGroups
@@ -43,24 +44,22 @@ class Engine:
         model: of `load_moe`, or any transformers causal LM whose cache holds keys and values only.
         tokenizer: the model's; None where prompts are token ids and no text is wanted.
         max_batch_size: the largest number of sequences that run at once.
-        max_step_tokens: most tokens in one pass; prompts are cut to fit beside the tokens of those that decode. Fewer
-            where the model was loaded by a plan with shorter passes.
+        max_step_tokens: most tokens in one pass, where the model's plan has no fewer; prompts are cut to fit in.
         kv_memory: most bytes of all sequences' keys and values, taken as they come and grow: a number, "2GiB", or
-            "auto" (what `load_moe` kept for them, else 2 GiB; never more than max_batch_size sequences of the whole
-            context take).
+            "auto" (what `load_moe` kept for them, else 2 GiB; at most what max_batch_size whole contexts take).
         share_prefixes: whether equal beginnings are computed once: of prompts under way, and of what ended requests
             have left, which stays in kv_memory until its room is needed.
         max_waiting: most requests beyond max_batch_size; None for any number.
         group_size: the largest number of sequences that decode in one pass; below max_batch_size a step takes several
             passes. None: one pass for all, in which every expert is fetched once a step.
-        regrouping: whether the token scheduler chooses the groups, so that they activate few experts; else they are in
-            the order of arrival. Outputs are the same.
+        regrouping: whether groups are chosen to activate few experts, else by arrival. Outputs are the same.
         jump_forward: whether tokens that a grammar forces in a row take one pass together. Outputs are the same.
         speculation: whether steps also compute tokens that may come next, where that pays: "auto" (as the model was
             loaded), None, or a dict of `SpeculationOptions`' fields. Outputs are the same.
+        kv_format: of keys and values: "auto" (the model's dtype), "int8", "int4"; None: as the model was loaded.
 
     Raises:
-        ConfigError: a limit is no positive number, kv_memory no size, or the model's stop strings need a tokenizer.
+        ConfigError: a limit, kv_memory or kv_format is not allowed, or the model's stop strings need a tokenizer.
         UnsupportedModelError: the model keeps other state than keys and values, or attends in a way of its own.
     """
 
@@ -78,6 +77,7 @@ class Engine:
         regrouping: bool = True,
         jump_forward: bool = True,
         speculation: SpeculationOption = "auto",
+        kv_format: str | None = None,
     ) -> None:
         self._scheduler = Scheduler(
             max_batch_size,
@@ -88,10 +88,9 @@ class Engine:
         check_no_trace(model)
         self.model, self.tokenizer = model, tokenizer
         self._prompts = Prompts(model, tokenizer)
-        self._end_tokens = forward.end_tokens(model, tokenizer)
-        self._jump_forward = jump_forward
+        self._end_tokens, self._jump_forward = forward.end_tokens(model, tokenizer), jump_forward
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
-        self._runner = self._make_runner(kv_memory, max_batch_size)
+        self._runner = self._make_runner(kv_memory, max_batch_size, kv_format_of(kv_format, model))
         limit = self._scheduler.max_step_tokens * (self._groups is None)
         self._speculation = speculation_for(speculation, model, tokenizer, self._runner, limit)
         self._memory = self._runner.memory
@@ -106,12 +105,13 @@ class Engine:
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
 
-    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> ModelRunner:
+    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int, kv_format: str) -> ModelRunner:
         forward.check_key_value_cache(self.model)
         context = self._prompts.context
         max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
         watching = nullcontext if self._groups is None else self._groups.watching
-        return ModelRunner(self.model, kv_memory, max_positions, watching, self._scheduler.max_step_tokens)
+        limit = self._scheduler.max_step_tokens
+        return ModelRunner(self.model, kv_memory, max_positions, watching, limit, kv_format)
 
     def __enter__(self) -> "Engine":
         return self
@@ -253,6 +253,7 @@ class Engine:
             "running": len(self._scheduler.running),
             "finished": dict(self._reasons),
             **self._memory.stats(),
+            "kv_format": self._runner.kv_format,
             "regrouping": None if self._groups is None else asdict(self._groups.stats),
             "speculation": self._speculation.stats(),
         }
@@ -318,8 +319,7 @@ class Engine:
         sequence = piece.sequence
         request = self._requests[sequence.id]
         if error is not None:
-            self._end(request, [], "", "error", error)
-            return
+            return self._end(request, [], "", "error", error)
         self._counts["prompt_tokens"] += len(piece.tokens) * (sequence.num_computed < len(sequence.prompt_ids))
         request.score(logits)
         sequence.num_computed += len(piece.tokens)

@@ -13,8 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache.budget import kv_budget, most_kept
+from moeflow.engine.kv_cache.kv_format import format_named
 from moeflow.engine.kv_cache.memory import KeyValueMemory
-from moeflow.engine.kv_cache.slots import KeyValueSlot, SlotRows
+from moeflow.engine.kv_cache.slot_rows import SlotRows
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.varlen_attention import Segment, VarlenCache
 from moeflow.errors import ExpertReadError
@@ -52,16 +54,18 @@ class ModelRunner:
         max_positions: most positions of all sequences together; None for no limit.
         watching: stands around each pass, called with its pieces.
         most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
+        kv_format: in which keys and values are kept: "auto" (as they are), "int8" or "int4".
 
     Attributes:
         memory: where keys and values lie.
         num_retries: passes that failed, whose pieces then ran one by one.
+        kv_format: as given.
         was_native: whether the last pass was a native step.
         packed_drafts: whether drafts are computed where no native step runs as well; logits then have other last bits
             than those of single tokens.
 
     Raises:
-        ConfigError: kv_memory is no size.
+        ConfigError: kv_memory is no size, kv_format unknown, or the model keeps what it cannot hold.
         UnsupportedModelError: the model attends in a way of its own.
     """
 
@@ -72,6 +76,7 @@ class ModelRunner:
         max_positions: int | None = None,
         watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext,
         most_new: int | None = None,
+        kv_format: str = "auto",
     ) -> None:
         self._model = model
         self.packed_drafts = False
@@ -80,9 +85,11 @@ class ModelRunner:
         runtime = getattr(model, "moeflow", None)
         self._turns = getattr(runtime, "turns", None) or Turns()
         self._cache = VarlenCache()
+        form = format_named(kv_format)
+        self.kv_format = kv_format
         self._turns.run(self._cache.learn, model)
         self.memory = KeyValueMemory(
-            self._cache.shapes,
+            self._cache.shapes if form is None else self._cache.shapes_in(form),
             kv_budget(kv_memory, model),
             max_positions,
             most_kept_bytes=most_kept(kv_memory, model),
@@ -111,13 +118,15 @@ class ModelRunner:
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that differ where the model would compute other keys and values.
 
-        They are made of its weights in memory, of how its experts are stored, and of size and date of their files.
+        They are made of its weights in memory, of how its experts are stored, of size and date of their files, and of
+        the format in which keys and values are kept.
         """
         store = getattr(getattr(self._model, "moeflow", None), "store", None)
         experts = (
             [] if store is None else [*(layer.layout for layer in store.layers), *(one[2:] for one in store.stamps)]
         )
-        return hashlib.sha256(f"{weights_fingerprint(self._model)} {experts}".encode()).hexdigest()[:16]
+        kept = "" if self.kv_format == "auto" else f" {self.kv_format}"
+        return hashlib.sha256(f"{weights_fingerprint(self._model)} {experts}{kept}".encode()).hexdigest()[:16]
 
     def run(self, pieces: list[Piece]) -> list[Computed]:
         """Compute the pieces in one pass; where it fails, each piece alone, so that only the broken ones fail.

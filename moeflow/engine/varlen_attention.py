@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from moeflow.engine.kv_cache.kv_format import KeyValueFormat, check_features
 from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
-from moeflow.errors import ExpertReadError, GpuError, UnsupportedModelError
+from moeflow.errors import ConfigError, ExpertReadError, GpuError, UnsupportedModelError
 from moeflow.hf.passes import attention, forward
 from moeflow.hf.passes.attention import MaskRule
 from moeflow.hf.passes.rotary import SequenceRotaries, Span
@@ -132,6 +133,22 @@ class VarlenCache(forward.KeyValueCache):
         for layer, seen in self._windows.items():
             if 0 not in seen and layer not in self._latent and (context is None or max(seen) < context):
                 self.shapes[layer] = self.shapes[layer]._replace(window=max(seen))
+
+    def shapes_in(self, form: KeyValueFormat) -> dict[int, LayerShape]:
+        """Return the shapes of the layers of a learnt model, kept in a format.
+
+        Raises:
+            ConfigError: a layer keeps what the format cannot hold.
+        """
+        if self._latent:
+            raise ConfigError(
+                f'kv_format="{form.name}" is not possible: this model keeps latents, of which it makes keys and '
+                'values. Leave kv_format="auto".'
+            )
+        for shape in self.shapes.values():
+            for _, features in (shape.key, shape.value):
+                check_features(form, features)
+        return {layer: shape._replace(form=form) for layer, shape in self.shapes.items()}
 
     def _run_alone(self, model: PreTrainedModel, token: int) -> None:
         position = torch.zeros(1, 1, dtype=torch.long, device=model.device)

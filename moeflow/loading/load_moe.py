@@ -58,6 +58,7 @@ def load_moe(
     plan: str | Path | Plan | None = None,
     integrity: str = "off",
     speculation: str | Mapping[str, Any] | None = "off",
+    kv_format: str = "auto",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -109,6 +110,8 @@ def load_moe(
         speculation: drafts in engines on this model (chat, serve, batch): "off" or None, "auto" (steps also compute
             tokens that may come next, where that pays by the clock), or a dict of an engine's options. The tokens of
             answers are the same. Off until its gains are measured.
+        kv_format: in which engines on this model keep keys and values: "auto" (the model's dtype), "int8" (a little
+            more than half of bfloat16's bytes), or "int4" (values in int4, keys in int8: two fifths). Both are lossy.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `gguf_file` (of the hub's repository or the folder, the GGUF file to load), `config` (beside a GGUF file, a
@@ -135,7 +138,7 @@ def load_moe(
         )
     options = LoadOptions(
         device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
-        cuda_graphs, plan, integrity, speculation, trace,
+        cuda_graphs, plan, integrity, speculation, kv_format, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -177,6 +180,7 @@ def load_moe(
     try:
         attach_runtime(loaded, runtime)
         vars(loaded)["_moeflow_speculation"] = options.speculation
+        vars(loaded)["_moeflow_kv_format"] = options.kv_format
         if prune:
             prune_experts(loaded, runtime, folder.path, prune)
         if options.cuda_graphs:

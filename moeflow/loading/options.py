@@ -189,6 +189,15 @@ class LoadOptions:
             flag='"auto": steps also compute tokens that may come next, where that pays; "off"',
         ),
     )
+    kv_format: str = field(
+        default="auto",
+        metadata=_about(
+            'in which engines on this model keep keys and values: "auto" (the model\'s dtype), "int8" (a little more '
+            'than half of bfloat16\'s bytes), or "int4" (values in int4, keys in int8: two fifths). Both are lossy.',
+            flag="engines keep keys and values in int8, or values in int4 as well: fewer bytes, lossy (auto)",
+            choices=("auto", "int8", "int4"),
+        ),
+    )
     trace: str | Path | None = field(
         default=None,
         metadata=_about("a file to record into which experts every token is routed to; appended to where it exists."),

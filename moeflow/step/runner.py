@@ -115,6 +115,7 @@ class StepRunner:
         self._firsts[:num_live] = 0 if rows.firsts is None else rows.firsts.numpy()
         if self.bound.kept_layers:
             self._kept[:, :num_live] = rows.kept.table(self.bound.kept_layers)[:, :num_live]
+        state.kept_format = rows.kept.record_format
         state.num_live, state.num_threads = num_live, torch.get_num_threads()
         is_plain = not any(experts.changes_routes for experts in self._experts)
         at = counted = 0  # instructions, and layers of experts, that are done

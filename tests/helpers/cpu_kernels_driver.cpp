@@ -61,9 +61,33 @@ static Matrix add(std::vector<unsigned char> &record, int format, int rows, int 
     return m;
 }
 
+/* Attends to positions in records, keys and values each in memory of exactly the right size. */
+static void attend(int format, int key_features, int value_features, int heads, int positions) {
+    const int value_width = value_bits(format);
+    const auto random = [](size_t num_bytes) {
+        char *memory = (char *)malloc(num_bytes);
+        for (size_t i = 0; i < num_bytes; ++i) memory[i] = (char)(rand() % 56); /* small and finite */
+        return memory;
+    };
+    char *keys = random(positions * record_bytes(key_features, 8));
+    char *values = random(positions * record_bytes(value_features, value_width));
+    const int rounded = kept_groups(key_features) * KEPT_GROUP;
+    int16_t *queries = (int16_t *)random(sizeof(int16_t) * heads * rounded);
+    const std::vector<float> deltas(heads, 1e-6f);
+    float *out = (float *)malloc(sizeof(float) * heads * (value_features + 2));
+    const HeadGroup group{keys, values, nullptr, key_features, value_features, heads, BFLOAT16, 1, 0, format, queries,
+                          deltas.data()};
+    chosen_arithmetic().attend(group, 0, positions, out);
+    free(keys), free(values), free(queries), free(out);
+}
+
 int main() {
     for (const char *name : {"avx512", "avx2", "portable"}) {
         if (strcmp(moeflow_cpu_use(name), name)) continue;
+        for (const int format : {KEPT_INT8, KEPT_INT4})
+            for (const int features : {16, 32, 48, 64, 128, 512})
+                for (int heads = 1; heads < 10; ++heads)
+                    for (const int positions : {1, 3, 64, 65, 512}) attend(format, features, 528 - features, heads, positions);
         for (int format = 0; format < NUM_FORMATS; ++format)
             for (const int wanted : {1, 31, 64, 77, 200, 530})
                 for (const int tokens : {1, 3, 9, 101})

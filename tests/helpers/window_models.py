@@ -16,12 +16,13 @@ def _random(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def windowed_model(context: int = 1024) -> PreTrainedModel:
+def windowed_model(context: int = 1024, head_dim: int = 8) -> PreTrainedModel:
     """A model like gpt-oss: two layers of four see `WINDOW` positions, and each has sinks."""
     config = GptOssConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=24, num_hidden_layers=4, head_dim=8, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, num_local_experts=4, num_experts_per_tok=2,
-        sliding_window=WINDOW, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, pad_token_id=0,
+        vocab_size=128, hidden_size=32, intermediate_size=24, num_hidden_layers=4, head_dim=head_dim,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=WINDOW, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     return _random(GptOssForCausalLM(config))
 

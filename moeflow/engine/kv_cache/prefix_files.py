@@ -135,9 +135,9 @@ def _wanted(
     suffix: str, num_positions: int, layout: dict[int, LayerShape]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {
-        f"{layer}.{name}{suffix}": ((1, heads, num_positions, features), shape.dtype)
+        f"{layer}.{name}{suffix}": ((1, heads, num_positions, width), shape.kept[2])
         for layer, shape in layout.items()
-        for name, (heads, features) in (("keys", shape.key), ("values", shape.value))
+        for name, (heads, width) in (("keys", shape.kept[0]), ("values", shape.kept[1]))
     }
 
 

@@ -1,4 +1,4 @@
-"""Slots: keys and values of positions of one sequence, and rows of them as a native step reads them.
+"""Slots: keys and values of positions of one sequence.
 
 Knows shapes and tensors. Knows nothing of budgets, sequences or models.
 """
@@ -8,20 +8,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moeflow.engine.kv_cache.kv_format import KeyValueFormat
 from moeflow.engine.kv_cache.windows import MARGIN, Stretch, WindowPart, first_needed, joined, last_place, wanted
-from moeflow.hf.passes.caches.growing_cache import KeptShape
 
 
 class LayerShape(NamedTuple):
     """Shape of the keys and values that one layer keeps of one position.
 
     Args:
-        key: [heads, features].
-        value: [heads, features].
-        dtype: of both.
+        key: [heads, features], as the model computes them.
+        value: [heads, features], likewise.
+        dtype: of both, as the model computes them.
         device: of both.
         window: most positions that one sees in this layer, itself among them; 0 for all.
         room: positions that an empty slot has in a layer with a window, where it has no fewer in others; None for all.
+        form: of the records in which they are kept; None where they are kept as they are.
     """
 
     key: tuple[int, int]
@@ -30,24 +31,37 @@ class LayerShape(NamedTuple):
     device: torch.device
     window: int = 0
     room: int | None = None
+    form: KeyValueFormat | None = None
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], tuple[int, int], torch.dtype]:
+        """What lies in a slot: [heads, numbers] of keys and of values, and the numbers' dtype."""
+        if self.form is None:
+            return self.key, self.value, self.dtype
+        keys = self.key[0], self.form.key.record_bytes(self.key[1])
+        values = self.value[0], self.form.value.record_bytes(self.value[1])
+        return keys, values, torch.uint8
 
     @property
     def position_bytes(self) -> int:
         """Bytes of one position."""
-        return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * self.dtype.itemsize
+        key, value, dtype = self.kept
+        return (key[0] * key[1] + value[0] * value[1]) * dtype.itemsize
 
 
 class KeyValueSlot:
     """Keys and values of one sequence's positions.
 
-    Layers without a window have room for all positions, those with one for some of them, which move on.
+    Layers without a window have room for all positions, those with one for some of them, which move on. What is copied
+    from slot to slot is copied as it is kept; only `write` and `read` know of formats.
 
     Args:
-        keys: of each layer that keeps any, [1, heads, positions, features].
+        keys: of each layer that keeps any, [1, heads, positions, features], or bytes of records in place of features.
         values: likewise.
         num_positions: room for so many in each layer without a window.
         window: most positions that one sees in the layers with a window.
         origins: of each layer with a window, the first position that it has room for.
+        layout: of the layers; without one, of a slot of which others copy, all are as they are kept.
 
     Attributes:
         marks: places whose window is worth keeping while the sequence goes on.
@@ -61,9 +75,11 @@ class KeyValueSlot:
         num_positions: int,
         window: int = 0,
         origins: dict[int, int] | None = None,
+        layout: dict[int, LayerShape] | None = None,
     ) -> None:
         self.keys, self.values, self.num_positions = keys, values, num_positions
         self.window = window
+        self.layout = {} if layout is None else layout
         self.marks: set[int] = set()
         self.aside: list[WindowPart] = []
         self._origins = {} if origins is None else origins
@@ -77,14 +93,15 @@ class KeyValueSlot:
             RuntimeError: there is no memory.
         """
 
-        def room(shape: LayerShape, heads: int, features: int) -> torch.Tensor:
+        def room(shape: LayerShape, side: int) -> torch.Tensor:
             count = num_positions if shape.room is None else min(num_positions, shape.room)
-            return torch.empty(1, heads, count, features, dtype=shape.dtype, device=shape.device)
+            (heads, width), dtype = shape.kept[side], shape.kept[2]
+            return torch.empty(1, heads, count, width, dtype=dtype, device=shape.device)
 
-        keys = {layer: room(shape, *shape.key) for layer, shape in layout.items()}
-        values = {layer: room(shape, *shape.value) for layer, shape in layout.items()}
+        keys, values = ({layer: room(shape, side) for layer, shape in layout.items()} for side in (0, 1))
         window = max((shape.window for shape in layout.values()), default=0)
-        return cls(keys, values, num_positions, window, {layer: 0 for layer, shape in layout.items() if shape.window})
+        origins = {layer: 0 for layer, shape in layout.items() if shape.window}
+        return cls(keys, values, num_positions, window, origins, layout)
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +124,16 @@ class KeyValueSlot:
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put keys and values, [1, heads, positions, features], from position `start` on."""
+        form = self._form(layer)
+        if form is not None:
+            keys, values = form.key.encode(keys), form.value.encode(values)
+        self._put(layer, start, keys, values)
+
+    def _form(self, layer: int) -> KeyValueFormat | None:
+        shape = self.layout.get(layer)
+        return None if shape is None else shape.form
+
+    def _put(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         origin, end = self._origins.get(layer, 0), start + keys.shape[2]
         room = self.keys[layer].shape[2]
         assert origin <= start <= end <= origin + room, f"position {end - 1} of a slot of {room} from {origin} on"
@@ -116,9 +143,18 @@ class KeyValueSlot:
     def read(self, layer: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first positions' keys and values, [1, heads, num_positions, features].
 
-        They are views; where a window has moved on, copies with zeros in place of what it has left behind. No query
-        sees these, and sums over all positions are rounded as if they were there.
+        They are views where they are kept as they are; where a window has moved on, copies with zeros in place of what
+        it has left behind. No query sees these, and sums over all positions are rounded as if they were there.
         """
+        keys, values = self._get(layer, num_positions)
+        form = self._form(layer)
+        if form is not None:
+            shape = self.layout[layer]
+            keys = form.key.decode(keys, shape.key[1], shape.dtype)
+            values = form.value.decode(values, shape.value[1], shape.dtype)
+        return keys, values
+
+    def _get(self, layer: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         origin, both = self._origins.get(layer, 0), (self.keys[layer], self.values[layer])
         if origin:
             wholes = []
@@ -152,7 +188,7 @@ class KeyValueSlot:
         Of layers without a window; see `place_window` for the others.
         """
         for layer in self._plain:
-            self.write(layer, start, *other.read(layer, num_positions))
+            self._put(layer, start, *other._get(layer, num_positions))
 
     def grow(self, num_positions: int, num_written: int) -> None:
         """Make room for more positions in layers without a window, and keep the first `num_written`.
@@ -245,7 +281,7 @@ class KeyValueSlot:
             if begin < end:
                 for layer in self._origins:
                     chosen = slice(begin - part.begin, end - part.begin)
-                    self.write(layer, begin, part.keys[layer][:, :, chosen], part.values[layer][:, :, chosen])
+                    self._put(layer, begin, part.keys[layer][:, :, chosen], part.values[layer][:, :, chosen])
 
     def part(self, begin: int, end: int) -> "KeyValueSlot":
         """Copy positions of layers without a window into a slot of their own.
@@ -281,39 +317,3 @@ class KeyValueSlot:
 def _cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Copy positions of a [1, heads, positions, features] tensor into one of their own."""
     return tensor[:, :, begin:end].clone(memory_format=torch.contiguous_format)
-
-
-class SlotRows:
-    """Keys and values of some sequences, each in a slot of its own, as a native step reads them.
-
-    Args:
-        slots: [rows].
-        lengths: [rows], positions that each has.
-    """
-
-    def __init__(self, slots: list[KeyValueSlot], lengths: list[int]) -> None:
-        self.lengths = np.array(lengths)
-        self._slots = slots
-
-    def fits(self, layers: dict[int, KeptShape], num_rows: int) -> bool:
-        """Whether these layers, by their numbers, are kept of so many sequences in these shapes."""
-        slot = self._slots[0]  # all have one layout
-        if len(self._slots) != num_rows or layers.keys() != slot.keys.keys():
-            return False
-        return all(
-            KeptShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype) == shape
-            and (keys.device.type, values.dtype, values.shape[1]) == ("cpu", keys.dtype, keys.shape[1])
-            for keys, values, shape in ((slot.keys[layer], slot.values[layer], layers[layer]) for layer in layers)
-        )
-
-    def table(self, layers: dict[int, KeptShape]) -> np.ndarray:
-        """Return where keys and values lie.
-
-        Returns:
-            [layers, rows, 3] int64: addresses of position 0 of keys and of values, and the positions from one head to
-            the next.
-        """
-        return np.stack([slot.addresses(tuple(layers)) for slot in self._slots], 1)
-
-    def advance(self, layers: dict[int, KeptShape]) -> None:
-        """Nothing: sequences count their positions themselves."""

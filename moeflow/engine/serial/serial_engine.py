@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.engine import Engine
 from moeflow.engine.kv_cache.budget import kv_budget
+from moeflow.engine.kv_cache.kv_format import format_named
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Images
 from moeflow.engine.serial.serial_runner import SerialRunner
@@ -32,9 +33,10 @@ class SerialEngine(Engine):
         kv_memory: most bytes of the caches that are kept; that of the running sequence comes on top.
         share_prefixes: whether any is kept.
         max_waiting: most requests beyond the one that runs; None for any number.
+        kv_format: "auto" alone: caches keep what they keep. None: as the model was loaded.
 
     Raises:
-        ConfigError: kv_memory is no size, or the model's stop strings need a tokenizer.
+        ConfigError: kv_memory is no size, kv_format not "auto", or the model's stop strings need a tokenizer.
         UnsupportedModelError: the model does not generate token by token.
     """
 
@@ -46,6 +48,7 @@ class SerialEngine(Engine):
         kv_memory: MemorySize = "auto",
         share_prefixes: bool = True,
         max_waiting: int | None = None,
+        kv_format: str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -55,9 +58,17 @@ class SerialEngine(Engine):
             kv_memory=kv_memory,
             share_prefixes=share_prefixes,
             max_waiting=max_waiting,
+            kv_format=kv_format,
         )
 
-    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> SerialRunner:  # type: ignore[override]
+    def _make_runner(  # type: ignore[override]
+        self, kv_memory: MemorySize, max_batch_size: int, kv_format: str
+    ) -> SerialRunner:
+        if format_named(kv_format) is not None:
+            raise ConfigError(
+                f'kv_format="{kv_format}" is not possible: {type(self.model).__name__} runs one sequence at a time in '
+                'its own cache. Leave kv_format="auto".'
+            )
         return SerialRunner(self.model, kv_budget(kv_memory, self.model))
 
     @in_turn

@@ -34,12 +34,14 @@ class SerialRunner:
     Attributes:
         memory: where caches lie.
         num_retries: always 0: a step that fails fails its sequence alone.
+        kv_format: always "auto": caches keep what they keep.
 
     Raises:
         UnsupportedModelError: the model does not generate token by token.
     """
 
     num_retries = 0
+    kv_format = "auto"
 
     def __init__(self, model: PreTrainedModel, budget_bytes: int) -> None:
         self._model = model

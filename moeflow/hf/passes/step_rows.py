@@ -16,6 +16,11 @@ class KeptRows(Protocol):
         """[rows] or [1], positions kept of each sequence."""
         ...
 
+    @property
+    def record_format(self) -> int:
+        """The number of the format of their records in the library; 0 where keys and values are kept as they are."""
+        ...
+
     def fits(self, layers: dict[int, KeptShape], num_rows: int) -> bool:
         """Whether these layers, by their numbers, are kept of so many sequences in these shapes."""
         ...

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from helpers.small_slots import LAYOUT, POSITION
-from moeflow.engine.kv_cache.slots import KeyValueSlot, SlotRows
+from helpers.small_slots import CPU, LAYOUT, POSITION
+from moeflow.engine.kv_cache.kv_format import FORMATS
+from moeflow.engine.kv_cache.slot_rows import SlotRows
+from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
 
 
 def written_slot(num_positions, num_written):
@@ -91,3 +93,20 @@ def test_a_slot_gives_up_positions_with_memory_of_their_own_and_copies_no_whole(
     assert (slot.nbytes, given.nbytes, given.num_positions) == (0, (end - begin) * POSITION, end - begin)
     assert all(one.untyped_storage().nbytes() == one.nbytes for one in given.keys.values())
     assert ({tensor.data_ptr() for tensor in given.keys.values()} == before) != copied
+
+
+def test_records_are_copied_as_they_are_and_read_as_the_numbers_that_they_stand_for():
+    form, given = FORMATS["int4"], [torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 48)]
+    layout = {0: LayerShape((2, 16), (2, 48), torch.float32, CPU, form=form)}
+    slot = KeyValueSlot.empty(layout, 6)
+    slot.write(0, 0, *given)
+    sides = zip((form.key, form.value), given, strict=True)
+    expected = [side.decode(side.encode(one), one.shape[3], torch.float32) for side, one in sides]
+    moved = KeyValueSlot.empty(layout, 4)
+    moved.copy_from(slot.part(1, 5), 4)
+    moved.grow(9, 4)
+    assert slot.nbytes == 6 * layout[0].position_bytes == 6 * 2 * (18 + 28)
+    assert moved.keys[0].dtype == torch.uint8
+    for found, moved_one, whole in zip(slot.read(0, 6), moved.read(0, 4), expected, strict=True):
+        assert torch.equal(found, whole)
+        assert torch.equal(moved_one, whole[:, :, 1:5])

@@ -241,6 +241,8 @@ def _growing(layer: Any) -> Any:
 class GrowingCache(DynamicCache):
     """A cache of growing layers, in place of one that transformers made; layers of another kind stay its own."""
 
+    record_format = 0  # keys and values are kept as they are
+
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)
         self._table = np.zeros((0, 0, 3), np.int64)
