@@ -48,6 +48,8 @@ class SpanRows:
         count: tokens.
     """
 
+    record_format = GrowingCache.record_format
+
     def __init__(self, cache: GrowingCache, count: int) -> None:
         self._cache, self._count = cache, count
 
