@@ -3,21 +3,17 @@
 Knows sequences, slots and the tree. Knows nothing of models or of who waits.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from moeflow.engine.kv_cache import prefix_files
-from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
+from moeflow.engine.kv_cache.host_moves import HostMoves
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slot_sizes import SPARE_POSITIONS, SlotSizes
 from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.errors import BudgetError
-from moeflow.hardware import available_memory_bytes
 
 _GROWTH = 1.5  # a slot that is full grows by this factor, where there is room
 
@@ -64,14 +60,13 @@ class KeyValueMemory:
         self.peak_bytes = 0
         self.keeps = True
         self.kept = PrefixTree(self.sizes.window)
-        self.speeds = MeasuredSpeeds()
         self.refused: dict[Sequence, str] = {}
         self.counts = dict.fromkeys(("shared_tokens", "kept_hits", "preempted", "moved"), 0)
         self._most_kept_bytes = budget_bytes if most_kept_bytes is None else most_kept_bytes
         self._layout = self.sizes.layout
-        self._moves = any(shape.device.type != "cpu" for shape in layout.values()) if moves is None else moves
         self._slots: dict[str, KeyValueSlot] = {}
-        self._moved: dict[str, KeyValueSlot] = {}  # in host memory, of sequences that gave way
+        self._moved = HostMoves(self.sizes, moves)
+        self.speeds = self._moved.speeds
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -120,10 +115,7 @@ class KeyValueMemory:
             self._note_peak()
             if self.keeps:
                 slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
-            moved = self._moved.pop(sequence.id, None)
-            if moved is not None:
-                self._copy_timed(slot, moved)
-                sequence.num_computed = moved.num_positions
+            self._moved.bring_back(sequence, slot)
             return True
         return False
 
@@ -151,7 +143,8 @@ class KeyValueMemory:
         needed = 0 if grower is sequence else self.sizes.bytes_of(_roomy(grower)) - self._slots[grower.id].nbytes
         room = max(0, self._free_bytes() - max(0, needed))
         count = self._num_fitting(sequence, slot, room)
-        if count < sequence.num_computed and self._move(sequence, slot):
+        if count < sequence.num_computed and self._moved.take(sequence, slot):
+            self.counts["moved"] += 1
             return
         self._keep(sequence, slot, count)
 
@@ -164,7 +157,7 @@ class KeyValueMemory:
     def free(self, sequence: Sequence) -> None:
         """Release what a sequence has: its slot, or what lies in host memory; none of what is kept for others."""
         self._slots.pop(sequence.id, None)
-        self._moved.pop(sequence.id, None)
+        self._moved.forget(sequence.id)
         self.refused.pop(sequence, None)
 
     def num_kept(self, sequence: Sequence) -> int:
@@ -237,7 +230,7 @@ class KeyValueMemory:
         self.kept.check_integrity(self.sizes.plain_bytes)
         total = self.used_bytes + self.kept_bytes
         assert total <= self.budget_bytes, f"{total} bytes are beyond the budget of {self.budget_bytes}"
-        assert not self._moved.keys() & self._slots.keys(), "a sequence that runs lies in host memory as well"
+        assert not self._moved.ids() & self._slots.keys(), "a sequence that runs lies in host memory as well"
 
     def _keep(self, sequence: Sequence, slot: KeyValueSlot, num_positions: int) -> None:
         if not self.keeps or num_positions < MIN_SHARED_TOKENS:
@@ -255,30 +248,6 @@ class KeyValueMemory:
         if left >= count * of_position:
             return count
         return slot.last_place(count, left // of_position) if of_position and left > 0 else 0
-
-    def _move(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
-        """Move what a sequence has computed to host memory, where that pays; return whether it did."""
-        count = sequence.num_computed
-        num_bytes = self.sizes.bytes_of(count)
-        if not self._moves or not self.speeds.favour_copy(count, num_bytes, available_memory_bytes() // 2):
-            return False
-        try:
-            host = {layer: shape._replace(device=torch.device("cpu")) for layer, shape in self._layout.items()}
-            moved = KeyValueSlot.empty(host, count)
-        except RuntimeError:
-            return False
-        self._copy_timed(moved, slot)
-        self._moved[sequence.id] = moved
-        self.counts["moved"] += 1
-        return True
-
-    def _copy_timed(self, target: KeyValueSlot, source: KeyValueSlot) -> None:
-        begin, count = time.perf_counter(), min(target.num_positions, source.num_positions)
-        target.copy_from(source, count)
-        target.place_window(source.window_parts(count), count)
-        for device in {tensor.device for tensor in target.keys.values() if tensor.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-        self.speeds.saw_copy(self.sizes.bytes_of(count), time.perf_counter() - begin)
 
     def _move_window(self, sequence: Sequence, slot: KeyValueSlot, sparing: bool) -> bool:
         """Let layers with a window have room for the next pass, behind what it sees; return whether there was memory.
