@@ -113,5 +113,9 @@ def stats_table(stats: RuntimeStats) -> Table:
     table.add_section()
     budget, everything = format_bytes(memory["expert_budget_bytes"]), format_bytes(memory["all_experts_bytes"])
     table.add_row("expert budget", budget, f"of {everything}")
+    if "shared_budget_bytes" in memory:
+        experts, values = format_bytes(memory["device_bytes"]), format_bytes(memory["key_value_bytes"])
+        whole, peak = (format_bytes(memory[f"shared_{name}_bytes"]) for name in ("budget", "peak"))
+        table.add_row("experts, keys and values now", f"{experts}, {values}", f"of {whole}, at most {peak}")
     table.add_row(f"{io.mode} reads, {io.threads} threads", f"{io.reads:,}", format_bytes(io.bytes))
     return table

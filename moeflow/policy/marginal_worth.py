@@ -9,7 +9,7 @@ _AWAY_S = 60.0  # after which somebody who is away is half as likely to come bac
 def expert_worth(stall_share: float, absent_bytes: int) -> float:
     """Return what one more byte of experts saves.
 
-    Misses cost their share of the time, and experts that are absent cause them, each byte of these as many as any other.
+    Misses cost their share of the time. Absent experts cause them, each byte of these as many as any other.
 
     Args:
         stall_share: seconds of a second in which compute waits for experts.

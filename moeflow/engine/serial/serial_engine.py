@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.kv_cache.budget import kv_budget
+from moeflow.engine.kv_cache.budget import kv_budget, shared_budget
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Images
 from moeflow.engine.serial.serial_runner import SerialRunner
@@ -34,7 +34,8 @@ class SerialEngine(Engine):
         max_waiting: most requests beyond the one that runs; None for any number.
 
     Raises:
-        ConfigError: kv_memory is no size, or the model's stop strings need a tokenizer.
+        ConfigError: kv_memory is no size, the model was loaded with one budget of experts and keys and values, or its
+            stop strings need a tokenizer.
         UnsupportedModelError: the model does not generate token by token.
     """
 
@@ -58,6 +59,11 @@ class SerialEngine(Engine):
         )
 
     def _make_runner(self, kv_memory: MemorySize, max_batch_size: int) -> SerialRunner:  # type: ignore[override]
+        if shared_budget(self.model) is not None:
+            raise ConfigError(
+                "memory= is one budget of experts and keys and values, and what is kept for one sequence at a time "
+                "(other states, images) is not counted in it. Load with expert_memory and kv_memory in its place."
+            )
         return SerialRunner(self.model, kv_budget(kv_memory, self.model))
 
     @in_turn
