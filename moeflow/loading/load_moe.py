@@ -138,8 +138,8 @@ def load_moe(
             device=device, expert_memory=expert_memory, kv_memory=kv_memory
         )
     options = LoadOptions(
-        device, dtype, memory, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
-        cuda_graphs, plan, integrity, speculation, trace,
+        device, dtype, memory, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune,
+        step, cuda_graphs, plan, integrity, speculation, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -223,7 +223,9 @@ def _find_experts(
     )
     if options.memory != "auto":
         forward.check_key_value_cache(empty)  # other states are not counted
-        check_shared(parse_bytes(options.memory, name="memory"), size, forward.key_value_bytes_per_position(empty))
+        position_bytes = forward.key_value_bytes_per_position(empty)
+        position_bytes += position_bytes // len(layers)  # while a slot is copied, one layer of it is there twice
+        check_shared(parse_bytes(options.memory, name="memory"), size, position_bytes)
     if options.expert_memory != "auto":
         size.slots_for(parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes))
     if contract is not None:

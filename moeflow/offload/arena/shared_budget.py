@@ -127,6 +127,7 @@ class KeyValueShare:
         with self._runtime.changing() as residency:  # under the one lock, so that two engines cannot take the same
             if num_bytes > self.most_bytes:
                 return False
+            self.budget.note(residency.cache.used)
             self.num_bytes = num_bytes
             cache, limit = residency.cache, self.budget.target
             try:
