@@ -9,12 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.engine_requests import GREEDY, NEW, PREFIX, PROMPTS, answers, assert_empty, generated, tokens
+from helpers.families import FAMILIES
+from helpers.family_models import build_model
 from helpers.window_models import windowed_model
 from moeflow import Engine, SamplingParams, load_moe
+from moeflow.chat.answerer import Answerer
+from moeflow.chat.figures import plan_lines, stats_table
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.serial.serial_engine import SerialEngine
-from moeflow.errors import BudgetError, ClosedModelError, ConfigError
+from moeflow.errors import BudgetError, ClosedModelError, ConfigError, UnsupportedModelError
+from moeflow.formatting import format_bytes
+from moeflow.hf.pretrained import load_tokenizer
 
 EXPERT = 73728  # bytes of one of the tiny Mixtral's 24
 LEAST = 3 * EXPERT
@@ -300,3 +306,22 @@ def test_other_budgets_beside_it_are_refused(mixtral_folder, mixtral):
         with pytest.raises(ConfigError, match="Load with expert_memory and kv_memory in its place"):
             SerialEngine(model)
     assert Engine(mixtral).stats()["kv_budget_bytes"] <= 2 << 30
+
+
+def test_a_family_that_keeps_other_states_is_refused_when_it_is_loaded(tmp_path):
+    build_model(FAMILIES["lfm2_moe"]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="keeps other state than keys and values"):
+        load_moe(tmp_path, memory="1GB")
+
+
+def test_chat_answers_in_the_shared_budget(speaking_folder):
+    model = load_moe(speaking_folder, memory=3 << 20, predictor=None)
+    with model.moeflow as runtime:
+        answerer = Answerer(model, load_tokenizer(speaking_folder))
+        stream = answerer.stream(torch.tensor([tokens(40, below=50)]), GREEDY)
+        list(stream)
+        memory = runtime.stats()["memory"]
+        assert memory["key_value_bytes"] > 0
+        told = [format_bytes(memory[name]) for name in ("device_bytes", "key_value_bytes")]
+        assert plan_lines(runtime.snapshot()) == f"experts {told[0]}, keys and values {told[1]} now, of 3 MiB"
+        assert any("keys and values" in cell for cell in stats_table(runtime.snapshot()).columns[0].cells)
