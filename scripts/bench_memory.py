@@ -6,7 +6,8 @@ The conversation is this repository's documentation. At each length it decodes s
 behind the first are taken. `shared` is load_moe(memory=); a fixed split has the bytes of so many positions as kv_memory
 and the rest as expert_memory, so that it ends where its keys and values do. A line says, for each length, the speed of
 all, and what the shared budget reaches of the best split that is still there (median, least and most of the rounds).
-The ways run in turns; their answers are checked to be the same. The last line is one JSON object.
+The ways run in turns; their first answers are checked to be the same (later ones go on with what was kept, so that
+prompts are cut elsewhere and last bits may differ). The last line is one JSON object.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def main(argv=None) -> None:
     results: dict = {"memory_bytes": total, "ways": ways, "lengths": {}}
     for place, length in enumerate(lengths):
         answers = {str(one["answers"][place]) for found in runs.values() for one in found if one["answers"][place]}
-        assert len(answers) == 1, f"answers differ at {length} positions"
+        assert len(answers) == 1 or place, "answers differ"
         speeds = {name: [one["speeds"][place] for one in found] for name, found in runs.items()}
         fixed = {name: found for name, found in speeds.items() if name != "shared" and None not in found}
         best = max(fixed, key=lambda name: median(fixed[name]), default=None)

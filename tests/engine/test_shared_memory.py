@@ -67,8 +67,12 @@ class Sampled(TorchDispatchMode):
 def live(memory, model, seed):
     """Let sequences come, grow, give way, end and come back, with passes of the model between."""
     rng, names = random.Random(seed), map(str, range(10**6))
-    prompts, running = [tokens(rng.randrange(20, 120), seed=rng.randrange(4)) for _ in range(8)], []
-    for _ in range(150):
+    same, running = [tokens(80, 1), tokens(80, 2)], []
+    prompts = [rng.choice(same)[: rng.randrange(20, 80)] + tokens(rng.randrange(5, 60), one) for one in range(12)]
+    for number in range(200):
+        if number % 4 == 0:  # the experts take what there is for them
+            with torch.no_grad():
+                model(torch.tensor([tokens(40, number)]))
         action = rng.random()
         if action < 0.25:
             one = Sequence(next(names), list(rng.choice(prompts)), 100)
@@ -89,9 +93,6 @@ def live(memory, model, seed):
         elif running:
             one = running.pop(rng.randrange(len(running)))
             (memory.keep if rng.random() < 0.8 else memory.free)(one)
-        else:
-            with torch.no_grad():
-                model(torch.tensor([tokens(8, seed)]))
         memory.check_integrity()
         yield
     memory.clear()
