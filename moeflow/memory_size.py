@@ -41,12 +41,21 @@ def parse_memory(value: MemorySize, *, name: str, whole_bytes: int) -> int:
     return int(number * _UNITS[unit])
 
 
+def parse_bytes(value: MemorySize, *, name: str) -> int:
+    """Turn bytes of what has no whole that a share could be of, as people write them, into bytes.
+
+    Raises:
+        ConfigError: not a size, or a share.
+    """
+    if isinstance(value, str) and value.endswith("%"):
+        raise ConfigError(f'{name}={value!r} is a share of nothing: give bytes, "2GiB" or "auto".')
+    return parse_memory(value, name=name, whole_bytes=0)
+
+
 def parse_kv_memory(value: MemorySize) -> int:
     """Turn bytes of keys and values as people write them into bytes.
 
     Raises:
         ConfigError: not a size, or a share.
     """
-    if isinstance(value, str) and value.endswith("%"):
-        raise ConfigError(f'kv_memory={value!r} is a share of nothing: give bytes, "2GiB" or "auto".')
-    return parse_memory(value, name="kv_memory", whole_bytes=0)
+    return parse_bytes(value, name="kv_memory")

@@ -118,6 +118,7 @@ def stream_by_engine(
 
 def _make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine | None:
     """Return an engine that runs one sequence, a prompt in one pass; None where `generate` must answer."""
+    from moeflow.engine.kv_cache.budget import shared_budget
     from moeflow.engine.serial.choose_engine import engine_for
     from moeflow.hf.passes import forward
 
@@ -125,8 +126,8 @@ def _make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         return None
     context = forward.context_positions(model) or _MOST_POSITIONS
     kept: int | str = max(_LEAST_KEPT_BYTES, context * forward.key_value_bytes_per_position(model))
-    if isinstance(getattr(getattr(model, "moeflow", None), "plan", None), Contract):
-        kept = "auto"  # what the plan has
+    if isinstance(getattr(getattr(model, "moeflow", None), "plan", None), Contract) or shared_budget(model):
+        kept = "auto"  # what the plan has, or what is shared with experts
     try:
         return engine_for(model, tokenizer, max_batch_size=1, max_step_tokens=context, kv_memory=kept)
     except (ConfigError, UnsupportedModelError):  # what is wrong with the settings, `generate` tells as well

@@ -67,11 +67,15 @@ def stats_line(before: RuntimeStats | None, after: RuntimeStats | None, answer: 
 
 
 def plan_lines(stats: RuntimeStats | None) -> str | None:
-    """Write planned against actual, line by line; None for a model that was not loaded by a plan.
+    """Write planned against actual, line by line, or both sides of a shared budget; None for a model without either.
 
     Args:
         stats: `model.moeflow.snapshot()` at the end of a chat.
     """
+    if stats is not None and "shared_budget_bytes" in stats.memory:
+        memory = stats.memory
+        experts, values = format_bytes(memory["device_bytes"]), format_bytes(memory["key_value_bytes"])
+        return f"experts {experts}, keys and values {values} now, of {format_bytes(memory['shared_budget_bytes'])}"
     if stats is None or not isinstance(stats.plan, Contract):
         return None
     return summary(stats.plan.told(stats.memory, stats.prefill, stats.decode))
@@ -113,5 +117,11 @@ def stats_table(stats: RuntimeStats) -> Table:
     table.add_section()
     budget, everything = format_bytes(memory["expert_budget_bytes"]), format_bytes(memory["all_experts_bytes"])
     table.add_row("expert budget", budget, f"of {everything}")
+    if "shared_budget_bytes" in memory:
+        values, peak, whole = (
+            format_bytes(memory[name]) for name in ("key_value_bytes", "shared_peak_bytes", "shared_budget_bytes")
+        )
+        table.add_row("keys and values", values, "")
+        table.add_row("all of these", f"of {whole}", peak)
     table.add_row(f"{io.mode} reads, {io.threads} threads", f"{io.reads:,}", format_bytes(io.bytes))
     return table

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.engine.kv_cache.budget import kv_budget, most_kept
+from moeflow.engine.kv_cache.budget import kv_budget, most_kept, share_of
 from moeflow.engine.kv_cache.kv_format import format_named
 from moeflow.engine.kv_cache.memory import KeyValueMemory
 from moeflow.engine.kv_cache.slot_rows import SlotRows
@@ -94,6 +94,7 @@ class ModelRunner:
             max_positions,
             most_kept_bytes=most_kept(kv_memory, model),
             most_new=most_new,
+            share=share_of(model),
         )
         if isinstance(contract := getattr(runtime, "plan", None), Contract):
             behind = weakref.ref(self.memory)

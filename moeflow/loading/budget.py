@@ -10,6 +10,7 @@ from moeflow.errors import BudgetError
 from moeflow.memory_size import MemorySize, parse_memory
 
 _HOST_SHARE = 0.6  # of the free host memory that "auto" pins
+_LEAST_POSITIONS = 256  # of one sequence, which one budget of experts and keys and values must have room for
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,24 @@ class ExpertsSize:
                 f"All {self.num_experts} experts take {self.all_bytes:,} bytes."
             )
         return min(budget_bytes // self.least_bytes, self.num_experts)
+
+
+def check_shared(total_bytes: int, size: ExpertsSize, bytes_per_position: int) -> None:
+    """Refuse one budget of experts and keys and values that is too small for a short sequence.
+
+    Args:
+        total_bytes: of both.
+        size: of the experts.
+        bytes_per_position: of keys and values; 0 where that is not known.
+
+    Raises:
+        BudgetError: the message has both minima.
+    """
+    sequence_bytes = _LEAST_POSITIONS * bytes_per_position
+    if total_bytes < size.min_bytes + sequence_bytes:
+        raise BudgetError(
+            f"memory of {total_bytes:,} bytes is too small: the fewest experts take {size.min_bytes:,} bytes "
+            f"({size.min_slots} slots), and the keys and values of one sequence of {_LEAST_POSITIONS} positions "
+            f"{sequence_bytes:,}. Give {size.min_bytes + sequence_bytes:,} at least; all experts take "
+            f"{size.all_bytes:,}."
+        )

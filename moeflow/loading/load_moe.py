@@ -26,14 +26,14 @@ from moeflow.hf.passes import forward
 from moeflow.hf.passes.lossless_dense import compress_dense
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, capture_steps, prune_experts
-from moeflow.loading.budget import ExpertsSize
+from moeflow.loading.budget import ExpertsSize, check_shared
 from moeflow.loading.gpu import Gpu
 from moeflow.loading.gpu_memory import GpuMemory, dense_weights_on
 from moeflow.loading.hf_options import refuse_unknown, taken_hf_options
 from moeflow.loading.live_predictor import build_predictor
 from moeflow.loading.options import LoadOptions
 from moeflow.loading.tiers import Experts, build_runtime
-from moeflow.memory_size import MemorySize, parse_memory
+from moeflow.memory_size import MemorySize, parse_bytes, parse_memory
 from moeflow.moe.choose_compute import can_use_triton, computes_lossless, tell_slow_blocks
 from moeflow.offload.trusting.capture import CudaCapture
 from moeflow.step.decoding import StepDecoding
@@ -45,6 +45,7 @@ def load_moe(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    memory: MemorySize = "auto",
     expert_memory: MemorySize = "auto",
     host_memory: MemorySize = "auto",
     kv_memory: MemorySize = "auto",
@@ -68,6 +69,9 @@ def load_moe(
         model: a hub id, a checkpoint folder, a folder written by `moeflow pack`, or a GGUF file.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
+        memory: bytes of experts and of engines' keys and values together: a number, "12GiB", or "auto" (each has a
+            budget of its own). Experts take what keys and values leave: they leave before a conversation needs the
+            room, and come back when it is dropped. In place of `expert_memory` and `kv_memory`; on the CPU alone.
         expert_memory: bytes the experts may take on the device: a number, "6GiB", "600MB", "25%" of all experts, or
             "auto". On the CPU "auto" starts low and then follows what is free inside the process's own memory limit, so
             that the process is not paged out; on a GPU it takes what is free after the rest of the model.
@@ -137,8 +141,8 @@ def load_moe(
             device=device, expert_memory=expert_memory, kv_memory=kv_memory
         )
     options = LoadOptions(
-        device, dtype, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune, step,
-        cuda_graphs, plan, integrity, speculation, kv_format, trace,
+        device, dtype, memory, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune,
+        step, cuda_graphs, plan, integrity, speculation, kv_format, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -221,6 +225,11 @@ def _find_experts(
         experts_interface.num_experts_per_tok(empty),
         whole_slots=options.torch_device.type != "cpu",
     )
+    if options.memory != "auto":
+        forward.check_key_value_cache(empty)  # other states are not counted
+        position_bytes = forward.key_value_bytes_per_position(empty)
+        position_bytes += position_bytes // len(layers)  # while a slot is copied, one layer of it is there twice
+        check_shared(parse_bytes(options.memory, name="memory"), size, position_bytes)
     if options.expert_memory != "auto":
         size.slots_for(parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes))
     if contract is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow.errors import ConfigError
 from moeflow.machine.gpus import check_gpu
-from moeflow.memory_size import MemorySize, parse_kv_memory, parse_memory
+from moeflow.memory_size import MemorySize, parse_bytes, parse_kv_memory, parse_memory
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,16 @@ class LoadOptions:
         metadata=_about(
             '"auto" (the checkpoint\'s), or a torch dtype or its name.',
             flag='"auto", "float32", "bfloat16", "float16" or "float64"',
+        ),
+    )
+    memory: MemorySize = field(
+        default="auto",
+        metadata=_about(
+            'bytes of experts and of engines\' keys and values together: a number, "12GiB", or "auto" (each has a '
+            "budget of its own). Experts take what keys and values leave: they leave before a conversation needs the "
+            "room, and come back when it is dropped. In place of `expert_memory` and `kv_memory`; on the CPU alone.",
+            flag='experts, keys and values together: bytes, "12GiB", or "auto"; CPU only',
+            metavar="SIZE",
         ),
     )
     expert_memory: MemorySize = field(
@@ -242,12 +252,35 @@ class LoadOptions:
                 parse_memory(value, name=name, whole_bytes=0)
         if self.kv_memory != "auto":
             parse_kv_memory(self.kv_memory)
+        if self.memory != "auto":
+            self._check_shared(on_cpu)
         for name, value in (("predictor", self.predictor), ("trace", self.trace)):
             if value is not None and (not isinstance(value, (str, Path)) or value == ""):
                 raise ConfigError(f"{name} is {value!r:.80}; it must be a name, the path of a file, or None.")
         if not isinstance(self.quantization, (str, type(None))):
             raise ConfigError(f'quantization is {self.quantization!r:.80}; it must be a name such as "int4", or None.')
         _ = self.weight_format, self.torch_dtype  # refuse unknown ones
+
+    def _check_shared(self, on_cpu: bool) -> None:
+        """Refuse what does not go with one budget of experts and keys and values."""
+        parse_bytes(self.memory, name="memory")
+        for name in ("expert_memory", "kv_memory"):
+            if getattr(self, name) != "auto" and self.plan is None:
+                raise ConfigError(
+                    f"memory={self.memory!r} divides itself between experts and keys and values, and "
+                    f"{name}={getattr(self, name)!r} fixes one of them. Drop {name}, or drop memory and give both."
+                )
+        if self.plan is not None:
+            raise ConfigError(
+                f"memory={self.memory!r} was given beside a plan, which says how much every part takes. Drop one of "
+                "them."
+            )
+        if not on_cpu:
+            raise ConfigError(
+                f"memory={self.memory!r} moves bytes between experts and keys and values in host memory, and this "
+                "model is on a GPU, where experts give back whole segments. Drop it, and give expert_memory and "
+                "kv_memory."
+            )
 
     @cached_property
     def torch_device(self) -> "torch.device":

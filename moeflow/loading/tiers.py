@@ -18,11 +18,12 @@ from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.device_plan import DevicePlan
 from moeflow.loading.gpu import Gpu
 from moeflow.loading.options import LoadOptions
-from moeflow.memory_size import parse_kv_memory, parse_memory
+from moeflow.memory_size import parse_bytes, parse_kv_memory, parse_memory
 from moeflow.offload.arena.device_governor import DeviceGovernor, DeviceMeter
 from moeflow.offload.arena.governor import Governor
 from moeflow.offload.arena.memory_governor import MemoryGovernor
 from moeflow.offload.arena.segmented_pool import SegmentedPool
+from moeflow.offload.arena.shared_budget import SharedBudget
 from moeflow.offload.copies.slot_sampler import SlotSampler
 from moeflow.offload.host_tier import CudaRegistrar, HostTier, PinnedPool
 from moeflow.offload.prediction_loop import PredictionLoop
@@ -88,7 +89,9 @@ def build_runtime(
     # The cache counts slots, or the pages of experts that differ in size.
     unit, limit = (size.slot_bytes, num_slots) if size.pages is None else (PAGE_BYTES, budget // PAGE_BYTES)
     governor: Governor | None = None
-    if options.expert_memory == "auto" and device.type == "cpu":
+    if options.memory != "auto":
+        governor = SharedBudget(budget, unit, size.min_bytes // unit, min(limit, size.all_bytes // unit))
+    elif options.expert_memory == "auto" and device.type == "cpu":
         # The pool may grow later: its pages are taken from the system only as experts arrive.
         most = min(max(budget, hardware.memory_limit_bytes()), size.all_bytes)
         num_slots = size.slots_for(most)
@@ -152,6 +155,8 @@ def _slots(size: ExpertsSize, options: LoadOptions, num_slots: int) -> SlotPool:
 def _budget_bytes(experts: Experts, options: LoadOptions, bytes_per_position: int) -> int:
     """Return the bytes that experts may take, by the user's word or by what is free in host memory."""
     size = experts.size
+    if options.memory != "auto":
+        return parse_bytes(options.memory, name="memory")
     if options.expert_memory != "auto":
         return parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes)
     key_values = _RESERVE_POSITIONS * bytes_per_position

@@ -285,3 +285,4 @@ class Residency:
         """Reset to nothing resident and nothing in flight, whatever state the bookkeeping is in."""
         self.transfers.abandon()
         self.cache.clear(self.pool.closed_slots())
+        self.pool.discard(list(range(self.pool.num_slots)))  # whatever the limit becomes, none keeps pages for nobody

@@ -82,7 +82,7 @@ class ExpertRuntime:
         self.most_tokens: int | None = None  # of which experts run at once; more come part by part
         self.plan: dict[str, Any] | Contract | None = None  # bytes by use, as divided while loading
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
-        self.prediction, self._governor, self._budget_bytes = prediction, governor, expert_budget_bytes
+        self.prediction, self.governor, self._budget_bytes = prediction, governor, expert_budget_bytes
         self._slot_bytes = pool.stride
         self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of one unit of the cache's limit
         self._caches = [cache] if host is None else [cache, host.cache]
@@ -203,12 +203,12 @@ class ExpertRuntime:
             if self.closed:
                 raise self._refusal
             self._stats.begin_forward(num_sequences, num_positions, continues=continues)
-            if self._governor is None and self.prediction is None:
+            if self.governor is None and self.prediction is None:
                 return
             self._mend()
             self._torn = True
-            if self._governor is not None:
-                self._residency.set_limit(self._governor.slots(self.cache.used, self.cache.limit, now=not continues))
+            if self.governor is not None:
+                self._residency.set_limit(self.governor.slots(self.cache.used, self.cache.limit, now=not continues))
             if self.prediction is not None:
                 self.prediction.begin_forward(token_ids, num_sequences, num_positions, continues, self._stats.now)
                 self._residency.prefetch()
@@ -306,7 +306,7 @@ class ExpertRuntime:
         with self._lock:
             memory = memory_stats(self._caches, (self._unit_bytes, self._slot_bytes), self.experts_per_layer)
             memory["expert_budget_bytes"] = self._budget_bytes or self.cache.limit * self._unit_bytes
-            memory["staging_bytes"] = self.store.staging_bytes
+            memory |= {"staging_bytes": self.store.staging_bytes} | (self.governor.stats() if self.governor else {})
             return RuntimeStats(
                 device=str(self.device),
                 policy=self.cache.policy,

@@ -125,7 +125,7 @@ def test_requests_that_give_way_go_on_as_if_nothing_had_happened(model, moves):
     prompts, num_new = [tokens(20 + 5 * seed, seed) for seed in range(4)], 100
     params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
     with Engine(model, max_batch_size=5, max_step_tokens=STEP, kv_memory=250 * 4 * LAYER_BYTES) as engine:
-        engine._memory._moves = moves
+        engine._memory._moved.allowed = moves
         engine._memory.speeds.saw_prefill(1, 1e9)  # so that moving is cheaper, whatever is measured meanwhile
         ids = [engine.add(prompt, params) for prompt in prompts]
         found = run(engine)

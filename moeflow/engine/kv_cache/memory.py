@@ -3,23 +3,18 @@
 Knows sequences, slots and the tree. Knows nothing of models or of who waits.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from moeflow.engine.kv_cache import prefix_files
-from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
+from moeflow.engine.kv_cache.host_moves import HostMoves
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.room import Room
 from moeflow.engine.kv_cache.slot_sizes import SPARE_POSITIONS, SlotSizes
 from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
-from moeflow.errors import BudgetError
-from moeflow.hardware import available_memory_bytes
-
-_GROWTH = 1.5  # a slot that is full grows by this factor, where there is room
+from moeflow.offload.arena.shared_budget import KeyValueShare
 
 
 class KeyValueMemory:
@@ -35,6 +30,8 @@ class KeyValueMemory:
         moves: whether a sequence that gives way may move to host memory; None: where keys lie on a GPU.
         most_kept_bytes: most bytes of what is kept; None for what the budget leaves.
         most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
+        share: of a budget that experts and others' keys and values have a part in; None where all of it is here. Before
+            anything is allocated, the share has it.
 
     Attributes:
         position_bytes: of one position in all layers.
@@ -55,23 +52,23 @@ class KeyValueMemory:
         moves: bool | None = None,
         most_kept_bytes: int | None = None,
         most_new: int | None = None,
+        share: KeyValueShare | None = None,
     ) -> None:
         self.sizes = SlotSizes(layout, most_new)
         self.position_bytes = sum(shape.position_bytes for shape in layout.values())
         if max_positions is not None:
             budget_bytes = min(budget_bytes, max_positions * self.position_bytes)
-        self.budget_bytes = budget_bytes
-        self.peak_bytes = 0
+        self._num_offered = 0  # times that a sequence's tokens were kept
         self.keeps = True
         self.kept = PrefixTree(self.sizes.window)
-        self.speeds = MeasuredSpeeds()
         self.refused: dict[Sequence, str] = {}
         self.counts = dict.fromkeys(("shared_tokens", "kept_hits", "preempted", "moved"), 0)
         self._most_kept_bytes = budget_bytes if most_kept_bytes is None else most_kept_bytes
         self._layout = self.sizes.layout
-        self._moves = any(shape.device.type != "cpu" for shape in layout.values()) if moves is None else moves
         self._slots: dict[str, KeyValueSlot] = {}
-        self._moved: dict[str, KeyValueSlot] = {}  # in host memory, of sequences that gave way
+        self._room = Room(self.sizes, self._slots, self.kept, budget_bytes, share)
+        self._moved = HostMoves(self.sizes, moves)
+        self.speeds = self._moved.speeds
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -80,14 +77,29 @@ class KeyValueMemory:
         return self._slots[id]
 
     @property
+    def budget_bytes(self) -> int:
+        """Most bytes of all together now."""
+        return self._room.budget_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that there were."""
+        return self._room.peak_bytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of the slots of running sequences."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        return self._room.used_bytes
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of what is kept of other sequences."""
         return self.kept.num_bytes
+
+    @property
+    def _reused_share(self) -> float:
+        """Of all that was kept, the share that was used again; a half where nothing is known."""
+        return (self.counts["kept_hits"] + 1) / (self._num_offered + 2)
 
     def check_possible(self, num_positions: int) -> None:
         """Refuse a sequence that is larger than the whole budget.
@@ -95,36 +107,33 @@ class KeyValueMemory:
         Raises:
             BudgetError: so many positions are more than the whole budget.
         """
-        needed = self.sizes.bytes_of(num_positions)
-        if needed > self.budget_bytes:
-            raise BudgetError(
-                f"the keys and values of {num_positions:,} positions (prompt and new tokens) take {needed:,} bytes, "
-                f"and kv_memory is {self.budget_bytes:,} bytes. Give more, or ask for fewer new tokens."
-            )
+        self._room.check_possible(num_positions)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence its slot, with what of it lies in host memory; return whether there was room."""
         assert sequence.id not in self._slots, f"{sequence.id} has a slot"
         self.num_kept(sequence)  # what it will copy leaves last
         num_positions = _roomy(sequence)
-        while self._make_room(self.sizes.bytes_of(num_positions)):
+        needed = self.sizes.bytes_of(num_positions), num_positions
+        while self._room.make(*needed) and self._room.hold(*needed):
             try:
                 slot = KeyValueSlot.empty(self._layout, num_positions)
             except RuntimeError as error:  # there is less memory than the budget allows
                 if self.kept.drop():
                     continue
+                self._room.settle()
                 if not self._slots:
                     self.refused[sequence] = f"no memory for keys and values: {error}"
                 return False
             self._slots[sequence.id] = slot
-            self._note_peak()
+            self._room.settle()
             if self.keeps:
                 slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
-            moved = self._moved.pop(sequence.id, None)
-            if moved is not None:
-                self._copy_timed(slot, moved)
-                sequence.num_computed = moved.num_positions
+            self._moved.bring_back(sequence, slot)
             return True
+        self._room.settle()
+        if self._room.is_shared and not self._slots:  # nothing here will make room
+            self.refused[sequence] = self._room.why_none()
         return False
 
     def grow(self, sequence: Sequence) -> bool:
@@ -132,6 +141,7 @@ class KeyValueMemory:
 
         In layers with a window, for those that the next pass computes, behind the window before them.
         """
+        self._room.balance(self._reused_share, self.speeds.prefill_s)
         slot = self._slots[sequence.id]
         ways = (False, True) if self.sizes.window else (False,)  # in the second way without what others may need
         has_room = any(self._move_window(sequence, slot, one) and self._grow_plain(sequence, slot) for one in ways)
@@ -149,23 +159,30 @@ class KeyValueMemory:
         slot = self._slots.pop(sequence.id)
         self.counts["preempted"] += 1
         needed = 0 if grower is sequence else self.sizes.bytes_of(_roomy(grower)) - self._slots[grower.id].nbytes
-        room = max(0, self._free_bytes() - max(0, needed))
+        room = max(0, self._room.free_bytes - max(0, needed))
         count = self._num_fitting(sequence, slot, room)
-        if count < sequence.num_computed and self._move(sequence, slot):
-            return
-        self._keep(sequence, slot, count)
+        if count < sequence.num_computed and self._moved.take(sequence, slot):
+            self.counts["moved"] += 1
+        else:
+            self._keep(sequence, slot, count)
+        del slot
+        self._room.settle()
 
     def keep(self, sequence: Sequence) -> None:
         """Take the slot of a sequence that has ended, and keep what it has computed."""
         slot = self._slots.pop(sequence.id, None)
         if slot is not None:  # not where an interrupt came in the middle of a step
             self._keep(sequence, slot, sequence.num_computed)
+            del slot
+            self._room.settle()
+            self._room.balance(self._reused_share, self.speeds.prefill_s)
 
     def free(self, sequence: Sequence) -> None:
         """Release what a sequence has: its slot, or what lies in host memory; none of what is kept for others."""
         self._slots.pop(sequence.id, None)
-        self._moved.pop(sequence.id, None)
+        self._moved.forget(sequence.id)
         self.refused.pop(sequence, None)
+        self._room.settle()
 
     def num_kept(self, sequence: Sequence) -> int:
         """Return how many of a sequence's first tokens are kept, without its last one; 0 for too few to be copied."""
@@ -204,10 +221,11 @@ class KeyValueMemory:
         """Keep what was saved of a model, as far as there is room; return the number of tokens."""
         before = self.kept.num_tokens
         if self.keeps:
-            for run in prefix_files.load(folder, fingerprint, self._layout):
-                if self._free_bytes() >= run.nbytes:
-                    self.kept.restore(run)
-            self._note_peak()
+            for run in prefix_files.load(folder, fingerprint, self._layout, self._room.can_hold):
+                self.kept.restore(run)
+                del run
+                self._room.settle()
+            self._room.settle()
         return self.kept.num_tokens - before
 
     def clear(self) -> None:
@@ -216,6 +234,7 @@ class KeyValueMemory:
         self._moved.clear()
         self.refused.clear()
         self.kept.clear()
+        self._room.settle()
 
     def stats(self) -> dict[str, int | None]:
         """Return the counts, and bytes of slots and of what is kept."""
@@ -235,18 +254,22 @@ class KeyValueMemory:
         for id, slot in self._slots.items():
             assert slot.nbytes >= slot.num_positions * self.sizes.plain_bytes, f"the slot of {id} is too small"
         self.kept.check_integrity(self.sizes.plain_bytes)
-        total = self.used_bytes + self.kept_bytes
-        assert total <= self.budget_bytes, f"{total} bytes are beyond the budget of {self.budget_bytes}"
-        assert not self._moved.keys() & self._slots.keys(), "a sequence that runs lies in host memory as well"
+        self._room.check_integrity()
+        assert not self._moved.ids() & self._slots.keys(), "a sequence that runs lies in host memory as well"
 
     def _keep(self, sequence: Sequence, slot: KeyValueSlot, num_positions: int) -> None:
         if not self.keeps or num_positions < MIN_SHARED_TOKENS:
             return
+        tokens = sequence.uniform_ids[:num_positions]
+        if self._room.is_shared:
+            copied = slot.nbytes + self.kept.copied_bytes(sequence.scaling, tokens, slot), slot.num_positions
+            if not (self._room.make(*copied) and self._room.hold(*copied)):
+                return
         with suppress(RuntimeError):  # there is less memory than the budget allows: it is computed again
-            self.kept.keep(sequence.scaling, sequence.uniform_ids[:num_positions], slot)
-        while (surplus := max(self.kept_bytes - self._most_kept_bytes, -self._free_bytes())) > 0:
-            self._drop(surplus)
-        self._note_peak()
+            self.kept.keep(sequence.scaling, tokens, slot)
+            self._num_offered += 1
+        while (surplus := max(self.kept_bytes - self._most_kept_bytes, -self._room.free_bytes)) > 0:
+            self._room.drop(surplus)
 
     def _num_fitting(self, sequence: Sequence, slot: KeyValueSlot, room: int) -> int:
         """Return how many of its computed positions a sequence may leave in so many bytes."""
@@ -256,30 +279,6 @@ class KeyValueMemory:
             return count
         return slot.last_place(count, left // of_position) if of_position and left > 0 else 0
 
-    def _move(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
-        """Move what a sequence has computed to host memory, where that pays; return whether it did."""
-        count = sequence.num_computed
-        num_bytes = self.sizes.bytes_of(count)
-        if not self._moves or not self.speeds.favour_copy(count, num_bytes, available_memory_bytes() // 2):
-            return False
-        try:
-            host = {layer: shape._replace(device=torch.device("cpu")) for layer, shape in self._layout.items()}
-            moved = KeyValueSlot.empty(host, count)
-        except RuntimeError:
-            return False
-        self._copy_timed(moved, slot)
-        self._moved[sequence.id] = moved
-        self.counts["moved"] += 1
-        return True
-
-    def _copy_timed(self, target: KeyValueSlot, source: KeyValueSlot) -> None:
-        begin, count = time.perf_counter(), min(target.num_positions, source.num_positions)
-        target.copy_from(source, count)
-        target.place_window(source.window_parts(count), count)
-        for device in {tensor.device for tensor in target.keys.values() if tensor.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-        self.speeds.saw_copy(self.sizes.bytes_of(count), time.perf_counter() - begin)
-
     def _move_window(self, sequence: Sequence, slot: KeyValueSlot, sparing: bool) -> bool:
         """Let layers with a window have room for the next pass, behind what it sees; return whether there was memory.
 
@@ -288,7 +287,10 @@ class KeyValueMemory:
         move = self.sizes.next_window(sequence, slot, sparing=sparing)
         if move is None:
             return True
-        if move.num_bytes > 0 and not self._make_room(move.num_bytes):
+        more = move.num_bytes
+        if self._room.is_shared:  # what is set aside is copied first
+            more = max(0, more) + self.sizes.window_bytes * sum(end - begin for begin, end in move.aside)
+        if more > 0 and not (self._room.make(more) and self._room.hold(more)):
             return False
         return self._is_done(sequence, lambda: slot.move_window(move.aside, move.room, sequence.num_computed))
 
@@ -297,11 +299,12 @@ class KeyValueMemory:
         has, least = slot.num_positions, _roomy(sequence)
         if has >= sequence.length:
             return True
-        self._make_room(min((least - has) * self.sizes.plain_bytes, self._free_bytes() + self.kept_bytes))
-        num_positions = min(sequence.num_positions, max(least, int(sequence.length * _GROWTH)))
-        if self.sizes.plain_bytes:
-            num_positions = min(num_positions, has + self._free_bytes() // self.sizes.plain_bytes)
-        if num_positions < sequence.length:
+        of_position = self.sizes.plain_bytes
+        self._room.make(min((least - has) * of_position, self._room.free_bytes + self.kept_bytes), least)
+        num_positions = min(sequence.num_positions, max(least, int(sequence.length * self._room.growth)))
+        if self._room.growing_bytes:
+            num_positions = min(num_positions, has + self._room.free_bytes // self._room.growing_bytes)
+        if num_positions < sequence.length or not self._room.hold((num_positions - has) * of_position, num_positions):
             return False
         return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed))
 
@@ -313,29 +316,12 @@ class KeyValueMemory:
             except RuntimeError as error:
                 if self.kept.drop():
                     continue
+                self._room.settle()
                 if len(self._slots) == 1:
                     self.refused[sequence] = f"no memory for keys and values: {error}"
                 return False
-            self._note_peak()
+            self._room.settle()
             return True
-
-    def _make_room(self, num_bytes: int) -> bool:
-        """Let what is kept go until so many bytes are free, where there can be; return whether they are."""
-        if self._free_bytes() + self.kept_bytes < num_bytes:
-            return False
-        while (missing := num_bytes - self._free_bytes()) > 0:
-            self._drop(missing)
-        return True
-
-    def _drop(self, num_bytes: int) -> None:
-        """Let something go that is kept, no more than so many bytes need."""
-        self.kept.drop(-(-num_bytes // self.sizes.plain_bytes) if self.sizes.plain_bytes else None)
-
-    def _free_bytes(self) -> int:
-        return self.budget_bytes - self.used_bytes - self.kept_bytes
-
-    def _note_peak(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes + self.kept_bytes)
 
 
 def _roomy(sequence: Sequence) -> int:

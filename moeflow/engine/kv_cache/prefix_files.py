@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,26 @@ def save(tree: PrefixTree, folder: Path, fingerprint: str) -> int:
     return tree.num_tokens
 
 
-def load(folder: Path, fingerprint: str, layout: dict[int, LayerShape]) -> Iterator[Run]:
+def load(
+    folder: Path, fingerprint: str, layout: dict[int, LayerShape], has_room: Callable[[int, int], bool]
+) -> Iterator[Run]:
     """Yield the runs that were saved of a model, most recently used first; what is damaged is left out with a warning.
 
     Args:
         folder: as in `save`; nothing is yielded where it is not there.
         fingerprint: of the model.
         layout: the layers that keep keys and values, by their number.
+        has_room: asked before each run is read whether there is room for its bytes and its number of tokens.
     """
     own = folder / fingerprint
+    plain, windowed = (
+        sum(shape.position_bytes for shape in layout.values() if bool(shape.window) is of_window)
+        for of_window in (False, True)
+    )
     for row in _read_index(own, fingerprint):
+        num_bytes = plain * len(row["tokens"]) + windowed * sum(end - begin for begin, end in row["parts"])
+        if not has_room(num_bytes, len(row["tokens"])):
+            continue
         run = _read_run(own / row["file"], row, layout)
         if run is not None:
             yield run

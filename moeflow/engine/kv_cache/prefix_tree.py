@@ -4,6 +4,7 @@ Knows token ids and slots. Knows nothing of budgets, sequences or models.
 Source: SGLang's RadixAttention (Zheng et al. 2024, section 3).
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Node:
         children: the runs behind it, by their first token.
         begin: tokens before the run.
         parts: what is kept of the run in layers with a window, each position once.
+        used_s: when it was used, by the monotonic clock.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -32,6 +34,7 @@ class Node:
     children: dict[int, "Node"] = field(default_factory=dict)
     begin: int = 0
     parts: list[WindowPart] = field(default_factory=list)
+    used_s: float = field(default_factory=time.monotonic)
 
     @property
     def end(self) -> int:
@@ -86,6 +89,16 @@ class PrefixTree:
         # Least recently used first. A node comes before its parent, which is used whenever it is: the first is a leaf.
         self._by_use: OrderedDict[Node, None] = OrderedDict()
 
+    @property
+    def oldest(self) -> Node | None:
+        """The leaf that was not used for the longest time, which leaves next; None where nothing is kept."""
+        return next(iter(self._by_use), None)
+
+    @property
+    def longest_run(self) -> int:
+        """The most tokens of one run."""
+        return max((len(node.tokens) for node in self._by_use), default=0)
+
     def longest(self, scaling: Hashable, tokens: list[int]) -> int:
         """Return behind how many tokens of this beginning a sequence can go on with what is kept; note their use."""
         path = self._path(scaling, tokens)
@@ -105,6 +118,12 @@ class PrefixTree:
             slot.copy_from(node.slot, count, start)
             start += count
         assert start == len(tokens), f"{start} of {len(tokens)} tokens are kept"
+
+    def copied_bytes(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> int:
+        """Return the most bytes that `keep` copies before it releases others, beside one layer of the slot."""
+        path = self._path(scaling, tokens)
+        cut_in_two = sum(node.nbytes for node, count in path[-1:] if count < len(node.tokens))
+        return cut_in_two + sum(part.nbytes for part in slot.worth_keeping(len(tokens)))
 
     def keep(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> None:
         """Take from a slot what is not kept yet of these tokens, its first ones; the slot holds nothing any more.
@@ -137,7 +156,7 @@ class PrefixTree:
             num_tokens: so many of its last tokens go, and those before that no sequence can go on behind, where it has
                 more and there is memory to copy the others; None for all.
         """
-        leaf = next(iter(self._by_use), None)
+        leaf = self.oldest
         if leaf is None:
             return False
         assert leaf.parent is not None, "no root"
@@ -263,12 +282,15 @@ class PrefixTree:
         num_tokens = self._last_place(_up_from(leaf), leaf.begin + num_tokens) - leaf.begin
         if num_tokens <= 0:
             return False
+        before = leaf.nbytes
         try:
-            slot, parts = leaf.slot.part(0, num_tokens), _parts_between(leaf, leaf.begin, leaf.begin + num_tokens)
+            parts = _parts_between(leaf, leaf.begin, leaf.begin + num_tokens)
+            slot = leaf.slot.give_up(0, num_tokens)  # layer by layer: where memory is scarce, hardly more is taken
         except RuntimeError:
+            self.num_bytes -= before - leaf.nbytes  # layers that are gone; the rest follows
             return False
         self.num_tokens -= len(leaf.tokens) - num_tokens
-        self.num_bytes -= leaf.nbytes
+        self.num_bytes -= before
         leaf.slot, leaf.parts, leaf.tokens = slot, parts, leaf.tokens[:num_tokens]
         self.num_bytes += leaf.nbytes
         return True
@@ -278,6 +300,7 @@ class PrefixTree:
         while node is not None and node.parent is not None:
             self._by_use[node] = None
             self._by_use.move_to_end(node)
+            node.used_s = time.monotonic()
             node = node.parent
 
 

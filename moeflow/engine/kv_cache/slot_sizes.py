@@ -38,6 +38,7 @@ class SlotSizes:
         window: most positions that one sees in layers with a window; 0 where no layer has one that moves.
         plain_bytes: of one position in the layers without a window.
         window_bytes: of one position in those with one.
+        layer_bytes: of one position in the layer that keeps most.
     """
 
     def __init__(self, layout: dict[int, LayerShape], most_new: int | None) -> None:
@@ -50,6 +51,7 @@ class SlotSizes:
         }
         self.window_bytes = sum(shape.position_bytes for shape in self.layout.values() if shape.window)
         self.plain_bytes = sum(shape.position_bytes for shape in self.layout.values() if not shape.window)
+        self.layer_bytes = max((shape.position_bytes for shape in self.layout.values()), default=0)
         self._room = room
 
     def bytes_of(self, num_positions: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.engine import Engine
-from moeflow.engine.kv_cache.budget import kv_budget
+from moeflow.engine.kv_cache.budget import kv_budget, shared_budget
 from moeflow.engine.kv_cache.kv_format import format_named
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Images
@@ -36,7 +36,8 @@ class SerialEngine(Engine):
         kv_format: "auto" alone: caches keep what they keep. None: as the model was loaded.
 
     Raises:
-        ConfigError: kv_memory is no size, kv_format not "auto", or the model's stop strings need a tokenizer.
+        ConfigError: kv_memory is no size, kv_format not "auto", the model was loaded with one budget of experts and
+            keys and values, or its stop strings need a tokenizer.
         UnsupportedModelError: the model does not generate token by token.
     """
 
@@ -64,6 +65,11 @@ class SerialEngine(Engine):
     def _make_runner(  # type: ignore[override]
         self, kv_memory: MemorySize, max_batch_size: int, kv_format: str
     ) -> SerialRunner:
+        if shared_budget(self.model) is not None:
+            raise ConfigError(
+                "memory= is one budget of experts and keys and values, and what is kept for one sequence at a time "
+                "(other states, images) is not counted in it. Load with expert_memory and kv_memory in its place."
+            )
         if format_named(kv_format) is not None:
             raise ConfigError(
                 f'kv_format="{kv_format}" is not possible: {type(self.model).__name__} runs one sequence at a time in '

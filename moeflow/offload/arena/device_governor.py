@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from moeflow.offload.arena.governor import Governor
 from moeflow.offload.arena.segmented_pool import SegmentedPool
 
 _KEEP_SHARE = 0.75  # of what a pass may need; below, segments are given back
@@ -50,7 +51,7 @@ class DeviceMeter:
         return DeviceMemory(usable, max(allocated - self._dense_bytes - self._pool.num_open_bytes, 0))
 
 
-class DeviceGovernor:
+class DeviceGovernor(Governor):
     """Limits the number of slots by the memory that is free on a device.
 
     Args:

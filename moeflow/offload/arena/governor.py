@@ -14,3 +14,8 @@ class Governor(Protocol):
             limit: the present limit.
             now: measure in this pass, however recent the last measurement.
         """
+        ...
+
+    def stats(self) -> dict[str, int]:
+        """Return the bytes that it tells of, by name."""
+        return {}

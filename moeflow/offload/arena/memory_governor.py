@@ -6,6 +6,7 @@ is really free.
 """
 
 from moeflow import hardware
+from moeflow.offload.arena.governor import Governor
 
 # Free memory is kept at this share of the limit, and never below the bytes.
 _KEEP_SHARE, _KEEP_BYTES = 0.05, 48 << 20
@@ -13,7 +14,7 @@ _GROW_SHARE = 0.5  # of the free memory beyond that, taken at a time
 _PASSES_PER_MEASUREMENT = 4  # in decode
 
 
-class MemoryGovernor:
+class MemoryGovernor(Governor):
     """Limits the number of slots in use by the memory that is free.
 
     Args:

@@ -122,9 +122,9 @@ def test_only_the_end_of_a_leaf_leaves_where_no_more_is_needed_and_all_where_not
     def without_memory(slot, begin, end):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(KeyValueSlot, "part", without_memory)
+    monkeypatch.setattr(KeyValueSlot, "give_up", without_memory)
     assert tree.drop(2)
-    assert tree.num_tokens == 0
+    assert (tree.num_tokens, tree.num_bytes) == (0, 0)
 
 
 def test_what_there_is_no_memory_for_is_not_kept_and_all_else_is(monkeypatch):
