@@ -81,13 +81,14 @@ class ModelRunner:
         self._turns = getattr(runtime, "turns", None) or Turns()
         self._cache = VarlenCache()
         self._turns.run(self._cache.learn, model)
+        share = share_of(model)
         self.memory = KeyValueMemory(
             self._cache.shapes,
             kv_budget(kv_memory, model),
-            max_positions,
+            max_positions if share is None else None,  # a share takes no bytes that it does not use
             most_kept_bytes=most_kept(kv_memory, model),
             most_new=most_new,
-            share=share_of(model),
+            share=share,
         )
         if isinstance(contract := getattr(runtime, "plan", None), Contract):
             behind = weakref.ref(self.memory)
