@@ -88,13 +88,14 @@ class ModelRunner:
         form = format_named(kv_format)
         self.kv_format = kv_format
         self._turns.run(self._cache.learn, model)
+        share = share_of(model)
         self.memory = KeyValueMemory(
             self._cache.shapes if form is None else self._cache.shapes_in(form),
             kv_budget(kv_memory, model),
-            max_positions,
+            max_positions if share is None else None,  # a share takes no bytes that it does not use
             most_kept_bytes=most_kept(kv_memory, model),
             most_new=most_new,
-            share=share_of(model),
+            share=share,
         )
         if isinstance(contract := getattr(runtime, "plan", None), Contract):
             behind = weakref.ref(self.memory)

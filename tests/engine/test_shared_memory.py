@@ -292,6 +292,15 @@ def test_a_request_that_fits_beside_no_expert_is_refused_with_both_sizes(mixtral
         assert engine.generate([tokens(100)], LONG)[0].error is None
 
 
+def test_one_conversation_may_take_the_whole_context_and_is_kept_beside_the_next_turn(mixtral_folder):
+    model = load_moe(mixtral_folder, memory=24 * EXPERT + 800 * POSITION, predictor=None)
+    with model.moeflow, Engine(model, max_batch_size=1) as engine:
+        first = engine.generate([tokens(200)], SamplingParams(max_new_tokens=20, ignore_eos=True))[0]
+        second = engine.generate([tokens(200) + first.token_ids], SamplingParams(max_new_tokens=36, ignore_eos=True))[0]
+        assert len(second.token_ids) == 36
+        assert second.cached_tokens >= 200
+
+
 def test_too_little_is_refused_before_anything_is_loaded_with_both_minima(mixtral_folder):
     least = LEAST + 256 * POSITION
     with pytest.raises(BudgetError, match=f"experts take {LEAST:,} bytes .3 slots.*256 positions {256 * POSITION:,}"):

@@ -99,7 +99,7 @@ class KeyValueMemory:
     @property
     def _reused_share(self) -> float:
         """Of all that was kept, the share that was used again; a half where nothing is known."""
-        return (self.counts["kept_hits"] + 1) / (self._num_offered + 2)
+        return min(1.0, (self.counts["kept_hits"] + 1) / (self._num_offered + 2))
 
     def check_possible(self, num_positions: int) -> None:
         """Refuse a sequence that is larger than the whole budget.
