@@ -127,11 +127,12 @@ class StepDecoding:
         call = None if model is None else decode_call(model, kwargs)
         if call is None:
             return None
-        begun = ForwardPass(*call.input_ids.shape, True, call.input_ids, call.attention_mask, call.cache)
+        num_sequences, num_new = call.input_ids.shape
+        begun = ForwardPass(num_sequences, num_new, True, call.input_ids, call.attention_mask, call.cache)
         logits = self.step(call.rows, begun)
         if logits is None:
             return None
-        logits = logits.view(*call.input_ids.shape, -1)
+        logits = logits.view(num_sequences, num_new, -1)
         return self._outputs.make(logits[:, -call.num_logits :], call.cache)
 
     def step(self, rows: StepRows, begun: ForwardPass) -> torch.Tensor | None:

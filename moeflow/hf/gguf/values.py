@@ -75,7 +75,7 @@ def read_bytes(file: GgufFile, name: str) -> torch.Tensor:
     try:
         with open(path, "rb", buffering=0) as handle:
             handle.seek(entry.begin)
-            view, done = memoryview(raw.numpy()), 0
+            view, done = raw.numpy().data, 0
             while done < len(view):
                 count = handle.readinto(view[done:])
                 if not count:
