@@ -2,7 +2,9 @@
 
 A step of n sequences and d drafted tokens gives n tokens and those that are accepted. It pays while (n + accepted) a
 second is more than n without drafts. More rows touch more experts, so that a step's time grows with d; what it grows by
-is measured, and experts that a draft would miss are added to it. A ledger bounds what a wrong guess may cost.
+is measured. Where it is foreseen which experts a draft would wait for, these count: in full in the step's time, and as
+far as the token is likely to come in the time of the plain steps that it saves, since they would wait for them too. A
+ledger bounds what a wrong guess may cost.
 
 Plain numbers; the caller has the clock. Sources: Leviathan et al. 2023 (expected accepted tokens), Liu et al. 2024,
 "SmartSpec" (goodput, and drafts out of a step's budget).
@@ -10,7 +12,7 @@ Plain numbers; the caller has the clock. Sources: Leviathan et al. 2023 (expecte
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 _DECAY = 0.98  # of what was counted of acceptance, with each judged token
@@ -29,6 +31,7 @@ _LOAN_STEPS = 3.0  # that the ledger may lose at first, in times of a plain step
 _EARNED_SHARE = 0.015  # of a plain step's time that may be lost later
 _MOST_SAVED_STEPS = 30.0  # that the ledger holds at most, so that an old gain pays for no long loss
 _MIN_REST_STEPS, _MAX_REST_STEPS = 128, 8192  # doubled each time that a trial loses
+_WARM_UP_STEPS = 8  # of a rest, at its end
 _TURN_STEPS = 192  # with drafts, behind which plain ones are timed again
 _PLAIN_TURN_STEPS, _SETTLE_STEPS = 8, 2
 
@@ -66,6 +69,20 @@ def _kind(source: Hashable, place: int, promised: float) -> tuple[Hashable, int,
     return source, min(place, _PLACES - 1), min(int(promised * _STEPS_OF), _STEPS_OF - 1)
 
 
+class Step(NamedTuple):
+    """What was measured of a step.
+
+    Args:
+        seconds: that it took.
+        waited_s: of these, waiting for experts.
+        num_experts: (layer, expert) pairs that its rows touched.
+    """
+
+    seconds: float
+    waited_s: float = 0.0
+    num_experts: int = 0
+
+
 class StepTimes:
     """What steps of some sequences and drafted tokens take.
 
@@ -76,35 +93,42 @@ class StepTimes:
 
     def __init__(self, num_experts: int | None = None, top_k: int = 1) -> None:
         self._num_experts, self._top_k = num_experts, top_k
-        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._steps: dict[tuple[int, int], deque[Step]] = {}
         self._tried: dict[tuple[int, int], int] = {}
         self._now = 0
 
-    def add(self, num_sequences: int, num_drafted: int, step_s: float) -> None:
-        """Take in a step's seconds."""
+    def add(self, num_sequences: int, num_drafted: int, step: Step) -> None:
+        """Take in a step."""
         key = num_sequences, num_drafted
         self._now += 1
         if self._now - self._tried.get(key, self._now) > _OLD_STEPS:
-            self._times.pop(key, None)
-        self._times.setdefault(key, deque(maxlen=_MOST_TIMES)).append(step_s)
+            self._steps.pop(key, None)
+        self._steps.setdefault(key, deque(maxlen=_MOST_TIMES)).append(step)
         self._tried[key] = self._now
 
-    def measured(self, num_sequences: int, num_drafted: int, least: int = _LEAST_TIMES) -> float | None:
-        """Return the median of steps like this; None where too few were seen lately."""
+    def measured(
+        self, num_sequences: int, num_drafted: int, least: int = _LEAST_TIMES, *, waits: bool = True
+    ) -> float | None:
+        """Return the median of steps like this, with or without their waits; None where too few were seen lately."""
         key = num_sequences, num_drafted
-        times = self._times.get(key, ())
-        if len(times) < least or self._now - self._tried[key] > _OLD_STEPS:
+        steps = self._steps.get(key, ())
+        if len(steps) < least or self._now - self._tried[key] > _OLD_STEPS:
             return None
-        return statistics.median(times)
+        return statistics.median(step.seconds - step.waited_s * (not waits) for step in steps)
 
-    def of(self, num_sequences: int, num_drafted: int) -> float | None:
+    def of(self, num_sequences: int, num_drafted: int, *, waits: bool = True) -> float | None:
         """Return what such a step takes: measured, or from the nearest measured one and how many more experts it needs.
+
+        Args:
+            num_sequences: n.
+            num_drafted: d.
+            waits: whether waiting for experts is a part of it.
 
         Returns:
             Seconds; None where no step of so many sequences was measured.
         """
         for fewer in range(num_drafted, -1, -1):
-            known = self.measured(num_sequences, fewer)
+            known = self.measured(num_sequences, fewer, waits=waits)
             if known is not None:
                 growth = self._growth(num_sequences + num_drafted) / self._growth(num_sequences + fewer)
                 return known * growth
@@ -112,11 +136,19 @@ class StepTimes:
 
     def growths(self) -> dict[str, float]:
         """Return what drafted tokens made of steps' times, as "sequences+drafted": times that of a plain step."""
+        return self._growths(lambda steps: statistics.median(step.seconds for step in steps))
+
+    def unions(self) -> dict[str, float]:
+        """Return what drafted tokens made of the experts that a step touches, likewise: times those of a plain step."""
+        return self._growths(lambda steps: statistics.fmean(step.num_experts for step in steps))
+
+    def _growths(self, value: Callable[[Iterable[Step]], float]) -> dict[str, float]:
         found = {}
-        for number, drafted in sorted(self._times):
-            step_s, plain_s = self.measured(number, drafted), self.measured(number, 0)
-            if drafted and step_s is not None and plain_s:
-                found[f"{number}+{drafted}"] = step_s / plain_s
+        for number, drafted in sorted(self._steps):
+            own, plain = ((number, rows) for rows in (drafted, 0))
+            known = [self.measured(*key) is not None for key in (own, plain)]
+            if drafted and all(known) and (base := value(self._steps[plain])):
+                found[f"{number}+{drafted}"] = value(self._steps[own]) / base
         return found
 
     def _growth(self, num_rows: int) -> float:
@@ -178,6 +210,11 @@ class SpeculationGate:
         """Whether a step may have drafts now."""
         return self._resting == 0
 
+    @property
+    def nearly_on(self) -> bool:
+        """Whether a step may have drafts now or in a few steps."""
+        return self._resting <= _WARM_UP_STEPS
+
     def wants_drafts(self, num_sequences: int) -> bool:
         """Whether the next step may have drafts, and if not, note why."""
         if self._resting:
@@ -199,7 +236,10 @@ class SpeculationGate:
         return min(lately, statistics.median(settled))
 
     def choose(
-        self, num_sequences: int, chances: list[list[float]], missed_s: Callable[[int], float] | None = None
+        self,
+        num_sequences: int,
+        chances: list[list[float]],
+        waits: Callable[[list[tuple[int, int]]], list[float] | None] | None = None,
     ) -> list[int]:
         """Choose how many tokens of each draft the next step verifies.
 
@@ -207,8 +247,9 @@ class SpeculationGate:
             num_sequences: n.
             chances: of each sequence, of each of its drafted tokens, the probability that it is accepted where those
                 before it are.
-            missed_s: seconds that a number of drafted tokens, the likeliest ones, waits for experts beyond those that
-                the measured steps waited for.
+            waits: foresees how long tokens wait for experts, where that can be foreseen. Given (sequence, place in its
+                draft) of tokens in the order in which a step takes them, it returns the seconds of a step without any,
+                then what each token adds for experts that none before it needs; None where it does not know yet.
 
         Returns:
             [n] numbers of tokens.
@@ -219,38 +260,45 @@ class SpeculationGate:
             return counts
         tokens = sorted(_reached(chances), reverse=True)[: self.most]
         saved_s = _LOAN_STEPS * plain_s if self._saved_s is None else self._saved_s
-        best, best_rate, expected = 0, (1 + _LEAST_GAIN) * num_sequences / plain_s, float(num_sequences)
-        for number, (reached, _, _) in enumerate(tokens, 1):
-            expected += reached
-            step_s = self.times.of(num_sequences, number)
-            if step_s is None:
+        foreseen = waits([(-row, -place) for _, row, place in tokens]) if tokens and waits is not None else None
+        measured = foreseen is None  # whether waits are those of the measured steps
+        if foreseen is None:
+            foreseen = [0.0] * (1 + len(tokens))
+        busy_s = plain_s if measured else self.times.of(num_sequences, 0, waits=False) or plain_s
+        best, best_ratio, waited_s = 0, 1 + _LEAST_GAIN, foreseen[0]
+        saved_by_s = plain_now_s = busy_s + waited_s  # of the plain steps in place of which this one comes
+        for number, ((reached, _, _), wait_s) in enumerate(zip(tokens, foreseen[1:], strict=True), 1):
+            saved_by_s += reached * (busy_s / num_sequences + wait_s)
+            waited_s += wait_s
+            known_s = self.times.of(num_sequences, number, waits=measured)
+            if known_s is None:
                 break
-            if missed_s is not None:
-                step_s += missed_s(number)
-            if step_s - plain_s > saved_s:  # what it loses if no token is accepted
+            step_s = known_s + waited_s
+            if step_s - plain_now_s > saved_s:  # what it loses if no token is accepted
                 break
-            if expected / step_s > best_rate:
-                best, best_rate = number, expected / step_s
+            if saved_by_s / step_s > best_ratio:
+                best, best_ratio = number, saved_by_s / step_s
         for _, row, _ in tokens[:best]:
             counts[-row] += 1
         if tokens:
             self.reason = "drafts pay" if best else "no draft would pay"
         return counts
 
-    def finish(self, num_sequences: int, num_drafted: int, num_tokens: int, step_s: float) -> float:
+    def finish(self, num_sequences: int, num_drafted: int, num_tokens: int, step: Step) -> float:
         """Take in a step and settle the ledger.
 
         Args:
             num_sequences: that decoded, nothing else was in the step.
             num_drafted: tokens that it verified.
             num_tokens: that it gave.
-            step_s: its seconds, with those of its drafts.
+            step: what was measured of it; its seconds with those of its drafts.
 
         Returns:
             Seconds gained; negative where plain steps would have been faster.
         """
         plain_s = self.plain_s(num_sequences)
-        self.times.add(num_sequences, num_drafted, step_s)
+        step_s = step.seconds
+        self.times.add(num_sequences, num_drafted, step)
         if not num_drafted:
             self._finish_plain(num_sequences, step_s)
             return 0.0
