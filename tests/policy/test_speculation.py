@@ -85,9 +85,7 @@ def test_it_is_off_by_itself_with_a_reason_and_tried_ever_more_rarely():
     gate = SpeculationGate(StepTimes(), 7)
     clock = Clock(gate, 0.0, lambda drafted: 1.0 + drafted, promised=0.9)
     clock.acceptance.probability = lambda source, place, promised: promised  # a source that is believed whatever comes
-    gate.times.of = lambda num_sequences, drafted, waits=True: (
-        1.0
-    )  # and times that are always wrong: the ledger is left
+    gate.times.of = lambda *rows, waits=True: 1.0  # and times that are always wrong: the ledger is left
     offs, was_on = [], True
     for step in range(4000):
         clock.run(1)
