@@ -131,7 +131,7 @@ def replay(trace: RoutingTrace, places: list[slice], way: str, drafts: Drafts, m
         while row < rows.stop:
             proposed, num_right = drafts.rows(row, rows.stop - 1 - row)
             foreseen.begin_step(routes=way == "foreseen" or way == "true")
-            if foreseen.wanted and foreseen.seconds_a_miss is None:
+            if foreseen.wanted and foreseen.costs is None:
                 known.rows = multi_hot(trace.experts[[row]], trace.num_experts) > 0
                 foreseen.waits([(id, int(trace.token_ids[row]))], 1)
             count = min(3, len(proposed)) if way == "always three" else 0

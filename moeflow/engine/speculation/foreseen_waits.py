@@ -1,13 +1,13 @@
 """Foreseen waits: how long the tokens of a step would wait for experts that are not in memory.
 
 Each token's likely experts are known from what it took before and from what its sequence took last. Those that are not
-in memory have to be brought, and what one of them costs is measured: the seconds that steps waited, by the experts that
-were foreseen to be missing in these.
+in memory have to be brought. What one of them costs is measured, and what each token waits for that nobody foresaw: by
+the seconds that steps waited.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from moeflow.policy.cache import ExpertCache
 
 _DECAY = 0.98  # of what was foreseen and waited, with each step that was foreseen
-_LEAST_STEPS = 4  # before what a missing expert costs is known
+_LEAST_STEPS = 4  # before what waits are made of is known
+_LEAST_SPREAD = 1e-3  # of what was foreseen, to tell experts from tokens
 
 
 class Demanded(Protocol):
@@ -51,6 +52,18 @@ class Experts(Protocol):
         ...
 
 
+class WaitCosts(NamedTuple):
+    """What steps waited for, by what was foreseen of them.
+
+    Args:
+        seconds_a_miss: of each expert that was foreseen to be missing.
+        seconds_a_token: of each token, for experts that nobody foresaw.
+    """
+
+    seconds_a_miss: float
+    seconds_a_token: float
+
+
 class ForeseenWaits:
     """Foresees the waits of one engine's steps, and learns from these.
 
@@ -75,15 +88,14 @@ class ForeseenWaits:
         self._drafted: dict[str, tuple[list[int], np.ndarray]] = {}  # of the step under way: tokens and their routes
         self._missing: list[int] | None = None  # of the step under way, by drafted tokens
         self._before = 0, 0.0  # what had been demanded, and waited, when it began
-        self._foreseen = self._waited_s = 0.0  # decayed sums
+        self._num_first = 0  # tokens that it takes in any case
+        self._moments = np.zeros((2, 3))  # decayed sums, of (missing, tokens) by (missing, tokens, seconds waited)
         self._num_steps = 0  # in these
 
     @property
-    def seconds_a_miss(self) -> float | None:
-        """What one expert costs that was foreseen to be missing; None before that is known."""
-        if self._num_steps < _LEAST_STEPS or not self._foreseen:
-            return None
-        return self._waited_s / self._foreseen
+    def costs(self) -> WaitCosts | None:
+        """What waits are made of; None before that is known."""
+        return None if self._num_steps < _LEAST_STEPS else WaitCosts(*_least_squares(self._moments))
 
     def begin_step(self, *, routes: bool) -> None:
         """Begin a step.
@@ -133,17 +145,20 @@ class ForeseenWaits:
 
         Returns:
             [1 + tokens - num_first] seconds of the first ones, then those that each other token adds; None where it is
-            not known yet what a missing expert costs.
+            not known yet what waits are made of.
         """
         needed = self.likely.likely([id for id, _ in tokens], [token for _, token in tokens])
         needed &= ~self._experts.cache.present(*self._shape)
         needed[num_first - 1] = needed[:num_first].any(axis=0)
         any_so_far = np.logical_or.accumulate(needed[num_first - 1 :], axis=0)
-        self._missing = any_so_far.sum(axis=(1, 2)).tolist()
-        cost_s = self.seconds_a_miss
-        if cost_s is None:
+        self._missing, self._num_first = any_so_far.sum(axis=(1, 2)).tolist(), num_first
+        costs = self.costs
+        if costs is None:
             return None
-        return [cost_s * number for number in np.diff(self._missing, prepend=0).tolist()]
+        added = np.diff(self._missing, prepend=0)
+        seconds = costs.seconds_a_miss * added + costs.seconds_a_token
+        seconds[0] += costs.seconds_a_token * (num_first - 1)
+        return seconds.tolist()
 
     def finish_step(self, num_drafted: int) -> tuple[float, int]:
         """Take in how many drafted tokens the step verified; return the seconds it waited, and its experts."""
@@ -152,8 +167,9 @@ class ForeseenWaits:
         if experts < before_experts:  # the counters were reset
             return 0.0, 0
         if self._missing is not None:
-            self._foreseen = _DECAY * self._foreseen + self._missing[num_drafted]
-            self._waited_s = _DECAY * self._waited_s + waited_s - before_s
+            known = np.array([self._missing[num_drafted], self._num_first + num_drafted])
+            self._moments *= _DECAY
+            self._moments += np.outer(known, [*known, waited_s - before_s])
             self._num_steps += 1
         return waited_s - before_s, experts - before_experts
 
@@ -161,3 +177,17 @@ class ForeseenWaits:
         """Drop a sequence that has ended; what its tokens took stays known."""
         self.likely.forget(id)
         self._drafted.pop(id, None)
+
+
+def _least_squares(moments: np.ndarray) -> tuple[float, float]:
+    """Return seconds of a missing expert and of a token that explain the seconds waited best, none below zero."""
+    (miss_miss, miss_token, miss_s), (_, token_token, token_s) = moments.tolist()
+    both = miss_miss * token_token - miss_token**2
+    if both > _LEAST_SPREAD * miss_miss * token_token:
+        a_miss = (miss_s * token_token - token_s * miss_token) / both
+        a_token = (token_s * miss_miss - miss_s * miss_token) / both
+        if a_miss >= 0 and a_token >= 0:
+            return a_miss, a_token
+        if a_token >= 0:
+            return 0.0, token_s / token_token
+    return (miss_s / miss_miss, 0.0) if miss_miss else (0.0, token_s / token_token)

@@ -118,7 +118,7 @@ class Speculation:
         if not (self._runner.was_native or self._options.packed):
             self._gate.reason = "steps do not run natively"
             return pieces
-        if self._foreseen is not None and self._foreseen.seconds_a_miss is None:
+        if self._foreseen is not None and self._foreseen.costs is None:
             self._waits(pieces, [], [])  # so that it learns from plain steps
         most = min(self._options.most, self._most_rows - len(pieces))
         if most < 1:
@@ -206,7 +206,7 @@ class Speculation:
             **gate.gains._asdict(),
             "growth": gate.times.growths(),
             "union": gate.times.unions(),
-            "seconds_a_miss": None if self._foreseen is None else self._foreseen.seconds_a_miss,
+            "waits": None if self._foreseen is None or not (costs := self._foreseen.costs) else costs._asdict(),
             "sources": {name: asdict(counts) for name, counts in self._counts.items()},
         }
 
