@@ -11,7 +11,7 @@ Plain numbers; the caller has the clock. Sources: Leviathan et al. 2023 (expecte
 """
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ _MOST_TIMES = 15  # of each number of rows, of which the median counts
 _LEAST_TIMES = 2
 _OLD_STEPS = 1024  # a number of rows that was not tried for so long is not known any more
 _EXPERTS_SHARE = 0.5  # of a step's time, before there are measurements
+_DRIVEN_OUT = 0.7  # experts that steps will wait for, for each one that came in vain and took a place in memory
 _LEAST_GAIN = 0.02  # of the tokens a second
 
 _LEAST_PLAIN = 4  # plain steps before the first draft
@@ -34,6 +35,8 @@ _MIN_REST_STEPS, _MAX_REST_STEPS = 128, 8192  # doubled each time that a trial l
 _WARM_UP_STEPS = 8  # of a rest, at its end
 _TURN_STEPS = 192  # with drafts, behind which plain ones are timed again
 _PLAIN_TURN_STEPS, _SETTLE_STEPS = 8, 2
+_WAITS_SHARE = 0.02  # of a plain step's time, from which experts come and go, and need steps to settle:
+_WARM_STEPS, _WARM_SETTLE_STEPS = 24, 16  # plain ones before the first draft, and in a turn
 
 
 def union_share(num_rows: int, num_experts: int, top_k: int) -> float:
@@ -203,6 +206,7 @@ class SpeculationGate:
         self._trial_gain_s = 0.0  # since the last rest
         self._speculated = 0  # steps since the last plain turn
         self._turn = 0  # plain steps that are left of one
+        self._plain_steps: Counter[int] = Counter()  # by sequences
         self._settled: dict[int, deque[float]] = {}  # by sequences, seconds of plain steps in turns
 
     @property
@@ -231,6 +235,8 @@ class SpeculationGate:
         """Return what a step without drafts takes; None before a few were timed."""
         lately = self.times.measured(num_sequences, 0, _LEAST_PLAIN)
         settled = self._settled.get(num_sequences)
+        if self._plain_steps[num_sequences] < _WARM_STEPS and self._waits(num_sequences):
+            return None
         if lately is None or not settled:
             return lately
         return min(lately, statistics.median(settled))
@@ -265,9 +271,11 @@ class SpeculationGate:
         if foreseen is None:
             foreseen = [0.0] * (1 + len(tokens))
         busy_s = plain_s if measured else self.times.of(num_sequences, 0, waits=False) or plain_s
-        best, best_ratio, waited_s = 0, 1 + _LEAST_GAIN, foreseen[0]
+        best, best_ratio = 0, 1 + _LEAST_GAIN
+        waited_s, driven_out_s = foreseen[0], 0.0  # what experts that come in vain drive out has to come again
         saved_by_s = plain_now_s = busy_s + waited_s  # of the plain steps in place of which this one comes
         for number, ((reached, _, _), wait_s) in enumerate(zip(tokens, foreseen[1:], strict=True), 1):
+            driven_out_s += _DRIVEN_OUT * (1 - reached) * wait_s
             saved_by_s += reached * (busy_s / num_sequences + wait_s)
             waited_s += wait_s
             known_s = self.times.of(num_sequences, number, waits=measured)
@@ -276,8 +284,8 @@ class SpeculationGate:
             step_s = known_s + waited_s
             if step_s - plain_now_s > saved_s:  # what it loses if no token is accepted
                 break
-            if saved_by_s / step_s > best_ratio:
-                best, best_ratio = number, saved_by_s / step_s
+            if saved_by_s / (step_s + driven_out_s) > best_ratio:
+                best, best_ratio = number, saved_by_s / (step_s + driven_out_s)
         for _, row, _ in tokens[:best]:
             counts[-row] += 1
         if tokens:
@@ -318,11 +326,18 @@ class SpeculationGate:
             self._trial_gain_s, self._speculated = 0.0, 0
             self.reason = "slower than plain steps by the clock"
         elif self._speculated >= _TURN_STEPS:
-            self._speculated, self._turn = 0, _PLAIN_TURN_STEPS + _SETTLE_STEPS
+            settle = _WARM_SETTLE_STEPS if self._waits(num_sequences) else _SETTLE_STEPS
+            self._speculated, self._turn = 0, _PLAIN_TURN_STEPS + settle
             self._settled.pop(num_sequences, None)
         return gained_s
 
+    def _waits(self, num_sequences: int) -> bool:
+        """Whether plain steps wait for experts, as far as is known."""
+        whole_s, busy_s = (self.times.measured(num_sequences, 0, waits=waits) for waits in (True, False))
+        return whole_s is not None and busy_s is not None and whole_s - busy_s > _WAITS_SHARE * whole_s
+
     def _finish_plain(self, num_sequences: int, step_s: float) -> None:
+        self._plain_steps[num_sequences] += 1
         if self._saved_s is not None:
             self._saved_s += _EARNED_SHARE * step_s
         self._resting = max(0, self._resting - 1)

@@ -117,11 +117,31 @@ def test_the_more_the_union_grows_the_shorter_the_drafts():
 def waiting_gate(num_sequences=1, waited_s=0.5):
     """A gate whose plain steps take 1.0, half of it in waiting; each drafted token adds 0.05 and as long a wait."""
     gate = SpeculationGate(StepTimes(), 7)
-    for drafted in range(8):
+    for _ in range(24):
+        gate.finish(num_sequences, 0, num_sequences, Step(0.5 + waited_s, waited_s))
+    for drafted in range(1, 8):
         for _ in range(15):
             waits = waited_s * (1 + drafted)
             gate.times.add(num_sequences, drafted, Step(0.5 + 0.05 * drafted + waits, waits))
     return gate
+
+
+def test_steps_of_a_cold_memory_are_not_what_plain_steps_take():
+    """The first ones wait four times as long as all the others, and a draft adds a wait of its own."""
+    gate, seconds, tokens = SpeculationGate(StepTimes(), 7), 0.0, 0
+    for number in range(300):
+        (count,) = gate.choose(1, [[0.9] * 3])
+        waited_s = (4.0 if number < 12 else 1.0) + 1.2 * count
+        gate.finish(1, count, 1 + (count > 0), Step(0.5 + waited_s, waited_s))
+        seconds, tokens = seconds + 0.5 + waited_s, tokens + 1 + (count > 0)
+    plain_s = 12 * 4.5 + 1.5 * (tokens - 12)
+    assert seconds < 1.03 * plain_s
+
+
+def test_experts_that_come_in_vain_cost_those_that_they_drive_out():
+    """Of two drafts that wait as long, the one that is sure to come pays where the other does not."""
+    likely = [waiting_gate().choose(1, [[chance]], lambda tokens: [0.0, 0.3]) for chance in (0.5, 0.95)]
+    assert likely == [[0], [1]]
 
 
 def test_a_draft_whose_experts_are_in_memory_is_longer_than_one_that_waits():
