@@ -3,8 +3,8 @@
     python scripts/replay_speculation.py [--tokens 2000] [--cache 25 50] [--links 4 12 25 50] [--acceptance .6 .8 .9]
 
 A simulated clock: a step takes the bytes that it reads from memory (dense weights, and the experts that its rows touch)
-by the speed of memory, and the missing experts' bytes by the link's. Experts are kept least recently used, and stay from
-sequence to sequence. A draft has seven tokens; each is the true next one with the probability that is told, and behind
+by the speed of memory, and the missing experts' bytes by the link's. Experts are kept least recently used, from one
+sequence to the next. A draft has seven tokens; each is the true next one with the probability that is told, and behind
 the first one that is not the draft goes on as some other place of the trace does. All ways meet the same drafts.
 
 Ways: three tokens of every draft; the gate by acceptance and measured steps alone; the gate by the experts that tokens

@@ -118,7 +118,7 @@ class Speculation:
         if not (self._runner.was_native or self._options.packed):
             self._gate.reason = "steps do not run natively"
             return pieces
-        if self._foreseen is not None and self._foreseen.costs is None:
+        if self._options.gated and self._foreseen is not None and self._foreseen.costs is None:
             self._waits(pieces, [], [])  # so that it learns from plain steps
         most = min(self._options.most, self._most_rows - len(pieces))
         if most < 1:

@@ -12,6 +12,7 @@ from moeflow.engine.regrouping.step_groups import PassRoutes
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.kernels.cpu.library import instruction_set
+from moeflow.policy.cache import ExpertCache
 
 needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -112,7 +113,7 @@ def test_answers_at_half_of_the_experts_are_those_without_drafts(load):
             assert [one.token_ids for one in engine.generate(prompts, ASKED)] == expected
         stats = engine.stats()["speculation"]
     assert asked, "nothing was foreseen"
-    assert stats["seconds_a_miss"] > 0
+    assert stats["waits"]["seconds_a_miss"] + stats["waits"]["seconds_a_token"] > 0
 
 
 @needs_kernels
@@ -169,8 +170,9 @@ def test_a_token_waits_for_what_is_not_in_memory_and_no_token_before_it_needs(lo
     for _ in range(4):
         evict_all(runtime)
         assert fed.step(0, 1) is None  # what a miss costs is measured first
-    cost_s = fed.foreseen.seconds_a_miss
+    cost_s, of_a_token_s = fed.foreseen.costs
     assert cost_s > 0
+    assert of_a_token_s == 0  # all was foreseen
     evict_all(runtime)
     fed.fetch(6, 7)
     tokens = [("a", 1), ("a", 2), ("a", 3), ("a", 4)]
@@ -193,8 +195,56 @@ def test_a_reset_of_the_counters_costs_no_more_than_a_step(load):
     assert fed.foreseen.finish_step(0)[1] == LAYERS
 
 
-def test_nothing_is_foreseen_of_tokens_and_sequences_that_were_never_seen(load):
-    fed = Fed(load("50%", "python").moeflow)
-    for _ in range(6):
-        assert fed.step(0, 1) is None
-    assert fed.foreseen.seconds_a_miss is None
+class Counted:
+    """Experts of which nothing is in memory, with waits that a test says."""
+
+    def __init__(self):
+        self.experts_per_layer, self.cache, self.observers = [EXPERTS], ExpertCache(EXPERTS - 1), []
+        self.expert_fetch, self.waited_s = self, 0.0
+
+    def demanded(self):
+        return 0, self.waited_s
+
+    def step(self, foreseen, tokens, seconds):
+        """Foresee a step of tokens, let it wait, and return what was foreseen."""
+        foreseen.begin_step(routes=True)
+        found = foreseen.waits([("a", token) for token in tokens], 1)
+        self.waited_s += seconds
+        foreseen.finish_step(len(tokens) - 1)
+        return found
+
+
+def test_waits_are_parted_into_those_of_experts_and_those_of_tokens_that_nobody_knows():
+    experts = Counted()
+    foreseen = ForeseenWaits(experts, TOP_K)
+    foreseen.begin_step(routes=True)
+    foreseen.saw([Piece(Sequence("b", [7], 1), [7], True)], np.array([[[0, 1]]]))
+    foreseen.saw([Piece(Sequence("b", [8], 1), [8], True)], np.array([[[2, 3]]]))
+    foreseen.forget("b")
+    for _ in range(3):
+        experts.step(foreseen, [7, 8, 99], 4 * 0.25 + 3 * 0.5)
+        experts.step(foreseen, [99, 7], 2 * 0.25 + 2 * 0.5)
+    assert foreseen.costs == pytest.approx((0.25, 0.5))
+    assert experts.step(foreseen, [7, 99, 8], 0.0) == pytest.approx([1.0, 0.5, 1.0])
+
+
+def test_where_nothing_was_foreseen_all_tokens_wait_alike():
+    experts = Counted()
+    foreseen = ForeseenWaits(experts, TOP_K)
+    for _ in range(4):
+        assert foreseen.costs is None
+        experts.step(foreseen, [99, 98], 3.0)
+    assert foreseen.costs == pytest.approx((0.0, 1.5))
+
+
+def test_experts_that_are_foreseen_in_vain_cost_nothing():
+    experts = Counted()
+    foreseen = ForeseenWaits(experts, TOP_K)
+    foreseen.begin_step(routes=True)
+    foreseen.saw([Piece(Sequence("b", [7], 1), [7], True)], np.array([[[0, 1]]]))
+    foreseen.forget("b")
+    for _ in range(4):
+        experts.step(foreseen, [7], 1.0)
+        experts.step(foreseen, [99], 2.0)
+    assert foreseen.costs.seconds_a_miss == 0
+    assert 1 < foreseen.costs.seconds_a_token < 2
