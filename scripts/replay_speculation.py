@@ -25,7 +25,8 @@ from moeflow.core import ExpertKey
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.policy.cache import ExpertCache
-from moeflow.policy.speculation import Acceptance, SpeculationGate, Step, StepTimes
+from moeflow.policy.speculation import Acceptance, SpeculationGate
+from moeflow.policy.step_times import Step, StepTimes
 from moeflow.predictors.odds import multi_hot
 from moeflow.trace.convert import convert_trace
 from moeflow.trace.trace import RoutingTrace

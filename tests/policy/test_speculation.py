@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from moeflow.policy.speculation import Acceptance, SpeculationGate, Step, StepTimes, union_share
+from moeflow.policy.speculation import Acceptance, SpeculationGate
+from moeflow.policy.step_times import Step, StepTimes, union_share
 
 
 def warm(gate, num_sequences=1, plain_s=1.0, steps=8):

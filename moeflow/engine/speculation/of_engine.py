@@ -17,7 +17,8 @@ from moeflow.engine.speculation.token_recycling import TokenRecycling
 from moeflow.errors import MoeflowError
 from moeflow.hf import experts_interface
 from moeflow.hf.passes import forward
-from moeflow.policy.speculation import SpeculationGate, StepTimes
+from moeflow.policy.speculation import SpeculationGate
+from moeflow.policy.step_times import StepTimes
 
 if TYPE_CHECKING:
     from moeflow.offload.runtime import ExpertRuntime

@@ -14,7 +14,8 @@ from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.speculation.drafts import NO_DRAFT, Draft, DraftSource, checked
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.engine.speculation.options import SpeculationOptions
-from moeflow.policy.speculation import Acceptance, SpeculationGate, Step
+from moeflow.policy.speculation import Acceptance, SpeculationGate
+from moeflow.policy.step_times import Step
 
 _log = logging.getLogger(__name__)
 
