@@ -7,8 +7,9 @@ import hashlib
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -45,6 +46,24 @@ class Computed(NamedTuple):
     error: str | None = None
 
 
+class RouteWatcher(Protocol):
+    """What is shown the experts that tokens took.
+
+    Attributes:
+        wanted: whether it wants those of the pass under way.
+    """
+
+    wanted: bool
+
+    def watching(self, pieces: list[Piece]) -> AbstractContextManager:
+        """Stand around a pass of the model's own code over pieces."""
+        ...
+
+    def saw(self, pieces: list[Piece], routes: np.ndarray) -> None:
+        """Take in what the tokens of pieces and of their drafts took, [tokens, L, K], behind a native step."""
+        ...
+
+
 class ModelRunner:
     """Runs pieces of sequences on a model and keeps their keys and values.
 
@@ -63,6 +82,7 @@ class ModelRunner:
         was_native: whether the last pass was a native step.
         packed_drafts: whether drafts are computed where no native step runs as well; logits then have other last bits
             than those of single tokens.
+        routes: what is shown the experts that tokens took; None for nothing.
 
     Raises:
         ConfigError: kv_memory is no size, kv_format unknown, or the model keeps what it cannot hold.
@@ -81,6 +101,7 @@ class ModelRunner:
         self._model = model
         self.packed_drafts = False
         self.was_native = False
+        self.routes: RouteWatcher | None = None
         self._watching = watching
         runtime = getattr(model, "moeflow", None)
         self._turns = getattr(runtime, "turns", None) or Turns()
@@ -149,6 +170,11 @@ class ModelRunner:
                 computed.append(Computed(piece, None, f"{type(error).__name__}: {error}".partition("\n")[0]))
         return computed
 
+    @property
+    def _decoding(self) -> Any:
+        """What runs native steps; None for nothing."""
+        return getattr(getattr(self._model, "moeflow", None), "step", None)
+
     def _forward(self, pieces: list[Piece]) -> list[Computed]:
         segments: list[Segment] = []
         tokens: list[int] = []
@@ -175,11 +201,15 @@ class ModelRunner:
                 if all(len(piece.tokens) == 1 and piece.sequence.num_computed for piece in pieces):
                     logits = self._step(segments, input_ids, position_ids)
                 self.was_native = logits is not None
+                watcher = self.routes if self.routes is not None and self.routes.wanted else None
                 if logits is not None:
+                    if watcher is not None:
+                        watcher.saw(pieces, self._decoding.routes())
                     return logits[places]
                 if not self.packed_drafts and any(piece.draft for piece in pieces):
                     return None
-                with self._cache.running(self._model, segments):
+                watching = nullcontext() if watcher is None else watcher.watching(pieces)
+                with self._cache.running(self._model, segments), watching:
                     return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
 
         computed = self._turns.run(run_pass)
@@ -196,7 +226,7 @@ class ModelRunner:
         A step keeps the keys and values of all rows before any attends, and each row attends to the positions before
         its own. So the tokens of a draft are rows that share a slot.
         """
-        step = getattr(getattr(self._model, "moeflow", None), "step", None)
+        step = self._decoding
         if step is None or self._cache.rotaries.depend_on_length:
             return None
         slots: list[KeyValueSlot] = []

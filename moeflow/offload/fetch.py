@@ -121,6 +121,10 @@ class ExpertFetch:
             if self._host_compute is not None:
                 self._host_compute.release()
 
+    def demanded(self) -> tuple[int, float]:
+        """Return how many experts were demanded since the counters were reset, and the seconds that compute waited."""
+        return self._stats.demanded()
+
     def found(self, layer: int, experts: list[int], router_output: RouterOutput | None) -> None:
         """Take in a layer that ran with all its experts before it asked: count it, and feed the predictor.
 

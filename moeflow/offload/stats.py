@@ -284,6 +284,11 @@ class Stats:
         self.now.forwards += 1
         self.now.tokens += num_tokens
 
+    def demanded(self) -> tuple[int, float]:
+        """Return demanded experts of both phases, and the seconds that compute waited for any."""
+        phases = self.prefill, self.decode
+        return sum(one.hits + one.misses for one in phases), sum(one.stall_s for one in phases)
+
     def copy(self) -> tuple[PhaseStats, PhaseStats]:
         """Return a snapshot of both phases."""
         return self.prefill.copy(), self.decode.copy()

@@ -2,26 +2,27 @@
 
 A step of n sequences and d drafted tokens gives n tokens and those that are accepted. It pays while (n + accepted) a
 second is more than n without drafts. More rows touch more experts, so that a step's time grows with d; what it grows by
-is measured, and experts that a draft would miss are added to it. A ledger bounds what a wrong guess may cost.
+is measured. Where it is foreseen which experts a draft would wait for, these count: in full in the step's time, and as
+far as the token is likely to come in the time of the plain steps that it saves, since they would wait for them too. A
+ledger bounds what a wrong guess may cost.
 
 Plain numbers; the caller has the clock. Sources: Leviathan et al. 2023 (expected accepted tokens), Liu et al. 2024,
 "SmartSpec" (goodput, and drafts out of a step's budget).
 """
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
+
+from moeflow.policy.step_times import Step, StepTimes
 
 _DECAY = 0.98  # of what was counted of acceptance, with each judged token
 _PRIOR_WEIGHT = 4.0  # judged tokens that a source's own probability counts as
 _PLACES = 3  # of a draft's tokens that are counted apart; later ones count as the last
 _STEPS_OF = 8  # shares into which probabilities are parted
 
-_MOST_TIMES = 15  # of each number of rows, of which the median counts
-_LEAST_TIMES = 2
-_OLD_STEPS = 1024  # a number of rows that was not tried for so long is not known any more
-_EXPERTS_SHARE = 0.5  # of a step's time, before there are measurements
+_DRIVEN_OUT = 0.7  # experts that steps will wait for, for each one that came in vain and took a place in memory
 _LEAST_GAIN = 0.02  # of the tokens a second
 
 _LEAST_PLAIN = 4  # plain steps before the first draft
@@ -29,13 +30,11 @@ _LOAN_STEPS = 3.0  # that the ledger may lose at first, in times of a plain step
 _EARNED_SHARE = 0.015  # of a plain step's time that may be lost later
 _MOST_SAVED_STEPS = 30.0  # that the ledger holds at most, so that an old gain pays for no long loss
 _MIN_REST_STEPS, _MAX_REST_STEPS = 128, 8192  # doubled each time that a trial loses
+_WARM_UP_STEPS = 8  # of a rest, at its end
 _TURN_STEPS = 192  # with drafts, behind which plain ones are timed again
 _PLAIN_TURN_STEPS, _SETTLE_STEPS = 8, 2
-
-
-def union_share(num_rows: int, num_experts: int, top_k: int) -> float:
-    """Return the share of a layer's experts that rows touch, if each row chose as any other and apart from them."""
-    return 1.0 - (1.0 - top_k / num_experts) ** num_rows
+_WAITS_SHARE = 0.02  # of a plain step's time, from which experts come and go, and need steps to settle:
+_WARM_STEPS, _WARM_SETTLE_STEPS = 24, 16  # plain ones before the first draft, and in a turn
 
 
 class Acceptance:
@@ -64,67 +63,6 @@ class Acceptance:
 
 def _kind(source: Hashable, place: int, promised: float) -> tuple[Hashable, int, int]:
     return source, min(place, _PLACES - 1), min(int(promised * _STEPS_OF), _STEPS_OF - 1)
-
-
-class StepTimes:
-    """What steps of some sequences and drafted tokens take.
-
-    Args:
-        num_experts: of a layer; None where the model has none that count.
-        top_k: of these, that a token takes.
-    """
-
-    def __init__(self, num_experts: int | None = None, top_k: int = 1) -> None:
-        self._num_experts, self._top_k = num_experts, top_k
-        self._times: dict[tuple[int, int], deque[float]] = {}
-        self._tried: dict[tuple[int, int], int] = {}
-        self._now = 0
-
-    def add(self, num_sequences: int, num_drafted: int, step_s: float) -> None:
-        """Take in a step's seconds."""
-        key = num_sequences, num_drafted
-        self._now += 1
-        if self._now - self._tried.get(key, self._now) > _OLD_STEPS:
-            self._times.pop(key, None)
-        self._times.setdefault(key, deque(maxlen=_MOST_TIMES)).append(step_s)
-        self._tried[key] = self._now
-
-    def measured(self, num_sequences: int, num_drafted: int, least: int = _LEAST_TIMES) -> float | None:
-        """Return the median of steps like this; None where too few were seen lately."""
-        key = num_sequences, num_drafted
-        times = self._times.get(key, ())
-        if len(times) < least or self._now - self._tried[key] > _OLD_STEPS:
-            return None
-        return statistics.median(times)
-
-    def of(self, num_sequences: int, num_drafted: int) -> float | None:
-        """Return what such a step takes: measured, or from the nearest measured one and how many more experts it needs.
-
-        Returns:
-            Seconds; None where no step of so many sequences was measured.
-        """
-        for fewer in range(num_drafted, -1, -1):
-            known = self.measured(num_sequences, fewer)
-            if known is not None:
-                growth = self._growth(num_sequences + num_drafted) / self._growth(num_sequences + fewer)
-                return known * growth
-        return None
-
-    def growths(self) -> dict[str, float]:
-        """Return what drafted tokens made of steps' times, as "sequences+drafted": times that of a plain step."""
-        found = {}
-        for number, drafted in sorted(self._times):
-            step_s, plain_s = self.measured(number, drafted), self.measured(number, 0)
-            if drafted and step_s is not None and plain_s:
-                found[f"{number}+{drafted}"] = step_s / plain_s
-        return found
-
-    def _growth(self, num_rows: int) -> float:
-        """Return what a step of rows takes, in times of one row, before it was measured."""
-        union = float(num_rows)
-        if self._num_experts is not None:
-            union = union_share(num_rows, self._num_experts, self._top_k) * self._num_experts / self._top_k
-        return 1.0 + _EXPERTS_SHARE * (union - 1.0)
 
 
 class Gains(NamedTuple):
@@ -171,12 +109,18 @@ class SpeculationGate:
         self._trial_gain_s = 0.0  # since the last rest
         self._speculated = 0  # steps since the last plain turn
         self._turn = 0  # plain steps that are left of one
+        self._plain_steps: Counter[int] = Counter()  # by sequences
         self._settled: dict[int, deque[float]] = {}  # by sequences, seconds of plain steps in turns
 
     @property
     def is_on(self) -> bool:
         """Whether a step may have drafts now."""
         return self._resting == 0
+
+    @property
+    def nearly_on(self) -> bool:
+        """Whether a step may have drafts now or in a few steps."""
+        return self._resting <= _WARM_UP_STEPS
 
     def wants_drafts(self, num_sequences: int) -> bool:
         """Whether the next step may have drafts, and if not, note why."""
@@ -194,12 +138,17 @@ class SpeculationGate:
         """Return what a step without drafts takes; None before a few were timed."""
         lately = self.times.measured(num_sequences, 0, _LEAST_PLAIN)
         settled = self._settled.get(num_sequences)
+        if self._plain_steps[num_sequences] < _WARM_STEPS and self._waits(num_sequences):
+            return None
         if lately is None or not settled:
             return lately
         return min(lately, statistics.median(settled))
 
     def choose(
-        self, num_sequences: int, chances: list[list[float]], missed_s: Callable[[int], float] | None = None
+        self,
+        num_sequences: int,
+        chances: list[list[float]],
+        waits: Callable[[list[tuple[int, int]]], list[float] | None] | None = None,
     ) -> list[int]:
         """Choose how many tokens of each draft the next step verifies.
 
@@ -207,8 +156,9 @@ class SpeculationGate:
             num_sequences: n.
             chances: of each sequence, of each of its drafted tokens, the probability that it is accepted where those
                 before it are.
-            missed_s: seconds that a number of drafted tokens, the likeliest ones, waits for experts beyond those that
-                the measured steps waited for.
+            waits: foresees how long tokens wait for experts, where that can be foreseen. Given (sequence, place in its
+                draft) of tokens in the order in which a step takes them, it returns the seconds of a step without any,
+                then what each token adds for experts that none before it needs; None where it does not know yet.
 
         Returns:
             [n] numbers of tokens.
@@ -219,38 +169,47 @@ class SpeculationGate:
             return counts
         tokens = sorted(_reached(chances), reverse=True)[: self.most]
         saved_s = _LOAN_STEPS * plain_s if self._saved_s is None else self._saved_s
-        best, best_rate, expected = 0, (1 + _LEAST_GAIN) * num_sequences / plain_s, float(num_sequences)
-        for number, (reached, _, _) in enumerate(tokens, 1):
-            expected += reached
-            step_s = self.times.of(num_sequences, number)
-            if step_s is None:
+        foreseen = waits([(-row, -place) for _, row, place in tokens]) if tokens and waits is not None else None
+        measured = foreseen is None  # whether waits are those of the measured steps
+        if foreseen is None:
+            foreseen = [0.0] * (1 + len(tokens))
+        busy_s = plain_s if measured else self.times.of(num_sequences, 0, waits=False) or plain_s
+        best, best_ratio = 0, 1 + _LEAST_GAIN
+        waited_s, driven_out_s = foreseen[0], 0.0  # what experts that come in vain drive out has to come again
+        saved_by_s = plain_now_s = busy_s + waited_s  # of the plain steps in place of which this one comes
+        for number, ((reached, _, _), wait_s) in enumerate(zip(tokens, foreseen[1:], strict=True), 1):
+            driven_out_s += _DRIVEN_OUT * (1 - reached) * wait_s
+            saved_by_s += reached * (busy_s / num_sequences + wait_s)
+            waited_s += wait_s
+            known_s = self.times.of(num_sequences, number, waits=measured)
+            if known_s is None:
                 break
-            if missed_s is not None:
-                step_s += missed_s(number)
-            if step_s - plain_s > saved_s:  # what it loses if no token is accepted
+            step_s = known_s + waited_s
+            if step_s - plain_now_s > saved_s:  # what it loses if no token is accepted
                 break
-            if expected / step_s > best_rate:
-                best, best_rate = number, expected / step_s
+            if saved_by_s / (step_s + driven_out_s) > best_ratio:
+                best, best_ratio = number, saved_by_s / (step_s + driven_out_s)
         for _, row, _ in tokens[:best]:
             counts[-row] += 1
         if tokens:
             self.reason = "drafts pay" if best else "no draft would pay"
         return counts
 
-    def finish(self, num_sequences: int, num_drafted: int, num_tokens: int, step_s: float) -> float:
+    def finish(self, num_sequences: int, num_drafted: int, num_tokens: int, step: Step) -> float:
         """Take in a step and settle the ledger.
 
         Args:
             num_sequences: that decoded, nothing else was in the step.
             num_drafted: tokens that it verified.
             num_tokens: that it gave.
-            step_s: its seconds, with those of its drafts.
+            step: what was measured of it; its seconds with those of its drafts.
 
         Returns:
             Seconds gained; negative where plain steps would have been faster.
         """
         plain_s = self.plain_s(num_sequences)
-        self.times.add(num_sequences, num_drafted, step_s)
+        step_s = step.seconds
+        self.times.add(num_sequences, num_drafted, step)
         if not num_drafted:
             self._finish_plain(num_sequences, step_s)
             return 0.0
@@ -270,11 +229,18 @@ class SpeculationGate:
             self._trial_gain_s, self._speculated = 0.0, 0
             self.reason = "slower than plain steps by the clock"
         elif self._speculated >= _TURN_STEPS:
-            self._speculated, self._turn = 0, _PLAIN_TURN_STEPS + _SETTLE_STEPS
+            settle = _WARM_SETTLE_STEPS if self._waits(num_sequences) else _SETTLE_STEPS
+            self._speculated, self._turn = 0, _PLAIN_TURN_STEPS + settle
             self._settled.pop(num_sequences, None)
         return gained_s
 
+    def _waits(self, num_sequences: int) -> bool:
+        """Whether plain steps wait for experts, as far as is known."""
+        whole_s, busy_s = (self.times.measured(num_sequences, 0, waits=waits) for waits in (True, False))
+        return whole_s is not None and busy_s is not None and whole_s - busy_s > _WAITS_SHARE * whole_s
+
     def _finish_plain(self, num_sequences: int, step_s: float) -> None:
+        self._plain_steps[num_sequences] += 1
         if self._saved_s is not None:
             self._saved_s += _EARNED_SHARE * step_s
         self._resting = max(0, self._resting - 1)

@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from moeflow.hf.passes.step_rows import SpanRows, StepRows
 from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
+from moeflow.step.runner import StepRunner
 from moeflow.step.unchanged import ModelState
 
 _log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class StepDecoding:
         self._model = weakref.ref(model)
         self._runtime: ExpertRuntime = model.moeflow  # type: ignore[assignment]  # transformers types it as a module
         self._outputs = OutputMaker()
+        self._last: StepRunner | None = None  # that ran a step
         has_positions = GrowingCache.of_model(model) is not None
         if has_positions:
             run_calls_by(model, self._run, self._learn)
@@ -78,11 +81,21 @@ class StepDecoding:
         """Return the programs as lines; empty before the first step."""
         return "\n\n".join(runner.bound.program.text() for runner in self.programs)
 
-    def prepare(self) -> None:
-        """Capture the program of one sequence now, or take it from the disk, in place of at the first step."""
+    def routes(self) -> np.ndarray:
+        """Return the experts of the last step's rows: [rows, L, K] ids, of which E or more stands for none."""
+        assert self._last is not None, "no step ran natively"
+        return self._last.routes()
+
+    def prepare(self, num_rows: int = 1) -> None:
+        """Capture the program of so many rows now, or take it from the disk, in place of at the first step.
+
+        Raises:
+            ExpertReadError: an expert could not be read. The first step tries again.
+            ClosedModelError: the runtime was closed.
+        """
         model = self._model()
         if model is not None and self.programs.reason is None:
-            self._runtime.turns.run(capture_gate.run, self.programs.runner, model, 1)
+            self._runtime.turns.run(capture_gate.run, self.programs.runner, model, num_rows)
 
     def describe(self) -> dict[str, Any]:
         """Prepare the program of one sequence and describe it.
@@ -175,4 +188,5 @@ class StepDecoding:
             _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
             return None  # what is kept is as before
         self.num_steps += 1
+        self._last = runner
         return logits

@@ -94,6 +94,15 @@ class StepRunner:
             if self._is_done[0]:
                 rows.kept.advance(self.bound.kept_layers)
 
+    def routes(self) -> np.ndarray:
+        """Return what the rows of the last step took: [rows, L, K] ids, of which E or more stands for none."""
+        num_rows, none = self._state.num_live, max(self._runtime.experts_per_layer)
+        top_k = max(index.shape[1] for index in self._index)
+        routes = np.full((num_rows, len(self._experts), top_k), none, np.int64)
+        for layer, index in zip(self._layer_of, self._index, strict=True):
+            routes[:, layer, : index.shape[1]] = index[:num_rows]
+        return routes
+
     def takes(self, rows: StepRows) -> bool:
         """Whether what keeps the sequences is what the program writes and reads."""
         if not rows.kept.fits(self.bound.kept_layers, len(rows.input_ids)):

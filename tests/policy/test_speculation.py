@@ -5,12 +5,13 @@ import random
 
 import pytest
 
-from moeflow.policy.speculation import Acceptance, SpeculationGate, StepTimes, union_share
+from moeflow.policy.speculation import Acceptance, SpeculationGate
+from moeflow.policy.step_times import Step, StepTimes, union_share
 
 
 def warm(gate, num_sequences=1, plain_s=1.0, steps=8):
     for _ in range(steps):
-        gate.finish(num_sequences, 0, num_sequences, plain_s)
+        gate.finish(num_sequences, 0, num_sequences, Step(plain_s))
 
 
 class Clock:
@@ -35,7 +36,7 @@ class Clock:
                     break
                 tokens += 1
             step_s = self.growth(count) * (1 + 0.05 * self.draw.random())
-            self.gate.finish(1, count, tokens, step_s)
+            self.gate.finish(1, count, tokens, Step(step_s))
             self.seconds, self.tokens = self.seconds + step_s, self.tokens + tokens
         return self
 
@@ -85,7 +86,7 @@ def test_it_is_off_by_itself_with_a_reason_and_tried_ever_more_rarely():
     gate = SpeculationGate(StepTimes(), 7)
     clock = Clock(gate, 0.0, lambda drafted: 1.0 + drafted, promised=0.9)
     clock.acceptance.probability = lambda source, place, promised: promised  # a source that is believed whatever comes
-    gate.times.of = lambda num_sequences, drafted: 1.0  # and times that are always wrong: the ledger is left
+    gate.times.of = lambda *rows, waits=True: 1.0  # and times that are always wrong: the ledger is left
     offs, was_on = [], True
     for step in range(4000):
         clock.run(1)
@@ -105,7 +106,7 @@ def test_the_more_the_union_grows_the_shorter_the_drafts():
         warm(gate)
         for drafted in range(1, 8):
             for _ in range(3):
-                gate.times.add(1, drafted, by_union(num_experts, top_k)(drafted))
+                gate.times.add(1, drafted, Step(by_union(num_experts, top_k)(drafted)))
         return sum(gate.choose(1, [[0.85] * 7]))
 
     lengths = [chosen(num_experts, 4) for num_experts in (4, 5, 6, 8, 64)]
@@ -114,14 +115,88 @@ def test_the_more_the_union_grows_the_shorter_the_drafts():
     assert lengths[-1] == 0
 
 
-def test_experts_that_a_draft_would_miss_shorten_it():
+def waiting_gate(num_sequences=1, waited_s=0.5):
+    """A gate whose plain steps take 1.0, half of it in waiting; each drafted token adds 0.05 and as long a wait."""
     gate = SpeculationGate(StepTimes(), 7)
-    warm(gate)
+    for _ in range(24):
+        gate.finish(num_sequences, 0, num_sequences, Step(0.5 + waited_s, waited_s))
     for drafted in range(1, 8):
-        for _ in range(3):
-            gate.times.add(1, drafted, free(drafted))
-    assert gate.choose(1, [[0.9] * 7]) == [7]
-    assert gate.choose(1, [[0.9] * 7], lambda drafted: 0.0 if drafted <= 3 else 5.0) == [3]
+        for _ in range(15):
+            waits = waited_s * (1 + drafted)
+            gate.times.add(num_sequences, drafted, Step(0.5 + 0.05 * drafted + waits, waits))
+    return gate
+
+
+def test_steps_of_a_cold_memory_are_not_what_plain_steps_take():
+    """The first ones wait four times as long as all the others, and a draft adds a wait of its own."""
+    gate, seconds, tokens = SpeculationGate(StepTimes(), 7), 0.0, 0
+    for number in range(300):
+        (count,) = gate.choose(1, [[0.9] * 3])
+        waited_s = (4.0 if number < 12 else 1.0) + 1.2 * count
+        gate.finish(1, count, 1 + (count > 0), Step(0.5 + waited_s, waited_s))
+        seconds, tokens = seconds + 0.5 + waited_s, tokens + 1 + (count > 0)
+    plain_s = 12 * 4.5 + 1.5 * (tokens - 12)
+    assert seconds < 1.03 * plain_s
+
+
+def test_experts_that_come_in_vain_cost_those_that_they_drive_out():
+    """Of two drafts that wait as long, the one that is sure to come pays where the other does not."""
+    likely = [waiting_gate().choose(1, [[chance]], lambda tokens: [0.0, 0.3]) for chance in (0.5, 0.95)]
+    assert likely == [[0], [1]]
+
+
+def test_a_draft_whose_experts_are_in_memory_is_longer_than_one_that_waits():
+    def chosen(first, each, chance=0.7):
+        return sum(waiting_gate().choose(1, [[chance] * 7], lambda tokens: [first, *[each] * len(tokens)]))
+
+    lengths = [chosen(0.0, each) for each in (0.0, 0.05, 0.2, 0.5, 2.0)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] >= 4
+    assert lengths[-1] == 0
+    assert chosen(0.5, 0.0) >= 4  # what the last token waits for is no draft's fault
+
+
+def test_a_draft_is_cut_before_the_token_that_waits():
+    gate = waiting_gate()
+    assert gate.choose(1, [[0.8] * 7], lambda tokens: [0.0, *(2.0 * (place == 3) for _, place in tokens)]) == [3]
+
+
+def test_experts_that_plain_steps_would_wait_for_too_are_no_loss():
+    """What is sure to come has to be read in any case."""
+    for each in (0.1, 0.5, 1.4):
+        found = waiting_gate().choose(1, [[1.0]], lambda tokens, each=each: [0.5, *[each] * len(tokens)])
+        assert found == [1]
+        assert waiting_gate().choose(1, [[0.2]], lambda tokens, each=each: [0.5, *[each] * len(tokens)]) == [0]
+
+
+def test_a_wait_that_the_ledger_could_not_pay_is_not_tried():
+    assert waiting_gate().choose(1, [[1.0] * 7], lambda tokens: [0.0, *[4.0] * len(tokens)]) == [0]
+
+
+def test_waits_are_asked_in_the_order_in_which_tokens_are_taken():
+    asked = []
+    gate = waiting_gate(3)
+    counts = gate.choose(3, [[0.9, 0.9], [0.1], [0.95]], lambda tokens: asked.append(tokens) or [0.0] * 5)
+    assert asked == [[(2, 0), (0, 0), (0, 1), (1, 0)]]
+    assert counts == [2, 0, 1]
+
+
+def test_where_waits_are_not_known_the_measured_ones_count():
+    """A token of 0.5 that waits as long as all do loses as much as it gains; one that is sure to come pays."""
+    for chance in (0.5, 0.9, 1.0):
+        known = waiting_gate().choose(1, [[chance] * 3])
+        assert waiting_gate().choose(1, [[chance] * 3], lambda tokens: None) == known
+    assert waiting_gate().choose(1, [[1.0] * 3]) == [3]
+
+
+def test_growth_is_told_of_time_and_of_experts():
+    times = StepTimes()
+    for _ in range(3):
+        times.add(1, 0, Step(1.0, 0.0, 8))
+        times.add(1, 3, Step(1.5, 0.0, 20))
+    times.add(1, 7, Step(9.0, 0.0, 99))  # once is too few
+    assert times.growths() == {"1+3": pytest.approx(1.5)}
+    assert times.unions() == {"1+3": pytest.approx(2.5)}
 
 
 def test_drafts_of_a_batch_go_where_they_are_likeliest():
@@ -129,7 +204,7 @@ def test_drafts_of_a_batch_go_where_they_are_likeliest():
     warm(gate, 3)
     for drafted in range(1, 7):
         for _ in range(3):
-            gate.times.add(3, drafted, 1 + 0.05 * drafted)
+            gate.times.add(3, drafted, Step(1 + 0.05 * drafted))
     assert gate.choose(3, [[0.9, 0.9, 0.9], [0.1, 0.9], []]) == [3, 0, 0]
     assert gate.choose(3, [[0.99] * 7, [0.95] * 7, [0.01]])[2] == 0
 

@@ -7,6 +7,7 @@ Knows routes and token ids. Knows nothing of models or schedules. scripts/bench_
 worth to a regrouping, beside true ones.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,15 +74,30 @@ class LikelyRoutes:
             sequences: their ids.
             tokens: the token that each will be fed; None where that is not known yet.
         """
-        scores = np.zeros((len(sequences), *self._shape), np.float32)
-        for score, sequence, token in zip(scores, sequences, tokens, strict=True):
+        scores = self._scores_of(tokens)
+        for score, sequence in zip(scores, sequences, strict=True):
             if sequence in self._recent:
                 score += self._recent[sequence]
-            routes = [] if token is None else self._tokens.get(token, [])
-            for route in routes:
-                score[self._layers, route] += 1 / (len(routes) + _PRIOR_COUNT)
         scores = scores[:, :, :-1]
-        best = np.argpartition(-scores, self._top_k - 1, axis=2)[:, :, : self._top_k]
-        chosen = np.zeros(scores.shape, bool)
-        np.put_along_axis(chosen, best, True, axis=2)
-        return chosen & (scores > 0)
+        least = np.partition(scores, -self._top_k, axis=2)[:, :, -self._top_k, None]
+        chosen = (scores >= least) & (scores > 0)
+        tied = np.nonzero(np.count_nonzero(chosen, axis=2) > self._top_k)
+        if len(tied[0]):
+            best = np.argpartition(-scores[tied], self._top_k - 1, axis=1)[:, : self._top_k]
+            parted = np.zeros((len(best), scores.shape[2]), bool)
+            np.put_along_axis(parted, best, True, axis=1)
+            chosen[tied] = parted
+        return chosen
+
+    def _scores_of(self, tokens: Sequence[int | None]) -> np.ndarray:
+        """Return [tokens, L, E + 1]: how often each token took each expert, of the times that are remembered."""
+        shape = len(tokens), *self._shape
+        places, weights = [np.zeros(0, np.int64)], [np.zeros(0)]
+        for place, token in enumerate(tokens):
+            routes = [] if token is None else self._tokens.get(token, [])
+            if routes:
+                rows = place * shape[1] + self._layers
+                places.append((rows * shape[2] + np.stack(routes)).ravel())
+                weights.append(np.full(places[-1].size, 1 / (len(routes) + _PRIOR_COUNT)))
+        counts = np.bincount(np.concatenate(places), np.concatenate(weights), math.prod(shape))
+        return counts.astype(np.float32).reshape(shape)

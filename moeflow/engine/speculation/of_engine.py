@@ -1,20 +1,33 @@
 """The speculation of an engine, or why it has none."""
 
-from typing import Any
+import logging
+import time
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.speculation.draft_model import DraftModel
 from moeflow.engine.speculation.drafts import DraftSource
+from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.engine.speculation.options import SpeculationOption, SpeculationOptions, speculation_options
 from moeflow.engine.speculation.prompt_lookup import PromptLookup
 from moeflow.engine.speculation.speculation import EXACT_ROWS, MOST_ROWS, Speculation
 from moeflow.engine.speculation.token_recycling import TokenRecycling
+from moeflow.errors import MoeflowError
 from moeflow.hf import experts_interface
 from moeflow.hf.passes import forward
-from moeflow.policy.speculation import SpeculationGate, StepTimes
+from moeflow.policy.speculation import SpeculationGate
+from moeflow.policy.step_times import StepTimes
 
+if TYPE_CHECKING:
+    from moeflow.offload.runtime import ExpertRuntime
+    from moeflow.step.decoding import StepDecoding
+
+_log = logging.getLogger(__name__)
+
+PROGRAM_ROWS = (2, 4, 8)
+"""Rows of the programs that steps with drafts run, as far as each row has the bits that it has alone."""
 _SOURCES = {one.name: one for one in (PromptLookup, TokenRecycling)}
 
 
@@ -60,13 +73,28 @@ def speculation_for(
         sources += [_SOURCES[name]() for name in options.sources]
         if options.draft_model is not None:
             sources.append(DraftModel(options.draft_model, vocab_size, options.draft_tokenizer, tokenizer))
-    gate = SpeculationGate(StepTimes() if reason else _times(model), MOST_ROWS if options.packed else EXACT_ROWS)
-    return Speculation(options, sources, gate, vocab_size, runner, max_step_tokens, reason)
+    times, foreseen = StepTimes(), None
+    runtime: ExpertRuntime | None = getattr(model, "moeflow", None)
+    if reason is None and runtime is not None:
+        top_k = experts_interface.num_experts_per_tok(model)
+        times = StepTimes(max(runtime.experts_per_layer), top_k)
+        runner.routes = foreseen = ForeseenWaits(runtime, top_k)
+        _prepare(runtime.step, min(max_step_tokens, EXACT_ROWS))
+    gate = SpeculationGate(times, MOST_ROWS if options.packed else EXACT_ROWS)
+    return Speculation(options, sources, gate, vocab_size, runner, max_step_tokens, reason, foreseen)
 
 
-def _times(model: Any) -> StepTimes:
-    """Return times that begin with the union of experts that rows of the model would choose at random."""
-    runtime = getattr(model, "moeflow", None)
-    if runtime is None:
-        return StepTimes()
-    return StepTimes(max(runtime.experts_per_layer), experts_interface.num_experts_per_tok(model))
+def _prepare(step: "StepDecoding | None", most_rows: int) -> None:
+    """Make the programs of several rows ready now, so that no answer stands still at the first step that needs one."""
+    sizes = [rows for rows in PROGRAM_ROWS if rows <= most_rows]
+    if step is None or not sizes:
+        return
+    begin = time.perf_counter()
+    try:
+        for rows in sizes:
+            step.prepare(rows)
+    except (MoeflowError, OSError, MemoryError) as error:
+        _log.info("programs for drafts are made at the first step with one: %s", error)
+    else:
+        seconds = time.perf_counter() - begin
+        _log.info("programs of %s rows are ready for drafts, in %.1f s", ", ".join(map(str, sizes)), seconds)

@@ -12,8 +12,10 @@ import torch
 from moeflow.engine.request import Chosen
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.speculation.drafts import NO_DRAFT, Draft, DraftSource, checked
+from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.engine.speculation.options import SpeculationOptions
 from moeflow.policy.speculation import Acceptance, SpeculationGate
+from moeflow.policy.step_times import Step
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Speculation:
         runner: that computes them.
         max_step_tokens: most tokens of a step.
         reason: why there are no drafts, whatever the gate says; None where there may be.
+        foreseen: foresees which experts drafts wait for; None where nothing of that kind is known.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Speculation:
         runner: Rows,
         max_step_tokens: int,
         reason: str | None = None,
+        foreseen: ForeseenWaits | None = None,
     ) -> None:
         self._options, self._sources, self._gate = options, sources, gate
         self._vocab_size, self._runner = vocab_size, runner
@@ -96,6 +100,7 @@ class Speculation:
         self._acceptance = Acceptance()
         self._counts = {source.name: SourceCounts() for source in sources}
         self._reason = reason
+        self._foreseen = foreseen
         self._drafted: dict[str, Drafted] = {}  # of the step under way, by sequence
         self._is_plain = False  # whether the step under way decodes and does nothing else
         self._num_dropped = 0
@@ -107,11 +112,15 @@ class Speculation:
         """Return the pieces of a step, with drafts behind those that decode where they pay."""
         self._drafted, self._num_tokens = {}, 0
         self._is_plain = all(len(one.tokens) == 1 and one.sequence.decoding for one in pieces)
+        if self._foreseen is not None:
+            self._foreseen.begin_step(routes=self._reason is None and (not self._is_plain or self._gate.nearly_on))
         if not self._is_plain or self._reason is not None:
             return pieces
         if not (self._runner.was_native or self._options.packed):
             self._gate.reason = "steps do not run natively"
             return pieces
+        if self._options.gated and self._foreseen is not None and self._foreseen.costs is None:
+            self._waits(pieces, [], [])  # so that it learns from plain steps
         most = min(self._options.most, self._most_rows - len(pieces))
         if most < 1:
             self._gate.reason = f"{len(pieces)} sequences are as many rows as a step may have"
@@ -120,7 +129,10 @@ class Speculation:
             return pieces
         found = [self._best(piece.sequence, most) for piece in pieces]
         chances = [self._chances(one) for one in found]
-        counts = self._gate.choose(len(pieces), chances) if self._options.gated else _all(chances, most)
+        if self._options.gated:
+            counts = self._gate.choose(len(pieces), chances, partial(self._waits, pieces, found))
+        else:
+            counts = _all(chances, most)
         extended = []
         for piece, one, count in zip(pieces, found, counts, strict=True):
             if one is not None and count:
@@ -152,6 +164,8 @@ class Speculation:
         counts = self._counts[source.name]
         counts.proposed += len(draft.tokens)
         counts.accepted += chosen.num_accepted
+        if self._foreseen is not None:
+            self._foreseen.accept(piece.sequence.id, chosen.num_accepted)
         for place, promised in enumerate(draft.probabilities[: chosen.num_judged]):
             self._acceptance.judge(source.name, place, promised, accepted=place < chosen.num_accepted)
 
@@ -170,13 +184,18 @@ class Speculation:
         self._steps["speculated" if num_drafted else "plain"] += 1
         size = 1 << (len(pieces) + num_drafted - 1).bit_length()
         if size in self._seen_rows:  # before, its program may have been prepared
-            self._gate.finish(len(pieces), num_drafted, self._num_tokens, step_s)
+            waited_s, num_experts = 0.0, 0
+            if self._foreseen is not None:
+                waited_s, num_experts = self._foreseen.finish_step(num_drafted)
+            self._gate.finish(len(pieces), num_drafted, self._num_tokens, Step(step_s, waited_s, num_experts))
         self._seen_rows.add(size)
 
     def forget(self, id: str) -> None:
         """Drop a sequence that has ended."""
         for source in self._on():
             self._guarded(source, partial(source.forget, id))
+        if self._foreseen is not None:
+            self._foreseen.forget(id)
 
     def stats(self) -> dict[str, Any]:
         """Return whether and why, what became of drafts by source, and what steps take by drafted tokens."""
@@ -187,8 +206,21 @@ class Speculation:
             **{f"{name}_steps": count for name, count in self._steps.items()},
             **gate.gains._asdict(),
             "growth": gate.times.growths(),
+            "union": gate.times.unions(),
+            "waits": None if self._foreseen is None or not (costs := self._foreseen.costs) else costs._asdict(),
             "sources": {name: asdict(counts) for name, counts in self._counts.items()},
         }
+
+    def _waits(
+        self, pieces: list[Piece], found: list["Drafted | None"], tokens: list[tuple[int, int]]
+    ) -> list[float] | None:
+        """Foresee the waits of a step of pieces and of tokens of their drafts; see `SpeculationGate.choose`."""
+        if self._foreseen is None or not self._foreseen.wanted:
+            return None
+        fed = [(piece.sequence.id, piece.tokens[-1]) for piece in pieces]
+        drafts = [() if one is None else one.draft.tokens for one in found]
+        fed += [(pieces[row].sequence.id, drafts[row][place]) for row, place in tokens]
+        return self._foreseen.waits(fed, len(pieces))
 
     def _on(self) -> list[DraftSource]:
         return [source for source in self._sources if self._counts[source.name].reason is None]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -9,50 +10,18 @@ import torch
 from helpers.engine_requests import PROMPTS, assert_empty, tokens
 from helpers.families import FAMILIES
 from helpers.family_models import build_model
+from helpers.sharded_models import reshard
 from helpers.small_models import tiny_mixtral
+from helpers.told_drafts import Told, always, likely_or_not, use
 from moeflow import Engine, SamplingParams, load_moe
 from moeflow.engine.serial.serial_engine import SerialEngine
 from moeflow.engine.speculation.drafts import Draft
-from moeflow.errors import ConfigError, ExpertReadError
+from moeflow.errors import ConfigError
 from moeflow.kernels.cpu.library import instruction_set
 
 ALWAYS = {"gated": False, "packed": True}
 NATIVE = {"gated": False}
 needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
-
-
-class Told:
-    """Proposes what a test says."""
-
-    name = "told"
-    costs = False
-
-    def __init__(self, propose):
-        self._propose = propose
-
-    def propose(self, sequence, most):
-        return self._propose(sequence, most)
-
-    def saw(self, tokens, logits):
-        """Nothing."""
-
-    def forget(self, id):
-        """Nothing."""
-
-
-def likely_or_not(answers_by_prompt):
-    """Proposes the answers' next tokens, with a wrong one in every third draft."""
-    calls = [0]
-
-    def propose(sequence, most):
-        calls[0] += 1
-        answer = answers_by_prompt[tuple(sequence.prompt_ids)]
-        found = answer[len(sequence.token_ids) :][:most]
-        if calls[0] % 3 == 0 and found:
-            found[calls[0] % len(found)] = 2
-        return Draft(tuple(found), (0.5,) * len(found))
-
-    return Told(propose)
 
 
 def answer_all(model, params, *, speculation, source=None, prompts=PROMPTS, tokenizer=None, **options):
@@ -63,14 +32,6 @@ def answer_all(model, params, *, speculation, source=None, prompts=PROMPTS, toke
         completions = engine.generate(prompts, params)
         assert_empty(engine)
         return completions, engine.stats()
-
-
-def use(engine, source):
-    """Let an engine have one source."""
-    from moeflow.engine.speculation.speculation import SourceCounts
-
-    engine._speculation._sources = [source]
-    engine._speculation._counts = {source.name: SourceCounts()}
 
 
 def facts(completions):
@@ -236,7 +197,7 @@ def test_options_that_are_not_allowed_are_refused(mixtral, option):
 
 
 @needs_kernels
-def test_native_steps_verify_drafts_and_experts_that_only_a_draft_needs_fail_nothing(tmp_path):
+def test_native_steps_verify_drafts(tmp_path):
     tiny_mixtral().save_pretrained(tmp_path / "model")
     options = {"predictor": None, "step": "auto", "device": "cpu"}
     model = load_moe(tmp_path / "model", expert_memory="100%", **options)
@@ -248,15 +209,72 @@ def test_native_steps_verify_drafts_and_experts_that_only_a_draft_needs_fail_not
         )
         assert facts(found) == facts(expected)
         assert stats["speculation"]["sources"]["told"]["accepted"] > 0
-        with Engine(model, speculation=NATIVE) as engine:
-            use(engine, Told(lambda sequence, most: Draft((9,) * most, (0.5,) * most)))
-            run = engine._runner._forward
 
-            def failing(pieces):
-                if any(piece.draft for piece in pieces):
-                    raise ExpertReadError("no such expert")
-                return run(pieces)
 
-            engine._runner._forward = failing
-            found = engine.generate(PROMPTS[:2], params(temperature=0.8, seed=4))
-            assert facts(found) == facts(expected)
+def expert_of(name):
+    """A number for each expert, 0 for all else."""
+    found = re.search(r"layers\.(\d+)\..*experts\.(\d+)\.", name)
+    return 0 if found is None else 1 + 64 * int(found[1]) + int(found[2])
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_an_expert_that_only_a_draft_needs_and_that_cannot_be_read_fails_nothing(tmp_path):
+    """Each expert has a file of its own; one that was changed behind the model's back is refused when it is read."""
+    tiny_mixtral(num_local_experts=64).save_pretrained(tmp_path / "whole")
+    folder = reshard(tmp_path / "whole", tmp_path / "model", expert_of)
+    asked, prompts = params(max_new_tokens=6, temperature=0.8, seed=4), PROMPTS[:2]
+
+    def answered(speculation, broken=None):
+        """Answers, experts that are in memory then and were before, and how often a pass failed."""
+        model = load_moe(folder, expert_memory="100%", predictor=None, step="auto", device="cpu")
+        with model.moeflow as runtime, Engine(model, speculation=speculation) as engine:
+            use(engine, always(9))
+            before = set(runtime.cache.resident())
+            if broken is not None:
+                with runtime.store.file_of(broken).open("ab") as file:
+                    file.write(b"x")
+            found = engine.generate(prompts, asked)
+            return facts(found), set(runtime.cache.resident()), before, engine.stats()["retries"]
+
+    expected, needed, _, _ = answered(None)
+    found, needed_with_drafts, before, retries = answered(NATIVE)
+    assert (found, retries) == (expected, 0)
+    broken = min(needed_with_drafts - needed - before)
+    found, known, _, retries = answered(NATIVE, broken)
+    assert found == expected
+    assert retries > 0
+    assert broken not in known
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_programs_that_drafts_need_are_ready_before_the_first_step(tmp_path, caplog):
+    tiny_mixtral().save_pretrained(tmp_path / "model")
+    options = {"expert_memory": "100%", "predictor": None, "step": "auto", "device": "cpu"}
+    model = load_moe(tmp_path / "model", speculation="auto", **options)
+    with model.moeflow as runtime, caplog.at_level(logging.INFO, "moeflow.engine.speculation"):
+        with Engine(model, speculation=None):
+            assert not list(runtime.step.programs)
+        with Engine(model):
+            assert [runner.num_rows for runner in runtime.step.programs] == [2, 4, 8]
+            assert "programs of 2, 4, 8 rows are ready" in caplog.text
+        ready = list(runtime.step.programs)
+        with Engine(model):
+            assert list(runtime.step.programs) == ready
+
+
+@needs_kernels
+def test_an_engine_starts_though_its_programs_cannot_be_made_yet(tmp_path, caplog):
+    """The files are changed on disk behind the model's back, and the experts of a program's first pass not yet read."""
+    tiny_mixtral(num_local_experts=64).save_pretrained(tmp_path / "model")
+    options = {"expert_memory": "100%", "predictor": None, "step": "auto", "device": "cpu"}
+    model = load_moe(tmp_path / "model", speculation="auto", **options)
+    with model.moeflow as runtime, caplog.at_level(logging.INFO, "moeflow.engine.speculation"):
+        Engine(model, speculation=None).close()
+        for file in runtime.store.files:
+            with file.open("ab") as opened:
+                opened.write(b"x")
+        with Engine(model) as engine:
+            assert "are made at the first step" in caplog.text
+            assert engine.stats()["speculation"]["on"]
