@@ -52,7 +52,8 @@ template <class S, class F> struct KeptArithmetic {
         for (int t = 0; t < count; ++t) {
             V sums[H];
             UNROLL for (int h = 0; h < H; ++h) sums[h] = S::zero();
-            for (int g = 0; g < whole; ++g) add(sums, keys.group(from + t, g), keys.scale(from + t, g), queries + 32 * g, stride);
+            for (int g = 0; g < whole; ++g)
+                add(sums, keys.group(from + t, g), keys.scale(from + t, g), queries + 32 * g, stride);
             if (whole < keys.groups) {
                 uint8_t codes[32];
                 keys.widen(from + t, whole, codes);

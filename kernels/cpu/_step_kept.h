@@ -1,6 +1,7 @@
-/* Records in which keys and values are kept: of each head of each position, its codes, then a float16 scale for each group
- * of 32 channels, the last of which may have 16. Keys have codes of 8 bits, values of 8 or 4. Of 4, the first half of
- * a group lies in the low halves of bytes, the second in the high ones, each plus 8. The same bits as moeflow/engine/kv_cache/kv_format.py.
+/* Records in which keys and values are kept: of each head of each position, its codes, then a float16 scale for each
+ * group of 32 channels, the last of which may have 16. Keys have codes of 8 bits, values of 8 or 4. Of 4, the first half
+ * of a group lies in the low halves of bytes, the second in the high ones, each plus 8. The same bits as
+ * moeflow/engine/kv_cache/kv_format.py.
  *
  * Included by _step.cpp, inside its unnamed namespace. */
 
@@ -9,8 +10,8 @@ float whole(float x) { return (x + 12582912.0f) - 12582912.0f; }
 float between(float x, float least, float most) { return x > most ? most : x < least ? least : x; }
 /* The number that is the largest in size, the first of equal ones; NaN where there is one. */
 float largest(const float *x, int count) {
-    float found = 0;
-    for (int i = 0; i < count; ++i)
+    float found = x[0];
+    for (int i = 1; i < count; ++i)
         if (fabsf(x[i]) > fabsf(found) || x[i] != x[i]) found = x[i];
     return found;
 }
@@ -18,7 +19,7 @@ float largest(const float *x, int count) {
 /* Writes the record of one head. */
 void encode(const float *x, int features, int bits, uint8_t *record) {
     const Arithmetic &arithmetic = chosen_arithmetic();
-    const float end = bits == 8 ? 127.0f : -8.0f, least = bits == 8 ? -127.0f : -8.0f, most = bits == 8 ? 127.0f : 7.0f;
+    const float end = bits == 8 ? 127.0f : -8.0f, most = bits == 8 ? 127.0f : 7.0f, least = bits == 8 ? -most : -8.0f;
     const float share = (float)(1.0 / end);
     uint8_t *scales = record + code_bytes(features, bits);
     for (int from = 0; from < features; from += KEPT_GROUP, scales += 2) {

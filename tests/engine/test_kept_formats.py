@@ -114,6 +114,10 @@ def test_what_is_kept_lives_through_a_restart_in_its_own_format_alone(exact, exp
     for other in {"auto", *NAMES} - {name}:
         with Engine(exact, kv_format=other) as engine:
             assert engine.load_kept(tmp_path) == 0
+            answers(engine)
+            assert engine.save_kept(tmp_path) > 0
+    with Engine(exact, kv_format=name) as engine:
+        assert engine.load_kept(tmp_path) == saved, "beside those of other formats"
 
 
 class Passes:

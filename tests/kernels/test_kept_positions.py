@@ -57,6 +57,7 @@ def test_a_new_position_has_the_bits_that_torch_writes(forced, form, features, d
     step = KeptAttention(form, dtype, (8, 8, features, features), [3] * 6)
     keys, values = step.new
     keys[0] = 0
+    keys[5] = -0.0
     keys[1, :, :, 1::3] = 0
     keys[2] *= 1e-6  # scales that float16 rounds off
     keys[3] *= 3e4

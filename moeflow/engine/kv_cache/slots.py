@@ -95,7 +95,8 @@ class KeyValueSlot:
 
         def room(shape: LayerShape, side: int) -> torch.Tensor:
             count = num_positions if shape.room is None else min(num_positions, shape.room)
-            (heads, width), dtype = shape.kept[side], shape.kept[2]
+            key, value, dtype = shape.kept
+            heads, width = (key, value)[side]
             return torch.empty(1, heads, count, width, dtype=dtype, device=shape.device)
 
         keys, values = ({layer: room(shape, side) for layer, shape in layout.items()} for side in (0, 1))

@@ -48,7 +48,7 @@ class SpanRows:
         count: tokens.
     """
 
-    record_format = GrowingCache.record_format
+    record_format = 0  # keys and values are kept as they are
 
     def __init__(self, cache: GrowingCache, count: int) -> None:
         self._cache, self._count = cache, count
