@@ -51,7 +51,7 @@ def test_eight_requests_in_memory_for_two_are_answered_as_alone(mixtral, expecte
 @pytest.mark.slow
 def test_a_request_that_moves_to_host_memory_is_answered_as_alone(mixtral, expected, monkeypatch):
     with Engine(mixtral, kv_memory=142 * POSITION_BYTES) as engine:
-        monkeypatch.setattr(engine._memory, "_moves", True)
+        monkeypatch.setattr(engine._memory._moved, "allowed", True)
         ids, found = [engine.add(PROMPTS[0], LONG)], {}
         for _ in range(5):  # so that the second one need not grow when the first one does
             found.update((output.id, [output]) for output in engine.step())
