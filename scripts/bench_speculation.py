@@ -22,7 +22,7 @@ from moeflow import Engine, SamplingParams, load_moe
 from moeflow.hf.pretrained import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = {"off": None, "gated": "auto", "ungated": {"gated": False}}
+MODES = {"off": None, "gated": {"gated": True}, "ungated": {"gated": False}}
 CODE = "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n    return width * "
 BUILT_IN = {
     "code edit": [f"Rewrite this:\n{CODE}height * depth\n\nRewritten:\n{CODE}"],
