@@ -1,6 +1,7 @@
 """Measure what speculation makes of an engine's speed: gated, ungated and off, in turns, by kind of prompt.
 
-    python scripts/bench_speculation.py MODEL [--memory 100% 25%] [--tokens 128] [--prompts 4] [--rounds 3] [--quick]
+    python scripts/bench_speculation.py MODEL [--memory 100% 25%] [--tokens 128] [--prompts 4] [--kinds KIND ..]
+                                        [--rounds 3] [--quick]
 
 Prompts are those of Spec-Bench's categories and HumanEval's, asked to be written again, under $MOEFLOW_TEST_DATA; where
 they are not there, one of each of a few kinds. A line says the tokens a second of gated and ungated speculation as
@@ -94,6 +95,7 @@ def main(argv=None) -> None:
     parser.add_argument("--memory", nargs="+", default=["100%", "25%"], help="expert_memory")
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--prompts", type=int, default=4, help="of each kind")
+    parser.add_argument("--kinds", nargs="+", help="of prompts; without it all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one short answer of each kind, once")
@@ -102,11 +104,17 @@ def main(argv=None) -> None:
     if arguments.quick:
         arguments.tokens, arguments.prompts, arguments.rounds = 24, 1, 1
     torch.set_num_threads(arguments.threads)
+    kinds = prompts_of(arguments.data, arguments.prompts)
+    if arguments.kinds:
+        unknown = set(arguments.kinds) - kinds.keys()
+        if unknown:
+            parser.error(f"there are no prompts of {', '.join(sorted(unknown))}; there are {', '.join(kinds)}")
+        kinds = {kind: kinds[kind] for kind in arguments.kinds}
     tokenizer, results = load_tokenizer(arguments.model), {}
     for memory in arguments.memory:
         model = load_moe(arguments.model, expert_memory=memory, device="cpu")
         with model.moeflow:
-            for kind, prompts in prompts_of(arguments.data, arguments.prompts).items():
+            for kind, prompts in kinds.items():
                 found = compare(model, tokenizer, prompts, arguments.tokens, arguments.rounds)
                 results[f"{memory} {kind}"] = found
                 told = []
