@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.kernels.cpu.library import instruction_set
@@ -14,19 +13,14 @@ PROMPT = torch.tensor([[5, 17, 99, 3, 42, 8, 64]])
 NEW = torch.tensor([[7, 21, 5, 17, 90, 3, 42, 11]])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("spans") / "model"
-    tiny_mixtral().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def load(folder):
+def load(mixtral_folder):
     made = []
 
     def load(**options):
-        made.append(load_moe(folder, **{"expert_memory": "100%", "predictor": None, "device": "cpu", **options}))
+        made.append(
+            load_moe(mixtral_folder, **{"expert_memory": "100%", "predictor": None, "device": "cpu", **options})
+        )
         made[-1].generate(PROMPT, max_new_tokens=2, do_sample=False, pad_token_id=0)  # the first step is compared
         return made[-1]
 
@@ -103,14 +97,14 @@ def test_more_of_one_and_several_of_two_are_the_models_own(load):
             assert model.moeflow.step.num_steps == before
 
 
-def test_generate_verifies_drafts_natively_with_the_same_tokens(load, folder):
+def test_generate_verifies_drafts_natively_with_the_same_tokens(load, mixtral_folder):
     model, options = load(), {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(PROMPT, **options)
     before = model.moeflow.step.num_steps
     assert torch.equal(model.generate(PROMPT, prompt_lookup_num_tokens=3, **options), expected)
     assert model.moeflow.step.num_steps > before
     assert {runner.num_rows for runner in model.moeflow.step.programs} >= {1, 4}
-    assistant = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assistant = AutoModelForCausalLM.from_pretrained(mixtral_folder).eval()
     assistant.generation_config.num_assistant_tokens, assistant.generation_config.assistant_confidence_threshold = 5, 0
     before = model.moeflow.step.num_steps
     assert torch.equal(model.generate(PROMPT, assistant_model=assistant, **options), expected)

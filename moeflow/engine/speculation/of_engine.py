@@ -12,11 +12,12 @@ from moeflow.engine.speculation.drafts import DraftSource
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.engine.speculation.options import SpeculationOption, SpeculationOptions, speculation_options
 from moeflow.engine.speculation.prompt_lookup import PromptLookup
-from moeflow.engine.speculation.speculation import EXACT_ROWS, MOST_ROWS, Speculation
+from moeflow.engine.speculation.speculation import MOST_ROWS, Speculation
 from moeflow.engine.speculation.token_recycling import TokenRecycling
 from moeflow.errors import MoeflowError
 from moeflow.hf import experts_interface
 from moeflow.hf.passes import forward
+from moeflow.hf.passes.step_rows import EXACT_ROWS
 from moeflow.policy.speculation import SpeculationGate
 from moeflow.policy.step_times import StepTimes
 

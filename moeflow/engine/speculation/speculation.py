@@ -14,13 +14,12 @@ from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.speculation.drafts import NO_DRAFT, Draft, DraftSource, checked
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.engine.speculation.options import SpeculationOptions
+from moeflow.hf.passes.step_rows import EXACT_ROWS
 from moeflow.policy.speculation import Acceptance, SpeculationGate
 from moeflow.policy.step_times import Step
 
 _log = logging.getLogger(__name__)
 
-EXACT_ROWS = 8
-"""Rows of a native step up to which each has the bits that it has alone."""
 MOST_ROWS = 32
 _MOST_DROPPED = 3  # steps in a row whose drafts the runner left out
 _WORTH_ASKING = 1.0  # expected tokens of other drafts, from which a source that costs is not asked

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from moeflow.hf.passes.caches.growing_cache import GrowingCache
-from moeflow.hf.passes.step_rows import SpanRows, StepRows
+from moeflow.hf.passes.step_rows import EXACT_ROWS, SpanRows, StepRows
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the newer name first
 _ANSWERED = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", *_CACHE_NAMES}
 _NEVER = ("output_attentions", "output_hidden_states", "output_router_logits")
 _WHOLE = (torch.int64, torch.int32)
-_MOST_OF_ONE = 8  # tokens of one sequence that a step takes: so many rows have the bits that each has alone
 
 
 class DecodeCall(NamedTuple):
@@ -67,7 +66,7 @@ def decode_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> DecodeCall | 
     if type(cache) is not GrowingCache or not _is_whole(ids) or ids.dim() != 2 or not cache.length:
         return None
     num_rows, num_new = ids.shape
-    if num_new != 1 and not (num_rows == 1 and 0 < num_new <= _MOST_OF_ONE):
+    if num_new != 1 and not (num_rows == 1 and 0 < num_new <= EXACT_ROWS):
         return None
     # `generate` gives vision models an empty dict of encoded images in its first step.
     if any(kwargs[name] is not None and kwargs[name] != {} for name in kwargs.keys() - _ANSWERED):

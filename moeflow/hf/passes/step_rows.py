@@ -7,6 +7,9 @@ import torch
 
 from moeflow.hf.passes.caches.growing_cache import GrowingCache, KeptShape
 
+EXACT_ROWS = 8
+"""Rows of a native step up to which each has the bits that it has alone: the most tokens of one sequence in a step."""
+
 
 class KeptRows(Protocol):
     """Where sequences keep their positions: a cache of `generate`, for one token or several, or slots of the engine."""
