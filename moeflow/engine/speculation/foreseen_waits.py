@@ -14,6 +14,7 @@ import numpy as np
 from moeflow.engine.regrouping.likely_routes import LikelyRoutes
 from moeflow.engine.regrouping.step_groups import PassRoutes
 from moeflow.engine.sequence import Piece
+from moeflow.policy.step_times import Step
 
 if TYPE_CHECKING:
     from moeflow.offload.route_observer import RouteObserver
@@ -88,6 +89,7 @@ class ForeseenWaits:
         self._drafted: dict[str, tuple[list[int], np.ndarray]] = {}  # of the step under way: tokens and their routes
         self._missing: list[int] | None = None  # of the step under way, by drafted tokens
         self._before = 0, 0.0  # what had been demanded, and waited, when it began
+        self._evictions = 0  # likewise
         self._num_first = 0  # tokens that it takes in any case
         self._moments = np.zeros((2, 3))  # decayed sums, of (missing, tokens) by (missing, tokens, seconds waited)
         self._num_steps = 0  # in these
@@ -106,6 +108,7 @@ class ForeseenWaits:
         self.wanted = routes and self._experts.cache.limit < self._all_units
         self._drafted, self._missing = {}, None
         self._before = self._experts.expert_fetch.demanded()
+        self._evictions = self._experts.cache.evictions
 
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
@@ -160,18 +163,25 @@ class ForeseenWaits:
         seconds[0] += costs.seconds_a_token * (num_first - 1)
         return seconds.tolist()
 
-    def finish_step(self, num_drafted: int) -> tuple[float, int]:
-        """Take in how many drafted tokens the step verified; return the seconds it waited, and its experts."""
+    def finish_step(self, num_drafted: int, step_s: float) -> Step:
+        """Take in how many drafted tokens the step verified, and its seconds; return what was measured of it.
+
+        Where experts came and none left for them, memory fills: they would have come sooner or later without drafts as
+        well, and once. What the step waited for them is left out.
+        """
         experts, waited_s = self._experts.expert_fetch.demanded()
         before_experts, before_s = self._before
         if experts < before_experts:  # the counters were reset
-            return 0.0, 0
+            return Step(step_s)
         if self._missing is not None:
             known = np.array([self._missing[num_drafted], self._num_first + num_drafted])
             self._moments *= _DECAY
             self._moments += np.outer(known, [*known, waited_s - before_s])
             self._num_steps += 1
-        return waited_s - before_s, experts - before_experts
+        waited_s -= before_s
+        if self._experts.cache.evictions == self._evictions:
+            step_s, waited_s = step_s - waited_s, 0.0
+        return Step(step_s, waited_s, experts - before_experts)
 
     def forget(self, id: str) -> None:
         """Drop a sequence that has ended; what its tokens took stays known."""

@@ -183,10 +183,8 @@ class Speculation:
         self._steps["speculated" if num_drafted else "plain"] += 1
         size = 1 << (len(pieces) + num_drafted - 1).bit_length()
         if size in self._seen_rows:  # before, its program may have been prepared
-            waited_s, num_experts = 0.0, 0
-            if self._foreseen is not None:
-                waited_s, num_experts = self._foreseen.finish_step(num_drafted)
-            self._gate.finish(len(pieces), num_drafted, self._num_tokens, Step(step_s, waited_s, num_experts))
+            step = Step(step_s) if self._foreseen is None else self._foreseen.finish_step(num_drafted, step_s)
+            self._gate.finish(len(pieces), num_drafted, self._num_tokens, step)
         self._seen_rows.add(size)
 
     def forget(self, id: str) -> None:

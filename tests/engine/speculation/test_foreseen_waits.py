@@ -153,7 +153,7 @@ class Fed:
         self.foreseen.begin_step(routes=True)
         found = self.foreseen.waits([("a", 1)], 1)
         self.fetch(*experts)
-        self.foreseen.finish_step(0)
+        self.foreseen.finish_step(0, 1.0)
         return found
 
 
@@ -189,10 +189,28 @@ def test_a_reset_of_the_counters_costs_no_more_than_a_step(load):
     fed.fetch(0, 1)
     fed.foreseen.begin_step(routes=True)
     runtime.reset_stats()
-    assert fed.foreseen.finish_step(0) == (0.0, 0)
+    assert fed.foreseen.finish_step(0, 1.0) == (1.0, 0.0, 0)
     fed.foreseen.begin_step(routes=True)
     fed.fetch(4)
-    assert fed.foreseen.finish_step(0)[1] == LAYERS
+    assert fed.foreseen.finish_step(0, 1.0).num_experts == LAYERS
+
+
+def test_waits_while_memory_fills_are_left_out_and_those_behind_are_not(load):
+    runtime = load("50%", "python").moeflow
+    fed = Fed(runtime)
+    measured = []
+    for experts in [(0, 1), (2, 3), (4, 5), (6, 7)]:  # half of them fit
+        before_s = runtime.expert_fetch.demanded()[1]
+        fed.foreseen.begin_step(routes=True)
+        fed.fetch(*experts)
+        waited_s = runtime.expert_fetch.demanded()[1] - before_s
+        assert waited_s > 0
+        measured.append((fed.foreseen.finish_step(0, 1.0), waited_s))
+    assert runtime.cache.evictions > 0
+    for step, waited_s in measured[:2]:
+        assert step == pytest.approx((1.0 - waited_s, 0.0, 2 * LAYERS))
+    for step, waited_s in measured[2:]:
+        assert step == pytest.approx((1.0, waited_s, 2 * LAYERS))
 
 
 class Counted:
@@ -210,7 +228,7 @@ class Counted:
         foreseen.begin_step(routes=True)
         found = foreseen.waits([("a", token) for token in tokens], 1)
         self.waited_s += seconds
-        foreseen.finish_step(len(tokens) - 1)
+        foreseen.finish_step(len(tokens) - 1, seconds)
         return found
 
 
