@@ -1,12 +1,12 @@
 """Measure what speculation makes of an engine's speed: gated, ungated and off, in turns, by kind of prompt.
 
     python scripts/bench_speculation.py MODEL [--memory 100% 25%] [--tokens 128] [--prompts 4] [--kinds KIND ..]
-                                        [--rounds 3] [--quick]
+                                        [--modes gated ungated "off again"] [--rounds 3] [--quick]
 
 Prompts are those of Spec-Bench's categories and HumanEval's, asked to be written again, under $MOEFLOW_TEST_DATA; where
-they are not there, one of each of a few kinds. A line says the tokens a second of gated and ungated speculation as
-ratios to none (median, least and most of the rounds), the share of proposed tokens that were accepted, and what seven
-drafted tokens made of a step's time. Answers are checked to be the same. The last line is one JSON object.
+they are not there, one of each of a few kinds. A line says the tokens a second of each mode as ratios to none (median,
+least and most of the rounds; "off again" tells what chance does), the share of proposed tokens that were accepted, and
+what seven drafted tokens made of a step's time. Answers are checked to be the same. The last line is one JSON object.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from moeflow import Engine, SamplingParams, load_moe
 from moeflow.hf.pretrained import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = {"off": None, "gated": {"gated": True}, "ungated": {"gated": False}}
+MODES = {"gated": {"gated": True}, "ungated": {"gated": False}, "off again": None}
 CODE = "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n    return width * "
 BUILT_IN = {
     "code edit": [f"Rewrite this:\n{CODE}height * depth\n\nRewritten:\n{CODE}"],
@@ -62,24 +62,26 @@ def speed(engine: Engine, prompts: list[str], params: SamplingParams) -> tuple[f
     return count / seconds, answers
 
 
-def compare(model, tokenizer, prompts: list[str], num_tokens: int, rounds: int) -> dict:
+def compare(model, tokenizer, prompts: list[str], modes: list[str], num_tokens: int, rounds: int) -> dict:
     """Return the ratios of modes to "off", round by round, and what became of drafts."""
     params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+    options = {"off": None} | {mode: MODES[mode] for mode in modes}
     engines = {
         mode: Engine(
             model, tokenizer, max_batch_size=1, max_step_tokens=1 << 16, speculation=option, share_prefixes=False
         )
-        for mode, option in MODES.items()
+        for mode, option in options.items()
     }
     for engine in engines.values():
         speed(engine, prompts[:1], params)
-    ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
+    ratios: dict[str, list[float]] = {mode: [] for mode in options}
     for number in range(rounds):
         speeds, answers = {}, {}
-        for mode in list(MODES)[number % 3 :] + list(MODES)[: number % 3]:
+        turn = number % len(options)
+        for mode in [*list(options)[turn:], *list(options)[:turn]]:
             speeds[mode], answers[mode] = speed(engines[mode], prompts, params)
-        assert answers["gated"] == answers["ungated"] == answers["off"], "answers differ"
-        for mode in MODES:
+        assert all(answer == answers["off"] for answer in answers.values()), "answers differ"
+        for mode in options:
             ratios[mode].append(speeds[mode] / speeds["off"])
     found: dict = {"ratios": ratios}
     for mode, engine in engines.items():
@@ -96,6 +98,7 @@ def main(argv=None) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--prompts", type=int, default=4, help="of each kind")
     parser.add_argument("--kinds", nargs="+", help="of prompts; without it all")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["gated", "ungated"], help="beside off")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one short answer of each kind, once")
@@ -115,18 +118,19 @@ def main(argv=None) -> None:
         model = load_moe(arguments.model, expert_memory=memory, device="cpu")
         with model.moeflow:
             for kind, prompts in kinds.items():
-                found = compare(model, tokenizer, prompts, arguments.tokens, arguments.rounds)
+                found = compare(model, tokenizer, prompts, arguments.modes, arguments.tokens, arguments.rounds)
                 results[f"{memory} {kind}"] = found
                 told = []
-                for mode in ("gated", "ungated"):
-                    ratios, counts = found["ratios"][mode], found[mode]["sources"].get("prompt_lookup", {})
-                    share = counts.get("accepted", 0) / max(counts.get("proposed", 0), 1)
-                    told.append(
-                        f"{mode} {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {share:.0%} accepted "
-                        f"of {counts.get('proposed', 0)}"
-                    )
-                growth = found["ungated"]["growth"].get("1+7")
-                told.append("no step with seven" if growth is None else f"seven drafted take {growth:.2f} steps")
+                for mode in arguments.modes:
+                    ratios, counts = found["ratios"][mode], found[mode]["sources"].get("prompt_lookup")
+                    text = f"{mode} {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                    if counts is not None:
+                        share = counts["accepted"] / max(counts["proposed"], 1)
+                        text += f", {share:.0%} accepted of {counts['proposed']}"
+                    told.append(text)
+                if "ungated" in arguments.modes:
+                    growth = found["ungated"]["growth"].get("1+7")
+                    told.append("no step with seven" if growth is None else f"seven drafted take {growth:.2f} steps")
                 print(f"{memory:>5} {kind}: {'; '.join(told)}", flush=True)
     print(json.dumps(results))
 

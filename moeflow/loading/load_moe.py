@@ -58,7 +58,7 @@ def load_moe(
     cuda_graphs: bool = False,
     plan: str | Path | Plan | None = None,
     integrity: str = "off",
-    speculation: str | Mapping[str, Any] | None = "off",
+    speculation: str | Mapping[str, Any] | None = "auto",
     kv_format: str = "auto",
     trace: str | Path | None = None,
     **hf_kwargs: Any,
@@ -111,9 +111,9 @@ def load_moe(
         integrity: "sample": after some of the copies of experts (one of 32, drawn with a seed, and at most 4 MB a
             second) the slot is compared with its source by checksum, in a thread of its own. What differs is named in a
             warning and counted in stats()["integrity"]. The output stays the same.
-        speculation: drafts in engines on this model (chat, serve, batch): "off" or None, "auto" (steps also compute
-            tokens that may come next, where that pays by the clock), or a dict of an engine's options. The tokens of
-            answers are the same. Off until its gains are measured.
+        speculation: drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may
+            come next, where that pays by the clock), "off" or None, or a dict of an engine's options. The tokens of
+            answers are the same.
         kv_format: in which engines on this model keep keys and values: "auto" (the model's dtype), "int8" (a little
             more than half of bfloat16's bytes), or "int4" (values in int4, keys in int8: two fifths). Both are lossy.
         trace: a file to record into which experts every token is routed to; appended to where it exists.

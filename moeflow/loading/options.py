@@ -191,11 +191,11 @@ class LoadOptions:
         ),
     )
     speculation: "str | Mapping[str, Any] | None" = field(
-        default="off",
+        default="auto",
         metadata=_about(
-            'drafts in engines on this model (chat, serve, batch): "off" or None, "auto" (steps also compute tokens '
-            "that may come next, where that pays by the clock), or a dict of an engine's options. The tokens of "
-            "answers are the same. Off until its gains are measured.",
+            'drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may come '
+            'next, where that pays by the clock), "off" or None, or a dict of an engine\'s options. The tokens of '
+            "answers are the same.",
             flag='"auto": steps also compute tokens that may come next, where that pays; "off"',
         ),
     )

@@ -47,10 +47,17 @@ class ResidentTable:
             experts: of each, [T, K] expert numbers.
             compute_s: seconds in their arithmetic.
         """
-        for layer, chosen in zip(layers, experts, strict=True):
-            demanded = dict.fromkeys(chosen[0].tolist()) if len(chosen) == 1 else np.unique(chosen).tolist()
-            self.count_layer(layer, list(demanded), 0)
-        self._stats.now.compute_s += compute_s
+        stats = self._stats.now
+        of_one = _of_one_token(layers, experts)
+        if of_one is not None:
+            self._cache.touch_layers(np.array(layers), of_one)
+            stats.hits += of_one.size
+            stats.decisions.layers_ready += len(layers)
+        else:
+            for layer, chosen in zip(layers, experts, strict=True):
+                demanded = dict.fromkeys(chosen[0].tolist()) if len(chosen) == 1 else np.unique(chosen).tolist()
+                self.count_layer(layer, list(demanded), 0)
+        stats.compute_s += compute_s
 
     def count_layer(self, layer: int, experts: list[int], compute_s: float) -> None:
         """Count one layer, as `count` does.
@@ -65,3 +72,13 @@ class ResidentTable:
         stats.hits += len(experts)
         stats.decisions.layers_ready += 1
         stats.compute_s += compute_s
+
+
+def _of_one_token(layers: list[int], experts: list[np.ndarray]) -> np.ndarray | None:
+    """Return the experts [N, K] of one token in different layers; None where they are not that, or one comes twice."""
+    shape = experts[0].shape
+    if shape[0] != 1 or any(one.shape != shape for one in experts) or len(set(layers)) < len(layers):
+        return None
+    together = np.concatenate(experts)
+    in_order = np.sort(together, axis=1)
+    return None if (in_order[:, 1:] == in_order[:, :-1]).any() else together

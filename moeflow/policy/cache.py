@@ -98,6 +98,16 @@ class ExpertCache:
             counts[expert] += 1
             passes[expert], events[expert] = now, self._event
 
+    def touch_layers(self, layers: np.ndarray, experts: np.ndarray) -> None:
+        """Record the same of a pass of each of some layers [N], all different, and of its different experts [N, K]."""
+        self._grow(int(layers.max()), int(experts.max()))
+        self._passes[layers] += 1
+        demanded = layers[:, None], experts
+        self._counts[demanded] += 1
+        self._last_passes[demanded] = self._passes[layers][:, None]
+        self._last_events[demanded] = self._event + 1 + np.arange(experts.size).reshape(experts.shape)
+        self._event += experts.size
+
     @property
     def frequency(self) -> np.ndarray:
         """How often the expert in each slot was demanded: [num_slots]."""

@@ -43,7 +43,7 @@ def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_on
     with model.moeflow as runtime, Engine(model, max_batch_size=6, **groups) as engine:
         cache, fetch, read, fetched, layers = runtime.cache, runtime.fetch, runtime.store.read, [], []
         table, whole = runtime.resident_table, []  # layers of which no expert is missing run in one call
-        count_layer = table.count_layer
+        count, count_layer = table.count, table.count_layer
 
         def reading(key, record, **how):
             fetched.append(key)
@@ -66,6 +66,14 @@ def test_in_a_pass_resident_experts_run_first_while_each_other_one_is_fetched_on
 
         monkeypatch.setattr(runtime.store, "read", reading)
         monkeypatch.setattr(runtime, "fetch", watched)
+
+        def counting(layers, *about):
+            before = len(whole)
+            count(layers, *about)
+            assert len(whole) in (before, before + len(layers))  # together, or each by itself
+            whole[before:] = layers
+
+        monkeypatch.setattr(table, "count", counting)
         monkeypatch.setattr(table, "count_layer", lambda *about: (whole.append(about[0]), count_layer(*about)))
         runtime.reset_stats()
         assert answers(engine) == expected
