@@ -1,4 +1,4 @@
-"""Names of dtypes in safetensors, in torch and in options, and views of the tensors in a record's raw bytes."""
+"""Names of dtypes in safetensors, torch and options, views of the tensors in a record's raw bytes, and small copies."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from moeflow.errors import ConfigError
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 TORCH_DTYPES = {**FLOAT_DTYPES, "U8": torch.uint8, "U16": torch.uint16}  # what a record may hold
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_SERIAL_PIECE = 16384  # numbers; torch shares copies from 32,768 on among threads
 _OTHER_NAMES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -47,3 +48,17 @@ def tensors_of(raw: torch.Tensor, record: RecordLayout) -> dict[str, torch.Tenso
         spec.name: raw[spec.offset : spec.offset + spec.num_bytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
         for spec in record.tensors
     }
+
+
+def serial_copy(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a copy of a tensor of any shape, in another float dtype where one is given, made by the calling thread.
+
+    For the logits of a few tokens: where torch shares a copy among threads, it waits for all of them. While another
+    process holds a core, one of them is late by a time slice, and 20 microseconds become several milliseconds.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.to(dtype or tensor.dtype, copy=True)
+    made = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+    for to, part in zip(made.view(-1).split(_SERIAL_PIECE), tensor.reshape(-1).split(_SERIAL_PIECE), strict=True):
+        to.copy_(part)
+    return made

@@ -205,7 +205,7 @@ class ModelRunner:
                 if logits is not None:
                     if watcher is not None:
                         watcher.saw(pieces, self._decoding.routes())
-                    return logits[places]
+                    return logits if len(keep) == len(tokens) else logits[places]
                 if not self.packed_drafts and any(piece.draft for piece in pieces):
                     return None
                 watching = nullcontext() if watcher is None else watcher.watching(pieces)

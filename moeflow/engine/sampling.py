@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from moeflow.dtypes import serial_copy
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.structure.logits_mask import masked
 
@@ -59,7 +60,7 @@ class Sampler:
         Raises:
             RuntimeError: the logits give no distribution, as where the model computed a NaN.
         """
-        scores = logits.float()
+        scores = serial_copy(logits, torch.float32)
         if allowed is not None:
             scores = masked(scores, allowed)
         scores = penalized(biased(scores, self.params), self.params, prompt_ids, token_ids)
@@ -78,7 +79,7 @@ class Sampler:
         """Return a token with the log-probabilities that the request asks for, of the model's logits [V]."""
         if self.params.logprobs is None:
             return SampledToken(token_id, None, [])
-        logprobs = logits.float().log_softmax(-1)
+        logprobs = serial_copy(logits, torch.float32).log_softmax(-1)
         top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
         return SampledToken(
             token_id, float(logprobs[token_id]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from moeflow.dtypes import serial_copy
 from moeflow.errors import MoeflowError
 from moeflow.hf.passes.caches.growing_cache import GrowingCache
 from moeflow.hf.passes.capture_gate import capture_gate
@@ -178,7 +179,7 @@ class StepDecoding:
             return None
         self._runtime.begin_pass(begun)
         try:
-            logits = runner.step(rows).clone()
+            logits = serial_copy(runner.step(rows))
         except StepIndexError:  # a token that is not in the vocabulary: the model's own code refuses it
             return None
         except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of torch, or of the model's own code
