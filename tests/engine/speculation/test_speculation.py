@@ -265,8 +265,9 @@ def test_programs_that_drafts_need_are_ready_before_the_first_step(tmp_path, cap
 
 
 @needs_kernels
-def test_an_engine_starts_though_its_programs_cannot_be_made_yet(tmp_path, caplog):
+def test_an_engine_starts_though_its_programs_cannot_be_made_yet(tmp_path, caplog, monkeypatch):
     """The files are changed on disk behind the model's back, and the experts of a program's first pass not yet read."""
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "cache"))  # where no program of an earlier run is kept
     tiny_mixtral(num_local_experts=64).save_pretrained(tmp_path / "model")
     options = {"expert_memory": "100%", "predictor": None, "step": "auto", "device": "cpu"}
     model = load_moe(tmp_path / "model", speculation="auto", **options)
