@@ -58,6 +58,8 @@ def speculation_for(
     reason = None
     if not isinstance(runner, ModelRunner):
         reason = "the model runs one sequence at a time"
+        if state := forward.other_state(model):
+            reason = f"the model keeps state ({', '.join(state)}) from which a rejected token cannot be taken back"
     elif asked is None:
         reason = "not asked for"
     elif not max_step_tokens:

@@ -53,10 +53,10 @@ def draft_source(
 
 
 class ThroughText:
-    """Proposes what a draft model with another tokenizer says, as far as its text is cut into tokens for sure.
+    """Proposes what a draft model with another tokenizer says, as far as it goes on with the sequence's own tokens.
 
-    The tokens of the sequence's last word have to be the same with the text behind it. Of the draft's tokens, those are
-    proposed that stand with and without the last token that the draft model says.
+    The tokens of the sequence's last word have to be the same with the text behind it. The draft model says one token
+    more than is wanted, and of the tokens for its text those are proposed that are the same without it.
 
     Args:
         model: the draft model.
@@ -99,7 +99,7 @@ class ThroughText:
         ends = [(one or "").rstrip(UNFINISHED) for one in texts]
         tokens = text.tokens_of(ends[-1])
         if len(said.tokens) == wanted:  # its next one may belong to the same word
-            sure = text.tokens_of(ends[-2])
+            sure = text.tokens_of(next((end for end in reversed(ends) if end != ends[-1]), ""))
             tokens = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, sure, strict=False))]
         tokens = tokens[:most]
         return Draft(tuple(tokens), _shared_out(said.probabilities, list(map(len, ends)), text.ends_of(tokens)))
