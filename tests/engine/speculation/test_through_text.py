@@ -14,10 +14,11 @@ from helpers.families import FAMILIES
 from helpers.family_models import build_model
 from helpers.small_models import tiny_mixtral
 from helpers.small_tokenizers import byte_tokenizer, letter_tokenizer, sentencepiece_tokenizer
-from moeflow import Engine, SamplingParams
+from moeflow import Engine, SamplingParams, load_moe
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.speculation.through_text import ThroughText, draft_source
 from moeflow.errors import ConfigError, UnsupportedModelError
+from moeflow.kernels.cpu.library import instruction_set
 
 CYCLE = "abcdefghijé lmnopqrstuvwxyz€"
 PIECES = ["abc", "def", "ghi", "é l", "mno", "pq", "rst", "uvw", "xyz€"]
@@ -85,6 +86,19 @@ def test_drafts_in_other_pieces_are_accepted(kind, temperature):
     assert counts["accepted"] > 10
     if not temperature and kind != "pieces":  # the half of a piece says nothing to a model of pieces
         assert counts["accepted"] > 0.9 * counts["proposed"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
+def test_native_steps_at_half_of_the_experts_verify_them(tmp_path):
+    own, other = piece_tokenizer(PIECES), byte_tokenizer()
+    cyclic(own, CYCLE).save_pretrained(tmp_path)
+    model = load_moe(tmp_path, expert_memory="50%", predictor=None, step="auto", device="cpu")
+    with model.moeflow:
+        params = SamplingParams(max_new_tokens=24, ignore_eos=True)
+        option = {"packed": False, "draft_model": cyclic(other, CYCLE), "draft_tokenizer": other}
+        counts = compare(model, own, ["abc", "uvwxyz€abcd"], params, **option)
+    assert counts["accepted"] > 10
 
 
 def source(own, other, **options):
