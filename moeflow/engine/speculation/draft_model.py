@@ -1,14 +1,16 @@
-"""Draft model: a smaller model with the same tokens answers first, and each of its tokens is a proposal.
+"""Draft model: a smaller model answers first, and each of its tokens is a proposal.
 
 Sources: Leviathan et al. 2023; Chen et al. 2023 (speculative decoding by a draft model).
 """
 
+import math
+from collections.abc import Collection
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.speculation.drafts import NO_DRAFT, Draft
-from moeflow.errors import ConfigError
 from moeflow.hf.passes import forward
 
 _MOST_SEQUENCES = 4  # whose caches are kept
@@ -19,38 +21,42 @@ class DraftModel:
 
     Args:
         model: any causal LM whose cache holds keys and values only.
-        vocab_size: tokens of the model that verifies.
-        tokenizer: of the draft model; None where its tokens are known to be the same.
-        target_tokenizer: of the model that verifies.
+        vocab_size: its tokens that have a meaning.
 
     Raises:
-        ConfigError: it is no such model, or its tokens are others; the message says what differs.
+        UnsupportedModelError: its cache holds other state.
     """
 
     name = "draft_model"
     costs = True
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        vocab_size: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        target_tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         forward.check_key_value_cache(model)
-        _check_tokens(model, vocab_size, tokenizer, target_tokenizer)
         self._model, self._vocab_size = model, vocab_size
         self._caches: dict[str, tuple[list[int], forward.KeyValueCache]] = {}  # tokens that each covers; latest last
 
     def propose(self, sequence: Sequence, most: int) -> Draft:
         """Return what the model says behind a sequence, token by token."""
+        return self.says(sequence.id, sequence.tokens_from(0), most)
+
+    def says(self, id: str, ids: list[int], most: int, ends: Collection[int] = ()) -> Draft:
+        """Return what the model says behind tokens, at most as many as its context has room for.
+
+        Args:
+            id: of the sequence, whose cache is kept.
+            ids: tokens of the model, at least one.
+            most: of the draft.
+            ends: tokens before which the draft ends.
+
+        Raises:
+            ValueError: the model says what is no probability.
+        """
         context = forward.context_positions(self._model)
         if context is not None:
-            most = min(most, context - sequence.length)
+            most = min(most, context - len(ids))
         if most <= 0:
             return NO_DRAFT
-        ids = sequence.tokens_from(0)
-        covered, cache = self._caches.pop(sequence.id, ([], None))
+        covered, cache = self._caches.pop(id, ([], None))
         if cache is None:
             cache = forward.new_cache()
         common = next((i for i, (a, b) in enumerate(zip(covered, ids, strict=False)) if a != b), len(covered))
@@ -63,12 +69,15 @@ class DraftModel:
         while len(tokens) < most:
             logits = self._logits(new, cache)
             best = int(logits.argmax())
-            if best >= self._vocab_size:  # one of its own padding
+            probability = float(logits.softmax(-1)[best])
+            if math.isnan(probability):
+                raise ValueError("the draft model's probabilities are no numbers")
+            if best >= self._vocab_size or best in ends:  # one of its own padding
                 break
             tokens.append(best)
-            probabilities.append(float(logits.softmax(-1)[best]))
+            probabilities.append(probability)
             new = [best]
-        self._caches[sequence.id] = ids + tokens[: len(tokens) - 1 if len(tokens) == most else None], cache
+        self._caches[id] = ids + tokens[: len(tokens) - 1 if len(tokens) == most else None], cache
         while len(self._caches) > _MOST_SEQUENCES:
             del self._caches[next(iter(self._caches))]
         return Draft(tuple(tokens), tuple(probabilities))
@@ -85,30 +94,3 @@ class DraftModel:
     def forget(self, id: str) -> None:
         """Drop a sequence's cache."""
         self._caches.pop(id, None)
-
-
-def _check_tokens(
-    model: PreTrainedModel,
-    vocab_size: int,
-    tokenizer: PreTrainedTokenizerBase | None,
-    target_tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Refuse a draft model with other tokens.
-
-    Raises:
-        ConfigError: names the model, and a token that differs.
-    """
-    own, name = forward.vocab_size(model), type(model).__name__
-    differs = None
-    if tokenizer is not None and target_tokenizer is not None:
-        ours, theirs = target_tokenizer.get_vocab(), tokenizer.get_vocab()
-        found = min(ours.items() ^ theirs.items(), key=lambda item: item[1], default=None)
-        if found is not None:
-            text = found[0]
-            differs = f"{text!r} is token {ours.get(text)} of the model's tokenizer, and {theirs.get(text)} of its own"
-    elif own != vocab_size:
-        differs = f"it has {own} tokens and the model {vocab_size}"
-    if differs is not None:
-        raise ConfigError(
-            f"the draft model {name} has other tokens: {differs}. Give one with the same tokenizer, or leave it out."
-        )

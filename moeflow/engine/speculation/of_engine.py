@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.model_runner import ModelRunner
-from moeflow.engine.speculation.draft_model import DraftModel
 from moeflow.engine.speculation.drafts import DraftSource
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.engine.speculation.options import SpeculationOption, SpeculationOptions, speculation_options
 from moeflow.engine.speculation.prompt_lookup import PromptLookup
 from moeflow.engine.speculation.speculation import MOST_ROWS, Speculation
+from moeflow.engine.speculation.through_text import draft_source
 from moeflow.engine.speculation.token_recycling import TokenRecycling
 from moeflow.errors import MoeflowError
 from moeflow.hf import experts_interface
@@ -58,6 +58,8 @@ def speculation_for(
     reason = None
     if not isinstance(runner, ModelRunner):
         reason = "the model runs one sequence at a time"
+        if state := forward.other_state(model):
+            reason = f"the model keeps state ({', '.join(state)}) from which a rejected token cannot be taken back"
     elif asked is None:
         reason = "not asked for"
     elif not max_step_tokens:
@@ -73,7 +75,7 @@ def speculation_for(
     if reason is None:
         sources += [_SOURCES[name]() for name in options.sources]
         if options.draft_model is not None:
-            sources.append(DraftModel(options.draft_model, vocab_size, options.draft_tokenizer, tokenizer))
+            sources.append(draft_source(options.draft_model, vocab_size, options.draft_tokenizer, tokenizer))
     times, foreseen = StepTimes(), None
     runtime: ExpertRuntime | None = getattr(model, "moeflow", None)
     if reason is None and runtime is not None:

@@ -21,8 +21,9 @@ class SpeculationOptions:
         most: drafted tokens of a step, 1 to 31.
         gated: whether the gate chooses how many are verified; else all of them always are.
         packed: whether drafts are verified where steps are not native as well: logits then have other last bits.
-        draft_model: a causal LM of transformers with the same tokens; None for none.
-        draft_tokenizer: its tokenizer, by which its tokens are compared; None where they are known to be the same.
+        draft_model: a causal LM of transformers; None for none.
+        draft_tokenizer: its tokenizer: with other tokens than the model's, its drafts go through text; None where they
+            are known to be the same.
 
     Raises:
         ConfigError: an option is not allowed.
@@ -44,6 +45,8 @@ class SpeculationOptions:
             raise ConfigError(f"speculation most={self.most!r} is not allowed: give a whole number from 1 to 31.")
         if not self.sources and self.draft_model is None:
             raise ConfigError("speculation has no sources. Give some, a draft_model, or speculation=None.")
+        if self.draft_tokenizer is not None and self.draft_model is None:
+            raise ConfigError("speculation has a draft_tokenizer and no draft_model. Give both, or neither.")
 
 
 def speculation_options(option: SpeculationOption) -> SpeculationOptions | None:

@@ -118,12 +118,17 @@ def check_key_value_cache(model: PreTrainedModel) -> None:
     """
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__} is not a decoder that generates token by token.")
-    kept = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - _KEY_VALUE_LAYERS
+    kept = other_state(model)
     if kept:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps other state than keys and values ({', '.join(sorted(kept))}), of which the "
-            "engine knows nothing. Call model.generate instead."
+            f"{type(model).__name__} keeps other state than keys and values ({', '.join(kept)}), of which the engine "
+            "knows nothing. Call model.generate instead."
         )
+
+
+def other_state(model: PreTrainedModel) -> list[str]:
+    """Return the kinds of layers of a model's cache that keep other state than keys and values."""
+    return sorted({type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - _KEY_VALUE_LAYERS)
 
 
 def vocab_size(model: PreTrainedModel) -> int:

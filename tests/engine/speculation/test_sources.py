@@ -1,7 +1,5 @@
 """What sources propose: from a sequence's own text, from what the model said lately, and from another model."""
 
-import copy
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from moeflow.engine.speculation.draft_model import DraftModel
 from moeflow.engine.speculation.drafts import NO_DRAFT
 from moeflow.engine.speculation.prompt_lookup import PromptLookup
 from moeflow.engine.speculation.token_recycling import TokenRecycling
-from moeflow.errors import ConfigError
 
 
 def sequence(prompt, answer=(), id="one"):
@@ -82,13 +79,3 @@ class TestDraftModel:
         assert source.propose(one, 5).tokens == tuple(answer[3:8])  # goes on with what its cache has
         one.append(answer[3] + 1)
         assert source.propose(one, 4).tokens == tuple(generated(model, prompt + one.token_ids, 4))
-
-    def test_another_vocabulary_is_refused_by_name(self, model):
-        with pytest.raises(ConfigError, match="MixtralForCausalLM has other tokens: it has 128 tokens"):
-            DraftModel(model, 500)
-
-    def test_another_tokenizer_is_refused_by_a_token_that_differs(self, speaking, tokenizer):
-        changed = copy.deepcopy(tokenizer)
-        changed.add_tokens(["<other>"])
-        with pytest.raises(ConfigError, match="'<other>' is token"):
-            DraftModel(speaking, len(tokenizer), changed, tokenizer)

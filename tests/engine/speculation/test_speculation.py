@@ -150,6 +150,38 @@ def test_a_draft_longer_than_what_is_left_is_cut(mixtral):
     assert stats["speculation"]["sources"]["told"]["proposed"] > 0
 
 
+def test_a_draft_longer_than_the_context_that_is_left_is_cut(mixtral):
+    """An answer that ends with the model's last position."""
+    prompts = [tokens(246, 1), tokens(250, 2)]
+    lengths = [mixtral.config.max_position_embeddings - len(prompt) for prompt in prompts]
+    source = Told(lambda sequence, most: Draft((7,) * 500, (0.5,) * 500))
+    for prompt, length in zip(prompts, lengths, strict=True):
+        asked = params(max_new_tokens=length)
+        expected, _ = answer_all(mixtral, asked, speculation=None, prompts=[prompt])
+        found, stats = answer_all(mixtral, asked, speculation=ALWAYS | {"most": 31}, source=source, prompts=[prompt])
+        assert facts(found) == facts(expected)
+        assert len(found[0].token_ids) == length
+        assert stats["speculation"]["sources"]["told"]["proposed"] > 0
+
+
+@pytest.mark.parametrize("broken", ["raises", "nan"])
+def test_a_draft_model_that_fails_is_off_with_one_warning_and_answers_stay(mixtral, broken, caplog):
+    draft = tiny_mixtral(num_hidden_layers=1)
+    with torch.no_grad():
+        if broken == "nan":
+            draft.lm_head.weight[5] = torch.nan
+        else:  # of another width than what comes in
+            draft.lm_head.weight = torch.nn.Parameter(torch.zeros(128, 8))
+    expected, _ = answer_all(mixtral, params(), speculation=None)
+    option = ALWAYS | {"draft_model": draft, "sources": ()}
+    with caplog.at_level(logging.WARNING):
+        found, stats = answer_all(mixtral, params(), speculation=option)
+    assert facts(found) == facts(expected)
+    assert len(caplog.records) == 1
+    assert stats["speculation"]["sources"]["draft_model"]["reason"]
+    assert not stats["speculation"]["on"]
+
+
 def test_prompts_that_come_meanwhile_are_not_held_up(mixtral):
     def steps_until_done(speculation):
         with Engine(mixtral, max_step_tokens=8, max_batch_size=2, speculation=speculation) as engine:
@@ -188,6 +220,7 @@ def test_where_there_are_none_statistics_say_why(mixtral):
         {"sources": ()},
         {"depth": 3},
         {"sources": "prompt_lookup"},
+        {"draft_tokenizer": "one"},
     ],
     ids=str,
 )
