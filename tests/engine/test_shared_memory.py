@@ -78,9 +78,9 @@ def live(memory, model, seed):
             one = Sequence(next(names), list(rng.choice(prompts)), 100)
             if memory.admit(one):
                 running.append(one)
-                one.num_computed = memory.num_kept(one)
-                if one.num_computed:
-                    memory.share(None, one, one.num_computed)
+                if not one.begun and (count := memory.num_kept(one)):
+                    memory.share(None, one, count)
+                    one.num_computed = count
         elif action < 0.85 and running:
             one = rng.choice(running)
             if one.num_computed < one.length:

@@ -5,6 +5,7 @@ Knows slots, the tree and bytes. Knows nothing of sequences.
 
 import time
 
+from moeflow.engine.kv_cache.kept_runs import Node
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slot_sizes import SlotSizes
 from moeflow.engine.kv_cache.slots import KeyValueSlot
@@ -94,17 +95,19 @@ class Room:
             f"and {limit}. Give more, or ask for fewer new tokens."
         )
 
-    def make(self, num_bytes: int, num_positions: int = 0) -> bool:
+    def make(self, num_bytes: int, num_positions: int = 0, moving: Node | None = None) -> bool:
         """Let what is kept go until so many bytes are free, where there can be; return whether they are.
 
         Args:
             num_bytes: to be free.
             num_positions: of the slot that they are for.
+            moving: a leaf that stays, since it becomes a part of the slot; None for none.
         """
         if self.taken(num_bytes, num_positions, with_kept=False) > self.budget_bytes:
             return False
-        while (missing := self.taken(num_bytes, num_positions) - self.budget_bytes) > 0:
-            if not self.drop(missing):  # another engine has taken some meanwhile
+        there = 0 if moving is None else moving.movable_bytes
+        while (missing := self.taken(num_bytes - there, num_positions) - self.budget_bytes) > 0:
+            if self._kept.oldest is moving or not self.drop(missing):  # another engine has taken some meanwhile
                 return False
         return True
 

@@ -93,13 +93,29 @@ class KeyValueSlot:
             RuntimeError: there is no memory.
         """
 
-        def room(shape: LayerShape, side: int) -> torch.Tensor:
-            count = num_positions if shape.room is None else min(num_positions, shape.room)
-            key, value, dtype = shape.kept
-            heads, width = (key, value)[side]
-            return torch.empty(1, heads, count, width, dtype=dtype, device=shape.device)
+        return cls.behind(layout, num_positions, [])
 
-        keys, values = ({layer: room(shape, side) for layer, shape in layout.items()} for side in (0, 1))
+    @classmethod
+    def behind(cls, layout: dict[int, LayerShape], num_positions: int, runs: list["KeyValueSlot"]) -> "KeyValueSlot":
+        """Make room likewise, with the positions of some runs, one behind the other, in layers without a window.
+
+        The last run's tensors leave it one after the other, as they are copied; of the others nothing leaves.
+
+        Raises:
+            RuntimeError: there is no memory; the last run may have lost some layers.
+        """
+        keys, values = {}, {}
+        for layer, shape in layout.items():
+            count = num_positions if shape.room is None else min(num_positions, shape.room)
+            for made, side in ((keys, 0), (values, 1)):
+                heads, width = shape.kept[side]
+                made[layer] = torch.empty(1, heads, count, width, dtype=shape.kept[2], device=shape.device)
+                start = 0
+                for run in runs if not shape.window else ():
+                    of_layer = run.values if side else run.keys
+                    tensor = of_layer.pop(layer) if run is runs[-1] else of_layer[layer]
+                    made[layer][:, :, start : start + run.num_positions] = tensor
+                    start += run.num_positions
         window = max((shape.window for shape in layout.values()), default=0)
         origins = {layer: 0 for layer, shape in layout.items() if shape.window}
         return cls(keys, values, num_positions, window, origins, layout)
@@ -283,6 +299,16 @@ class KeyValueSlot:
                 for layer in self._origins:
                     chosen = slice(begin - part.begin, end - part.begin)
                     self._put(layer, begin, part.keys[layer][:, :, chosen], part.values[layer][:, :, chosen])
+
+    def set_aside(self, parts: list[WindowPart]) -> None:
+        """Hold what lies before the window of these parts, whose memory nothing else uses from now on.
+
+        Raises:
+            RuntimeError: there is no memory for a part of one.
+        """
+        begin = self.in_window[0]
+        before = [part for part in parts if part.begin < begin]
+        self.aside = [part if part.end <= begin else part.cut(part.begin, begin) for part in before]
 
     def part(self, begin: int, end: int) -> "KeyValueSlot":
         """Copy positions of layers without a window into a slot of their own.
