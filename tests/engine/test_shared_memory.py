@@ -24,7 +24,7 @@ from moeflow.hf.pretrained import load_tokenizer
 
 EXPERT = 73728  # bytes of one of the tiny Mixtral's 24
 LEAST = 3 * EXPERT
-POSITION = 768 + 256  # bytes, with what a copy of one layer takes
+POSITION = 768 + 128  # bytes, with what a copy of one layer's keys takes
 LONG = SamplingParams(max_new_tokens=120, ignore_eos=True)
 LONG_PROMPTS = [tokens(20, seed) for seed in range(4)]
 

@@ -14,13 +14,13 @@ from moeflow.offload.arena.shared_budget import KeyValueShare
 from moeflow.policy.marginal_worth import kept_worth
 
 _GROWTH = 1.5  # a slot that is full grows by this factor, where there is room
-_SHARED_GROWTH = 1.125  # where experts leave for it
+_SHARED_GROWTH = 1.0625  # where experts leave for it
 
 
 class Room:
     """The bytes of slots and of what is kept.
 
-    Of a shared budget, they are held before anything is allocated, with what copying one layer of the longest takes.
+    Of a shared budget, they are held before anything is allocated, with what copying the longest takes.
 
     Args:
         sizes: of slots.
@@ -47,7 +47,7 @@ class Room:
         self.is_shared = share is not None
         self._sizes, self._slots, self._kept = sizes, slots, kept
         self._most_bytes, self._share = most_bytes, share
-        self._copied_bytes = 0 if share is None else sizes.layer_bytes  # of a position, while a slot is copied
+        self._copied_bytes = 0 if share is None else sizes.copied_bytes  # of a position, while a slot is copied
 
     @property
     def budget_bytes(self) -> int:

@@ -9,7 +9,17 @@ import numpy as np
 import torch
 
 from moeflow.engine.kv_cache.kv_format import KeyValueFormat
-from moeflow.engine.kv_cache.windows import MARGIN, Stretch, WindowPart, first_needed, joined, last_place, wanted
+from moeflow.engine.kv_cache.windows import (
+    MARGIN,
+    Stretch,
+    WindowPart,
+    cut,
+    first_needed,
+    joined,
+    last_place,
+    resized,
+    wanted,
+)
 
 
 class LayerShape(NamedTuple):
@@ -45,8 +55,17 @@ class LayerShape(NamedTuple):
     @property
     def position_bytes(self) -> int:
         """Bytes of one position."""
+        return sum(self._sides)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of one position that lie twice while a slot is copied: its keys or its values, or both of a window."""
+        return self.position_bytes if self.window else max(self._sides)
+
+    @property
+    def _sides(self) -> tuple[int, int]:
         key, value, dtype = self.kept
-        return (key[0] * key[1] + value[0] * value[1]) * dtype.itemsize
+        return key[0] * key[1] * dtype.itemsize, value[0] * value[1] * dtype.itemsize
 
 
 class KeyValueSlot:
@@ -210,15 +229,17 @@ class KeyValueSlot:
     def grow(self, num_positions: int, num_written: int) -> None:
         """Make room for more positions in layers without a window, and keep the first `num_written`.
 
-        One layer after the other, so that hardly more memory is taken than that of the larger slot. Every address
-        changes.
+        Keys of one layer, its values, and so on, so that hardly more memory is taken than that of the larger slot.
+        Every address changes.
 
         Raises:
             RuntimeError: there is no memory; what was written is still there.
         """
         for layer in self._plain:
-            if self.keys[layer].shape[2] < num_positions:  # not where an attempt before ended behind this layer
-                self._replace(layer, (0, num_positions), (0, num_written))
+            for tensors in (self.keys, self.values):
+                if tensors[layer].shape[2] < num_positions:  # not where an attempt before ended behind it
+                    tensors[layer] = resized(tensors[layer], 0, (0, num_positions), (0, num_written))
+                    self._addresses.clear()
         self.num_positions = num_positions
 
     def move_window(self, aside: list[Stretch], room: Stretch, num_written: int) -> None:
@@ -238,18 +259,11 @@ class KeyValueSlot:
                 self.aside.append(self.window_parts(num_written)[-1].cut(begin, end))
         for layer, origin in self._origins.items():
             if (origin, origin + self.keys[layer].shape[2]) != room:
-                self._replace(layer, room, (max(room[0], origin), num_written))
+                written = max(room[0], origin), num_written
+                both = [resized(tensors[layer], origin, room, written) for tensors in (self.keys, self.values)]
+                self.keys[layer], self.values[layer] = both
                 self._origins[layer] = room[0]
-
-    def _replace(self, layer: int, room: Stretch, written: Stretch) -> None:
-        before, (begin, end), (first, last) = self._origins.get(layer, 0), room, written
-        olds = self.keys[layer], self.values[layer]
-        news = [old.new_empty(*old.shape[:2], end - begin, old.shape[3]) for old in olds]
-        if first < last:
-            for new, old in zip(news, olds, strict=True):
-                new[:, :, first - begin : last - begin] = old[:, :, first - before : last - before]
-        self._addresses.clear()
-        self.keys[layer], self.values[layer] = news
+                self._addresses.clear()
 
     def window_parts(self, num_written: int) -> list[WindowPart]:
         """Return what there is of the layers with a window: what was set aside, and views of what they have."""
@@ -317,7 +331,7 @@ class KeyValueSlot:
             RuntimeError: there is no memory.
         """
         keys, values = (
-            {layer: _cut(tensors[layer], begin, end) for layer in self._plain} for tensors in (self.keys, self.values)
+            {layer: cut(tensors[layer], begin, end) for layer in self._plain} for tensors in (self.keys, self.values)
         )
         return KeyValueSlot(keys, values, end - begin)
 
@@ -334,13 +348,8 @@ class KeyValueSlot:
         for own, others in zip((self.keys, self.values), given, strict=True):
             for layer in plain:
                 tensor = own.pop(layer)
-                others[layer] = tensor if end - begin == tensor.shape[2] else _cut(tensor, begin, end)
+                others[layer] = tensor if end - begin == tensor.shape[2] else cut(tensor, begin, end)
             own.clear()
         self._addresses.clear()
         self.aside = []
         return KeyValueSlot(*given, end - begin)
-
-
-def _cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Copy positions of a [1, heads, positions, features] tensor into one of their own."""
-    return tensor[:, :, begin:end].clone(memory_format=torch.contiguous_format)
