@@ -5,7 +5,8 @@
 Each prompt is the one before, its answer, and this repository's documentation up to the length. At each length it
 decodes some tokens, and the tokens a second behind the first are taken, with the experts that were fetched meanwhile.
 `shared` is load_moe(memory=); a fixed split has the bytes of so many positions as kv_memory and the rest as
-expert_memory, so that it ends where its keys and values do. A line says, for each length, the speed of all, and what the shared budget reaches of the best split that is still there (median, least and most of the rounds).
+expert_memory, so that it ends where its keys and values do. A line says, for each length, the speed of all, and what
+the shared budget reaches of the best split that is still there (median, least and most of the rounds).
 The ways run in turns; their first answers are checked to be the same (later ones go on with what was kept, so that
 prompts are cut elsewhere and last bits may differ). The last line is one JSON object.
 """

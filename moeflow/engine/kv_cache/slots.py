@@ -111,7 +111,6 @@ class KeyValueSlot:
         Raises:
             RuntimeError: there is no memory.
         """
-
         return cls.behind(layout, num_positions, [])
 
     @classmethod
@@ -123,21 +122,19 @@ class KeyValueSlot:
         Raises:
             RuntimeError: there is no memory; the last run may have lost some layers.
         """
-        keys, values = {}, {}
+        keys: dict[int, torch.Tensor] = {}
+        values: dict[int, torch.Tensor] = {}
         for layer, shape in layout.items():
             count = num_positions if shape.room is None else min(num_positions, shape.room)
             for made, side in ((keys, 0), (values, 1)):
                 heads, width = shape.kept[side]
                 made[layer] = torch.empty(1, heads, count, width, dtype=shape.kept[2], device=shape.device)
-                start = 0
+                end = 0
                 for run in runs if not shape.window else ():
-                    of_layer = run.values if side else run.keys
-                    tensor = of_layer.pop(layer) if run is runs[-1] else of_layer[layer]
-                    made[layer][:, :, start : start + run.num_positions] = tensor
-                    start += run.num_positions
-        window = max((shape.window for shape in layout.values()), default=0)
-        origins = {layer: 0 for layer, shape in layout.items() if shape.window}
-        return cls(keys, values, num_positions, window, origins, layout)
+                    begin, end, kept = end, end + run.num_positions, run.values if side else run.keys
+                    made[layer][:, :, begin:end] = kept.pop(layer) if run is runs[-1] else kept[layer]
+        windows = {layer: shape.window for layer, shape in layout.items() if shape.window}
+        return cls(keys, values, num_positions, max(windows.values(), default=0), dict.fromkeys(windows, 0), layout)
 
     @property
     def nbytes(self) -> int:
@@ -166,8 +163,7 @@ class KeyValueSlot:
         self._put(layer, start, keys, values)
 
     def _form(self, layer: int) -> KeyValueFormat | None:
-        shape = self.layout.get(layer)
-        return None if shape is None else shape.form
+        return self.layout[layer].form if layer in self.layout else None
 
     def _put(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         origin, end = self._origins.get(layer, 0), start + keys.shape[2]
@@ -321,8 +317,7 @@ class KeyValueSlot:
             RuntimeError: there is no memory for a part of one.
         """
         begin = self.in_window[0]
-        before = [part for part in parts if part.begin < begin]
-        self.aside = [part if part.end <= begin else part.cut(part.begin, begin) for part in before]
+        self.aside = [one if one.end <= begin else one.cut(one.begin, begin) for one in parts if one.begin < begin]
 
     def part(self, begin: int, end: int) -> "KeyValueSlot":
         """Copy positions of layers without a window into a slot of their own.
