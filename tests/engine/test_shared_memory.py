@@ -15,8 +15,7 @@ from helpers.window_models import windowed_model
 from moeflow import Engine, SamplingParams, load_moe
 from moeflow.chat.answerer import Answerer
 from moeflow.chat.figures import plan_lines, stats_table
-from moeflow.engine.kv_cache.memory import KeyValueMemory
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.serial.serial_engine import SerialEngine
 from moeflow.errors import BudgetError, ClosedModelError, ConfigError, UnsupportedModelError
@@ -44,14 +43,13 @@ def both_bytes(runtime):
 
 
 class Sampled(TorchDispatchMode):
-    """Adds up, at every allocation of keys and values, what there is of them and of experts; and beyond a share."""
+    """Adds up, at every allocation of keys and values, what there is of them and of experts."""
 
     MADE = ("empty", "new_empty", "clone", "new_zeros")
 
-    def __init__(self, runtime, share=None):
+    def __init__(self, runtime):
         super().__init__()
-        self._runtime, self._share = runtime, share
-        self.most_beyond = 0
+        self._runtime = runtime
         self.alive = {}
         self.most = 0
 
@@ -63,8 +61,6 @@ class Sampled(TorchDispatchMode):
             weakref.finalize(made, self.alive.pop, key)
             experts = self._runtime.cache.used * self._runtime._unit_bytes
             self.most = max(self.most, sum(self.alive.values()) + experts)
-            if self._share is not None:
-                self.most_beyond = max(self.most_beyond, sum(self.alive.values()) - self._share.num_bytes)
         return made
 
 
@@ -119,27 +115,6 @@ def test_at_every_allocation_both_together_are_within_the_budget(request, family
                 assert both_bytes(runtime) <= total
         assert total // 2 < sampled.most <= total
         runtime.check_integrity()
-
-
-def test_what_a_window_sets_aside_is_held_before_it_is_copied(mixtral_folder):
-    shape = LayerShape((1, 4), (1, 4), torch.float32, torch.device("cpu"))
-    layout = {0: shape, **{number: shape._replace(window=8) for number in range(1, 9)}}
-    with load_moe(mixtral_folder, memory=24 * EXPERT, predictor=None).moeflow as runtime:
-        num_aside = 0
-        for most in range(75, 100, 4):  # the last window is small where the end is near
-            share = runtime.governor.share(runtime)
-            memory = KeyValueMemory(layout, 1 << 20, most_new=16, share=share)
-            one = Sequence("one", tokens(48), most)
-            with Sampled(runtime, share) as sampled:
-                assert memory.admit(one)
-                while one.length < one.num_positions:
-                    assert memory.grow(one)
-                    one.num_computed = min(one.length, one.num_computed + 16)
-                    if one.num_computed == one.length:
-                        one.append(5)
-                num_aside += len(memory["one"].aside)
-            assert sampled.most_beyond <= 0
-        assert num_aside
 
 
 @pytest.fixture(scope="module")

@@ -126,12 +126,12 @@ class KeyValueSlot:
         values: dict[int, torch.Tensor] = {}
         for layer, shape in layout.items():
             count = num_positions if shape.room is None else min(num_positions, shape.room)
-            for made, side in ((keys, 0), (values, 1)):
-                heads, width = shape.kept[side]
-                made[layer] = torch.empty(1, heads, count, width, dtype=shape.kept[2], device=shape.device)
+            key, value, dtype = shape.kept
+            for made, (heads, width) in ((keys, key), (values, value)):
+                made[layer] = torch.empty(1, heads, count, width, dtype=dtype, device=shape.device)
                 end = 0
                 for run in runs if not shape.window else ():
-                    begin, end, kept = end, end + run.num_positions, run.values if side else run.keys
+                    begin, end, kept = end, end + run.num_positions, run.keys if made is keys else run.values
                     made[layer][:, :, begin:end] = kept.pop(layer) if run is runs[-1] else kept[layer]
         windows = {layer: shape.window for layer, shape in layout.items() if shape.window}
         return cls(keys, values, num_positions, max(windows.values(), default=0), dict.fromkeys(windows, 0), layout)

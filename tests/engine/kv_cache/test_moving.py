@@ -1,14 +1,12 @@
 """What is kept of a beginning moves into its sequence's slot: against a model of tokens, and in hardly more memory."""
 
-import weakref
-
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.alive_tensors import Alive
 from helpers.small_slots import LAYOUT, TINY, TINY_POSITION, has_names, name_of, write_names
 from moeflow.engine.kv_cache.kv_format import FORMATS
 from moeflow.engine.kv_cache.memory import KeyValueMemory
@@ -132,30 +130,6 @@ TestPlain, TestWindowed, TestCrowded = Conversations.TestCase, Windowed.TestCase
 TestPlain.settings = TestWindowed.settings = TestCrowded.settings = settings(
     max_examples=6, stateful_step_count=25, deadline=None
 )
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes of keys and values that there are at once: of some tensors, and of all that are made."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.now = self.most = 0
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor):
-        self.now += tensor.nbytes
-        self.most = max(self.most, self.now)
-        weakref.finalize(tensor, self.leave, tensor.nbytes)
-
-    def leave(self, num_bytes):
-        self.now -= num_bytes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("empty", "new_empty", "clone") and made.ndim == 4:
-            self.add(made)
-        return made
 
 
 def ended(memory, tokens):
