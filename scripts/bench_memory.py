@@ -2,10 +2,11 @@
 
     python scripts/bench_memory.py MODEL [--memory 1000MB] [--lengths 256 512 1024 2048 4096] [--rounds 3] [--quick]
 
-The conversation is this repository's documentation. At each length it decodes some tokens, and the tokens a second
-behind the first are taken. `shared` is load_moe(memory=); a fixed split has the bytes of so many positions as kv_memory
-and the rest as expert_memory, so that it ends where its keys and values do. A line says, for each length, the speed of
-all, and what the shared budget reaches of the best split that is still there (median, least and most of the rounds).
+Each prompt is the one before, its answer, and this repository's documentation up to the length. At each length it
+decodes some tokens, and the tokens a second behind the first are taken, with the experts that were fetched meanwhile.
+`shared` is load_moe(memory=); a fixed split has the bytes of so many positions as kv_memory and the rest as
+expert_memory, so that it ends where its keys and values do. A line says, for each length, the speed of all, and what
+the shared budget reaches of the best split that is still there (median, least and most of the rounds).
 The ways run in turns; their first answers are checked to be the same (later ones go on with what was kept, so that
 prompts are cut elsewhere and last bits may differ). The last line is one JSON object.
 """
@@ -51,23 +52,28 @@ def run(model: str, options: dict, ids: list[int], lengths: list[int], num_token
     """Let the conversation grow to each length.
 
     Returns:
-        "speeds" and "answers", [lengths]: tokens a second, None where the budget ends; and "memory", as the runtime
-        tells of it.
+        "speeds", "answers", "slots" and "misses", [lengths]: tokens a second, None where the budget ends, slots of
+        experts, and experts fetched for a token decoded; and "memory", as the runtime tells of it.
     """
     loaded = load_moe(model, device="cpu", **options)
     params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-    found: dict = {"speeds": [], "answers": [], "slots": []}
+    found: dict = {"speeds": [], "answers": [], "slots": [], "misses": []}
     with loaded.moeflow as runtime, Engine(loaded, max_batch_size=1) as engine:
         engine.generate([ids[8:24]], SamplingParams(max_new_tokens=4, ignore_eos=True))  # the step's program is there
+        said: list[int] = []
         for length in lengths:
             begin, answer, error = None, [], None
-            for output in engine.outputs(ids[: length - num_tokens], params):
+            said += ids[len(said) : length - num_tokens]
+            misses = runtime.snapshot().decode.misses
+            for output in engine.outputs(said, params):
                 answer += output.token_ids
                 begin = begin or time.perf_counter()
                 error = output.completion and output.completion.error
             seconds = time.perf_counter() - (begin or 0.0)
             found["speeds"].append(None if error else (len(answer) - 1) / seconds)
             found["answers"].append(None if error else answer)
+            said += answer
+            found["misses"].append((runtime.snapshot().decode.misses - misses) / max(1, len(answer) - 1))
             found["slots"].append(runtime.stats()["slots"])
         stats = engine.stats()
         found |= {"memory": runtime.stats()["memory"], "kv_peak_bytes": stats["kv_peak_bytes"]}
@@ -116,7 +122,8 @@ def main(argv=None) -> None:
         speeds = {name: [one["speeds"][place] for one in found] for name, found in runs.items()}
         fixed = {name: found for name, found in speeds.items() if name != "shared" and None not in found}
         best = max(fixed, key=lambda name: median(fixed[name]), default=None)
-        row: dict = {"speeds": speeds, "slots": {name: found[0]["slots"][place] for name, found in runs.items()}}
+        counts = {kind: {name: found[0][kind][place] for name, found in runs.items()} for kind in ("slots", "misses")}
+        row: dict = {"speeds": speeds, **counts}
         told = ", ".join(f"{name} {median(found):.2f}" for name, found in {"shared": speeds["shared"], **fixed}.items())
         line = f"{length:6} positions: {told} tokens a second"
         if best is not None:

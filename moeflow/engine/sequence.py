@@ -109,6 +109,11 @@ class Sequence:
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
     @property
+    def uses_kept(self) -> bool:
+        """Whether all that others have left of its beginning serves it to its end."""
+        return not self.scored and self.restart is None
+
+    @property
     def begun(self) -> bool:
         """Whether any of its positions is computed."""
         return self.num_computed > 0

@@ -76,6 +76,26 @@ def test_prompt_and_answer_are_kept_after_the_end_unless_nothing_is_shared(mixtr
         assert_empty(engine)
 
 
+def test_others_go_on_with_a_beginning_that_has_moved_into_a_running_sequence_and_after_its_end(mixtral, expected):
+    whole = [*PROMPTS[0], *expected[0]]
+    prompts = [[*whole, 9], [*whole, 8, 8], [*whole[:20], 4]]
+    with Engine(mixtral) as engine:
+        engine.generate([PROMPTS[0]], GREEDY)
+        engine.add(prompts[0], GREEDY, id="first")
+        engine.step()
+        assert engine.stats()["kv_kept_tokens"] == 0
+        ids = [engine.add(prompt, GREEDY) for prompt in prompts[1:]]
+        engine.step()
+        engine.cancel("first")
+        found = run(engine)
+        assert [found[id].token_ids for id in ids] == [generated(mixtral, prompt) for prompt in prompts[1:]]
+        assert [found[id].cached_tokens for id in ("first", *ids)] == [len(whole) - 1, len(whole), 20]
+        (again,) = engine.generate([prompts[0]], GREEDY)
+        assert again.token_ids == generated(mixtral, prompts[0])
+        assert again.cached_tokens == len(whole)
+        assert_empty(engine)
+
+
 def test_equal_prompts_compute_their_last_token_each(mixtral):
     with Engine(mixtral) as engine:
         first, *others = answers(engine, [PREFIX] * 3)

@@ -24,7 +24,7 @@ from moeflow.hf.pretrained import load_tokenizer
 
 EXPERT = 73728  # bytes of one of the tiny Mixtral's 24
 LEAST = 3 * EXPERT
-POSITION = 768 + 256  # bytes, with what a copy of one layer takes
+POSITION = 768 + 128  # bytes, with what a copy of one layer's keys takes
 LONG = SamplingParams(max_new_tokens=120, ignore_eos=True)
 LONG_PROMPTS = [tokens(20, seed) for seed in range(4)]
 
@@ -78,9 +78,9 @@ def live(memory, model, seed):
             one = Sequence(next(names), list(rng.choice(prompts)), 100)
             if memory.admit(one):
                 running.append(one)
-                one.num_computed = memory.num_kept(one)
-                if one.num_computed:
-                    memory.share(None, one, one.num_computed)
+                if not one.begun and (count := memory.num_kept(one)):
+                    memory.share(None, one, count)
+                    one.num_computed = count
         elif action < 0.85 and running:
             one = rng.choice(running)
             if one.num_computed < one.length:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moeflow.engine.kv_cache import prefix_files
 from moeflow.engine.kv_cache.host_moves import HostMoves
+from moeflow.engine.kv_cache.moving import moved_slot
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.room import Room
 from moeflow.engine.kv_cache.slot_sizes import SPARE_POSITIONS, SlotSizes
@@ -115,6 +116,13 @@ class KeyValueMemory:
         self.num_kept(sequence)  # what it will copy leaves last
         num_positions = _roomy(sequence)
         needed = self.sizes.bytes_of(num_positions), num_positions
+        own = sequence.uses_kept and self.keeps and sequence.id not in self._moved.ids()
+        kept = sequence.scaling, _may_copy(sequence), self.kept
+        if own and (moved := moved_slot(*kept, self._room, self._layout, *needed)) is not None:
+            slot, sequence.num_computed = moved
+            self._begin(sequence, slot)
+            self._count_kept(sequence.num_computed)
+            return True
         while self._room.make(*needed) and self._room.hold(*needed):
             try:
                 slot = KeyValueSlot.empty(self._layout, num_positions)
@@ -125,16 +133,23 @@ class KeyValueMemory:
                 if not self._slots:
                     self.refused[sequence] = f"no memory for keys and values: {error}"
                 return False
-            self._slots[sequence.id] = slot
-            self._room.settle()
-            if self.keeps:
-                slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
+            self._begin(sequence, slot)
             self._moved.bring_back(sequence, slot)
             return True
         self._room.settle()
         if self._room.is_shared and not self._slots:  # nothing here will make room
             self.refused[sequence] = self._room.why_none()
         return False
+
+    def _begin(self, sequence: Sequence, slot: KeyValueSlot) -> None:
+        self._slots[sequence.id] = slot
+        self._room.settle()
+        if self.keeps:
+            slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
+
+    def _count_kept(self, num_tokens: int) -> None:
+        self.counts["kept_hits"] += 1
+        self.counts["shared_tokens"] += num_tokens
 
     def grow(self, sequence: Sequence) -> bool:
         """Make room for all tokens of a running sequence, and more where there is any; return whether there was.
@@ -207,11 +222,11 @@ class KeyValueMemory:
         slot = self._slots[receiver.id]
         if donor is None:
             self.kept.copy(receiver.scaling, _may_copy(receiver)[:num_tokens], slot)
-            self.counts["kept_hits"] += 1
+            self._count_kept(num_tokens)
         else:
             slot.copy_from(self._slots[donor.id], num_tokens)
             slot.place_window(self._slots[donor.id].window_parts(donor.num_computed), num_tokens)
-        self.counts["shared_tokens"] += num_tokens
+            self.counts["shared_tokens"] += num_tokens
 
     def save(self, folder: Path, fingerprint: str) -> int:
         """Write what is kept to a model's files, and return its number of tokens; see `prefix_files.save`."""

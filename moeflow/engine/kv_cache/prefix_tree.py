@@ -7,68 +7,10 @@ Source: SGLang's RadixAttention (Zheng et al. 2024, section 3).
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from moeflow.engine.kv_cache.slots import KeyValueSlot
+from moeflow.engine.kv_cache.kept_runs import Node, Run, parts_between, up_from
+from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
 from moeflow.engine.kv_cache.windows import WindowPart, last_place, missing
-
-
-@dataclass(eq=False)
-class Node:
-    """A run of tokens that no kept sequence leaves in the middle.
-
-    Args:
-        tokens: the run; none in a root.
-        slot: their keys and values, and no others, in layers without a window; none in a root.
-        parent: the node of the run before; none in a root.
-        children: the runs behind it, by their first token.
-        begin: tokens before the run.
-        parts: what is kept of the run in layers with a window, each position once.
-        used_s: when it was used, by the monotonic clock.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    slot: KeyValueSlot | None = None
-    parent: "Node | None" = None
-    children: dict[int, "Node"] = field(default_factory=dict)
-    begin: int = 0
-    parts: list[WindowPart] = field(default_factory=list)
-    used_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def end(self) -> int:
-        """Tokens up to the end of the run."""
-        return self.begin + len(self.tokens)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is kept of the run."""
-        assert self.slot is not None, "no root"
-        return self.slot.nbytes + sum(part.nbytes for part in self.parts)
-
-
-class Run(NamedTuple):
-    """A node by itself.
-
-    Args:
-        scaling: of its keys.
-        before: the tokens that lead to it.
-        tokens: its own.
-        slot: their keys and values in layers without a window.
-        parts: those that are kept in layers with one.
-    """
-
-    scaling: Hashable
-    before: list[int]
-    tokens: list[int]
-    slot: KeyValueSlot
-    parts: list[WindowPart]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that it keeps."""
-        return self.slot.nbytes + sum(part.nbytes for part in self.parts)
 
 
 class PrefixTree:
@@ -119,6 +61,39 @@ class PrefixTree:
             start += count
         assert start == len(tokens), f"{start} of {len(tokens)} tokens are kept"
 
+    def leaf_of(self, scaling: Hashable, tokens: list[int]) -> Node | None:
+        """Return the leaf that ends with these tokens or before, and that a sequence of them goes on behind as a whole.
+
+        None where there is none, and so where another run begins behind it or inside it.
+        """
+        path = self._path(scaling, tokens)
+        if not path:
+            return None
+        leaf, count = path[-1]
+        is_whole = count == len(leaf.tokens) and not leaf.children
+        return leaf if is_whole and self._last_place([node for node, _ in path], leaf.end) == leaf.end else None
+
+    def move(self, leaf: Node, layout: dict[int, LayerShape], num_positions: int) -> KeyValueSlot:
+        """Take a leaf out, and return a slot that has all tokens up to its end; the runs before it stay.
+
+        Layer after layer, so that hardly more memory is taken than that of the slot.
+
+        Args:
+            leaf: of `leaf_of`.
+            layout: of the slot.
+            num_positions: that it has room for.
+
+        Raises:
+            RuntimeError: there is no memory; the leaf is gone.
+        """
+        path = up_from(leaf)[::-1]
+        self._remove(leaf)
+        slot = KeyValueSlot.behind(layout, num_positions, [node.slot for node in path if node.slot is not None])
+        slot.place_window([part for node in path for part in node.parts], leaf.end)
+        slot.set_aside(leaf.parts)
+        slot.marks.add(leaf.end)  # others may go on there, as they could before
+        return slot
+
     def copied_bytes(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> int:
         """Return the most bytes that `keep` copies before it releases others, beside one layer of the slot."""
         path = self._path(scaling, tokens)
@@ -146,7 +121,7 @@ class PrefixTree:
             self.num_bytes += leaf.nbytes
             node = leaf
         self._use(node)
-        for one in _up_from(node):
+        for one in up_from(node):
             self._add_parts(one, parts)
 
     def drop(self, num_tokens: int | None = None) -> bool:
@@ -159,14 +134,9 @@ class PrefixTree:
         leaf = self.oldest
         if leaf is None:
             return False
-        assert leaf.parent is not None, "no root"
         if num_tokens is not None and self._shorten(leaf, len(leaf.tokens) - num_tokens):
             return True
-        del self._by_use[leaf], leaf.parent.children[leaf.tokens[0]]
-        self.num_tokens -= len(leaf.tokens)
-        self.num_bytes -= leaf.nbytes
-        if leaf.parent.parent is None and not leaf.parent.children:
-            self._roots = {scaling: root for scaling, root in self._roots.items() if root.children}
+        self._remove(leaf)
         return True
 
     def clear(self) -> None:
@@ -190,7 +160,7 @@ class PrefixTree:
         scalings = {root: scaling for scaling, root in self._roots.items()}
         for node in reversed(self._by_use):
             assert node.slot is not None, "no root"
-            path = _up_from(node)
+            path = up_from(node)
             before = [token for one in reversed(path[1:]) for token in one.tokens]
             root = path[-1].parent
             assert root is not None, "a node has a root"
@@ -269,22 +239,31 @@ class PrefixTree:
         assert node.parent is not None, "no root"
         place = node.begin + count
         first, rest = node.slot.part(0, count), node.slot.part(count, len(node.tokens))
-        before, behind = _parts_between(node, node.begin, place), _parts_between(node, place, node.end)
+        before, behind = parts_between(node, node.begin, place), parts_between(node, place, node.end)
         head = Node(node.tokens[:count], first, node.parent, {node.tokens[count]: node}, node.begin, before)
         node.parent.children[head.tokens[0]] = head
         node.tokens, node.slot, node.parent, node.begin, node.parts = node.tokens[count:], rest, head, place, behind
         self._use(head)
         return head
 
+    def _remove(self, leaf: Node) -> None:
+        """Take a leaf out."""
+        assert leaf.parent is not None, "no root"
+        del self._by_use[leaf], leaf.parent.children[leaf.tokens[0]]
+        self.num_tokens -= len(leaf.tokens)
+        self.num_bytes -= leaf.nbytes
+        if leaf.parent.parent is None and not leaf.parent.children:
+            self._roots = {scaling: root for scaling, root in self._roots.items() if root.children}
+
     def _shorten(self, leaf: Node, num_tokens: int) -> bool:
         """Keep only the first tokens of a leaf, where they are any and there is memory; return whether it was done."""
         assert leaf.slot is not None, "no root"
-        num_tokens = self._last_place(_up_from(leaf), leaf.begin + num_tokens) - leaf.begin
+        num_tokens = self._last_place(up_from(leaf), leaf.begin + num_tokens) - leaf.begin
         if num_tokens <= 0:
             return False
         before = leaf.nbytes
         try:
-            parts = _parts_between(leaf, leaf.begin, leaf.begin + num_tokens)
+            parts = parts_between(leaf, leaf.begin, leaf.begin + num_tokens)
             slot = leaf.slot.give_up(0, num_tokens)  # layer by layer: where memory is scarce, hardly more is taken
         except RuntimeError:
             self.num_bytes -= before - leaf.nbytes  # layers that are gone; the rest follows
@@ -302,25 +281,6 @@ class PrefixTree:
             self._by_use.move_to_end(node)
             node.used_s = time.monotonic()
             node = node.parent
-
-
-def _up_from(node: Node) -> list[Node]:
-    """Return a node and those before it, without the root."""
-    path: list[Node] = []
-    above: Node | None = node
-    while above is not None and above.parent is not None:
-        path.append(above)
-        above = above.parent
-    return path
-
-
-def _parts_between(node: Node, begin: int, end: int) -> list[WindowPart]:
-    """Return what a node keeps between two places in layers with a window, with copies of what lies across one."""
-    parts = [part for part in node.parts if part.begin < end and part.end > begin]
-    return [
-        part if begin <= part.begin and part.end <= end else part.cut(max(begin, part.begin), min(end, part.end))
-        for part in parts
-    ]
 
 
 def num_common(one: list[int], other: list[int]) -> int:

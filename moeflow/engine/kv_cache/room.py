@@ -5,6 +5,7 @@ Knows slots, the tree and bytes. Knows nothing of sequences.
 
 import time
 
+from moeflow.engine.kv_cache.kept_runs import Node
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slot_sizes import SlotSizes
 from moeflow.engine.kv_cache.slots import KeyValueSlot
@@ -13,13 +14,13 @@ from moeflow.offload.arena.shared_budget import KeyValueShare
 from moeflow.policy.marginal_worth import kept_worth
 
 _GROWTH = 1.5  # a slot that is full grows by this factor, where there is room
-_SHARED_GROWTH = 1.125  # where experts leave for it
+_SHARED_GROWTH = 1.0625  # where experts leave for it
 
 
 class Room:
     """The bytes of slots and of what is kept.
 
-    Of a shared budget, they are held before anything is allocated, with what copying one layer of the longest takes.
+    Of a shared budget, they are held before anything is allocated, with what copying the longest takes.
 
     Args:
         sizes: of slots.
@@ -46,7 +47,7 @@ class Room:
         self.is_shared = share is not None
         self._sizes, self._slots, self._kept = sizes, slots, kept
         self._most_bytes, self._share = most_bytes, share
-        self._copied_bytes = 0 if share is None else sizes.layer_bytes  # of a position, while a slot is copied
+        self._copied_bytes = 0 if share is None else sizes.copied_bytes  # of a position, while a slot is copied
 
     @property
     def budget_bytes(self) -> int:
@@ -94,17 +95,19 @@ class Room:
             f"and {limit}. Give more, or ask for fewer new tokens."
         )
 
-    def make(self, num_bytes: int, num_positions: int = 0) -> bool:
+    def make(self, num_bytes: int, num_positions: int = 0, moving: Node | None = None) -> bool:
         """Let what is kept go until so many bytes are free, where there can be; return whether they are.
 
         Args:
             num_bytes: to be free.
             num_positions: of the slot that they are for.
+            moving: a leaf that stays, since it becomes a part of the slot; None for none.
         """
         if self.taken(num_bytes, num_positions, with_kept=False) > self.budget_bytes:
             return False
-        while (missing := self.taken(num_bytes, num_positions) - self.budget_bytes) > 0:
-            if not self.drop(missing):  # another engine has taken some meanwhile
+        there = 0 if moving is None else moving.movable_bytes
+        while (missing := self.taken(num_bytes - there, num_positions) - self.budget_bytes) > 0:
+            if self._kept.oldest is moving or not self.drop(missing):  # another engine has taken some meanwhile
                 return False
         return True
 

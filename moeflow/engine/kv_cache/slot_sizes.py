@@ -38,7 +38,7 @@ class SlotSizes:
         window: most positions that one sees in layers with a window; 0 where no layer has one that moves.
         plain_bytes: of one position in the layers without a window.
         window_bytes: of one position in those with one.
-        layer_bytes: of one position in the layer that keeps most.
+        copied_bytes: of one position, that lie twice while a slot is copied.
     """
 
     def __init__(self, layout: dict[int, LayerShape], most_new: int | None) -> None:
@@ -51,7 +51,7 @@ class SlotSizes:
         }
         self.window_bytes = sum(shape.position_bytes for shape in self.layout.values() if shape.window)
         self.plain_bytes = sum(shape.position_bytes for shape in self.layout.values() if not shape.window)
-        self.layer_bytes = max((shape.position_bytes for shape in self.layout.values()), default=0)
+        self.copied_bytes = max((shape.copied_bytes for shape in self.layout.values()), default=0)
         self._room = room
 
     def bytes_of(self, num_positions: int) -> int:

@@ -9,7 +9,17 @@ import numpy as np
 import torch
 
 from moeflow.engine.kv_cache.kv_format import KeyValueFormat
-from moeflow.engine.kv_cache.windows import MARGIN, Stretch, WindowPart, first_needed, joined, last_place, wanted
+from moeflow.engine.kv_cache.windows import (
+    MARGIN,
+    Stretch,
+    WindowPart,
+    cut,
+    first_needed,
+    joined,
+    last_place,
+    resized,
+    wanted,
+)
 
 
 class LayerShape(NamedTuple):
@@ -45,8 +55,17 @@ class LayerShape(NamedTuple):
     @property
     def position_bytes(self) -> int:
         """Bytes of one position."""
+        return sum(self._sides)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of one position that lie twice while a slot is copied: its keys or its values, or both of a window."""
+        return self.position_bytes if self.window else max(self._sides)
+
+    @property
+    def _sides(self) -> tuple[int, int]:
         key, value, dtype = self.kept
-        return (key[0] * key[1] + value[0] * value[1]) * dtype.itemsize
+        return key[0] * key[1] * dtype.itemsize, value[0] * value[1] * dtype.itemsize
 
 
 class KeyValueSlot:
@@ -92,17 +111,30 @@ class KeyValueSlot:
         Raises:
             RuntimeError: there is no memory.
         """
+        return cls.behind(layout, num_positions, [])
 
-        def room(shape: LayerShape, side: int) -> torch.Tensor:
+    @classmethod
+    def behind(cls, layout: dict[int, LayerShape], num_positions: int, runs: list["KeyValueSlot"]) -> "KeyValueSlot":
+        """Make room likewise, with the positions of some runs, one behind the other, in layers without a window.
+
+        The last run's tensors leave it one after the other, as they are copied; of the others nothing leaves.
+
+        Raises:
+            RuntimeError: there is no memory; the last run may have lost some layers.
+        """
+        keys: dict[int, torch.Tensor] = {}
+        values: dict[int, torch.Tensor] = {}
+        for layer, shape in layout.items():
             count = num_positions if shape.room is None else min(num_positions, shape.room)
             key, value, dtype = shape.kept
-            heads, width = (key, value)[side]
-            return torch.empty(1, heads, count, width, dtype=dtype, device=shape.device)
-
-        keys, values = ({layer: room(shape, side) for layer, shape in layout.items()} for side in (0, 1))
-        window = max((shape.window for shape in layout.values()), default=0)
-        origins = {layer: 0 for layer, shape in layout.items() if shape.window}
-        return cls(keys, values, num_positions, window, origins, layout)
+            for made, (heads, width) in ((keys, key), (values, value)):
+                made[layer] = torch.empty(1, heads, count, width, dtype=dtype, device=shape.device)
+                end = 0
+                for run in runs if not shape.window else ():
+                    begin, end, kept = end, end + run.num_positions, run.keys if made is keys else run.values
+                    made[layer][:, :, begin:end] = kept.pop(layer) if run is runs[-1] else kept[layer]
+        windows = {layer: shape.window for layer, shape in layout.items() if shape.window}
+        return cls(keys, values, num_positions, max(windows.values(), default=0), dict.fromkeys(windows, 0), layout)
 
     @property
     def nbytes(self) -> int:
@@ -131,8 +163,7 @@ class KeyValueSlot:
         self._put(layer, start, keys, values)
 
     def _form(self, layer: int) -> KeyValueFormat | None:
-        shape = self.layout.get(layer)
-        return None if shape is None else shape.form
+        return self.layout[layer].form if layer in self.layout else None
 
     def _put(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         origin, end = self._origins.get(layer, 0), start + keys.shape[2]
@@ -194,15 +225,17 @@ class KeyValueSlot:
     def grow(self, num_positions: int, num_written: int) -> None:
         """Make room for more positions in layers without a window, and keep the first `num_written`.
 
-        One layer after the other, so that hardly more memory is taken than that of the larger slot. Every address
-        changes.
+        Keys of one layer, its values, and so on, so that hardly more memory is taken than that of the larger slot.
+        Every address changes.
 
         Raises:
             RuntimeError: there is no memory; what was written is still there.
         """
         for layer in self._plain:
-            if self.keys[layer].shape[2] < num_positions:  # not where an attempt before ended behind this layer
-                self._replace(layer, (0, num_positions), (0, num_written))
+            for tensors in (self.keys, self.values):
+                if tensors[layer].shape[2] < num_positions:  # not where an attempt before ended behind it
+                    tensors[layer] = resized(tensors[layer], 0, (0, num_positions), (0, num_written))
+                    self._addresses.clear()
         self.num_positions = num_positions
 
     def move_window(self, aside: list[Stretch], room: Stretch, num_written: int) -> None:
@@ -222,18 +255,11 @@ class KeyValueSlot:
                 self.aside.append(self.window_parts(num_written)[-1].cut(begin, end))
         for layer, origin in self._origins.items():
             if (origin, origin + self.keys[layer].shape[2]) != room:
-                self._replace(layer, room, (max(room[0], origin), num_written))
+                written = max(room[0], origin), num_written
+                both = [resized(tensors[layer], origin, room, written) for tensors in (self.keys, self.values)]
+                self.keys[layer], self.values[layer] = both
                 self._origins[layer] = room[0]
-
-    def _replace(self, layer: int, room: Stretch, written: Stretch) -> None:
-        before, (begin, end), (first, last) = self._origins.get(layer, 0), room, written
-        olds = self.keys[layer], self.values[layer]
-        news = [old.new_empty(*old.shape[:2], end - begin, old.shape[3]) for old in olds]
-        if first < last:
-            for new, old in zip(news, olds, strict=True):
-                new[:, :, first - begin : last - begin] = old[:, :, first - before : last - before]
-        self._addresses.clear()
-        self.keys[layer], self.values[layer] = news
+                self._addresses.clear()
 
     def window_parts(self, num_written: int) -> list[WindowPart]:
         """Return what there is of the layers with a window: what was set aside, and views of what they have."""
@@ -284,6 +310,15 @@ class KeyValueSlot:
                     chosen = slice(begin - part.begin, end - part.begin)
                     self._put(layer, begin, part.keys[layer][:, :, chosen], part.values[layer][:, :, chosen])
 
+    def set_aside(self, parts: list[WindowPart]) -> None:
+        """Hold what lies before the window of these parts, whose memory nothing else uses from now on.
+
+        Raises:
+            RuntimeError: there is no memory for a part of one.
+        """
+        begin = self.in_window[0]
+        self.aside = [one if one.end <= begin else one.cut(one.begin, begin) for one in parts if one.begin < begin]
+
     def part(self, begin: int, end: int) -> "KeyValueSlot":
         """Copy positions of layers without a window into a slot of their own.
 
@@ -291,7 +326,7 @@ class KeyValueSlot:
             RuntimeError: there is no memory.
         """
         keys, values = (
-            {layer: _cut(tensors[layer], begin, end) for layer in self._plain} for tensors in (self.keys, self.values)
+            {layer: cut(tensors[layer], begin, end) for layer in self._plain} for tensors in (self.keys, self.values)
         )
         return KeyValueSlot(keys, values, end - begin)
 
@@ -308,13 +343,8 @@ class KeyValueSlot:
         for own, others in zip((self.keys, self.values), given, strict=True):
             for layer in plain:
                 tensor = own.pop(layer)
-                others[layer] = tensor if end - begin == tensor.shape[2] else _cut(tensor, begin, end)
+                others[layer] = tensor if end - begin == tensor.shape[2] else cut(tensor, begin, end)
             own.clear()
         self._addresses.clear()
         self.aside = []
         return KeyValueSlot(*given, end - begin)
-
-
-def _cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Copy positions of a [1, heads, positions, features] tensor into one of their own."""
-    return tensor[:, :, begin:end].clone(memory_format=torch.contiguous_format)

@@ -117,3 +117,24 @@ def wanted(marks: Iterable[int], origin: int, place: int, window: int) -> list[S
         elif low < mark:
             stretches.insert(0, (low, mark))
     return stretches
+
+
+def cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """Copy positions of a [1, heads, positions, features] tensor into one of their own."""
+    return tensor[:, :, begin:end].clone(memory_format=torch.contiguous_format)
+
+
+def resized(tensor: torch.Tensor, before: int, room: Stretch, written: Stretch) -> torch.Tensor:
+    """Return a tensor of other positions, with those that were written.
+
+    Args:
+        tensor: [1, heads, positions, features], from a position on.
+        before: this position.
+        room: the first position of the new one, and the one behind its last.
+        written: likewise of those that are copied.
+    """
+    (begin, end), (first, last) = room, written
+    new = tensor.new_empty(*tensor.shape[:2], end - begin, tensor.shape[3])
+    if first < last:
+        new[:, :, first - begin : last - begin] = tensor[:, :, first - before : last - before]
+    return new

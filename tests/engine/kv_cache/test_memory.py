@@ -84,10 +84,9 @@ def test_what_ended_is_kept_until_its_room_is_needed_what_is_wanted_now_the_long
     assert (memory.used_bytes, memory.kept_bytes) == (0, 90 * TINY_POSITION)
     again = Sequence("again", [*TEXT[:30], "q"], 10)
     assert memory.admit(again)  # 40 positions: what it will copy stays, and the next one leaves
-    assert memory.num_kept(again) == 30
-    memory.share(None, again, 30)
+    assert again.num_computed == 30
     assert has_names(memory["again"], None, TEXT[:30])
-    assert [memory.num_kept(Sequence("x", [*TEXT[at : at + 30], "q"], 1)) for at in (0, 30, 60)] == [30, 0, 30]
+    assert [memory.num_kept(Sequence("x", [*TEXT[at : at + 30], "q"], 1)) for at in (0, 30, 60)] == [0, 30, 30]
     memory.check_integrity()
     assert memory.counts == {"shared_tokens": 30, "kept_hits": 1, "preempted": 0, "moved": 0}
     assert memory.peak_bytes == 100 * TINY_POSITION

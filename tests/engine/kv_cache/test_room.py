@@ -1,0 +1,31 @@
+"""Room in a budget that experts share: what is allocated is held before, at every moment."""
+
+import torch
+
+from helpers.alive_tensors import Alive
+from helpers.engine_requests import tokens
+from moeflow import load_moe
+from moeflow.engine.kv_cache.memory import KeyValueMemory
+from moeflow.engine.kv_cache.slots import LayerShape
+from moeflow.engine.sequence import Sequence
+
+
+def test_what_a_window_sets_aside_is_held_before_it_is_copied(mixtral_folder):
+    shape = LayerShape((1, 4), (1, 4), torch.float32, torch.device("cpu"))
+    layout = {0: shape, **{number: shape._replace(window=8) for number in range(1, 9)}}
+    with load_moe(mixtral_folder, memory=1 << 21, predictor=None).moeflow as runtime:
+        num_aside = 0
+        for most in range(75, 100, 4):  # the last window is small where the end is near
+            share = runtime.governor.share(runtime)
+            memory = KeyValueMemory(layout, 1 << 20, most_new=16, share=share)
+            one = Sequence("one", tokens(48), most)
+            with Alive(share=share) as alive:
+                assert memory.admit(one)
+                while one.length < one.num_positions:
+                    assert memory.grow(one)
+                    one.num_computed = min(one.length, one.num_computed + 16)
+                    if one.num_computed == one.length:
+                        one.append(5)
+                num_aside += len(memory["one"].aside)
+            assert alive.most_beyond <= 0
+        assert num_aside
