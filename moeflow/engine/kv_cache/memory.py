@@ -9,10 +9,12 @@ from pathlib import Path
 
 from moeflow.engine.kv_cache import prefix_files
 from moeflow.engine.kv_cache.host_moves import HostMoves
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.room import Room
 from moeflow.engine.kv_cache.slot_sizes import SPARE_POSITIONS, SlotSizes
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.offload.arena.shared_budget import KeyValueShare
 
@@ -32,6 +34,7 @@ class KeyValueMemory:
         most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
         share: of a budget that experts and others' keys and values have a part in; None where all of it is here. Before
             anything is allocated, the share has it.
+        policy: which rows of slots are let go; None for none.
 
     Attributes:
         position_bytes: of one position in all layers.
@@ -53,9 +56,11 @@ class KeyValueMemory:
         most_kept_bytes: int | None = None,
         most_new: int | None = None,
         share: KeyValueShare | None = None,
+        policy: KeyValuePolicy | None = None,
     ) -> None:
-        self.sizes = SlotSizes(layout, most_new)
-        self.position_bytes = sum(shape.position_bytes for shape in layout.values())
+        assert policy is None or most_new is not None, "a policy needs to know how many tokens a pass has"
+        self.sizes = SlotSizes(layout, most_new, None if policy is None else policy.most_rows(most_new or 0))
+        self.position_bytes = self.sizes.plain_bytes + self.sizes.window_bytes
         if max_positions is not None:
             budget_bytes = min(budget_bytes, max_positions * self.position_bytes)
         self._num_offered = 0  # times that a sequence's tokens were kept
@@ -67,7 +72,8 @@ class KeyValueMemory:
         self._layout = self.sizes.layout
         self._slots: dict[str, KeyValueSlot] = {}
         self._room = Room(self.sizes, self._slots, self.kept, budget_bytes, share)
-        self._moved = HostMoves(self.sizes, moves)
+        self._policy = policy
+        self._moved = HostMoves(self.sizes, False if policy is not None and policy.forgets else moves)
         self.speeds = self._moved.speeds
 
     def __len__(self) -> int:
@@ -114,10 +120,11 @@ class KeyValueMemory:
         assert sequence.id not in self._slots, f"{sequence.id} has a slot"
         self.num_kept(sequence)  # what it will copy leaves last
         num_positions = _roomy(sequence)
-        needed = self.sizes.bytes_of(num_positions), num_positions
+        num_rows = self.sizes.rows(num_positions)
+        needed = self.sizes.bytes_of(num_positions), num_rows
         while self._room.make(*needed) and self._room.hold(*needed):
             try:
-                slot = KeyValueSlot.empty(self._layout, num_positions)
+                slot = KeyValueSlot.empty(self._layout, num_rows)
             except RuntimeError as error:  # there is less memory than the budget allows
                 if self.kept.drop():
                     continue
@@ -143,6 +150,12 @@ class KeyValueMemory:
         """
         self._room.balance(self._reused_share, self.speeds.prefill_s)
         slot = self._slots[sequence.id]
+        if self._policy is not None:
+            try:
+                self._policy.let_go(slot, sequence.num_computed)
+            except RuntimeError:  # there is no memory to move rows: all is computed again
+                sequence.num_computed = 0
+                self._policy.let_go(slot, 0)
         ways = (False, True) if self.sizes.window else (False,)  # in the second way without what others may need
         has_room = any(self._move_window(sequence, slot, one) and self._grow_plain(sequence, slot) for one in ways)
         if has_room:
@@ -252,8 +265,8 @@ class KeyValueMemory:
     def check_integrity(self) -> None:
         """Assert that all is counted with its bytes, and inside the budget."""
         for id, slot in self._slots.items():
-            assert slot.nbytes >= slot.num_positions * self.sizes.plain_bytes, f"the slot of {id} is too small"
-        self.kept.check_integrity(self.sizes.plain_bytes)
+            assert slot.nbytes >= slot.num_positions * self.sizes.record_bytes, f"the slot of {id} is too small"
+        self.kept.check_integrity(self.sizes.record_bytes)
         self._room.check_integrity()
         assert not self._moved.ids() & self._slots.keys(), "a sequence that runs lies in host memory as well"
 
@@ -296,17 +309,19 @@ class KeyValueMemory:
 
     def _grow_plain(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
         """Make room for all tokens of a sequence in layers without a window; return whether there was memory."""
-        has, least = slot.num_positions, _roomy(sequence)
-        if has >= sequence.length:
+        has, forgotten = slot.num_positions, slot.forgotten
+        needed, least = self.sizes.next_end(sequence) - forgotten, self.sizes.rows(_roomy(sequence) - forgotten)
+        if has >= needed:
             return True
         of_position = self.sizes.plain_bytes
         self._room.make(min((least - has) * of_position, self._room.free_bytes + self.kept_bytes), least)
-        num_positions = min(sequence.num_positions, max(least, int(sequence.length * self._room.growth)))
+        most = self.sizes.rows(sequence.num_positions - forgotten)
+        num_positions = min(most, max(least, int(sequence.length * self._room.growth)))
         if self._room.growing_bytes:
             num_positions = min(num_positions, has + self._room.free_bytes // self._room.growing_bytes)
-        if num_positions < sequence.length or not self._room.hold((num_positions - has) * of_position, num_positions):
+        if num_positions < needed or not self._room.hold((num_positions - has) * of_position, num_positions):
             return False
-        return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed))
+        return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed - forgotten))
 
     def _is_done(self, sequence: Sequence, make_larger: Callable[[], None]) -> bool:
         """Let a slot take memory, in place of what is kept where there is no other; return whether it could."""

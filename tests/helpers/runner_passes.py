@@ -1,0 +1,32 @@
+"""A sequence whose logits a model runner computes pass by pass."""
+
+import torch
+
+from moeflow.engine.model_runner import ModelRunner
+from moeflow.engine.sequence import Piece
+
+
+class Passes:
+    """A sequence whose logits a runner computes pass by pass."""
+
+    def __init__(self, model, prompt, **options):
+        self.runner = ModelRunner(model, 1 << 26, **options)
+        self.sequence = self.runner.sequence("one", prompt, 200)
+        assert self.runner.memory.admit(self.sequence)
+
+    def run(self, draft=()):
+        """Compute what is uncomputed, and a draft behind it; logits [1 + draft, V]."""
+        assert self.runner.memory.grow(self.sequence)
+        new = self.sequence.uncomputed(1000)
+        (computed,) = self.runner.run([Piece(self.sequence, new, True, draft)])
+        assert computed.error is None, computed.error
+        self.sequence.num_computed += len(new)
+        return computed.logits
+
+    def say(self, words):
+        """Go on with these tokens; logits [words, V] behind each."""
+        made = []
+        for word in words:
+            self.sequence.append(word)
+            made.append(self.run())
+        return torch.cat(made)
