@@ -14,10 +14,16 @@ class Passes:
         self.sequence = self.runner.sequence("one", prompt, 200)
         assert self.runner.memory.admit(self.sequence)
 
-    def run(self, draft=()):
-        """Compute what is uncomputed, and a draft behind it; logits [1 + draft, V]."""
+    def begin(self, most):
+        """Compute the prompt in pieces of so many tokens; logits [1, V]."""
+        while self.sequence.length > self.sequence.num_computed:
+            logits = self.run(most=most)
+        return logits
+
+    def run(self, draft=(), most=1000):
+        """Compute what is uncomputed, at most so many, and a draft behind it; logits [1 + draft, V]."""
         assert self.runner.memory.grow(self.sequence)
-        new = self.sequence.uncomputed(1000)
+        new = self.sequence.uncomputed(most)
         (computed,) = self.runner.run([Piece(self.sequence, new, True, draft)])
         assert computed.error is None, computed.error
         self.sequence.num_computed += len(new)

@@ -118,6 +118,6 @@ class HeavyHitters:
         """Return the rows that stay, [heads, budget], in their order."""
         recent = rows[:, rows.shape[1] - self._options.recent :]
         others = rows[:, : rows.shape[1] - self._options.recent]
-        order = masses.gather(1, others).argsort(1, descending=True, stable=True)
+        order = masses.gather(1, others).argsort(dim=1, descending=True, stable=True)
         best = order[:, : self._options.budget - self._options.recent].sort(1).values
         return torch.cat([others.gather(1, best), recent], 1)

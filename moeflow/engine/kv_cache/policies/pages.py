@@ -85,7 +85,7 @@ class Pages:
         whole = torch.arange(limits.shape[1], device=device)
         may_choose = (whole > 0) & (whole < own - 1)  # [count, whole pages]
         bounds = self._bounds(queries[0].float(), limits.float()).unflatten(0, (call.num_heads, -1)).amax(1)
-        order = bounds.masked_fill(~may_choose, float("-inf")).argsort(-1, descending=True, stable=True)
+        order = bounds.masked_fill(~may_choose, float("-inf")).argsort(dim=-1, descending=True, stable=True)
         every = torch.arange(-(-call.end // page), device=device)
         seen = ((every == 0) | (every >= own - 1)).repeat(call.num_heads, 1, 1)
         chosen = order[..., : self._options.pages - 3]
