@@ -1,8 +1,8 @@
 """A hand-made model of one attention layer that answers a question with what a needle said, if it sees the needle.
 
-A token's embedding is a direction of its own. Keys and queries lie in a channel that rotary embeddings hardly turn: that
-of a needle is 1, every other key is zero. The query of `QUESTION` gives a needle a score of 24 and all else 0; that of a
-filler gives it 4, so that it gets exp(4) times the attention of a filler. The value of needle n points to the answer n.
+A token's embedding is a direction of its own. Keys and queries lie in a channel that rotary embeddings hardly turn. The
+key of a needle is 1 there, every other is 0. The query of `QUESTION` gives a needle a score of 24 and all else 0; that
+of a filler gives it 4, so that it gets exp(4) times the attention of a filler. The value of needle n points to answer n.
 Experts add nothing.
 """
 

@@ -86,9 +86,9 @@ class KeyValueSlot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        every = (self.keys, self.values, self.notes)
-        of_tensors = sum(tensor.nbytes for tensors in every for tensor in tensors.values())
+        """Bytes of its tensors, those of notes rounded up to whole ones of each row."""
+        of_tensors = sum(tensor.nbytes for tensors in (self.keys, self.values) for tensor in tensors.values())
+        of_tensors += self.num_positions * sum(self.layout[layer].note_bytes for layer in self.notes)
         return of_tensors + sum(part.nbytes for part in self.aside)
 
     @property
