@@ -6,8 +6,8 @@
 Perplexity is that of WikiText-2's validation text, through an engine's packed passes in pieces, in windows of so many
 tokens at equal distances over the text: of all tokens, and of the second half of each window, whose contexts are long.
 Ratios are to the engine without a policy. Bytes are the most that a sequence held. The share is that of the positions
-before each token that it attended to, over layers and heads. The model is the demo model unless another folder is given.
-Nothing is timed. Progress goes to stderr; the last line is one JSON object.
+before each token that it attended to, over layers and heads. The model is the demo model unless another folder is
+given. Nothing is timed. Progress goes to stderr; the last line is one JSON object.
 """
 
 import argparse

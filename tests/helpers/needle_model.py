@@ -2,7 +2,7 @@
 
 A token's embedding is a direction of its own. Keys and queries lie in a channel that rotary embeddings hardly turn. The
 key of a needle is 1 there, every other is 0. The query of `QUESTION` gives a needle a score of 24 and all else 0; that
-of a filler gives it 4, so that it gets exp(4) times the attention of a filler. The value of needle n points to answer n.
+of a filler gives it 4, so that it gets exp(4) times the attention of a filler. Needle n's value points to answer n.
 Experts add nothing.
 """
 
