@@ -109,6 +109,11 @@ class Sequence:
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
     @property
+    def may_copy(self) -> list[int]:
+        """The tokens whose keys and values it may have from others: not those of the last one."""
+        return self.uniform_ids[: self.length - 1]
+
+    @property
     def uses_kept(self) -> bool:
         """Whether all that others have left of its beginning serves it to its end."""
         return not self.scored and self.restart is None

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from moeflow.engine.kv_cache import prefix_files
 from moeflow.engine.kv_cache.host_moves import HostMoves
-from moeflow.engine.kv_cache.moving import moved_slot
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept import prefix_files
+from moeflow.engine.kv_cache.kept.moving import moved_slot
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
 from moeflow.engine.kv_cache.room import Room
-from moeflow.engine.kv_cache.slot_sizes import SPARE_POSITIONS, SlotSizes
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slot_sizes import SlotSizes, roomy
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.offload.arena.shared_budget import KeyValueShare
 
@@ -33,6 +35,7 @@ class KeyValueMemory:
         most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
         share: of a budget that experts and others' keys and values have a part in; None where all of it is here. Before
             anything is allocated, the share has it.
+        policy: which rows of slots are let go; None for none.
 
     Attributes:
         position_bytes: of one position in all layers.
@@ -54,9 +57,11 @@ class KeyValueMemory:
         most_kept_bytes: int | None = None,
         most_new: int | None = None,
         share: KeyValueShare | None = None,
+        policy: KeyValuePolicy | None = None,
     ) -> None:
-        self.sizes = SlotSizes(layout, most_new)
-        self.position_bytes = sum(shape.position_bytes for shape in layout.values())
+        assert policy is None or most_new is not None, "a policy needs to know how many tokens a pass has"
+        self.sizes = SlotSizes(layout, most_new, None if policy is None else policy.most_rows(most_new or 0))
+        self.position_bytes = self.sizes.plain_bytes + self.sizes.window_bytes
         if max_positions is not None:
             budget_bytes = min(budget_bytes, max_positions * self.position_bytes)
         self._num_offered = 0  # times that a sequence's tokens were kept
@@ -68,7 +73,8 @@ class KeyValueMemory:
         self._layout = self.sizes.layout
         self._slots: dict[str, KeyValueSlot] = {}
         self._room = Room(self.sizes, self._slots, self.kept, budget_bytes, share)
-        self._moved = HostMoves(self.sizes, moves)
+        self._policy = policy
+        self._moved = HostMoves(self.sizes, False if policy is not None and policy.forgets else moves)
         self.speeds = self._moved.speeds
 
     def __len__(self) -> int:
@@ -114,18 +120,20 @@ class KeyValueMemory:
         """Give a sequence its slot, with what of it lies in host memory; return whether there was room."""
         assert sequence.id not in self._slots, f"{sequence.id} has a slot"
         self.num_kept(sequence)  # what it will copy leaves last
-        num_positions = _roomy(sequence)
-        needed = self.sizes.bytes_of(num_positions), num_positions
+        num_positions = roomy(sequence)
+        num_rows = self.sizes.rows(num_positions)
+        needed = self.sizes.bytes_of(num_positions), num_rows
         own = sequence.uses_kept and self.keeps and sequence.id not in self._moved.ids()
-        kept = sequence.scaling, _may_copy(sequence), self.kept
+        kept = sequence.scaling, sequence.may_copy, self.kept
         if own and (moved := moved_slot(*kept, self._room, self._layout, *needed)) is not None:
             slot, sequence.num_computed = moved
             self._begin(sequence, slot)
-            self._count_kept(sequence.num_computed)
+            self.counts["kept_hits"] += 1
+            self.counts["shared_tokens"] += sequence.num_computed
             return True
         while self._room.make(*needed) and self._room.hold(*needed):
             try:
-                slot = KeyValueSlot.empty(self._layout, num_positions)
+                slot = KeyValueSlot.empty(self._layout, num_rows)
             except RuntimeError as error:  # there is less memory than the budget allows
                 if self.kept.drop():
                     continue
@@ -147,10 +155,6 @@ class KeyValueMemory:
         if self.keeps:
             slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
 
-    def _count_kept(self, num_tokens: int) -> None:
-        self.counts["kept_hits"] += 1
-        self.counts["shared_tokens"] += num_tokens
-
     def grow(self, sequence: Sequence) -> bool:
         """Make room for all tokens of a running sequence, and more where there is any; return whether there was.
 
@@ -158,6 +162,12 @@ class KeyValueMemory:
         """
         self._room.balance(self._reused_share, self.speeds.prefill_s)
         slot = self._slots[sequence.id]
+        if self._policy is not None:
+            try:
+                self._policy.let_go(slot, sequence.num_computed)
+            except RuntimeError:  # there is no memory to move rows: all is computed again
+                sequence.num_computed = 0
+                self._policy.let_go(slot, 0)
         ways = (False, True) if self.sizes.window else (False,)  # in the second way without what others may need
         has_room = any(self._move_window(sequence, slot, one) and self._grow_plain(sequence, slot) for one in ways)
         if has_room:
@@ -173,7 +183,7 @@ class KeyValueMemory:
         """
         slot = self._slots.pop(sequence.id)
         self.counts["preempted"] += 1
-        needed = 0 if grower is sequence else self.sizes.bytes_of(_roomy(grower)) - self._slots[grower.id].nbytes
+        needed = 0 if grower is sequence else self.sizes.bytes_of(roomy(grower)) - self._slots[grower.id].nbytes
         room = max(0, self._room.free_bytes - max(0, needed))
         count = self._num_fitting(sequence, slot, room)
         if count < sequence.num_computed and self._moved.take(sequence, slot):
@@ -201,7 +211,7 @@ class KeyValueMemory:
 
     def num_kept(self, sequence: Sequence) -> int:
         """Return how many of a sequence's first tokens are kept, without its last one; 0 for too few to be copied."""
-        tokens = _may_copy(sequence)
+        tokens = sequence.may_copy
         count, slot = self.kept.longest(sequence.scaling, tokens), self._slots.get(sequence.id)
         if slot is not None and self.keeps:
             common = self.kept.common(sequence.scaling, tokens)
@@ -221,12 +231,12 @@ class KeyValueMemory:
         """Copy the first tokens' keys and values, as many as can be, from a running sequence or from what is kept."""
         slot = self._slots[receiver.id]
         if donor is None:
-            self.kept.copy(receiver.scaling, _may_copy(receiver)[:num_tokens], slot)
-            self._count_kept(num_tokens)
+            self.kept.copy(receiver.scaling, receiver.may_copy[:num_tokens], slot)
+            self.counts["kept_hits"] += 1
         else:
             slot.copy_from(self._slots[donor.id], num_tokens)
             slot.place_window(self._slots[donor.id].window_parts(donor.num_computed), num_tokens)
-            self.counts["shared_tokens"] += num_tokens
+        self.counts["shared_tokens"] += num_tokens
 
     def save(self, folder: Path, fingerprint: str) -> int:
         """Write what is kept to a model's files, and return its number of tokens; see `prefix_files.save`."""
@@ -235,12 +245,11 @@ class KeyValueMemory:
     def load(self, folder: Path, fingerprint: str) -> int:
         """Keep what was saved of a model, as far as there is room; return the number of tokens."""
         before = self.kept.num_tokens
-        if self.keeps:
-            for run in prefix_files.load(folder, fingerprint, self._layout, self._room.can_hold):
-                self.kept.restore(run)
-                del run
-                self._room.settle()
+        for run in prefix_files.load(folder, fingerprint, self._layout, self._room.can_hold) if self.keeps else ():
+            self.kept.restore(run)
+            del run
             self._room.settle()
+        self._room.settle()
         return self.kept.num_tokens - before
 
     def clear(self) -> None:
@@ -267,8 +276,8 @@ class KeyValueMemory:
     def check_integrity(self) -> None:
         """Assert that all is counted with its bytes, and inside the budget."""
         for id, slot in self._slots.items():
-            assert slot.nbytes >= slot.num_positions * self.sizes.plain_bytes, f"the slot of {id} is too small"
-        self.kept.check_integrity(self.sizes.plain_bytes)
+            assert slot.nbytes >= slot.num_positions * self.sizes.record_bytes, f"the slot of {id} is too small"
+        self.kept.check_integrity(self.sizes.record_bytes)
         self._room.check_integrity()
         assert not self._moved.ids() & self._slots.keys(), "a sequence that runs lies in host memory as well"
 
@@ -311,17 +320,19 @@ class KeyValueMemory:
 
     def _grow_plain(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
         """Make room for all tokens of a sequence in layers without a window; return whether there was memory."""
-        has, least = slot.num_positions, _roomy(sequence)
-        if has >= sequence.length:
+        has, forgotten = slot.num_positions, slot.forgotten
+        needed, least = self.sizes.next_end(sequence) - forgotten, self.sizes.rows(roomy(sequence) - forgotten)
+        if has >= needed:
             return True
         of_position = self.sizes.plain_bytes
         self._room.make(min((least - has) * of_position, self._room.free_bytes + self.kept_bytes), least)
-        num_positions = min(sequence.num_positions, max(least, int(sequence.length * self._room.growth)))
+        most = self.sizes.rows(sequence.num_positions - forgotten)
+        num_positions = min(most, max(least, int(sequence.length * self._room.growth)))
         if self._room.growing_bytes:
             num_positions = min(num_positions, has + self._room.free_bytes // self._room.growing_bytes)
-        if num_positions < sequence.length or not self._room.hold((num_positions - has) * of_position, num_positions):
+        if num_positions < needed or not self._room.hold((num_positions - has) * of_position, num_positions):
             return False
-        return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed))
+        return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed - forgotten))
 
     def _is_done(self, sequence: Sequence, make_larger: Callable[[], None]) -> bool:
         """Let a slot take memory, in place of what is kept where there is no other; return whether it could."""
@@ -337,13 +348,3 @@ class KeyValueMemory:
                 return False
             self._room.settle()
             return True
-
-
-def _roomy(sequence: Sequence) -> int:
-    """Return the positions of a slot that holds a sequence's tokens and a few more."""
-    return min(sequence.num_positions, sequence.length + SPARE_POSITIONS)
-
-
-def _may_copy(sequence: Sequence) -> list[int]:
-    """Return the tokens whose keys and values a sequence may have from others: not those of the last one."""
-    return sequence.uniform_ids[: sequence.length - 1]

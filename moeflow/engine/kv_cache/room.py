@@ -5,8 +5,8 @@ Knows slots, the tree and bytes. Knows nothing of sequences.
 
 import time
 
-from moeflow.engine.kv_cache.kept_runs import Node
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept.kept_runs import Node
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slot_sizes import SlotSizes
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.errors import BudgetError

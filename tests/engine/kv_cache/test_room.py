@@ -5,8 +5,8 @@ import torch
 from helpers.alive_tensors import Alive
 from helpers.engine_requests import tokens
 from moeflow import load_moe
+from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.memory import KeyValueMemory
-from moeflow.engine.kv_cache.slots import LayerShape
 from moeflow.engine.sequence import Sequence
 
 

@@ -8,8 +8,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 
-from moeflow.engine.kv_cache.kept_runs import Node, Run, parts_between, up_from
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.kept.kept_runs import Node, Run, parts_between, up_from
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.kv_cache.windows import WindowPart, last_place, missing
 
 
