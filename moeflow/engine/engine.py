@@ -96,7 +96,7 @@ class Engine:
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
         self._runner = self._make_runner(kv_memory, kv_format_of(kv_format, model), policy)
         limit = self._scheduler.max_step_tokens * (self._groups is None)
-        self._speculation = speculation_for(None if policy else speculation, model, tokenizer, self._runner, limit)
+        self._speculation = speculation_for(speculation, model, tokenizer, self._runner, limit)
         self._memory = self._runner.memory
         self._memory.keeps = share_prefixes
         self._requests: dict[str, Request] = {}

@@ -138,6 +138,11 @@ class ModelRunner:
         return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart, priority)
 
     @property
+    def policy_name(self) -> str | None:
+        """The policy by which queries see and sequences forget; None for none."""
+        return None if self._policy is None else self._policy.name
+
+    @property
     def scales_by_length(self) -> bool:
         """Whether positions of a sequence are scaled by its length, so that a token has its length's pass."""
         return self._cache.rotaries.depend_on_length

@@ -83,7 +83,7 @@ class Room:
         Raises:
             BudgetError: so many positions are more than the whole budget.
         """
-        needed = self._sizes.bytes_of(num_positions) + num_positions * self._copied_bytes
+        needed = self._sizes.bytes_of(num_positions) + self._sizes.rows(num_positions) * self._copied_bytes
         if needed <= self._most_bytes:
             return
         limit = f"kv_memory is {self._most_bytes:,} bytes"
