@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from moeflow.dtypes import serial_copy
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.structure.logits_mask import masked
+
+_SUMMED_TOGETHER = 64  # a multiple of the numbers that torch adds up beside each other
 
 
 class SampledToken(NamedTuple):
@@ -71,7 +74,7 @@ class Sampler:
             if allowed is not None and scores[token_id] == -math.inf:
                 raise RuntimeError("the model has none for the tokens that the answer's grammar allows")
         else:
-            probabilities = filtered(scores, self.params).softmax(-1).cpu()
+            probabilities = filtered(scores.cpu(), self.params).softmax(-1)
             token_id = int(torch.multinomial(probabilities, 1, generator=self._generator))
         return self.report(token_id, logits)
 
@@ -114,22 +117,49 @@ def penalized(
 def filtered(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Return scores [V] over the temperature, with -inf for the tokens that are not sampled from.
 
+    They are those of transformers' filters, bit for bit, but for which of equally likely tokens a nucleus leaves out:
+    here the first ones. One thread makes them, and sorts no more than there is to sort.
+
     Args:
-        scores: [V] float32, penalties taken off.
+        scores: [V] float32 on the CPU, penalties taken off; not changed.
         params: its temperature is above 0.
     """
-    scores = scores / params.temperature
-    if 0 < params.top_k < scores.shape[-1]:
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -math.inf)
+    values = scores.numpy() / np.float32(params.temperature)
+    if 0 < params.top_k < len(values):
+        last = len(values) - params.top_k
+        values = np.where(values < np.partition(values, last)[last], np.float32(-np.inf), values)
     if params.top_p < 1:
-        rising, ids = scores.sort()
-        left_out = rising.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        left_out[-1] = False
-        scores = scores.masked_fill(left_out.scatter(0, ids, left_out), -math.inf)
+        values = _nucleus(values, params.top_p)
+    kept = torch.from_numpy(values)
     if params.min_p > 0:
-        probabilities = scores.softmax(-1)
-        scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)
-    return scores
+        probabilities = kept.softmax(-1)
+        kept = kept.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)
+    return kept
+
+
+def _nucleus(values: np.ndarray, top_p: float) -> np.ndarray:
+    """Return scores [V] without the least likely tokens that together have a probability of 1 - top_p at most.
+
+    Only those that were not left out before are sorted. -inf stand before them up to a place at which the sum over all
+    sorted ones, which is made in parts of equal size, is the same.
+    """
+    candidates = np.sort(values[values != -np.inf])
+    if len(candidates) < 2:
+        return values
+    begin = (len(values) - len(candidates)) // _SUMMED_TOGETHER * _SUMMED_TOGETHER
+    rising = np.full(len(values) - begin, -np.inf, np.float32)
+    num_before = len(rising) - len(candidates)
+    rising[num_before:] = candidates
+    left_out = torch.from_numpy(rising).softmax(-1).cumsum(-1) <= 1 - top_p
+    left_out[-1] = False
+    count = int(left_out.sum()) - num_before
+    if count <= 0:
+        return values
+    most = candidates[count - 1]
+    leaving = values < most
+    equal = np.flatnonzero(values == most)[: count - int(np.searchsorted(candidates, most))]
+    leaving[equal] = True  # of equal ones the first
+    return np.where(leaving, np.float32(-np.inf), values)
 
 
 def _ids(token_ids: list[int], vocab_size: int, device: torch.device) -> torch.Tensor:

@@ -232,9 +232,7 @@ def _find_experts(
     if options.memory != "auto":
         forward.check_key_value_cache(empty)  # other states are not counted
         position_bytes = forward.key_value_bytes_per_position(empty)
-        position_bytes += (
-            position_bytes // len(layers) // 2
-        )  # while a slot is copied, keys or values of a layer are there twice
+        position_bytes += position_bytes // len(layers) // 2  # keys or values of a layer, while a slot is copied
         check_shared(parse_bytes(options.memory, name="memory"), size, position_bytes)
     if options.expert_memory != "auto":
         size.slots_for(parse_memory(options.expert_memory, name="expert_memory", whole_bytes=size.all_bytes))

@@ -82,6 +82,25 @@ def test_all_filters_together_give_the_scores_of_transformers(seed, **options):
     assert torch.equal(scores, transformers_scores(logits, PROMPT, ANSWER, options))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([1, 2, 63, 64, 65, 1000, 40_000]),
+    temperature=st.floats(0.2, 3),
+    top_k=st.sampled_from([0, 1, 5, 64, 100_000]),
+    top_p=st.floats(0.01, 1),
+    min_p=st.sampled_from([0.0, 0.05]),
+)
+def test_of_rounded_logits_the_same_values_stay_as_with_transformers(seed, size, **options):
+    """Many are equal; of those at the border of a nucleus others may stay, but as many."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(size, generator=generator).mul(4).bfloat16().float()
+    logits[torch.randint(size, (size // 3,), generator=generator)] = -math.inf
+    wanted = {name: value for name, value in options.items() if (name, value) != ("top_k", 0)}
+    scores = filtered(logits, SamplingParams(**options))
+    assert torch.equal(scores.sort().values, transformers_scores(logits, [], [], wanted).sort().values)
+
+
 @torch.no_grad()
 def sampled_alone(model, prompt, num_new, *, temperature, presence_penalty=0, frequency_penalty=0, seed=0, **options):
     """Sample one sequence with transformers' processors, and OpenAI's formula for the two penalties it has not."""
@@ -319,5 +338,6 @@ def test_filters_choose_among_the_allowed_tokens(options):
     allowed[unlikely] = True
     params = SamplingParams(seed=0, **options)
     assert Sampler(params).sample(logits, [], [], allowed).token_id == int(unlikely[2])
-    with pytest.raises(RuntimeError):
-        Sampler(params).sample(logits, [], [], torch.zeros(VOCAB, dtype=torch.bool))
+    for size in (VOCAB, 128):
+        with pytest.raises(RuntimeError):
+            Sampler(params).sample(logits[:size], [], [], torch.zeros(size, dtype=torch.bool))
