@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.kv_cache.budget import step_tokens
+from moeflow.engine.kv_cache.disk.kept_disk import disk_for
 from moeflow.engine.kv_cache.kv_format import kv_format_of
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
@@ -57,6 +58,9 @@ class Engine:
         speculation: whether steps also compute tokens that may come next, where that pays: "auto" (as the model was
             loaded), None, or a dict of `SpeculationOptions`' fields. Outputs are the same.
         kv_format: of keys and values: "auto" (the model's dtype), "int8", "int4"; None: as the model was loaded.
+        kept_folder: where kept prefixes go before they leave kv_memory, and come back from, also after a restart; None
+            for nowhere. It holds what was talked about; one engine of a model at a time.
+        kept_disk: most bytes of their files; those that were not used for the longest time go first.
 
     Raises:
         ConfigError: a limit, kv_memory or kv_format is not allowed, or the model's stop strings need a tokenizer.
@@ -78,6 +82,8 @@ class Engine:
         jump_forward: bool = True,
         speculation: SpeculationOption = "auto",
         kv_format: str | None = None,
+        kept_folder: str | Path | None = None,
+        kept_disk: MemorySize = "4GiB",
     ) -> None:
         self._scheduler = Scheduler(
             max_batch_size,
@@ -95,6 +101,7 @@ class Engine:
         self._speculation = speculation_for(speculation, model, tokenizer, self._runner, limit)
         self._memory = self._runner.memory
         self._memory.keeps = share_prefixes
+        self._memory.keep_on_disk(disk_for(kept_folder, kept_disk, self._runner.fingerprint))
         self._requests: dict[str, Request] = {}
         self._outputs = Outputs()  # claimed by generate() and stream(), or for step()
         self._names = map("request-{}".format, itertools.count(1))
@@ -219,12 +226,7 @@ class Engine:
         prompts: Sequential[str | list[int]],
         params: SamplingParams | Sequential[SamplingParams] = _DEFAULT_PARAMS,
     ) -> list[Completion]:
-        """Run prompts to their ends and return their completions in the same order.
-
-        Args:
-            prompts: texts or token ids.
-            params: for all, or one for each.
-        """
+        """Run texts or token ids to their ends, with one params or one for each; return completions in their order."""
         return self._whole_answers().generate(prompts, params)
 
     def stream(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS) -> Iterator[str]:

@@ -6,8 +6,10 @@ Knows sequences, slots and the tree. Knows nothing of models or of who waits.
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from moeflow.engine.kv_cache import prefix_files
+from moeflow.engine.kv_cache.disk import prefix_files
+from moeflow.engine.kv_cache.disk.kept_disk import DiskMaker, KeptDisk
 from moeflow.engine.kv_cache.host_moves import HostMoves
 from moeflow.engine.kv_cache.moving import moved_slot
 from moeflow.engine.kv_cache.prefix_tree import PrefixTree
@@ -38,6 +40,7 @@ class KeyValueMemory:
         position_bytes: of one position in all layers.
         keeps: whether anything is kept of sequences that have ended or given way.
         kept: what is kept.
+        disk: where kept prefixes also lie; None where they leave for good.
         speeds: by which moving is weighed against computing again.
         refused: sequences for which the machine has no memory though nothing else takes any, with the reason.
         counts: {"shared_tokens": copied from running or kept sequences, "kept_hits": beginnings that were kept,
@@ -70,6 +73,7 @@ class KeyValueMemory:
         self._room = Room(self.sizes, self._slots, self.kept, budget_bytes, share)
         self._moved = HostMoves(self.sizes, moves)
         self.speeds = self._moved.speeds
+        self.disk: KeptDisk | None = None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -117,8 +121,10 @@ class KeyValueMemory:
         num_positions = _roomy(sequence)
         needed = self.sizes.bytes_of(num_positions), num_positions
         own = sequence.uses_kept and self.keeps and sequence.id not in self._moved.ids()
-        kept = sequence.scaling, _may_copy(sequence), self.kept
-        if own and (moved := moved_slot(*kept, self._room, self._layout, *needed)) is not None:
+        known = sequence.scaling, sequence.copyable_ids
+        if own and self.disk is not None:
+            self.disk.bring_back(sequence, *known, needed, self.speeds)
+        if own and (moved := moved_slot(*known, self.kept, self._room, self._layout, *needed)) is not None:
             slot, sequence.num_computed = moved
             self._begin(sequence, slot)
             self._count_kept(sequence.num_computed)
@@ -146,6 +152,7 @@ class KeyValueMemory:
         self._room.settle()
         if self.keeps:
             slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
+        self._write_ahead()
 
     def _count_kept(self, num_tokens: int) -> None:
         self.counts["kept_hits"] += 1
@@ -201,7 +208,7 @@ class KeyValueMemory:
 
     def num_kept(self, sequence: Sequence) -> int:
         """Return how many of a sequence's first tokens are kept, without its last one; 0 for too few to be copied."""
-        tokens = _may_copy(sequence)
+        tokens = sequence.copyable_ids
         count, slot = self.kept.longest(sequence.scaling, tokens), self._slots.get(sequence.id)
         if slot is not None and self.keeps:
             common = self.kept.common(sequence.scaling, tokens)
@@ -221,7 +228,7 @@ class KeyValueMemory:
         """Copy the first tokens' keys and values, as many as can be, from a running sequence or from what is kept."""
         slot = self._slots[receiver.id]
         if donor is None:
-            self.kept.copy(receiver.scaling, _may_copy(receiver)[:num_tokens], slot)
+            self.kept.copy(receiver.scaling, receiver.copyable_ids[:num_tokens], slot)
             self._count_kept(num_tokens)
         else:
             slot.copy_from(self._slots[donor.id], num_tokens)
@@ -234,27 +241,30 @@ class KeyValueMemory:
 
     def load(self, folder: Path, fingerprint: str) -> int:
         """Keep what was saved of a model, as far as there is room; return the number of tokens."""
-        before = self.kept.num_tokens
-        if self.keeps:
-            for run in prefix_files.load(folder, fingerprint, self._layout, self._room.can_hold):
-                self.kept.restore(run)
-                del run
-                self._room.settle()
-            self._room.settle()
-        return self.kept.num_tokens - before
+        if not self.keeps:
+            return 0
+        return prefix_files.load_into(self.kept, self._room, folder, fingerprint, self._layout)
+
+    def keep_on_disk(self, make_disk: DiskMaker | None) -> None:
+        """Let what is kept go to a disk before it leaves; None for no disk."""
+        if make_disk is not None and self.keeps:
+            self.disk = make_disk(self.kept, self._room, self._layout)
 
     def clear(self) -> None:
-        """Release everything."""
+        """Release everything, for good where there is a disk: its files stay."""
         self._slots.clear()
         self._moved.clear()
         self.refused.clear()
         self.kept.clear()
         self._room.settle()
+        if self.disk is not None:
+            self.disk.close()
 
-    def stats(self) -> dict[str, int | None]:
+    def stats(self) -> dict[str, Any]:
         """Return the counts, and bytes of slots and of what is kept."""
         return {
             **self.counts,
+            "kept_disk": None if self.disk is None else self.disk.stats(),
             "kv_budget_bytes": self.budget_bytes,
             "kv_used_bytes": self.used_bytes,
             "kv_kept_bytes": self.kept_bytes,
@@ -285,6 +295,13 @@ class KeyValueMemory:
             self._num_offered += 1
         while (surplus := max(self.kept_bytes - self._most_kept_bytes, -self._room.free_bytes)) > 0:
             self._room.drop(surplus)
+        self._write_ahead()
+
+    def _write_ahead(self) -> None:
+        """Let the disk have what would leave first: all beyond half of the budget, or beyond nothing beside experts."""
+        if self.disk is not None:
+            most = 0 if self._room.is_shared else min(self.budget_bytes // 2, self._most_kept_bytes // 2)
+            self.disk.write_ahead(self.used_bytes + self.kept_bytes - most)
 
     def _num_fitting(self, sequence: Sequence, slot: KeyValueSlot, room: int) -> int:
         """Return how many of its computed positions a sequence may leave in so many bytes."""
@@ -342,8 +359,3 @@ class KeyValueMemory:
 def _roomy(sequence: Sequence) -> int:
     """Return the positions of a slot that holds a sequence's tokens and a few more."""
     return min(sequence.num_positions, sequence.length + SPARE_POSITIONS)
-
-
-def _may_copy(sequence: Sequence) -> list[int]:
-    """Return the tokens whose keys and values a sequence may have from others: not those of the last one."""
-    return sequence.uniform_ids[: sequence.length - 1]
