@@ -55,7 +55,7 @@ class Answerer:
             stop_event: setting it ends the answer after the token in progress.
 
         Raises:
-            ConfigError: `generate` must answer, and params ask for what it has not.
+            ConfigError: `generate` must answer, and params or the model's options ask for what it has not.
         """
         if self._made_in != os.getpid():  # a fork has an engine of its own, whatever the parent's was at
             self._engine, self._made_in = _make_engine(self._model, self._tokenizer), os.getpid()
@@ -122,7 +122,13 @@ def _make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     from moeflow.engine.serial.choose_engine import engine_for
     from moeflow.hf.passes import forward
 
-    if forward.other_settings(model):
+    policy = getattr(model, "_moeflow_kv_policy", None)
+    if other := forward.other_settings(model):
+        if policy is not None:
+            raise ConfigError(
+                f"kv_policy={policy!r} is obeyed by engines, and generate must answer here: the checkpoint's "
+                f"generation settings ask for {', '.join(other)}. Load with kv_policy=None."
+            )
         return None
     context = forward.context_positions(model) or _MOST_POSITIONS
     kept: int | str = max(_LEAST_KEPT_BYTES, context * forward.key_value_bytes_per_position(model))
@@ -131,4 +137,6 @@ def _make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     try:
         return engine_for(model, tokenizer, max_batch_size=1, max_step_tokens=context, kv_memory=kept)
     except (ConfigError, UnsupportedModelError):  # what is wrong with the settings, `generate` tells as well
+        if policy is not None:
+            raise
         return None

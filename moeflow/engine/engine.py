@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.kv_cache.budget import step_tokens
 from moeflow.engine.kv_cache.disk.kept_disk import disk_for
 from moeflow.engine.kv_cache.kv_format import kv_format_of
+from moeflow.engine.kv_cache.policies.choosing import policy_of
+from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.prompts import Prompts
 from moeflow.engine.regrouping.step_groups import StepGroups
@@ -28,10 +30,11 @@ from moeflow.engine.sequence import Piece
 from moeflow.engine.speculation.of_engine import speculation_for
 from moeflow.engine.speculation.options import SpeculationOption
 from moeflow.engine.whole_answers import WholeAnswers
-from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError, QueueFullError
+from moeflow.errors import ClosedModelError, ConfigError, ForkedProcessError, MoeflowError
 from moeflow.fork import tell_of_forks
 from moeflow.hf.passes import forward
 from moeflow.memory_size import MemorySize
+from moeflow.policy.key_value_policies import KeyValuePolicyOption
 from moeflow.trace.recorder import check_no_trace
 from moeflow.turns import Turns, in_turn
 
@@ -58,12 +61,13 @@ class Engine:
         speculation: whether steps also compute tokens that may come next, where that pays: "auto" (as the model was
             loaded), None, or a dict of `SpeculationOptions`' fields. Outputs are the same.
         kv_format: of keys and values: "auto" (the model's dtype), "int8", "int4"; None: as the model was loaded.
-        kept_folder: where kept prefixes go before they leave kv_memory, and come back from, also after a restart; None
-            for nowhere. It holds what was talked about; one engine of a model at a time.
+        kv_policy: of long contexts, lossy: "auto" (as the model was loaded), None, "sinks", "heavy_hitters", "pages",
+            or a dict of a name and its sizes. Without native steps and drafts; some share no prefixes.
+        kept_folder: where prefixes that leave kv_memory stay, for restarts too, for one engine a model; None: nowhere.
         kept_disk: most bytes of their files; those that were not used for the longest time go first.
 
     Raises:
-        ConfigError: a limit, kv_memory or kv_format is not allowed, or the model's stop strings need a tokenizer.
+        ConfigError: an option is not allowed or not possible, or the model's stop strings need a tokenizer.
         UnsupportedModelError: the model keeps other state than keys and values, or attends in a way of its own.
     """
 
@@ -82,21 +86,20 @@ class Engine:
         jump_forward: bool = True,
         speculation: SpeculationOption = "auto",
         kv_format: str | None = None,
+        kv_policy: KeyValuePolicyOption = "auto",
         kept_folder: str | Path | None = None,
         kept_disk: MemorySize = "4GiB",
     ) -> None:
-        self._scheduler = Scheduler(
-            max_batch_size,
-            step_tokens(max_step_tokens, max_batch_size, model),
-            share_prefixes=share_prefixes,
-            max_waiting=max_waiting,
-        )
+        policy = policy_of(kv_policy, model)
+        share_prefixes = share_prefixes and not (policy and policy.forgets)
+        most_tokens = step_tokens(max_step_tokens, max_batch_size, model)
+        self._scheduler = Scheduler(max_batch_size, most_tokens, share_prefixes=share_prefixes, max_waiting=max_waiting)
         check_no_trace(model)
         self.model, self.tokenizer = model, tokenizer
         self._prompts = Prompts(model, tokenizer)
         self._end_tokens, self._jump_forward = forward.end_tokens(model, tokenizer), jump_forward
         self._groups = None if group_size is None else StepGroups(model, group_size, regrouping=regrouping)
-        self._runner = self._make_runner(kv_memory, max_batch_size, kv_format_of(kv_format, model))
+        self._runner = self._make_runner(kv_memory, kv_format_of(kv_format, model), policy)
         limit = self._scheduler.max_step_tokens * (self._groups is None)
         self._speculation = speculation_for(speculation, model, tokenizer, self._runner, limit)
         self._memory = self._runner.memory
@@ -112,13 +115,13 @@ class Engine:
         self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._step_s = 0.0
 
-    def _make_runner(self, kv_memory: MemorySize, max_batch_size: int, kv_format: str) -> ModelRunner:
+    def _make_runner(self, kv_memory: MemorySize, kv_format: str, policy: KeyValuePolicy | None) -> ModelRunner:
         forward.check_key_value_cache(self.model)
         context = self._prompts.context
-        max_positions = None if kv_memory != "auto" or context is None else max_batch_size * context
+        max_positions = None if kv_memory != "auto" or context is None else self._scheduler.max_batch_size * context
         watching = nullcontext if self._groups is None else self._groups.watching
         limit = self._scheduler.max_step_tokens
-        return ModelRunner(self.model, kv_memory, max_positions, watching, limit, kv_format)
+        return ModelRunner(self.model, kv_memory, max_positions, watching, limit, kv_format, policy)
 
     def __enter__(self) -> "Engine":
         return self
@@ -162,11 +165,7 @@ class Engine:
         id = self._new_id() if id is None else id
         if id in self._requests:
             raise ConfigError(f"a request with id {id!r} is under way. Give every request another id.")
-        if self._scheduler.full:
-            raise QueueFullError(
-                f"{len(self._requests)} requests are under way, and max_waiting={self._scheduler.max_waiting} may wait "
-                "for a place. Try again when some have ended."
-            )
+        self._scheduler.check_place()
         ids = self._prompts.token_ids(prompt, params)
         sequence = self._runner.sequence(id, ids, self._prompts.most_new_tokens(ids, params), priority)
         params = self._prompts.stopping(params)
@@ -249,13 +248,12 @@ class Engine:
         """Return what has happened since the engine was made, with units in the names."""
         return {
             **self._counts,
-            "retries": self._runner.num_retries,
             "step_s": self._step_s,
             "waiting": len(self._scheduler.waiting),
             "running": len(self._scheduler.running),
             "finished": dict(self._reasons),
             **self._memory.stats(),
-            "kv_format": self._runner.kv_format,
+            **self._runner.stats(),
             "regrouping": None if self._groups is None else asdict(self._groups.stats),
             "speculation": self._speculation.stats(),
         }

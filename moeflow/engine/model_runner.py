@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from moeflow.engine.kv_cache.budget import kv_budget, most_kept, share_of
 from moeflow.engine.kv_cache.kv_format import format_named
 from moeflow.engine.kv_cache.memory import KeyValueMemory
+from moeflow.engine.kv_cache.policies.choosing import policy_stats
+from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
 from moeflow.engine.kv_cache.slot_rows import SlotRows
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import Piece, Sequence
@@ -74,18 +76,18 @@ class ModelRunner:
         watching: stands around each pass, called with its pieces.
         most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
         kv_format: in which keys and values are kept: "auto" (as they are), "int8" or "int4".
+        policy: which positions queries see and sequences forget; None for none. With one, no native step runs.
 
     Attributes:
         memory: where keys and values lie.
         num_retries: passes that failed, whose pieces then ran one by one.
-        kv_format: as given.
         was_native: whether the last pass was a native step.
         packed_drafts: whether drafts are computed where no native step runs as well; logits then have other last bits
             than those of single tokens.
         routes: what is shown the experts that tokens took; None for nothing.
 
     Raises:
-        ConfigError: kv_memory is no size, kv_format unknown, or the model keeps what it cannot hold.
+        ConfigError: kv_memory is no size, kv_format unknown, or the model keeps what it or the policy cannot hold.
         UnsupportedModelError: the model attends in a way of its own.
     """
 
@@ -97,8 +99,9 @@ class ModelRunner:
         watching: Callable[[list[Piece]], AbstractContextManager] = nullcontext,
         most_new: int | None = None,
         kv_format: str = "auto",
+        policy: KeyValuePolicy | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._policy = model, policy
         self.packed_drafts = False
         self.was_native = False
         self.routes: RouteWatcher | None = None
@@ -107,26 +110,37 @@ class ModelRunner:
         self._turns = getattr(runtime, "turns", None) or Turns()
         self._cache = VarlenCache()
         form = format_named(kv_format)
-        self.kv_format = kv_format
+        self._kv_format = kv_format
         self._turns.run(self._cache.learn, model)
+        shapes = self._cache.shapes if form is None else self._cache.shapes_in(form)
         share = share_of(model)
         self.memory = KeyValueMemory(
-            self._cache.shapes if form is None else self._cache.shapes_in(form),
+            shapes if policy is None else self._cache.obey(policy, shapes),
             kv_budget(kv_memory, model),
             max_positions if share is None else None,  # a share takes no bytes that it does not use
             most_kept_bytes=most_kept(kv_memory, model),
             most_new=most_new,
             share=share,
+            policy=policy,
         )
         if isinstance(contract := getattr(runtime, "plan", None), Contract):
             behind = weakref.ref(self.memory)
             contract.watch("key_values", lambda: getattr(behind(), "peak_bytes", None))
         self.num_retries = 0
 
+    def stats(self) -> dict[str, Any]:
+        """Return the passes that were retried, and how keys and values are kept."""
+        return {"retries": self.num_retries, "kv_format": self._kv_format, "kv_policy": policy_stats(self._policy)}
+
     def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int, priority: int = 0) -> Sequence:
         """Make a sequence that knows how this model scales by the length."""
         rotaries = self._cache.rotaries
         return Sequence(id, prompt_ids, max_new_tokens, rotaries.scaling_of, rotaries.restart, priority)
+
+    @property
+    def policy_name(self) -> str | None:
+        """The policy by which queries see and sequences forget; None for none."""
+        return None if self._policy is None else self._policy.name
 
     @property
     def scales_by_length(self) -> bool:
@@ -141,14 +155,15 @@ class ModelRunner:
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that differ where the model would compute other keys and values.
 
-        They are made of its weights in memory, of how its experts are stored, of size and date of their files, and of
-        the format in which keys and values are kept.
+        They are made of its weights in memory, of how its experts are stored, of size and date of their files, of the
+        format in which keys and values are kept, and of their policy.
         """
         store = getattr(getattr(self._model, "moeflow", None), "store", None)
         experts = (
             [] if store is None else [*(layer.layout for layer in store.layers), *(one[2:] for one in store.stamps)]
         )
-        kept = "" if self.kv_format == "auto" else f" {self.kv_format}"
+        kept = "" if self._kv_format == "auto" else f" {self._kv_format}"
+        kept += "" if self._policy is None else f" {self._policy.described()}"
         return hashlib.sha256(f"{weights_fingerprint(self._model)} {experts}{kept}".encode()).hexdigest()[:16]
 
     def run(self, pieces: list[Piece]) -> list[Computed]:
@@ -227,7 +242,7 @@ class ModelRunner:
         its own. So the tokens of a draft are rows that share a slot.
         """
         step = self._decoding
-        if step is None or self._cache.rotaries.depend_on_length:
+        if step is None or self._policy is not None or self._cache.rotaries.depend_on_length:
             return None
         slots: list[KeyValueSlot] = []
         starts: list[int] = []

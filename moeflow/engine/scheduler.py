@@ -10,7 +10,7 @@ import itertools
 from typing import Any, Protocol
 
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Piece, Sequence
-from moeflow.errors import ConfigError
+from moeflow.errors import ConfigError, QueueFullError
 
 STEPS_PER_PRIORITY = 100  # steps of waiting that are worth one level of priority
 MAX_PRIORITY = 100  # and -100 the least
@@ -107,11 +107,18 @@ class Scheduler:
         """Sequences that wait, the next one first."""
         return self._preempted + self._queue
 
-    @property
-    def full(self) -> bool:
-        """Whether as many sequences are under way as may be."""
+    def check_place(self) -> None:
+        """Refuse one more sequence where as many are under way as may be.
+
+        Raises:
+            QueueFullError: so it is.
+        """
         under_way = len(self._preempted) + len(self._queue) + len(self.running)
-        return self.max_waiting is not None and under_way >= self.max_batch_size + self.max_waiting
+        if self.max_waiting is not None and under_way >= self.max_batch_size + self.max_waiting:
+            raise QueueFullError(
+                f"{under_way} requests are under way, and max_waiting={self.max_waiting} may wait for a place. Try "
+                "again when some have ended."
+            )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -155,7 +162,7 @@ class Scheduler:
         """Assert that each sequence of a request waits or runs, and that those that run have their slots."""
         assert len(self.running) == len(memory), f"{len(memory)} slots for {len(self.running)} sequences"
         for one in self.running:
-            assert memory[one.id].num_positions >= one.num_computed, f"{one.id} has another's slot"
+            assert memory[one.id].end >= one.num_computed, f"{one.id} has another's slot"
         assert {*self.running, *self.waiting} == under_way, "a request neither waits nor runs"
 
     def _admit(self, memory: SequenceMemory) -> bool:

@@ -76,11 +76,6 @@ class Sequence:
         return ids if self.scaling_of(self.length) == self.scaling else ids[: self._first_length]
 
     @property
-    def copyable_ids(self) -> list[int]:
-        """The tokens whose keys and values it may have from others: not those of the last one."""
-        return self.uniform_ids[: self.length - 1]
-
-    @property
     def call_length(self) -> int:
         """Return the length of the call of `generate` that computes its next position, or one that scales alike."""
         length = max(self._first_length, self.num_computed + 1)
@@ -112,6 +107,11 @@ class Sequence:
     def num_positions(self) -> int:
         """Positions it may come to compute: the last new token is never computed."""
         return len(self.prompt_ids) + self.max_new_tokens - 1
+
+    @property
+    def may_copy(self) -> list[int]:
+        """The tokens whose keys and values it may have from others: not those of the last one."""
+        return self.uniform_ids[: self.length - 1]
 
     @property
     def uses_kept(self) -> bool:

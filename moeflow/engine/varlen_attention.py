@@ -6,16 +6,21 @@ segments, and call the model's own attention for each with the whole keys and va
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from moeflow.engine.kv_cache.kv_format import KeyValueFormat, check_features
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.policies.choosing import AttentionFacts, noted
+from moeflow.engine.kv_cache.policies.model_attention import attend_all, has_weights, model_attention
+from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy, SegmentAttention
+from moeflow.engine.kv_cache.segment_masks import SegmentMasks
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.errors import ConfigError, ExpertReadError, GpuError, UnsupportedModelError
 from moeflow.hf.passes import attention, forward
 from moeflow.hf.passes.attention import MaskRule
@@ -72,6 +77,9 @@ class VarlenCache(forward.KeyValueCache):
         ] = {}  # {id of keys: (layer, keys, values)} of this pass
         self._last_layer = 0
         self._windows: dict[int, set[int]] = {}  # of each layer, most positions that one sees where it is read, or 0
+        self._policy: KeyValuePolicy | None = None
+        self._other_rules: set[int] = set()  # layers whose mask is neither causal nor a window or chunk
+        self._has_weights = True
         self._implementations: dict[int, str] = {}
         self._rows: list[weakref.ref[KeyValueSlot]] = []  # the slots of this pass, or of the one before
         self._same_rows = False  # whether this pass goes on with the sequences of the one before
@@ -149,6 +157,18 @@ class VarlenCache(forward.KeyValueCache):
             for _, features in (shape.key, shape.value):
                 check_features(form, features)
         return {layer: shape._replace(form=form) for layer, shape in self.shapes.items()}
+
+    def obey(self, policy: KeyValuePolicy, shapes: dict[int, LayerShape]) -> dict[int, LayerShape]:
+        """Let a policy attend in the layers of a learnt model that have no window; return shapes with its notes.
+
+        Raises:
+            ConfigError: it cannot act in this model.
+        """
+        shares_keys = self.num_attentions > len(self.shapes)
+        facts = AttentionFacts(bool(self._latent), self._other_rules, shares_keys, self._has_weights)
+        shapes = noted(policy, shapes, facts)
+        self._policy = policy
+        return shapes
 
     def _run_alone(self, model: PreTrainedModel, token: int) -> None:
         position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -246,7 +266,7 @@ class VarlenCache(forward.KeyValueCache):
     ) -> torch.Tensor:
         """Return a tensor that models pass on, with the rule on it."""
         carrier = torch.ones(batch_size, 1, q_length, 1, dtype=torch.bool, device=device)
-        carrier.rule = _Mask(mask_function)  # type: ignore[attr-defined]  # models pass the tensor on with what is on it
+        carrier.rule = SegmentMasks(mask_function)  # type: ignore[attr-defined]  # models pass the tensor on with what is on it
         return carrier
 
     def attention(
@@ -278,53 +298,28 @@ class VarlenCache(forward.KeyValueCache):
             )
         if self.segments[0].slot is None:
             self._learn_window(key, rule)
+            self._has_weights &= has_weights(module)
         implementation = self.implementation(module)
-        attend, outputs = attention.attention_function(module, implementation), []
+        outputs = []
         queries = query.split([segment.num_new for segment in self.segments], 2)
         kwargs = {name: argument for name, argument in kwargs.items() if name not in _UNUSED_TENSORS}
+        layer = self._returned.get(id(key), (self._last_layer,))[0]
+        own, weigh = model_attention(module, implementation, kwargs)
         for index, (segment, (keys, values)) in enumerate(zip(self.segments, self.whole(key, value), strict=True)):
-            mask = rule.of(index, segment, query, implementation == "eager")
-            outputs.append(attend(module, queries[index], keys, values, mask, **kwargs)[0])
+            given = queries[index], keys, values
+            mask = partial(rule.of, index, segment, query, implementation == "eager")
+            exact = partial(attend_all, module, implementation, given, mask, kwargs)
+            if self._policy is None or segment.slot is None or segment.slot.layout[layer].window:
+                outputs.append(exact())
+            else:
+                call = SegmentAttention(layer, segment.slot, segment.start, *given, exact, own, weigh)
+                outputs.append(self._policy.attend(call))
         return torch.cat(outputs, 1), None
 
-    def _learn_window(self, key: torch.Tensor, mask: "_Mask") -> None:
+    def _learn_window(self, key: torch.Tensor, mask: SegmentMasks) -> None:
         """Note how many positions one sees in the layer that keeps these keys; a chunk is a window of its length."""
         if id(key) in self._returned:
             layer = self._returned[id(key)][0]
             self._windows.setdefault(layer, set()).add(mask.most_seen)
-
-
-class _Mask:
-    """A mask by its rule, from which each segment's tensor is made once a pass."""
-
-    def __init__(self, allowed: Callable[..., Any]) -> None:
-        self._allowed = allowed  # (batch, head, query position, key position) -> bool
-        self._made: dict[tuple[int, bool], torch.Tensor | None] = {}
-
-    @cached_property
-    def most_seen(self) -> int:
-        """Most positions that one sees, its window or chunk; 0 where there is none, or the rule is another."""
-        try:
-            return max(attention.window_and_chunk(self._allowed))
-        except (UnsupportedModelError, RuntimeError, LookupError):  # a rule may look at tensors of a whole batch
-            return 0
-
-    def of(self, index: int, segment: Segment, query: torch.Tensor, eager: bool) -> torch.Tensor | None:
-        """Return a segment's mask [1, 1, count, end], floats to add for eager, else bool; None where all is allowed."""
-        key = index, eager
-        if key not in self._made:
-            self._made[key] = self._make(segment, query, eager)
-        return self._made[key]
-
-    def _make(self, segment: Segment, query: torch.Tensor, eager: bool) -> torch.Tensor | None:
-        causal = self._allowed is attention.causal_rule
-        if causal and (segment.num_new == 1 or (segment.start == 0 and not eager)):
-            return None  # sdpa masks what comes later where it gets as many queries as keys
-        queries = torch.arange(segment.start, segment.end, device=query.device)[:, None]
-        keys = torch.arange(segment.end, device=query.device)[None, :]
-        allowed = self._allowed(0, 0, queries, keys)
-        if segment.num_new == 1 and bool(allowed.all()):
-            return None
-        if eager:
-            allowed = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
-        return allowed[None, None]
+            if not (mask.is_causal or mask.most_seen):
+                self._other_rules.add(layer)

@@ -60,6 +60,7 @@ def load_moe(
     integrity: str = "off",
     speculation: str | Mapping[str, Any] | None = "auto",
     kv_format: str = "auto",
+    kv_policy: str | Mapping[str, Any] | None = None,
     trace: str | Path | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -116,6 +117,8 @@ def load_moe(
             answers are the same.
         kv_format: in which engines on this model keep keys and values: "auto" (the model's dtype), "int8" (a little
             more than half of bfloat16's bytes), or "int4" (values in int4, keys in int8: two fifths). Both are lossy.
+        kv_policy: what engines see of long texts: None (all), "sinks", "heavy_hitters", "pages" (docs/kv_policies.md),
+            or a dict of a name and its sizes, also written "sinks:sinks=4,window=1024". Lossy.
         trace: a file to record into which experts every token is routed to; appended to where it exists.
         **hf_kwargs: fields of the config, and of the options of transformers' from_pretrained those about the download,
             `gguf_file` (of the hub's repository or the folder, the GGUF file to load), `config` (beside a GGUF file, a
@@ -142,7 +145,7 @@ def load_moe(
         )
     options = LoadOptions(
         device, dtype, memory, expert_memory, host_memory, kv_memory, quantization, policy, predictor, miss, prune,
-        step, cuda_graphs, plan, integrity, speculation, kv_format, trace,
+        step, cuda_graphs, plan, integrity, speculation, kv_format, kv_policy, trace,
     )  # fmt: skip
     hf_options = taken_hf_options(hf_kwargs)
     want_info = hf_options.pop("output_loading_info", False)
@@ -185,6 +188,7 @@ def load_moe(
         attach_runtime(loaded, runtime)
         vars(loaded)["_moeflow_speculation"] = options.speculation
         vars(loaded)["_moeflow_kv_format"] = options.kv_format
+        vars(loaded)["_moeflow_kv_policy"] = options.kv_policy
         if prune:
             prune_experts(loaded, runtime, folder.path, prune)
         if options.cuda_graphs:

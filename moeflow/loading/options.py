@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moeflow.errors import ConfigError
 from moeflow.machine.gpus import check_gpu
 from moeflow.memory_size import MemorySize, parse_bytes, parse_kv_memory, parse_memory
+from moeflow.policy.key_value_policies import kv_policy_options
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +209,14 @@ class LoadOptions:
             choices=("auto", "int8", "int4"),
         ),
     )
+    kv_policy: "str | Mapping[str, Any] | None" = field(
+        default=None,
+        metadata=_about(
+            'what engines see of long texts: None (all), "sinks", "heavy_hitters", "pages" (docs/kv_policies.md), '
+            'or a dict of a name and its sizes, also written "sinks:sinks=4,window=1024". Lossy.',
+            flag='long texts, lossy: "sinks", "heavy_hitters", "pages", or with sizes, "sinks:window=1024"',
+        ),
+    )
     trace: str | Path | None = field(
         default=None,
         metadata=_about("a file to record into which experts every token is routed to; appended to where it exists."),
@@ -244,9 +253,9 @@ class LoadOptions:
             )
         if not isinstance(self.speculation, (Mapping, type(None))) and self.speculation not in ("auto", "off"):
             raise ConfigError(
-                f'speculation={self.speculation!r:.80} is unknown. Allowed: "auto", "off", None, or a dict of an '
-                "engine's options."
+                f'speculation={self.speculation!r:.80} is unknown. Allowed: "auto", "off", None, or a dict of options.'
             )
+        kv_policy_options(self.kv_policy)
         for name, value in (("expert_memory", self.expert_memory), ("host_memory", self.host_memory)):
             if value != "auto":
                 parse_memory(value, name=name, whole_bytes=0)

@@ -6,12 +6,11 @@ import torch
 from helpers.engine_requests import GREEDY, answers, assert_empty, tokens
 from helpers.families import FAMILIES
 from helpers.family_models import build_model
+from helpers.runner_passes import Passes
 from helpers.small_models import tiny_mixtral
 from helpers.window_models import windowed_model
 from moeflow import Engine, SamplingParams, load_moe
 from moeflow.engine.kv_cache.kv_format import FORMATS
-from moeflow.engine.model_runner import ModelRunner
-from moeflow.engine.sequence import Piece
 from moeflow.engine.serial.choose_engine import engine_for
 from moeflow.errors import ConfigError
 from moeflow.kernels.cpu.library import instruction_set
@@ -118,32 +117,6 @@ def test_what_is_kept_lives_through_a_restart_in_its_own_format_alone(exact, exp
             assert engine.save_kept(tmp_path) > 0
     with Engine(exact, kv_format=name) as engine:
         assert engine.load_kept(tmp_path) == saved, "beside those of other formats"
-
-
-class Passes:
-    """A sequence whose logits a runner computes pass by pass."""
-
-    def __init__(self, model, prompt, **options):
-        self.runner = ModelRunner(model, 1 << 26, **options)
-        self.sequence = self.runner.sequence("one", prompt, 200)
-        assert self.runner.memory.admit(self.sequence)
-
-    def run(self, draft=()):
-        """Compute what is uncomputed, and a draft behind it; logits [1 + draft, V]."""
-        assert self.runner.memory.grow(self.sequence)
-        new = self.sequence.uncomputed(1000)
-        (computed,) = self.runner.run([Piece(self.sequence, new, True, draft)])
-        assert computed.error is None, computed.error
-        self.sequence.num_computed += len(new)
-        return computed.logits
-
-    def say(self, words):
-        """Go on with these tokens; logits [words, V] behind each."""
-        made = []
-        for word in words:
-            self.sequence.append(word)
-            made.append(self.run())
-        return torch.cat(made)
 
 
 def worst(found, expected):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moeflow.engine.scheduler import STEPS_PER_PRIORITY, Scheduler, check_priority
 from moeflow.engine.sequence import Piece, Sequence
-from moeflow.errors import ConfigError
+from moeflow.errors import ConfigError, QueueFullError
 
 LONG = list(range(100, 140))
 
@@ -210,15 +210,16 @@ def test_priorities_are_whole_numbers_within_bounds():
 
 
 def test_more_wait_than_may_be_only_where_there_is_no_limit():
-    scheduler = Scheduler(2, 64, max_waiting=1)
+    scheduler, memory = Scheduler(2, 64, max_waiting=1), Positions()
     for number in range(3):
-        assert not scheduler.full
+        scheduler.check_place()
         scheduler.add(Sequence(str(number), [1], 9))
-    assert scheduler.full
-    scheduler.plan(Positions())
-    assert scheduler.full
+    for _ in range(2):
+        with pytest.raises(QueueFullError, match="3 requests are under way, and max_waiting=1"):
+            scheduler.check_place()
+        scheduler.plan(memory)
     scheduler.remove(scheduler.running[0])
-    assert not scheduler.full
+    scheduler.check_place()
     for number in (-1, 1.5, True):
         with pytest.raises(ConfigError, match=f"max_waiting={number!r}"):
             Scheduler(2, 64, max_waiting=number)

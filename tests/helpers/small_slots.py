@@ -2,7 +2,8 @@
 
 import torch
 
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 
 CPU = torch.device("cpu")
 LAYOUT = {

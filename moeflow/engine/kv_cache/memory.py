@@ -8,14 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moeflow.engine.kv_cache.disk import prefix_files
 from moeflow.engine.kv_cache.disk.kept_disk import DiskMaker, KeptDisk
 from moeflow.engine.kv_cache.host_moves import HostMoves
-from moeflow.engine.kv_cache.moving import moved_slot
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept import prefix_files
+from moeflow.engine.kv_cache.kept.moving import moved_slot
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
 from moeflow.engine.kv_cache.room import Room
-from moeflow.engine.kv_cache.slot_sizes import SPARE_POSITIONS, SlotSizes
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slot_sizes import SlotSizes, roomy
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
 from moeflow.offload.arena.shared_budget import KeyValueShare
 
@@ -35,6 +37,7 @@ class KeyValueMemory:
         most_new: most tokens of one sequence in one pass; None for no limit, and for windows that do not move.
         share: of a budget that experts and others' keys and values have a part in; None where all of it is here. Before
             anything is allocated, the share has it.
+        policy: which rows of slots are let go; None for none.
 
     Attributes:
         position_bytes: of one position in all layers.
@@ -57,9 +60,11 @@ class KeyValueMemory:
         most_kept_bytes: int | None = None,
         most_new: int | None = None,
         share: KeyValueShare | None = None,
+        policy: KeyValuePolicy | None = None,
     ) -> None:
-        self.sizes = SlotSizes(layout, most_new)
-        self.position_bytes = sum(shape.position_bytes for shape in layout.values())
+        assert policy is None or most_new is not None, "a policy needs to know how many tokens a pass has"
+        self.sizes = SlotSizes(layout, most_new, None if policy is None else policy.most_rows(most_new or 0))
+        self.position_bytes = self.sizes.plain_bytes + self.sizes.window_bytes
         if max_positions is not None:
             budget_bytes = min(budget_bytes, max_positions * self.position_bytes)
         self._num_offered = 0  # times that a sequence's tokens were kept
@@ -71,7 +76,8 @@ class KeyValueMemory:
         self._layout = self.sizes.layout
         self._slots: dict[str, KeyValueSlot] = {}
         self._room = Room(self.sizes, self._slots, self.kept, budget_bytes, share)
-        self._moved = HostMoves(self.sizes, moves)
+        self._policy = policy
+        self._moved = HostMoves(self.sizes, False if policy is not None and policy.forgets else moves)
         self.speeds = self._moved.speeds
         self.disk: KeptDisk | None = None
 
@@ -118,20 +124,22 @@ class KeyValueMemory:
         """Give a sequence its slot, with what of it lies in host memory; return whether there was room."""
         assert sequence.id not in self._slots, f"{sequence.id} has a slot"
         self.num_kept(sequence)  # what it will copy leaves last
-        num_positions = _roomy(sequence)
-        needed = self.sizes.bytes_of(num_positions), num_positions
+        num_positions = roomy(sequence)
+        num_rows = self.sizes.rows(num_positions)
+        needed = self.sizes.bytes_of(num_positions), num_rows
         own = sequence.uses_kept and self.keeps and sequence.id not in self._moved.ids()
-        known = sequence.scaling, sequence.copyable_ids
+        known = sequence.scaling, sequence.may_copy
         if own and self.disk is not None:
             self.disk.bring_back(sequence, *known, needed, self.speeds)
         if own and (moved := moved_slot(*known, self.kept, self._room, self._layout, *needed)) is not None:
             slot, sequence.num_computed = moved
             self._begin(sequence, slot)
-            self._count_kept(sequence.num_computed)
+            self.counts["kept_hits"] += 1
+            self.counts["shared_tokens"] += sequence.num_computed
             return True
         while self._room.make(*needed) and self._room.hold(*needed):
             try:
-                slot = KeyValueSlot.empty(self._layout, num_positions)
+                slot = KeyValueSlot.empty(self._layout, num_rows)
             except RuntimeError as error:  # there is less memory than the budget allows
                 if self.kept.drop():
                     continue
@@ -152,11 +160,8 @@ class KeyValueMemory:
         self._room.settle()
         if self.keeps:
             slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
-        self._write_ahead()
-
-    def _count_kept(self, num_tokens: int) -> None:
-        self.counts["kept_hits"] += 1
-        self.counts["shared_tokens"] += num_tokens
+        if self.disk is not None:
+            self.disk.write_ahead()
 
     def grow(self, sequence: Sequence) -> bool:
         """Make room for all tokens of a running sequence, and more where there is any; return whether there was.
@@ -165,6 +170,12 @@ class KeyValueMemory:
         """
         self._room.balance(self._reused_share, self.speeds.prefill_s)
         slot = self._slots[sequence.id]
+        if self._policy is not None:
+            try:
+                self._policy.let_go(slot, sequence.num_computed)
+            except RuntimeError:  # there is no memory to move rows: all is computed again
+                sequence.num_computed = 0
+                self._policy.let_go(slot, 0)
         ways = (False, True) if self.sizes.window else (False,)  # in the second way without what others may need
         has_room = any(self._move_window(sequence, slot, one) and self._grow_plain(sequence, slot) for one in ways)
         if has_room:
@@ -180,9 +191,9 @@ class KeyValueMemory:
         """
         slot = self._slots.pop(sequence.id)
         self.counts["preempted"] += 1
-        needed = 0 if grower is sequence else self.sizes.bytes_of(_roomy(grower)) - self._slots[grower.id].nbytes
+        needed = 0 if grower is sequence else self.sizes.bytes_of(roomy(grower)) - self._slots[grower.id].nbytes
         room = max(0, self._room.free_bytes - max(0, needed))
-        count = self._num_fitting(sequence, slot, room)
+        count = self.sizes.num_fitting(sequence, slot, room)
         if count < sequence.num_computed and self._moved.take(sequence, slot):
             self.counts["moved"] += 1
         else:
@@ -208,7 +219,7 @@ class KeyValueMemory:
 
     def num_kept(self, sequence: Sequence) -> int:
         """Return how many of a sequence's first tokens are kept, without its last one; 0 for too few to be copied."""
-        tokens = sequence.copyable_ids
+        tokens = sequence.may_copy
         count, slot = self.kept.longest(sequence.scaling, tokens), self._slots.get(sequence.id)
         if slot is not None and self.keeps:
             common = self.kept.common(sequence.scaling, tokens)
@@ -228,12 +239,12 @@ class KeyValueMemory:
         """Copy the first tokens' keys and values, as many as can be, from a running sequence or from what is kept."""
         slot = self._slots[receiver.id]
         if donor is None:
-            self.kept.copy(receiver.scaling, receiver.copyable_ids[:num_tokens], slot)
-            self._count_kept(num_tokens)
+            self.kept.copy(receiver.scaling, receiver.may_copy[:num_tokens], slot)
+            self.counts["kept_hits"] += 1
         else:
             slot.copy_from(self._slots[donor.id], num_tokens)
             slot.place_window(self._slots[donor.id].window_parts(donor.num_computed), num_tokens)
-            self.counts["shared_tokens"] += num_tokens
+        self.counts["shared_tokens"] += num_tokens
 
     def save(self, folder: Path, fingerprint: str) -> int:
         """Write what is kept to a model's files, and return its number of tokens; see `prefix_files.save`."""
@@ -241,14 +252,12 @@ class KeyValueMemory:
 
     def load(self, folder: Path, fingerprint: str) -> int:
         """Keep what was saved of a model, as far as there is room; return the number of tokens."""
-        if not self.keeps:
-            return 0
-        return prefix_files.load_into(self.kept, self._room, folder, fingerprint, self._layout)
+        return prefix_files.load_into(self.kept, self._room, folder, fingerprint, self._layout) if self.keeps else 0
 
     def keep_on_disk(self, make_disk: DiskMaker | None) -> None:
         """Let what is kept go to a disk before it leaves; None for no disk."""
         if make_disk is not None and self.keeps:
-            self.disk = make_disk(self.kept, self._room, self._layout)
+            self.disk = make_disk(self.kept, self._room, self._layout, self._most_kept_bytes)
 
     def clear(self) -> None:
         """Release everything, for good where there is a disk: its files stay."""
@@ -265,11 +274,7 @@ class KeyValueMemory:
         return {
             **self.counts,
             "kept_disk": None if self.disk is None else self.disk.stats(),
-            "kv_budget_bytes": self.budget_bytes,
-            "kv_used_bytes": self.used_bytes,
-            "kv_kept_bytes": self.kept_bytes,
-            "kv_kept_tokens": self.kept.num_tokens,
-            "kv_peak_bytes": self.peak_bytes,
+            **self._room.stats(),
             "kv_position_bytes": self.position_bytes,
             "kv_positions": self.sizes.most_positions(self.budget_bytes),
         }
@@ -277,8 +282,8 @@ class KeyValueMemory:
     def check_integrity(self) -> None:
         """Assert that all is counted with its bytes, and inside the budget."""
         for id, slot in self._slots.items():
-            assert slot.nbytes >= slot.num_positions * self.sizes.plain_bytes, f"the slot of {id} is too small"
-        self.kept.check_integrity(self.sizes.plain_bytes)
+            assert slot.nbytes >= slot.num_positions * self.sizes.record_bytes, f"the slot of {id} is too small"
+        self.kept.check_integrity(self.sizes.record_bytes)
         self._room.check_integrity()
         assert not self._moved.ids() & self._slots.keys(), "a sequence that runs lies in host memory as well"
 
@@ -295,21 +300,8 @@ class KeyValueMemory:
             self._num_offered += 1
         while (surplus := max(self.kept_bytes - self._most_kept_bytes, -self._room.free_bytes)) > 0:
             self._room.drop(surplus)
-        self._write_ahead()
-
-    def _write_ahead(self) -> None:
-        """Let the disk have what would leave first: all beyond half of the budget, or beyond nothing beside experts."""
         if self.disk is not None:
-            most = 0 if self._room.is_shared else min(self.budget_bytes // 2, self._most_kept_bytes // 2)
-            self.disk.write_ahead(self.used_bytes + self.kept_bytes - most)
-
-    def _num_fitting(self, sequence: Sequence, slot: KeyValueSlot, room: int) -> int:
-        """Return how many of its computed positions a sequence may leave in so many bytes."""
-        count, of_position = sequence.num_computed, self.sizes.plain_bytes
-        left = room - sum(part.nbytes for part in slot.worth_keeping(count))
-        if left >= count * of_position:
-            return count
-        return slot.last_place(count, left // of_position) if of_position and left > 0 else 0
+            self.disk.write_ahead()
 
     def _move_window(self, sequence: Sequence, slot: KeyValueSlot, sparing: bool) -> bool:
         """Let layers with a window have room for the next pass, behind what it sees; return whether there was memory.
@@ -328,17 +320,19 @@ class KeyValueMemory:
 
     def _grow_plain(self, sequence: Sequence, slot: KeyValueSlot) -> bool:
         """Make room for all tokens of a sequence in layers without a window; return whether there was memory."""
-        has, least = slot.num_positions, _roomy(sequence)
-        if has >= sequence.length:
+        has, forgotten = slot.num_positions, slot.forgotten
+        needed, least = self.sizes.next_end(sequence) - forgotten, self.sizes.rows(roomy(sequence) - forgotten)
+        if has >= needed:
             return True
         of_position = self.sizes.plain_bytes
         self._room.make(min((least - has) * of_position, self._room.free_bytes + self.kept_bytes), least)
-        num_positions = min(sequence.num_positions, max(least, int(sequence.length * self._room.growth)))
+        most = self.sizes.rows(sequence.num_positions - forgotten)
+        num_positions = min(most, max(least, int(sequence.length * self._room.growth)))
         if self._room.growing_bytes:
             num_positions = min(num_positions, has + self._room.free_bytes // self._room.growing_bytes)
-        if num_positions < sequence.length or not self._room.hold((num_positions - has) * of_position, num_positions):
+        if num_positions < needed or not self._room.hold((num_positions - has) * of_position, num_positions):
             return False
-        return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed))
+        return self._is_done(sequence, lambda: slot.grow(num_positions, sequence.num_computed - forgotten))
 
     def _is_done(self, sequence: Sequence, make_larger: Callable[[], None]) -> bool:
         """Let a slot take memory, in place of what is kept where there is no other; return whether it could."""
@@ -354,8 +348,3 @@ class KeyValueMemory:
                 return False
             self._room.settle()
             return True
-
-
-def _roomy(sequence: Sequence) -> int:
-    """Return the positions of a slot that holds a sequence's tokens and a few more."""
-    return min(sequence.num_positions, sequence.length + SPARE_POSITIONS)

@@ -5,8 +5,8 @@ Knows slots, the tree and bytes. Knows nothing of sequences.
 
 import time
 
-from moeflow.engine.kv_cache.kept_runs import Node
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept.kept_runs import Node
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slot_sizes import SlotSizes
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.errors import BudgetError
@@ -83,7 +83,7 @@ class Room:
         Raises:
             BudgetError: so many positions are more than the whole budget.
         """
-        needed = self._sizes.bytes_of(num_positions) + num_positions * self._copied_bytes
+        needed = self._sizes.bytes_of(num_positions) + self._sizes.rows(num_positions) * self._copied_bytes
         if needed <= self._most_bytes:
             return
         limit = f"kv_memory is {self._most_bytes:,} bytes"
@@ -157,6 +157,16 @@ class Room:
             f"other engines on this model hold {others:,} bytes of keys and values, of memory="
             f"{self._share.budget.total_bytes:,}. Close them, or load with more memory."
         )
+
+    def stats(self) -> dict[str, int]:
+        """Return the bytes of slots and of what is kept, now and at most."""
+        return {
+            "kv_budget_bytes": self.budget_bytes,
+            "kv_used_bytes": self.used_bytes,
+            "kv_kept_bytes": self._kept.num_bytes,
+            "kv_kept_tokens": self._kept.num_tokens,
+            "kv_peak_bytes": self.peak_bytes,
+        }
 
     def check_integrity(self) -> None:
         """Assert that all is inside the budget, and held."""

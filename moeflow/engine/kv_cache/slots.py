@@ -3,16 +3,18 @@
 Knows shapes and tensors. Knows nothing of budgets, sequences or models.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from moeflow.engine.kv_cache.kv_format import KeyValueFormat
+from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.windows import (
     MARGIN,
     Stretch,
     WindowPart,
+    chosen_rows,
     cut,
     first_needed,
     joined,
@@ -22,62 +24,17 @@ from moeflow.engine.kv_cache.windows import (
 )
 
 
-class LayerShape(NamedTuple):
-    """Shape of the keys and values that one layer keeps of one position.
-
-    Args:
-        key: [heads, features], as the model computes them.
-        value: [heads, features], likewise.
-        dtype: of both, as the model computes them.
-        device: of both.
-        window: most positions that one sees in this layer, itself among them; 0 for all.
-        room: positions that an empty slot has in a layer with a window, where it has no fewer in others; None for all.
-        form: of the records in which they are kept; None where they are kept as they are.
-    """
-
-    key: tuple[int, int]
-    value: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-    window: int = 0
-    room: int | None = None
-    form: KeyValueFormat | None = None
-
-    @property
-    def kept(self) -> tuple[tuple[int, int], tuple[int, int], torch.dtype]:
-        """What lies in a slot: [heads, numbers] of keys and of values, and the numbers' dtype."""
-        if self.form is None:
-            return self.key, self.value, self.dtype
-        keys = self.key[0], self.form.key.record_bytes(self.key[1])
-        values = self.value[0], self.form.value.record_bytes(self.value[1])
-        return keys, values, torch.uint8
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one position."""
-        return sum(self._sides)
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of one position that lie twice while a slot is copied: its keys or its values, or both of a window."""
-        return self.position_bytes if self.window else max(self._sides)
-
-    @property
-    def _sides(self) -> tuple[int, int]:
-        key, value, dtype = self.kept
-        return key[0] * key[1] * dtype.itemsize, value[0] * value[1] * dtype.itemsize
-
-
 class KeyValueSlot:
     """Keys and values of one sequence's positions.
 
-    Layers without a window have room for all positions, those with one for some of them, which move on. What is copied
-    from slot to slot is copied as it is kept; only `write` and `read` know of formats.
+    Layers without a window have room for all positions, those with one for some of them, which move on. Where a policy
+    lets rows of the others go, later ones move down. What is copied from slot to slot is copied as it is kept; only
+    `write` and `read` know of formats.
 
     Args:
         keys: of each layer that keeps any, [1, heads, positions, features], or bytes of records in place of features.
         values: likewise.
-        num_positions: room for so many in each layer without a window.
+        num_positions: room for so many in each layer without a window: its rows.
         window: most positions that one sees in the layers with a window.
         origins: of each layer with a window, the first position that it has room for.
         layout: of the layers; without one, of a slot of which others copy, all are as they are kept.
@@ -85,6 +42,9 @@ class KeyValueSlot:
     Attributes:
         marks: places whose window is worth keeping while the sequence goes on.
         aside: windows before marked places that the sequence itself needs no more.
+        forgotten: positions before the last rows that layers without a window have let go.
+        notes: of each layer that has any, [1, heads, rows // every, width].
+        found: what a policy found in the pass before, or knows of its notes, by layer.
     """
 
     def __init__(
@@ -101,6 +61,9 @@ class KeyValueSlot:
         self.layout = {} if layout is None else layout
         self.marks: set[int] = set()
         self.aside: list[WindowPart] = []
+        self.forgotten = 0
+        self.notes: dict[int, torch.Tensor] = {}
+        self.found: dict[int, Any] = {}
         self._origins = {} if origins is None else origins
         self._addresses: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -134,13 +97,26 @@ class KeyValueSlot:
                     begin, end, kept = end, end + run.num_positions, run.keys if made is keys else run.values
                     made[layer][:, :, begin:end] = kept.pop(layer) if run is runs[-1] else kept[layer]
         windows = {layer: shape.window for layer, shape in layout.items() if shape.window}
-        return cls(keys, values, num_positions, max(windows.values(), default=0), dict.fromkeys(windows, 0), layout)
+        slot = cls(keys, values, num_positions, max(windows.values(), default=0), dict.fromkeys(windows, 0), layout)
+        slot.notes = {layer: shape.notes(num_positions) for layer, shape in layout.items() if shape.note is not None}
+        return slot
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of its tensors, those of notes rounded up to whole ones of each row."""
         of_tensors = sum(tensor.nbytes for tensors in (self.keys, self.values) for tensor in tensors.values())
+        of_tensors += self.num_positions * sum(self.layout[layer].note_bytes for layer in self.notes)
         return of_tensors + sum(part.nbytes for part in self.aside)
+
+    @property
+    def plain_keys(self) -> dict[int, torch.Tensor]:
+        """The keys of layers without a window."""
+        return {layer: self.keys[layer] for layer in self._plain}
+
+    @property
+    def end(self) -> int:
+        """The position behind the last one that layers without a window have room for."""
+        return self.num_positions + self.forgotten
 
     @property
     def _plain(self) -> list[int]:
@@ -166,14 +142,14 @@ class KeyValueSlot:
         return self.layout[layer].form if layer in self.layout else None
 
     def _put(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        origin, end = self._origins.get(layer, 0), start + keys.shape[2]
+        origin, end = self._origins.get(layer, self.forgotten), start + keys.shape[2]
         room = self.keys[layer].shape[2]
         assert origin <= start <= end <= origin + room, f"position {end - 1} of a slot of {room} from {origin} on"
         self.keys[layer][:, :, start - origin : end - origin] = keys
         self.values[layer][:, :, start - origin : end - origin] = values
 
     def read(self, layer: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first positions' keys and values, [1, heads, num_positions, features].
+        """Return the first positions' keys and values, [1, heads, num_positions, features]; of rows, those not let go.
 
         They are views where they are kept as they are; where a window has moved on, copies with zeros in place of what
         it has left behind. No query sees these, and sums over all positions are rounded as if they were there.
@@ -195,7 +171,8 @@ class KeyValueSlot:
                 whole[:, :, origin:] = tensor[:, :, : num_positions - origin]
                 wholes.append(whole)
             return wholes[0], wholes[1]
-        return both[0][:, :, :num_positions], both[1][:, :, :num_positions]
+        num_rows = num_positions if layer in self._origins else num_positions - self.forgotten
+        return both[0][:, :, :num_rows], both[1][:, :, :num_rows]
 
     def addresses(self, layers: tuple[int, ...]) -> np.ndarray:
         """Return where keys and values of each of these layers lie for a native step.
@@ -223,7 +200,7 @@ class KeyValueSlot:
             self._put(layer, start, *other._get(layer, num_positions))
 
     def grow(self, num_positions: int, num_written: int) -> None:
-        """Make room for more positions in layers without a window, and keep the first `num_written`.
+        """Make room for more rows in layers without a window, and keep the first `num_written`.
 
         Keys of one layer, its values, and so on, so that hardly more memory is taken than that of the larger slot.
         Every address changes.
@@ -236,7 +213,27 @@ class KeyValueSlot:
                 if tensors[layer].shape[2] < num_positions:  # not where an attempt before ended behind it
                     tensors[layer] = resized(tensors[layer], 0, (0, num_positions), (0, num_written))
                     self._addresses.clear()
+        for layer, notes in self.notes.items():
+            larger = self.layout[layer].notes(num_positions)
+            larger[:, :, : notes.shape[2]] = notes
+            self.notes[layer] = larger
         self.num_positions = num_positions
+
+    def let_go(self, kept: dict[int, torch.Tensor], num_computed: int) -> None:
+        """Let go of all rows of layers without a window but some, which move down in their order.
+
+        Args:
+            kept: of each such layer, the rows that stay, [heads, as many in all layers]; notes go with their rows.
+            num_computed: positions that there were.
+
+        Raises:
+            RuntimeError: there is no memory to move them; what is there is of no use any more.
+        """
+        for layer, rows in kept.items():
+            both = [self.keys[layer], self.values[layer]]
+            for tensor in [*both, self.notes[layer]] if layer in self.notes else both:
+                tensor[:, :, : rows.shape[1]] = chosen_rows(tensor, rows)
+            self.forgotten = num_computed - rows.shape[1]
 
     def move_window(self, aside: list[Stretch], room: Stretch, num_written: int) -> None:
         """Give the layers with a window room for other positions, and keep what they have of these.
@@ -346,5 +343,6 @@ class KeyValueSlot:
                 others[layer] = tensor if end - begin == tensor.shape[2] else cut(tensor, begin, end)
             own.clear()
         self._addresses.clear()
+        self.notes.clear()
         self.aside = []
         return KeyValueSlot(*given, end - begin)

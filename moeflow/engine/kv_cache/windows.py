@@ -138,3 +138,16 @@ def resized(tensor: torch.Tensor, before: int, room: Stretch, written: Stretch) 
     if first < last:
         new[:, :, first - begin : last - begin] = tensor[:, :, first - before : last - before]
     return new
+
+
+def chosen_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Copy some rows of each head.
+
+    Args:
+        tensor: [1, heads, rows, width].
+        rows: [heads, chosen].
+
+    Returns:
+        [1, heads, chosen, width].
+    """
+    return tensor.gather(2, rows[None, :, :, None].expand(1, -1, -1, tensor.shape[3]))

@@ -39,7 +39,8 @@ def engine_for(
     try:
         return Engine(model, tokenizer, max_batch_size=max_batch_size, max_waiting=max_waiting, **limits)
     except UnsupportedModelError:
-        known = {name: limits[name] for name in limits.keys() & {"kv_memory", "share_prefixes", "kv_format"}}
+        of_both = {"kv_memory", "share_prefixes", "kv_format", "kv_policy"}
+        known = {name: limits[name] for name in limits.keys() & of_both}
         waiting = None if max_waiting is None else max_waiting + max_batch_size - 1
         return SerialEngine(model, tokenizer, max_waiting=waiting, **known)
 
@@ -71,4 +72,6 @@ def engine_with_images_for(
     texts = engine_for(model, tokenizer, kv_memory=of_texts, **limits)
     if isinstance(texts, SerialEngine):
         return EngineWithImages(texts, texts)
-    return EngineWithImages(texts, SerialEngine(model, tokenizer, kv_memory=of_images, kv_format="auto"))
+    return EngineWithImages(
+        texts, SerialEngine(model, tokenizer, kv_memory=of_images, kv_format="auto", kv_policy=None)
+    )

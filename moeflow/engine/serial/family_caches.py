@@ -26,6 +26,11 @@ class FamilyCache:
     num_positions: int = 0
     shifts: Any = None
 
+    @property
+    def end(self) -> int:
+        """The position behind those that it covers."""
+        return self.num_positions
+
     def take(self) -> Any:
         """Return the cache for a pass, which puts it back; one that does not end leaves none."""
         cache, self.cache = self.cache, None

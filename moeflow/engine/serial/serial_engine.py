@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.engine import Engine
 from moeflow.engine.kv_cache.budget import kv_budget, shared_budget
 from moeflow.engine.kv_cache.kv_format import format_named
+from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Images
 from moeflow.engine.serial.serial_runner import SerialRunner
 from moeflow.errors import ConfigError
 from moeflow.memory_size import MemorySize
+from moeflow.policy.key_value_policies import KeyValuePolicyOption
 from moeflow.turns import in_turn
 
 _logger = logging.getLogger(__name__)
@@ -34,10 +36,11 @@ class SerialEngine(Engine):
         share_prefixes: whether any is kept.
         max_waiting: most requests beyond the one that runs; None for any number.
         kv_format: "auto" alone: caches keep what they keep. None: as the model was loaded.
+        kv_policy: None alone. "auto": as the model was loaded.
 
     Raises:
-        ConfigError: kv_memory is no size, kv_format not "auto", the model was loaded with one budget of experts and
-            keys and values, or its stop strings need a tokenizer.
+        ConfigError: kv_memory is no size, kv_format or kv_policy are not these, the model was loaded with one budget of
+            experts and keys and values, or its stop strings need a tokenizer.
         UnsupportedModelError: the model does not generate token by token.
     """
 
@@ -50,6 +53,7 @@ class SerialEngine(Engine):
         share_prefixes: bool = True,
         max_waiting: int | None = None,
         kv_format: str | None = None,
+        kv_policy: KeyValuePolicyOption = "auto",
     ) -> None:
         super().__init__(
             model,
@@ -60,10 +64,11 @@ class SerialEngine(Engine):
             share_prefixes=share_prefixes,
             max_waiting=max_waiting,
             kv_format=kv_format,
+            kv_policy=kv_policy,
         )
 
     def _make_runner(  # type: ignore[override]
-        self, kv_memory: MemorySize, max_batch_size: int, kv_format: str
+        self, kv_memory: MemorySize, kv_format: str, policy: KeyValuePolicy | None
     ) -> SerialRunner:
         if shared_budget(self.model) is not None:
             raise ConfigError(
@@ -74,6 +79,11 @@ class SerialEngine(Engine):
             raise ConfigError(
                 f'kv_format="{kv_format}" is not possible: {type(self.model).__name__} runs one sequence at a time in '
                 'its own cache. Leave kv_format="auto".'
+            )
+        if policy is not None:
+            raise ConfigError(
+                f'kv_policy="{policy.name}" is not possible: {type(self.model).__name__} runs one sequence at a time '
+                "in its own cache. Leave kv_policy=None."
             )
         return SerialRunner(self.model, kv_budget(kv_memory, self.model))
 

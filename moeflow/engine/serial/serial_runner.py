@@ -5,7 +5,7 @@ Knows passes and caches as wholes. Knows nothing of requests.
 
 import time
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -33,15 +33,10 @@ class SerialRunner:
 
     Attributes:
         memory: where caches lie.
-        num_retries: always 0: a step that fails fails its sequence alone.
-        kv_format: always "auto": caches keep what they keep.
 
     Raises:
         UnsupportedModelError: the model does not generate token by token.
     """
-
-    num_retries = 0
-    kv_format = "auto"
 
     def __init__(self, model: PreTrainedModel, budget_bytes: int) -> None:
         self._model = model
@@ -53,6 +48,10 @@ class SerialRunner:
     def sequence(self, id: str, prompt_ids: list[int], max_new_tokens: int, priority: int = 0) -> Sequence:
         """Make a sequence."""
         return Sequence(id, prompt_ids, max_new_tokens, priority=priority)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what that of `ModelRunner` does: nothing is retried, and caches keep what they keep."""
+        return {"retries": 0, "kv_format": "auto", "kv_policy": None}
 
     def run(self, pieces: list[Piece]) -> list[Computed]:
         """Compute pieces, one after the other."""

@@ -64,6 +64,8 @@ def speculation_for(
         reason = "not asked for"
     elif not max_step_tokens:
         reason = "steps are cut into groups"
+    elif runner.policy_name is not None:
+        reason = f"the policy {runner.policy_name} acts in the model's own attention, where no native step runs"
     elif runner.scales_by_length:
         reason = "positions are scaled by the length of the text, so that each token needs a pass of its own"
     elif not options.packed and getattr(getattr(model, "moeflow", None), "step", None) is None:

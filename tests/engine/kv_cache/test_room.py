@@ -1,13 +1,17 @@
 """Room in a budget that experts share: what is allocated is held before, at every moment."""
 
+import pytest
 import torch
 
 from helpers.alive_tensors import Alive
 from helpers.engine_requests import tokens
 from moeflow import load_moe
+from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.memory import KeyValueMemory
-from moeflow.engine.kv_cache.slots import LayerShape
+from moeflow.engine.kv_cache.policies.sinks import Sinks
 from moeflow.engine.sequence import Sequence
+from moeflow.errors import BudgetError
+from moeflow.policy.key_value_policies import SinksOptions
 
 
 def test_what_a_window_sets_aside_is_held_before_it_is_copied(mixtral_folder):
@@ -29,3 +33,22 @@ def test_what_a_window_sets_aside_is_held_before_it_is_copied(mixtral_folder):
                 num_aside += len(memory["one"].aside)
             assert alive.most_beyond <= 0
         assert num_aside
+
+
+def test_a_sequence_that_forgets_is_as_large_as_the_rows_that_it_has(mixtral_folder):
+    shape = LayerShape((1, 4), (1, 4), torch.float32, torch.device("cpu"))
+    with load_moe(mixtral_folder, memory=1 << 21, predictor=None).moeflow as runtime:
+        share = runtime.governor.share(runtime)
+        rows = 4 + 28 + 64 + 16  # sinks, window, those that are let go together, a pass
+        largest = rows * (shape.position_bytes + shape.copied_bytes)
+        for num_bytes, policy in (
+            (largest, Sinks(SinksOptions(4, 28))),
+            (largest, None),
+            (largest - 1, Sinks(SinksOptions(4, 28))),
+        ):
+            memory = KeyValueMemory({0: shape}, num_bytes, most_new=16, share=share, policy=policy)
+            if policy is not None and num_bytes == largest:
+                memory.check_possible(10**6)
+            else:
+                with pytest.raises(BudgetError):
+                    memory.check_possible(10**6)

@@ -5,8 +5,9 @@ import torch
 
 from helpers.small_slots import CPU, LAYOUT, POSITION
 from moeflow.engine.kv_cache.kv_format import FORMATS
+from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.slot_rows import SlotRows
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 
 
 def written_slot(num_positions, num_written):

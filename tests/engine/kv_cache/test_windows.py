@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from helpers.small_slots import TINY, TINY_POSITION, name_of, write_names
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.kv_cache.windows import first_needed, joined, last_place, missing, wanted
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from moeflow.engine.kv_cache.disk.run_file import LeavingRun
 from moeflow.engine.kv_cache.disk.run_folder import RunEntry, RunFolder
-from moeflow.engine.kv_cache.disk.run_tensors import Layout, plain_layers
 from moeflow.engine.kv_cache.disk.run_writer import RunWriter
-from moeflow.engine.kv_cache.kept_runs import Node, Run, parts_between
+from moeflow.engine.kv_cache.kept.kept_runs import Node, Run, parts_between
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept.run_tensors import Layout, plain_layers
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.room import Room
 from moeflow.engine.kv_cache.windows import last_place
 from moeflow.engine.sequence import MIN_SHARED_TOKENS
@@ -29,23 +29,18 @@ class KeptDisk:
     """What is kept of one model's sequences on a disk. In the child of a fork it does nothing.
 
     Args:
-        folder: as in `RunFolder`.
-        model: likewise.
+        files: those of the model.
         kept: the tree of which runs are written and into which they are read.
         room: that of the tree.
         layout: the layers that keep keys and values, by their number.
-        most_bytes: of all files together.
-
-    Raises:
-        ConfigError: another engine has this model's folder.
-        MoeflowError: the folder cannot be made or written to.
+        most_kept_bytes: of the tree.
 
     Attributes:
         writer: what writes.
     """
 
-    def __init__(self, folder: Path, model: str, kept: PrefixTree, room: Room, layout: Layout, most_bytes: int) -> None:
-        self._folder = RunFolder(folder, model, layout, most_bytes)
+    def __init__(self, files: RunFolder, kept: PrefixTree, room: Room, layout: Layout, most_kept_bytes: int) -> None:
+        self._folder, self._most_kept_bytes = files, most_kept_bytes
         self.writer = RunWriter(self._folder)
         self._kept, self._room, self._layout = kept, room, layout
         self._plain_bytes = sum(shape.position_bytes for shape in plain_layers(layout).values())
@@ -58,14 +53,17 @@ class KeptDisk:
         self._ending = weakref.finalize(self, self.writer.close)
         tell_of_forks(self)
 
-    def write_ahead(self, num_bytes: int) -> None:
-        """Let the runs that would leave first for so many bytes be written, where they are not on the disk."""
+    def write_ahead(self) -> None:
+        """Let runs be written that are not on the disk, those that leave first before others.
+
+        They wait until half of the budget is taken; one that is shared with experts may be taken at any time.
+        """
         if not self._is_open or self.writer.failed:
             return
+        most = min(self._room.budget_bytes, self._most_kept_bytes)
+        if not self._room.is_shared and self._room.used_bytes + self._kept.num_bytes <= most // 2:
+            return
         for node in self._kept.nodes():
-            if num_bytes <= 0:
-                return
-            num_bytes -= node.nbytes
             state = node.begin, node.end, len(node.parts), self._folder.num_removed
             if self._known.get(node) != state:
                 self._known[node] = state
@@ -90,9 +88,9 @@ class KeptDisk:
             needed: bytes and positions of the slot that it gets.
             speeds: of computing and of reading, which is measured.
         """
-        place = self._kept.end_of(scaling, tokens)
-        if not self._is_open or place is None or asker in self._served:
+        if not self._is_open or asker in self._served:
             return
+        place = self._kept.common(scaling, tokens)
         chain = self._folder.chain(scaling, tokens, place)
         if not chain:
             return
@@ -142,7 +140,8 @@ class KeptDisk:
 
     def _read(self, entry: RunEntry, place: int, scaling: Hashable, tokens: list[int], speeds: MeasuredSpeeds) -> bool:
         """Read a run into the tree from a place on; return whether it is there."""
-        taken, num_positions = entry.data_bytes, entry.end - entry.begin
+        taken = entry.data_bytes + self._kept.bytes_to_part(scaling, tokens)
+        num_positions = entry.end - entry.begin
         if not self._room.has(self._kept.path_bytes(scaling, tokens) + taken, num_positions):
             return False  # what leads to it would leave for it
         done = False
@@ -153,6 +152,7 @@ class KeptDisk:
                 if run is not None:
                     speeds.saw_read(entry.file_bytes, time.perf_counter() - begin)
                     run = _behind(run, place)
+                    self._kept.part(scaling, tokens)
                     done = self._kept.restore(run)
                     self._num_read += len(run.tokens) * done
         self._room.settle()
@@ -184,7 +184,7 @@ class KeptDisk:
             self._folder.abandon()
 
 
-DiskMaker = Callable[[PrefixTree, Room, Layout], KeptDisk]
+DiskMaker = Callable[[PrefixTree, Room, Layout, int], KeptDisk]
 
 
 def disk_for(folder: str | Path | None, most: MemorySize, model: Callable[[], str]) -> DiskMaker | None:
@@ -197,7 +197,11 @@ def disk_for(folder: str | Path | None, most: MemorySize, model: Callable[[], st
     if folder is None:
         return None
     path = Path(folder).expanduser()
-    return lambda kept, room, layout: KeptDisk(path, model(), kept, room, layout, most_bytes)
+
+    def make(kept: PrefixTree, room: Room, layout: Layout, most_kept_bytes: int) -> KeptDisk:
+        return KeptDisk(RunFolder(path, model(), layout, most_bytes), kept, room, layout, most_kept_bytes)
+
+    return make
 
 
 def _behind(run: Run, place: int) -> Run:

@@ -16,9 +16,9 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 from moeflow.atomic_file import NO_CHECKSUM, atomic_file
-from moeflow.engine.kv_cache.disk import run_tensors
-from moeflow.engine.kv_cache.disk.run_tensors import Layout
-from moeflow.engine.kv_cache.kept_runs import Run
+from moeflow.engine.kv_cache.kept import run_tensors
+from moeflow.engine.kv_cache.kept.kept_runs import Run
+from moeflow.engine.kv_cache.kept.run_tensors import Layout
 from moeflow.engine.kv_cache.windows import Stretch
 
 _FORMAT = "moeflow kept run, version 1"

@@ -18,8 +18,8 @@ import numpy as np
 
 from moeflow.atomic_file import cannot_write
 from moeflow.engine.kv_cache.disk.run_file import RunRow, data_bytes, file_bytes, read_row, read_run
-from moeflow.engine.kv_cache.disk.run_tensors import Layout
-from moeflow.engine.kv_cache.kept_runs import Run
+from moeflow.engine.kv_cache.kept.kept_runs import Run
+from moeflow.engine.kv_cache.kept.run_tensors import Layout
 from moeflow.engine.kv_cache.windows import Stretch, missing
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.file_lock import lock_file, unlock_file
@@ -117,9 +117,11 @@ class RunFolder:
         tokens, begin = packed(row.before + row.tokens), len(row.before)
         with self._lock:
             for entry in self._entries.values():
-                if entry.scaling == row.scaling and entry.begin <= begin and entry.tokens.startswith(tokens):
-                    if not any(missing(entry.parts, *part) for part in row.parts):
-                        return entry
+                is_longer = entry.begin <= begin and entry.tokens.startswith(tokens)
+                if is_longer and entry.scaling == row.scaling:
+                    if any(missing(entry.parts, *part) for part in row.parts):
+                        continue
+                    return entry
         return None
 
     def chain(self, scaling: Hashable, tokens: list[int], place: int) -> list[tuple[RunEntry, int]]:

@@ -6,9 +6,10 @@ Knows the tree, room and shapes. Knows nothing of sequences.
 from collections.abc import Hashable
 from contextlib import suppress
 
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.room import Room
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.sequence import MIN_SHARED_TOKENS
 
 

@@ -11,10 +11,11 @@ from helpers.small_models import tiny_mixtral
 from helpers.small_slots import TINY, TINY_POSITION, has_names, named_slot
 from moeflow import load_moe
 from moeflow.engine.engine import Engine
-from moeflow.engine.kv_cache.disk import prefix_files
+from moeflow.engine.kv_cache.kept import prefix_files
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.memory import KeyValueMemory
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.errors import ClosedModelError, MoeflowError
 
 TEXTS = [((3,), "abcdef"), ((3,), "abxy"), (None, "abcdefgh"), ((), "q")]

@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from moeflow.atomic_file import NO_CHECKSUM, atomic_file, cannot_write, is_sealed, seal, write_atomically
-from moeflow.engine.kv_cache.disk import run_tensors
-from moeflow.engine.kv_cache.kept_runs import Run
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept import run_tensors
+from moeflow.engine.kv_cache.kept.kept_runs import Run
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.room import Room
-from moeflow.engine.kv_cache.slots import LayerShape
 from moeflow.errors import MoeflowError
 
 _log = logging.getLogger(__name__)

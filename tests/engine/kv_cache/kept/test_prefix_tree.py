@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from helpers.small_slots import TINY, TINY_POSITION, has_names, named_slot
-from moeflow.engine.kv_cache.prefix_tree import PrefixTree
+from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.slots import KeyValueSlot
 
 SCALINGS = st.sampled_from([None, 7])

@@ -8,8 +8,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 
-from moeflow.engine.kv_cache.kept_runs import Node, Run, parts_between, up_from
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.kept.kept_runs import Node, Run, parts_between, up_from
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.kv_cache.windows import Stretch, WindowPart, last_place, missing
 
 
@@ -51,10 +52,19 @@ class PrefixTree:
         """Return how many tokens of this beginning are kept, with or without the window before that place."""
         return sum(count for _, count in self._path(scaling, tokens))
 
-    def end_of(self, scaling: Hashable, tokens: list[int]) -> int | None:
-        """Return how many tokens of this beginning are kept; None where they end inside a run."""
-        path = self._path(scaling, tokens)
-        return None if path and path[-1][1] < len(path[-1][0].tokens) else self.common(scaling, tokens)
+    def bytes_to_part(self, scaling: Hashable, tokens: list[int]) -> int:
+        """Return the bytes that `part` copies."""
+        return sum(node.nbytes for node, count in self._path(scaling, tokens)[-1:] if count < len(node.tokens))
+
+    def part(self, scaling: Hashable, tokens: list[int]) -> None:
+        """Let a run end where what is kept of this beginning ends, so that another may go on there.
+
+        Raises:
+            RuntimeError: there is no memory; nothing has changed.
+        """
+        for node, count in self._path(scaling, tokens)[-1:]:
+            if count < len(node.tokens):
+                self._split(node, count)
 
     def stretches(self, scaling: Hashable, tokens: list[int]) -> list[Stretch]:
         """Return what is kept along these tokens in layers with a window."""
@@ -109,9 +119,7 @@ class PrefixTree:
 
     def copied_bytes(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> int:
         """Return the most bytes that `keep` copies before it releases others, beside one layer of the slot."""
-        path = self._path(scaling, tokens)
-        cut_in_two = sum(node.nbytes for node, count in path[-1:] if count < len(node.tokens))
-        return cut_in_two + sum(part.nbytes for part in slot.worth_keeping(len(tokens)))
+        return self.bytes_to_part(scaling, tokens) + sum(part.nbytes for part in slot.worth_keeping(len(tokens)))
 
     def keep(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> None:
         """Take from a slot what is not kept yet of these tokens, its first ones; the slot holds nothing any more.

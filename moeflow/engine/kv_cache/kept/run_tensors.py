@@ -5,8 +5,9 @@ Those of a window have the first position's number at the end of their names.
 
 import torch
 
-from moeflow.engine.kv_cache.kept_runs import Run
-from moeflow.engine.kv_cache.slots import KeyValueSlot, LayerShape
+from moeflow.engine.kv_cache.kept.kept_runs import Run
+from moeflow.engine.kv_cache.layer_shape import LayerShape
+from moeflow.engine.kv_cache.slots import KeyValueSlot
 from moeflow.engine.kv_cache.windows import Stretch, WindowPart
 
 Layout = dict[int, LayerShape]
