@@ -104,7 +104,8 @@ class Engine:
         self._speculation = speculation_for(speculation, model, tokenizer, self._runner, limit)
         self._memory = self._runner.memory
         self._memory.keeps = share_prefixes
-        self._memory.keep_on_disk(disk_for(kept_folder, kept_disk, self._runner.fingerprint))
+        if kept_folder is not None:
+            self._memory.keep_on_disk(disk_for(kept_folder, kept_disk, self._runner.fingerprint))
         self._requests: dict[str, Request] = {}
         self._outputs = Outputs()  # claimed by generate() and stream(), or for step()
         self._names = map("request-{}".format, itertools.count(1))
@@ -112,8 +113,7 @@ class Engine:
         self._turns = Turns()
         tell_of_forks(self)
         self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "new_tokens"), 0)
-        self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
-        self._step_s = 0.0
+        self._reasons, self._step_s = dict.fromkeys(("stop", "length", "cancelled", "error"), 0), 0.0
 
     def _make_runner(self, kv_memory: MemorySize, kv_format: str, policy: KeyValuePolicy | None) -> ModelRunner:
         forward.check_key_value_cache(self.model)

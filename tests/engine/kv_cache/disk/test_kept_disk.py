@@ -7,8 +7,6 @@ import threading
 import pytest
 
 from helpers.engine_requests import GREEDY, NEW, POSITION_BYTES, assert_empty, generated, tokens
-from helpers.families import FAMILIES
-from helpers.family_models import build_model
 from helpers.full_disk import with_full_disk
 from moeflow.engine.engine import Engine
 from moeflow.errors import ConfigError, MoeflowError
@@ -183,23 +181,3 @@ def test_what_cannot_be_is_refused(mixtral, tmp_path):
         Engine(mixtral, kept_folder=tmp_path, kept_disk="much")
     with Engine(mixtral, kept_folder=tmp_path, share_prefixes=False) as engine:
         assert engine.stats()["kept_disk"] is None
-
-
-@pytest.mark.parametrize("kv_format", ["auto", "int8"])
-def test_windows_and_formats_come_back_as_they_were(tmp_path, kv_format):
-    model = build_model(FAMILIES["gpt_oss"])
-    options = {"max_step_tokens": 64, "kv_format": kv_format}
-    with Engine(model, **options) as engine:
-        (first,) = engine.generate([FIRST], GREEDY)
-        turn = [*FIRST, *first.token_ids, 7, 8]
-        (expected,) = engine.generate([turn], GREEDY)
-        room = engine.stats()["kv_position_bytes"] * 200
-    with Engine(model, kv_memory=room, kept_folder=tmp_path, **options) as engine:
-        for prompt in (FIRST, tokens(80, 4), tokens(100, 5), tokens(100, 6)):
-            engine.generate([prompt], GREEDY)
-            written(engine)
-        assert engine._memory.num_kept(engine._runner.sequence("none", turn, 1)) == 0, "it is still in memory"
-        (found,) = engine.generate([turn], GREEDY)
-        assert_empty(engine)
-        assert found.token_ids == expected.token_ids
-        assert found.cached_tokens == expected.cached_tokens == len(FIRST) + NEW - 1
