@@ -35,6 +35,13 @@ def lock_file(descriptor: int, path: str | Path) -> bool:
         return False
 
 
+def unlock_file(descriptor: int) -> None:
+    """Let others lock a file, and close it. In the child of a fork only close it, so that the parent has it still."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child of a fork may have the descriptor as well
+    os.close(descriptor)
+
+
 @contextmanager
 def exclusive(path: str | Path, *, on_taken: Callable[[], None] | None = None) -> Iterator[int]:
     """Hold a lock file, which is there only while it is held; one that a kill left is taken over.

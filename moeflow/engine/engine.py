@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeflow.engine.kv_cache.budget import step_tokens
+from moeflow.engine.kv_cache.disk.kept_disk import disk_for
 from moeflow.engine.kv_cache.kv_format import kv_format_of
 from moeflow.engine.kv_cache.policies.choosing import policy_of
 from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
@@ -62,6 +63,8 @@ class Engine:
         kv_format: of keys and values: "auto" (the model's dtype), "int8", "int4"; None: as the model was loaded.
         kv_policy: of long contexts, lossy: "auto" (as the model was loaded), None, "sinks", "heavy_hitters", "pages",
             or a dict of a name and its sizes. Without native steps and drafts; some share no prefixes.
+        kept_folder: where prefixes that leave kv_memory stay, for restarts too, for one engine a model; None: nowhere.
+        kept_disk: most bytes of their files; those that were not used for the longest time go first.
 
     Raises:
         ConfigError: an option is not allowed or not possible, or the model's stop strings need a tokenizer.
@@ -84,6 +87,8 @@ class Engine:
         speculation: SpeculationOption = "auto",
         kv_format: str | None = None,
         kv_policy: KeyValuePolicyOption = "auto",
+        kept_folder: str | Path | None = None,
+        kept_disk: MemorySize = "4GiB",
     ) -> None:
         policy = policy_of(kv_policy, model)
         share_prefixes = share_prefixes and not (policy and policy.forgets)
@@ -99,6 +104,8 @@ class Engine:
         self._speculation = speculation_for(speculation, model, tokenizer, self._runner, limit)
         self._memory = self._runner.memory
         self._memory.keeps = share_prefixes
+        if kept_folder is not None:
+            self._memory.keep_on_disk(disk_for(kept_folder, kept_disk, self._runner.fingerprint))
         self._requests: dict[str, Request] = {}
         self._outputs = Outputs()  # claimed by generate() and stream(), or for step()
         self._names = map("request-{}".format, itertools.count(1))
@@ -106,8 +113,7 @@ class Engine:
         self._turns = Turns()
         tell_of_forks(self)
         self._counts = dict.fromkeys(("steps", "passes", "prompt_tokens", "new_tokens"), 0)
-        self._reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
-        self._step_s = 0.0
+        self._reasons, self._step_s = dict.fromkeys(("stop", "length", "cancelled", "error"), 0), 0.0
 
     def _make_runner(self, kv_memory: MemorySize, kv_format: str, policy: KeyValuePolicy | None) -> ModelRunner:
         forward.check_key_value_cache(self.model)
@@ -219,12 +225,7 @@ class Engine:
         prompts: Sequential[str | list[int]],
         params: SamplingParams | Sequential[SamplingParams] = _DEFAULT_PARAMS,
     ) -> list[Completion]:
-        """Run prompts to their ends and return their completions in the same order.
-
-        Args:
-            prompts: texts or token ids.
-            params: for all, or one for each.
-        """
+        """Run texts or token ids to their ends, with one params or one for each; return completions in their order."""
         return self._whole_answers().generate(prompts, params)
 
     def stream(self, prompt: str | list[int], params: SamplingParams = _DEFAULT_PARAMS) -> Iterator[str]:

@@ -6,7 +6,9 @@ Knows sequences, slots and the tree. Knows nothing of models or of who waits.
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from moeflow.engine.kv_cache.disk.kept_disk import DiskMaker, KeptDisk
 from moeflow.engine.kv_cache.host_moves import HostMoves
 from moeflow.engine.kv_cache.kept import prefix_files
 from moeflow.engine.kv_cache.kept.moving import moved_slot
@@ -41,6 +43,7 @@ class KeyValueMemory:
         position_bytes: of one position in all layers.
         keeps: whether anything is kept of sequences that have ended or given way.
         kept: what is kept.
+        disk: where kept prefixes also lie; None where they leave for good.
         speeds: by which moving is weighed against computing again.
         refused: sequences for which the machine has no memory though nothing else takes any, with the reason.
         counts: {"shared_tokens": copied from running or kept sequences, "kept_hits": beginnings that were kept,
@@ -76,6 +79,7 @@ class KeyValueMemory:
         self._policy = policy
         self._moved = HostMoves(self.sizes, False if policy is not None and policy.forgets else moves)
         self.speeds = self._moved.speeds
+        self.disk: KeptDisk | None = None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -124,8 +128,10 @@ class KeyValueMemory:
         num_rows = self.sizes.rows(num_positions)
         needed = self.sizes.bytes_of(num_positions), num_rows
         own = sequence.uses_kept and self.keeps and sequence.id not in self._moved.ids()
-        kept = sequence.scaling, sequence.may_copy, self.kept
-        if own and (moved := moved_slot(*kept, self._room, self._layout, *needed)) is not None:
+        known = sequence.scaling, sequence.may_copy
+        if own and self.disk is not None:
+            self.disk.bring_back(sequence, *known, needed, self.speeds)
+        if own and (moved := moved_slot(*known, self.kept, self._room, self._layout, *needed)) is not None:
             slot, sequence.num_computed = moved
             self._begin(sequence, slot)
             self.counts["kept_hits"] += 1
@@ -154,6 +160,8 @@ class KeyValueMemory:
         self._room.settle()
         if self.keeps:
             slot.marks.add(len(sequence.prompt_ids))  # the next turn may leave out some of the answer
+        if self.disk is not None:
+            self.disk.write_ahead()
 
     def grow(self, sequence: Sequence) -> bool:
         """Make room for all tokens of a running sequence, and more where there is any; return whether there was.
@@ -185,7 +193,7 @@ class KeyValueMemory:
         self.counts["preempted"] += 1
         needed = 0 if grower is sequence else self.sizes.bytes_of(roomy(grower)) - self._slots[grower.id].nbytes
         room = max(0, self._room.free_bytes - max(0, needed))
-        count = self._num_fitting(sequence, slot, room)
+        count = self.sizes.num_fitting(sequence, slot, room)
         if count < sequence.num_computed and self._moved.take(sequence, slot):
             self.counts["moved"] += 1
         else:
@@ -244,31 +252,29 @@ class KeyValueMemory:
 
     def load(self, folder: Path, fingerprint: str) -> int:
         """Keep what was saved of a model, as far as there is room; return the number of tokens."""
-        before = self.kept.num_tokens
-        for run in prefix_files.load(folder, fingerprint, self._layout, self._room.can_hold) if self.keeps else ():
-            self.kept.restore(run)
-            del run
-            self._room.settle()
-        self._room.settle()
-        return self.kept.num_tokens - before
+        return prefix_files.load_into(self.kept, self._room, folder, fingerprint, self._layout) if self.keeps else 0
+
+    def keep_on_disk(self, make_disk: DiskMaker | None) -> None:
+        """Let what is kept go to a disk before it leaves; None for no disk."""
+        if make_disk is not None and self.keeps:
+            self.disk = make_disk(self.kept, self._room, self._layout, self._most_kept_bytes)
 
     def clear(self) -> None:
-        """Release everything."""
+        """Release everything, for good where there is a disk: its files stay."""
         self._slots.clear()
         self._moved.clear()
         self.refused.clear()
         self.kept.clear()
         self._room.settle()
+        if self.disk is not None:
+            self.disk.close()
 
-    def stats(self) -> dict[str, int | None]:
+    def stats(self) -> dict[str, Any]:
         """Return the counts, and bytes of slots and of what is kept."""
         return {
             **self.counts,
-            "kv_budget_bytes": self.budget_bytes,
-            "kv_used_bytes": self.used_bytes,
-            "kv_kept_bytes": self.kept_bytes,
-            "kv_kept_tokens": self.kept.num_tokens,
-            "kv_peak_bytes": self.peak_bytes,
+            "kept_disk": None if self.disk is None else self.disk.stats(),
+            **self._room.stats(),
             "kv_position_bytes": self.position_bytes,
             "kv_positions": self.sizes.most_positions(self.budget_bytes),
         }
@@ -294,14 +300,8 @@ class KeyValueMemory:
             self._num_offered += 1
         while (surplus := max(self.kept_bytes - self._most_kept_bytes, -self._room.free_bytes)) > 0:
             self._room.drop(surplus)
-
-    def _num_fitting(self, sequence: Sequence, slot: KeyValueSlot, room: int) -> int:
-        """Return how many of its computed positions a sequence may leave in so many bytes."""
-        count, of_position = sequence.num_computed, self.sizes.plain_bytes
-        left = room - sum(part.nbytes for part in slot.worth_keeping(count))
-        if left >= count * of_position:
-            return count
-        return slot.last_place(count, left // of_position) if of_position and left > 0 else 0
+        if self.disk is not None:
+            self.disk.write_ahead()
 
     def _move_window(self, sequence: Sequence, slot: KeyValueSlot, sparing: bool) -> bool:
         """Let layers with a window have room for the next pass, behind what it sees; return whether there was memory.

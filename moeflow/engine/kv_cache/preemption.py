@@ -12,11 +12,13 @@ class MeasuredSpeeds:
     Attributes:
         prefill_s: seconds per token; None while not measured.
         copy_s: seconds per byte, one way; None while not measured.
+        read_s: seconds per byte that is read from a file; None while not measured.
     """
 
     def __init__(self) -> None:
         self.prefill_s: float | None = None
         self.copy_s: float | None = None
+        self.read_s: float | None = None
 
     def saw_prefill(self, num_tokens: int, seconds: float) -> None:
         """Take in a step that computed tokens of prompts."""
@@ -25,6 +27,10 @@ class MeasuredSpeeds:
     def saw_copy(self, num_bytes: int, seconds: float) -> None:
         """Take in a copy between the device and host memory."""
         self.copy_s = _average(self.copy_s, seconds / num_bytes)
+
+    def saw_read(self, num_bytes: int, seconds: float) -> None:
+        """Take in a file of keys and values that was read."""
+        self.read_s = _average(self.read_s, seconds / num_bytes)
 
     def favour_copy(self, num_tokens: int, num_bytes: int, free_bytes: int) -> bool:
         """Tell whether keys and values go to host memory; else they are dropped and computed again.

@@ -103,7 +103,7 @@ class Room:
             num_positions: of the slot that they are for.
             moving: a leaf that stays, since it becomes a part of the slot; None for none.
         """
-        if self.taken(num_bytes, num_positions, with_kept=False) > self.budget_bytes:
+        if not self.has(num_bytes, num_positions):
             return False
         there = 0 if moving is None else moving.movable_bytes
         while (missing := self.taken(num_bytes - there, num_positions) - self.budget_bytes) > 0:
@@ -118,6 +118,10 @@ class Room:
     def can_hold(self, num_bytes: int, num_positions: int) -> bool:
         """Return whether so many bytes more have room beside all that is kept, and hold them then."""
         return self.taken(num_bytes, num_positions) <= self.budget_bytes and self.hold(num_bytes, num_positions)
+
+    def has(self, num_bytes: int, num_positions: int) -> bool:
+        """Return whether so many bytes more have room once everything that is kept has gone."""
+        return self.taken(num_bytes, num_positions, with_kept=False) <= self.budget_bytes
 
     def settle(self) -> None:
         """Note what is taken now; of a shared budget, give back what is not."""
@@ -153,6 +157,16 @@ class Room:
             f"other engines on this model hold {others:,} bytes of keys and values, of memory="
             f"{self._share.budget.total_bytes:,}. Close them, or load with more memory."
         )
+
+    def stats(self) -> dict[str, int]:
+        """Return the bytes of slots and of what is kept, now and at most."""
+        return {
+            "kv_budget_bytes": self.budget_bytes,
+            "kv_used_bytes": self.used_bytes,
+            "kv_kept_bytes": self._kept.num_bytes,
+            "kv_kept_tokens": self._kept.num_tokens,
+            "kv_peak_bytes": self.peak_bytes,
+        }
 
     def check_integrity(self) -> None:
         """Assert that all is inside the budget, and held."""

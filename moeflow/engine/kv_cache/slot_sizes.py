@@ -66,6 +66,14 @@ class SlotSizes:
         """Return the most rows that a sequence of so many positions has at once in layers without a window."""
         return num_positions if self._most_rows is None else min(num_positions, self._most_rows)
 
+    def num_fitting(self, sequence: Sequence, slot: KeyValueSlot, num_bytes: int) -> int:
+        """Return how many of its computed positions a sequence may leave in so many bytes."""
+        count, of_position = sequence.num_computed, self.plain_bytes
+        left = num_bytes - sum(part.nbytes for part in slot.worth_keeping(count))
+        if left >= count * of_position:
+            return count
+        return slot.last_place(count, left // of_position) if of_position and left > 0 else 0
+
     def next_end(self, sequence: Sequence) -> int:
         """Return the position up to which layers without a window must have room before the next pass."""
         if self._most_rows is None:

@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from moeflow.atomic_file import NO_CHECKSUM, atomic_file, cannot_write, is_sealed, seal, write_atomically
+from moeflow.engine.kv_cache.kept import run_tensors
 from moeflow.engine.kv_cache.kept.kept_runs import Run
 from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
 from moeflow.engine.kv_cache.layer_shape import LayerShape
-from moeflow.engine.kv_cache.slots import KeyValueSlot
-from moeflow.engine.kv_cache.windows import WindowPart
+from moeflow.engine.kv_cache.room import Room
 from moeflow.errors import MoeflowError
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def save(tree: PrefixTree, folder: Path, fingerprint: str) -> int:
         parts = sorted((part.begin, part.end) for part in run.parts)
         name = hashlib.sha256(repr((run.scaling, run.before, run.tokens, parts)).encode()).hexdigest()[:32] + _SUFFIX
         if name not in known or not (own / name).exists():
-            tensors = _named(run)
+            tensors = run_tensors.named(run)
             with atomic_file(own / name) as partial:
                 safetensors.torch.save_file(tensors, partial)
             known[name] = _checksum(tensors)
@@ -106,6 +106,17 @@ def load(
             yield run
 
 
+def load_into(tree: PrefixTree, room: Room, folder: Path, fingerprint: str, layout: dict[int, LayerShape]) -> int:
+    """Let a tree have what was saved of a model, as far as there is room; return the number of tokens."""
+    before = tree.num_tokens
+    for run in load(folder, fingerprint, layout, room.can_hold):
+        tree.restore(run)
+        del run
+        room.settle()
+    room.settle()
+    return tree.num_tokens - before
+
+
 def _read_index(own: Path, fingerprint: str, *, quiet: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a folder's index; none where there is none, or it is damaged or another model's."""
     try:
@@ -124,53 +135,19 @@ def _read_index(own: Path, fingerprint: str, *, quiet: bool = False) -> list[dic
 def _read_run(file: Path, row: dict[str, Any], layout: dict[int, LayerShape]) -> Run | None:
     """Return the run of a row; None, with a warning, where the file is not the one that was saved."""
     scaling = None if row["scaling"] is None else tuple(row["scaling"])
-    plain = {layer: shape for layer, shape in layout.items() if not shape.window}
-    windowed = {layer: shape for layer, shape in layout.items() if shape.window}
-    wanted = _wanted("", len(row["tokens"]), plain)
-    for begin, end in row["parts"]:
-        wanted |= _wanted(f".{begin}", end - begin, windowed)
+    parts = [(begin, end) for begin, end in row["parts"]]
+    wanted = run_tensors.wanted(len(row["tokens"]), parts, layout)
     try:
         tensors = safetensors.torch.load_file(file)
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        if _checksum(tensors) == row["crc32"] and found == wanted:
-            slot = KeyValueSlot(*_both("", tensors, plain), len(row["tokens"]))
-            parts = [WindowPart(begin, end, *_both(f".{begin}", tensors, windowed)) for begin, end in row["parts"]]
-            return Run(scaling, row["before"], row["tokens"], slot, parts)
+        if _checksum(tensors) == row["crc32"] and found == {name: one[:2] for name, one in wanted.items()}:
+            kept = run_tensors.kept_of(tensors, len(row["tokens"]), parts, layout)
+            return Run(scaling, row["before"], row["tokens"], *kept)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         _log.warning("%s cannot be read (%s): this kept prefix is not used.", file, error)
         return None
     _log.warning("%s is damaged or of another model: this kept prefix is not used.", file)
     return None
-
-
-def _wanted(
-    suffix: str, num_positions: int, layout: dict[int, LayerShape]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {
-        f"{layer}.{name}{suffix}": ((1, heads, num_positions, width), shape.kept[2])
-        for layer, shape in layout.items()
-        for name, (heads, width) in (("keys", shape.kept[0]), ("values", shape.kept[1]))
-    }
-
-
-def _both(
-    suffix: str, tensors: dict[str, torch.Tensor], layout: dict[int, LayerShape]
-) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-    keys, values = (
-        {layer: tensors[f"{layer}.{name}{suffix}"].to(shape.device) for layer, shape in layout.items()}
-        for name in ("keys", "values")
-    )
-    return keys, values
-
-
-def _named(run: Run) -> dict[str, torch.Tensor]:
-    """Name the tensors of a run; those of a window have the first position's number at the end of their names."""
-    named: dict[str, torch.Tensor] = {}
-    of_window = [(f".{part.begin}", part.keys, part.values) for part in run.parts]
-    for suffix, keys, values in [("", run.slot.keys, run.slot.values), *of_window]:
-        for name, tensors in (("keys", keys), ("values", values)):
-            named |= {f"{layer}.{name}{suffix}": tensor for layer, tensor in tensors.items()}
-    return named
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:

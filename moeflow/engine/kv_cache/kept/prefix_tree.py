@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator
 from moeflow.engine.kv_cache.kept.kept_runs import Node, Run, parts_between, up_from
 from moeflow.engine.kv_cache.layer_shape import LayerShape
 from moeflow.engine.kv_cache.slots import KeyValueSlot
-from moeflow.engine.kv_cache.windows import WindowPart, last_place, missing
+from moeflow.engine.kv_cache.windows import Stretch, WindowPart, last_place, missing
 
 
 class PrefixTree:
@@ -51,6 +51,28 @@ class PrefixTree:
     def common(self, scaling: Hashable, tokens: list[int]) -> int:
         """Return how many tokens of this beginning are kept, with or without the window before that place."""
         return sum(count for _, count in self._path(scaling, tokens))
+
+    def bytes_to_part(self, scaling: Hashable, tokens: list[int]) -> int:
+        """Return the bytes that `part` copies."""
+        return sum(node.nbytes for node, count in self._path(scaling, tokens)[-1:] if count < len(node.tokens))
+
+    def part(self, scaling: Hashable, tokens: list[int]) -> None:
+        """Let a run end where what is kept of this beginning ends, so that another may go on there.
+
+        Raises:
+            RuntimeError: there is no memory; nothing has changed.
+        """
+        for node, count in self._path(scaling, tokens)[-1:]:
+            if count < len(node.tokens):
+                self._split(node, count)
+
+    def stretches(self, scaling: Hashable, tokens: list[int]) -> list[Stretch]:
+        """Return what is kept along these tokens in layers with a window."""
+        return [(part.begin, part.end) for node, _ in self._path(scaling, tokens) for part in node.parts]
+
+    def path_bytes(self, scaling: Hashable, tokens: list[int]) -> int:
+        """Return the bytes of the runs along these tokens."""
+        return sum(node.nbytes for node, _ in self._path(scaling, tokens))
 
     def copy(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> None:
         """Copy the keys and values of these tokens, a beginning that `longest` told, to that of an empty slot."""
@@ -97,9 +119,7 @@ class PrefixTree:
 
     def copied_bytes(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> int:
         """Return the most bytes that `keep` copies before it releases others, beside one layer of the slot."""
-        path = self._path(scaling, tokens)
-        cut_in_two = sum(node.nbytes for node, count in path[-1:] if count < len(node.tokens))
-        return cut_in_two + sum(part.nbytes for part in slot.worth_keeping(len(tokens)))
+        return self.bytes_to_part(scaling, tokens) + sum(part.nbytes for part in slot.worth_keeping(len(tokens)))
 
     def keep(self, scaling: Hashable, tokens: list[int], slot: KeyValueSlot) -> None:
         """Take from a slot what is not kept yet of these tokens, its first ones; the slot holds nothing any more.
@@ -157,15 +177,20 @@ class PrefixTree:
                     yield scaling, path
 
     def runs(self) -> Iterator[Run]:
-        """Yield every node, most recently used first, so that none comes before those that lead to it."""
-        scalings = {root: scaling for scaling, root in self._roots.items()}
-        for node in reversed(self._by_use):
-            assert node.slot is not None, "no root"
-            path = up_from(node)
-            before = [token for one in reversed(path[1:]) for token in one.tokens]
-            root = path[-1].parent
-            assert root is not None, "a node has a root"
-            yield Run(scalings[root], before, node.tokens, node.slot, node.parts)
+        """Return every node, most recently used first, so that none comes before those that lead to it."""
+        return map(self.run_of, reversed(self._by_use))
+
+    def nodes(self) -> list[Node]:
+        """Return every node in the order in which they leave."""
+        return list(self._by_use)
+
+    def run_of(self, node: Node) -> Run:
+        """Return a node by itself."""
+        assert node.slot is not None, "no root"
+        path = up_from(node)
+        before = [token for one in reversed(path[1:]) for token in one.tokens]
+        scaling = next(scaling for scaling, root in self._roots.items() if root is path[-1].parent)
+        return Run(scaling, before, node.tokens, node.slot, node.parts)
 
     def restore(self, run: Run) -> bool:
         """Take in a run of `runs` as the least recently used; False where what leads to it is not there, or it is."""

@@ -1,0 +1,219 @@
+"""A folder of one model's run files: an index in memory, a limit of bytes, and a lock that keeps other engines out.
+
+Knows runs, files and the order of their use. Knows nothing of trees or budgets. Two threads may use one.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moeflow.atomic_file import cannot_write
+from moeflow.engine.kv_cache.disk.run_file import RunRow, data_bytes, file_bytes, read_row, read_run
+from moeflow.engine.kv_cache.kept.kept_runs import Run
+from moeflow.engine.kv_cache.kept.run_tensors import Layout
+from moeflow.engine.kv_cache.windows import Stretch, missing
+from moeflow.errors import ConfigError, MoeflowError
+from moeflow.file_lock import lock_file, unlock_file
+
+_log = logging.getLogger(__name__)
+_SUFFIX = ".run"
+_LOCK = "lock"
+_TOKEN_BYTES = 8
+
+
+class RunEntry(NamedTuple):
+    """A file of the index.
+
+    Args:
+        file: its name.
+        scaling: of the run's keys.
+        tokens: from the first one of the sequence to the run's last, `packed`.
+        begin: tokens before the run.
+        parts: what is kept in layers with a window.
+        file_bytes: of the file.
+        data_bytes: of its tensors.
+    """
+
+    file: str
+    scaling: Hashable
+    tokens: bytes
+    begin: int
+    parts: list[Stretch]
+    file_bytes: int
+    data_bytes: int
+
+    @property
+    def end(self) -> int:
+        """Tokens up to the end of the run."""
+        return len(self.tokens) // _TOKEN_BYTES
+
+    def reach(self, tokens: bytes, place: int) -> int:
+        """Return up to where a sequence goes along with the run, behind a place that is in it; 0 for no farther."""
+        if not self.begin <= place < self.end or self.tokens[: place * _TOKEN_BYTES] != tokens[: place * _TOKEN_BYTES]:
+            return 0
+        one, other = (np.frombuffer(some, np.int64)[place:] for some in (self.tokens, tokens))
+        shorter = min(len(one), len(other))
+        parted = np.flatnonzero(one[:shorter] != other[:shorter])
+        return place + (int(parted[0]) if len(parted) else shorter)
+
+
+class RunFolder:
+    """The files of one model.
+
+    Args:
+        folder: made where it is not there; it has a folder of each model.
+        model: its fingerprint.
+        layout: the layers that keep keys and values, by their number.
+        most_bytes: of all files together.
+
+    Raises:
+        ConfigError: an engine of this or another process has this model's folder.
+        MoeflowError: the folder cannot be made or written to.
+
+    Attributes:
+        num_bytes: of all files.
+        num_removed: files that were removed since the start.
+    """
+
+    def __init__(self, folder: Path, model: str, layout: Layout, most_bytes: int) -> None:
+        self.path, self.model, self.layout = folder / model, model, layout
+        self.num_bytes = self.num_removed = 0
+        self._most_bytes = most_bytes
+        self._lock = threading.RLock()
+        self._entries: OrderedDict[str, RunEntry] = OrderedDict()  # least recently used first
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells what was talked about
+            self._descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:
+            raise MoeflowError(cannot_write(self.path, error)) from error
+        if not lock_file(self._descriptor, self.path / _LOCK):
+            os.close(self._descriptor)
+            raise ConfigError(
+                f"another engine keeps its prefixes in {self.path}. Close it, or give another kept_folder."
+            )
+        for file in self.path.glob(".*.partial"):  # of a process that was killed
+            file.unlink(missing_ok=True)
+        for file in sorted(self.path.glob(f"*{_SUFFIX}"), key=lambda one: (one.stat().st_mtime_ns, one.name)):
+            try:
+                self._put(file.name, read_row(file, model, layout))
+            except (OSError, ValueError) as error:
+                self._leave_out(file, error)
+        self.make_room(0)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry_of(self, row: RunRow) -> RunEntry | None:
+        """Return a file that has all of a run, with what is kept of it in layers with a window; None for none."""
+        tokens, begin = packed(row.before + row.tokens), len(row.before)
+        with self._lock:
+            for entry in self._entries.values():
+                is_longer = entry.begin <= begin and entry.tokens.startswith(tokens)
+                if is_longer and entry.scaling == row.scaling:
+                    if any(missing(entry.parts, *part) for part in row.parts):
+                        continue
+                    return entry
+        return None
+
+    def chain(self, scaling: Hashable, tokens: list[int], place: int) -> list[tuple[RunEntry, int]]:
+        """Return the files with which a sequence goes on, one behind the other, each with the place up to which.
+
+        Args:
+            scaling: of the sequence's keys.
+            tokens: the sequence.
+            place: where the first one goes on, inside its run or where it begins.
+        """
+        found: list[tuple[RunEntry, int]] = []
+        whole = packed(tokens)
+        with self._lock:
+            of_scaling = [entry for entry in self._entries.values() if entry.scaling == scaling]
+            while of_scaling:
+                entry = max(of_scaling, key=lambda one: (one.reach(whole, place), -one.file_bytes))
+                reach = entry.reach(whole, place)
+                if reach <= place:
+                    break
+                found.append((entry, reach))
+                if reach < entry.end:
+                    break
+                place = reach
+            for entry, _ in reversed(found):  # what leads to a run leaves after it
+                self._entries.move_to_end(entry.file)
+        return found
+
+    def read(self, entry: RunEntry) -> Run | None:
+        """Read a run and note its use; None where it has gone, or with a warning where it is damaged.
+
+        Raises:
+            RuntimeError: there is no memory.
+        """
+        file = self.path / entry.file
+        try:
+            run = read_run(file, self.model, self.layout)
+            os.utime(file)
+            return run
+        except (OSError, ValueError) as error:
+            with self._lock:
+                if entry.file in self._entries:  # else it has just left for a newer one
+                    self._forget(entry)
+                    self._leave_out(file, error)
+        return None
+
+    def make_room(self, num_bytes: int) -> bool:
+        """Remove the files that were not used for the longest time until there is room; return whether there can be."""
+        if num_bytes > self._most_bytes:
+            return False
+        with self._lock:
+            while self.num_bytes + num_bytes > self._most_bytes:
+                entry = next(iter(self._entries.values()))
+                self._forget(entry)
+                with suppress(OSError):
+                    (self.path / entry.file).unlink()
+        return True
+
+    def add(self, row: RunRow) -> None:
+        """Take in a file that was written."""
+        with self._lock:
+            self._put(name_of(row), row)
+
+    def close(self) -> None:
+        """Let other engines have the folder."""
+        unlock_file(self._descriptor)
+
+    def abandon(self) -> None:
+        """Leave the folder to the parent, in the child of a fork."""
+        os.close(self._descriptor)
+
+    def _put(self, file: str, row: RunRow) -> None:
+        num_bytes, tokens = file_bytes(self.model, row, self.layout), packed(row.before + row.tokens)
+        own = data_bytes(row, self.layout)
+        self._entries[file] = RunEntry(file, row.scaling, tokens, len(row.before), row.parts, num_bytes, own)
+        self.num_bytes += num_bytes
+
+    def _forget(self, entry: RunEntry) -> None:
+        del self._entries[entry.file]
+        self.num_bytes -= entry.file_bytes
+        self.num_removed += 1
+
+    def _leave_out(self, file: Path, error: Exception) -> None:
+        _log.warning("%s is not used and removed: %s.", file, error)
+        with suppress(OSError):
+            file.unlink()
+
+
+def packed(tokens: list[int]) -> bytes:
+    """Return tokens in bytes that are quickly compared."""
+    return array("q", tokens).tobytes()
+
+
+def name_of(row: RunRow) -> str:
+    """Return the name of a run's file."""
+    return hashlib.sha256(repr(tuple(row)).encode()).hexdigest()[:32] + _SUFFIX
