@@ -20,6 +20,7 @@ from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
 from moeflow.engine.kv_cache.room import Room
 from moeflow.engine.kv_cache.windows import last_place
 from moeflow.engine.sequence import MIN_SHARED_TOKENS
+from moeflow.errors import ConfigError
 from moeflow.fork import tell_of_forks
 from moeflow.memory_size import MemorySize, parse_bytes
 from moeflow.policy.kept_reading import num_worth_reading
@@ -56,12 +57,12 @@ class KeptDisk:
     def write_ahead(self) -> None:
         """Let runs be written that are not on the disk, those that leave first before others.
 
-        They wait until half of the budget is taken; one that is shared with experts may be taken at any time.
+        They wait until half of the budget is taken.
         """
         if not self._is_open or self.writer.failed:
             return
         most = min(self._room.budget_bytes, self._most_kept_bytes)
-        if not self._room.is_shared and self._room.used_bytes + self._kept.num_bytes <= most // 2:
+        if self._room.used_bytes + self._kept.num_bytes <= most // 2:
             return
         for node in self._kept.nodes():
             state = node.begin, node.end, len(node.parts), self._folder.num_removed
@@ -191,7 +192,7 @@ def disk_for(folder: str | Path | None, most: MemorySize, model: Callable[[], st
     """Return what makes the disk of a memory; None for none.
 
     Raises:
-        ConfigError: `most` is no size.
+        ConfigError: `most` is no size; so does what is returned where the kind of memory was not tried with a disk.
     """
     most_bytes = parse_bytes(most, name="kept_disk")
     if folder is None:
@@ -199,9 +200,29 @@ def disk_for(folder: str | Path | None, most: MemorySize, model: Callable[[], st
     path = Path(folder).expanduser()
 
     def make(kept: PrefixTree, room: Room, layout: Layout, most_kept_bytes: int) -> KeptDisk:
+        _check(room, layout)
         return KeptDisk(RunFolder(path, model(), layout, most_bytes), kept, room, layout, most_kept_bytes)
 
     return make
+
+
+def _check(room: Room, layout: Layout) -> None:
+    """Refuse what was not tried.
+
+    Raises:
+        ConfigError: says with what a disk does not go together.
+    """
+    why = None
+    if any(shape.window for shape in layout.values()):
+        why = "a model that has layers with a sliding window"
+    elif any(shape.form is not None for shape in layout.values()):
+        why = "kv_format"
+    elif any(shape.note is not None for shape in layout.values()):
+        why = "kv_policy"
+    elif room.is_shared:
+        why = "memory= as one budget"
+    if why is not None:
+        raise ConfigError(f"kept_folder does not go together with {why} yet. Leave it out; save_kept() is possible.")
 
 
 def _behind(run: Run, place: int) -> Run:

@@ -3,11 +3,15 @@
 import gc
 import logging
 import threading
+from functools import partial
 
 import pytest
 
 from helpers.engine_requests import GREEDY, NEW, POSITION_BYTES, assert_empty, generated, tokens
 from helpers.full_disk import with_full_disk
+from helpers.small_models import tiny_mixtral
+from helpers.window_models import windowed_model
+from moeflow import load_moe
 from moeflow.engine.engine import Engine
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -181,3 +185,26 @@ def test_what_cannot_be_is_refused(mixtral, tmp_path):
         Engine(mixtral, kept_folder=tmp_path, kept_disk="much")
     with Engine(mixtral, kept_folder=tmp_path, share_prefixes=False) as engine:
         assert engine.stats()["kept_disk"] is None
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "named"),
+    [
+        (windowed_model, {}, "sliding window"),
+        (partial(tiny_mixtral, head_dim=16), {"kv_format": "int8"}, "kv_format"),
+        (tiny_mixtral, {"kv_policy": "pages"}, "kv_policy"),
+    ],
+)
+def test_what_was_not_tried_with_a_disk_is_refused(tmp_path, model, options, named):
+    with pytest.raises(ConfigError, match=f"kept_folder .* {named}"):
+        Engine(model(), kept_folder=tmp_path, **options)
+    assert not writers()
+
+
+def test_a_budget_of_experts_too_is_refused(mixtral_folder, tmp_path):
+    loaded = load_moe(mixtral_folder, memory=1 << 21, predictor=None)
+    with loaded.moeflow:
+        with pytest.raises(ConfigError, match=r"kept_folder .* one budget"):
+            Engine(loaded, kept_folder=tmp_path)
+        with Engine(loaded) as engine:
+            assert len(engine.generate([FIRST], GREEDY)) == 1
