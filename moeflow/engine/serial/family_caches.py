@@ -223,6 +223,7 @@ class FamilyCaches:
         """Return the counts, and bytes of the running sequence and of what is kept, as an engine's other memory."""
         return {
             **self.counts,
+            "kept_disk": None,
             "kv_budget_bytes": self.budget_bytes,
             "kv_used_bytes": self.used_bytes,
             "kv_kept_bytes": self.kept_bytes,
