@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
+from moeflow.chat.stop_flag import StopFlag
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.text.stop_strings import StopStrings
 from moeflow.errors import ConfigError, ForkedProcessError
@@ -194,7 +195,7 @@ def stream_answer(
     input_ids: torch.Tensor,
     params: SamplingParams,
     *,
-    stop_event: threading.Event | None = None,
+    stop: StopFlag | None = None,
 ) -> AnswerStream:
     """Start generating an answer and return the iterator over its text.
 
@@ -204,7 +205,7 @@ def stream_answer(
         input_ids: [1, num_prompt_tokens], the prompt.
         params: the sampling; its seed seeds torch's generators, which the whole process shares, and None leaves them
             as they are. What else the checkpoint's generation settings say (suppressed tokens, stop strings) holds.
-        stop_event: setting it ends the answer after the token in progress.
+        stop: setting it ends the answer after the token in progress.
 
     Returns:
         The iterator. After the last piece its `answer` is an `Answer`.
@@ -230,7 +231,7 @@ def stream_answer(
     grammar = None
     if params.structure is not None:
         grammar = GrammarProcessor.start(tokenizer, ends, params.structure, input_ids.shape[1])
-    stop_event = stop_event or threading.Event()
+    asked_to_stop = stop or StopFlag()
     closed = threading.Event()
     pieces: SimpleQueue[str | None] = SimpleQueue()
     streamer = _TokenStreamer(StopStrings(tokenizer, stop_texts, input_ids[0].tolist()), pieces)
@@ -238,7 +239,7 @@ def stream_answer(
 
     def stop_requested(generated_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         complete = grammar is not None and grammar.follow(generated_ids)
-        stop = complete or stop_event.is_set() or closed.is_set()
+        stop = complete or asked_to_stop.is_set() or closed.is_set()
         return torch.full((generated_ids.shape[0],), stop, dtype=torch.bool, device=generated_ids.device)
 
     options = {"max_new_tokens": params.max_new_tokens, "num_beams": 1, **_generate_options(model, params)}

@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from moeflow.chat.answer import Answer, AnswerStream, stream_answer
+from moeflow.chat.stop_flag import StopFlag
 from moeflow.errors import ConfigError, MoeflowError, UnsupportedModelError
 from moeflow.fit.contract import Contract
 
@@ -44,15 +45,13 @@ class Answerer:
         self._engine: Engine | None = None
         self._made_in = 0  # process
 
-    def stream(
-        self, input_ids: torch.Tensor, params: SamplingParams, *, stop_event: threading.Event | None = None
-    ) -> AnswerStream:
+    def stream(self, input_ids: torch.Tensor, params: SamplingParams, *, stop: StopFlag | None = None) -> AnswerStream:
         """Start an answer and return the iterator over its text.
 
         Args:
             input_ids: [1, num_prompt_tokens], the prompt.
             params: the sampling.
-            stop_event: setting it ends the answer after the token in progress.
+            stop: setting it ends the answer after the token in progress.
 
         Raises:
             ConfigError: `generate` must answer, and params or the model's options ask for what it has not.
@@ -60,12 +59,12 @@ class Answerer:
         if self._made_in != os.getpid():  # a fork has an engine of its own, whatever the parent's was at
             self._engine, self._made_in = _make_engine(self._model, self._tokenizer), os.getpid()
         if self._engine is None:
-            return stream_answer(self._model, self._tokenizer, input_ids, params, stop_event=stop_event)
-        return stream_by_engine(self._engine, input_ids[0].tolist(), params, stop_event=stop_event)
+            return stream_answer(self._model, self._tokenizer, input_ids, params, stop=stop)
+        return stream_by_engine(self._engine, input_ids[0].tolist(), params, stop=stop)
 
 
 def stream_by_engine(
-    engine: Engine, prompt_ids: list[int], params: SamplingParams, *, stop_event: threading.Event | None = None
+    engine: Engine, prompt_ids: list[int], params: SamplingParams, *, stop: StopFlag | None = None
 ) -> AnswerStream:
     """Have an engine answer in a thread and return the iterator over the text, as `stream_answer` does.
 
@@ -73,12 +72,12 @@ def stream_by_engine(
         engine: of the model; others may use it meanwhile.
         prompt_ids: the prompt.
         params: the sampling.
-        stop_event: setting it ends the answer after the token in progress.
+        stop: setting it ends the answer after the token in progress.
 
     Returns:
         The iterator. It raises MoeflowError where the request ends in an error.
     """
-    asked_to_stop, closed = stop_event or threading.Event(), threading.Event()
+    asked_to_stop, closed = stop or StopFlag(), threading.Event()
     pieces: SimpleQueue[str | None] = SimpleQueue()
     times_s: list[float] = []
     ended: list[Completion] = []

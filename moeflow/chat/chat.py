@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from moeflow.chat.answerer import Answerer
 from moeflow.chat.conversation import Conversation
 from moeflow.chat.figures import answer_figures, plan_lines, stats_line, stats_table
 from moeflow.chat.screen import Screen, echo_off, write_pieces
+from moeflow.chat.stop_flag import StopFlag
 from moeflow.chat.terminal import prompt_session
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
@@ -53,7 +53,7 @@ class Chat:
         self.conversation = conversation
         self.params = params
         self.answerer = Answerer(model, tokenizer)
-        self.stop_event = threading.Event()
+        self.stop = StopFlag()
         self.commands: dict[str, tuple[Callable[[str], None] | None, str, str]] = {  # name: what runs, wants and means
             "/reset": (self._reset, "", "forget the conversation, keep the system prompt"),
             "/system": (self._system, " TEXT", "set the system prompt; without TEXT remove it"),
@@ -71,7 +71,7 @@ class Chat:
             session: a prompt_toolkit session.
         """
         # For the whole session, not only while answering: a second Ctrl-C just after the first must not end it.
-        previous_handler = signal.signal(signal.SIGINT, lambda *_: self.stop_event.set())
+        previous_handler = signal.signal(signal.SIGINT, lambda *_: self.stop.set())
         try:
             while self._turn(session):
                 pass
@@ -112,12 +112,12 @@ class Chat:
     def _answer(self, text: str) -> None:
         turns = self.conversation.turns
         turns.append({"role": "user", "content": text})
-        self.stop_event.clear()
+        self.stop.clear()
         try:
             with echo_off(self.stdin):
                 answer, before, after = _answer_once(
-                    self.answerer, self.model, self.tokenizer, self.conversation, self.params, self.stop_event,
-                    show=lambda pieces: self.screen.show(pieces, self.stop_event), note=self.screen.note,
+                    self.answerer, self.model, self.tokenizer, self.conversation, self.params, self.stop,
+                    show=lambda pieces: self.screen.show(pieces, self.stop), note=self.screen.note,
                 )  # fmt: skip
         except (MoeflowError, RuntimeError, OSError) as error:
             # Out of memory, a failing disk: the conversation so far is worth more than the program's end.
@@ -195,7 +195,7 @@ def run_prompt(
     conversation = Conversation(system, [{"role": "user", "content": prompt}])
     answer, before, after = _answer_once(
         Answerer(model, tokenizer), model, tokenizer, conversation, params or checkpoint_params(model),
-        threading.Event(),
+        StopFlag(),
         show=list if as_json else lambda pieces: write_pieces(pieces, stdout),
         note=lambda text: print(text, file=stderr),
     )  # fmt: skip
@@ -275,7 +275,7 @@ def _answer_once(
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
     params: SamplingParams,
-    stop_event: threading.Event,
+    stop: StopFlag,
     show: Callable[[Iterable[str]], object],
     note: Callable[[str], None],
 ) -> tuple[Answer, RuntimeStats | None, RuntimeStats | None]:
@@ -288,7 +288,7 @@ def _answer_once(
     seed = None if params.seed is None else (params.seed + len(conversation.turns)) % 2**63
     params = replace(params, max_new_tokens=num_free, seed=seed)
     before = _snapshot(model)
-    with answerer.stream(input_ids, params, stop_event=stop_event) as stream:
+    with answerer.stream(input_ids, params, stop=stop) as stream:
         show(stream)
     assert stream.answer is not None, "an answer that was shown to its end"
     return stream.answer, before, _snapshot(model)

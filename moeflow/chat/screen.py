@@ -6,7 +6,6 @@ Knows nothing about models: works on an iterator over text, and keeps the termin
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, TextIO
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
+
+    from moeflow.chat.stop_flag import StopFlag
 
 # Control characters other than tab and newline: a model may say them, a terminal must not act on them.
 _CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -43,20 +44,20 @@ class Screen:
         """Print a line that is not the model's."""
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
-    def show(self, pieces: Iterable[str], stop_event: threading.Event) -> None:
+    def show(self, pieces: Iterable[str], stop: StopFlag) -> None:
         """Show an answer while it comes, safe for the terminal whatever the model says.
 
         Args:
             pieces: iterator over the answer's text.
-            stop_event: set once the user has asked for its end.
+            stop: set once the user has asked for its end.
         """
         safe = _without_control_characters(pieces)
         if self.plain:
             write_pieces(safe, self.console.file)
         else:
-            self._show_markdown(safe, stop_event)
+            self._show_markdown(safe, stop)
 
-    def _show_markdown(self, pieces: Iterable[str], stop_event: threading.Event) -> None:
+    def _show_markdown(self, pieces: Iterable[str], stop: StopFlag) -> None:
         """Print each block of markdown when it is finished; the one being written is redrawn below them."""
         from rich.console import Group
         from rich.live import Live
@@ -68,7 +69,7 @@ class Screen:
         def window() -> Tail:
             shown: list[RenderableType] = [""] if printed else []
             shown.append(render_markdown(rest) if rest or printed else spinner)
-            if stop_event.is_set():
+            if stop.is_set():
                 shown.append("[dim]stopping after this token[/dim]")
             return Tail(Group(*shown))
 

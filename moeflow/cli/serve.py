@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moeflow.server.settings import ServerSettings
 
 _KEY = "MOEFLOW_API_KEY"
+_CHECK_S = 0.5  # how long a signal goes unseen that came just before the main thread began to sleep
 _MANY: dict[str, Any] = {"action": "append", "default": []}
 _FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--host", "address to listen on; one that other machines reach wants a key (127.0.0.1)", {"default": "127.0.0.1"}),
@@ -154,8 +155,7 @@ class _Signals:
     """Ctrl-C and SIGTERM interrupt the main thread; one that code of another swallowed is raised at the next check."""
 
     def __init__(self) -> None:
-        self._came = threading.Event()
-        self._kind: type[KeyboardInterrupt] = KeyboardInterrupt
+        self._came: type[KeyboardInterrupt] | None = None  # no Event: a handler may run within another's call of set()
         self._before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def __enter__(self) -> "_Signals":
@@ -169,18 +169,18 @@ class _Signals:
 
     def check(self) -> None:
         """Raise the interrupt that came."""
-        if self._came.is_set():
-            raise self._kind
+        if self._came is not None:
+            raise self._came
 
     def wait(self) -> None:
         """Wait for one and raise it."""
-        self._came.wait()
-        self.check()
+        while True:
+            self.check()
+            time.sleep(_CHECK_S)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._kind = _Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        self._came.set()
-        raise self._kind
+        self._came = _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise self._came
 
 
 @contextmanager

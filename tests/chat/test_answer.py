@@ -9,6 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from helpers.small_tokenizers import byte_tokenizer, letter_tokenizer
 from moeflow.chat.answer import checkpoint_params, stream_answer
+from moeflow.chat.stop_flag import StopFlag
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -177,12 +178,12 @@ def answer_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("moeflow-answer")]
 
 
-def test_stop_event_ends_the_answer(model, tokenizer, input_ids, say):
+def test_stop_ends_the_answer(model, tokenizer, input_ids, say):
     say(tokenizer("a" * 3000)["input_ids"])
-    stop_event = threading.Event()
-    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=3000), stop_event=stop_event)
+    stop = StopFlag()
+    stream = stream_answer(model, tokenizer, input_ids, SamplingParams(max_new_tokens=3000), stop=stop)
     first = next(stream)
-    stop_event.set()
+    stop.set()
     text = first + "".join(stream)
     assert stream.answer.stopped == "user"
     assert stream.answer.text == text == "a" * stream.answer.num_new_tokens

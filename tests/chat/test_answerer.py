@@ -13,6 +13,7 @@ from helpers.terminal import ENDLESS
 from moeflow import load_moe
 from moeflow.chat.answer import stream_answer
 from moeflow.chat.answerer import Answerer
+from moeflow.chat.stop_flag import StopFlag
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError, MoeflowError
 
@@ -91,8 +92,8 @@ def test_a_family_that_runs_one_sequence_at_a_time_keeps_its_conversation():
 
 @pytest.mark.parametrize("end", ["event", "close", "drop"])
 def test_an_answer_that_is_ended_leaves_the_engine_to_the_next(model, tokenizer, prompt, end):
-    answerer, stop = Answerer(model, tokenizer), threading.Event()
-    stream = answerer.stream(prompt, SamplingParams(max_new_tokens=ENDLESS), stop_event=stop)
+    answerer, stop = Answerer(model, tokenizer), StopFlag()
+    stream = answerer.stream(prompt, SamplingParams(max_new_tokens=ENDLESS), stop=stop)
     next(stream)
     if end == "event":
         stop.set()

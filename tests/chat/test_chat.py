@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -146,6 +147,19 @@ def test_control_c_stops_the_answer_and_not_the_program(folder, tmp_path, term, 
         assert terminal.expect_end() == 0
     assert "+hello" in (tmp_path / "chat_history").read_text()
     assert (tmp_path / "chat_history").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_ctrl_c_within_the_handler_of_another_holds_nothing_up(folder, tmp_path):
+    with open_terminal(folder, tmp_path, {"TERM": "dumb"}, max_new_tokens=ENDLESS) as terminal:
+        terminal.type("hello\r")
+        terminal.expect(ANSWERING)
+        for _ in range(5_000):
+            terminal.process.send_signal(signal.SIGINT)
+        terminal.expect(r"· stopped")
+        terminal.expect(PROMPT)
+        terminal.type("/exit\r")
+        assert terminal.expect_end() == 0
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import os
 import pty
 import random
 import select
-import threading
 import tty
 from contextlib import contextmanager
 from io import StringIO
@@ -13,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from moeflow.chat.screen import Screen, Tail, render_markdown, split_markdown, write_pieces
+from moeflow.chat.stop_flag import StopFlag
 
 
 def printed(renderable, width=100):
@@ -133,7 +133,7 @@ def test_pipe_gets_every_byte():
 
 def test_plain_screen_gets_no_control_character_even_in_a_file():
     out = StringIO()
-    Screen(out, plain=True).show(iter(HOSTILE), threading.Event())
+    Screen(out, plain=True).show(iter(HOSTILE), StopFlag())
     assert out.getvalue() == HARMLESS
 
 
