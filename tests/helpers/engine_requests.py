@@ -37,6 +37,15 @@ def answers(engine, prompts=PROMPTS, params=GREEDY):
     return [completion.token_ids for completion in completions]
 
 
+def run_within(engine, prompt, params, most):
+    """Run a request to its end; its keys and values take at most so many bytes at each step."""
+    engine.add(prompt, params)
+    while not engine.finished:
+        engine.step()
+        engine.check_integrity()
+        assert engine.stats()["kv_used_bytes"] <= most
+
+
 def assert_empty(engine):
     engine.check_integrity()
     stats = engine.stats()

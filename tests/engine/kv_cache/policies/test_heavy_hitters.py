@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helpers.engine_requests import tokens
+from helpers.engine_requests import run_within, tokens
 from helpers.needle_model import NO_ANSWER, answer_of, haystack, needle_model
 from helpers.runner_passes import Passes
 from helpers.small_models import tiny_mixtral
@@ -74,11 +74,7 @@ def test_a_slot_grows_no_more_however_long_its_sequence():
     most = (24 + 8 + 16) * 3 * 2 * (2 * 16 * 4 + 4)  # with a number beside the keys and values of each head
     with Engine(model, max_batch_size=1, max_step_tokens=16, kv_policy=option) as engine:
         for prompt in (tokens(9), tokens(500)):
-            engine.add(prompt, params)
-            while not engine.finished:
-                engine.step()
-                engine.check_integrity()
-                assert engine.stats()["kv_used_bytes"] <= most
+            run_within(engine, prompt, params, most)
         assert engine.stats()["kv_peak_bytes"] == most
 
 

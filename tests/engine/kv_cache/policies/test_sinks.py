@@ -2,7 +2,7 @@
 
 import torch
 
-from helpers.engine_requests import tokens
+from helpers.engine_requests import run_within, tokens
 from helpers.needle_model import NO_ANSWER, answer_of, haystack, needle_model
 from helpers.runner_passes import Passes
 from helpers.small_models import tiny_mixtral
@@ -22,11 +22,7 @@ def test_a_slot_grows_no_more_however_long_its_sequence():
     most = (SINKS + WINDOW + 64 + 16) * 2 * 2 * 16 * 4  # of one layer of the tiny Mixtral, with a pass of 16 tokens
     with Engine(model, max_batch_size=1, max_step_tokens=16, kv_policy=OPTION) as engine:
         for prompt in (tokens(9), tokens(400)):
-            engine.add(prompt, params)
-            while not engine.finished:
-                engine.step()
-                engine.check_integrity()
-                assert engine.stats()["kv_used_bytes"] <= most
+            run_within(engine, prompt, params, most)
         assert engine.stats()["kv_peak_bytes"] == most
         assert engine.stats()["kv_positions"] is None, "of any length"
     with Engine(model, max_batch_size=1, max_step_tokens=16, kv_policy=OPTION, kv_memory=most) as engine:
