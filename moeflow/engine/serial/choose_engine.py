@@ -8,9 +8,11 @@ from moeflow.engine.engine import Engine
 from moeflow.engine.kv_cache.budget import kv_budget
 from moeflow.engine.serial.engine_with_images import EngineWithImages
 from moeflow.engine.serial.serial_engine import SerialEngine
-from moeflow.errors import UnsupportedModelError
+from moeflow.errors import ConfigError, UnsupportedModelError
 from moeflow.memory_size import MemorySize
 
+_OF_MANY = {"max_step_tokens", "regrouping", "kept_disk"}  # mean nothing where one sequence runs, a prompt in one pass
+_NOT_OF_ONE = ("kept_folder", "group_size")
 _IMAGES_SHARE = 8  # of kv_memory is for what is kept of conversations with images: one part of so many
 
 
@@ -29,18 +31,23 @@ def engine_for(
         tokenizer: the model's.
         max_batch_size: the largest number of sequences that run at once, where several can.
         max_waiting: most requests beyond these.
-        **limits: other arguments of `Engine`; those of passes over many sequences mean nothing where one runs at a
+        **limits: other arguments of `Engine`; max_step_tokens and regrouping mean nothing where one sequence runs at a
             time.
 
     Raises:
-        ConfigError: a limit is not allowed.
+        ConfigError: a limit is not allowed, or not possible where one sequence runs at a time.
         UnsupportedModelError: the model does not generate token by token.
     """
     try:
         return Engine(model, tokenizer, max_batch_size=max_batch_size, max_waiting=max_waiting, **limits)
     except UnsupportedModelError:
-        of_both = {"kv_memory", "share_prefixes", "kv_format", "kv_policy"}
-        known = {name: limits[name] for name in limits.keys() & of_both}
+        for name in _NOT_OF_ONE:
+            if limits.pop(name, None) is not None:
+                raise ConfigError(
+                    f"{name} is not possible: {type(model).__name__} runs one sequence at a time in its own cache. "
+                    "Leave it out."
+                ) from None
+        known = {name: limits[name] for name in limits.keys() - _OF_MANY}
         waiting = None if max_waiting is None else max_waiting + max_batch_size - 1
         return SerialEngine(model, tokenizer, max_waiting=waiting, **known)
 

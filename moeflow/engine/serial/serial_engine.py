@@ -16,6 +16,7 @@ from moeflow.engine.kv_cache.policies.protocol import KeyValuePolicy
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.sequence import Images
 from moeflow.engine.serial.serial_runner import SerialRunner
+from moeflow.engine.speculation.options import SpeculationOption
 from moeflow.errors import ConfigError
 from moeflow.memory_size import MemorySize
 from moeflow.policy.key_value_policies import KeyValuePolicyOption
@@ -37,9 +38,11 @@ class SerialEngine(Engine):
         max_waiting: most requests beyond the one that runs; None for any number.
         kv_format: "auto" alone: caches keep what they keep. None: as the model was loaded.
         kv_policy: None alone. "auto": as the model was loaded.
+        jump_forward: as of `Engine`.
+        speculation: as of `Engine`; there is none, and stats() says why.
 
     Raises:
-        ConfigError: kv_memory is no size, kv_format or kv_policy are not these, the model was loaded with one budget of
+        ConfigError: kv_memory is no size, kv_format, kv_policy or speculation are not these, the model was loaded with one budget of
             experts and keys and values, or its stop strings need a tokenizer.
         UnsupportedModelError: the model does not generate token by token.
     """
@@ -54,6 +57,8 @@ class SerialEngine(Engine):
         max_waiting: int | None = None,
         kv_format: str | None = None,
         kv_policy: KeyValuePolicyOption = "auto",
+        jump_forward: bool = True,
+        speculation: SpeculationOption = "auto",
     ) -> None:
         super().__init__(
             model,
@@ -65,6 +70,8 @@ class SerialEngine(Engine):
             max_waiting=max_waiting,
             kv_format=kv_format,
             kv_policy=kv_policy,
+            jump_forward=jump_forward,
+            speculation=speculation,
         )
 
     def _make_runner(  # type: ignore[override]
