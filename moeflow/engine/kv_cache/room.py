@@ -3,6 +3,7 @@
 Knows slots, the tree and bytes. Knows nothing of sequences.
 """
 
+import threading
 import time
 
 from moeflow.engine.kv_cache.kept.kept_runs import Node
@@ -32,6 +33,9 @@ class Room:
     Attributes:
         peak_bytes: the most that there were.
         growth: a slot that is full grows by this factor, where there is room.
+        is_shared: whether others have a part in the budget.
+        copying: another thread holds it while it copies of what is kept. So nothing that has gone is there any more
+            where room is told of.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Room:
         self.peak_bytes = 0
         self.growth = _GROWTH if share is None else _SHARED_GROWTH
         self.is_shared = share is not None
+        self.copying = threading.Lock()
         self._sizes, self._slots, self._kept = sizes, slots, kept
         self._most_bytes, self._share = most_bytes, share
         self._copied_bytes = 0 if share is None else sizes.copied_bytes  # of a position, while a slot is copied
@@ -113,6 +118,8 @@ class Room:
 
     def hold(self, num_bytes: int, num_positions: int = 0) -> bool:
         """Let experts leave for so many bytes more, where they share the budget; return whether there is room."""
+        with self.copying:
+            pass
         return self._share is None or self._share.hold(self.taken(num_bytes, num_positions))
 
     def can_hold(self, num_bytes: int, num_positions: int) -> bool:
@@ -126,6 +133,8 @@ class Room:
     def settle(self) -> None:
         """Note what is taken now; of a shared budget, give back what is not."""
         self.peak_bytes = max(self.peak_bytes, self.used_bytes + self._kept.num_bytes)
+        with self.copying:
+            pass
         if self._share is not None:
             self._share.hold(self.taken())
 
@@ -134,13 +143,15 @@ class Room:
         return self._kept.drop(-(-num_bytes // self._sizes.plain_bytes) if self._sizes.plain_bytes else None)
 
     def balance(self, reused_share: float, prefill_s: float | None) -> None:
-        """Let what is kept go where experts in its place would save more time.
+        """Let what is kept go where experts in its place would save more time; what is on its way to a disk, later.
 
         Args:
             reused_share: of all that was kept, the share that was used again.
             prefill_s: seconds to compute a token; None while not measured.
         """
         while self._share is not None and (leaf := self._kept.oldest) is not None:
+            if leaf.written is not None and not leaf.written.is_set():
+                return
             idle_s, num_tokens = time.monotonic() - leaf.used_s, len(leaf.tokens)
             worth = kept_worth(num_tokens, leaf.nbytes, idle_s=idle_s, reused_share=reused_share, prefill_s=prefill_s)
             if worth >= self._share.expert_worth():

@@ -3,6 +3,7 @@
 Knows the tree, room, speeds and a folder of files. Knows nothing of sequences or of who waits.
 """
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
@@ -42,7 +43,7 @@ class KeptDisk:
 
     def __init__(self, files: RunFolder, kept: PrefixTree, room: Room, layout: Layout, most_kept_bytes: int) -> None:
         self._folder, self._most_kept_bytes = files, most_kept_bytes
-        self.writer = RunWriter(self._folder)
+        self.writer = RunWriter(self._folder, room.copying)
         self._kept, self._room, self._layout = kept, room, layout
         self._plain_bytes = sum(shape.position_bytes for shape in plain_layers(layout).values())
         self._window = max((shape.window for shape in layout.values()), default=0)
@@ -57,12 +58,12 @@ class KeptDisk:
     def write_ahead(self) -> None:
         """Let runs be written that are not on the disk, those that leave first before others.
 
-        They wait until half of the budget is taken.
+        They wait until half of the budget is taken, where nobody shares it.
         """
         if not self._is_open or self.writer.failed:
             return
         most = min(self._room.budget_bytes, self._most_kept_bytes)
-        if self._room.used_bytes + self._kept.num_bytes <= most // 2:
+        if not self._room.is_shared and self._room.used_bytes + self._kept.num_bytes <= most // 2:
             return
         for node in self._kept.nodes():
             state = node.begin, node.end, len(node.parts), self._folder.num_removed
@@ -70,6 +71,7 @@ class KeptDisk:
                 self._known[node] = state
                 run = LeavingRun.of(self._kept.run_of(node))
                 if self._folder.entry_of(run.row) is None:
+                    node.written = run.written
                     self.writer.waiting.put(run)
 
     def bring_back(
@@ -148,17 +150,26 @@ class KeptDisk:
         done = False
         if self._room.make(taken, num_positions) and self._room.hold(taken, num_positions):
             with suppress(RuntimeError):  # the machine has no memory: it is computed again
-                begin = time.perf_counter()
-                run = self._folder.read(entry)
-                if run is not None:
-                    speeds.saw_read(entry.file_bytes, time.perf_counter() - begin)
-                    run = _behind(run, place)
-                    self._kept.part(scaling, tokens)
-                    done = self._kept.restore(run)
-                    self._num_read += len(run.tokens) * done
+                done = self._restore(entry, place, scaling, tokens, speeds)
         self._room.settle()
         self._kept.longest(scaling, tokens)  # what was read leaves last
         return done
+
+    def _restore(
+        self, entry: RunEntry, place: int, scaling: Hashable, tokens: list[int], speeds: MeasuredSpeeds
+    ) -> bool:
+        """Read a run into the tree, which has room for it; else nothing of it is left."""
+        begin = time.perf_counter()
+        run = self._folder.read(entry)
+        if run is None:
+            return False
+        speeds.saw_read(entry.file_bytes, time.perf_counter() - begin)
+        run = _behind(run, place)
+        self._kept.part(scaling, tokens)
+        if not self._kept.restore(run):
+            return False
+        self._num_read += len(run.tokens)
+        return True
 
     def stats(self) -> dict[str, int] | None:
         """Return files and bytes, and tokens written, missed (they left before) and read; None where it is closed."""
@@ -182,6 +193,7 @@ class KeptDisk:
         """Leave the files to the parent, whose thread did not come along."""
         if self._ending.detach() is not None:
             self._is_open = False
+            self._room.copying = threading.Lock()  # that thread may have had it
             self._folder.abandon()
 
 
@@ -200,13 +212,13 @@ def disk_for(folder: str | Path | None, most: MemorySize, model: Callable[[], st
     path = Path(folder).expanduser()
 
     def make(kept: PrefixTree, room: Room, layout: Layout, most_kept_bytes: int) -> KeptDisk:
-        _check(room, layout)
+        _check(layout)
         return KeptDisk(RunFolder(path, model(), layout, most_bytes), kept, room, layout, most_kept_bytes)
 
     return make
 
 
-def _check(room: Room, layout: Layout) -> None:
+def _check(layout: Layout) -> None:
     """Refuse what was not tried.
 
     Raises:
@@ -219,8 +231,6 @@ def _check(room: Room, layout: Layout) -> None:
         why = "kv_format"
     elif any(shape.note is not None for shape in layout.values()):
         why = "kv_policy"
-    elif room.is_shared:
-        why = "memory= as one budget"
     if why is not None:
         raise ConfigError(f"kept_folder does not go together with {why} yet. Leave it out; save_kept() is possible.")
 

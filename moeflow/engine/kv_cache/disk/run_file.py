@@ -1,14 +1,15 @@
 """Files of single runs: safetensors that tell in their metadata whose keys and values they hold.
 
-They are written and read a tensor at a time, so that no budget is exceeded. The safetensors package writes what is in
-memory as a whole, and what it reads is a map of the file; it can read these files as well.
+They are written a megabyte and read a tensor at a time, so that no budget is exceeded. The safetensors package writes
+what is in memory as a whole, and what it reads is a map of the file; it can read these files as well.
 
 Knows runs, tensors and files. Knows nothing of trees, limits or threads.
 """
 
 import json
+import threading
 import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +24,7 @@ from moeflow.engine.kv_cache.windows import Stretch
 
 _FORMAT = "moeflow kept run, version 1"
 _PLACE = b'"crc32": "'
+_COPIED_BYTES = 1 << 20  # that a writer has of a run
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -54,17 +56,47 @@ class LeavingRun(NamedTuple):
     Args:
         row: what is told of it.
         tensors: by their names.
+        written: is set once nothing more will be written of it.
     """
 
     row: RunRow
     tensors: dict[str, TensorWeakRef]
+    written: threading.Event
 
     @classmethod
     def of(cls, run: Run) -> "LeavingRun":
         """Hold none of a run's tensors."""
         parts = sorted((part.begin, part.end) for part in run.parts)
         row = RunRow(run.scaling, list(run.before), list(run.tokens), parts)
-        return cls(row, {name: TensorWeakRef(tensor) for name, tensor in run_tensors.named(run).items()})
+        tensors = {name: TensorWeakRef(tensor) for name, tensor in run_tensors.named(run).items()}
+        return cls(row, tensors, threading.Event())
+
+
+class CopiedPiece:
+    """Memory for a piece of a tensor that is about to be written, taken while the tensor is held for no longer.
+
+    Args:
+        copying: held while a piece is copied. Whoever releases tensors and then holds it knows that they are gone.
+    """
+
+    def __init__(self, copying: threading.Lock) -> None:
+        self._copying = copying
+        self._memory = torch.empty(_COPIED_BYTES, dtype=torch.uint8)
+
+    def pieces(self, weak: TensorWeakRef, num_bytes: int) -> Iterator[memoryview]:
+        """Yield a tensor's bytes, each piece in the same memory.
+
+        Raises:
+            _GoneError: the tensor has been released.
+        """
+        for begin in range(0, num_bytes, _COPIED_BYTES):
+            piece = self._memory[: min(_COPIED_BYTES, num_bytes - begin)]
+            with self._copying:
+                if (tensor := weak()) is None:
+                    raise _GoneError
+                piece.copy_(tensor.view(torch.uint8).view(-1)[begin : begin + len(piece)])
+                del tensor
+            yield piece.numpy().data
 
 
 class _GoneError(Exception):
@@ -85,15 +117,18 @@ def data_bytes(row: RunRow, layout: Layout) -> int:
     return plain * len(row.tokens) + windowed * sum(end - begin for begin, end in row.parts)
 
 
-def write_run(path: Path, model: str, run: LeavingRun, layout: Layout, is_wanted: Callable[[], bool]) -> bool:
-    """Write a run's file, holding one of its tensors at a time; return False, and leave none, where the run has left.
+def write_run(
+    path: Path, model: str, run: LeavingRun, layout: Layout, copied: CopiedPiece, is_wanted: Callable[[], bool]
+) -> bool:
+    """Write a run's file, holding none of its tensors; return False, and leave none, where the run has left.
 
     Args:
         path: the file.
         model: the fingerprint of its model.
         run: what is written.
         layout: the layers that keep keys and values, by their number.
-        is_wanted: asked before each tensor whether to go on.
+        copied: where its pieces lie.
+        is_wanted: asked before each piece whether to go on.
 
     Raises:
         OSError: the file cannot be written; nothing is left of it.
@@ -103,10 +138,12 @@ def write_run(path: Path, model: str, run: LeavingRun, layout: Layout, is_wanted
         with atomic_file(path, None) as partial, open(partial, "wb") as file:
             file.write(header)
             crc32 = zlib.crc32(header)
-            for name in run_tensors.wanted(len(run.row.tokens), run.row.parts, layout):
-                if not is_wanted():
-                    raise _GoneError
-                crc32 = _write(file, run.tensors[name], crc32)
+            for name, (shape, dtype, _) in run_tensors.wanted(len(run.row.tokens), run.row.parts, layout).items():
+                for piece in copied.pieces(run.tensors[name], torch.Size(shape).numel() * dtype.itemsize):
+                    if not is_wanted():
+                        raise _GoneError
+                    file.write(piece)
+                    crc32 = zlib.crc32(piece, crc32)
             file.seek(header.index(_PLACE) + len(_PLACE))
             file.write(f"{crc32:08x}".encode())
     except _GoneError:
@@ -150,16 +187,6 @@ def read_run(path: Path, model: str, layout: Layout) -> Run:
     if crc32 != wanted_crc32:
         raise ValueError("its checksum is another")
     return Run(row.scaling, row.before, row.tokens, *run_tensors.kept_of(tensors, len(row.tokens), row.parts, layout))
-
-
-def _write(file: BinaryIO, weak: TensorWeakRef, crc32: int) -> int:
-    """Write a tensor and return the checksum up to its end."""
-    tensor = weak()
-    if tensor is None:
-        raise _GoneError
-    content = tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
-    file.write(content)
-    return zlib.crc32(content, crc32)
 
 
 def _header(model: str, row: RunRow, layout: Layout) -> bytes:

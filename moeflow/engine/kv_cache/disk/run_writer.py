@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 
-from moeflow.engine.kv_cache.disk.run_file import LeavingRun, file_bytes, write_run
+from moeflow.engine.kv_cache.disk.run_file import CopiedPiece, LeavingRun, file_bytes, write_run
 from moeflow.engine.kv_cache.disk.run_folder import RunFolder, name_of
 
 _log = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ class RunWriter:
 
     Args:
         folder: of the files.
+        copying: as of `CopiedPiece`.
 
     Attributes:
         waiting: runs to be written; None ends the thread.
@@ -26,11 +27,11 @@ class RunWriter:
         failed: whether the disk refused a file; nothing is written any more.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, copying: threading.Lock) -> None:
         self.waiting: queue.Queue[LeavingRun | None] = queue.Queue()
         self.num_written = self.num_missed = 0
         self.failed = False
-        self._folder = folder
+        self._folder, self._copied = folder, CopiedPiece(copying)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moeflow-kept", daemon=True)
         self._thread.start()
@@ -50,6 +51,7 @@ class RunWriter:
                 self.failed = True
                 _log.warning("%s: %s. No more kept prefixes are written there.", self._folder.path, error)
             finally:
+                run.written.set()
                 self.waiting.task_done()
             del run
 
@@ -59,7 +61,7 @@ class RunWriter:
             return
         if not folder.make_room(file_bytes(folder.model, row, folder.layout)):
             return
-        if write_run(folder.path / name_of(row), folder.model, run, folder.layout, self._goes_on):
+        if write_run(folder.path / name_of(row), folder.model, run, folder.layout, self._copied, self._goes_on):
             folder.add(row)
             self.num_written += len(row.tokens)
         elif self._goes_on():

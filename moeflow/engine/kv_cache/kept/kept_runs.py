@@ -3,6 +3,7 @@
 Knows token ids, slots and windows. Knows nothing of the order in which they leave.
 """
 
+import threading
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Node:
         begin: tokens before the run.
         parts: what is kept of the run in layers with a window, each position once.
         used_s: when it was used, by the monotonic clock.
+        written: is set once it is on a disk or cannot be, where it is on its way there; None elsewhere.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -33,6 +35,7 @@ class Node:
     begin: int = 0
     parts: list[WindowPart] = field(default_factory=list)
     used_s: float = field(default_factory=time.monotonic)
+    written: threading.Event | None = None
 
     @property
     def end(self) -> int:

@@ -161,7 +161,9 @@ class PrefixTree:
         return True
 
     def clear(self) -> None:
-        """Let everything go."""
+        """Let everything go, at once: a node and its parent would wait for the garbage collector."""
+        for node in [*self._by_use, *self._roots.values()]:
+            node.children.clear()
         self._roots.clear()
         self._by_use.clear()
         self.num_tokens = self.num_bytes = 0

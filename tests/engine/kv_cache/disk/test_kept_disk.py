@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import threading
 from functools import partial
 
@@ -13,6 +14,7 @@ from helpers.small_models import tiny_mixtral
 from helpers.window_models import windowed_model
 from moeflow import load_moe
 from moeflow.engine.engine import Engine
+from moeflow.engine.kv_cache.disk.run_file import CopiedPiece, LeavingRun, write_run
 from moeflow.errors import ConfigError, MoeflowError
 
 FIRST, OTHER = tokens(50, 1), tokens(60, 2)
@@ -201,10 +203,38 @@ def test_what_was_not_tried_with_a_disk_is_refused(tmp_path, model, options, nam
     assert not writers()
 
 
-def test_a_budget_of_experts_too_is_refused(mixtral_folder, tmp_path):
-    loaded = load_moe(mixtral_folder, memory=1 << 21, predictor=None)
-    with loaded.moeflow:
-        with pytest.raises(ConfigError, match=r"kept_folder .* one budget"):
-            Engine(loaded, kept_folder=tmp_path)
-        with Engine(loaded) as engine:
-            assert len(engine.generate([FIRST], GREEDY)) == 1
+def test_what_left_for_experts_comes_back_too(mixtral_folder, mixtral, tmp_path):
+    experts, others = 3 * 73728, 260 * (POSITION_BYTES + 128)  # the fewest; and with a copy of a layer's keys
+    loaded = load_moe(mixtral_folder, memory=experts + others, predictor=None)
+    with loaded.moeflow as runtime, Engine(loaded, kept_folder=tmp_path) as engine:
+        first = answer(engine, mixtral, FIRST)
+        assert written(engine)["files"] == 1, "kept for experts, however little there is"
+        answer(engine, mixtral, tokens(200, 2))
+        assert engine._memory.kept.common(None, FIRST) < len(FIRST)
+        turn = answer(engine, mixtral, [*FIRST, *first.token_ids, 7, 8])
+        assert turn.cached_tokens == len(FIRST) + NEW - 1
+        assert 0 < engine.stats()["kept_disk"]["read_tokens"] <= turn.cached_tokens
+        memory = runtime.stats()["memory"]
+        assert memory["shared_peak_bytes"] <= memory["shared_budget_bytes"] == experts + others
+
+
+def test_a_disk_that_stands_still_holds_nothing_of_a_run_that_leaves(mixtral, tmp_path):
+    with Engine(mixtral, kv_memory=3 * ROOM) as engine:
+        answer(engine, mixtral, tokens(120, 1))
+        kept, layout = engine._memory.kept, engine._memory._layout
+        run = LeavingRun.of(kept.run_of(kept.nodes()[0]))
+        pipe, copying, found = tmp_path / "pipe", threading.Lock(), []
+        os.mkfifo(pipe)
+        copied = CopiedPiece(copying)
+        thread = threading.Thread(
+            target=lambda: found.append(write_run(pipe, "model", run, layout, copied, lambda: True))
+        )
+        thread.start()
+        with open(pipe, "rb") as disk:
+            disk.read(8)  # it has begun, and waits for the rest to be taken
+            engine.close()
+            with copying:
+                assert not any(weak() is not None for weak in run.tensors.values())
+            disk.read()
+            thread.join()
+        assert found == [False]
