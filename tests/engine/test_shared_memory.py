@@ -99,20 +99,32 @@ def live(memory, model, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
-    ("family", "shares"), [("mixtral_folder", (0.5, 1)), ("windowed_folder", (1.1, 2))], ids=["plain", "windowed"]
+    ("family", "share", "seed", "on_disk"),
+    [
+        ("mixtral_folder", 0.5, 0, False),
+        ("mixtral_folder", 1, 1, False),
+        ("windowed_folder", 1.1, 0, False),
+        ("windowed_folder", 2, 1, False),
+        ("windowed_folder", 1.1, 0, True),
+    ],
 )
-def test_at_every_allocation_both_together_are_within_the_budget(request, family, shares, seed):
+def test_at_every_allocation_both_together_are_within_the_budget(request, tmp_path, family, share, seed, on_disk):
     folder = request.getfixturevalue(family)
     with load_moe(folder, expert_memory="100%", predictor=None).moeflow as runtime:
         whole = runtime.stats()["memory"]["all_experts_bytes"]
-    total = int(shares[seed] * whole)
+    total = int(share * whole)
     model = load_moe(folder, memory=total, predictor=None)
-    with model.moeflow as runtime, Engine(model, max_step_tokens=32) as engine:
+    kept = {"kept_folder": tmp_path} if on_disk else {}
+    with model.moeflow as runtime, Engine(model, max_step_tokens=32, **kept) as engine:
         with Sampled(runtime) as sampled:
             for _ in live(engine._memory, model, seed):
                 assert both_bytes(runtime) <= total
+                if on_disk:
+                    disk = engine._memory.disk
+                    disk.writer.waiting.join()
+                    read = disk.stats()["read_tokens"]
+        assert not on_disk or read > 100
         assert total // 2 < sampled.most <= total
         runtime.check_integrity()
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moeflow.engine.kv_cache.disk.kept_disk import DiskMaker, KeptDisk
+from moeflow.engine.kv_cache.disk.kept_disk import DiskMaker, KeptDisk, check_keeps
 from moeflow.engine.kv_cache.host_moves import HostMoves
 from moeflow.engine.kv_cache.kept import prefix_files
 from moeflow.engine.kv_cache.kept.moving import moved_slot
@@ -254,10 +254,10 @@ class KeyValueMemory:
         """Keep what was saved of a model, as far as there is room; return the number of tokens."""
         return prefix_files.load_into(self.kept, self._room, folder, fingerprint, self._layout) if self.keeps else 0
 
-    def keep_on_disk(self, make_disk: DiskMaker | None) -> None:
-        """Let what is kept go to a disk before it leaves; None for no disk."""
-        if make_disk is not None and self.keeps:
-            self.disk = make_disk(self.kept, self._room, self._layout, self._most_kept_bytes)
+    def keep_on_disk(self, make_disk: DiskMaker) -> None:
+        """Let what is kept go to a disk before it leaves; ConfigError where nothing is."""
+        check_keeps(self.keeps, None if self._policy is None or not self._policy.forgets else self._policy.name)
+        self.disk = make_disk(self.kept, self._room, self._layout, self._most_kept_bytes)
 
     def clear(self) -> None:
         """Release everything, for good where there is a disk: its files stay."""

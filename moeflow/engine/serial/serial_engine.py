@@ -42,8 +42,8 @@ class SerialEngine(Engine):
         speculation: as of `Engine`; there is none, and stats() says why.
 
     Raises:
-        ConfigError: kv_memory is no size, kv_format, kv_policy or speculation are not these, the model was loaded with one budget of
-            experts and keys and values, or its stop strings need a tokenizer.
+        ConfigError: kv_memory is no size, kv_format, kv_policy or speculation are not these, the model was loaded with
+            one budget of experts and keys and values, or its stop strings need a tokenizer.
         UnsupportedModelError: the model does not generate token by token.
     """
 

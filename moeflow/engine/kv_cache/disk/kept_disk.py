@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.engine.kv_cache.disk.run_file import LeavingRun
-from moeflow.engine.kv_cache.disk.run_folder import RunEntry, RunFolder
+from moeflow.engine.kv_cache.disk.run_folder import Link, RunEntry, RunFolder
 from moeflow.engine.kv_cache.disk.run_writer import RunWriter
 from moeflow.engine.kv_cache.kept.kept_runs import Node, Run, parts_between
 from moeflow.engine.kv_cache.kept.prefix_tree import PrefixTree
-from moeflow.engine.kv_cache.kept.run_tensors import Layout, plain_layers
+from moeflow.engine.kv_cache.kept.run_tensors import Layout, plain_layers, windowed_layers
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
 from moeflow.engine.kv_cache.room import Room
-from moeflow.engine.kv_cache.windows import last_place
 from moeflow.engine.sequence import MIN_SHARED_TOKENS
 from moeflow.errors import ConfigError
 from moeflow.fork import tell_of_forks
@@ -46,7 +45,7 @@ class KeptDisk:
         self.writer = RunWriter(self._folder, room.copying)
         self._kept, self._room, self._layout = kept, room, layout
         self._plain_bytes = sum(shape.position_bytes for shape in plain_layers(layout).values())
-        self._window = max((shape.window for shape in layout.values()), default=0)
+        self._window_bytes = sum(shape.position_bytes for shape in windowed_layers(layout).values())
         self._num_read = 0
         self._is_open = True
         # What was given to the writer, or is on the disk: as it was then, and how many files had been removed.
@@ -94,78 +93,64 @@ class KeptDisk:
         if not self._is_open or asker in self._served:
             return
         place = self._kept.common(scaling, tokens)
-        chain = self._folder.chain(scaling, tokens, place)
+        chain = self._folder.chain(scaling, tokens, place, self._kept.stretches(scaling, tokens))
         if not chain:
             return
-        stretches, places = self._kept.stretches(scaling, tokens), []
-        for entry, reach in chain:
-            stretches = stretches + entry.parts
-            places.append(last_place(stretches, self._window, reach) if self._window else reach)
-        sizes = [entry.file_bytes for entry, _ in chain]
+        sizes, places = [link.entry.file_bytes for link in chain], [link.place for link in chain]
         here = self._kept.longest(scaling, tokens)
         count = num_worth_reading(sizes, places, here, read_s=speeds.read_s, prefill_s=speeds.prefill_s)
         if not count or places[count - 1] < MIN_SHARED_TOKENS:
             return
-        if not self._will_have_room(chain[:count], places[count - 1], place, scaling, tokens, needed):
+        if not self._will_have_room(chain[:count], scaling, tokens, needed):
             return
         self._served.add(asker)
-        for entry, _ in chain[:count]:
-            if not self._read(entry, place, scaling, tokens, speeds):
+        for link in chain[:count]:
+            if not self._read(link, scaling, tokens, speeds):
                 return
-            place = entry.end
 
-    def _will_have_room(
-        self,
-        chain: list[tuple[RunEntry, int]],
-        last: int,
-        place: int,
-        scaling: Hashable,
-        tokens: list[int],
-        needed: tuple[int, int],
-    ) -> bool:
+    def _will_have_room(self, chain: list[Link], scaling: Hashable, tokens: list[int], needed: tuple[int, int]) -> bool:
         """Return whether a slot has room beside what is read for it, and what that is behind; the last run may move."""
-        entry, _ = chain[-1]
-        begins = [place, *(one.end for one, _ in chain)]
-        kept = [self._kept_bytes(one, begin) for (one, _), begin in zip(chain, begins, strict=False)]
-        moving = 0
-        if last == entry.end:
-            windowed = self._of_window(entry)
-            moving = kept[-1] - windowed  # a window may lie twice
+        kept = [self._kept_bytes(link) for link in chain]
+        entry, moving = chain[-1].entry, 0
+        if chain[-1].place == entry.end:  # as `Node.movable_bytes`
+            largest = max((end - begin for begin, end in entry.parts), default=0)
+            moving = max(0, kept[-1] - self._of_window(entry) - largest * self._window_bytes)
         num_bytes = needed[0] + self._kept.path_bytes(scaling, tokens) + sum(kept) - moving
-        return self._room.has(num_bytes, max(needed[1], *(one.end - one.begin for one, _ in chain)))
+        return self._room.has(num_bytes, max(needed[1], *(link.entry.end - link.entry.begin for link in chain)))
 
-    def _kept_bytes(self, entry: RunEntry, place: int) -> int:
+    def _kept_bytes(self, link: Link) -> int:
         """Return the bytes of a run from a place on, or a little more."""
-        return entry.data_bytes - self._plain_bytes * max(0, place - entry.begin)
+        return link.entry.data_bytes - self._plain_bytes * (link.begin - link.entry.begin)
 
     def _of_window(self, entry: RunEntry) -> int:
         return entry.data_bytes - self._plain_bytes * (entry.end - entry.begin)
 
-    def _read(self, entry: RunEntry, place: int, scaling: Hashable, tokens: list[int], speeds: MeasuredSpeeds) -> bool:
+    def _read(self, link: Link, scaling: Hashable, tokens: list[int], speeds: MeasuredSpeeds) -> bool:
         """Read a run into the tree from a place on; return whether it is there."""
-        taken = entry.data_bytes + self._kept.bytes_to_part(scaling, tokens)
+        entry = link.entry
+        taken = entry.data_bytes + self._kept.bytes_to_part(scaling, tokens[: link.begin])
+        if link.begin > entry.begin:
+            taken += self._of_window(entry)  # is copied
         num_positions = entry.end - entry.begin
         if not self._room.has(self._kept.path_bytes(scaling, tokens) + taken, num_positions):
             return False  # what leads to it would leave for it
         done = False
         if self._room.make(taken, num_positions) and self._room.hold(taken, num_positions):
             with suppress(RuntimeError):  # the machine has no memory: it is computed again
-                done = self._restore(entry, place, scaling, tokens, speeds)
+                done = self._restore(link, scaling, tokens, speeds)
         self._room.settle()
         self._kept.longest(scaling, tokens)  # what was read leaves last
         return done
 
-    def _restore(
-        self, entry: RunEntry, place: int, scaling: Hashable, tokens: list[int], speeds: MeasuredSpeeds
-    ) -> bool:
+    def _restore(self, link: Link, scaling: Hashable, tokens: list[int], speeds: MeasuredSpeeds) -> bool:
         """Read a run into the tree, which has room for it; else nothing of it is left."""
         begin = time.perf_counter()
-        run = self._folder.read(entry)
+        run = self._folder.read(link.entry)
         if run is None:
             return False
-        speeds.saw_read(entry.file_bytes, time.perf_counter() - begin)
-        run = _behind(run, place)
-        self._kept.part(scaling, tokens)
+        speeds.saw_read(link.entry.file_bytes, time.perf_counter() - begin)
+        run = _behind(run, link.begin)
+        self._kept.part(scaling, tokens[: link.begin])
         if not self._kept.restore(run):
             return False
         self._num_read += len(run.tokens)
@@ -200,39 +185,43 @@ class KeptDisk:
 DiskMaker = Callable[[PrefixTree, Room, Layout, int], KeptDisk]
 
 
-def disk_for(folder: str | Path | None, most: MemorySize, model: Callable[[], str]) -> DiskMaker | None:
-    """Return what makes the disk of a memory; None for none.
+def disk_for(folder: str | Path, most: MemorySize, model: Callable[[], str]) -> DiskMaker:
+    """Return what makes the disk of a memory.
+
+    Args:
+        folder: of all models.
+        most: bytes of the files of one.
+        model: tells its fingerprint.
 
     Raises:
-        ConfigError: `most` is no size; so does what is returned where the kind of memory was not tried with a disk.
+        ConfigError: `most` is no size.
     """
-    most_bytes = parse_bytes(most, name="kept_disk")
-    if folder is None:
-        return None
-    path = Path(folder).expanduser()
+    most_bytes, path = parse_bytes(most, name="kept_disk"), Path(folder).expanduser()
 
     def make(kept: PrefixTree, room: Room, layout: Layout, most_kept_bytes: int) -> KeptDisk:
-        _check(layout)
         return KeptDisk(RunFolder(path, model(), layout, most_bytes), kept, room, layout, most_kept_bytes)
 
     return make
 
 
-def _check(layout: Layout) -> None:
-    """Refuse what was not tried.
+def check_keeps(keeps: bool, policy: str | None) -> None:
+    """Refuse a disk where nothing is kept.
+
+    Args:
+        keeps: whether anything is.
+        policy: by which sequences forget or see a part; None for none.
 
     Raises:
-        ConfigError: says with what a disk does not go together.
+        ConfigError: says why nothing is kept.
     """
-    why = None
-    if any(shape.window for shape in layout.values()):
-        why = "a model that has layers with a sliding window"
-    elif any(shape.form is not None for shape in layout.values()):
-        why = "kv_format"
-    elif any(shape.note is not None for shape in layout.values()):
-        why = "kv_policy"
-    if why is not None:
-        raise ConfigError(f"kept_folder does not go together with {why} yet. Leave it out; save_kept() is possible.")
+    if keeps:
+        return
+    if policy is None:
+        raise ConfigError("kept_folder has nothing to keep with share_prefixes=False. Leave one of the two out.")
+    raise ConfigError(
+        f'kept_folder is not possible with kv_policy="{policy}": what a sequence has forgotten, another one would '
+        'miss. Leave one of the two out, or give kv_policy="pages", which keeps everything.'
+    )
 
 
 def _behind(run: Run, place: int) -> Run:

@@ -20,7 +20,7 @@ from moeflow.atomic_file import cannot_write
 from moeflow.engine.kv_cache.disk.run_file import RunRow, data_bytes, file_bytes, read_row, read_run
 from moeflow.engine.kv_cache.kept.kept_runs import Run
 from moeflow.engine.kv_cache.kept.run_tensors import Layout
-from moeflow.engine.kv_cache.windows import Stretch, missing
+from moeflow.engine.kv_cache.windows import Stretch, last_place, missing
 from moeflow.errors import ConfigError, MoeflowError
 from moeflow.file_lock import lock_file, unlock_file
 
@@ -66,6 +66,24 @@ class RunEntry(NamedTuple):
         return place + (int(parted[0]) if len(parted) else shorter)
 
 
+class Link(NamedTuple):
+    """A file with which a sequence goes on.
+
+    Args:
+        entry: the file.
+        begin: where it goes on, inside the run or where that begins.
+        reach: up to where both have the same tokens.
+        place: the last one, at most this, behind which another can go on with what is kept up to there.
+        stretches: what it keeps between `begin` and `reach` in layers with a window.
+    """
+
+    entry: RunEntry
+    begin: int
+    reach: int
+    place: int
+    stretches: list[Stretch]
+
+
 class RunFolder:
     """The files of one model.
 
@@ -87,6 +105,7 @@ class RunFolder:
     def __init__(self, folder: Path, model: str, layout: Layout, most_bytes: int) -> None:
         self.path, self.model, self.layout = folder / model, model, layout
         self.num_bytes = self.num_removed = 0
+        self._window = max((shape.window for shape in layout.values()), default=0)
         self._most_bytes = most_bytes
         self._lock = threading.RLock()
         self._entries: OrderedDict[str, RunEntry] = OrderedDict()  # least recently used first
@@ -124,30 +143,36 @@ class RunFolder:
                     return entry
         return None
 
-    def chain(self, scaling: Hashable, tokens: list[int], place: int) -> list[tuple[RunEntry, int]]:
-        """Return the files with which a sequence goes on, one behind the other, each with the place up to which.
+    def chain(self, scaling: Hashable, tokens: list[int], place: int, stretches: list[Stretch]) -> list[Link]:
+        """Return the files with which a sequence goes on, one behind the other.
 
         Args:
             scaling: of the sequence's keys.
             tokens: the sequence.
             place: where the first one goes on, inside its run or where it begins.
+            stretches: what there is before this place in layers with a window.
         """
-        found: list[tuple[RunEntry, int]] = []
+        found: list[Link] = []
         whole = packed(tokens)
         with self._lock:
-            of_scaling = [entry for entry in self._entries.values() if entry.scaling == scaling]
-            while of_scaling:
-                entry = max(of_scaling, key=lambda one: (one.reach(whole, place), -one.file_bytes))
-                reach = entry.reach(whole, place)
-                if reach <= place:
-                    break
-                found.append((entry, reach))
-                if reach < entry.end:
-                    break
-                place = reach
-            for entry, _ in reversed(found):  # what leads to a run leaves after it
-                self._entries.move_to_end(entry.file)
+            entries = [entry for entry in self._entries.values() if entry.scaling == scaling]
+            while links := [link for one in entries if (link := self._link(one, whole, place, stretches)) is not None]:
+                best = max(links, key=lambda link: (link.place, link.reach, -link.entry.file_bytes))
+                found.append(best)
+                stretches = stretches + best.stretches
+                place = best.reach
+            for link in reversed(found):  # what leads to a run leaves after it
+                self._entries.move_to_end(link.entry.file)
         return found
+
+    def _link(self, entry: RunEntry, tokens: bytes, place: int, stretches: list[Stretch]) -> Link | None:
+        """Return how a sequence goes on with a file from a place on; None where it does not."""
+        reach = entry.reach(tokens, place)
+        if reach <= place:
+            return None
+        own = [(max(begin, place), min(end, reach)) for begin, end in entry.parts if begin < reach and end > place]
+        last = last_place(stretches + own, self._window, reach) if self._window else reach
+        return Link(entry, place, reach, last, own)
 
     def read(self, entry: RunEntry) -> Run | None:
         """Read a run and note its use; None where it has gone, or with a warning where it is damaged.

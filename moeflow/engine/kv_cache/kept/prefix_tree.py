@@ -67,8 +67,9 @@ class PrefixTree:
                 self._split(node, count)
 
     def stretches(self, scaling: Hashable, tokens: list[int]) -> list[Stretch]:
-        """Return what is kept along these tokens in layers with a window."""
-        return [(part.begin, part.end) for node, _ in self._path(scaling, tokens) for part in node.parts]
+        """Return what is kept of these tokens in layers with a window."""
+        ends = [(part, node.begin + count) for node, count in self._path(scaling, tokens) for part in node.parts]
+        return [(part.begin, min(part.end, end)) for part, end in ends if part.begin < end]
 
     def path_bytes(self, scaling: Hashable, tokens: list[int]) -> int:
         """Return the bytes of the runs along these tokens."""

@@ -4,14 +4,11 @@ import gc
 import logging
 import os
 import threading
-from functools import partial
 
 import pytest
 
 from helpers.engine_requests import GREEDY, NEW, POSITION_BYTES, assert_empty, generated, tokens
 from helpers.full_disk import with_full_disk
-from helpers.small_models import tiny_mixtral
-from helpers.window_models import windowed_model
 from moeflow import load_moe
 from moeflow.engine.engine import Engine
 from moeflow.engine.kv_cache.disk.run_file import CopiedPiece, LeavingRun, write_run
@@ -185,24 +182,24 @@ def test_what_cannot_be_is_refused(mixtral, tmp_path):
         Engine(mixtral, kept_folder=tmp_path / "file")
     with pytest.raises(ConfigError, match="kept_disk"):
         Engine(mixtral, kept_folder=tmp_path, kept_disk="much")
-    with Engine(mixtral, kept_folder=tmp_path, share_prefixes=False) as engine:
-        assert engine.stats()["kept_disk"] is None
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "named"),
+    ("options", "named"),
     [
-        (windowed_model, {}, "sliding window"),
-        (partial(tiny_mixtral, head_dim=16), {"kv_format": "int8"}, "kv_format"),
-        (tiny_mixtral, {"kv_policy": "pages"}, "kv_policy"),
+        ({"share_prefixes": False}, "share_prefixes=False"),
+        ({"kv_policy": "sinks"}, 'kv_policy="sinks": what a sequence has forgotten'),
+        ({"kv_policy": "heavy_hitters"}, 'kv_policy="heavy_hitters": what a sequence has forgotten'),
     ],
 )
-def test_what_was_not_tried_with_a_disk_is_refused(tmp_path, model, options, named):
+def test_where_nothing_is_kept_a_disk_is_refused(mixtral, tmp_path, options, named):
     with pytest.raises(ConfigError, match=f"kept_folder .* {named}"):
-        Engine(model(), kept_folder=tmp_path, **options)
+        Engine(mixtral, kept_folder=tmp_path / "folder", **options)
     assert not writers()
+    assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_left_for_experts_comes_back_too(mixtral_folder, mixtral, tmp_path):
     experts, others = 3 * 73728, 260 * (POSITION_BYTES + 128)  # the fewest; and with a copy of a layer's keys
     loaded = load_moe(mixtral_folder, memory=experts + others, predictor=None)
@@ -210,7 +207,7 @@ def test_what_left_for_experts_comes_back_too(mixtral_folder, mixtral, tmp_path)
         first = answer(engine, mixtral, FIRST)
         assert written(engine)["files"] == 1, "kept for experts, however little there is"
         answer(engine, mixtral, tokens(200, 2))
-        assert engine._memory.kept.common(None, FIRST) < len(FIRST)
+        assert engine._memory.kept.common((), FIRST) < len(FIRST)
         turn = answer(engine, mixtral, [*FIRST, *first.token_ids, 7, 8])
         assert turn.cached_tokens == len(FIRST) + NEW - 1
         assert 0 < engine.stats()["kept_disk"]["read_tokens"] <= turn.cached_tokens
