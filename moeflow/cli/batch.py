@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.cli.model_argument import add_model_argument
-from moeflow.cli.options import add_loading_options, add_sampling_options, given_sampling, load_model
+from moeflow.cli.options import (
+    add_kept_options,
+    add_loading_options,
+    add_sampling_options,
+    given_sampling,
+    kept_options,
+    load_model,
+)
 from moeflow.engine.sampling_params import SamplingParams
 from moeflow.errors import ConfigError
 
@@ -60,6 +67,7 @@ def add_batch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         help="most sequences in one pass, grouped so that they need few experts; without it all are in one pass",
     )
     batch.add_argument("--kv-memory", default="auto", metavar="SIZE", help='keys and values: bytes, "2GiB" or "auto"')
+    add_kept_options(batch)
     add_sampling_options(batch, defaults={"seed": "each line's number is added to it"})
     add_loading_options(batch)
     batch.set_defaults(run=_batch)
@@ -135,6 +143,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         )
     if arguments.kv_memory != "auto" and not arguments.kv_memory.endswith("%"):
         parse_memory(arguments.kv_memory, name="--kv-memory", whole_bytes=0)
+    kept_options(arguments)
 
 
 def _answered_by(arguments: argparse.Namespace) -> str:
@@ -170,6 +179,7 @@ def _answer(
 
     model, tokenizer = load_model(arguments.model, arguments, kv_memory=arguments.kv_memory)
     options = {name: getattr(arguments, name) for name in ("max_step_tokens", "kv_memory", "group_size")}
+    options |= kept_options(arguments)
     with model.moeflow, engine_for(model, tokenizer, max_batch_size=arguments.batch_size, **options) as engine:
         figures = BatchFigures(engine, requests)
         try:

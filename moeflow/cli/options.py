@@ -16,6 +16,7 @@ from moeflow.engine.sampling_params import SamplingParams
 from moeflow.engine.structure.schema import MOST_LETTERS
 from moeflow.errors import ConfigError
 from moeflow.loading.options import flag_options
+from moeflow.memory_size import parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,6 +128,26 @@ def preparing_step() -> AbstractContextManager[Any]:
     console = Console(stderr=True)
     text = "writing the decode step as a program, once a model"
     return Status(text, console=console) if console.is_terminal else nullcontext()
+
+
+def add_kept_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of an engine's disk to a command."""
+    parser.add_argument(
+        "--kept-folder",
+        metavar="FOLDER",
+        help="folder to which beginnings of prompts go that leave --kv-memory; they come back where that saves time",
+    )
+    parser.add_argument("--kept-disk", default="4GiB", metavar="SIZE", help="most bytes there of a model (4GiB)")
+
+
+def kept_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of an engine that `add_kept_options` parsed.
+
+    Raises:
+        ConfigError: --kept-disk is no size.
+    """
+    parse_bytes(arguments.kept_disk, name="--kept-disk")
+    return {"kept_folder": arguments.kept_folder, "kept_disk": arguments.kept_disk}
 
 
 def add_sampling_options(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow.cli.chat import ensure_demo_model
 from moeflow.cli.model_argument import add_model_argument
-from moeflow.cli.options import add_loading_options, load_model, prepare_step
+from moeflow.cli.options import add_kept_options, add_loading_options, kept_options, load_model, prepare_step
 from moeflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def add_serve_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     add_model_argument(serve, "; without it the demo model, built on first use", optional=True)
     for flag, text, options in _FLAGS:
         serve.add_argument(flag, help=text, **options)
+    add_kept_options(serve)
     add_loading_options(serve, as_json=False)
     serve.set_defaults(run=_serve)
 
@@ -107,6 +108,7 @@ def _settings(arguments: argparse.Namespace, source: str) -> "ServerSettings":
         max_step_tokens=arguments.max_step_tokens,
         kv_memory=arguments.kv_memory,
         kv_disk=arguments.kv_disk,
+        **kept_options(arguments),
         context=arguments.context,
         max_waiting=arguments.max_waiting,
         grace_s=arguments.grace,

@@ -83,6 +83,8 @@ class Service:
             max_batch_size=settings.max_batch_size,
             max_step_tokens=settings.step_tokens,
             kv_memory=settings.kv_memory,
+            kept_folder=settings.kept_folder,
+            kept_disk=settings.kept_disk,
         )
         if settings.kv_disk is not None:
             engine.load_kept(settings.kv_disk)

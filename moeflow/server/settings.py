@@ -45,6 +45,8 @@ class ServerSettings:
             tokens of sequences that decode. None for 512, or max_batch_size where that is more.
         kv_memory: bytes of keys and values, as of `Engine`.
         kv_disk: folder in which kept keys and values outlast the server; None for none.
+        kept_folder: folder to which they go before they leave kv_memory, as of `Engine`; None for none.
+        kept_disk: most bytes there.
         context: most positions of a prompt and its answer; None for the model's.
         max_waiting: most requests that wait for their turn; beyond them a request is answered 429.
         grace_s: seconds in which running answers may finish when the server stops.
@@ -80,6 +82,8 @@ class ServerSettings:
     max_step_tokens: int | None = None
     kv_memory: MemorySize = "auto"
     kv_disk: str | None = None
+    kept_folder: str | None = None
+    kept_disk: MemorySize = "4GiB"
     context: int | None = None
     max_waiting: int = 256
     grace_s: float = 10.0

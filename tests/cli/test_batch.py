@@ -168,6 +168,14 @@ def test_a_stop_string_and_a_seed_hold_for_lines_that_leave_them_open(folder, tm
     assert stopped["#3"] == answers[0]["#3"]
 
 
+def test_an_engine_with_a_disk_answers_and_keeps_its_folder(folder, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [{"id": "a", "prompt": "hello"}]), tmp_path / "out.jsonl"
+    options = ("--max-new-tokens", 2, "--kept-folder", tmp_path / "kept", "--kept-disk", "1MiB")
+    assert main(batch(folder, source, out, *options)) == 0
+    assert by_id(out)["a"]["completion_tokens"] == 2
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -181,6 +189,7 @@ def test_a_stop_string_and_a_seed_hold_for_lines_that_leave_them_open(folder, tm
         (("--output", "no/such/folder/out.jsonl"), "cannot be written"),
         (("--output", "INPUT"), "is the input too"),
         (("--kv-memory", "nothing"), "--kv-memory"),
+        (("--kept-disk", "much"), "--kept-disk"),
         (("--expert-memory", "auto", "--kv-memory", "900TiB"), "are kept for activations and the key-value cache"),
     ],
 )

@@ -182,6 +182,7 @@ def test_a_port_in_use_is_one_line(speaking_folder, capsys):
         (["--grace", "nan"], "grace_s is nan"),
         (["--kv-memory", "much"], "--kv-memory"),
         (["--kv-memory", "50%"], "a share of nothing"),
+        (["--kept-disk", "much"], "--kept-disk"),
         (["--api-key", ""], "API key is empty"),
     ],
 )

@@ -300,6 +300,18 @@ def test_a_conversation_outlasts_the_server(tmp_path):
     assert text
 
 
+def test_conversations_that_left_for_a_disk_come_back_to_the_next_server(tmp_path):
+    body = {"messages": user("hello there, how are you today?"), "max_tokens": 4}
+    kept = {"kept_folder": str(tmp_path), "kept_disk": "1MiB"}
+    with serving(small_model(), kv_memory=40_000, **kept) as client:
+        answer = client.post(CHAT, json=body).json()
+        until(lambda: list(tmp_path.glob("*/*.run")))
+    with serving(small_model(), **kept) as client:
+        again = client.post(CHAT, json=body).json()
+        assert again["choices"] == answer["choices"]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == answer["usage"]["prompt_tokens"] - 1
+
+
 def test_kept_keys_and_values_that_cannot_be_saved_do_not_keep_a_server_from_ending(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with serving(small_model(), kv_disk=str(tmp_path / "file" / "kept")) as client:
