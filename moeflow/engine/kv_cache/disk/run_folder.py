@@ -119,7 +119,7 @@ class RunFolder:
             raise ConfigError(
                 f"another engine keeps its prefixes in {self.path}. Close it, or give another kept_folder."
             )
-        for file in self.path.glob(".*.partial"):  # of a process that was killed
+        for file in self.path.glob(f".*{_SUFFIX}.*"):  # a part and its lock, of a process that was killed
             file.unlink(missing_ok=True)
         for file in sorted(self.path.glob(f"*{_SUFFIX}"), key=lambda one: (one.stat().st_mtime_ns, one.name)):
             try:

@@ -202,7 +202,7 @@ def test_where_nothing_is_kept_a_disk_is_refused(mixtral, tmp_path, options, nam
 @pytest.mark.slow
 def test_what_left_for_experts_comes_back_too(mixtral_folder, mixtral, tmp_path):
     experts, others = 3 * 73728, 260 * (POSITION_BYTES + 128)  # the fewest; and with a copy of a layer's keys
-    loaded = load_moe(mixtral_folder, memory=experts + others, predictor=None)
+    loaded = load_moe(mixtral_folder, memory=experts + others, predictor=None, step="python")
     with loaded.moeflow as runtime, Engine(loaded, kept_folder=tmp_path) as engine:
         first = answer(engine, mixtral, FIRST)
         assert written(engine)["files"] == 1, "kept for experts, however little there is"
