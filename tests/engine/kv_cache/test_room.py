@@ -52,3 +52,30 @@ def test_a_sequence_that_forgets_is_as_large_as_the_rows_that_it_has(mixtral_fol
             else:
                 with pytest.raises(BudgetError):
                     memory.check_possible(10**6)
+
+
+def test_bytes_are_told_of_only_once_nobody_copies_what_had_them(mixtral_folder):
+    shape = LayerShape((1, 4), (1, 4), torch.float32, torch.device("cpu"))
+    with load_moe(mixtral_folder, memory=1 << 21, predictor=None).moeflow as runtime:
+        share, seen = runtime.governor.share(runtime), []
+
+        class Copying:
+            """Notes what the share has whenever it is asked whether somebody copies."""
+
+            def __enter__(self):
+                seen.append(share.num_bytes)
+
+            def __exit__(self, *exc_info):
+                pass
+
+        memory = KeyValueMemory({0: shape}, 1 << 20, most_new=16, share=share)
+        one = Sequence("one", tokens(48), 60)
+        assert memory.admit(one)
+        one.num_computed = 48
+        memory.keep(one)
+        memory._room.copying, held = Copying(), share.num_bytes
+        assert held > 0
+        memory.clear()
+        assert (seen, share.num_bytes) == ([held], 0)
+        assert memory._room.hold(100)
+        assert (seen, share.num_bytes) == ([held, 0], 100)

@@ -56,6 +56,12 @@ class RunEntry(NamedTuple):
         """Tokens up to the end of the run."""
         return len(self.tokens) // _TOKEN_BYTES
 
+    def covers(self, scaling: Hashable, tokens: bytes, begin: int, parts: list[Stretch]) -> bool:
+        """Return whether all of a run is in the file, with what is kept of it in layers with a window."""
+        if self.begin > begin or self.scaling != scaling or not self.tokens.startswith(tokens):
+            return False
+        return not any(missing(self.parts, *part) for part in parts)
+
     def reach(self, tokens: bytes, place: int) -> int:
         """Return up to where a sequence goes along with the run, behind a place that is in it; 0 for no farther."""
         if not self.begin <= place < self.end or self.tokens[: place * _TOKEN_BYTES] != tokens[: place * _TOKEN_BYTES]:
@@ -99,7 +105,7 @@ class RunFolder:
 
     Attributes:
         num_bytes: of all files.
-        num_removed: files that were removed since the start.
+        num_removed: files that were removed since the start and are in no other.
     """
 
     def __init__(self, folder: Path, model: str, layout: Layout, most_bytes: int) -> None:
@@ -133,15 +139,9 @@ class RunFolder:
 
     def entry_of(self, row: RunRow) -> RunEntry | None:
         """Return a file that has all of a run, with what is kept of it in layers with a window; None for none."""
-        tokens, begin = packed(row.before + row.tokens), len(row.before)
+        run = row.scaling, packed(row.before + row.tokens), len(row.before), row.parts
         with self._lock:
-            for entry in self._entries.values():
-                is_longer = entry.begin <= begin and entry.tokens.startswith(tokens)
-                if is_longer and entry.scaling == row.scaling:
-                    if any(missing(entry.parts, *part) for part in row.parts):
-                        continue
-                    return entry
-        return None
+            return next((entry for entry in self._entries.values() if entry.covers(*run)), None)
 
     def chain(self, scaling: Hashable, tokens: list[int], place: int, stretches: list[Stretch]) -> list[Link]:
         """Return the files with which a sequence goes on, one behind the other.
@@ -189,6 +189,7 @@ class RunFolder:
             with self._lock:
                 if entry.file in self._entries:  # else it has just left for a newer one
                     self._forget(entry)
+                    self.num_removed += 1
                     self._leave_out(file, error)
         return None
 
@@ -198,16 +199,19 @@ class RunFolder:
             return False
         with self._lock:
             while self.num_bytes + num_bytes > self._most_bytes:
-                entry = next(iter(self._entries.values()))
-                self._forget(entry)
-                with suppress(OSError):
-                    (self.path / entry.file).unlink()
+                self._remove(next(iter(self._entries.values())))
+                self.num_removed += 1
         return True
 
     def add(self, row: RunRow) -> None:
-        """Take in a file that was written."""
+        """Take in a file that was written, in place of those whose runs are in it."""
         with self._lock:
-            self._put(name_of(row), row)
+            name = name_of(row)
+            self._put(name, row)
+            covers = self._entries[name].covers
+            for entry in list(self._entries.values()):
+                if entry.file != name and covers(entry.scaling, entry.tokens, entry.begin, entry.parts):
+                    self._remove(entry)
 
     def close(self) -> None:
         """Let other engines have the folder."""
@@ -223,10 +227,14 @@ class RunFolder:
         self._entries[file] = RunEntry(file, row.scaling, tokens, len(row.before), row.parts, num_bytes, own)
         self.num_bytes += num_bytes
 
+    def _remove(self, entry: RunEntry) -> None:
+        self._forget(entry)
+        with suppress(OSError):
+            (self.path / entry.file).unlink()
+
     def _forget(self, entry: RunEntry) -> None:
         del self._entries[entry.file]
         self.num_bytes -= entry.file_bytes
-        self.num_removed += 1
 
     def _leave_out(self, file: Path, error: Exception) -> None:
         _log.warning("%s is not used and removed: %s.", file, error)

@@ -70,3 +70,15 @@ def test_what_lies_before_the_place_is_not_counted(opened):
     folder = opened(RunRow(None, [], TRUNK, [(30, 40)]))
     assert links(folder, TRUNK, 36) == [(36, 60, 0)], "(36, 40) is less than a window"
     assert links(folder, TRUNK, 36, [(20, 36)]) == [(36, 60, 40)]
+
+
+def test_a_file_takes_the_place_of_those_that_are_in_it_and_of_no_others(opened):
+    first, branch = RunRow(None, [], TRUNK, [(40, 60)]), RunRow(None, TRUNK, OTHER, [(110, 120)])
+    scaled, windowed = RunRow((2,), [], TRUNK, [(40, 60)]), RunRow(None, [], TRUNK[:50], [(10, 50)])
+    folder = opened(first, branch, scaled, windowed)
+    folder.add(RunRow(None, [], TRUNK + ONE, [(40, 60), (100, 120)]))
+    assert folder.entry_of(first).end == 120
+    assert len(folder) == 4
+    assert all(folder.entry_of(row).end == len(row.before + row.tokens) for row in (branch, scaled, windowed))
+    assert folder.num_bytes == sum(entry.file_bytes for entry in folder._entries.values())
+    assert folder.num_removed == 0
