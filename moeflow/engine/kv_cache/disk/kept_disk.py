@@ -179,6 +179,8 @@ class KeptDisk:
         if self._ending.detach() is not None:
             self._is_open = False
             self._room.copying = threading.Lock()  # that thread may have had it
+            for node in list(self._known):
+                node.written = None
             self._folder.abandon()
 
 

@@ -65,6 +65,7 @@ def test_a_child_of_a_fork_goes_on_without_the_disk_and_leaves_it_to_the_parent(
 
     def child():
         assert engine.stats()["kept_disk"] is None
+        assert all(node.written is None for node in engine._memory.kept.nodes()), "nothing waits for a thread"
         for prompt in (tokens(60, 2), turn):
             (completion,) = engine.generate([prompt], GREEDY)
             assert completion.error is None
