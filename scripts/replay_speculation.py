@@ -26,7 +26,7 @@ from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
 from moeflow.policy.cache import ExpertCache
 from moeflow.policy.speculation import Acceptance, SpeculationGate
-from moeflow.policy.step_times import Step, StepTimes
+from moeflow.policy.step_times import StepTimes
 from moeflow.predictors.odds import multi_hot
 from moeflow.trace.convert import convert_trace
 from moeflow.trace.trace import RoutingTrace
@@ -150,8 +150,7 @@ def replay(trace: RoutingTrace, places: list[slice], way: str, drafts: Drafts, m
                 tokens = trace.token_ids[computed].tolist()
                 foreseen.saw([Piece(sequence, tokens[:1], True, tuple(tokens[1:]))], trace.experts[computed])
                 foreseen.accept(id, accepted)
-            waited_s, num_experts = foreseen.finish_step(count)
-            gate.finish(1, count, 1 + accepted, Step(step_s, waited_s, num_experts))
+            gate.finish(1, count, 1 + accepted, foreseen.finish_step(count, step_s))
             seconds, num_tokens, num_drafted = seconds + step_s, num_tokens + 1 + accepted, num_drafted + count
             row += 1 + accepted
         foreseen.forget(id)
