@@ -23,10 +23,12 @@ from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.hf.passes import forward
+from moeflow.hf.passes.generating.candidates import draft_lookups
 from moeflow.hf.passes.lossless_dense import compress_dense
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.attach import attach_runtime, capture_steps, prune_experts
 from moeflow.loading.budget import ExpertsSize, check_shared
+from moeflow.loading.generate_drafts import GenerateDrafts
 from moeflow.loading.gpu import Gpu
 from moeflow.loading.gpu_memory import GpuMemory, dense_weights_on
 from moeflow.loading.hf_options import refuse_unknown, taken_hf_options
@@ -194,7 +196,10 @@ def load_moe(
         if options.cuda_graphs:
             capture_steps(loaded, runtime, CudaCapture(options.torch_device))
         if options.step == "auto" and on_cpu:
-            StepDecoding(loaded)
+            decoding = StepDecoding(loaded)
+            if options.speculation == "auto":
+                decoding.drafts = drafts = GenerateDrafts(runtime, experts.size.num_experts_per_tok)
+                draft_lookups(loaded, drafts.begin)
         if trace is not None:
             attach_recorder(loaded, trace)
     except BaseException:

@@ -83,10 +83,9 @@ class ExpertRuntime:
         self.plan: dict[str, Any] | Contract | None = None  # bytes by use, as divided while loading
         self.parallel: Any = None  # the model's ExpertParallel, where its experts are spread over processes
         self.prediction, self.governor, self._budget_bytes = prediction, governor, expert_budget_bytes
-        self._slot_bytes = pool.stride
+        self._slot_bytes, self._stats = pool.stride, Stats()
         self._unit_bytes = pool.stride if cache.sizes is None else PAGE_BYTES  # of one unit of the cache's limit
         self._caches = [cache] if host is None else [cache, host.cache]
-        self._stats = Stats()
         self._transfers = Transfers(store, pool, streams, host=host, num_threads=num_threads, sampler=sampler)
         self.computes_on_host = misses is not None  # some of the device's experts, on the CPU
         assert misses is None or host is not None, "without a host tier no expert lies anywhere else"
@@ -321,6 +320,7 @@ class ExpertRuntime:
                 step=(self.step or self.trusting or PythonSteps()).as_dict(),
                 io=ReadStats(**self.store.stats(), threads=self._transfers.num_threads),
                 integrity=None if (sampler := self._transfers.sampler) is None else sampler.as_dict(),
+                speculation=None if (drafts := getattr(self.step, "drafts", None)) is None else drafts.stats(),
             )
 
     def reset_stats(self) -> None:

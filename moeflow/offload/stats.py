@@ -205,6 +205,7 @@ class RuntimeStats(Counters):
         io: reads from disk.
         integrity: what was found where slots are compared with their source; None where they are not.
         step: what runs decode steps, why not natively where they never will, and how many ran so; see `StepDecoding`.
+        speculation: what drafts of `generate` brought; None where there are none.
     """
 
     device: str = field(metadata=_NOW)
@@ -220,6 +221,7 @@ class RuntimeStats(Counters):
     io: ReadStats
     step: dict[str, Any] = field(metadata=_NOW)
     integrity: dict[str, Any] | None = field(default=None, metadata=_NOW)
+    speculation: dict[str, Any] | None = field(default=None, metadata=_NOW)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as one dict that `json.dumps` takes."""

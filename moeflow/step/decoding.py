@@ -1,6 +1,7 @@
 """Lets a model decode by its step programs where a call asks for nothing else; any other call is the model's own."""
 
 import logging
+import threading
 import weakref
 from collections import Counter
 from typing import Any
@@ -22,7 +23,7 @@ from moeflow.hf.passes.decode_call import (
     run_calls_by,
 )
 from moeflow.hf.passes.forward import ForwardPass
-from moeflow.hf.passes.step_rows import SpanRows, StepRows
+from moeflow.hf.passes.step_rows import EXACT_ROWS, SpanRows, StepRows
 from moeflow.kernels.cpu.step import StepIndexError
 from moeflow.offload.runtime import ExpertRuntime
 from moeflow.step.programs import StepPrograms
@@ -44,10 +45,13 @@ class StepDecoding:
     Attributes:
         programs: of the model.
         num_steps: that a program ran.
+        drafts: of the model's `generate`; None for none.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.num_steps = 0
+        self.drafts: Any = None
+        self._here = threading.local()
         self._refused: str | None = None  # of the last call that was not read, before the first native step
         self._model = weakref.ref(model)
         self._runtime: ExpertRuntime = model.moeflow  # type: ignore[assignment]  # transformers types it as a module
@@ -61,6 +65,11 @@ class StepDecoding:
         self._runtime.step_of = weakref.ref(self)  # no circle: a model without a name releases its memory at once
         if not has_positions:
             self.programs.reason = f"{type(model).__name__} keeps other state than keys and values"
+
+    @property
+    def steps_here(self) -> int:
+        """Steps that a program ran in this thread."""
+        return getattr(self._here, "num_steps", 0)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -97,6 +106,23 @@ class StepDecoding:
         model = self._model()
         if model is not None and self.programs.reason is None:
             self._runtime.turns.run(capture_gate.run, self.programs.runner, model, num_rows)
+
+    def takes_span(self, num_new: int) -> bool:
+        """Whether a step of several new tokens of one sequence has a program, which is made now or taken from the disk.
+
+        Raises:
+            ExpertReadError: an expert could not be read.
+            ClosedModelError: the runtime was closed.
+        """
+        model = self._model()
+        if model is None or num_new > EXACT_ROWS:
+            return False
+
+        def look() -> bool:
+            runner = self.programs.runner(model, next(size for size in SIZES if num_new <= size))
+            return runner is not None and self.programs.takes_spans(model, runner)
+
+        return self._runtime.turns.run(capture_gate.run, look)
 
     def describe(self) -> dict[str, Any]:
         """Prepare the program of one sequence and describe it.
@@ -189,5 +215,6 @@ class StepDecoding:
             _log.warning("%s decodes by its own code: %s", type(model).__name__, self.programs.reason)
             return None  # what is kept is as before
         self.num_steps += 1
+        self._here.num_steps = self.steps_here + 1
         self._last = runner
         return logits

@@ -9,7 +9,7 @@ from typing import Any
 
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
-from moeflow.hf.passes import generate_step
+from moeflow.hf.passes.generating import generate_step
 
 
 @dataclass(eq=False)

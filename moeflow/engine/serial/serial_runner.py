@@ -14,7 +14,7 @@ from moeflow.engine.model_runner import Computed
 from moeflow.engine.sequence import Piece, Sequence
 from moeflow.engine.serial.family_caches import FamilyCaches
 from moeflow.errors import ExpertReadError, UnsupportedModelError
-from moeflow.hf.passes.generate_step import generate_step, is_lasting, prompt_logits
+from moeflow.hf.passes.generating.generate_step import generate_step, is_lasting, prompt_logits
 from moeflow.hf.vision.image_inputs import ImageInputs
 from moeflow.hf.vision.image_steps import ImageSteps
 from moeflow.turns import Turns

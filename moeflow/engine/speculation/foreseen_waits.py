@@ -14,43 +14,27 @@ import numpy as np
 from moeflow.engine.regrouping.likely_routes import LikelyRoutes
 from moeflow.engine.regrouping.step_groups import PassRoutes
 from moeflow.engine.sequence import Piece
+from moeflow.policy.step_meter import Experts, StepMeter
 from moeflow.policy.step_times import Step
 
 if TYPE_CHECKING:
     from moeflow.offload.route_observer import RouteObserver
-    from moeflow.policy.cache import ExpertCache
 
 _DECAY = 0.98  # of what was foreseen and waited, with each step that was foreseen
 _LEAST_STEPS = 4  # before what waits are made of is known
 _LEAST_SPREAD = 1e-3  # of what was foreseen, to tell experts from tokens
 
 
-class Demanded(Protocol):
-    """What counts demands."""
-
-    def demanded(self) -> tuple[int, float]:
-        """Return demanded experts until now, and seconds that were waited for any."""
-        ...
-
-
-class Experts(Protocol):
-    """The experts of a model: its runtime.
+class RoutedExperts(Experts, Protocol):
+    """The experts of a model that are watched: its runtime.
 
     Attributes:
         experts_per_layer: how many there are.
-        cache: which of them are in memory.
         observers: what is shown the routes of passes.
-        expert_fetch: counts demands.
     """
 
     experts_per_layer: list[int]
-    cache: "ExpertCache"
     observers: "list[RouteObserver]"
-
-    @property
-    def expert_fetch(self) -> Demanded:
-        """What counts demands."""
-        ...
 
 
 class WaitCosts(NamedTuple):
@@ -77,7 +61,7 @@ class ForeseenWaits:
         likely: what tokens took.
     """
 
-    def __init__(self, experts: Experts, top_k: int) -> None:
+    def __init__(self, experts: RoutedExperts, top_k: int) -> None:
         self.wanted = False
         counts = experts.experts_per_layer
         self._experts = experts
@@ -88,8 +72,7 @@ class ForeseenWaits:
         self._pass_routes = PassRoutes(*self._shape)
         self._drafted: dict[str, tuple[list[int], np.ndarray]] = {}  # of the step under way: tokens and their routes
         self._missing: list[int] | None = None  # of the step under way, by drafted tokens
-        self._before = 0, 0.0  # what had been demanded, and waited, when it began
-        self._evictions = 0  # likewise
+        self._meter = StepMeter(experts)
         self._num_first = 0  # tokens that it takes in any case
         self._moments = np.zeros((2, 3))  # decayed sums, of (missing, tokens) by (missing, tokens, seconds waited)
         self._num_steps = 0  # in these
@@ -107,8 +90,7 @@ class ForeseenWaits:
         """
         self.wanted = routes and self._experts.cache.limit < self._all_units
         self._drafted, self._missing = {}, None
-        self._before = self._experts.expert_fetch.demanded()
-        self._evictions = self._experts.cache.evictions
+        self._meter.begin()
 
     @contextmanager
     def watching(self, pieces: list[Piece]) -> Iterator[None]:
@@ -164,24 +146,14 @@ class ForeseenWaits:
         return seconds.tolist()
 
     def finish_step(self, num_drafted: int, step_s: float) -> Step:
-        """Take in how many drafted tokens the step verified, and its seconds; return what was measured of it.
-
-        Where experts came and none left for them, memory fills: they would have come sooner or later without drafts as
-        well, and once. What the step waited for them is left out.
-        """
-        experts, waited_s = self._experts.expert_fetch.demanded()
-        before_experts, before_s = self._before
-        if experts < before_experts:  # the counters were reset
-            return Step(step_s)
-        if self._missing is not None:
+        """Take in how many drafted tokens the step verified, and its seconds; return what was measured of it."""
+        step, waited_s = self._meter.finish(step_s), self._meter.waited_s
+        if self._missing is not None and waited_s is not None:
             known = np.array([self._missing[num_drafted], self._num_first + num_drafted])
             self._moments *= _DECAY
-            self._moments += np.outer(known, [*known, waited_s - before_s])
+            self._moments += np.outer(known, [*known, waited_s])
             self._num_steps += 1
-        waited_s -= before_s
-        if self._experts.cache.evictions == self._evictions:
-            step_s, waited_s = step_s - waited_s, 0.0
-        return Step(step_s, waited_s, experts - before_experts)
+        return step
 
     def forget(self, id: str) -> None:
         """Drop a sequence that has ended; what its tokens took stays known."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moeflow.hf.passes.generate_step import generate_step
+from moeflow.hf.passes.generating.generate_step import generate_step
 from moeflow.hf.vision.image_inputs import ImageInputs
 
 _SHIFT = "rope_deltas"  # of positions behind images in three dimensions, of the last prompt that was computed

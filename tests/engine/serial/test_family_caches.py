@@ -4,7 +4,7 @@ import torch
 
 from moeflow.engine.sequence import Sequence
 from moeflow.engine.serial.family_caches import FamilyCaches
-from moeflow.hf.passes.generate_step import cache_bytes
+from moeflow.hf.passes.generating.generate_step import cache_bytes
 
 ONE = 4 * 10  # bytes of a cache
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moeflow.engine.speculation.suffix_automaton import SuffixAutomaton
+from moeflow.policy.lookup.suffix_automaton import SuffixAutomaton
 
 
 def searched(text):
