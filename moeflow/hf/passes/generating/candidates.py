@@ -46,7 +46,7 @@ class _Candidates(CandidateGenerator):
     def __init__(self, drafts: Drafts, own: PromptLookupCandidateGenerator) -> None:
         self._drafts, self._own = drafts, own
 
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def get_candidates(self, input_ids: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Return ids [1, N] with the tokens behind them that are to be verified."""
         tokens = self._drafts.propose(input_ids[0])
         if tokens is None:
