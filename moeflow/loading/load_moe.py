@@ -115,8 +115,8 @@ def load_moe(
             second) the slot is compared with its source by checksum, in a thread of its own. What differs is named in a
             warning and counted in stats()["integrity"]. The output stays the same.
         speculation: drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may
-            come next, where that pays by the clock), "off" or None, or a dict of an engine's options. The tokens of
-            answers are the same.
+            come next, where that pays by the clock; so do greedy calls of generate(prompt_lookup_num_tokens=)), "off"
+            or None, or a dict of an engine's options. The tokens of answers are the same.
         kv_format: in which engines on this model keep keys and values: "auto" (the model's dtype), "int8" (a little
             more than half of bfloat16's bytes), or "int4" (values in int4, keys in int8: two fifths). Both are lossy.
         kv_policy: what engines see of long texts: None (all), "sinks", "heavy_hitters", "pages" (docs/kv_policies.md),
