@@ -1,12 +1,14 @@
 """Measure what speculation makes of an engine's speed: gated, ungated and off, in turns, by kind of prompt.
 
     python scripts/bench_speculation.py MODEL [--memory 100% 25%] [--tokens 128] [--prompts 4] [--kinds KIND ..]
-                                        [--modes gated ungated "off again"] [--rounds 3] [--quick]
+                                        [--modes gated ungated "off again"] [--rounds 3] [--quick] [--generate]
 
 Prompts are those of Spec-Bench's categories and HumanEval's, asked to be written again, under $MOEFLOW_TEST_DATA; where
 they are not there, one of each of a few kinds. A line says the tokens a second of each mode as ratios to none (median,
 least and most of the rounds; "off again" tells what chance does), the share of proposed tokens that were accepted, and
 what seven drafted tokens made of a step's time. Answers are checked to be the same. The last line is one JSON object.
+
+--generate measures `model.generate` in place of an engine: plain, with prompt lookup ungated (of transformers), and gated.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import gzip
 import json
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -90,6 +93,36 @@ def compare(model, tokenizer, prompts: list[str], modes: list[str], num_tokens: 
     return found
 
 
+def generate_speed(model, tokenizer, prompts: list[str], num_tokens: int, most: int | None) -> tuple[float, list]:
+    """Answer prompts by `model.generate`; return tokens a second, prompts' passes included, and the tokens."""
+    lookup = {} if most is None else {"prompt_lookup_num_tokens": most}
+    answers, begin = [], time.perf_counter()
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        options = {"do_sample": False, "max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "pad_token_id": 0}
+        answers.append(model.generate(ids, **options, **lookup)[0].tolist())
+    return num_tokens * len(prompts) / (time.perf_counter() - begin), answers
+
+
+def compare_generate(model, ungated, tokenizer, prompts: list[str], num_tokens: int, rounds: int) -> dict:
+    """Return the ratios to plain `generate`, round by round, and what became of the gate's drafts.
+
+    The first round, in which programs are made, does not count.
+    """
+    runs = {"plain": (model, None), "gated": (model, 7), "ungated": (ungated, 7)}
+    ratios: dict[str, list[float]] = {mode: [] for mode in runs}
+    for number in range(1 + rounds):
+        speeds, answers = {}, {}
+        turn = number % len(runs)
+        for mode in [*list(runs)[turn:], *list(runs)[:turn]]:
+            one, most = runs[mode]
+            speeds[mode], answers[mode] = generate_speed(one, tokenizer, prompts, num_tokens, most)
+        assert answers["gated"] == answers["plain"], "answers differ"
+        for mode in runs if number else ():
+            ratios[mode].append(speeds[mode] / speeds["plain"])
+    return {"ratios": ratios, "gated": model.moeflow.stats()["speculation"], "ungated": {"sources": {}}}
+
+
 def main(argv=None) -> None:
     """Print a line for each memory and kind of prompt, and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,12 +135,15 @@ def main(argv=None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one short answer of each kind, once")
+    parser.add_argument("--generate", action="store_true", help="measure model.generate in place of an engine")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MOEFLOW_TEST_DATA", ROOT / "../shared/data")))
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.tokens, arguments.prompts, arguments.rounds = 24, 1, 1
     torch.set_num_threads(arguments.threads)
     kinds = prompts_of(arguments.data, arguments.prompts)
+    if arguments.generate:
+        arguments.modes = ["gated", "ungated"]
     if arguments.kinds:
         unknown = set(arguments.kinds) - kinds.keys()
         if unknown:
@@ -115,10 +151,17 @@ def main(argv=None) -> None:
         kinds = {kind: kinds[kind] for kind in arguments.kinds}
     tokenizer, results = load_tokenizer(arguments.model), {}
     for memory in arguments.memory:
-        model = load_moe(arguments.model, expert_memory=memory, device="cpu")
-        with model.moeflow:
+        options = {"expert_memory": memory, "device": "cpu"}
+        model, ungated = load_moe(arguments.model, **options), None
+        if arguments.generate:
+            ungated = load_moe(arguments.model, **options, speculation="off")
+        with model.moeflow, nullcontext() if ungated is None else ungated.moeflow:
             for kind, prompts in kinds.items():
-                found = compare(model, tokenizer, prompts, arguments.modes, arguments.tokens, arguments.rounds)
+                size = arguments.tokens, arguments.rounds
+                if ungated is None:
+                    found = compare(model, tokenizer, prompts, arguments.modes, *size)
+                else:
+                    found = compare_generate(model, ungated, tokenizer, prompts, *size)
                 results[f"{memory} {kind}"] = found
                 told = []
                 for mode in arguments.modes:
@@ -128,7 +171,7 @@ def main(argv=None) -> None:
                         share = counts["accepted"] / max(counts["proposed"], 1)
                         text += f", {share:.0%} accepted of {counts['proposed']}"
                     told.append(text)
-                if "ungated" in arguments.modes:
+                if "ungated" in arguments.modes and not arguments.generate:
                     growth = found["ungated"]["growth"].get("1+7")
                     told.append("no step with seven" if growth is None else f"seven drafted take {growth:.2f} steps")
                 print(f"{memory:>5} {kind}: {'; '.join(told)}", flush=True)

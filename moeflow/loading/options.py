@@ -195,8 +195,8 @@ class LoadOptions:
         default="auto",
         metadata=_about(
             'drafts in engines on this model (chat, serve, batch): "auto" (steps also compute tokens that may come '
-            'next, where that pays by the clock; so do greedy calls of generate(prompt_lookup_num_tokens=)), "off" or '
-            "None, or a dict of an engine's options. The tokens of answers are the same.",
+            "next, where that pays by the clock; so do greedy calls of generate(prompt_lookup_num_tokens=)), "
+            '"off" or None, or a dict of an engine\'s options. The tokens of answers are the same.',
             flag='"auto": steps also compute tokens that may come next, where that pays; "off"',
         ),
     )
