@@ -8,7 +8,8 @@ they are not there, one of each of a few kinds. A line says the tokens a second 
 least and most of the rounds; "off again" tells what chance does), the share of proposed tokens that were accepted, and
 what seven drafted tokens made of a step's time. Answers are checked to be the same. The last line is one JSON object.
 
---generate measures `model.generate` in place of an engine: plain, with prompt lookup ungated (of transformers), and gated.
+--generate measures `model.generate` in place of an engine: plain, with prompt lookup ungated (as transformers does it),
+and gated.
 """
 
 import argparse
