@@ -9,7 +9,7 @@ from typing import Any
 
 from moeflow.engine.kv_cache.preemption import MeasuredSpeeds
 from moeflow.engine.sequence import MIN_SHARED_TOKENS, Sequence
-from moeflow.hf.passes.generating import generate_step
+from moeflow.hf.passes.generating.generate_step import cache_bytes, can_forget, copy_cache, forget
 
 
 @dataclass(eq=False)
@@ -128,7 +128,7 @@ class FamilyCaches:
     @property
     def used_bytes(self) -> int:
         """Bytes of the running sequence."""
-        return sum(generate_step.cache_bytes(one.cache) for one in self._running.values())
+        return sum(cache_bytes(one.cache) for one in self._running.values())
 
     @property
     def kept_bytes(self) -> int:
@@ -169,9 +169,9 @@ class FamilyCaches:
         cache = found.cache
         if found.branches:
             self.kept.append(found)
-            cache = generate_step.copy_cache(cache)
+            cache = copy_cache(cache)
         elif len(found.token_ids) > num_tokens:
-            generate_step.forget(cache, len(found.token_ids) - num_tokens)
+            forget(cache, len(found.token_ids) - num_tokens)
         self._running[receiver.id] = FamilyCache(cache, num_tokens, found.shifts)
         self.counts["shared_tokens"] += num_tokens
         self.counts["kept_hits"] += 1
@@ -197,7 +197,7 @@ class FamilyCaches:
     ) -> None:
         if not self.keeps or not self._is_lasting(cache):
             return
-        num_bytes = generate_step.cache_bytes(cache)
+        num_bytes = cache_bytes(cache)
         self.peak_bytes = max(self.peak_bytes, self.kept_bytes + num_bytes)
         if num_bytes > self.budget_bytes:
             return
@@ -205,9 +205,9 @@ class FamilyCaches:
         while self.kept and self.kept_bytes + num_bytes > self.budget_bytes:
             del self.kept[0]
         if branches:
-            cache = generate_step.copy_cache(cache)
+            cache = copy_cache(cache)
         # One with images goes on only as a whole: what is left then has every image in it.
-        forgets = image_key is None and generate_step.can_forget(cache)
+        forgets = image_key is None and can_forget(cache)
         self.kept.append(KeptCache(token_ids, cache, num_bytes, forgets, branches, shifts, image_key))
 
     def free(self, sequence: Sequence) -> None:
@@ -236,7 +236,7 @@ class FamilyCaches:
     def check_integrity(self) -> None:
         """Assert that what is kept is counted right, and inside the budget."""
         for one in self.kept:
-            assert one.num_bytes == generate_step.cache_bytes(one.cache), "a kept cache has grown or shrunk"
+            assert one.num_bytes == cache_bytes(one.cache), "a kept cache has grown or shrunk"
         assert self.kept_bytes <= self.budget_bytes, f"{self.kept_bytes} bytes are kept of {self.budget_bytes}"
 
     def _ids(self, sequence: Sequence) -> list[int]:
