@@ -66,6 +66,14 @@ class RouteWatcher(Protocol):
         ...
 
 
+class HiddenWatcher(Protocol):
+    """What is shown the hidden states that the head makes logits of. It raises nothing."""
+
+    def saw_hidden(self, pieces: list[Piece], hidden: torch.Tensor | None) -> None:
+        """Take in those of the tokens of pieces and of their drafts, [tokens, H]; None where a native step has none."""
+        ...
+
+
 class ModelRunner:
     """Runs pieces of sequences on a model and keeps their keys and values.
 
@@ -85,6 +93,7 @@ class ModelRunner:
         packed_drafts: whether drafts are computed where no native step runs as well; logits then have other last bits
             than those of single tokens.
         routes: what is shown the experts that tokens took; None for nothing.
+        hidden: what is shown last hidden states; None for nothing.
 
     Raises:
         ConfigError: kv_memory is no size, kv_format unknown, or the model keeps what it or the policy cannot hold.
@@ -105,6 +114,7 @@ class ModelRunner:
         self.packed_drafts = False
         self.was_native = False
         self.routes: RouteWatcher | None = None
+        self.hidden: HiddenWatcher | None = None
         self._watching = watching
         runtime = getattr(model, "moeflow", None)
         self._turns = getattr(runtime, "turns", None) or Turns()
@@ -220,12 +230,20 @@ class ModelRunner:
                 if logits is not None:
                     if watcher is not None:
                         watcher.saw(pieces, self._decoding.routes())
+                    if self.hidden is not None:
+                        self.hidden.saw_hidden(pieces, self._decoding.last_hidden())
                     return logits if len(keep) == len(tokens) else logits[places]
                 if not self.packed_drafts and any(piece.draft for piece in pieces):
                     return None
                 watching = nullcontext() if watcher is None else watcher.watching(pieces)
-                with self._cache.running(self._model, segments), watching:
-                    return forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
+                shown: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+                if self.hidden is not None:
+                    shown = forward.last_hidden_states(self._model)
+                with self._cache.running(self._model, segments), watching, shown as hidden:
+                    made = forward.packed_forward(self._model, input_ids[None], position_ids[None], self._cache, places)
+                if self.hidden is not None:
+                    self.hidden.saw_hidden(pieces, hidden[0][0])
+                return made
 
         computed = self._turns.run(run_pass)
         if computed is None:

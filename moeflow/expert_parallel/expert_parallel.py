@@ -211,7 +211,7 @@ def _checked_plan(
             "most of that is on other ranks. Load the model with predictor=None (--predictor none) to spread its "
             "experts."
         )
-    num_experts = runtime.experts_per_layer
+    num_experts = runtime.experts_per_layer[: len(experts_interface.experts_modules(model))]  # others are of drafts
     if len(set(num_experts)) > 1:
         raise PlacementError(f"the layers have {num_experts} experts, and a plan is for layers with equally many.")
     if plan is None:

@@ -209,6 +209,8 @@ def speed_up_dense(model: torch.nn.Module) -> None:
             vars(module)["always_in"] = weight.dtype if is_always_ahead(weight.dtype) else None
         elif hasattr(module, "variance_epsilon") and _is_known_norm(module):
             kind = type(module)
+            if hasattr(kind, "_transformers_forward"):  # of a class that was made here before
+                continue
             if kind not in norms:
                 body = {"forward": _norm_forward, "_transformers_forward": kind.forward}
                 norms[kind] = type(kind.__name__, (kind,), body)

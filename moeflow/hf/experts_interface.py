@@ -154,8 +154,11 @@ def router_parameters(block: torch.nn.Module) -> tuple[torch.Tensor | None, torc
 
 
 def conversions(model: PreTrainedModel) -> tuple[list, list]:
-    """Return transformers' rules for this model's checkpoints: renamings, and converters."""
-    mapping = get_model_conversion_mapping(model)
+    """Return transformers' rules for this model's checkpoints: renamings, and converters.
+
+    Layers of multi-token prediction bring their own, which their model's names are in.
+    """
+    mapping: Any = getattr(model, "_moeflow_conversions", None) or get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 

@@ -326,7 +326,7 @@ def check_sizes(empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
             )
 
 
-def own_dense_weights(model: PreTrainedModel) -> None:
+def own_dense_weights(model: torch.nn.Module) -> None:
     """Move parameters and buffers on the CPU out of the checkpoint's memory mapping, one at a time.
 
     Mapped weights would be paged out, and lie at whatever offset the file has, on which a product's last bit depends.

@@ -17,7 +17,8 @@ from moeflow.calibration.pruning_thresholds import calibrate_pruning
 from moeflow.calibration.windows import cut_windows
 from moeflow.errors import ConfigError
 from moeflow.hf import experts_interface, pretrained
-from moeflow.hf.absent_experts import first_name, refuse, run_experts_by
+from moeflow.hf.loaded.absent_experts import first_name, refuse, run_experts_by
+from moeflow.hf.loaded.mtp_layers import MtpLayers
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.caches.step_cache import StepCache
 from moeflow.hf.passes.capture_gate import capture_gate
@@ -47,6 +48,20 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertRuntime) -> None:
     _pass_in_turn(model.base_model, runtime)
     if runtime.device.type != "cpu" and model.can_generate():
         tell_in_generate(model, runtime)
+
+
+def attach_mtp(model: PreTrainedModel, layers: MtpLayers, runtime: ExpertRuntime, first: int) -> None:
+    """Put the runtime behind a model's layers of multi-token prediction, for the drafts of its engines.
+
+    Args:
+        model: with its runtime.
+        layers: loaded, their experts taken off.
+        runtime: of the model.
+        first: their number among the runtime's layers.
+    """
+    for layer, (path, module) in enumerate(layers.experts(), first):
+        run_experts_by(path, module, OffloadedExperts(runtime, layer, module))
+    vars(model)["_moeflow_mtp"] = layers
 
 
 def _pass_in_turn(module: torch.nn.Module, runtime: ExpertRuntime) -> None:

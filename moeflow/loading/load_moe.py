@@ -21,12 +21,13 @@ from moeflow.fit.memory import staging_bytes
 from moeflow.fit.plan import Plan
 from moeflow.hf import experts_interface, pretrained
 from moeflow.hf.dense_kernels import speed_up_dense
+from moeflow.hf.loaded.mtp_layers import FoundMtp, find_mtp, load_mtp, refused_mtp, wants_mtp
 from moeflow.hf.model_folder import ModelFolder
 from moeflow.hf.passes import forward
 from moeflow.hf.passes.generating.candidates import draft_lookups
 from moeflow.hf.passes.lossless_dense import compress_dense
 from moeflow.hf.passes.residual import ResidualTap
-from moeflow.loading.attach import attach_runtime, capture_steps, prune_experts
+from moeflow.loading.attach import attach_mtp, attach_runtime, capture_steps, prune_experts
 from moeflow.loading.budget import ExpertsSize, check_shared
 from moeflow.loading.generate_drafts import GenerateDrafts
 from moeflow.loading.gpu import Gpu
@@ -176,11 +177,13 @@ def load_moe(
         speed_up_dense(loaded)
     if on_cpu and any_lossless(experts.layers):
         compress_dense(loaded)
+    mtp = None if experts.mtp is None else load_mtp(loaded, experts.mtp, folder.checkpoint)
     if contract is not None:
-        contract.charge("dense", _dense_bytes(loaded))
+        contract.charge("dense", _dense_bytes(loaded) + (0 if mtp is None else mtp.num_bytes))
     bytes_per_position = forward.key_value_bytes_per_position(loaded)
     gpu = None if on_cpu else Gpu.of(loaded, GpuMemory(options.torch_device), options, bytes_per_position)
-    predicting = build_predictor(predictor, loaded, experts.layers, experts.size.num_experts_per_tok)
+    own = experts.layers[: experts.num_own]
+    predicting = build_predictor(predictor, loaded, own, experts.size.num_experts_per_tok)
     tap = ResidualTap(loaded) if predicting is not None and predicting.signal == "residual" else None
     runtime = build_runtime(experts, options, predicting, tap, bytes_per_position=bytes_per_position, gpu=gpu)
     if contract is not None:
@@ -188,6 +191,8 @@ def load_moe(
         contract.charge("experts", runtime.snapshot().memory["expert_budget_bytes"])
     try:
         attach_runtime(loaded, runtime)
+        if mtp is not None:
+            attach_mtp(loaded, mtp, runtime, experts.num_own)
         vars(loaded)["_moeflow_speculation"] = options.speculation
         vars(loaded)["_moeflow_kv_format"] = options.kv_format
         vars(loaded)["_moeflow_kv_policy"] = options.kv_policy
@@ -219,11 +224,15 @@ def _find_experts(
 ) -> Experts:
     """Find the experts of an empty model, and refuse a budget that is too small for them."""
     stored = layers = folder.layers(empty)
+    transposed = experts_interface.transposed(empty)
+    mtp = _find_mtp(folder, options, empty) if wants_mtp(options.speculation) else None
+    if mtp is not None:
+        stored = layers = layers + mtp.sources
+        transposed += mtp.transposed
     if options.weight_format is not None:
         formats = [[options.weight_format] * source.layout.num_experts for source in layers]
-        layers = quantize_sources(layers, formats, experts_interface.transposed(empty))
+        layers = quantize_sources(layers, formats, transposed)
     if options.is_lossless:
-        transposed = experts_interface.transposed(empty)
         layers, why_not = lossless_sources(folder.expert_files, folder.expert_stamps, layers, transposed)
         if why_not:
             raise ConfigError(f"{why_not} {LEAVE_OUT}")
@@ -245,4 +254,13 @@ def _find_experts(
         contract.check_stored(kernel_of([source.layout for source in layers]))
         contract.charge("pinned", staging_bytes(size.slot_bytes))
     tell_slow_blocks({record for source in layers for record in source.layout.records}, options.torch_device)
-    return Experts(folder.expert_files, folder.expert_stamps, layers, size)
+    return Experts(folder.expert_files, folder.expert_stamps, layers, size, mtp)
+
+
+def _find_mtp(folder: ModelFolder, options: LoadOptions, empty: PreTrainedModel) -> FoundMtp:
+    """Find a model's layers of multi-token prediction, where they can be loaded."""
+    if options.torch_device.type != "cpu":
+        raise refused_mtp("they run on the CPU alone")
+    if folder.gguf is not None or folder.packed:
+        raise refused_mtp("they are read of checkpoints in safetensors, whose experts are not packed")
+    return find_mtp(empty, folder.checkpoint)

@@ -13,6 +13,7 @@ from moeflow.checkpoint.store import ExpertStore
 from moeflow.core import PAGE_BYTES
 from moeflow.errors import BudgetError
 from moeflow.fit.memory import READ_THREADS, auto_budget
+from moeflow.hf.loaded.mtp_layers import FoundMtp
 from moeflow.hf.passes.residual import ResidualTap
 from moeflow.loading.budget import ExpertsSize
 from moeflow.loading.device_plan import DevicePlan
@@ -45,14 +46,21 @@ class Experts(NamedTuple):
     Args:
         files: the files that piece tables number.
         stamps: of the files when their headers were read.
-        layers: [num_layers], where each expert's bytes come from.
+        layers: [num_layers], where each expert's bytes come from; those of multi-token prediction at the end.
         size: the memory that they take.
+        mtp: the layers of multi-token prediction; None where drafts ask for none.
     """
 
     files: list[Path]
     stamps: list[FileStamp]
     layers: list[LayerSource]
     size: ExpertsSize
+    mtp: FoundMtp | None = None
+
+    @property
+    def num_own(self) -> int:
+        """How many layers are the model's own."""
+        return len(self.layers) - (0 if self.mtp is None else len(self.mtp.sources))
 
 
 def build_runtime(
@@ -181,7 +189,7 @@ def _prediction(
     if predictor is None:
         return None
     ledger = PrefetchLedger(len(experts.layers), expert_bytes=experts.size.slot_bytes)
-    return PredictionLoop(Prefetcher(predictor, cache, ledger), tap=tap)
+    return PredictionLoop(Prefetcher(predictor, cache, ledger, num_layers=len(experts.layers)), tap=tap)
 
 
 def _host_tier(size: ExpertsSize, options: LoadOptions, policy: str, num_transient: int, num_slots: int) -> HostTier:

@@ -284,10 +284,10 @@ class ExpertRuntime:
             self._torn = False
 
     @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        """Run passes of moeflow's own between two of the user's: neither predicted nor observed nor counted."""
+    def unwatched(self, *, counts: bool = False) -> Iterator[None]:
+        """Run passes of moeflow's own between two of the user's: not predicted, not observed, counted where asked."""
         with self._lock:
-            observers, prediction, counted = self.observers, self.prediction, self._stats.copy()
+            observers, prediction, counted = self.observers, self.prediction, None if counts else self._stats.copy()
             self.observers, self.prediction = [], None
             try:
                 with nullcontext() if prediction is None else prediction.paused():

@@ -295,7 +295,8 @@ class Stats:
         """Return a snapshot of both phases."""
         return self.prefill.copy(), self.decode.copy()
 
-    def restore(self, counted: tuple[PhaseStats, PhaseStats]) -> None:
-        """Go back to a snapshot; the next pass says which phase it counts in."""
-        self.prefill, self.decode = counted
-        self.now, self._begun_s = self.prefill, None
+    def restore(self, counted: tuple[PhaseStats, PhaseStats] | None) -> None:
+        """Go back to a snapshot, if there is one; the next pass says which phase it counts in."""
+        if counted is not None:
+            self.prefill, self.decode = counted
+            self.now, self._begun_s = self.prefill, None

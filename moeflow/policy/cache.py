@@ -99,8 +99,8 @@ class ExpertCache:
             passes[expert], events[expert] = now, self._event
 
     def touch_layers(self, layers: np.ndarray, experts: np.ndarray) -> None:
-        """Record the same of a pass of each of some layers [N], all different, and of its different experts [N, K]."""
-        self._grow(int(layers.max()), int(experts.max()))
+        """Record the same of a pass of each of some layers [N], all different, and of its experts [N, K], or none."""
+        self._grow(int(layers.max()), int(experts.max(initial=0)))
         self._passes[layers] += 1
         demanded = layers[:, None], experts
         self._counts[demanded] += 1

@@ -43,19 +43,21 @@ class Forecast:
         """Enter the prediction made before the first layer of a step.
 
         Args:
-            now: [L, E], probability that the coming step demands each expert; None or NaN where nothing is known.
-            later: [steps, L, E], the same for the steps after it.
+            now: [<= L, E], probability that the coming step demands each expert of the first layers; None or NaN where
+                nothing is known.
+            later: [steps, <= L, E], the same for the steps after it.
             usual: [L, E], probability a step of each expert, where the others say nothing.
         """
         self.layer = -1
         usual = np.clip(usual, _MIN_PROBABILITY, 1)
-        self.now[:] = usual if now is None else np.where(np.isnan(now), usual, now)
-        steps = len(self._later)
-        if later is None:
-            self._later[:] = usual
-        else:
-            self._later[: len(later)] = later[:steps]
-            self._later[len(later) :] = later[-1]
+        self.now[:] = usual
+        if now is not None:
+            self.now[: len(now)] = np.where(np.isnan(now), usual[: len(now)], now)
+        steps, self._later[:] = len(self._later), usual
+        if later is not None:
+            known = self._later[:, : later.shape[1]]
+            known[: len(later)] = later[:steps]
+            known[len(later) :] = later[-1]
             if np.isnan(later).any():
                 self._later[:] = np.where(np.isnan(self._later), usual, self._later)
         np.cumprod(1 - self._later, axis=0, out=self._survival[1:])

@@ -31,6 +31,7 @@ class Prefetcher:
         window: layers ahead within which an expert may be fetched; a whole step when None.
         min_probability: below it an expert is not fetched; by the recent miss rate when None.
         num_steps: how many steps ahead evictions bet.
+        num_layers: of the cache; those behind the predictor's are not prefetched. As many as it has when None.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class Prefetcher:
         window: int | None = None,
         min_probability: float | None = None,
         num_steps: int = 4,
+        num_layers: int | None = None,
     ) -> None:
         self.predictor = predictor
         self.ledger = ledger
         self.active = False  # whether the step under way is predicted
         self._cache = cache
-        self._forecast = Forecast(predictor.num_layers, predictor.num_experts, num_steps)
+        self._forecast = Forecast(num_layers or predictor.num_layers, predictor.num_experts, num_steps)
         self._window = min(window or predictor.num_layers, predictor.num_layers)
         self._min_probability = min_probability
         self._miss_rate = _MAX_THRESHOLD  # misses a layer, late arrivals included
@@ -124,11 +126,12 @@ class Prefetcher:
     def overdue(self, keys: list[ExpertKey]) -> list[ExpertKey]:
         """Return the prefetches of these that come too late: their layer has passed, or passes now."""
         layer, window = self._forecast.layer, self._window
-        num_layers = self._forecast.num_layers
+        num_layers = self.predictor.num_layers
         return [key for key in keys if (key.layer - layer - 1) % num_layers >= window or key.layer == layer]
 
     def _begin_forecast(self, now: np.ndarray | None, later: np.ndarray | None) -> None:
-        self._forecast.begin_step(now, later, self._cache.usual_rate(*self._next_step.shape))
+        shape = self._forecast.num_layers, self._forecast.num_experts
+        self._forecast.begin_step(now, later, self._cache.usual_rate(*shape))
         self._next_step_known = later is not None
         if later is not None:
             self._next_step[:] = later[0]
@@ -141,9 +144,10 @@ class Prefetcher:
         if threshold is None:
             threshold = min(max(self._miss_rate, _MIN_THRESHOLD), _MAX_THRESHOLD)
         forecast, first = self._forecast, self._forecast.layer + 1
-        num_layers, last = forecast.num_layers, self._forecast.layer + 1 + self._window
+        num_layers, last = self.predictor.num_layers, self._forecast.layer + 1 + self._window
         present = self._cache.present(num_layers, forecast.num_experts)
-        self._queue = self._wanted(forecast.now[first:last], present[first:last], first, 1, threshold)
+        now = forecast.now[:num_layers]
+        self._queue = self._wanted(now[first:last], present[first:last], first, 1, threshold)
         if last > num_layers and self._next_step_known:
             wrap = slice(0, min(last - num_layers, first))
             distance = 1 + num_layers - first

@@ -26,6 +26,8 @@ class BoundProgram:
 
     Attributes:
         num_bytes: of memory that is taken beside the weights.
+        logits: of the last step, [num_rows, 1, V].
+        last_hidden: what the head made them of, [num_rows, ..., H]; None where the program tells none.
     """
 
     def __init__(self, program: Program, model: torch.nn.Module) -> None:
@@ -68,6 +70,7 @@ class BoundProgram:
             if buffer.kind == "input"
         }
         self.logits = self.tensor(program.logits)
+        self.last_hidden = None if (hidden := program.last_hidden) is None else self.tensor(hidden)
         self._residuals = {
             layer: (model.get_submodule(found.norm), self.tensor(found.stream))
             for layer, found in program.residuals.items()
@@ -216,6 +219,8 @@ def plan_memory(program: Program) -> tuple[list[int | None], int]:
         for operand in (*instruction.outputs, *instruction.inputs):
             first.setdefault(operand.buffer, number)
             last[operand.buffer] = number
+    if (hidden := program.last_hidden) is not None:
+        last[hidden.buffer] = len(program.body)  # it is read behind the step
     offsets: list[int | None] = [None] * len(program.buffers)
     end = 0
     for number, buffer in enumerate(program.buffers):

@@ -96,6 +96,11 @@ class StepDecoding:
         assert self._last is not None, "no step ran natively"
         return self._last.routes()
 
+    def last_hidden(self) -> torch.Tensor | None:
+        """Return the normed hidden states of the last step's rows, [rows, H]; None where its program tells none."""
+        assert self._last is not None, "no step ran natively"
+        return self._last.last_hidden()
+
     def prepare(self, num_rows: int = 1) -> None:
         """Capture the program of so many rows now, or take it from the disk, in place of at the first step.
 

@@ -130,6 +130,17 @@ class Program:
     states: list[Operand] = field(default_factory=list)
     state_names: list[StateName] = field(default_factory=list)
 
+    @property
+    def last_hidden(self) -> Operand | None:
+        """What the last norm made, and the head made the logits of: [num_rows, ..., H]; None where they differ."""
+        norm = next((one for one in reversed(self.body) if one.kind in ("rms_norm", "add_norm")), None)
+        head = next((one for one in reversed(self.body) if one.kind == "linear"), None)
+        if norm is None or head is None:
+            return None
+        made, read = norm.outputs[-1], head.inputs[0]
+        same = made.is_contiguous and (made.buffer, made.offset) == (read.buffer, read.offset)
+        return made if same and math.prod(made.sizes) == math.prod(read.sizes) else None
+
     def text(self) -> str:
         """Return the program as lines, one an instruction."""
         lines = [f"{self.num_rows} rows, {len(self.buffers)} buffers, {len(self.body)} instructions"]

@@ -95,13 +95,21 @@ class StepRunner:
                 rows.kept.advance(self.bound.kept_layers)
 
     def routes(self) -> np.ndarray:
-        """Return what the rows of the last step took: [rows, L, K] ids, of which E or more stands for none."""
-        num_rows, none = self._state.num_live, max(self._runtime.experts_per_layer)
+        """Return what the rows of the last step took: [rows, L, K] ids, of which E or more stands for none.
+
+        L counts all layers of the runtime, those that are no part of a step too.
+        """
+        num_rows, counts = self._state.num_live, self._runtime.experts_per_layer
         top_k = max(index.shape[1] for index in self._index)
-        routes = np.full((num_rows, len(self._experts), top_k), none, np.int64)
+        routes = np.full((num_rows, len(counts), top_k), max(counts), np.int64)
         for layer, index in zip(self._layer_of, self._index, strict=True):
             routes[:, layer, : index.shape[1]] = index[:num_rows]
         return routes
+
+    def last_hidden(self) -> torch.Tensor | None:
+        """Return what the head made the logits of in the last step, [rows, H]; None where the program tells none."""
+        hidden = self.bound.last_hidden
+        return None if hidden is None else hidden.reshape(self.num_rows, -1)[: self._state.num_live].clone()
 
     def takes(self, rows: StepRows) -> bool:
         """Whether what keeps the sequences is what the program writes and reads."""

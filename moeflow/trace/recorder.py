@@ -281,7 +281,8 @@ def attach_recorder(model: Any, path: str | Path, *, lookahead: bool = False) ->
         TraceError: the file is of another model, damaged, or cannot be written; the model has no such routers.
     """
     runtime = model.moeflow
-    experts_per_layer = tuple(runtime.experts_per_layer)
+    num_layers = len(experts_interface.experts_modules(model))  # a runtime may have more, for drafts
+    experts_per_layer = tuple(runtime.experts_per_layer[:num_layers])
     top_k = experts_interface.num_experts_per_tok(model)
     format = TraceFormat(
         experts_per_layer,

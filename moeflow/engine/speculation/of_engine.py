@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeflow.engine.model_runner import ModelRunner
 from moeflow.engine.speculation.drafts import DraftSource
 from moeflow.engine.speculation.foreseen_waits import ForeseenWaits
+from moeflow.engine.speculation.mtp import MtpSource
 from moeflow.engine.speculation.options import SpeculationOption, SpeculationOptions, speculation_options
 from moeflow.engine.speculation.prompt_lookup import PromptLookup
 from moeflow.engine.speculation.speculation import MOST_ROWS, Speculation
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 PROGRAM_ROWS = (2, 4, 8)
 """Rows of the programs that steps with drafts run, as far as each row has the bits that it has alone."""
-_SOURCES = {one.name: one for one in (PromptLookup, TokenRecycling)}
+_SOURCES = {one.name: one for one in (PromptLookup, TokenRecycling)}  # that need no model
 
 
 def speculation_for(
@@ -49,7 +50,8 @@ def speculation_for(
         max_step_tokens: most tokens of a step; 0 where steps are cut into passes.
 
     Raises:
-        ConfigError: the option is not allowed, or the draft model does not fit.
+        ConfigError: the option is not allowed, the draft model does not fit, or the model was loaded without layers of
+            multi-token prediction and they are asked for.
     """
     if option == "auto":
         option = getattr(model, "_moeflow_speculation", "off")
@@ -75,7 +77,10 @@ def speculation_for(
     vocab_size = forward.vocab_size(model)
     sources: list[DraftSource] = []
     if reason is None:
-        sources += [_SOURCES[name]() for name in options.sources]
+        sources += [_SOURCES[name]() for name in options.sources if name != MtpSource.name]
+        if MtpSource.name in options.sources:
+            runner.hidden = source = MtpSource(model)
+            sources.append(source)
         if options.draft_model is not None:
             sources.append(draft_source(options.draft_model, vocab_size, options.draft_tokenizer, tokenizer))
     times, foreseen = StepTimes(), None

@@ -6,8 +6,8 @@ from typing import Any
 
 from moeflow.errors import ConfigError
 
-SOURCES = ("prompt_lookup", "token_recycling")
-"""Sources that need nothing but a name."""
+SOURCES = ("prompt_lookup", "token_recycling", "mtp")
+"""Sources that need nothing but a name; "mtp" is of models that `load_moe` was told it for."""
 
 SpeculationOption = str | Mapping[str, Any] | None
 

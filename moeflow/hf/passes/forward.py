@@ -4,6 +4,8 @@ For rooms that run passes themselves, and for those that watch the passes of `ge
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -219,6 +221,17 @@ def new_cache() -> Cache:
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """Return a key-value cache under the name that the model's forward has for it."""
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
+@contextmanager
+def last_hidden_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collect what each pass in this context makes for the head: [B, P, H], normed, of all its tokens."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda _, args, made: seen.append(made.last_hidden_state))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def packed_forward(
