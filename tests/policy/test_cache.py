@@ -1,5 +1,6 @@
 """ExpertCache against a ten-line model, and its promises one by one."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,3 +156,12 @@ def test_lower_limit_evicts_by_policy_and_higher_limit_lets_experts_in_again():
     assert cache.set_limit(3) == []
     assert demand(cache, 8) is None
     assert len(cache) == 3
+
+
+def test_passes_in_which_a_layer_demands_nothing_make_its_experts_old():
+    cache = ExpertCache(2, "lfru")
+    cache.touch([ExpertKey(1, 3)])
+    before = cache.usual_rate(2, 4)[1, 3]
+    cache.touch_layers(np.array([1]), np.empty((1, 0), np.int64))
+    assert cache.usual_rate(2, 4)[1, 3] < before
+    assert cache.uses(ExpertKey(1, 3)) == 1

@@ -94,3 +94,13 @@ def test_the_last_step_foretold_stands_for_those_after_it():
     short, long = np.full((1, L, E), 0.4, np.float32), np.full((STEPS, L, E), 0.4, np.float32)
     now = np.full((L, E), 0.1)
     np.testing.assert_array_equal(forecast(now, short).worth, forecast(now, long).worth)
+
+
+def test_layers_behind_those_that_are_predicted_have_their_usual_chances():
+    now, usual = np.zeros((L, E)), np.full((L + 1, E), 0.4)
+    whole = Forecast(L + 1, E, STEPS)
+    whole.begin_step(np.vstack([now, usual[:1]]), np.stack([np.vstack([now, usual[:1]])] * STEPS), usual)
+    part = Forecast(L + 1, E, STEPS)
+    part.begin_step(now, np.stack([now] * 2), usual)
+    assert np.array_equal(part.worth, whole.worth)
+    assert (part.worth[L] > part.worth[:L].max()).all()

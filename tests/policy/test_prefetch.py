@@ -238,3 +238,14 @@ def test_at_rest_the_cache_goes_by_what_it_saw():
     assert not prefetcher.active
     assert cache.forecast is None
     assert prefetcher.take() is None
+
+
+def test_experts_of_layers_behind_the_predictors_are_evicted_by_use_and_not_fetched():
+    prefetcher, cache = build(certain(key(0, 0)), num_slots=2, num_layers=L + 1)
+    place(cache, key(L, 0), key(L, 1))
+    for _ in range(3):
+        cache.touch([key(L, 0)])
+    step(prefetcher)
+    assert take_all(prefetcher) == [key(0, 0)]
+    assert key(L, 0) in cache, "the one of the last layer that was never used goes"
+    cache.check_integrity()

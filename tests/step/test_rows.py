@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, set_seed
 
+from helpers.families import FAMILIES
+from helpers.family_models import build_model
 from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.hf.passes.caches.growing_cache import GrowingCache, GrowingLayer
@@ -140,3 +142,16 @@ def test_rows_of_a_cache_are_reordered_repeated_and_chosen_as_transformers_does(
         for mine, its in zip(caches[0].layers, caches[1].layers, strict=True):
             assert torch.equal(mine.keys, its.keys)
             assert torch.equal(mine.values, its.values)
+
+
+@pytest.mark.slow
+def test_last_hidden_states_of_a_step_are_the_models_own(tmp_path):
+    """This family scales the logits behind the head, so that their memory could be used again."""
+    build_model(FAMILIES["granitemoe"]).save_pretrained(tmp_path)
+    model = load_moe(tmp_path, device="cpu", expert_memory="100%", predictor=None)
+    ids = torch.tensor([[5, 17, 99, 3, 42, 8]])
+    with model.moeflow, torch.no_grad():
+        made = model.generate(ids[:, :-1], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert model.moeflow.step.num_steps == 2
+        expected = model.model(made[:, :-1]).last_hidden_state[0, -1:]
+        assert torch.allclose(model.moeflow.step.last_hidden(), expected, atol=1e-4)
