@@ -15,16 +15,24 @@ from helpers.family_models import build_model
 FAMILY = "deepseek_v3"
 
 
-def with_mtp(folder: Path, monkeypatch, num_layers: int = 1, model: transformers.PreTrainedModel | None = None) -> Path:
+def with_mtp(
+    folder: Path,
+    monkeypatch,
+    num_layers: int = 1,
+    *,
+    family: str = FAMILY,
+    model: transformers.PreTrainedModel | None = None,
+) -> Path:
     """Write a model whose last layer is there so many times more, each to predict one more token.
 
     Args:
         folder: to write; the layers' weights lie in a shard of their own.
         monkeypatch: teaches transformers the numbers of these layers, where it has the real checkpoint's.
         num_layers: of them.
-        model: a tiny one at random where None.
+        family: of a tiny model at random.
+        model: in its place.
     """
-    model = build_model(FAMILIES[FAMILY]) if model is None else model
+    model = build_model(FAMILIES[family]) if model is None else model
     model.config.num_mtp_layers = num_layers
     model.save_pretrained(folder)
     weights, size = load_file(folder / "model.safetensors"), model.config.hidden_size

@@ -76,10 +76,10 @@ def test_answers_are_those_without_and_experts_stay_in_the_budget(num_layers, pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_drafts_are_what_transformers_layers_say_of_the_whole_text(num_layers, tmp_path, monkeypatch, drafts):
+@pytest.mark.parametrize(("family", "num_layers"), [("glm4_moe", 1), ("deepseek_v3", 2)])
+def test_drafts_are_what_transformers_layers_say_of_the_whole_text(family, num_layers, tmp_path, monkeypatch, drafts):
     """Whatever was accepted before, and in however many pieces the prompt came."""
-    folder = with_mtp(tmp_path / "model", monkeypatch, num_layers)
+    folder = with_mtp(tmp_path / "model", monkeypatch, num_layers, family=family)
     with (model := loaded(folder, speculation=MTP)).moeflow:
         answered(model, SamplingParams(max_new_tokens=12, ignore_eos=True), [tokens(21, 3)])
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
