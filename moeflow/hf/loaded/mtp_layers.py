@@ -17,7 +17,7 @@ from moeflow.hf.dense_kernels import speed_up_dense
 from moeflow.hf.expert_sources import expert_tensor_names, map_experts
 from moeflow.hf.experts_interface import ExpertsModule, experts_modules, transposed
 from moeflow.hf.pretrained import own_dense_weights
-from moeflow.hf.quantizer import take_experts_off
+from moeflow.hf.quantizer import quantization_scheme, take_experts_off
 from moeflow.hf.version import parts_of_transformers
 
 with parts_of_transformers():
@@ -89,6 +89,8 @@ def find_mtp(empty: PreTrainedModel, checkpoint: Checkpoint) -> FoundMtp:
     """
     if reason := why_no_mtp(empty):
         raise refused_mtp(reason)
+    if quantization_scheme(empty.config) is not None:
+        raise refused_mtp("they are read of checkpoints whose weights are floats")
     try:
         mtp = _empty_mtp(empty)
         wanted = type(mtp).get_mtp_weights_regex(empty)

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, cache_utils, modeling_layers
 
 from helpers.engine_requests import GREEDY, PROMPTS, assert_empty, tokens
 from helpers.families import FAMILIES
-from helpers.family_models import build_model
+from helpers.family_models import build_config, build_model
 from helpers.mtp_models import chain_model, with_mtp
+from helpers.prequantized_models import FP8
 from helpers.small_models import tiny_mixtral
 from moeflow import Engine, SamplingParams, load_moe
 from moeflow.convert.pack import pack_model
@@ -141,6 +142,10 @@ def test_models_without_them_are_refused_with_the_reason(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"'mtp'.*cut has no weights of them"):
         loaded(tmp_path / "cut", speculation=MTP)
     folder = with_mtp(tmp_path / "model", monkeypatch)
+    quantised = build_config(FAMILIES["deepseek_v3"])
+    quantised.quantization_config = FP8
+    with pytest.raises(ConfigError, match=r"'mtp'.*whose weights are floats"):
+        loaded(folder, config=quantised, speculation=MTP)
     pack_model(folder, tmp_path / "packed")
     with pytest.raises(ConfigError, match=r"'mtp'.*not packed"):
         loaded(tmp_path / "packed", speculation=MTP)
