@@ -10,6 +10,8 @@ from helpers.small_models import tiny_mixtral
 from moeflow import load_moe
 from moeflow.hf.passes.caches.growing_cache import GrowingCache, GrowingLayer
 from moeflow.kernels.cpu.library import instruction_set
+from moeflow.step.bound import plan_memory
+from moeflow.step.program import Buffer, Instruction, Operand, Program
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="the compiled kernels were not built")
 NUM_TOKENS = 12
@@ -146,7 +148,7 @@ def test_rows_of_a_cache_are_reordered_repeated_and_chosen_as_transformers_does(
 
 @pytest.mark.slow
 def test_last_hidden_states_of_a_step_are_the_models_own(tmp_path):
-    """This family scales the logits behind the head, so that their memory could be used again."""
+    """This family scales the logits behind the head."""
     build_model(FAMILIES["granitemoe"]).save_pretrained(tmp_path)
     model = load_moe(tmp_path, device="cpu", expert_memory="100%", predictor=None)
     ids = torch.tensor([[5, 17, 99, 3, 42, 8]])
@@ -155,3 +157,18 @@ def test_last_hidden_states_of_a_step_are_the_models_own(tmp_path):
         assert model.moeflow.step.num_steps == 2
         expected = model.model(made[:, :-1]).last_hidden_state[0, -1:]
         assert torch.allclose(model.moeflow.step.last_hidden(), expected, atol=1e-4)
+
+
+def test_what_the_head_read_is_written_over_by_nothing_behind_it():
+    sizes = {"x": "input", "norm": "weight", "hidden": "made", "head": "weight", "logits": "made", "scaled": "made"}
+    buffers = [Buffer(kind, name, 64) for name, kind in sizes.items()]
+    x, norm, hidden, head, logits, scaled = (Operand(n, torch.float32, (1, 16), (16, 1), 0) for n in range(6))
+    body = [
+        Instruction("rms_norm", (hidden,), (x, norm)),
+        Instruction("linear", (logits,), (hidden, head)),
+        Instruction("pointwise", (scaled,), (logits,), {"op": "neg"}),
+    ]
+    program = Program(1, buffers, [], body, scaled)
+    assert program.last_hidden == hidden
+    offsets, _ = plan_memory(program)
+    assert len({offsets[one.buffer] for one in (hidden, logits, scaled)}) == 3
