@@ -29,7 +29,7 @@ class _Seen:
 
     Args:
         begin: its first position.
-        cache: keys and values of the layers, of `num_kept` positions each.
+        cache: keys and values of the layers, of `num_kept` positions each, and of drafted ones behind.
         num_kept: positions that will not be computed again: their tokens are the sequence's own in all layers.
         pending: [P, H], the model's hidden states of the positions behind these.
     """
@@ -141,6 +141,7 @@ class MtpSource:
         if count < 1:
             return
         hidden = seen.pending[:count]
+        self._layers.cut(seen.cache, seen.num_kept)
         with self._runtime.unwatched(counts=True):
             for layer in range(self._layers.num_layers):
                 ids = tokens[layer + 1 : layer + 1 + count]
@@ -159,6 +160,7 @@ class MtpSource:
         """
         layers, first = self._layers, seen.next
         hidden = seen.pending = seen.pending[: end - first]
+        layers.cut(seen.cache, seen.num_kept)  # what stands behind is of drafts, or of a pass that was interrupted
         tokens: list[int] = []
         probabilities: list[float] = []
         likely = 1.0
@@ -177,5 +179,4 @@ class MtpSource:
         self._asked = True
         seen.num_kept += max(0, len(seen.pending) - layers.num_layers + 1)
         seen.pending = seen.pending[seen.next - first :]
-        layers.cut(seen.cache, seen.num_kept)
         return Draft(tuple(tokens[:most]), tuple(probabilities[:most]))
