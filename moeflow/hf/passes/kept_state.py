@@ -6,16 +6,16 @@ They lie in transformers' own cache layers, one tensor each, whose size does not
 from typing import Any, NamedTuple
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
-STATE_LAYERS = (LinearAttentionLayer, DummyLayer)
-"""Layers that keep states alone, or nothing."""
+STATE_LAYERS = (LinearAttentionLayer, *filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+"""Layers that keep states alone, or nothing: transformers 5.23 has a class of these, 5.17 has none."""
 
 HYBRID_LAYERS = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 """Layers that keep states beside keys and values."""

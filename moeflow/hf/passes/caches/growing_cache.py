@@ -124,7 +124,7 @@ class GrowingLayer(DynamicLayer):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of positions to forget, not {tokens_to_remove}.")
-        self.length = max(self.length + tokens_to_remove, 0)
+        self.length = max(self.length + int(tokens_to_remove), 0)  # of transformers 5.17 it is a tensor
         if self._is_lent:
             self._end_memory()
 

@@ -59,7 +59,7 @@ class _Candidates(CandidateGenerator):
 
 
 def draft_lookups(model: PreTrainedModel, begin: Callable[[Lookup], Drafts | None]) -> None:
-    """Let greedy calls of `generate` with prompt lookup verify other candidates.
+    """Let greedy calls of `generate` with prompt lookup verify other candidates, where a model has such calls.
 
     Sampled ones keep transformers' candidates: what they draw depends on how many are verified.
 
@@ -70,6 +70,8 @@ def draft_lookups(model: PreTrainedModel, begin: Callable[[Lookup], Drafts | Non
     behind = weakref.ref(model)
     changed: Any = model
     kind: Any = type(model)
+    if not hasattr(kind, "_get_candidate_generator"):  # it decodes in a way of its own, or not at all
+        return
     signature = inspect.signature(kind._get_candidate_generator)
 
     def candidate_generator(*args: Any, **kwargs: Any) -> CandidateGenerator:
