@@ -22,7 +22,7 @@ _PRIOR_WEIGHT = 4.0  # judged tokens that a source's own probability counts as
 _PLACES = 3  # of a draft's tokens that are counted apart; later ones count as the last
 _STEPS_OF = 8  # shares into which probabilities are parted
 
-_DRIVEN_OUT = 0.7  # experts that steps will wait for, for each one that came in vain and took a place in memory
+_DRIVEN_OUT = 0.35  # experts that steps will wait for, for each one that came in vain and took a place in memory
 _LEAST_GAIN = 0.02  # of the tokens a second
 
 _LEAST_PLAIN = 4  # plain steps before the first draft
