@@ -119,8 +119,8 @@ class Room:
     def hold(self, num_bytes: int, num_positions: int = 0) -> bool:
         """Let experts leave for so many bytes more, where they share the budget; return whether there is room."""
         with self.copying:
-            pass
-        return self._share is None or self._share.hold(self.taken(num_bytes, num_positions))
+            taken = self.taken(num_bytes, num_positions)
+        return self._share is None or self._share.hold(taken)
 
     def can_hold(self, num_bytes: int, num_positions: int) -> bool:
         """Return whether so many bytes more have room beside all that is kept, and hold them then."""
@@ -134,9 +134,9 @@ class Room:
         """Note what is taken now; of a shared budget, give back what is not."""
         self.peak_bytes = max(self.peak_bytes, self.used_bytes + self._kept.num_bytes)
         with self.copying:
-            pass
+            taken = self.taken()
         if self._share is not None:
-            self._share.hold(self.taken())
+            self._share.hold(taken)
 
     def drop(self, num_bytes: int) -> bool:
         """Let something go that is kept, no more than so many bytes need; return whether there was anything."""
